@@ -268,8 +268,9 @@ _where = partial(
     option,
     None,
     "Only images that meet this condition, over plate, batch, well, well_row, well_column, site, "
-    "plane, time_point, image, image_id, perturbation, treatment, dose, target, kind, control, "
-    "identifier.",
+    "plane, time_point, image, image_id, treatment (also called perturbation), dose, "
+    "name_with_dose, target, kind, control, identifier. For example "
+    "\"treatment = 'taxol' AND dose >= 1\".",
     metavar="SQL",
 )
 _limit = partial(option, None, "Only the first N images, for a first try.", min=1)
@@ -452,7 +453,7 @@ class IngestParams(Params):
     )
     barcodes: Path | None = option(None, "Which platemap each plate has.")
     aliases: Path | None = option(
-        None, "Names that are one: a table with the columns alias and name.", name="--alias"
+        None, "Names that mean the same: a table with the columns alias and name.", name="--alias"
     )
     name: str | None = option(None, "Name of the feature set, or of the masks.")
     pattern: str | None = option(
@@ -463,9 +464,9 @@ class IngestParams(Params):
     )
     binary: bool = _binary()
     layout: str | None = option(
-        None, "Force a reader. Default: recognised by the content, and shown."
+        None, "What kind of table the source is. Default: recognised by its content."
     )
-    strict: bool = option(False, "One refused row, and nothing of the source is kept.")
+    strict: bool = option(False, "Keep nothing of the source if one of its rows is refused.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
     def __post_init__(self) -> None:
@@ -617,8 +618,8 @@ class SplitParams(Params):
     )
     field: str = option(
         PERTURBATION,
-        "What is to be predicted: perturbation (compound, gene), treatment (with dose), target, or "
-        "a metadata column of wells or plates.",
+        "What is to be predicted: perturbation (compound, gene), treatment (each dose by itself), "
+        "target, or a metadata column of wells or plates.",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,
@@ -628,23 +629,23 @@ class SplitParams(Params):
         unless="protocol",
     )
     test_size: float = option(
-        0.2, "Share of the groups that test.", above=0.0, below=1.0, unless="folds"
+        0.2, "Share of the groups for the test.", above=0.0, below=1.0, unless="folds"
     )
     validation_size: float = option(
         0.2,
-        "Share of the groups that stop the training (grouped protocol). 0: none.",
+        "Share of the groups that decide when to stop training (grouped protocol). 0: none.",
         min=0.0,
         below=1.0,
         unless="protocol",
     )
-    test_plates: tuple[str, ...] = option((), "These plates test, with --group plate.")
+    test_plates: tuple[str, ...] = option((), "The plates for the test, with --group plate.")
     validation_plates: tuple[str, ...] = option(
-        (), "These plates validate. Default: drawn from the others.", metavar="C,..."
+        (), "The plates for the validation. Default: drawn from the others.", metavar="C,..."
     )
     folds: int | None = option(
         None,
-        "Cross-validation: make the splits NAME-1 to NAME-K. Each image tests in one of them; the "
-        "fold after the one that tests validates.",
+        "Cross-validation: make the splits NAME-1 to NAME-K. Each image is in the test of one of "
+        "them; the next fold is its validation.",
         metavar="K",
         min=2,
     )
@@ -745,7 +746,7 @@ class TrainParams(Params):
     )
     weights: str = network(
         "none",
-        "What the backbone starts from: chance, ImageNet, or a file of its weights.",
+        "What the backbone starts from: random numbers, ImageNet, or a file of its weights.",
         metavar="none|imagenet|FILE",
     )
     crop_size: int = network(64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
@@ -753,7 +754,9 @@ class TrainParams(Params):
     epochs: int = learning(40, "At most this many passes over the cells.", min=1)
     patience: int = learning(10, "Stop after this many epochs without a better one.", min=1)
     monitor: str = learning(
-        "loss", "What of the validation subset makes an epoch better.", choices=("loss", "accuracy")
+        "loss",
+        "Which value on the validation images says that an epoch is better.",
+        choices=("loss", "accuracy"),
     )
     batch_size: int = learning(64, "Cells per step.", min=2)
     sampler: str = learning(
@@ -767,7 +770,7 @@ class TrainParams(Params):
         "Change crops at each step: some of flips, rotations and intensity; or none.",
         choices=("flips", "intensity", "rotations"),
     )
-    loss: str = learning("cross-entropy", "What is made small.", choices=("cross-entropy", "focal"))
+    loss: str = learning("cross-entropy", "The loss function.", choices=("cross-entropy", "focal"))
     class_weights: bool = learning(
         False, "Weigh classes in the loss by how rare they are.", negatable=True
     )
@@ -835,7 +838,9 @@ class TrainSetup(Params):
         "several hosts, leave it out.",
         min=1,
     )
-    compile: bool = hardware(False, "Compile the network first: minutes, then faster steps.")
+    compile: bool = hardware(
+        False, "Compile the network first: this takes minutes, then each step is faster."
+    )
     logs: tuple[str, ...] = hardware(
         (),
         "Write metrics for other programs, too: some of csv, tensorboard and mlflow.",
@@ -857,7 +862,7 @@ class BaselineParams(Params):
     seed: int = learning(0, "Same seed, same baseline.", min=0)
     max_cells: int = baseline(
         50_000,
-        "With --baseline: learn from this many cells at most, as many of each class as can be.",
+        "With --baseline: learn from at most this many cells, equally many of each class.",
         min=1,
     )
     strength: float = baseline(
@@ -881,12 +886,12 @@ class ContrastParams(Params):
         repeated=True,
     )
     control: str | None = option(
-        None, "Compare with this treatment. Default: what is marked as negative control."
+        None, "Compare with this treatment. Default: the wells that are negative controls."
     )
     field: str = option(
         TREATMENT,
-        "What is compared, one after the other: each treatment (with dose), each perturbation "
-        "(all its doses together), or each target.",
+        "What is compared, one after the other: each treatment (each dose by itself), each "
+        "perturbation (all its doses together), or each target.",
         choices=(TREATMENT, PERTURBATION, TARGET),
     )
     pooled: bool = option(False, "Compare all treatments as one, as the study did.")
@@ -906,11 +911,11 @@ class ContrastParams(Params):
 class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 
-    min_cells: int = option(1, "An image or well of fewer cells has no answer.", min=1)
+    min_cells: int = option(1, "No answer for an image or well with fewer cells.", min=1)
     min_margin: float = option(
         0.0,
-        "An image or well has no answer where the first label has not SHARE (0 to 1) of the vote "
-        "more than the second.",
+        "No answer where the first label leads the second by less than this share (0 to 1) of "
+        "the vote.",
         metavar="SHARE",
         min=0.0,
         max=1.0,

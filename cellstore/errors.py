@@ -50,7 +50,7 @@ class UnknownNameError(UserInputError, LookupError):
         near = names if len(names) <= SHOWN_NAMES else near
         more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""
         hint = f" Known: {', '.join(near)}{more}." if near else f" There is no {kind} yet."
-        meant = f" Did you mean {lower[close[0]]}?" if close and len(names) > len(near) else ""
+        meant = f" Did you mean {lower[close[0]]}?" if close else ""
         return cls(f"Unknown {kind} {str(name)!r}.{hint}{meant}")
 
 

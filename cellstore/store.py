@@ -782,11 +782,11 @@ class Store(AbstractContextManager["Store"]):
 
         return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
 
-    def backup(self, file: str | Path) -> Backup:
+    def backup(self, file: str | Path, *, dry_run: bool = False) -> Backup:
         """Write the whole store to one file; see ``stages.backup.backup``."""
         from .stages.backup import backup
 
-        return backup(self.workspace, Path(file))
+        return backup(self.workspace, Path(file), dry_run=dry_run)
 
     @classmethod
     def restore(

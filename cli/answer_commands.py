@@ -38,7 +38,7 @@ VOTE = option(
 )
 
 
-@command(app, "votes")
+@command(app, "votes", then=True)
 def votes(
     vote_options: VoteOptions,
     answer: AnswerOptions,
@@ -46,7 +46,7 @@ def votes(
     run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
     level: str = LEVEL,
     vote: str = VOTE,
-    ties: bool = option(False, "Show those with a tie only."),
+    ties: bool = option(False, "Show only those with a tie."),
 ) -> None:
     """Show the label of every image by the vote of its cells.
 
@@ -105,7 +105,7 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@command(app, "report")
+@command(app, "report", then=True)
 def report(
     vote_options: VoteOptions,
     common: Common,
@@ -290,14 +290,14 @@ def _show_best_and_worst(heads: Sequence[str], found: Sequence[tuple[Any, ...]])
         return
     ranked = sorted(found, key=lambda row: (-row[1], row[0]))
     few = ranked if len(ranked) <= 2 * FEW else [*ranked[:FEW], *ranked[-FEW:]]
-    output.table(heads, [(cell(row[0], NAME_WIDTH), *row[2:]) for row in few])
+    output.table(heads, [(row[0], *row[2:]) for row in few])
     left = len(ranked) - len(few)
     if left:
         typer.echo(f"the best and the worst; {left:,} between them (all with --json or --html)")
     typer.echo("")
 
 
-@command(app, "compare")
+@command(app, "compare", then=True)
 def compare(
     first: Annotated[
         str, typer.Argument(metavar="RUN", help="A predict run, by number, or 'latest'.")

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import inspect
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +41,7 @@ from cellstore.config import (
     type_of,
     typed_value,
 )
-from cellstore.errors import CellstoreError, UserInputError
+from cellstore.errors import CellstoreError, StoreNotFoundError, UserInputError
 from cellstore.settings import Progress
 from cellstore.store import Store
 
@@ -120,6 +122,10 @@ class Commands(TyperGroup):
             typer.echo(f"cellstore {__version__}")
             raise typer.Exit
         try:
+            Path.cwd()  # raises FileNotFoundError where it was deleted
+        except OSError:
+            _end("Error: The folder that you are in was deleted. Go to another one: cd", 2)
+        try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)
@@ -129,6 +135,7 @@ class Commands(TyperGroup):
             of_typer = isinstance(error, typer.Exit | typer.Abort)
             of_typer = of_typer or hasattr(error, "format_message")
             if of_typer or isinstance(error, BrokenPipeError):
+                _suggest(error)
                 raise
             lines = str(getattr(error, "orig", None) or error).strip().splitlines()
             reason = lines[0].rstrip(".") if lines else "no reason given"
@@ -228,11 +235,20 @@ class Common:
             as_text(result)
 
 
+def _suggest(error: Any) -> None:
+    """Add the choice that was meant to the error about a value that is none of the choices."""
+    choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())
+    typed = re.match(r"'(.*)' is not one of", getattr(error, "message", ""))
+    if choices and typed and (near := get_close_matches(typed[1].lower(), choices, 1)):
+        error.message += f" Did you mean {near[0]}?"
+
+
 def say_next(steps: Sequence[str], common: Common) -> None:
     """Say what the next useful command is, with the store that was named."""
     named = "" if common.store is None else f" --store {shlex.quote(str(common.store))}"
     for start, step in zip(("Next: ", "  or: "), steps, strict=False):
-        say(start + step.replace("cellstore", f"cellstore{named}", 1))
+        # As one line: two would be two commands to who pastes them.
+        typer.echo(start + step.replace("cellstore", f"cellstore{named}", 1), err=True)
 
 
 def command(
@@ -308,8 +324,12 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
         function(**arguments)
         common = next((item for item in arguments.values() if isinstance(item, Common)), None)
         if then and common and not common.as_json and not typed & ONLY_SHOWN:
-            with common.open(quiet=True) as store:
-                say_next(store.next_step(), common)
+            try:
+                with common.open(quiet=True) as store:
+                    steps = store.next_step()
+            except StoreNotFoundError:  # of doctor, which needs none
+                steps = "cellstore init DIR", "cellstore demo"
+            say_next([step for step in steps if step.split()[1] != context.info_name], common)
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
@@ -381,7 +401,7 @@ DEVICE = option(
 )
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
-DRY_RUN = option(False, "Only say how many images there are to do, and how long.")
+DRY_RUN = option(False, "Only say how many images there are to do, and how long it takes.")
 WEIGHTS_DIR = option(
     None,
     "Folder that holds the named networks, for machines without internet access.",

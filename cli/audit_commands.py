@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,11 +16,16 @@ from .app import DEVICE, HTML, Common, command
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.report.audit import Audit
     from cellstore.report.redo import Check
     from cellstore.report.repro import Repro
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 KINDS = ("plate", "well", "image", "cell", "run", "artifact")
+SHOWN = 20
+"""Records of a list."""
+WRAPPED = 20
+"""Columns of its table are made as narrow as this."""
 
 
 @command(app, "audit")
@@ -60,8 +66,6 @@ def audit(
       cellstore audit run "latest train"
       cellstore audit artifact ~/Downloads/model.safetensors
     """
-    from cellstore.report.audit import audit_text
-
     kind = what[0] if what[0] in KINDS else None
     name = " ".join(what[1:] if kind else what)
     if kind and not name:
@@ -74,9 +78,57 @@ def audit(
     if common.as_json:
         output.print_json(result.record)
         return
-    typer.echo(audit_text(result), nl=False)
+    show_audit(result)
     if page is not None:
         typer.echo(f"\nlineage: {page}")
+
+
+def show_audit(result: Audit) -> None:
+    """Print an audit in lines of 80 characters at most, where names allow it."""
+    typer.echo(output.cell(result.title))
+    _show_record({name: value for name, value in result.record.items() if name != "notes"})
+    for note in result.record.get("notes", ()):
+        typer.echo()
+        output.wrapped(note)
+
+
+def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
+    """Print the values of a record, then its parts, each below its name.
+
+    The records of a list are a table if that fits, else one below the other, without what is
+    unknown.
+    """
+    from cellstore.report.audit import is_part, shown
+
+    parts = {name: value for name, value in record.items() if is_part(value)}
+    values = {k: v for k, v in record.items() if k not in parts and v not in ([], {})}
+    output.pairs([(k.replace("_", " "), shown(k, v)) for k, v in values.items()], margin)
+    for name, part in parts.items():
+        if not part:
+            continue
+        typer.echo(f"\n{margin}{name.replace('_', ' ')}")
+        below = margin + output.GAP
+        if isinstance(part, Mapping):
+            _show_record(part, below)
+            continue
+        some = part[:SHOWN]
+        heads = [key.replace("_", " ") for key in some[0]]
+        rows = [[shown(key, value) for key, value in row.items()] for row in some]
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        fitting = output.narrowed(widths, output.WIDTH - len(below), WRAPPED) or []
+        whole = fitting and all(a <= output.LINES * b for a, b in zip(widths, fitting, strict=True))
+        if whole and not any(
+            isinstance(value, list) and is_part(value) for value in some[0].values()
+        ):
+            output.table(heads, rows, margin=below, room=output.WIDTH)
+        else:
+            for number, row in enumerate(some):
+                known = {k: v for k, v in row.items() if v is not None}
+                known = {k: shown(k, v) if isinstance(v, Mapping) else v for k, v in known.items()}
+                typer.echo("\n" if number else "", nl=False)
+                _show_record(known, below)
+        if len(part) > SHOWN:
+            typer.echo(f"{below}and {len(part) - SHOWN:,} more (all with --json)")
 
 
 CANNOT, SAME = "cannot be redone", "identical"
@@ -149,7 +201,7 @@ def _show_script(result: Repro, out: Path | None, common: Common) -> None:
     elif out is None:
         typer.echo(result.script, nl=False)
     else:
-        say(f"Wrote {out}: {output.count(len(result.steps), 'step')}.")
+        say(f"Wrote {out}: {output.count(len(result.steps), 'step')}. Run it: bash {out}")
 
 
 def _show_check(result: Check, common: Common) -> None:

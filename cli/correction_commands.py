@@ -32,7 +32,7 @@ NamesArgument = Annotated[
 ]
 
 
-@command(app, "rename")
+@command(app, "rename", then=True)
 def rename(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="plate or channel.")],
     old: Annotated[str, typer.Argument(metavar="OLD", help="The name that it has.")],
@@ -56,7 +56,7 @@ def rename(
     common.show(done, _show)
 
 
-@command(app, "relabel")
+@command(app, "relabel", then=True)
 def relabel(
     well: Annotated[str, typer.Argument(metavar="WELL", help="PLATE/A01.")],
     common: Common,
@@ -89,7 +89,7 @@ def relabel(
     common.show(done, _show)
 
 
-@command(app, "exclude")
+@command(app, "exclude", then=True)
 def exclude(
     kind: KindArgument,
     name: NamesArgument,
@@ -112,7 +112,7 @@ def exclude(
     common.show(done, _show)
 
 
-@command(app, "include")
+@command(app, "include", then=True)
 def include(
     kind: KindArgument,
     name: NamesArgument,
@@ -131,7 +131,7 @@ def include(
     common.show(done, _show)
 
 
-@command(app, "undo")
+@command(app, "undo", then=True)
 def undo(
     run: Annotated[str, typer.Argument(metavar="RUN", help="An ingest run, by its number.")],
     common: Common,
@@ -153,7 +153,7 @@ def undo(
     common.show(done, _show)
 
 
-@command(app, "delete")
+@command(app, "delete", then=True)
 def delete(
     kind: Annotated[
         str, typer.Argument(metavar="KIND", help="plate. For splits: cellstore split delete.")

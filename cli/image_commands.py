@@ -65,10 +65,10 @@ def segment(
 ) -> None:
     """Find the cells in every image, with Cellpose.
 
-    Images that were done with the same options are left alone, so that a run that was stopped
-    goes on where it was: several may run at once, on PostgreSQL also on several machines. An
-    image that fails is named at the end; the others are done. The thresholds are Cellpose's own;
-    --preset published has those of the published study.
+    Images that are done with the same options are skipped: to go on with a run that was stopped,
+    give the same command again. Several may run at once, on PostgreSQL also on several machines.
+    Images that fail are listed at the end; the others are done. The thresholds are Cellpose's
+    own; --preset published has those of the published study.
 
     \b
     Example:
@@ -76,7 +76,7 @@ def segment(
       cellstore segment --channels DNA --diameter 35 --workers 2
       cellstore segment --model cyto3 --channels RNA --nuclei DNA
       cellstore segment --preset published
-      cellstore segment --where "perturbation = 'DMSO'" --dry-run
+      cellstore segment --where "treatment = 'DMSO'" --dry-run
     """
     if preview is not None and (dry_run or resources.workers > 1 or resources.scheduler):
         raise typer.BadParameter(
@@ -341,9 +341,9 @@ def qc(
     """Flag images and cells that are unusual on their plate; delete nothing.
 
     Images: out of focus, saturated, unusual background, only noise, unusual number or size
-    of cells, no cells. Cells: unusual area, cut by the border. Flags are rows of the run. They
-    count only where you ask for it: split create, train, report, compare and votes have
-    --exclude-flagged. Each image is opened once, whatever the limits.
+    of cells, no cells. Cells: unusual area, cut by the border. What is flagged still counts,
+    unless you exclude it: split create, train, report, compare and votes have --exclude-flagged.
+    Other limits later need no second look at the images.
 
     \b
     Example:
@@ -453,9 +453,9 @@ def finetune(
 ) -> None:
     """Teach a Cellpose network with masks that you corrected.
 
-    The masks are matched to images as 'cellstore ingest' matches them. Some wells are held out:
-    the average precision (IoU 0.5) on them before and after shows whether the new network is
-    better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
+    The masks are matched to images by name, as in 'cellstore ingest'. Some wells are not learned
+    from: the average precision (IoU 0.5) on them, before and after, shows whether the new network
+    is better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
 
     \b
     Example:

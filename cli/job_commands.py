@@ -198,7 +198,7 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    Opens their jobs again; the command of the stage, which is shown, then does them.
+    It opens their jobs again and shows the command that then does them.
 
     \b
     Example:
@@ -217,7 +217,7 @@ def retry(
             typer.echo(f"  {output.cell(words)}")
 
 
-@command(app, "cancel")
+@command(app, "cancel", then=True)
 def cancel(
     common: Common,
     run: Annotated[
@@ -244,13 +244,13 @@ def cancel(
         typer.echo("Nothing is running.")
 
 
-@command(app, "verify")
+@command(app, "verify", then=True)
 def verify(
     common: Common,
     fix: bool = option(False, "Remove files that the database does not know."),
     older_than: float = option(
         10.0,
-        "Unknown files younger than this may belong to a running command: left alone.",
+        "Keep unknown files that are younger than this: a running command may be writing them.",
         metavar="MINUTES",
         min=0.0,
     ),
@@ -303,7 +303,7 @@ def _show_verify(result: VerifyResult) -> None:
         say("Put what is damaged back from a backup; what is derived can be made again.")
 
 
-@command(app, "doctor")
+@command(app, "doctor", then=True)
 def doctor(common: Common) -> None:
     """Check the installation, and the store if there is one.
 

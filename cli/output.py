@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,13 +33,19 @@ if TYPE_CHECKING:
 WIDTH = 80
 GAP = "  "
 MIN_COLUMN = 10
-"""No column is cut to fewer characters."""
+"""No column is made narrower."""
+LINES = 4
+"""Of a text in a table, at most."""
 SHOWN_PER_REASON = 10
+MANY_ALIKE = 3
+_QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
 def say(text: str) -> None:
     """Tell a person something, beside the data on stdout."""
+    if sys.stderr.isatty():
+        text = "\n".join(map(filled, text.split("\n")))
     typer.echo(text, err=True)
 
 
@@ -112,58 +120,89 @@ def span(low: float | None, high: float | None) -> str:
     return f"{cell(low)} to {cell(high)}"
 
 
+def filled(text: str, margin: str = "", first: str | None = None) -> str:
+    """Return a sentence in lines that fit a terminal, below its margin; no word is cut."""
+    first = margin if first is None else first
+    lines = textwrap.TextWrapper(
+        max(WIDTH, len(margin) + 20),
+        initial_indent=first,
+        subsequent_indent=margin,
+        break_long_words=False,  # a path, for example
+        break_on_hyphens=False,
+    )
+    return lines.fill(text) or first.rstrip()
+
+
 def wrapped(text: str, margin: str = "") -> None:
     """Print a sentence in lines that fit a terminal."""
-    typer.echo(textwrap.fill(cell(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
+    typer.echo(filled(cell(text), margin))
 
 
-def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
-    """Print names and values, one pair a line; whole numbers get their thousands marked."""
+def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]], margin: str = "") -> None:
+    """Print names and values side by side; whole numbers get their thousands marked."""
     shown = [
-        (name, f"{value:,}" if type(value) is int and name not in _NUMBERS else cell(value))
+        (cell(name), f"{value:,}" if type(value) is int and name not in _NUMBERS else cell(value))
         for name, value in (rows.items() if isinstance(rows, Mapping) else rows)
     ]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
-        typer.echo(f"{name:<{width}}{GAP}{value}".rstrip())
+        lead = f"{margin}{name:<{width}}{GAP}"
+        typer.echo(filled(value, " " * len(lead), lead))
 
 
 _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run", "seed")
 """Names of values that are numbers of something, not counts."""
 
 
-def definitions(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
-    """Print names, and what they mean beside them in lines that fit a terminal."""
-    for name, words in rows:
-        shown = cell(name)
-        lines = textwrap.wrap(cell(words), WIDTH - width - len(GAP)) or [""]
-        if len(shown) > width - len(GAP):
-            typer.echo(f"{GAP}{shown}")
-            shown = ""
-        for index, line in enumerate(lines):
-            typer.echo(f"{GAP}{shown if index == 0 else '':<{width}}{line}".rstrip())
-
-
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each."""
+    """Print problems (where, reason, detail) by reason, the first few lines of each.
+
+    What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
+    """
     reasons = Counter(reason for _, reason, _ in problems)
     for reason, number in reasons.most_common():
         typer.echo(f"{GAP}{cell(reason)}: {count(number, 'row')}")
-        matching = [problem for problem in problems if problem[1] == reason]
-        for where, _, detail in matching[:SHOWN_PER_REASON]:
-            typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
-        if number > SHOWN_PER_REASON:
-            typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
+        alike: dict[str, list[str]] = {}
+        for where, _, detail in (problem for problem in problems if problem[1] == reason):
+            alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
+        lines: list[tuple[str, int]] = []
+        for some in alike.values():
+            if len(some) > MANY_ALIKE:
+                more = f"And {len(some) - 1:,} more like this."
+                lines.append((f"{some[0].rstrip('.')}. {more}", len(some)))
+            else:
+                lines += [(line, 1) for line in some]
+        for line, _ in lines[:SHOWN_PER_REASON]:
+            typer.echo(filled(cell(line), GAP * 3, GAP * 2))
+        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+            typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
+
+
+def narrowed(widths: Sequence[int], room: int, least: int = MIN_COLUMN) -> list[int] | None:
+    """Return widths of columns that fit ``room``, the widest made narrower, none below ``least``.
+
+    None: they do not fit.
+    """
+    excess = sum(widths) + len(GAP) * (len(widths) - 1) - room
+    found = list(widths)
+    while excess > 0 and max(found) > least:
+        found[found.index(max(found))] -= 1
+        excess -= 1
+    return found if excess <= 0 else None
 
 
 # Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
 def table(
-    headers: Sequence[str], rows: Iterable[Sequence[Any]], file: BinaryIO | None = None
+    headers: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    file: BinaryIO | None = None,
+    margin: str = "",
+    room: int | None = None,
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
-    On a terminal its width is kept: long cells are cut; where that is not enough, the last columns
-    are dropped, and named.
+    The width of a terminal, else that of ``room``, is kept: long texts go on in the next line, and
+    are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -176,28 +215,36 @@ def table(
     shown = len(widths)
     if file is None and sys.stdout.isatty():
         room = shutil.get_terminal_size().columns
-        least = [min(width, MIN_COLUMN) for width in widths]
-        while shown > 1 and sum(least[:shown]) + len(GAP) * (shown - 1) > room:
+    if room is not None:
+        while (fitting := narrowed(widths[:shown], room - len(margin))) is None and shown > 1:
             shown -= 1
-        widths = widths[:shown]
-        excess = sum(widths) + len(GAP) * (shown - 1) - room
-        while excess > 0 and max(widths) > MIN_COLUMN:
-            widths[widths.index(max(widths))] -= 1
-            excess -= 1
-    text = []
+        widths = fitting or [room - len(margin)]
+    lines = []
     for line in (headers, ["-" * width for width in widths], *cells):
         pieces = [
-            f"{cell(value, width):{'>' if number and cells else '<'}{width}}"
-            for value, width, number in zip(line, widths, numeric, strict=False)
+            _lines(value, width) if len(value) > width else [value]
+            for value, width in zip(line, widths, strict=False)
         ]
-        text.append(GAP.join(pieces).rstrip())
+        for texts in zip_longest(*pieces, fillvalue=""):
+            aligned = (
+                f"{text:{'>' if number and cells else '<'}{width}}"
+                for text, width, number in zip(texts, widths, numeric, strict=False)
+            )
+            lines.append((margin + GAP.join(aligned)).rstrip())
     if shown < len(headers):
-        text.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
-    data = "\n".join([*text, ""]).encode(errors="replace")
+        lines.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
+    data = "\n".join([*lines, ""]).encode(errors="replace")
     if file is None:
         typer.echo(data, nl=False)
     else:
         file.write(data)
+
+
+def _lines(text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(cell(text, LINES * width), width, break_on_hyphens=False)
+    if len(lines) > LINES:
+        lines[LINES - 1 :] = [cell(" ".join(lines[LINES - 1 :]), width)]
+    return lines
 
 
 class Format(StrEnum):

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -254,7 +253,7 @@ def _list_questions(store: Store, common: Common) -> None:
             own = "your own, instead of the one of this name" if item.replaces else "yours"
             mark = "" if item.path is None else f" ({own})"
             rows.append((item.name, _first_sentence(item.words) + mark))
-        output.definitions(rows)
+        output.pairs(rows, output.GAP)
         typer.echo("\nAsk one: cellstore ask accuracy. Read one: cellstore ask accuracy --sql")
     for problem in store.question_problems():
         say(f"Not listed: {problem}")
@@ -310,7 +309,7 @@ def schema(
             found = [item for item in every if item.kind == kind]
             if found:
                 typer.echo(f"{title}:")
-                output.definitions((item.name, _first_sentence(item.words)) for item in found)
+                output.pairs([(i.name, _first_sentence(i.words)) for i in found], output.GAP)
                 typer.echo("")
         typer.echo("The columns of one of them: cellstore schema NAME")
     else:
@@ -328,7 +327,7 @@ def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
         marks += ["key"] if column.key else []
         marks += [f"refers to {column.refers_to}"] if column.refers_to else []
         rows.append((column.name, f"{column.words} [{', '.join(marks)}]"))
-    output.definitions(rows)
+    output.pairs(rows, output.GAP)
     others = [
         f"{other.name}.{column.name}"
         for other in every
@@ -341,28 +340,18 @@ def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
         output.wrapped(", ".join(others), output.GAP)
 
 
-class ExportFormat(StrEnum):
-    """What an export is written as."""
-
-    PARQUET = "parquet"
-    CSV = "csv"
-    ANNDATA = "anndata"
+ENDINGS = {".csv": "csv", ".h5ad": "anndata", ".parquet": "parquet", ".pq": "parquet"}
 
 
-_ENDINGS = {
-    ".csv": ExportFormat.CSV,
-    ".h5ad": ExportFormat.ANNDATA,
-    ".parquet": ExportFormat.PARQUET,
-    ".pq": ExportFormat.PARQUET,
-}
-
-
-@command(app, "export")
+@command(app, "export", then=True)
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
     common: Common,
-    form: ExportFormat | None = option(
-        None, "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.", name="--format"
+    form: str | None = option(
+        None,
+        "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.",
+        name="--format",
+        choices=("parquet", "csv", "anndata"),
     ),
     features: str | None = option(
         None,
@@ -393,16 +382,16 @@ def export(
       cellstore export cells.parquet
       cellstore export cells.csv --plate BR00117035 --features texture
     """
-    written = form or _ENDINGS.get(out.suffix.lower())
+    written = form or ENDINGS.get(out.suffix.lower())
     if written is None:
         raise UserInputError(
-            f"The ending of {out.name} is none of {', '.join(_ENDINGS)}. Choose a format with "
+            f"The ending of {out.name} is none of {', '.join(ENDINGS)}. Choose a format with "
             "--format."
         )
     with common.open() as store:
         result = store.export(
             out,
-            format=written.value,
+            format=written,
             features=features,
             segmentation=segmentation,
             measurement=measurement,

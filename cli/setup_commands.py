@@ -75,6 +75,7 @@ def init(
 def backup(
     common: Common,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to, for example screen.tar.")],
+    dry_run: bool = option(False, "Only say what would go in, and how large it would be."),
 ) -> None:
     """Write the whole store to one file: all rows, and all files that cellstore wrote.
 
@@ -83,11 +84,17 @@ def backup(
 
     \b
     Example:
+      cellstore backup /backups/screen-2026-03-04.tar --dry-run
       cellstore backup /backups/screen-2026-03-04.tar
     """
     with common.open() as store:
-        result = store.backup(file)
+        result = store.backup(file, dry_run=dry_run)
     common.show(result, _show_backup)
+    if not common.as_json:
+        if dry_run:
+            say("Nothing was written: this was a dry run.")
+        else:
+            say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
     if result.missing:
         raise typer.Exit(1)
 
@@ -115,8 +122,11 @@ def restore(
     """
     result = Store.restore(file, folder, database=database, dry_run=dry_run)
     common.show(result, _show_backup)
-    if not (dry_run or common.as_json):
-        say_next(("cellstore verify",), replace(common, store=folder))
+    if not common.as_json:
+        if dry_run:
+            say("The backup is whole. Nothing was written: this was a dry run.")
+        else:
+            say_next(("cellstore verify",), replace(common, store=folder))
 
 
 def _show_backup(result: Backup) -> None:
@@ -132,8 +142,6 @@ def _show_backup(result: Backup) -> None:
     if result.missing:
         some = ", ".join(result.missing[:3]) + (", ..." if len(result.missing) > 3 else "")
         say(f"Not in it, because they are gone or have changed: {some}. See: cellstore verify")
-    if result.dry_run:
-        say("The backup is whole. Nothing was written: this was a dry run.")
 
 
 @command(app, "demo")
@@ -172,7 +180,7 @@ def demo(
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
-@command(db, "upgrade")
+@command(db, "upgrade", then=True)
 def db_upgrade(common: Common) -> None:
     """Bring the schema of the store up to date.
 

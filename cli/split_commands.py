@@ -45,8 +45,8 @@ def create(
 ) -> None:
     """Assign the images to train, validation and test.
 
-    The split is stored as rows under its name, and never changes once a run relies on it: the
-    database refuses. It refuses a well (plate, perturbation) in two subsets as well.
+    No well (with --group: no plate, no perturbation) is in two subsets. The split is kept under
+    its name, and once a run has used it, nobody can change it.
 
     \b
     Example:
@@ -83,7 +83,7 @@ def import_(
     common: Common,
     field: str = option_of(SplitParams, "field"),
     group: GroupLevel = option(
-        GroupLevel.IMAGE, "What the split keeps in one subset. image: it promises nothing."
+        GroupLevel.IMAGE, "What the split keeps in one subset. image: nothing is known of wells."
     ),
     allow_missing: bool = option_of(SplitParams, "allow_missing"),
 ) -> None:
@@ -136,7 +136,7 @@ def list_(common: Common) -> None:
     output.table(headers, rows)
 
 
-@command(split, "show")
+@command(split, "show", then=True)
 def show(common: Common, name: NameArgument = None) -> None:
     """Show the subsets of a split, and what was excluded.
 
@@ -149,7 +149,7 @@ def show(common: Common, name: NameArgument = None) -> None:
     common.show(result, _show_split)
 
 
-@command(split, "delete")
+@command(split, "delete", then=True)
 def delete(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="The split, or the name that its folds share.")
@@ -281,7 +281,7 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
-@command(split, "check")
+@command(split, "check", then=True)
 def check(
     common: Common,
     name: NameArgument = None,
@@ -300,11 +300,11 @@ def check(
     ),
     strict: bool = option(False, "End with 1 on warnings, too."),
 ) -> None:
-    """Look for what lets the test images be seen in training.
+    """Look for ways in which a network has already seen its test images.
 
-    A line for each finding. Leaks: wells, equal image files, or one compound under two names
-    in training and in test. Warnings: classes that are missing in a subset, or that their plate or
-    well position alone gives away. Ends with 1 if there is a leak.
+    Leaks: wells, equal image files, or one compound under two names in training and in test.
+    Warnings: classes that are missing in a subset, or that can be guessed from the plate or the
+    position of the well alone. Ends with 1 if there is a leak.
 
     \b
     Example:

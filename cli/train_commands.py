@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,9 +81,10 @@ def train(
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
-        "Train no network but what it has to beat: logistic, forest, or a null baseline "
-        "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
-        "four, or 'all'. They label the test images at once, for the report.",
+        "Train simple models for comparison instead of a network: logistic, forest, or a null "
+        "baseline, which knows nothing of how cells look (majority, shuffled, cellcount, "
+        "position); with commas between, or 'null' for all four, or 'all'. They label the test "
+        "images at once.",
         metavar="NAME,...",
         section=BASELINES,
     ),
@@ -241,7 +243,7 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
         say(note)
 
 
-@command(app, "contrast")
+@command(app, "contrast", then=True)
 def contrast(
     params: ContrastParams,
     common: Common,
@@ -320,7 +322,7 @@ def predict(
     Example:
       cellstore predict
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
-      cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
+      cellstore predict --subset all --where "treatment = 'DMSO'" --all-probabilities
     """
     with common.open() as store:
         result = store.predict(params, run=run, device=device)
@@ -390,3 +392,4 @@ def export_model(
     )
     for note in result.notes:
         say(note)
+    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")

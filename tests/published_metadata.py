@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellstore.io.filenames import format_well
-from cellstore.io.platemaps import PlateAnnotation, TreatmentRecord, read_annotation
+from cellstore.io.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.treatments import TreatmentRecord
 
 PLATE = "BR00116991"
 LAST_WELL = (14, 7)

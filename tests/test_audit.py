@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from functools import partial
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 from factories import MOMENT, Factory, sha
 from screens import small_screen
-from sqlalchemy import text
+from sqlalchemy import event, text
 from unguarded import unguarded
 
 from cellstore.enums import TARGET, ImageFlagReason, Stage, Status, Subset
@@ -17,8 +19,8 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
-from cellstore.query.source import predictions_of_image
-from cellstore.report.audit import Audit, audit, audit_text
+from cellstore.report.audit import Audit, audit
+from cellstore_cli.audit_commands import show_audit
 
 audit_image = partial(audit, kind="image")
 audit_well = partial(audit, kind="well")
@@ -151,7 +153,11 @@ def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> 
 
 def words(audit: Audit) -> str:
     """The text of an audit, in one line; no line of it is wider than a terminal."""
-    text = audit_text(audit)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(screen):
+        show_audit(audit)
+    screen.seek(0)
+    text = screen.read()
     assert max(map(len, text.splitlines())) <= 80
     return " ".join(text.split())
 
@@ -339,21 +345,28 @@ def test_a_run_walks_both_ways(workspace: Workspace) -> None:
         audit_run(workspace, "77")
 
 
-def _plan(workspace: Workspace) -> str:
+def test_votes_are_found_by_index(workspace: Workspace) -> None:
+    small_screen(workspace)
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        asked.append((statement, values))
+
+    event.listen(workspace.database.engine, "before_cursor_execute", note)
+    audit_image(workspace, "BR1/r02c01f01")
+    event.remove(workspace.database.engine, "before_cursor_execute", note)
+    counts = [(query, values) for query, values in asked if "sum(CAST(round" in query]
     sqlite = workspace.database.is_sqlite
-    query = f"SELECT p.run_id FROM {predictions_of_image(3, is_sqlite=sqlite)}"
     with workspace.database.read() as session:
+        connection = session.connection()
         if not sqlite:
             # On a tiny table a scan is right; the question is whether an index can serve.
             session.execute(text("SET LOCAL enable_seqscan = off"))
         explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(text(f"{explain} {query}")))
-
-
-def test_votes_are_found_by_index(workspace: Workspace) -> None:
-    small_screen(workspace)
-    plan = _plan(workspace)
-    assert "SCAN" not in plan
+        ((query, values),) = counts
+        rows = connection.exec_driver_sql(f"{explain} {query}", values).all()
+    plan = "\n".join(str(tuple(row)) for row in rows)
+    assert "SCAN" not in plan.replace("SCAN flags", "").replace("SCAN CONSTANT ROW", "")
     assert "Seq Scan" not in plan
     assert "ix_predictions_cell_id" in plan
 
@@ -372,7 +385,7 @@ def test_an_audit_does_not_slow_down_with_other_images(sqlite_workspace: Workspa
 
 
 def _steps(workspace: Workspace, image_id: int) -> int:
-    """How many hundred steps of SQLite's machine the votes of an image take."""
+    """How many steps of SQLite's machine the audit of an image takes."""
     count = 0
 
     def tick() -> int:
@@ -380,13 +393,12 @@ def _steps(workspace: Workspace, image_id: int) -> int:
         count += 1
         return 0
 
-    with workspace.database.read() as session:
-        raw = session.connection().connection.driver_connection
-        assert raw is not None
-        raw.set_progress_handler(tick, 1)
-        origin = predictions_of_image(image_id, is_sqlite=True)
-        session.execute(text(f"SELECT p.run_id FROM {origin}")).all()
-        raw.set_progress_handler(None, 0)
+    def watch(connection: Any, *_: Any) -> None:
+        connection.connection.driver_connection.set_progress_handler(tick, 1)
+
+    event.listen(workspace.database.engine, "before_cursor_execute", watch)
+    audit_image(workspace, str(image_id))
+    event.remove(workspace.database.engine, "before_cursor_execute", watch)
     return count
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cellstore.analysis.contrasts import Contrast, Difference, _interval, _wins, contrast, judge
+from cellstore.analysis.contrasts import (
+    Contrast,
+    Difference,
+    auc_interval,
+    contrast,
+    judge,
+    win_counts,
+)
 from cellstore.errors import UserInputError
 
 pytest.importorskip("sklearn")
@@ -80,17 +87,17 @@ def test_the_area_is_that_of_scikit_learn_and_its_interval_that_of_wells() -> No
     wells = np.sort(random.integers(0, 7, 300))
     treated = wells < 3
     scores = np.round(random.normal(size=300) + treated, 1)  # with draws
-    wins, sizes = _wins(scores, treated, wells)
+    wins, sizes = win_counts(scores, treated, wells)
     area = wins.sum() / (sizes[0].sum() * sizes[1].sum())
     assert area == pytest.approx(metrics.roc_auc_score(treated, scores), abs=1e-12)
     # two wells a side, of which one treated well always wins and the other never does: 0, half
     # or all, with probability 1/4, 1/2, 1/4
     wins = np.array([[4.0, 4.0], [0.0, 0.0]])
     two = np.array([2, 2])
-    assert _interval(wins, (two, two), 0) == (0.0, 1.0)
-    assert _interval(0 * wins, (two, two), 0) == (0, pytest.approx(1 - 0.025 ** (1 / 4)))
+    assert auc_interval(wins, (two, two), 0) == (0.0, 1.0)
+    assert auc_interval(0 * wins, (two, two), 0) == (0, pytest.approx(1 - 0.025 ** (1 / 4)))
     same = np.full((2, 2), 2.0)
-    assert _interval(same, (two, two), 0) == (0.5, 0.5)
+    assert auc_interval(same, (two, two), 0) == (0.5, 0.5)
 
 
 def test_a_value_that_is_missing_counts_as_the_mean() -> None:

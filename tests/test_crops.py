@@ -60,7 +60,7 @@ def packed(**more) -> PackedCrops:
 
 @pytest.mark.parametrize("size", [4, 10, 32, 120])
 def test_an_accelerator_makes_the_same_crops(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crops_module, "_PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
+    monkeypatch.setattr(crops_module, "PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
     in_turn = resized(packed(), size)
     at_once = crops_module.resized_at_once(packed(), size, "cpu")
     assert in_turn.keys() == at_once.keys() == {"mask", "flow"}
@@ -74,13 +74,13 @@ def test_weights_are_those_of_torch(old: int, new: int) -> None:
     expected = torch.nn.functional.interpolate(
         pixels, size=(new, old), mode="bilinear", antialias=True
     )
-    weights = crops_module._weights(torch.tensor([old]), old, new)[0]
+    weights = crops_module.resize_weights(torch.tensor([old]), old, new)[0]
     torch.testing.assert_close(weights, expected[0, 0], atol=1e-6, rtol=0)
 
 
 def test_many_crops_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = resized(packed(), 10)
-    monkeypatch.setattr(crops_module, "_PIXELS_AT_ONCE", 200)
+    monkeypatch.setattr(crops_module, "PIXELS_AT_ONCE", 200)
     for name, crops in resized(packed(), 10).items():
         assert torch.equal(crops, expected[name])
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from cellstore.analysis.draws import Lowest, even_shares, lots
+from cellstore.analysis.draws import Lowest, even_shares, lots, splitmix64
 
 
 def test_lots_are_those_of_splitmix64() -> None:
     # The first three outputs from state 0 of Vigna's splitmix64.c (prng.di.unimi.it).
     golden = 0x9E3779B97F4A7C15
     outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    from cellstore.analysis.draws import _mixed
-
     states = np.array([golden * i % 2**64 for i in (1, 2, 3)], dtype=np.uint64)
-    assert _mixed(states).tolist() == outputs
+    assert splitmix64(states).tolist() == outputs
     many = lots(np.arange(20_000), 0) / 2.0**64
     assert abs(many.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(many, lots(np.arange(20_000), 1))[0, 1]) < 0.02

@@ -15,7 +15,7 @@ from cellstore.analysis.leaks import (
     leaks,
 )
 from cellstore.enums import GroupLevel, Subset
-from cellstore.io.platemaps import normalised_name
+from cellstore.io.treatments import normalised_name
 
 TRAIN, VALIDATION, TEST = Subset
 LEAK, WARNING, REMARK = LeakSeverity

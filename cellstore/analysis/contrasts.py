@@ -95,8 +95,8 @@ def contrast(
         seen, held = _standardised(rows[train], rows[test])
         model = LogisticRegression(class_weight="balanced", max_iter=1000)
         scores[test] = model.fit(seen, treated[train]).decision_function(held)
-    wins, sizes = _wins(scores, treated, wells)
-    low, high = _interval(wins, sizes, seed)
+    wins, sizes = win_counts(scores, treated, wells)
+    low, high = auc_interval(wins, sizes, seed)
     predicted = scores > 0
     recall = [float(np.mean(predicted[treated == which] == which)) for which in (True, False)]
     return Contrast(
@@ -136,7 +136,7 @@ def _standardised(train: Numbers, test: Numbers) -> tuple[Numbers, Numbers]:
     return scaled[0], scaled[1]
 
 
-def _wins(scores: Numbers, treated: Flags, wells: Ids) -> tuple[Numbers, tuple[Ids, Ids]]:
+def win_counts(scores: Numbers, treated: Flags, wells: Ids) -> tuple[Numbers, tuple[Ids, Ids]]:
     """How often cells of each treated well score above cells of each control well.
 
     Wins (T, C), a draw counting half (Mann and Whitney 1947), and the cells of each well, (T,) and
@@ -160,7 +160,7 @@ def _by_well(scores: Numbers, wells: Ids) -> tuple[list[Numbers], Ids]:
     return [np.sort(scores[wells == name]) for name in names], counts.astype(np.int64)
 
 
-def _interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
+def auc_interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the AUC, drawing treated wells and control wells.
 
     Where every treated cell is above every control cell, or below, all draws are alike and say

@@ -27,11 +27,12 @@ def lots(ids: ArrayLike, seed: int) -> NDArray[np.uint64]:
     """
     start = np.uint64(((seed + 1) * _GOLDEN) & _BITS)
     spread = np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN)
-    found: NDArray[np.uint64] = _mixed(spread + _mixed(start))
+    found: NDArray[np.uint64] = splitmix64(spread + splitmix64(start))
     return found
 
 
-def _mixed(values: Any) -> Any:
+def splitmix64(values: Any) -> Any:
+    """Return what SplitMix64 makes of its states, uint64 of any shape."""
     with np.errstate(over="ignore"):
         for shift, factor in _MIXERS:
             values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)

@@ -18,7 +18,18 @@ from typing import Any
 from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
-from ..models import Event, Image, ImageFile, Plate, Run, Well
+from ..models import (
+    Base,
+    Event,
+    Image,
+    ImageFile,
+    Perturbation,
+    Plate,
+    Run,
+    Treatment,
+    Well,
+)
+from .session import HARMLESS
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
@@ -93,7 +104,8 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
     An event for each table, with the first and the last of the new ids: only one ingest writes at
     a time, and an id is never given twice (see ``take_ids``).
     """
-    last = {table: _last_id(session, table) for table in (Plate, Well, Image, ImageFile)}
+    tables: tuple[type[Base], ...] = (Plate, Well, Image, ImageFile, Treatment, Perturbation)
+    last = {table: _last_id(session, table) for table in tables}
     session.info[_NEW_AFTER] = {table.__tablename__: number for table, number in last.items()}
     changes: list[Change] = []
 
@@ -121,7 +133,9 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
         after = _last_id(session, table)
         if after > before:
             new = {"first_id": before + 1, "last_id": after}
-            changes.append(Change(table.__tablename__, after, None, new))
+            # Their ids may be given again, and what is said of one row is looked up by its id.
+            row_id = None if table in (Treatment, Perturbation) else after
+            changes.append(Change(table.__tablename__, row_id, None, new))
     record_events(session, changes, run_id=run_id)
 
 
@@ -130,8 +144,8 @@ def is_new(session: Session, table: str, row_id: int) -> bool:
     return bool(row_id > session.info.get(_NEW_AFTER, {}).get(table, row_id))
 
 
-def _last_id(session: Session, table: type[Plate | Well | Image | ImageFile]) -> int:
-    return session.scalar(select(func.coalesce(func.max(table.id), 0))) or 0
+def _last_id(session: Session, table: type[Base]) -> int:
+    return session.scalar(select(func.max(table.__table__.c.id))) or 0
 
 
 def event_digest(row: dict[str, Any], previous: str | None) -> str:
@@ -174,9 +188,19 @@ def without_passwords(word: str) -> str:
     masked = re.sub(
         rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
     )
+    masked = re.sub(rf"(?:postgres|sqlite)[\w+.-]*://[^{inner}\0]+", _without_parameters, masked)
     return re.sub(
-        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
+        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram|token|key|signature)[^?&=\s]*=)[^&{inner}\0]+",
         r"\1***",
         masked,
         flags=re.IGNORECASE,
+    )
+
+
+def _without_parameters(url: re.Match[str]) -> str:
+    """A URL of a database with the values of its parameters hidden, but for harmless ones."""
+    return re.sub(
+        r"([?&])([^?&=]*)=([^&]+)",
+        lambda part: part[0] if part[2].lower() in HARMLESS else f"{part[1]}{part[2]}=***",
+        url[0],
     )

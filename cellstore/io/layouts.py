@@ -13,8 +13,9 @@ from ..errors import BadTableError, UserInputError
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
-from .platemaps import PREFIX, SAMPLE, MapOptions, map_table
+from .platemaps import MapOptions, map_table
 from .tables import nearest_columns, open_table
+from .treatments import PREFIX
 
 _OTHERS = (
     "A table of images (LoadData) needs FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
@@ -63,8 +64,6 @@ class Layout(StrEnum):
     PLATEMAP = "platemap", SourceKind.TREATMENTS
     TREATMENT_TABLE = "treatment-table", SourceKind.TREATMENTS
     JUMP_PLATES = "jump-plates", SourceKind.TREATMENTS
-    JUMP_CRISPR = "jump-crispr", SourceKind.TREATMENTS
-    JUMP_CONTROLS = "jump-controls", SourceKind.TREATMENTS
     CELLPROFILER_CSV = "cellprofiler-csv", SourceKind.FEATURES
     CELLPROFILER_SQLITE = "cellprofiler-sqlite", SourceKind.FEATURES
     SINGLE_CELLS = "single-cells", SourceKind.FEATURES
@@ -139,6 +138,12 @@ def detect(
     if len(chosen) == 1:
         return chosen[0]
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
+    if len({item.kind for item in chosen}) > 1:
+        kinds = [item.kind.value for item in chosen]
+        commands = (f"cellstore ingest {kind} {path}" for kind in kinds)
+        raise BadTableError(
+            f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
+        )
     if chosen:
         raise BadTableError(f"{path.name} may be {named}. Choose with --layout.")
     if found:
@@ -162,9 +167,10 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     others |= {"split", "experiment_type"}
     files = of_images or any(column.startswith("Image_FileName_") for column in columns)
     meant = MapColumns(columns, ())
-    described = bool(names & {"pert_iname", "gene", "Symbol"})
+    coded = bool(names & {"broad_sample", "JCP2022"})
+    described = bool(names & {"pert_iname", "gene", "Symbol"}) or {"Name", "modality"} <= names
     chemistry = any(meant.column(role) for role in ("target", "gene", "inchikey", "smiles"))
-    named = not names & {SAMPLE, "JCP2022"} and meant.column("treatment") is not None and chemistry
+    named = not coded and meant.column("treatment") is not None and chemistry
     of_splits = {"split", "experiment_type", "Site"}
     measured = bool(names & {"ImageNumber", "ObjectNumber"}) or _profile_columns(columns) > 0
     plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
@@ -179,14 +185,12 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
             and (of_images or not names & of_splits)
         ),
         Layout.TREATMENT_TABLE: (
-            ((SAMPLE in names and described) or named)
+            ((coded and described) or named)
             and not meant.has_well
             and not names & others
             and not files
         ),
         Layout.JUMP_PLATES: plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
-        Layout.JUMP_CRISPR: {"JCP2022", "NCBI_Gene_ID", "Symbol"} == names,
-        Layout.JUMP_CONTROLS: {"JCP2022", "pert_type", "Name", "modality"} <= names,
     }
     return [layout for layout, fits in tests.items() if fits]
 

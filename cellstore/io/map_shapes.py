@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -96,41 +97,74 @@ def dose_in_name(text: str) -> tuple[str, str | None]:
     return (text[: found.end(1)], f"{found[2]} {found[3]}") if found else (text, None)
 
 
+# ---- What Excel makes of cells ----
+
+_MONTH = "(?:Jan|Feb|Mar|M\u00e4r|Mrz|Apr|Mai|May|Jun|Jul|Aug|Sept?|Okt|Oct|Nov|Dez|Dec)\\.?"
+_EXCEL = {
+    "an error of Excel": re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
+    "a date in place of a name": re.compile(
+        rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
+        r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
+    ),
+}
+EXCEL_ADVICE = {
+    "an error of Excel": "Correct the formula and save the file again.",
+    "a date in place of a name": (
+        "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, write "
+        "the names again and save the file."
+    ),
+}
+
+
+def excel_damage(text: str) -> str | None:
+    """Return what a cell is where a name should be, a key of ``EXCEL_ADVICE``; None: a text.
+
+    ``#N/A`` and ``#BEZUG!`` are errors; ``2-Mar``, ``Mar-02``, ``2. Mrz`` and ``2026-03-02`` dates.
+    """
+    return next((what for what, looks in _EXCEL.items() if looks.fullmatch(text)), None)
+
+
 # ---- What a column is ----
 
 _WORDS = {
     "well": "well wellposition wellid wellname wells wellpos position pos welllocation "
-    "destinationwell",
-    "row": "row wellrow",
-    "column": "column col wellcol wellcolumn",
-    "plate": "plate barcode platebarcode assayplatebarcode plateid platename assayplate",
+    "destinationwell kavitat kavitaet puits pocillo",
+    "row": "row wellrow zeile reihe ligne fila",
+    "column": "column col wellcol wellcolumn spalte colonne columna",
+    "plate": "plate barcode platebarcode assayplatebarcode plateid platename assayplate "
+    "platte plattenname plattenbarcode plaque placa",
     "map": "platemapname platemap",
     "sample": "broadsample jcp2022",
     "treatment": "pertiname compound compounds compoundname drug drugs drugname cmpd substance "
-    "chemical inhibitor agent treatment treatments treatmentname perturbation name content",
+    "chemical inhibitor agent treatment treatments treatmentname perturbation name content "
+    "substanz verbindung wirkstoff behandlung compose traitement compuesto tratamiento",
     "sirna": "sirna sirnaname sirnas shrna",
     "crispr": "sgrna guide grna crispr guiderna",
     "orf": "orf orfname",
-    "genotype": "genotype",
-    "gene": "gene genename genesymbol symbol",
+    "genotype": "genotype genotyp",
+    "gene": "gene genename genesymbol symbol gen",
     "dose": "mmolesperliter dose doses concentration concentrations conc finalconcentration "
-    "finalconc finaldose dosis konzentration konz compoundconcentration compounddose drugdose "
+    "finalconc finaldose dosis konzentration konz endkonzentration concentracion "
+    "compoundconcentration compounddose drugdose "
     "drugconcentration treatmentconcentration sirnaconcentration sirnadose sirnaconc "
     "mgperml",
     "unit": "unit units doseunit doseunits concentrationunit concentrationunits concunit "
-    "concunits einheit",
-    "control": "controltype control perttype role welltype assaywellrole welrole wellrole controls",
-    "target": "target targets targetlist targetgene",
+    "concunits einheit unite unidad",
+    "control": "controltype control perttype role welltype assaywellrole welrole wellrole controls "
+    "kontrolle kontrollen controle temoin",
+    "target": "target targets targetlist targetgene zielgen cible",
     "inchikey": "inchikey",
     "smiles": "smiles",
     "pubchem_cid": "pubchemcid",
-    "cell_line": "cellline celllines celltype cells celllinename zelllinie",
-    "time_point": "time timepoint timepoints incubationtime zeit timehours",
-    "replicate": "replicate replicates rep replikat",
+    "cell_line": "cellline celllines celltype cells celllinename zelllinie zelltyp "
+    "ligneecellulaire lineacelular",
+    "time_point": "time timepoint timepoints incubationtime zeit timehours zeitpunkt temps tiempo",
+    "replicate": "replicate replicates rep replikat replicat replica",
     "batch": "batch",
     "kind": "perturbationtype perturbationkind modality kind",
     "solvent": "solvent",
 }
+"""Headers in English, German, French and Spanish, without their accents; the first goes before."""
 _ROLES = {word: (role, rank) for role, t in _WORDS.items() for rank, word in enumerate(t.split())}
 ROLES = tuple(role for role in _WORDS if role != "solvent")
 """What ``--map-column`` may name."""
@@ -156,6 +190,11 @@ class Header(NamedTuple):
     unit: str | None = None
 
 
+def _letters(text: str) -> str:
+    """Return letters and digits in lower case, without accents."""
+    return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", text.lower()))
+
+
 @lru_cache(2_000)
 def header_of(text: str) -> Header | None:
     """Return what a header means: ``Dose 2 [nM]`` is the dose of part 2 in nM; None: unknown."""
@@ -168,10 +207,10 @@ def header_of(text: str) -> Header | None:
             plain, unit = found[1], found[2]
             break
     number = 0
-    key = re.sub(r"[^a-z0-9]", "", plain.lower())
+    key = _letters(plain)
     if key not in _ROLES and (found := _COUNTED.fullmatch(plain)):
         number = int(found[2]) if found[2] else ord(found[4]) - 64
-        key = re.sub(r"[^a-z0-9]", "", (found[1] or found[3]).lower())
+        key = _letters(found[1] or found[3])
     if key not in _ROLES:
         return None
     role, rank = _ROLES[key]
@@ -259,17 +298,18 @@ _LOOKED_AT = 50
 _TITLES = {
     role: re.compile(rf"\b({words})", re.IGNORECASE)
     for role, words in {
-        "Dose": "dose|dosis|conc|konz",
-        "Cell line": "cell ?lines?|cell ?types?|zelllinie",
-        "Time": "time|zeit",
-        "Control": "controls?",
+        "Dose": "dos[ei]|conc|konz",
+        "Cell line": "cell ?lines?|cell ?types?|zelllinie|lign\u00e9e cell|l\u00ednea cel",
+        "Time": "time|zeit|temps|tiempo",
+        "Control": "controls?|kontrolle",
         "siRNA": "sirna",
         "Genotype": "genotype",
         "Gene": "genes?",
         "Replicate": "replicate",
         "Batch": "batch",
         "Unit": "units?",
-        "Compound": "compound|treatment|drug|substance|perturbation|inhibitor",
+        "Compound": "compound|treatment|drug|substan[cz]|perturbation|inhibitor|verbindung"
+        "|wirkstoff|behandlung|compos\u00e9|traitement|compuesto|tratamiento",
     }.items()
 }
 _TITLE_UNIT = re.compile(rf"(?:^|[\s(\[])({_UNITS})(?:$|[\s)\],])")
@@ -321,6 +361,14 @@ def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
                 continue
             values: list[tuple[tuple[int, int], int, str]] = []
             below, label = at + 1, None
+            first_labels = [
+                _row_of(row.cells[left]) for row in rows[below : below + 3] if left < len(row.cells)
+            ]
+            if 1 in first_labels[1:] and first_labels[0] is None:
+                raise BadTableError(
+                    f"Line {rows[below].line} has no letter, and the row A is below it. The rows "
+                    "of a grid begin right under its numbers; has the map shifted? Correct it."
+                )
             while below < len(rows) and left < len(rows[below].cells):
                 found = _row_of(rows[below].cells[left])
                 if found is None or (label is not None and found != label + 1):
@@ -371,7 +419,8 @@ def _title(rows: Sequence[TableRow], at: int, left: int, blocks: Sequence[Block]
 
 def _is_dose(texts: Sequence[str]) -> bool:
     known = [text for text in texts if text not in MISSING]
-    number = sum(_DOSE.fullmatch(text.strip()) is not None for text in known)
+    doses = (re.split(r"\s*\+\s*", text.strip()) for text in known)  # '5 + 1' of a combination
+    number = sum(all(map(_DOSE.fullmatch, pieces)) for pieces in doses)
     return bool(known) and number * 2 > len(known)
 
 

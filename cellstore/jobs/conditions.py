@@ -38,8 +38,9 @@ COLUMNS: Mapping[str, Any] = {
     "time_point": Image.time_point,
     "image": Image.core_name,
     "image_id": Image.id,
-    "perturbation": Treatment.name,
-    "treatment": Treatment.name_with_dose,
+    "treatment": Treatment.name,
+    "perturbation": Treatment.name,  # as the label field of this name
+    "name_with_dose": Treatment.name_with_dose,
     "dose": _DOSE,
     "target": Treatment.target,
     "kind": of_parts(Perturbation.kind),
@@ -59,7 +60,7 @@ _COMPARISONS: Mapping[type[exp.Expression], Callable[[Any, Any], Any]] = {
     exp.ILike: lambda left, right: left.ilike(right),
     exp.Is: lambda left, right: left.is_(right),
 }
-_EXAMPLE = "\"plate = 'P1' AND well_column <= 12 AND perturbation <> 'DMSO'\""
+_EXAMPLE = "\"plate = 'P1' AND well_column <= 12 AND treatment <> 'DMSO'\""
 
 
 def condition(text: str) -> ColumnElement[bool]:

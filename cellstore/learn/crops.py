@@ -299,10 +299,10 @@ CROP_MEAN = 0.5
 CROP_STD = 0.5
 """Normalisation of every channel in the published study: 0..1 becomes -1..1."""
 
-_PIXELS_AT_ONCE = 1 << 15
+PIXELS_AT_ONCE = 1 << 15
 """Pixels that are made floats at once on a CPU: about what its cache holds."""
 
-_PADDED_AT_ONCE = 1 << 26
+PADDED_AT_ONCE = 1 << 26
 """Numbers of crops that are padded to one size at once on an accelerator: 256 MB."""
 
 _COLUMNS, _ROWS = 32, 56
@@ -374,8 +374,8 @@ def resized_at_once(
         positions = starts[index][:, None, None] + down + across
         # Beyond a crop are pixels of other cells; their weights are 0.
         padded = flat[:, positions.clamp_(max=flat.shape[1] - 1)].transpose(0, 1)
-        widened = padded @ _weights(lengths[:, 1], columns, size).mT[:, None]
-        crops = _weights(lengths[:, 0], rows, size)[:, None] @ widened
+        widened = padded @ resize_weights(lengths[:, 1], columns, size).mT[:, None]
+        crops = resize_weights(lengths[:, 0], rows, size)[:, None] @ widened
         for name, own in channels.items():
             made[name][index] = crops[:, own.start : own.stop]
     return made
@@ -395,7 +395,7 @@ class _Band:
 
 @lru_cache(maxsize=2048)
 def _bands(length: int, size: int, width: int) -> list[_Band]:
-    weights = _weights(torch.tensor([length]), length, size)[0]
+    weights = resize_weights(torch.tensor([length]), length, size)[0]
     bands = []
     for rows in torch.arange(size).tensor_split(max(1, size // width)):
         there = weights[rows].sum(dim=0).nonzero()
@@ -416,10 +416,10 @@ def _channels(layers: Mapping[str, Sized]) -> dict[str, range]:
 
 
 def _runs(spans: Spans) -> Iterator[tuple[int, int]]:
-    """First cell and the one after the last of runs of at most ``_PIXELS_AT_ONCE`` pixels."""
+    """First cell and the one after the last of runs of at most ``PIXELS_AT_ONCE`` pixels."""
     first = 0
     for last in range(1, len(spans) + 1):
-        if last == len(spans) or spans[last][1] - spans[first][0] > _PIXELS_AT_ONCE:
+        if last == len(spans) or spans[last][1] - spans[first][0] > PIXELS_AT_ONCE:
             yield first, last
             first = last
 
@@ -430,7 +430,7 @@ def _of_like_sizes(sizes: NDArray[np.int64], channels: int) -> Iterator[NDArray[
     first = 0
     for last in range(1, len(order) + 1):
         rows, columns = sizes[order[first : last + 1]].max(axis=0).tolist()
-        if last == len(order) or (last + 1 - first) * channels * rows * columns > _PADDED_AT_ONCE:
+        if last == len(order) or (last + 1 - first) * channels * rows * columns > PADDED_AT_ONCE:
             yield order[first:last]
             first = last
 
@@ -467,7 +467,7 @@ def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _weights(lengths: Tensor, longest: int, size: int) -> Tensor:
+def resize_weights(lengths: Tensor, longest: int, size: int) -> Tensor:
     """(N, size, longest): the share of each of ``lengths`` (N,) pixels in each of ``size`` pixels.
 
     As torch computes them, in float32: a triangle around the middle of the new pixel, one old

@@ -16,10 +16,10 @@ import re
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,7 @@ import duckdb
 
 from ..artifacts import BorrowingFolder
 from ..config import VoteOptions
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .guard import (
@@ -38,7 +38,6 @@ from .guard import (
     locked_connection,
     not_readable,
     only_reading,
-    own_connection,
     quoted,
     reading_files,
     run_limited,
@@ -57,18 +56,6 @@ _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
 _IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
 _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
-
-_OF_IMAGE = {
-    "wells": "WHERE t.id = (SELECT well_id FROM images WHERE id = {image})",
-    "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
-    "split_members": (
-        "WHERE t.image_id IN (SELECT id FROM images WHERE well_id ="
-        " (SELECT well_id FROM images WHERE id = {image}))"
-    ),
-    "segmentations": "WHERE t.image_id = {image}",
-    "cells": "JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.image_id = {image}",
-}
-"""What is read of these tables where one image is asked about: of the well what votes depend on."""
 
 # Copies
 
@@ -240,16 +227,13 @@ def open_questions(
     vote_options: VoteOptions | None = None,
     runs: Collection[int] | None = None,
     only_image_votes: bool = False,
-    image: int | None = None,
 ) -> Iterator[Questions]:
     """Open a store for questions.
 
     ``vote_options``: how cells vote in the views; by default every cell that is not excluded does.
     ``runs``: the predict runs that are asked about; what others said is not read, as if they had
     said nothing. ``only_image_votes``: of the votes only the hard and soft ones of images are asked
-    for, whose winners are kept; the others are left out. ``image``: the one image (by id) whose
-    votes are asked for; then nothing is copied, and of images, cells and predictions only those of
-    its well or itself are there.
+    for, whose winners are kept; the others are left out.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -277,11 +261,8 @@ def open_questions(
             vote_options or VoteOptions(),
             runs,
             only_image_votes,
-            image,
             stack.enter_context(closing(Source(workspace.database))),
-            stack.enter_context(
-                locked_connection(limits, spill, readable) if image is None else own_connection()
-            ),
+            stack.enter_context(locked_connection(limits, spill, readable)),
             copies,
             spill,
             stack,
@@ -301,7 +282,6 @@ class Questions:
     vote_options: VoteOptions
     runs: Collection[int] | None
     only_image_votes: bool
-    image: int | None
     _source: Source
     _full: duckdb.DuckDBPyConnection
     _copies: Path
@@ -442,13 +422,11 @@ class Questions:
                 continue
             rows = None
             create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
-            copied = name in WRITERS and self.image is None
+            copied = name in WRITERS
             if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
                 self._load({LATER})
                 copied = not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
-            if name == PREDICTIONS and self.image is not None:
-                rows = self._source.feed_predictions(self._full, create, image=self.image)
-            elif name == LATER:
+            if name == LATER:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
                 rows = self._source.feed_table(self._full, create, "exclusions", own)
@@ -459,13 +437,10 @@ class Questions:
             elif copied:
                 self._load_copies(name)
             elif name in self._source.columns and name != "predictions":
-                condition = ""
-                if self.image is not None:
-                    condition = _OF_IMAGE.get(name, "").format(image=int(self.image))
-                rows = self._source.feed_table(self._full, create, name, condition)
+                rows = self._source.feed_table(self._full, create, name)
             elif (query := self._query_of(name)) is not None:
                 self._load(sources_of(query))
-                once = self.image is not None or sources_of(query) <= self._few
+                once = sources_of(query) <= self._few
                 if name == "run_images" and self.runs is not None:
                     # Other views name it many times; made once, it is read as often for nothing.
                     numbers = ", ".join(str(int(run)) for run in self.runs)
@@ -483,15 +458,6 @@ class Questions:
         if once and rows[0][0] <= FEW:
             self._few.add(name)
 
-    @cached_property
-    def _deletion(self) -> int:
-        """The last event by which cells were deleted; copies that were made before it have them."""
-        create = "CREATE TABLE deletions AS SELECT coalesce(max(id), 0) AS id FROM {rows}"
-        only = "WHERE t.table_name = 'cells' AND t.new IS NULL"
-        self._source.feed_table(self._full, create, "events", only)
-        (found,) = self._full.execute("FROM deletions").fetchall()
-        return int(found[0])
-
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
 
@@ -499,17 +465,14 @@ class Questions:
             StorageError: a copy cannot be written.
         """
         self._load({"runs"})
-        predicts = Stage.PREDICT in WRITERS[name]
-        # A failed predict run may be resumed; a failed run of another stage never is.
-        final = [Status.DONE.value] if predicts else [Status.DONE.value, Status.FAILED.value]
         query = """
-            SELECT id, started_at::VARCHAR || ' ' || ended_at::VARCHAR,
-                ended_at IS NOT NULL AND list_contains(?, status)
-            FROM runs WHERE list_contains(?, stage) ORDER BY id
+            SELECT id, concat_ws(' ', started_at, ended_at, changed_rows, sum(changed_rows)
+                FILTER (WHERE list_contains(?, stage)) OVER ()), ended_at IS NOT NULL
+            FROM runs QUALIFY list_contains(?, stage) ORDER BY id
         """
-        stages = [stage.value for stage in WRITERS[name]]
-        runs = self._full.execute(query, [final, stages]).fetchall()
-        if predicts and self.runs is not None:
+        stages = [[stage.value for stage in WRITERS[some]] for some in ("cells", name)]
+        runs = self._full.execute(query, stages).fetchall()
+        if Stage.PREDICT in WRITERS[name] and self.runs is not None:
             runs = [row for row in runs if row[0] in self.runs]
         extents = {row[0]: "" for row in runs}
         if name == "cells":  # an ingest may add cells to those of another
@@ -519,10 +482,6 @@ class Questions:
                 FROM segmentations GROUP BY run_id
             """)
             extents = dict(found.fetchall())
-        if self._deletion:
-            extents = {
-                run: f"{extent}, deletion {self._deletion}" for run, extent in extents.items()
-            }
         columns = KEPT_COLUMNS.get(name) or self._source.columns[name]
         names = ", ".join(map(quoted, columns))
         parts = []
@@ -564,8 +523,9 @@ class Questions:
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
 
-        ``mark`` tells the run from any other, also after a store was made anew, and says how much
-        it wrote, where later runs may add to it. The copy is made in a database and a folder of its
+        ``mark`` tells the run from any other, also after a store was made anew, says how much it
+        wrote, where later runs may add to it, and how many of its rows and of those of cells were
+        changed since. The copy is made in a database and a folder of its
         own: no user asks there.
 
         Raises:
@@ -629,6 +589,42 @@ class Questions:
                 f"The cache {self._copies} cannot be written: {reason}. Free some space or mend "
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
+
+
+_running = cache(duckdb.connect)
+"""A DuckDB that goes on: to start one for a few rows would take longer than the answer."""
+
+_COUNTS_OF_IMAGE = """
+    WITH label_votes AS (
+        SELECT 'image' AS level, NULL AS unit_id, NULL AS subset, unnest(['hard', 'soft']) AS vote,
+            unnest([CAST(cells AS DOUBLE), probability]) AS votes, *
+        FROM (
+            SELECT unnest($run_id) AS run_id, unnest($label_id) AS label_id,
+                unnest($cells) AS cells, unnest($probability) AS probability,
+                unnest($position) AS position
+        )
+    )
+"""
+"""What ``label_votes`` says, of what the database has counted for one image."""
+
+
+def rank_counts(counts: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+    """Rank the labels of one image as ``ranked_votes`` does; return its rows by run and vote.
+
+    ``counts``: what the database has counted, of each label of each run the ``run_id``,
+    ``label_id``, ``label``, ``cells`` that chose it and summed ``probability``.
+    """
+    keys = ("run_id", "label_id", "cells", "probability")
+    columns = {key: [row[key] for row in counts] for key in keys}
+    alphabet = sorted({(row["label"], row["label_id"]) for row in counts})
+    places = {label_id: place for place, (_, label_id) in enumerate(alphabet)}
+    columns["position"] = [places[label_id] for label_id in columns["label_id"]]
+    with _running(":memory:").cursor() as connection:
+        connection.execute("PRAGMA disable_optimizer")  # to look for the best plan takes longer
+        found = connection.execute(_COUNTS_OF_IMAGE + view(RANKED).query, columns)
+        names = [column[0] for column in found.description]
+        rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    return {(row["run_id"], row["vote"]): row for row in rows}
 
 
 def sources_of(sql: str) -> set[str]:

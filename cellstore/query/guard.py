@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,8 +44,6 @@ or run text as SQL."""
 
 _REFUSED = frozenset(("current_setting", "getenv", "write_log"))
 """Functions of values that read settings, or write."""
-
-_numbers = count(1)
 
 _EXPLAIN = re.compile(r"\s*explain\b\s*(analyze\b|analyse\b)?\s*(\([^()]*\))?", re.IGNORECASE)
 
@@ -123,30 +119,6 @@ def locked_connection(
     finally:
         connection.close()
         shutil.rmtree(spill, ignore_errors=True)
-
-
-@cache
-def _running_duckdb() -> duckdb.DuckDBPyConnection:
-    return duckdb.connect(":memory:", config={"threads": 1})
-
-
-@contextmanager
-def own_connection() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a database in memory for questions of ours about a few rows.
-
-    For these, starting a DuckDB and looking for the best plan takes longer than the answer: one
-    DuckDB goes on, and takes the joins as they are written.
-    """
-    with _running_duckdb().cursor() as connection:
-        name = quoted(f"question {next(_numbers)}")
-        connection.execute(
-            f"ATTACH ':memory:' AS {name}; USE {name}; SET TimeZone = 'UTC'; "
-            "PRAGMA disable_optimizer"
-        )
-        try:
-            yield connection
-        finally:
-            connection.execute(f"USE memory; DETACH {name}")
 
 
 def literal(text: str) -> str:

@@ -124,11 +124,11 @@ _CENTROID = {
 }
 """The last columns of ``features`` as questions see it; the database has them in ``cells``."""
 
-_SQLITE_COLUMNS = """
+SQLITE_COLUMNS = """
     SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
     WHERE t.type IN ('table', 'view') ORDER BY t.name, c.cid
 """
-_POSTGRESQL_COLUMNS = """
+POSTGRESQL_COLUMNS = """
     SELECT table_name, column_name, upper(data_type) FROM information_schema.columns
     WHERE table_schema = current_schema() ORDER BY table_name, ordinal_position
 """
@@ -199,7 +199,7 @@ class Source:
 
         From the database, since the classes of the tables load slower than a question is answered.
         """
-        query = _SQLITE_COLUMNS if self.is_sqlite else _POSTGRESQL_COLUMNS
+        query = SQLITE_COLUMNS if self.is_sqlite else POSTGRESQL_COLUMNS
         ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:
@@ -310,12 +310,11 @@ class Source:
         *,
         runs: Sequence[int] = (),
         ended: int | None = None,
-        image: int | None = None,
     ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
 
-        They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order
-        because several connections read it, or what all runs said of one ``image``.
+        They are what some ``runs`` said so far, or what an ``ended`` run said, in no certain order
+        because several connections read it.
         """
         # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through
         # an index.
@@ -323,9 +322,7 @@ class Source:
         joined = f"""predictions AS p
             {join} cells AS c ON c.id = p.cell_id
             {join} segmentations AS s ON s.id = c.segmentation_id"""
-        if image is not None:
-            origins = [predictions_of_image(image, is_sqlite=self.is_sqlite)]
-        elif ended is None:
+        if ended is None:
             numbers = ", ".join(str(int(run)) for run in runs)
             origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
         else:
@@ -366,15 +363,6 @@ class Source:
     def _failed(self, error: Exception) -> DatabaseError:
         lines = str(error).strip().splitlines() or ["no reason given"]
         return DatabaseError(f"The database {self.database.shown} failed: {lines[0]}")
-
-
-def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:
-    """Return what follows FROM to read what was said of an image: each step goes by an index."""
-    join = "CROSS JOIN" if is_sqlite else "JOIN"
-    return f"""segmentations AS s
-        {join} cells AS c ON c.segmentation_id = s.id
-        {join} predictions AS p ON p.cell_id = c.id
-        WHERE s.image_id = {int(image_id)}"""
 
 
 # --- feature sets: each under its own name, a column per feature, a row per cell ---

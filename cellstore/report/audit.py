@@ -1,24 +1,36 @@
 """The history of an image, a well, a cell, a run or a file: what it comes from, what came of it.
 
 An audit is a record: values, and lists of rows, each row of the same keys. ``audit --json`` prints
-it, ``audit_text`` shows it in a terminal, and ``lineage_page`` draws it: all three from these rows.
+it, the command line shows it as text, and ``lineage_page`` draws it: all three from these rows.
 The tables are read as such. Their classes would take longer to load than an audit takes.
 """
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from itertools import zip_longest
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, Text, and_, func, or_, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Numeric,
+    Row,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    or_,
+    select,
+)
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
@@ -48,7 +60,7 @@ from ..jobs.lookup import (
 from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
 from ..models import EXCLUSIONS, METADATA
-from ..query.exclusions import why_excluded
+from ..query.exclusions import cell_counts, image_counts, why_excluded
 
 T = METADATA.tables
 artifacts, cell_flags, cells = (T[name] for name in ("artifacts", "cell_flags", "cells"))
@@ -64,6 +76,9 @@ splits, treatment_parts = (T[name] for name in ("splits", "treatment_parts"))
 treatments, wells = (T[name] for name in ("treatments", "wells"))
 
 KINDS = ("plate", "well", "image", "cell", "run", "artifact")
+
+EXACT = 1e12
+"""Probabilities times this are added as whole numbers."""
 
 Record = dict[str, Any]
 
@@ -97,11 +112,11 @@ def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
         if kind == "plate":
             return _plate(session, find_plate(session, name))
         if kind == "image":
-            return _image(workspace, session, find_image(session, text))
+            return _image(session, find_image(session, text))
         if kind == "well":
             return _well(session, find_well(session, text))
         if kind == "cell":
-            return _cell(workspace, session, name)
+            return _cell(session, name)
         if kind == "run":
             return _run(session, find_named_run(session, name).id)
         return _artifact(session, text)
@@ -128,9 +143,11 @@ def _kind_of(session: Session, name: str) -> str:
     return "image"
 
 
-def _rows(session: Session, query: Select[Any]) -> list[Record]:
+def _rows(
+    session: Session, query: Select[Any], values: Mapping[str, Any] | None = None
+) -> list[Record]:
     """The rows of a query, with values that JSON knows."""
-    found = [dict(row) for row in session.execute(query).mappings()]
+    found = [dict(row) for row in session.execute(query, values).mappings()]
     for row in found:
         for name, value in row.items():
             if isinstance(value, Enum):
@@ -151,12 +168,9 @@ def _corrections(session: Session, *rows: tuple[str, int]) -> list[Record]:
     """
     keys = ("created_at", "user_name", "run_id", "file", "line", "table_name", "old", "new")
     query = select(events.c.id, *(events.c[key] for key in keys), events.c.reason)
-    found: list[Any] = []
-    for table, row_id in rows:
-        at = and_(events.c.table_name == table, events.c.row_id == row_id)
-        if table == "wells":
-            at = or_(at, _of_perturbations(row_id))
-        found += session.execute(query.where(at)).mappings().all()
+    at = [and_(events.c.table_name == table, events.c.row_id == row_id) for table, row_id in rows]
+    at += [_of_perturbations(row_id) for table, row_id in rows if table == "wells"]
+    found = session.execute(query.where(or_(*at)).order_by(events.c.id)).mappings()
     return [
         {
             "changed_at": row["created_at"].isoformat(),
@@ -167,7 +181,7 @@ def _corrections(session: Session, *rows: tuple[str, int]) -> list[Record]:
             "reason": row["reason"],
             **{key: row[key] for key in ("run_id", "file", "line")},
         }
-        for row in sorted(found, key=lambda row: row["id"])
+        for row in found.all()
         if "first_id" not in (row["new"] or row["old"] or {})
         for old, new in (_said(session, row["old"], row["new"]),)
     ]
@@ -228,15 +242,14 @@ def _plate(session: Session, plate_id: int) -> Audit:
 def _why_excluded(session: Session, *of: tuple[str, int]) -> str | None:
     """Why a row does not count: the first reason that a person gave for it (level, id)."""
     found = EXCLUSIONS.c
-    for level, row_id in of:
-        query = select(found.reason).where(found.level == level, found.id == row_id)
-        by_person = found.source == ExclusionSource.ANNOTATION.value
-        if (reason := session.scalar(query.where(by_person).limit(1))) is not None:
-            return str(reason)
-    return None
+    one_of = or_(*(and_(found.level == level, found.id == row_id) for level, row_id in of))
+    query = select(found.level, found.reason).where(one_of)
+    by_person = found.source == ExclusionSource.ANNOTATION.value
+    reasons: dict[str, str] = dict(session.execute(query.where(by_person)).all())
+    return next((reasons[level] for level, _ in of if level in reasons), None)
 
 
-def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
+def _image(session: Session, image_id: int) -> Audit:
     """Every run that labelled an image, with its evidence."""
     query = select(
         images.c.id.label("image_id"),
@@ -269,7 +282,6 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
     flags = flags.order_by(image_flags.c.run_id, image_flags.c.reason, image_flags.c.channel)
     found = _segmentations(session, segmentations.c.image_id == image_id)
     downstream = _downstream_of_images(session, one)
-    # DuckDB, which counts the votes, takes some time to load.
     labelled = any(item["what"] == "labelled cells" for item in downstream)
     above = (("well", well_id), ("plate", plate_id))
     of_files = select(image_files.c.folder_id).where(image_files.c.image_id == image_id)
@@ -285,7 +297,7 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
         "flags": _rows(session, flags),
         "files": files,
         "segmentations": found,
-        "labellings": _labellings(workspace, session, image_id, found) if labelled else [],
+        "labellings": _labellings(session, image_id, well_id, found) if labelled else [],
         "downstream": downstream,
     }
     name = "{plate}/{well}/{site}".format(**record)
@@ -312,36 +324,65 @@ def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Rec
     return _rows(session, query.order_by(segmentations.c.id))
 
 
-_VOTES = """
-    SELECT v.run_id, v.winner, s.winner AS soft_winner, v.n_cells, v.tie, v.subset, v.truth,
-        v.correct, l.labels, u.segmentations, w.subsets AS well_subsets
-    FROM votes AS v
-    JOIN votes AS s
-        ON s.run_id = v.run_id AND s.level = 'image' AND s.vote = 'soft' AND s.unit_id = v.unit_id
-    JOIN (
-        SELECT run_id, list(
-            (label, cells, probability) ORDER BY votes DESC, probability DESC, position
-        ) AS labels
-        FROM label_votes WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
-        GROUP BY run_id
-    ) AS l ON l.run_id = v.run_id
-    JOIN (
-        SELECT p.run_id, list(DISTINCT c.segmentation_id) AS segmentations
-        FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id
-        WHERE p.image_id = $image
-        GROUP BY p.run_id
-    ) AS u ON u.run_id = v.run_id
-    JOIN (
-        SELECT run_id, well_id, list(DISTINCT subset) AS subsets
-        FROM run_images
-        GROUP BY run_id, well_id
-    ) AS w ON w.run_id = v.run_id AND w.well_id = v.well_id
-    WHERE v.level = 'image' AND v.vote = 'hard' AND v.unit_id = $image
-"""
+@cache
+def _label_counts() -> Select[Any]:
+    """How many cells of ``:image`` that count chose which label, by run and segmentation.
+
+    Counted as in ``image_label_counts``: probabilities are added as whole numbers, so that their
+    sum is the same in any order. Made once: that takes longer than the answer.
+    """
+    # Of the type decimal, PostgreSQL rounds halves up, as others do.
+    whole = cast(func.round(cast(predictions.c.probability * EXACT, Numeric)), BigInteger)
+    label = labels.c.value.label("label")
+    keys = (predictions.c.run_id, predictions.c.label_id, label, cells.c.segmentation_id)
+    counted = func.count().filter(predictions.c.rank == 1).label("cells")
+    query = select(*keys, counted, cast(func.sum(whole), BigInteger).label("summed"))
+    query = query.select_from(predictions.join(cells).join(segmentations).join(images))
+    query = query.join(labels, labels.c.id == predictions.c.label_id).group_by(*keys)
+    of_image = segmentations.c.image_id == bindparam("image")
+    return query.where(of_image, cell_counts(), image_counts())
+
+
+@cache
+def _asked_runs() -> Select[Any]:
+    """The predict runs ``:runs``, and what their split says of ``:image``."""
+    parents, own = runs.alias(), split_members.alias()
+    split = func.coalesce(runs.c.split_id, parents.c.split_id)
+    of_image = and_(own.c.split_id == splits.c.id, own.c.image_id == bindparam("image"))
+    query = select(
+        runs.c.id.label("run_id"),
+        *(runs.c.started_at, runs.c.user_name.label("user"), runs.c.host, runs.c.code_version),
+        *(runs.c.parent_id.label("train_run_id"), splits.c.name.label("split"), splits.c.protocol),
+        *(
+            splits.c.id.label("split_id"),
+            splits.c.field,
+            own.c.subset,
+            labels.c.value.label("truth"),
+        ),
+    )
+    query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
+    query = query.outerjoin(splits, splits.c.id == split).outerjoin(own, of_image)
+    query = query.outerjoin(labels, labels.c.id == own.c.label_id)
+    return query.where(runs.c.id.in_(bindparam("runs", expanding=True))).order_by(runs.c.id)
+
+
+def _counted(session: Session, image_id: int) -> list[Record]:
+    """What the cells of an image predicted: a row per predict run and label.
+
+    ``segmentations``: those that the cells are of.
+    """
+    counted: dict[tuple[int, int], Record] = {}
+    for row in session.execute(_label_counts(), {"image": image_id}).mappings():
+        empty = {"cells": 0, "summed": 0, "segmentations": set()}
+        same = counted.setdefault((row["run_id"], row["label_id"]), {**row, **empty})
+        same["segmentations"].add(row["segmentation_id"])
+        for key in ("cells", "summed"):
+            same[key] += row[key]
+    return [{**row, "probability": row["summed"] / EXACT} for row in counted.values()]
 
 
 def _labellings(
-    workspace: Workspace, session: Session, image_id: int, found: Sequence[Record]
+    session: Session, image_id: int, well_id: int, found: Sequence[Record]
 ) -> list[Record]:
     """What each predict run answered for an image, the oldest run first.
 
@@ -349,42 +390,52 @@ def _labellings(
     ``subset`` that of the image in the split (``outside``: in none), ``well_subsets`` all in which
     its well has images. ``found``: its segmentations.
     """
-    from ..query.engine import open_questions
+    from ..query.engine import rank_counts  # DuckDB takes some time to load
 
-    with open_questions(workspace, image=image_id) as questions:
-        rows = questions.ask_ours(_VOTES, {"image": image_id}).records()
-    votes = {row["run_id"]: row for row in rows}
-    parents = runs.alias()
-    query = select(
-        runs.c.id.label("run_id"),
-        *(runs.c.started_at, runs.c.user_name.label("user"), runs.c.host, runs.c.code_version),
-        *(runs.c.parent_id.label("train_run_id"), splits.c.name.label("split"), splits.c.protocol),
-    )
-    query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
-    split = func.coalesce(runs.c.split_id, parents.c.split_id)
-    query = query.outerjoin(splits, splits.c.id == split)
-    query = query.where(runs.c.id.in_(votes)).order_by(runs.c.id)
+    counts = _counted(session, image_id)
+    ranked = rank_counts(counts)
+    asked = {"image": image_id, "runs": sorted({row["run_id"] for row in counts})}
+    checkpoints: dict[int | None, list[str]] = {}
+    of_well = select(split_members.c.split_id, split_members.c.subset).distinct()
+    in_well = session.execute(of_well.join(images).where(images.c.well_id == well_id)).all()
     labellings = []
-    for run in _rows(session, query):
-        vote = votes[run["run_id"]]
-        well_subsets = [s.value for s in Subset if s.value in vote["well_subsets"]]
-        seen = [item for item in found if item["id"] in vote["segmentations"]]
+    for run in _rows(session, _asked_runs(), asked):
+        label_field, truth = run["field"], run["truth"]
+        if truth is None and label_field is not None:
+            labelled = select(field_column(label_field))
+            labelled = labelled.select_from(wells.join(plates).outerjoin(treatments))
+            truth = session.scalar(labelled.where(wells.c.id == well_id))
+        hard, soft = (ranked[run["run_id"], vote] for vote in ("hard", "soft"))
+        mine = [row for row in counts if row["run_id"] == run["run_id"]]
+        names = {row["label_id"]: row["label"] for row in mine}
+        winner = names[hard["winner_id"]]
+        mine.sort(key=lambda row: (row["label"] != winner, -row["cells"], row["label"]))
+        used = {number for row in mine for number in row["segmentations"]}
+        seen = [item for item in found if item["id"] in used]
+        well_subsets = [s.value for s in Subset if (run["split_id"], s) in in_well]
+        keys = ("run_id", "started_at", "user", "host", "code_version", "train_run_id")
+        if (trained := run["train_run_id"]) not in checkpoints:
+            checkpoints[trained] = _checkpoints(session, trained)
         labellings.append(
             {
-                **{key: value for key, value in run.items() if key not in ("split", "protocol")},
-                "checkpoints": _checkpoints(session, run["train_run_id"]),
+                **{key: run[key] for key in keys},
+                "checkpoints": checkpoints[trained],
                 "split": run["split"],
                 "protocol": run["protocol"],
-                "subset": vote["subset"],
+                "subset": run["subset"] or "outside",
                 "well_subsets": well_subsets,
                 "well_in_training": Subset.TRAIN.value in well_subsets,
                 "segmentation_ids": [item["id"] for item in seen],
                 "segment_recipes": [item["recipe_id"] for item in seen],
                 "segment_weights": [item["weights_sha256"] or "" for item in seen],
-                "n_cells": vote["n_cells"],
-                "votes": {label: cells for label, cells, _ in vote["labels"]},
-                "probabilities": {label: given for label, _, given in vote["labels"]},
-                **{key: vote[key] for key in ("winner", "soft_winner", "tie", "truth", "correct")},
+                "n_cells": hard["n_cells"],
+                "votes": {row["label"]: row["cells"] for row in mine},
+                "probabilities": {row["label"]: row["probability"] for row in mine},
+                "winner": winner,
+                "soft_winner": names[soft["winner_id"]],
+                "tie": hard["votes"] == hard["runner_up_votes"],
+                "truth": truth,
+                "correct": None if truth is None else winner == truth,
             }
         )
     return labellings
@@ -444,7 +495,8 @@ def _frozen_labels(
                 text += f", corrected by {since['by']} on "
                 text += since["changed_at"][:16].replace("T", " ")
                 text += f" ({since['reason']})" if "reason" in since else ""
-            notes.append(text)
+            if text not in notes:  # the images of a well may be in several subsets
+                notes.append(text)
         found.append(
             {
                 "split": split,
@@ -498,7 +550,7 @@ def _well(session: Session, well_id: int) -> Audit:
     return Audit("well", f"Well {record['plate']}/{record['well']}", record)
 
 
-def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
+def _cell(session: Session, number: str) -> Audit:
     """A cell, its masks, its measurements and what every run predicted for it.
 
     ``box`` is min row, min col, max row, max col (half open) in pixels; it and ``centroid`` are
@@ -506,7 +558,7 @@ def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
     """
     number_of, image_id = find_cell(session, number)
     cell = session.execute(select(cells).where(cells.c.id == number_of)).one()
-    image = _image(workspace, session, image_id)
+    image = _image(session, image_id)
     name = "{plate}/{core_name}".format(**image.record)
     box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
     centroid = [cell.centroid_row, cell.centroid_col]
@@ -913,87 +965,11 @@ def _known(session: Session, file: File) -> Record:
     }
 
 
-# As text
-
-WIDTH = 80
-SHOWN = 20
-"""Records of a list."""
-GAP = "  "
-WRAPPED = 20
-"""Wider columns of a table are wrapped."""
-
-
-def audit_text(audit: Audit) -> str:
-    """Return the record of an audit as lines of 80 characters at most, where names allow it."""
-    record = {name: value for name, value in audit.record.items() if name != "notes"}
-    lines = [audit.title, *_lines(record, "")]
-    for note in audit.record.get("notes", ()):
-        lines += ["", *textwrap.wrap(note, WIDTH)]
-    printable = ("".join(char if char.isprintable() else " " for char in line) for line in lines)
-    return "\n".join(printable) + "\n"
-
-
 def is_part(value: Any) -> bool:
     """Whether a value is a record, or a list of records."""
     return isinstance(value, Mapping) or (
         isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
     )
-
-
-def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
-    """Values, then the parts of a record, each below its name.
-
-    The records of a list are a table if that fits, else one below the other, without what is
-    unknown.
-    """
-    parts = {name: value for name, value in record.items() if is_part(value)}
-    values = {k: v for k, v in record.items() if k not in parts and v not in ([], {})}
-    width = max((len(name) for name in values), default=0)
-    for name, value in values.items():
-        lead = f"{margin}{name.replace('_', ' '):<{width}}{GAP}"
-        room = max(20, WIDTH - len(lead))
-        for line in textwrap.wrap(shown(name, value), room, break_on_hyphens=False) or [""]:
-            yield f"{lead}{line}".rstrip()
-            lead = " " * len(lead)
-    for name, part in parts.items():
-        if not part:
-            continue
-        yield ""
-        yield f"{margin}{name.replace('_', ' ')}"
-        if isinstance(part, Mapping):
-            yield from _lines(part, margin + GAP)
-            continue
-        rows = part[:SHOWN]
-        cells = [[key.replace("_", " ") for key in rows[0]]]
-        cells += [[shown(key, value) for key, value in row.items()] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        nested = any(isinstance(value, list) and is_part(value) for value in rows[0].values())
-        # A table if that fits, with its widest columns wrapped.
-        wide = [width for width in widths if width > WRAPPED]
-        fixed = sum(widths) - sum(wide) + len(GAP) * len(widths) + len(margin)
-        room = (WIDTH - fixed) // max(1, len(wide))
-        if not nested and fixed <= WIDTH and room >= (WRAPPED if wide else 0):
-            widths = [min(width, room) if width > WRAPPED else width for width in widths]
-            for row in cells:
-                columns = (
-                    textwrap.wrap(text, width, break_on_hyphens=False)
-                    for text, width in zip(row, widths, strict=True)
-                )
-                for texts in zip_longest(*columns, fillvalue=""):
-                    padded = (f"{GAP}{t:<{w}}" for t, w in zip(texts, widths, strict=True))
-                    yield (margin + "".join(padded)).rstrip()
-        else:
-            for number, row in enumerate(rows):
-                if number:
-                    yield ""
-                known = {
-                    key: shown(key, value) if isinstance(value, Mapping) else value
-                    for key, value in row.items()
-                    if value is not None
-                }
-                yield from _lines(known, margin + GAP)
-        if len(part) > SHOWN:
-            yield f"{margin}{GAP}and {len(part) - SHOWN:,} more (all with --json)"
 
 
 def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:

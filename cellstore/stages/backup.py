@@ -32,7 +32,7 @@ from ..db.events import Change, record_events
 from ..db.session import Database, connect
 from ..errors import CellstoreError, StorageError, UserInputError, first_line
 from ..jobs.workspace import Workspace, create_workspace
-from ..models import METADATA
+from ..models import METADATA, Artifact
 from ..settings import MARKER, SQLITE_NAME, check_not_of_a_store, track
 
 FORMAT = 1
@@ -44,7 +44,10 @@ ROWS_AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class Backup:
-    """A backup that was written, or read. ``missing``: stored files that the store had lost."""
+    """A backup that was written, or read. ``missing``: stored files that the store had lost.
+
+    ``dry_run``: it was only checked, or is what would be written, about ``size_bytes`` large.
+    """
 
     file: str
     size_bytes: int
@@ -58,17 +61,19 @@ class Backup:
 # ---- Write ----
 
 
-def backup(workspace: Workspace, file: Path) -> Backup:
+def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup:
     """Write a store to one file, as it is at this moment; it may be in use meanwhile.
 
     Every stored file is compared with its sha256. One that is gone or changed is named in the
-    result, and is not in the backup.
+    result, and is not in the backup. A dry run reads no file: it says what would go in.
 
     Raises:
         UserInputError: the file is part of a store.
         StorageError: the file cannot be written.
     """
     check_not_of_a_store(file)
+    if dry_run:
+        return _forecast(workspace, file)
     root = workspace.settings.root
     missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="backup-", dir=_scratch(workspace)) as folder:
@@ -113,6 +118,29 @@ def backup(workspace: Workspace, file: Path) -> Backup:
                         tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions
                         tar.inodes.clear()  # type: ignore[attr-defined]
     return _result(file, manifest)
+
+
+def _forecast(workspace: Workspace, file: Path) -> Backup:
+    """Say what a backup would hold, by the sizes of the files and of the database."""
+    size = "page_count * page_size FROM pragma_page_count, pragma_page_size"
+    if not workspace.database.is_sqlite:
+        size = "pg_database_size(current_database())"
+    total, missing = 0, list[str]()
+    questions = (workspace.settings.root / QUESTIONS).glob("*.sql")
+    with workspace.database.read() as session:
+        counts = (select(func.count()).select_from(t) for t in METADATA.sorted_tables)
+        rows = sum(session.scalar(query) or 0 for query in counts)
+        in_bytes = int(session.scalar(text(f"SELECT {size}")) or 0)
+        in_bytes += sum(path.stat().st_size for path in questions)
+        listed = select(Artifact.path, Artifact.size_bytes).execution_options(yield_per=10_000)
+        for path, known in session.execute(listed):
+            target = workspace.artifacts.locate(path)
+            if target.is_file() and target.stat().st_size == known:
+                total, in_bytes = total + 1, in_bytes + known
+            else:
+                missing.append(path)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Backup(str(file), in_bytes, now, rows, total, tuple(missing), dry_run=True)
 
 
 def _count(rows: sqlite3.Connection) -> int:

@@ -16,18 +16,20 @@ from ..analysis import contrasts
 from ..analysis.contrasts import Contrast, Difference
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection
+from ..db.bulk import in_lists
 from ..db.fields import field_column
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import images_of
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
 from ..jobs.workspace import Workspace
-from ..models import Cell, Image, Plate, Run, Treatment, Well
+from ..models import Image, Plate, Run, Treatment, Well
 from ..query.cells import (
     CellSource,
     as_text,
     cells_query,
     choose_recipes,
+    count_cells,
     read_drawn,
     stream_groups,
     trainings_of_features,
@@ -35,7 +37,9 @@ from ..query.cells import (
 from ..query.feature_files import open_set
 from ..settings import need
 
-VERSION = 1
+VERSION = 2
+"""2: the negative controls are wells, not all wells of their treatments."""
+
 POOLED = "all treatments"
 POOL = 10
 """Control cells that are read for the plates of a treatment, in multiples of what is compared."""
@@ -98,6 +102,7 @@ class Group:
     """What is compared: a name, the ids of its treatments, and its plates that have controls.
 
     ``lost``: plates of it without control wells. ``excluding``: it is all treatments but these.
+    ``negative``: it is the negative control wells, whatever they got, or only other wells.
     """
 
     name: str
@@ -106,13 +111,15 @@ class Group:
     n_wells: int
     lost: int = 0
     excluding: bool = False
+    negative: bool | None = None
 
     @classmethod
-    def of(cls, name: str, wells: Sequence[Any]) -> Group:
+    def of(cls, name: str, wells: Sequence[Any], negative: bool | None) -> Group:
         """The group of rows: plate, treatment, how many wells have it there."""
         treatments, plates = ({w.treatment_id for w in wells}, {w.plate_id for w in wells})
         number = sum(some.number for some in wells)
-        return cls(name, tuple(sorted(treatments)), tuple(sorted(plates)), number)
+        ids = tuple(sorted(treatments - {None}))
+        return cls(name, ids, tuple(sorted(plates)), number, negative=negative)
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def contrast(
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
-        if features.files is not None:
+        if features.mark is not None:
             parameters["feature_files"] = features.mark
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
@@ -219,26 +226,31 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
     )
     query = (
         select(*keys, func.count().label("number"))
-        .join(Treatment, Treatment.id == Well.treatment_id)
+        .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .join(Plate, Plate.id == Well.plate_id)
         .group_by(*keys)
     )
     if params.plates:
         query = query.where(Plate.barcode.in_(params.plates))
     wells = session.execute(query.order_by(Well.plate_id, Treatment.id)).all()
-    if params.control is None:
-        controls = [w for w in wells if w.control == Control.NEGATIVE]
-    else:
-        controls = [w for w in wells if params.control in (w.name, w.label)]
-    if not controls and params.control is None:
+    by_mark = params.control is None
+    controls, others = list[Any](), list[Any]()
+    for well in wells:
+        named_so = params.control in (well.name, well.label)
+        if (well.control == Control.NEGATIVE) if by_mark else named_so:
+            controls.append(well)
+        elif well.treatment_id is not None:
+            others.append(well)
+    if not controls and by_mark:
         raise UserInputError(
-            "No treatment is marked as negative control. Name one with --control, or mark it as "
-            "negcon in the treatment table."
+            "No well is a negative control. Name a treatment with --control, or mark wells: "
+            "cellstore relabel WELL --control negative --reason TEXT"
         )
     if not controls:
-        raise UnknownNameError.of("treatment", params.control, sorted({w.name for w in wells}))
-    control = Group.of(", ".join(sorted({w.name for w in controls})), controls)
-    others = [w for w in wells if w.treatment_id not in control.treatment_ids]
+        raise UnknownNameError.of("treatment", params.control, sorted({w.name for w in others}))
+    names = sorted({w.name or "no treatment" for w in controls})
+    control = Group.of(", ".join(names), controls, True if by_mark else None)
+    negative = False if by_mark else None
     named: dict[str, set[str]] = defaultdict(set)  # a name without dose means all its doses
     for well in others:
         if well.label is not None:
@@ -253,15 +265,17 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
     if not chosen:
         raise UserInputError(f"No treated well has a {params.field}. Choose another --field.")
     if params.pooled:
-        pool = Group.of(POOLED, [w for w in others if not params.treatments or w.label in chosen])
+        pooled = [w for w in others if not params.treatments or w.label in chosen]
+        pool = Group.of(POOLED, pooled, negative)
         if not params.treatments:  # there may be more than a database takes one by one
-            pool = replace(pool, treatment_ids=control.treatment_ids, excluding=True)
+            known = () if by_mark else control.treatment_ids
+            pool = replace(pool, treatment_ids=known, excluding=True)
         groups = [pool]
     else:
         by_name: dict[str, list[Any]] = {name: [] for name in chosen}
         for well in others:
             by_name.get(well.label, []).append(well)
-        groups = [Group.of(name, some) for name, some in by_name.items()]
+        groups = [Group.of(name, some, negative) for name, some in by_name.items()]
     matched = []
     for group in groups:
         shared = tuple(plate for plate in group.plate_ids if plate in set(control.plate_ids))
@@ -275,16 +289,19 @@ def _treated_cells(
     session: Session, source: CellSource, params: ContrastParams
 ) -> dict[int, list[Any]]:
     """By image id: what was done to its well, its role, and how many cells it has."""
-    keys = (Image.id, Treatment.identity, Well.control, field_column(params.field))
-    query: Any = cells_query(replace(source, plates=()))
-    query = query.join(Well, Well.id == Image.well_id)
-    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
-    query = query.with_only_columns(*keys, func.count(Cell.id)).group_by(*keys)
+    query: Any = cells_query(replace(source, plates=())).join(Well, Well.id == Image.well_id)
     if source.plates:
         on_plate = select(Plate.id).where(Plate.barcode.in_(source.plates))
         query = query.where(Well.plate_id.in_(on_plate))
-    rows = session.execute(query.execution_options(yield_per=10_000))
-    return {image_id: values for image_id, *values in rows}
+    counts = count_cells(session, query, source)
+    wells = select(Image.id, Treatment.identity, Well.control, field_column(params.field))
+    wells = wells.join(Well, Well.id == Image.well_id)
+    wells = wells.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    found: dict[int, list[Any]] = {}
+    for some in in_lists(counts):
+        for image_id, *values in session.execute(wells.where(Image.id.in_(some))):
+            found[image_id] = [*values, counts[image_id]]
+    return found
 
 
 class _Comparison:
@@ -398,6 +415,10 @@ class _Comparison:
         named: Any = Well.treatment_id.in_(group.treatment_ids)
         if group.excluding:
             named = and_(Well.treatment_id.is_not(None), ~named)
+        if group.negative:
+            named = Well.control == Control.NEGATIVE
+        elif group.negative is False:
+            named = and_(named, Well.control.is_distinct_from(Control.NEGATIVE))
         query = query.where(named, Well.plate_id.in_(group.plate_ids))
         # Ids to keep of a well while all are looked at: room for wells with more than others.
         of_well = min(most, max(20, 4 * most // max(1, group.n_wells)))

@@ -7,10 +7,11 @@ takes the transaction back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -19,9 +20,19 @@ from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..io.platemaps import TreatmentRecord, normalised_name
 from ..io.tables import MISSING, RowRefusedError
-from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
+from ..io.treatments import TreatmentRecord, normalised_name
+from ..jobs.lookup import (
+    IN_RECIPES,
+    channels_of_recipes,
+    find_cell,
+    find_image,
+    find_plate,
+    find_run,
+    find_well,
+    readable,
+    recipe_channels,
+)
 from ..jobs.workspace import Workspace
 from ..models import (
     EXCLUSIONS,
@@ -44,7 +55,6 @@ from ..models import (
     Perturbation,
     Plate,
     Prediction,
-    Recipe,
     RecipeInput,
     Run,
     RunArtifact,
@@ -172,6 +182,9 @@ def rename(
 ) -> Correction:
     """Give a plate, or a channel of all plates (or of one ``plate``), another name.
 
+    What was made of the channel stays valid: recipes and models that name it keep the name that
+    it had, and mean the same pixels.
+
     Raises:
         UnknownNameError: there is no such plate or channel.
         UserInputError: the new name is taken, or is none.
@@ -223,6 +236,11 @@ def _rename_channel(
     of = select(Plate.id, Plate.barcode).join(Well, Well.plate_id == Plate.id)
     of = of.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
     plates = session.execute(of.order_by(Plate.id)).all()
+    names = (Event.old["channel"].as_string() == old, Event.new["channel"].as_string() == new)
+    renamed = select(Event.id).where(Event.table_name == "plates", *names).limit(1)
+    if not plates and session.scalar(renamed) and session.scalar(files(new).limit(1)):
+        note = f"{old} was renamed before: it is called {new} already."
+        return Correction("rename channel", old, (), notes=(note,)), []
     if not plates:
         known = session.scalars(select(ImageFile.channel).distinct())
         raise UnknownNameError.of("channel", old, sorted(known))
@@ -233,27 +251,35 @@ def _rename_channel(
             "two channels, rename one of them to a third name first."
         )
     concerned = _concerned(session, images)
-    recipes = session.scalars(select(Recipe).order_by(Recipe.id))
-    naming = [
-        f"{Stage(recipe.stage).value} recipe {recipe.id}"
-        for recipe in recipes
-        if any(old in (recipe.parameters.get(key) or ()) for key in ("channels", "nuclei"))
-    ]
+    named, used = recipe_channels(session), channels_of_recipes(session)
+    measured = select(ImageQuality.channel).distinct()
+
+    def kept(plate: int | None) -> dict[str, str]:
+        """The name that recipes keep, if one has it and the channel can be told by it."""
+        names = named.get(plate, named.get(None, {}))
+        before = names.get(old, old)
+        if before.lower() in used or before in found or new in names.values():
+            return {IN_RECIPES: before} if before != new else {}
+        return {}
+
+    found = set(session.scalars(measured))
     # What was made of the image stays as it is: its bytes are the same.
-    renamed = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
-    session.execute(renamed.values(channel=new), execution_options={"synchronize_session": False})
-    changes = [Change("plates", p.id, {"channel": old}, {"channel": new}) for p in plates]
+    renaming = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
+    session.execute(renaming.values(channel=new), execution_options={"synchronize_session": False})
+    changes = [
+        Change("plates", p, {"channel": old}, {"channel": new, **kept(p)})
+        for p in (*([None] if plate is None else []), *(p.id for p in plates))
+    ]  # first that of plates that will come
     where = f" of plate {readable(plate)}" if plate is not None else ""
     notes = [f"Tables and folders{where} that name {old} are read as {new} from now on."]
-    if naming:
+    said = sorted({(change.new or {}).get(IN_RECIPES, new) for change in changes} - {new})
+    if said:
         notes.append(
-            f"These recipes ask for {old}, and cannot be used with {new}: "
-            f"{', '.join(naming[:_NAMED])}{', ...' if len(naming) > _NAMED else ''}. Name the "
-            "channel anew with --channels."
+            f"What was made of it stays valid: recipes and models go on to call it "
+            f"{' or '.join(said)}, and mean the same channel."
         )
     shown = tuple(
-        {"name": p.barcode, "old": c.old, "new": c.new}
-        for p, c in zip(plates, changes, strict=True)
+        {"name": p.barcode, "old": {"channel": old}, "new": {"channel": new}} for p in plates
     )
     return Correction("rename channel", old, shown, **concerned, notes=tuple(notes)), changes
 
@@ -522,7 +548,14 @@ def _why_not_included(session: Session, level: Level, row_id: int, called: str) 
 
 # ---- Undo and delete ----
 
-_RANGED = {"image_files": ImageFile, "images": Image, "wells": Well, "plates": Plate}
+_RANGED: dict[str, Any] = {
+    "image_files": ImageFile,
+    "images": Image,
+    "wells": Well,
+    "plates": Plate,
+    "treatments": Treatment,
+    "perturbations": Perturbation,
+}
 """The tables of which an ingest records the new rows; those that refer to others come first."""
 _NAMES_OF = {"plates": Level.PLATE, "wells": Level.WELL, "images": Level.IMAGE}
 
@@ -532,8 +565,8 @@ def undo(
 ) -> Correction:
     """Take back what an ingest run brought or changed, if nothing relies on it.
 
-    The run is marked as cancelled, so that its source can be ingested again. Where files were
-    found stays known, as do the treatments that tables have named.
+    The run is marked as cancelled, so that its source can be ingested again. What a person has
+    corrected since keeps the correction, which a note names. Where files were found stays known.
 
     Raises:
         UnknownNameError: there is no such run.
@@ -557,7 +590,7 @@ def undo(
         ]
         _refuse_if(relying, f"Run {found.id} cannot be undone")
         wells = select(Well.id).where(_within(Well.id, ranges["wells"]))
-        notes = _corrected_by_hand(session, wells, images)
+        notes = (*_corrected_by_hand(session, wells, images), *restored.notes)
         # A file that was not seen has no part in the content of its image, unless that is null.
         completed = (
             select(ImageFile.image_id)
@@ -586,6 +619,7 @@ def undo(
         for table in ("wells", "plates"):
             changes += _delete_rows(session, _RANGED[table], ranges[table])
         changes += restored.write(session)
+        changes += _delete_unused_treatments(session, ranges)
         before, found.status = Status(found.status), Status.CANCELLED
         found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
         status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
@@ -649,23 +683,41 @@ def _corrected_by_hand(
     return (f"{note}: do that again if the images come back.",)
 
 
-def _refuse_if(relying: Sequence[str], refused: str) -> None:
+class _Relying(NamedTuple):
+    """Later work that relies on something, and the command that takes it back, if there is one."""
+
+    name: str
+    command: str | None = None
+
+
+_EXCLUDE = "cellstore exclude plate PLATE --reason TEXT"
+
+
+def _refuse_if(relying: Sequence[_Relying], refused: str) -> None:
     if relying:
-        advice = ""
-        if any(name.startswith(("predictions ", "split ")) for name in relying):
-            advice = " To let a plate count nowhere: cellstore exclude plate PLATE --reason TEXT."
-        elif any(name.startswith("the correction ") for name in relying):
-            advice = " Ingest a corrected table instead, or correct wells with cellstore relabel."
-        more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
+        names = [item.name for item in relying]
+        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        commands = dict.fromkeys(item.command for item in relying if item.command)
+        last = commands.pop(_EXCLUDE, "") is None
+        advice = f" Take that back first: {'; then '.join(commands)}." if commands else ""
+        advice += f" To let a plate count nowhere: {_EXCLUDE}." if last else ""
         raise UserInputError(
             f"{refused}, because later work relies on it: "
-            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed.{advice}"
+            f"{'; '.join(names[:_NAMED])}{more}. Nothing was changed.{advice}"
         )
+
+
+def _undo_of(runs: Iterable[tuple[int, str]]) -> list[_Relying]:
+    """What runs did, the last first: so they have to be undone."""
+    return [
+        _Relying(text, f"cellstore undo {number}")
+        for number, text in sorted(runs, key=lambda item: -item[0])
+    ]
 
 
 def _relying(
     session: Session, images: Select[Any], segmentations: Select[Any], run_id: int | None
-) -> list[str]:
+) -> list[_Relying]:
     """What relies on images and segmentations: predictions, splits, and other runs than ``run_id``.
 
     Without ``run_id`` only predictions and splits: the rest can be made again.
@@ -676,10 +728,14 @@ def _relying(
         .where(Prediction.cell_id.in_(cells))
         .union(select(ImagePrediction.run_id).where(ImagePrediction.image_id.in_(images)))
     )
-    found = [f"predictions of run {number}" for number in sorted(session.scalars(labelled))]
-    splits = select(Split.name).join(SplitMember, SplitMember.split_id == Split.id)
+    runs = sorted(session.scalars(labelled))
+    found = [_Relying(f"predictions of run {number}", _EXCLUDE) for number in runs]
+    splits = select(Split.name, Split.frozen_at)
+    splits = splits.join(SplitMember, SplitMember.split_id == Split.id)
     splits = splits.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.name)
-    found += [f"split {name}" for name in session.scalars(splits)]
+    for name, frozen_at in session.execute(splits):
+        free = f"cellstore split delete {shlex.quote(name)}"
+        found.append(_Relying(f"split {name}", _EXCLUDE if frozen_at else free))
     if run_id is None:
         return found
     recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
@@ -704,14 +760,24 @@ def _relying(
     )
     numbers = {number for query in made_by for number in session.scalars(query.distinct())}
     stages = select(Run.id, Run.stage).where(Run.id.in_(numbers - {run_id})).order_by(Run.id)
-    return found + [
-        f"{Stage(stage).value} run {number}" for number, stage in session.execute(stages)
+    plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    plates = plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
+    gone = [
+        f"cellstore delete plate {shlex.quote(name)}"
+        for name in session.scalars(plates.order_by(Plate.barcode).limit(_NAMED))
     ]
+    for number, stage in session.execute(stages):
+        name = f"{Stage(stage).value} run {number}"
+        if stage is Stage.INGEST:
+            found += _undo_of([(number, name)])
+        else:  # what it made goes with its plates
+            found.append(_Relying(name, "; ".join(gone)))
+    return found
 
 
 def _relying_on_rows(
     session: Session, run_id: int, ranges: Mapping[str, Sequence[tuple[int, int]]]
-) -> list[str]:
+) -> list[_Relying]:
     """Which other ingests put files to images, images into wells, or wells onto plates of a run."""
     files = select(ImageFile.id).where(
         _within(ImageFile.image_id, ranges["images"]), ~_within(ImageFile.id, ranges["image_files"])
@@ -722,14 +788,14 @@ def _relying_on_rows(
     wells = select(Well.id).where(
         _within(Well.plate_id, ranges["plates"]), ~_within(Well.id, ranges["wells"])
     )
-    found = []
+    found = list[tuple[int, str]]()
     for table, query in (("image_files", files), ("images", images), ("wells", wells)):
         row_id = session.scalar(query.limit(1))
         if row_id is not None:
             made = select(Event.run_id).where(Event.table_name == table, Event.row_id >= row_id)
             by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
             name = _named(session, table, row_id)
-            found.append(f"ingest run {by} brought {name}")
+            found.append((by or 0, f"ingest run {by} brought {name}"))
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
         Event.row_id.in_(select(Well.id).where(_within(Well.id, ranges["wells"]))),
@@ -737,16 +803,21 @@ def _relying_on_rows(
         Event.old.is_not(None),
         Event.run_id.in_(select(Run.id).where(Run.status != Status.CANCELLED)),
     )
-    by_run = session.scalars(labelled.distinct().order_by(Event.run_id))
-    return found + [f"ingest run {number} corrected its wells" for number in by_run]
+    for number in session.scalars(labelled.distinct()):
+        found.append((number or 0, f"ingest run {number} corrected its wells"))
+    return _undo_of(found)
 
 
 @dataclass(frozen=True)
 class _Restored:
-    """The events of a run whose old values come back, the last first; what changed them since."""
+    """The events of a run whose old values come back, the last first.
+
+    ``later``: the runs that changed them since; ``notes``: what people corrected since, and keep.
+    """
 
     changes: tuple[Change, ...]
-    later: tuple[str, ...]
+    later: tuple[_Relying, ...]
+    notes: tuple[str, ...]
 
     def write(self, session: Session) -> list[Change]:
         """Put the old values back; return the events of that."""
@@ -766,10 +837,11 @@ def _restorable(session: Session, run_id: int) -> _Restored:
     """What a run changed of rows that were there before it."""
     query = select(Event).where(Event.run_id == run_id, Event.old.is_not(None))
     query = query.where(Event.new.is_not(None), Event.table_name != "runs")
-    changes, later = [], []
+    changes, later, kept = [], dict[tuple[int, str], None](), dict[str, None]()
     present: dict[tuple[str, int], dict[str, Any]] = {}
+    corrected: dict[tuple[str, int], set[str]] = {}
     for row in session.scalars(query.order_by(Event.id.desc())):
-        table, new = METADATA.tables[row.table_name], row.new or {}
+        table, old, new = METADATA.tables[row.table_name], row.old or {}, row.new or {}
         change = Change(row.table_name, row.row_id, row.old, row.new)
         if row.row_id is None:
             changes.append(change)
@@ -780,16 +852,53 @@ def _restorable(session: Session, run_id: int) -> _Restored:
             present[key] = dict(session.execute(same).mappings().first() or {})
         if not present[key]:  # deleted since, with its plate
             continue
-        changes.append(change)
-        if any(present[key][name] != value for name, value in new.items() if name in table.c):
-            since = select(Event.run_id, Event.created_at).where(
-                Event.table_name == row.table_name, Event.row_id == row.row_id, Event.id > row.id
-            )
-            by, at = session.execute(since.order_by(Event.id.desc()).limit(1)).one()
-            who = f"run {by}" if by is not None else f"the correction of {at:%Y-%m-%d %H:%M}"
-            later.append(f"{who} changed {_named(session, row.table_name, row.row_id)} again")
+        by_hand = corrected.setdefault(key, set())
+        for name, value in new.items():
+            if name not in table.c or name in by_hand or present[key][name] == value:
+                continue
+            since = select(Run.id, Event.new).join(Run, Run.id == Event.run_id)
+            since = since.where(Event.table_name == row.table_name, Event.row_id == row.row_id)
+            since = since.where(Event.id > row.id, Run.status != Status.CANCELLED)
+            found = session.execute(since.order_by(Event.id.desc()))
+            by = next((run for run, values in found if name in (values or {})), None)
+            called = _named(session, row.table_name, row.row_id)
+            if by is None:
+                by_hand.add(name)
+                kept[called] = None
+            else:
+                later[by, f"ingest run {by} changed {called} again"] = None
+        if "treatment_id" in by_hand:
+            by_hand.add("treatment")  # its name
+        if by_hand:
+            old, new = ({k: v for k, v in some.items() if k not in by_hand} for some in (old, new))
+        if old or new:
+            changes.append(replace(change, old=old, new=new))
         present[key] |= row.old or {}
-    return _Restored(tuple(changes), tuple(dict.fromkeys(later)))
+    names = sorted(kept)
+    notes: tuple[str, ...] = ()
+    if names:
+        more = ", ..." if len(names) > _NAMED else ""
+        were = "was corrected by hand since, and keeps its correction"
+        if len(names) > 1:
+            were = "were corrected by hand since, and keep their corrections"
+        notes = (f"{', '.join(names[:_NAMED])}{more} {were}.",)
+    return _Restored(tuple(changes), tuple(_undo_of(later)), notes)
+
+
+def _delete_unused_treatments(
+    session: Session, ranges: Mapping[str, Sequence[tuple[int, int]]]
+) -> list[Change]:
+    """Delete the treatments and perturbations of a run that nothing has; return the events."""
+    has_well = exists().where(Well.treatment_id == Treatment.id)
+    unused = select(Treatment.id).where(_within(Treatment.id, ranges["treatments"]), ~has_well)
+    _delete_where(session, TreatmentPart, TreatmentPart.treatment_id.in_(unused))
+    changes = _delete_rows(session, Treatment, query=unused)
+    has_part = exists().where(TreatmentPart.perturbation_id == Perturbation.id)
+    described = exists().where(Event.table_name == "perturbations", Event.row_id == Perturbation.id)
+    mine = _within(Perturbation.id, ranges["perturbations"])
+    alone = select(Perturbation.id).where(mine, ~has_part, ~described)
+    changes += _delete_rows(session, Perturbation, query=alone)
+    return [replace(change, row_id=None) for change in changes]
 
 
 def _named(session: Session, table: str, row_id: int | None) -> str:

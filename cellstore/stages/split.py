@@ -34,8 +34,8 @@ from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
-from ..io.platemaps import normalised_name
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
+from ..io.treatments import normalised_name
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
 from ..jobs.workspace import Workspace

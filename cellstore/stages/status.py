@@ -235,10 +235,12 @@ STEPS = """
         SELECT recipe_id AS id FROM segmentations ORDER BY id DESC LIMIT 1
     ),
     split AS (SELECT max(id) AS id FROM splits),
-    trained AS (
-        SELECT max(r.id) AS id FROM runs AS r JOIN split ON split.id = r.split_id
+    trainings AS (
+        SELECT r.id, {baseline} AS baseline
+        FROM runs AS r JOIN split ON split.id = r.split_id JOIN recipes AS c ON c.id = r.recipe_id
         WHERE r.stage = 'train' AND r.status = 'done'
-    )
+    ),
+    trained AS (SELECT max(id) AS id FROM trainings WHERE baseline IS NULL)
     SELECT
         EXISTS (SELECT 1 FROM images) AS images,
         EXISTS (SELECT 1 FROM images WHERE content_sha256 IS NOT NULL) AS files,
@@ -256,7 +258,10 @@ STEPS = """
         EXISTS (
             SELECT 1 FROM runs AS r JOIN trained ON trained.id = r.parent_id
             WHERE r.stage = 'predict' AND r.status = 'done'
-        ) AS predictions
+        ) AS predictions,
+        EXISTS (SELECT 1 FROM trainings WHERE baseline IS NOT NULL) AS baselines,
+        EXISTS (SELECT 1 FROM runs WHERE stage = 'qc' AND status = 'done') AS qc,
+        EXISTS (SELECT 1 FROM runs WHERE stage = 'contrast' AND status = 'done') AS contrasts
 """
 PLATEMAP = "cellstore ingest PLATEMAP  (no well has a treatment yet)"
 NEXT = {
@@ -270,6 +275,12 @@ NEXT = {
     "predictions": ("cellstore predict",),
 }
 """What is to be done first where a store has none of these, in this order."""
+USEFUL = {
+    "baselines": "cellstore train --baseline null  (scores that the network has to beat)",
+    "qc": "cellstore qc",
+    "contrasts": "cellstore contrast",
+}
+"""What is useful where a store lacks these only."""
 BROKEN_OFF = """
     SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
     FROM runs AS r
@@ -287,14 +298,21 @@ BROKEN_OFF = """
 
 
 def next_step(session: Session) -> tuple[str, ...]:
-    """Return the next useful command, or a few, by what a store has and what it lacks."""
-    steps = session.execute(text(STEPS)).mappings().one()
+    """Return the next useful commands, the first one first, by what a store has and lacks."""
+    steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
     lacks = [name for name in NEXT if not steps[name]]
     if not lacks:
-        return "cellstore report", "cellstore votes"
+        useful = [step for name, step in USEFUL.items() if not steps[name]]
+        return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
     if lacks[0] != "cells":
         return NEXT[lacks[0]]
     return (_how_to_segment(session), *(() if steps["treatments"] else (PLATEMAP,)))
+
+
+def _baseline(session: Session) -> str:
+    """The baseline of a recipe ``c`` in SQL; null where it is of a network."""
+    sqlite = session.get_bind().dialect.name == "sqlite"
+    return "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
 
 
 def _how_to_segment(session: Session) -> str:
@@ -314,9 +332,8 @@ def _how_to_segment(session: Session) -> str:
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
     sqlite = workspace.database.is_sqlite
-    baseline = "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
-    broken_off = text(BROKEN_OFF.format(baseline=baseline))
     with workspace.database.read() as session:
+        broken_off = text(BROKEN_OFF.format(baseline=_baseline(session)))
         counts = session.execute(text(COUNTS)).mappings().one()
         jobs = session.execute(text(RECIPES)).all()
         imported = session.execute(text(IMPORTED)).all()

@@ -167,7 +167,7 @@ def test_names_are_data_in_every_format(cellstore, store):
     evil_names(store)
     query = "SELECT name AS perturbation, target FROM treatments ORDER BY id"
     for words in (("sql", query), ("ask", "treatments")):
-        column = "perturbation" if words[0] == "sql" else "treatment"
+        column = "perturbation" if words[0] == "sql" else "name_with_dose"
         rows = cellstore(*words, "--json", "--store", store).json
         assert {row[column] for row in rows} >= set(EVIL)
         text = cellstore(*words, "--format", "csv", "--store", store).out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from foreign_cells import add_foreign_cells, by_id
 
 
@@ -10,7 +12,7 @@ def test_a_person_corrects_a_screen_and_sees_it(cellstore, store):
     said = cellstore("rename", "plate", "P1", "BR1", *at, "--dry-run")
     assert "12 images" in said.out
     assert "dry run" in said.err
-    cellstore("rename", "plate", "P1", "BR1", *at)
+    assert "Next: " in cellstore("rename", "plate", "P1", "BR1", *at).err
     said = cellstore("relabel", "BR1/A01", *at, "--treatment", "taxol", "--reason", "shifted")
     assert "DMSO" in said.out
     assert "taxol" in said.out
@@ -53,8 +55,15 @@ def test_an_ingest_is_undone_and_a_plate_deleted(cellstore, store, screen):
 
 
 def test_a_store_is_backed_up_and_restored(cellstore, store):
+    planned = cellstore("backup", "b.tar", "--store", store, "--dry-run", "--json").json
+    assert not Path("b.tar").exists()
+    made = cellstore("backup", "b.tar", "--store", store, "--json").json
+    same = ("rows", "artifacts", "missing")
+    assert {name: planned[name] for name in same} == {name: made[name] for name in same}
+    assert 0.5 < planned["size_bytes"] / made["size_bytes"] < 2
     said = cellstore("backup", "b.tar", "--store", store)
     assert "rows" in said.out
+    assert said.err.splitlines()[-1] == "Next: cellstore restore b.tar DIR --dry-run"
     assert "dry run" in cellstore("restore", "b.tar", "new", "--dry-run").err
     said = cellstore("restore", "b.tar", "new")
     assert said.err.splitlines()[-1] == "Next: cellstore --store new verify"

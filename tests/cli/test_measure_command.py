@@ -92,9 +92,15 @@ def test_images_of_which_only_a_wide_group_is_measured_count_as_measured(cellsto
     [
         (
             ("--features", "textur"),
-            "Unknown group of features 'textur'. Known: basic, intensity, texture.",
+            (
+                "Unknown group of features 'textur'. Known: basic, intensity, texture. "
+                "Did you mean texture?"
+            ),
         ),
-        (("--features", "texture", "--channels", "DMA"), "Unknown channel 'DMA'. Known: DNA."),
+        (
+            ("--features", "texture", "--channels", "DMA"),
+            "Unknown channel 'DMA'. Known: DNA. Did you mean DNA?",
+        ),
     ],
 )
 def test_an_unknown_name_is_one_sentence(cellstore, segmented, words, sentence):

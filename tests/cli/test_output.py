@@ -23,8 +23,8 @@ def test_columns_are_aligned_numbers_to_the_right(capsys):
     ]
 
 
-def test_long_cells_are_cut_only_where_there_is_no_room(capsys, monkeypatch):
-    rows = [("x" * 100, 1)]
+def test_long_cells_go_on_in_the_next_line_where_there_is_no_room(capsys, monkeypatch):
+    rows = [("x" * 100, 1), ("y" * 1000, 2)]
     output.table(("name", "n"), rows)
     assert "x" * 100 in capsys.readouterr().out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -32,7 +32,18 @@ def test_long_cells_are_cut_only_where_there_is_no_room(capsys, monkeypatch):
     output.table(("name", "n"), rows)
     cut = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 40 for line in cut)
-    assert "…" in cut[2]
+    assert "".join(line.split()[0] for line in cut[2:5]) == "x" * 100
+    assert "…" in "".join(cut[5:])
+    assert len(cut) == 5 + output.LINES
+
+
+def test_sentences_and_values_are_wrapped_and_paths_are_not_cut(capsys):
+    path = "/" + "long/" * 20
+    output.pairs({"path": path, "n": 1234, "words": "word " * 30})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"path   {path}"
+    assert "n      1,234" in lines
+    assert all(len(line) <= 80 for line in lines if path not in line)
 
 
 def test_a_table_without_rows_is_its_headers(capsys):
@@ -86,3 +97,16 @@ def test_a_bar_that_was_not_started_is_harmless(screen):
     bar.advance()
     bar.finish()
     assert screen.getvalue() == ""
+
+
+def test_a_mistake_in_many_rows_is_said_once(capsys):
+    wells = [(f"map.csv, line {n}", "not a well", f"'A1-{n}' is not a well.") for n in range(2, 50)]
+    others = [("map.csv, line 60", "not a well", "the row names no well"), ("a", "dose", "no dose")]
+    output.grouped([*wells, *others])
+    assert capsys.readouterr().out.splitlines() == [
+        "  not a well: 49 rows",
+        "    map.csv, line 2: 'A1-2' is not a well. And 47 more like this.",
+        "    map.csv, line 60: the row names no well",
+        "  dose: 1 row",
+        "    a: no dose",
+    ]

@@ -108,7 +108,7 @@ def test_images_beside_tables_of_objects_are_ambiguous_until_one_is_asked_for(
     write(tmp_path, IMAGES, "Image.csv")
     write(tmp_path, OBJECTS, "Cells.csv")
     write(tmp_path, "", "AS_09047_050428030001_O01f00d2.TIF")
-    named = r"cellprofiler-csv \(features\) or image-folder \(images\).*--layout"
+    named = "holds features and images. Run: cellstore ingest features .*, or: .* ingest images "
     with pytest.raises(BadTableError, match=named):
         detect(tmp_path)
     assert detect(tmp_path, SourceKind.IMAGES) is Layout.IMAGE_FOLDER
@@ -221,8 +221,8 @@ def test_any_bytes_are_of_a_layout_or_refused(
         ("cytotable/data_b", "cellprofiler-csv"),
         ("cytotable/BR00116991-A01-1", "cellprofiler-csv"),
         ("jump_datasets/plate.csv.gz", "jump-plates"),
-        ("jump_datasets/crispr.csv.gz", "jump-crispr"),
-        ("jump_datasets/perturbation_control.csv", "jump-controls"),
+        ("jump_datasets/crispr.csv.gz", "treatment-table"),
+        ("jump_datasets/perturbation_control.csv", "treatment-table"),
         ("jump_target/JUMP-Target-1_compound_metadata.tsv", "treatment-table"),
         ("jump_target/JUMP-Target-1_orf_metadata.tsv", "treatment-table"),
         ("nf1_platemaps/platemap_NF1_plate2.csv", "platemap"),

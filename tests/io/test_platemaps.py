@@ -10,7 +10,8 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.io.platemaps import PlateAnnotation, TreatmentRecord, read_annotation
+from cellstore.io.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.treatments import TreatmentRecord
 
 COMPOUNDS = (
     "broad_sample\tInChIKey\tpert_iname\tpubchem_cid\tgene\tcontrol_type\tsmiles\n"

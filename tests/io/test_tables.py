@@ -366,7 +366,7 @@ def pieces(path: Path, block: int) -> list[tuple[int, str | Sequence[str]]]:
     found: list[tuple[int, str | Sequence[str]]] = []
     table = open_table(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables_module, "_BLOCK", block)
+        patch.setattr(tables_module, "BLOCK", block)
         for batch in table.batches(range(len(table.columns))):
             rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
             found += zip(batch.lines, map(list, rows), strict=True)
@@ -401,7 +401,7 @@ def test_pieces_have_the_rows_of_the_whole_table(
 def test_numbers_of_pieces_and_words_among_them(tmp_path: Path) -> None:
     path = write(tmp_path, b"a,b,c\n1,x,2.5\n,y,nan\n\n3,z,NA\nw,z,1\n4,z,1e3\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables_module, "_BLOCK", 10)
+        patch.setattr(tables_module, "BLOCK", 10)
         first, second, last = open_table(path).batches([0, 2], numbers=[0, 2])
     assert [column.to_pylist() for column in first.columns] == [[1, None], [2.5, None]]
     assert [column.to_pylist() for column in second.columns] == [["3", "w"], ["NA", "1"]]

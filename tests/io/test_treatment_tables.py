@@ -13,19 +13,18 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, CellstoreError
 from cellstore.io.layouts import table_layouts
-from cellstore.io.platemaps import (
+from cellstore.io.platemaps import read_annotation
+from cellstore.io.tables import MISSING, Refusal, TextTable, open_table
+from cellstore.io.treatments import (
     Aliases,
     PlateRow,
     TreatmentRecord,
     TreatmentRow,
     completed,
-    jump_controls,
-    jump_crispr,
     jump_plates,
-    read_annotation,
+    treatment_of,
     treatment_rows,
 )
-from cellstore.io.tables import MISSING, Refusal, TextTable, open_table
 
 
 def table(folder: Path, text: str) -> TextTable:
@@ -59,10 +58,10 @@ def reasons(rows: Iterable[object]) -> list[tuple[int, str]]:
         ("broad_sample pert_iname FileName_OrigDNA", []),
         ("Metadata_Source Metadata_Batch Metadata_Plate Metadata_PlateType", ["jump-plates"]),
         ("Metadata_Batch Metadata_Plate Metadata_Well", []),
-        ("Metadata_JCP2022 Metadata_NCBI_Gene_ID Metadata_Symbol", ["jump-crispr"]),
+        ("Metadata_JCP2022 Metadata_NCBI_Gene_ID Metadata_Symbol", ["treatment-table"]),
         (
             "Metadata_JCP2022 Metadata_pert_type Metadata_Name Metadata_modality",
-            ["jump-controls"],
+            ["treatment-table"],
         ),
         ("Assay_Plate_Barcode Plate_Map_Name", []),
         ("ImageNumber ObjectNumber AreaShape_Area", []),
@@ -97,6 +96,24 @@ def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
     ]
 
 
+def test_combinations_are_the_same_in_every_table(tmp_path: Path) -> None:
+    text = "Compound,Target,SMILES\ntaxol + noco,TUBB + TUBA1A,\na + b,,CC\nc + d,X,\n2-Mar,,\n"
+    found = list(treatment_rows(table(tmp_path, text)))
+    both, one = records(found)
+    assert both is not None
+    assert [(part.pert_iname, part.target) for part in both.parts] == [
+        ("taxol", "TUBB"),
+        ("noco", "TUBA1A"),
+    ]
+    assert one is not None
+    assert (one.pert_iname, one.others) == ("a + b", ())  # a structure is of one sample
+    assert reasons(found) == [(4, "not a target"), (5, "not a name")]
+    of_image = treatment_of({"Metadata_pert_iname": "taxol + noco", "Metadata_dose": "5 + 1"})
+    assert of_image is not None
+    assert of_image.label == "taxol 5 + noco 1"
+    assert treatment_of({"Metadata_pert_iname": "Empty"}) is None
+
+
 def test_plates_keep_their_text(tmp_path: Path) -> None:
     text = "Metadata_Plate,Metadata_Batch,Metadata_PlateType\n001,B1,ORF\n1053601756,NA,\n,B1,ORF\n"
     found = list(jump_plates(table(tmp_path, text)))
@@ -112,29 +129,26 @@ def test_reagents_without_a_gene_have_no_target(tmp_path: Path) -> None:
         "Metadata_JCP2022,Metadata_NCBI_Gene_ID,Metadata_Symbol\n"
         "J1,,no-guide\nJ2,2,A2M\n,3,NAT1\nJ4,4,NA\n"
     )
-    found = list(jump_crispr(table(tmp_path, text)))
+    found = list(treatment_rows(table(tmp_path, text)))
     assert records(found) == [
         TreatmentRecord(PerturbationKind.CRISPR, "no-guide", identifier="J1"),
         TreatmentRecord(PerturbationKind.CRISPR, "A2M", target="A2M", identifier="J2"),
+        TreatmentRecord(PerturbationKind.CRISPR, "J4", identifier="J4"),
     ]
-    assert reasons(found) == [(4, "no treatment"), (5, "no treatment")]
+    assert reasons(found) == [(4, "no JCP2022")]
 
 
 def test_controls(tmp_path: Path) -> None:
     text = (
         "Metadata_JCP2022,Metadata_pert_type,Metadata_Name,Metadata_modality\n"
-        "J1,poscon,PLK1,crispr\nJ2,empty,Empty,any\nJ3,poscon,x,light\nJ4,maybe,x,orf\nJ5,trt,,orf\n"
+        "J1,poscon,PLK1,crispr\nJ2,empty,Empty,any\nJ3,poscon,x,light\n,trt,x,orf\n"
     )
-    found = list(jump_controls(table(tmp_path, text)))
+    found = list(treatment_rows(table(tmp_path, text)))
     assert records(found) == [
         TreatmentRecord(PerturbationKind.CRISPR, "PLK1", control=Control.POSITIVE, identifier="J1"),
-        TreatmentRecord(PerturbationKind.NONE, "Empty", identifier="J2"),
+        None,  # a well without cells
     ]
-    assert reasons(found) == [
-        (4, "not a known control"),
-        (5, "not a known control"),
-        (6, "no treatment"),
-    ]
+    assert reasons(found) == [(4, "not a known kind"), (5, "no JCP2022")]
 
 
 ME = TreatmentRecord(PerturbationKind.COMPOUND, "ME0328", target="PARP3", identifier="BRD-1")
@@ -243,7 +257,7 @@ def test_the_plates_of_jump() -> None:
 @pytest.mark.real
 def test_the_reagents_of_jump() -> None:
     """7,977 rows, two of them without a gene number."""
-    found = records(jump_crispr(open_table(real_data("jump_datasets/crispr.csv.gz"))))
+    found = records(treatment_rows(open_table(real_data("jump_datasets/crispr.csv.gz"))))
     assert len(found) == len({row.identifier for row in found if row}) == 7977
     assert [row.pert_iname for row in found if row and row.target is None] == [
         "no-guide",
@@ -254,9 +268,8 @@ def test_the_reagents_of_jump() -> None:
 @pytest.mark.real
 def test_the_controls_of_jump() -> None:
     """18 rows: 1 empty; of compounds 1 and 8, of CRISPR 2 and 1, of ORF 4 and 1 controls."""
-    found = records(jump_controls(open_table(real_data("jump_datasets/perturbation_control.csv"))))
+    found = records(treatment_rows(open_table(real_data("jump_datasets/perturbation_control.csv"))))
     assert Counter((row.kind.value, row.control) for row in found if row) == {
-        ("none", None): 1,
         ("compound", Control.NEGATIVE): 1,
         ("compound", Control.POSITIVE): 8,
         ("crispr", Control.NEGATIVE): 2,

@@ -12,9 +12,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cellstore.config import IngestParams
 from cellstore.errors import ImageError, MissingExtraError, UserInputError
 from cellstore.io import uris
-from cellstore.io.image_files import encode_tiff, probe, read_plane
+from cellstore.io.image_files import decode_tiff, encode_tiff, probe, read_plane
+from cellstore.io.mask_files import read_labels
+from cellstore.io.stacks import read_stack
+from cellstore.io.tables import open_table
 from cellstore.io.uris import (
     FileStat,
     exists,
@@ -28,6 +32,7 @@ from cellstore.io.uris import (
     split_page,
     stat,
 )
+from cellstore.stages.ingest.ingest import choose_layout
 
 SECRET = "hunter2"
 
@@ -197,7 +202,7 @@ class Refusing:
 
 
 def test_secrets_of_a_place_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Refusing())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Refusing())
     uri = f"https://me:{SECRET}@host.org/images/a.tif?X-Amz-Signature={SECRET}"
     for ask in (read_bytes, stat):
         with pytest.raises(ImageError) as caught:
@@ -226,7 +231,7 @@ def test_services_tell_the_time_of_a_change_in_their_own_ways(
         def info(self, uri: str) -> dict[str, object]:
             return {"size": 5, **told}
 
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Telling())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Telling())
     assert stat("https://host/a.tif") == FileStat(5, mtime_ns)
 
 
@@ -235,7 +240,7 @@ def test_a_server_that_tells_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
         def info(self, uri: str) -> dict[str, object]:
             return {"size": None}
 
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Silent())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Silent())
     with pytest.raises(ImageError, match="no size of"):
         stat("https://host/a.tif")
 
@@ -251,3 +256,17 @@ def test_pages_are_part_of_a_name() -> None:
 @given(st.text(min_size=1, max_size=30), st.integers(1, 999_999))
 def test_any_name_gets_its_page_back(name: str, page: int) -> None:
     assert split_page(page_name(name, page)) == (name, page)
+
+
+def test_pipes_and_devices_are_refused_unopened(tmp_path: Path) -> None:
+    """A reader that opened one would wait or read for ever."""
+    pipe = tmp_path / "a.tif"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        for read in (probe, read_plane, read_stack, decode_tiff, read_labels, uris.read_bytes):
+            with pytest.raises(ImageError, match="pipe or a device"):
+                read(str(path) if read is uris.read_bytes else path)
+        with pytest.raises(UserInputError, match="pipe or a device"):
+            open_table(path)
+        with pytest.raises(UserInputError, match="pipe or a device"):
+            choose_layout(path, IngestParams(layout="harmony"))

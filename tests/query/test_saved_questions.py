@@ -78,7 +78,7 @@ def test_every_question_answers_on_both_databases(workspace: Workspace) -> None:
     assert wells["confident-mistakes"] == ["B01", "B03"]
     assert wells["unlabelled"] == ["A01", "A02"]
     assert [(r["wells"], r["images"], r["cells"]) for r in answers["plates"]] == [(6, 6, 10)]
-    assert [(r["treatment"], r["images"]) for r in answers["treatments"]] == [
+    assert [(r["name_with_dose"], r["images"]) for r in answers["treatments"]] == [
         ("taxol", 4),
         ("DMSO", 2),
     ]

@@ -127,16 +127,23 @@ def test_each_dose_is_compared_by_itself_or_all_together(workspace: Workspace) -
 
 
 def test_a_well_that_became_a_control_is_compared_anew(workspace: Workspace) -> None:
+    """The well alone: others of its treatment stay what is compared. Untreated wells may be one."""
     Screen(workspace)
     first = contrast(workspace, FAST)
     with workspace.database.begin() as session:
-        once = select(Treatment.id).where(Treatment.name == "once").scalar_subquery()
-        session.execute(
-            update(Well).where(Well.treatment_id == once).values(control=Control.NEGATIVE)
-        )
+        of_name = select(Well.id).join(Treatment).join(Plate, Plate.id == Well.plate_id)
+        of_name = of_name.where(Treatment.name == "nothing", Plate.barcode == "P1").limit(1)
+        wells = update(Well).where(Well.id == of_name.scalar_subquery())
+        session.execute(wells.values(control=Control.NEGATIVE))
+        bare = select(Well.id).where(Well.control == Control.NEGATIVE).limit(1).scalar_subquery()
+        session.execute(update(Well).where(Well.id == bare).values(treatment_id=None))
     second = contrast(workspace, FAST)
-    assert (second.already_done, second.control) == (False, "DMSO, once")
+    assert (second.already_done, second.control) == (False, "DMSO, no treatment, nothing")
     assert second.run_id > first.run_id
+    rows = by_name(second)
+    assert (rows["nothing"].wells, rows["nothing"].control_wells) == (3, 9)
+    pooled = contrast(workspace, replace(FAST, pooled=True)).rows[0]
+    assert (pooled.wells, pooled.control_wells) == (8, 9)
 
 
 def run_of(workspace: Workspace, run_id: int) -> Run:
@@ -225,7 +232,7 @@ def test_what_cannot_be_compared_is_said(sqlite_workspace: Workspace) -> None:
         contrast(sqlite_workspace, replace(FAST, features="cp"))
     with sqlite_workspace.database.begin() as session:
         session.execute(update(Well).values(control=None))
-    assert "No treatment is marked as negative control" in refused()
+    assert "No well is a negative control" in refused()
 
 
 def test_a_baseline_reads_features_as_differences_to_the_controls_of_the_plate(

@@ -245,11 +245,11 @@ def test_barcodes_say_which_plates(bench: Bench) -> None:
         "so its treatment is not known: A02. To say what it got: --blank DMSO or --blank untreated"
     )
     assert account.notes == [
+        "1 of 4 plates are not in the store",
         "1 well is blank in cp.csv, so DMSO: B01",
         f"1 well is blank in orf.csv, {unknown}",
-        f"1 well is blank in unused.csv, {unknown}",
-        "1 of 4 plates are not in the store",
         "no plate of the store uses the plate map unused",
+        f"1 well is blank in unused.csv, {unknown}",
     ]
 
 
@@ -387,14 +387,14 @@ def test_controls_complete_the_reagents(bench: Bench) -> None:
     )
     head = "Metadata_JCP2022,Metadata_pert_type,Metadata_Name,Metadata_modality\n"
     controls = bench.file("control.csv", f"{head}J1,poscon,PLK1,crispr\nJ9,empty,Empty,any\n")
-    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (2, 0, 0, 0)
+    assert counts(bench.ingest(reagents, Layout.TREATMENT_TABLE)) == (2, 0, 0, 0)
     with bench.reading() as session:
         plk1 = session.scalars(select(Treatment).where(Treatment.name == "PLK1")).one()
     well = bench.make.well(bench.plate, 3, 3, plk1)
-    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (1, 1, 0, 0)
+    assert counts(bench.ingest(controls, Layout.TREATMENT_TABLE)) == (0, 1, 1, 0)
     assert bench.treated() == {f"P1 {well.name}": ("PLK1", "PLK1", Control.POSITIVE)}
-    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (0, 0, 2, 0)
-    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (0, 0, 2, 0)
+    assert counts(bench.ingest(reagents, Layout.TREATMENT_TABLE)) == (0, 0, 2, 0)
+    assert counts(bench.ingest(controls, Layout.TREATMENT_TABLE)) == (0, 0, 2, 0)
 
 
 MAPS = "cpjump1/metadata/platemaps/2020_11_04_CPJUMP1"
@@ -438,11 +438,12 @@ def test_the_dataset_tables_of_jump(sqlite_workspace: Workspace, tmp_path: Path)
     assert counts(bench.ingest(plates, Layout.JUMP_PLATES)) == (2525, 0, 0, 0)
     assert counts(bench.ingest(plates, Layout.JUMP_PLATES)) == (0, 0, 2525, 0)
     reagents = real_data("jump_datasets/crispr.csv.gz")
-    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (7977, 0, 0, 0)
-    # Of the 18 controls the 3 of CRISPR are reagents that are there already, and no well has them.
+    assert counts(bench.ingest(reagents, Layout.TREATMENT_TABLE)) == (7977, 0, 0, 0)
+    # Of the 18 controls the 3 of CRISPR are reagents that are there already, and no well has them;
+    # one is a well without cells.
     controls = real_data("jump_datasets/perturbation_control.csv")
-    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (15, 0, 3, 0)
-    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (0, 0, 7977, 0)
+    assert counts(bench.ingest(controls, Layout.TREATMENT_TABLE)) == (14, 0, 4, 0)
+    assert counts(bench.ingest(reagents, Layout.TREATMENT_TABLE)) == (0, 0, 7977, 0)
 
 
 @pytest.mark.real
@@ -569,11 +570,26 @@ def test_one_map_for_several_plates(bench: Bench) -> None:
     assert any(note.startswith(said) for note in account.notes)
 
 
-def test_wells_with_images_and_no_treatment_are_named(bench: Bench) -> None:
+def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
+    head = "Well,Compound\n"
+    blank = map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
+    assert blank.startswith("2 wells are blank in long.csv")  # no well has images so far
     bench.make.image(bench.wells[1])
-    account = map_of(bench, "Well,Compound\nA1,taxol\nB1,taxol\n")
-    assert any("1 well with images got no treatment: A02" in note for note in account.notes)
-    assert any(", but wells without images got one: A01, B01." in note for note in account.notes)
+    assert "treatment is not known: A02. To say" in map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
+    missing = map_of(bench, f"{head}A1,taxol\nB1,\n").notes[-1]
+    said = "none of the wells that long.csv treats has images (A01); the wells with images are A02."
+    assert missing.startswith(said)
+    # Also where they are labelled already: then the map is of another plate, or has shifted.
+    assert map_of(bench, f"{head}A1,taxol\nA2,noco\nB1,\n").notes == []
+    assert map_of(bench, f"{head}A1,taxol\nB1,\n").notes[-1].startswith(said)
+    bench.make.image(bench.wells[0])
+    third = bench.make.well(bench.plate, 2, 2)
+    bench.make.image(third)
+    (note,) = map_of(bench, f"{head}A1,taxol\nC1,taxol\n").notes
+    assert note == (
+        "1 well with images got no treatment: B02, but wells without images got one: C01. If that "
+        "is not meant, look whether the map has shifted; cellstore undo RUN takes it back"
+    )
 
 
 def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:

@@ -22,8 +22,8 @@ from sqlalchemy import select, update
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import IngestParams
 from cellstore.enums import Control, PerturbationKind, Stage
-from cellstore.io.platemaps import TreatmentRecord, target_of
 from cellstore.io.tables import MISSING
+from cellstore.io.treatments import TreatmentRecord, target_of
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,

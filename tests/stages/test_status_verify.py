@@ -249,6 +249,12 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
     train = make.run(Stage.TRAIN, split_id=split.id)
     assert first() == "predict"
     make.run(Stage.PREDICT, parent_id=train.id)
-    assert status(workspace).next == ("cellstore report", "cellstore votes")
+    report, baselines, _, contrast, votes, export = status(workspace).next
+    assert (report, votes) == ("cellstore report", "cellstore votes")
+    assert baselines.startswith("cellstore train --baseline null")
+    make.run(Stage.QC)
+    null = make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
+    make.run(Stage.TRAIN, null, split_id=split.id)
+    assert status(workspace).next == (report, contrast, votes, export)
     make.split([], "second")
     assert first() == "train"

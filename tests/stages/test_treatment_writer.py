@@ -9,7 +9,7 @@ from sqlalchemy import event, func, select
 
 from cellstore.db.events import event_digest
 from cellstore.enums import Control, PerturbationKind, Severity, Stage
-from cellstore.io.platemaps import TreatmentRecord
+from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Treatment, Well
 from cellstore.stages.ingest import write_treatments as writer_module

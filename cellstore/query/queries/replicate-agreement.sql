@@ -15,18 +15,18 @@ WITH by_well AS (
     GROUP BY well_id
 ),
 labelled AS (
-    SELECT t.name_with_dose AS treatment, v.winner, count(*) AS wells
+    SELECT t.name_with_dose, v.winner, count(*) AS wells
     FROM by_well AS v
     JOIN wells AS w ON w.id = v.well_id
     JOIN treatments AS t ON t.id = w.treatment_id
     GROUP BY t.name_with_dose, v.winner
 )
 SELECT
-    treatment,
+    name_with_dose,
     CAST(sum(wells) AS BIGINT) AS wells,
     arg_max(winner, (wells, winner)) AS most_frequent,
     max(wells) / sum(wells) AS agreement
 FROM labelled
-GROUP BY treatment
+GROUP BY name_with_dose
 HAVING sum(wells) > 1
-ORDER BY agreement, treatment
+ORDER BY agreement, name_with_dose

@@ -1,7 +1,7 @@
 -- Every treatment with its target, its wells and images that count, the plates they are on, and how
 -- many wells and images do not count.
 SELECT
-    t.name_with_dose AS treatment, t.target,
+    t.name_with_dose, t.target,
     (
         SELECT string_agg(p.kind, '|') FROM treatment_parts AS tp
         JOIN perturbations AS p ON p.id = tp.perturbation_id WHERE tp.treatment_id = t.id

@@ -20,23 +20,23 @@ from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
 from ...io.platemaps import (
-    Aliases,
     MapOptions,
     PlateAnnotation,
     PlateMap,
-    PlateRow,
     Position,
+    notes_on_wells,
+    read_annotation,
+)
+from ...io.tables import LONGEST, Refusal, open_table
+from ...io.treatments import (
+    Aliases,
+    PlateRow,
     TreatmentRecord,
     TreatmentRow,
     completed,
-    jump_controls,
-    jump_crispr,
     jump_plates,
-    listed_wells,
-    read_annotation,
     treatment_rows,
 )
-from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import writable
 from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
@@ -53,11 +53,6 @@ PLATES_AT_ONCE = 100
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
 
-_READERS = {
-    Layout.TREATMENT_TABLE: treatment_rows,
-    Layout.JUMP_CRISPR: jump_crispr,
-    Layout.JUMP_CONTROLS: jump_controls,
-}
 _WELL = ("id", "plate_id", "well_row", "well_column", "name")
 
 T = TypeVar("T")
@@ -99,7 +94,7 @@ def ingest_treatments(
             return tuple(plate.id for plate in plates.values())
         writer = TreatmentWriter(session, account)
         first: dict[_Sample, int] = {}
-        for rows in _usable(workspace, session, account, _READERS[layout](table)):
+        for rows in _usable(workspace, session, account, treatment_rows(table)):
             _write_treatments(session, writer, rows, aliases, first, account)
         writer.report()
         account.flush(session)
@@ -199,14 +194,17 @@ def _ingest_maps(
         writer = TreatmentWriter(session, account, writable(plate_map.path.name))
         created: set[Position] = set()
         updated: set[Position] = set()
+        imaged: dict[Position, bool] = {}
         for some in in_lists(plates.get(plate_map.name, ()), PLATES_AT_ONCE):
             new, changed = _apply_map(session, writer, plate_map, some, aliases, account)
-            _note_untreated(session, some, account)
             created |= new
             updated |= changed
+            for at, known in _imaged(session, some):
+                imaged[at] = imaged.get(at, True) and known
         account.updated += len(updated)
         account.created += len(created - updated)
         account.unchanged += len(plate_map.wells) - len(created | updated)
+        account.notes += notes_on_wells(plate_map, imaged)
         writer.report()
     account.flush(session)
     return tuple(sorted(plate for some in plates.values() for plate in some))
@@ -353,41 +351,30 @@ def _apply_map(
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 
-def _note_untreated(session: Session, plates: Sequence[int], account: Account) -> None:
-    """Note the wells that have images and no treatment after a map was read."""
+def _imaged(session: Session, plates: Sequence[int]) -> Iterator[tuple[Position, bool]]:
+    """Yield the wells of plates that have images, and whether their treatment is known."""
     query = (
-        select(Well.well_row, Well.well_column)
-        .where(Well.plate_id.in_(plates), Well.treatment_id.is_(None))
+        select(Well.well_row, Well.well_column, Well.treatment_id)
+        .where(Well.plate_id.in_(plates))
         .where(exists().where(Image.well_id == Well.id))
     )
-    found = [(row, column) for row, column in session.execute(query)]
-    if found:
-        count = "1 well" if len(found) == 1 else f"{len(found):,} wells"
-        query = (
-            select(Well.well_row, Well.well_column)
-            .where(Well.plate_id.in_(plates), Well.treatment_id.is_not(None))
-            .where(~exists().where(Image.well_id == Well.id))
-        )
-        bare = [(row, column) for row, column in session.execute(query)]
-        but = f", but wells without images got one: {listed_wells(bare)}" if bare else ""
-        account.notes.append(
-            f"{count} with images got no treatment: {listed_wells(found)}{but}. If that is not "
-            "meant, look whether the map has shifted; cellstore undo RUN takes it back"
-        )
+    for row, column, treatment in session.execute(query):
+        yield (row, column), treatment is not None
 
 
 # ---- Tables of treatments ----
 
-_Sample = tuple[str, ...]
-"""What names a sample: its identifier, else its kind and name."""
+_Sample = frozenset[tuple[str, ...]]
+"""What names the samples of a treatment: of each its identifier, else its kind and name."""
 _Use = tuple[int, Control | None]
 """A treatment, and a role that wells have which got it."""
 
 
 def _sample(record: TreatmentRecord) -> _Sample:
-    if record.identifier is not None:
-        return (record.identifier,)
-    return record.kind.value, record.pert_iname
+    return frozenset(
+        (part.kind.value, part.pert_iname) if part.identifier is None else (part.identifier,)
+        for part in record.parts
+    )
 
 
 def _write_treatments(
@@ -468,8 +455,9 @@ def _known(
     session: Session, given: Sequence[TreatmentRecord]
 ) -> Mapping[_Sample, dict[_Use, TreatmentRecord]]:
     """Return what the store has of each sample."""
-    identifiers = [record.identifier for record in given if record.identifier is not None]
-    names = [record.pert_iname for record in given if record.identifier is None]
+    parts = [part for record in given for part in record.parts]
+    identifiers = [part.identifier for part in parts if part.identifier is not None]
+    names = [part.pert_iname for part in parts if part.identifier is None]
     conditions: list[ColumnElement[bool]] = []
     conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
     unnamed = Perturbation.identifier.is_(None)

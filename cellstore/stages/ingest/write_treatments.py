@@ -17,7 +17,7 @@ from ...db.events import Change, record_events
 from ...db.fields import wells_changed
 from ...enums import Control, PerturbationKind
 from ...io.map_shapes import normalised_dose
-from ...io.platemaps import TreatmentRecord, completed, normalised_name, target_of
+from ...io.treatments import TreatmentRecord, completed, normalised_name, target_of
 from ...models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
 
