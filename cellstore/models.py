@@ -391,7 +391,8 @@ class Run(Base):
     """One execution of a stage. ``query`` is the SQL through which it read its cells.
 
     ``process`` names the process that runs it, so that one that died is known. ``origin`` says
-    whether this program did the work or somebody brought the result.
+    whether this program did the work or somebody brought the result. ``changed_rows`` grows with
+    each row it wrote that is changed or deleted later: triggers count them.
     """
 
     __tablename__ = "runs"
@@ -416,6 +417,7 @@ class Run(Base):
     ended_at: Mapped[datetime | None]
     result: Mapped[dict[str, Any] | None]
     error: Mapped[str | None] = mapped_column(Text)
+    changed_rows: Mapped[int] = mapped_column(BigId, default=0, server_default="0")
     recipe: Mapped["Recipe"] = relationship(back_populates="runs")
     parent: Mapped["Run | None"] = relationship(back_populates="children", remote_side="Run.id")
     children: Mapped[list["Run"]] = relationship(back_populates="parent", order_by="Run.id")

@@ -27,7 +27,7 @@ import duckdb
 
 from ..artifacts import BorrowingFolder
 from ..config import VoteOptions
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .guard import (
@@ -458,15 +458,6 @@ class Questions:
         if once and rows[0][0] <= FEW:
             self._few.add(name)
 
-    @cached_property
-    def _deletion(self) -> int:
-        """The last event by which cells were deleted; copies that were made before it have them."""
-        create = "CREATE TABLE deletions AS SELECT coalesce(max(id), 0) AS id FROM {rows}"
-        only = "WHERE t.table_name = 'cells' AND t.new IS NULL"
-        self._source.feed_table(self._full, create, "events", only)
-        (found,) = self._full.execute("FROM deletions").fetchall()
-        return int(found[0])
-
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
 
@@ -474,17 +465,14 @@ class Questions:
             StorageError: a copy cannot be written.
         """
         self._load({"runs"})
-        predicts = Stage.PREDICT in WRITERS[name]
-        # A failed predict run may be resumed; a failed run of another stage never is.
-        final = [Status.DONE.value] if predicts else [Status.DONE.value, Status.FAILED.value]
         query = """
-            SELECT id, started_at::VARCHAR || ' ' || ended_at::VARCHAR,
-                ended_at IS NOT NULL AND list_contains(?, status)
-            FROM runs WHERE list_contains(?, stage) ORDER BY id
+            SELECT id, concat_ws(' ', started_at, ended_at, changed_rows, sum(changed_rows)
+                FILTER (WHERE list_contains(?, stage)) OVER ()), ended_at IS NOT NULL
+            FROM runs QUALIFY list_contains(?, stage) ORDER BY id
         """
-        stages = [stage.value for stage in WRITERS[name]]
-        runs = self._full.execute(query, [final, stages]).fetchall()
-        if predicts and self.runs is not None:
+        stages = [[stage.value for stage in WRITERS[some]] for some in ("cells", name)]
+        runs = self._full.execute(query, stages).fetchall()
+        if Stage.PREDICT in WRITERS[name] and self.runs is not None:
             runs = [row for row in runs if row[0] in self.runs]
         extents = {row[0]: "" for row in runs}
         if name == "cells":  # an ingest may add cells to those of another
@@ -494,10 +482,6 @@ class Questions:
                 FROM segmentations GROUP BY run_id
             """)
             extents = dict(found.fetchall())
-        if self._deletion:
-            extents = {
-                run: f"{extent}, deletion {self._deletion}" for run, extent in extents.items()
-            }
         columns = KEPT_COLUMNS.get(name) or self._source.columns[name]
         names = ", ".join(map(quoted, columns))
         parts = []
@@ -539,8 +523,9 @@ class Questions:
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
 
-        ``mark`` tells the run from any other, also after a store was made anew, and says how much
-        it wrote, where later runs may add to it. The copy is made in a database and a folder of its
+        ``mark`` tells the run from any other, also after a store was made anew, says how much it
+        wrote, where later runs may add to it, and how many of its rows and of those of cells were
+        changed since. The copy is made in a database and a folder of its
         own: no user asks there.
 
         Raises:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +20,7 @@ from cellstore.errors import DatabaseError, QueryError, StorageError, UnknownNam
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import METADATA
 from cellstore.query import source
-from cellstore.query.engine import Questions, open_questions
+from cellstore.query.engine import COUNTS, PREDICTIONS, RANKED, Questions, open_questions
 from cellstore.query.guard import Limits
 from cellstore.query.source import VIEWS, view
 from cellstore.store import Store
@@ -165,29 +169,89 @@ def test_snapshots_are_made_once_and_only_for_finished_runs(workspace: Workspace
     assert made.stat().st_mtime_ns == before
 
 
-def test_rows_of_failed_runs_are_copied_unless_they_may_be_gone_on_with(
-    workspace: Workspace,
-) -> None:
+def test_rows_of_failed_and_cancelled_runs_are_copied(workspace: Workspace) -> None:
     make = Factory(workspace)
     image = make.image(make.well(make.plate(), 1, 1))
-    failed, running = (
-        make.run(Stage.SEGMENT, status=status) for status in (Status.FAILED, Status.RUNNING)
-    )
-    cells = make.cells_of(make.segmentation(image, failed, 3))
-    make.segmentation(image, running, 2)
-    predict = make.run(Stage.PREDICT, status=Status.FAILED)
     label = make.label("DMSO")
-    make.predict(predict, cells[:1], [[(label, 1.0)]])
-    both = "SELECT (SELECT count(*) FROM cells) * 10 + (SELECT count(*) FROM predictions)"
+    for status in (Status.FAILED, Status.CANCELLED, Status.RUNNING):
+        cells = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT, status=status), 2))
+        make.features(cells, make.run(Stage.MEASURE, status=status))
+        make.predict(make.run(Stage.PREDICT, status=status), cells, [[(label, 1.0)]] * 2)
+    names = ("cells", "features", "predictions_with_image")
     with open_questions(workspace) as questions:
-        assert one(questions, both) == 51
-    (made,) = snapshot_files(workspace)
-    assert made.name.startswith(f"cells-run{failed.id}-")
-    assert pq.read_metadata(made).num_rows == 3
-    make.predict(predict, cells[1:], [[(label, 1.0)]] * 2)
-    with open_questions(workspace) as questions:
-        assert one(questions, both) == 53
-    assert snapshot_files(workspace) == [made]
+        assert [one(questions, f"SELECT count(*) FROM {name}") for name in names] == [6] * 3
+    made = [path.name.split("-")[0] for path in snapshot_files(workspace)]
+    assert made == sorted(names * 2)
+
+
+def change_outside(workspace: Workspace, sql: str) -> None:
+    """Change rows as another program would, also those that are append-only."""
+    table = "predictions"
+    if workspace.database.is_sqlite:
+        with closing(sqlite3.connect(workspace.database.engine.url.database or "")) as connection:
+            keeps = f"type = 'trigger' AND name LIKE '{table}_keep%'"
+            query = f"SELECT name, sql FROM sqlite_master WHERE {keeps}"
+            triggers = connection.execute(query).fetchall()
+            for name, _ in triggers:
+                connection.execute(f"DROP TRIGGER {name}")
+            connection.execute(sql)
+            for _, trigger in triggers:
+                connection.execute(trigger)
+            connection.commit()
+        return
+    with workspace.database.engine.execution_options(writes=True).begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE {table} DISABLE TRIGGER {table}_keep")
+        connection.exec_driver_sql(sql)
+        connection.exec_driver_sql(f"ALTER TABLE {table} ENABLE TRIGGER {table}_keep")
+
+
+def test_an_answer_does_not_depend_on_the_cache(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    qc = make.run(Stage.QC)
+    cells = make.cells_of(screen.segmentations["B01"])
+    for image in screen.images.values():
+        make.quality(image, qc)
+    for cell in cells:
+        make.flag_cell(qc, cell)
+    other, another = (make.image(make.well(screen.plate, 4, column)) for column in (4, 5))
+    bare = make.cells_of(make.segmentation(other, screen.segment_run, 2))
+    make.features(bare[:1], screen.measure_run)
+    first, image = cells[0].id, screen.images["B01"]
+    moved = screen.segmentations["B04"].id
+    annotation = "INSERT INTO annotations (level, row_id, kind, reason, user_name, created_at)"
+    debris = f"('well', {image.well_id}, 'exclusion', 'debris', 'eve', '2026-01-01')"
+    changes = [
+        ("cells", f"UPDATE cells SET excluded = 'debris' WHERE id = {first}"),
+        (RANKED, f"UPDATE cells SET excluded = 'debris' WHERE id = {cells[1].id}"),
+        ("features", f"UPDATE cells SET centroid_col = 99.5 WHERE id = {bare[0].id}"),
+        ("cells", f"DELETE FROM cells WHERE id = {bare[1].id}"),
+        ("features", f"UPDATE features SET area = 7 WHERE cell_id = {first}"),
+        ("features", f"DELETE FROM features WHERE cell_id = {bare[0].id}"),
+        ("image_quality", f"UPDATE image_quality SET mean = 5 WHERE image_id = {image.id}"),
+        ("image_quality", f"DELETE FROM image_quality WHERE image_id = {image.id}"),
+        ("cell_flags", f"DELETE FROM cell_flags WHERE cell_id = {first}"),
+        (RANKED, f"UPDATE predictions SET probability = 0.99 WHERE cell_id = {cells[2].id}"),
+        (COUNTS, f"DELETE FROM predictions WHERE cell_id = {cells[2].id} AND rank = 2"),
+        (PREDICTIONS, f"UPDATE segmentations SET image_id = {another.id} WHERE id = {moved}"),
+        (RANKED, f"{annotation} VALUES {debris}"),
+    ]
+    before = {name: sorted_rows(workspace, name) for name, _ in changes}
+    for name, change in changes:
+        change_outside(workspace, change)
+        found = sorted_rows(workspace, name)
+        assert found != before[name], change
+        copies = workspace.settings.cache / "snapshots"
+        hidden = copies.rename(copies.with_name("hidden"))
+        assert sorted_rows(workspace, name) == found, change
+        shutil.rmtree(copies)
+        hidden.rename(copies)
+        before[name] = found
+
+
+def sorted_rows(workspace: Workspace, name: str) -> list[tuple[Any, ...]]:
+    with open_questions(workspace, only_image_votes=True) as questions:
+        return sorted(questions.ask_ours(f"SELECT * FROM {name}").rows(), key=repr)
 
 
 def harmed(good: bytes, harm: str) -> bytes:
