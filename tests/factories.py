@@ -33,7 +33,7 @@ from cellstore.enums import (
     Status,
     Subset,
 )
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Annotation,
@@ -434,7 +434,7 @@ class Factory:
             ArtifactKind.FEATURES, sink.getvalue().to_pybytes(), ".parquet"
         )
         with self.workspace.database.begin() as session:
-            artifact_id = keep_file(session, stored)
+            artifact_id = keep_files(session, [stored])[0]
             ids = table.column("cell_id")
             session.add(
                 FeatureFile(
