@@ -146,7 +146,7 @@ def _show_report(result: ReportResult) -> None:
     from cellstore.report.scoring import by_baseline
 
     best = result.score("image", "hard")
-    bounds = "one well only, so no interval"
+    bounds = f"{count(result.wells, 'well')}: too few for an interval"
     if best.low is not None:
         bounds = f"95 % interval over wells: {percent(best.low, best.high)}"
     typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
@@ -402,11 +402,13 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
             (f"{first} wrong", found.only_second, found.both_wrong),
         ],
     )
-    points = f"{100 * found.difference:+.1f}"
+    points = f"{100 * found.difference:+.1f} points"
+    if found.difference_low is None:
+        points += " (too few wells for an interval)"
     if found.difference_low is not None and found.difference_high is not None:
         low, high = 100 * found.difference_low, 100 * found.difference_high
         points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
-    typer.echo(f"\nrun {first} minus run {second}: {points} points")
+    typer.echo(f"\nrun {first} minus run {second}: {points}")
     output.wrapped(found.conclusion)
     for warning in found.warnings:
         output.wrapped(f"Careful: {warning}")

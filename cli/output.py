@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -36,6 +37,8 @@ MIN_COLUMN = 10
 LINES = 4
 """Of a text in a table, at most."""
 SHOWN_PER_REASON = 10
+MANY_ALIKE = 3
+_QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
@@ -152,15 +155,27 @@ _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run",
 
 
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each."""
+    """Print problems (where, reason, detail) by reason, the first few lines of each.
+
+    What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
+    """
     reasons = Counter(reason for _, reason, _ in problems)
     for reason, number in reasons.most_common():
         typer.echo(f"{GAP}{cell(reason)}: {count(number, 'row')}")
-        matching = [problem for problem in problems if problem[1] == reason]
-        for where, _, detail in matching[:SHOWN_PER_REASON]:
-            typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
-        if number > SHOWN_PER_REASON:
-            typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
+        alike: dict[str, list[str]] = {}
+        for where, _, detail in (problem for problem in problems if problem[1] == reason):
+            alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
+        lines: list[tuple[str, int]] = []
+        for some in alike.values():
+            if len(some) > MANY_ALIKE:
+                more = f"And {len(some) - 1:,} more like this."
+                lines.append((f"{some[0].rstrip('.')}. {more}", len(some)))
+            else:
+                lines += [(line, 1) for line in some]
+        for line, _ in lines[:SHOWN_PER_REASON]:
+            typer.echo(filled(cell(line), GAP * 3, GAP * 2))
+        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+            typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
 def narrowed(widths: Sequence[int], room: int, least: int = MIN_COLUMN) -> list[int] | None:

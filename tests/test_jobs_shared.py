@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from factories import Factory
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
@@ -256,6 +256,30 @@ def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace
     assert go(workspace).images == 0
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert "died 5 times" in (failed.reason or "")
+
+
+@pytest.mark.parametrize("images_per_file", [1, 3])
+def test_after_a_death_each_image_comes_last_and_is_in_hand_alone(
+    workspace: Workspace, images_per_file: int
+):
+    images = fill(workspace, 5)
+    with workspace.database.begin() as session:
+        recipe = register(session, SPEC)
+    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
+    late = soon(-1)
+    for image in images[:3]:
+        Factory(workspace).job(dead, image, Status.RUNNING, worker="dead", lease_until=late)
+    seen = []
+
+    def compute(task: Task) -> str:
+        with workspace.database.read() as session:
+            query = select(func.count()).where(Job.status == Status.RUNNING)
+            seen.append((task.name[-6:], task.deaths, session.scalar(query)))
+        return task.name
+
+    assert go(workspace, compute, images_per_file=images_per_file).images == 5
+    assert [name for name, *_ in seen[:2]] == ["c04f01", "c05f01"]
+    assert seen[2:] == [(f"c0{column}f01", 1, 1) for column in (1, 2, 3)]
 
 
 def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):

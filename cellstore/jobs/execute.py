@@ -64,12 +64,12 @@ WAIT_SECONDS = 0.5
 POLL_SECONDS = 0.5
 CHUNK_SECONDS = 2.0
 """How long a worker should be busy with one chunk: long enough to hide the way there and back."""
-LARGEST_CHUNK = 64
+LARGEST_CHUNK = 128
 CHUNKS = 2
 """Chunks that a worker has: one at work, one that waits behind it."""
 MOST_CONFLICTS = 5
 """How often rows are written again because another transaction stood in the way."""
-MOST_WRITTEN = 64
+MOST_WRITTEN = 128
 """Images whose rows are written in one transaction at most, when they come in that fast."""
 MOST_FALSE_STARTS = 10
 """After so many deaths before it could do anything, a worker is not started again."""
@@ -226,8 +226,11 @@ def execute(
         start_importing(stage)
     counters: dict[int, RunCounter] = {}
     with ExitStack() as stack:
+        device = getattr(stage, "device", "cpu")
         runs = {
-            recipe.id: stack.enter_context(running(workspace.database, recipe, parent_id=parent_id))
+            recipe.id: stack.enter_context(
+                running(workspace.database, recipe, parent_id=parent_id, device=device)
+            )
             for recipe, counted in zip(recipes, counts, strict=True)
             if counted.todo
         }
@@ -463,13 +466,21 @@ class _Loop:
         tasks: list[Task] = []
         while not tasks:
             with self.database.begin() as session:
-                wanted_images = (self.scope, self.owner, self.lease, room * size)
-                tasks = queue.reserve(session, *wanted_images)
-                if not tasks:
-                    if self.enqueued_to is None:
-                        return
+                mine = (session, self.scope, self.owner, self.lease)
+                tasks = queue.reserve(*mine, room * size)
+                if not tasks and self.enqueued_to is not None:
                     self.enqueued_to = queue.enqueue(session, self.scope, self.enqueued_to)
-                    tasks = queue.reserve(session, *wanted_images)
+                    tasks = queue.reserve(*mine, room * size)
+                elif not tasks:
+                    # Images over which a worker died come last, and each alone; in this process
+                    # with no other in hand, so that no other is blamed for another death.
+                    in_hand = self.ready or any(worker.chunks for worker in self.workers)
+                    if self.computes_here and in_hand:
+                        return
+                    number = 1 if self.computes_here else room
+                    tasks = queue.reserve(*mine, number, after_deaths=True)
+                    if not tasks:
+                        return
         self.left -= len(tasks)
         with self.database.read() as session:
             inputs = self.stage.fetch(session, tasks)
@@ -479,11 +490,10 @@ class _Loop:
                 self.fail(task, Failure.of(error))
             else:
                 good.append(task)
-        # An image over which a worker died is alone, so that it dies alone.
-        chunks = [[task] for task in good if task.deaths]
-        others = [task for task in good if not task.deaths]
         size = -(-len(tasks) // (room * batch)) * batch
-        chunks += [others[start : start + size] for start in range(0, len(others), size)]
+        if any(task.deaths for task in tasks):
+            size = 1
+        chunks = [good[start : start + size] for start in range(0, len(good), size)]
         for chunk in chunks:
             worker = max(self.workers, key=attrgetter("free"))
             worker.free -= 1

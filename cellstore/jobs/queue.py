@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
+    BigInteger,
     ColumnElement,
     Interval,
     Select,
     and_,
-    bindparam,
     case,
+    cast,
     exists,
     func,
     literal,
@@ -53,7 +55,7 @@ MOST_FAILURES = 3
 """After so many tries whose error might pass (a disk, a memory), a job has failed."""
 
 MOST_DEATHS = 5
-"""After so many workers that died over it, a job has failed."""
+"""After so many workers that died over it, a job has failed; but for the first it was alone."""
 
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
@@ -248,15 +250,27 @@ def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
     return int(last)
 
 
-def reserve(session: Session, scope: JobScope, owner: str, lease: float, number: int) -> list[Task]:
+def reserve(
+    session: Session,
+    scope: JobScope,
+    owner: str,
+    lease: float,
+    number: int,
+    *,
+    after_deaths: bool = False,
+) -> list[Task]:
     """Reserve the pending jobs of up to ``number`` images for ``owner``: one conditional UPDATE.
+
+    Those over which no worker has died, or those ``after_deaths``.
 
     The first recipe with something to do chooses the images; those jobs of the other recipes that
     are free for them are reserved with it, so that each image is opened once for all.
     """
     moment = now(session)
     free = and_(
-        Job.status == Status.PENDING, or_(Job.not_before.is_(None), Job.not_before <= moment)
+        Job.status == Status.PENDING,
+        or_(Job.not_before.is_(None), Job.not_before <= moment),
+        Job.deaths > 0 if after_deaths else Job.deaths == 0,
     )
     columns = (Job.id, Job.recipe_id, Job.image_id, Job.content_sha256, Job.attempts, Job.deaths)
     found: list[Any] = []
@@ -274,7 +288,7 @@ def reserve(session: Session, scope: JobScope, owner: str, lease: float, number:
             .join(Plate, Plate.id == Well.plate_id)
             .order_by(jobs.c.id)
         )
-        found += session.execute(named)
+        found += session.connection().execute(named).all()
     if not found:
         return []
     claim = (
@@ -290,7 +304,7 @@ def reserve(session: Session, scope: JobScope, owner: str, lease: float, number:
         )
         .returning(Job.id)
     )
-    claimed = set(session.scalars(claim))
+    claimed = set(session.connection().scalars(claim))
     tasks: dict[int, Task] = {}
     for row in found:
         if row.id not in claimed:
@@ -338,30 +352,22 @@ def close(
     ``seconds``: what one image took.
     """
     unchanged = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
+    # A table of all digests is one parameter: the statement is the same for any number of jobs.
+    is_sqlite = session.get_bind().dialect.name == "sqlite"
+    rows_of = func.json_each if is_sqlite else func.json_each_text
+    made = rows_of(literal(dict(digests), JSON())).table_valued("key", "value")
     done = (
         update(Job)
-        .where(Job.id.in_(digests))
+        .where(Job.id == cast(made.c.key, BigInteger))
         .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged)
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
-        .returning(Job.id, Job.image_id, Job.recipe_id)
+        .values(digest=made.c.value)
+        .returning(Job.image_id, Job.recipe_id)
     )
     closed: dict[int, list[int]] = {}
-    rows = []
-    for job, image_id, recipe_id in session.execute(done):
+    for image_id, recipe_id in session.connection().execute(done).all():
         closed.setdefault(image_id, []).append(recipe_id)
-        rows.append({"job": job, "made": digests[job]})
-    if rows:
-        # Not as one CASE in the statement above: that would be compiled anew for each number of
-        # jobs, while other processes wait for the lock.
-        session.connection().execute(_SET_DIGEST, rows)
     return closed
-
-
-_SET_DIGEST = (
-    update(Job.__table__)  # type: ignore[arg-type]
-    .where(Job.__table__.c.id == bindparam("job"))
-    .values(digest=bindparam("made"))
-)
 
 
 def release(
@@ -452,7 +458,7 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
             update(Run)
             .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
             .where(~still_working)
-            .values(status=Status.FAILED, error="Its process died.")
+            .values(**_died())
         )
     in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner)
     left = select(Job.id).where(
@@ -466,15 +472,21 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
 
 def close_dead_runs(session: Session) -> None:
     """Close the runs of processes of this machine that are gone: nothing else would."""
-    query = select(Run.id, Run.process).where(Run.status == Status.RUNNING)
+    query = select(Run.id, Run.process).where(Run.ended_at.is_(None))
     gone = [
         number
         for number, process in session.execute(query)
         if (owner := Owner.parse(process)) and owner.is_alive() is False
     ]
     if gone:
-        died = {"status": Status.FAILED, "error": "Its process died."}
-        session.execute(update(Run).where(Run.id.in_(gone)).values(**died))
+        running = update(Run).where(Run.id.in_(gone), Run.status == Status.RUNNING)
+        session.execute(running.values(**_died()))
+        cancelled = update(Run).where(Run.id.in_(gone), Run.ended_at.is_(None))
+        session.execute(cancelled.values(ended_at=datetime.now(UTC)))
+
+
+def _died() -> dict[str, Any]:
+    return {"status": Status.FAILED, "error": "Its process died.", "ended_at": datetime.now(UTC)}
 
 
 def requeue(session: Session, *which: ColumnElement[bool], status: Status = Status.FAILED) -> int:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Select, and_, func, select, union_all
+from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import (
@@ -33,7 +33,14 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, find_run, images_of
+from ..jobs.lookup import (
+    IS_CURRENT,
+    find_channels,
+    find_recipe,
+    find_run,
+    images_of,
+    in_recipes,
+)
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -47,7 +54,7 @@ from ..jobs.planes import (
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, keep_file, register
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Image, Plate, Recipe, RunArtifact, Segmentation, Well
+from ..models import Artifact, Event, Image, Plate, Recipe, RunArtifact, Segmentation, Well
 from ..settings import need
 
 if TYPE_CHECKING:
@@ -118,8 +125,8 @@ def open_segment(
     need("segment")
     files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        named = choose_channels(session, params.channels), find_channels(session, params.nuclei)
-        params = replace(params, channels=named[0], nuclei=named[1])
+        nuclei = in_recipes(session, find_channels(session, params.nuclei))
+        params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
         values = asdict(params) | {"model": Path(files.name).name}
@@ -376,15 +383,24 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         self, session: Session, recipe_id: int, images: Select[int]
     ) -> Collection[int] | None:
         """Return the images whose masks or flows are gone."""
-        mask, flow = aliased(Artifact), aliased(Artifact)
-        chosen = images.subquery()
-        query = (
-            select(Image.id, mask.path, flow.path)
-            .join(chosen, chosen.c.id == Image.id)
-            .join(Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == recipe_id))
-            .join(mask, mask.id == Segmentation.mask_artifact_id)
-            .join(flow, flow.id == Segmentation.flow_artifact_id)
+        of_recipe = select(Image.id, Artifact.path).join(
+            Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == recipe_id)
         )
-        rows = session.connection().execute(query).all()
-        gone = self.artifacts.missing([path for _, *paths in rows for path in paths])
-        return [image_id for image_id, *paths in rows if gone.intersection(paths)] if gone else None
+        of_recipe = of_recipe.where(Image.id.in_(images))
+        files = (Segmentation.mask_artifact_id, Segmentation.flow_artifact_id)
+        masks, flows = (of_recipe.join(Artifact, Artifact.id == file) for file in files)
+        both = [query.with_only_columns(Artifact.path.label("path")) for query in (masks, flows)]
+        sorted_paths = union_all(*both).order_by("path").execution_options(yield_per=10_000)
+        # What the database says is the same while its last file and its last event are.
+        last = session.scalar(select(func.max(Artifact.id)))
+        event = session.scalar(select(Event.sha256).order_by(Event.id.desc()).limit(1))
+        asked = images.compile(session.connection().engine)
+        question = repr((recipe_id, str(asked), asked.params, last, event))
+        paths = (path for query in [sorted_paths] for path in session.scalars(query))  # if needed
+        gone = sorted(self.artifacts.missing(paths, question))
+        lost: set[int] = set()
+        for some in in_lists(gone):
+            for query in (masks, flows):
+                found = query.with_only_columns(Image.id).where(Artifact.path.in_(some))
+                lost.update(session.scalars(found))
+        return lost or None

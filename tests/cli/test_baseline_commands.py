@@ -55,8 +55,8 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
     found = cellstore("report", "--run", rows["logistic"][4], *IN, "--json").json
     assert {item["baseline"] for item in found["baselines"]} == {"position"}
     assert found["against_nulls"] == (
-        "Too few wells (5) to say whether these labels are better than the null baselines; "
-        "6 are the least. Null baselines: position (100.0 %, p = 1)."
+        "Cannot say whether these labels are better than the null baselines: too few wells (5 "
+        "wells scored by both, 6 are the least). Null baselines: position (100.0 %, p = 1)."
     )
 
 
