@@ -169,7 +169,7 @@ def _show_report(result: ReportResult) -> None:
             "wells": f"{result.wells:,} ({result.wells_seen:,} seen in training)",
             "classes": result.classes,
             "chance": percent(result.chance),
-            "always the same": result.majority_label,
+            "most frequent class": result.majority_label,
             **({"without answer": silent} if best.abstained else {}),
         }
     )
@@ -254,7 +254,7 @@ def _show_scores(found: Sequence[Score]) -> None:
     silent = any(score.abstained for score in found)
     output.table(
         (
-            *("per", "vote", "n", *(["silent"] if silent else [])),
+            *("per", "vote", "n", *(["no answer"] if silent else [])),
             *("right", "accuracy", "95 % interval", "ties"),
         ),
         [

@@ -995,6 +995,9 @@ def is_part(value: Any) -> bool:
     )
 
 
+_SHA256 = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
 def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:
     """Return a value as one line: ``digits`` of a sha256, ``most`` items of a list or record."""
     if isinstance(value, Mapping | list):
@@ -1015,9 +1018,6 @@ def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not name.endswith("id"):
         return f"{value:,}"
-    text = str(value)
-    if name.endswith(("sha256", "fingerprint", "checkpoints", "weights")):
-        text = text[:digits]
-    elif name.endswith("_at"):
-        text = text[:19].replace("T", " ")
-    return text
+    if name.endswith("_at"):
+        return str(value)[:19].replace("T", " ")
+    return _SHA256.sub(lambda found: found[0][:digits], str(value))
