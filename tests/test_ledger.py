@@ -119,6 +119,8 @@ def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
         "postgresql://me@/name?host=/run&password=s3cret&port=1",
         "postgresql://me@/name?sslpassword=it's a s3cret&host=/run",
         "postgresql://me:s3cret@/name?PASSFILE=s3cret",
+        "postgresql://me@/name?host=/run&options=-c%20token%3Ds3cret",
+        "postgresql://me@/name?service=s3cret&host=/run",
     ],
 )
 @pytest.mark.parametrize("option", [(), ("--database",), ("--database=",)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
@@ -327,6 +327,82 @@ def renamed_channels(session: Session, of: Collection[int]) -> dict[int, dict[st
     return found
 
 
+IN_RECIPES = "in_recipes"
+"""Where an event that renames a channel keeps what recipes call it, if it is not the new name."""
+
+
+def recipe_channels(session: Session) -> dict[int | None, dict[str, str]]:
+    """Return what recipes and models call the channels of plates (ids), by their names now.
+
+    ``None``: on plates that are not named, such as those that came later. Empty if no channel was
+    ever renamed. A recipe keeps the name that a channel had, so that a rename changes none.
+    """
+    found: dict[int | None, dict[str, str]] = {}
+    query = select(events.c.row_id, events.c.old, events.c.new).order_by(events.c.id)
+    renames = events.c.old["channel"].as_string().is_not(None)
+    for plate, old, new in session.execute(query.where(events.c.table_name == "plates", renames)):
+        names = found.setdefault(plate, {})
+        names.pop(old["channel"], None)
+        names[new["channel"]] = new.get(IN_RECIPES, new["channel"])
+    later = found.get(None, {})
+    return {plate: {**later, **names} for plate, names in found.items()}
+
+
+def in_recipes(session: Session, channels: Sequence[str]) -> tuple[str, ...]:
+    """Return what a recipe calls ``channels``, which are spelled as the store spells them.
+
+    Raises:
+        UserInputError: one has no name that means it on all plates.
+    """
+    named = recipe_channels(session)
+    if not named or not channels:
+        return tuple(channels)
+    query = select(wells.c.plate_id, ImageFile.channel).distinct()
+    query = query.select_from(ImageFile).join(Image, Image.id == ImageFile.image_id)
+    query = query.join(wells, wells.c.id == Image.well_id).order_by(wells.c.plate_id)
+    plates_with: dict[int, list[str]] = {}
+    for plate, channel in session.execute(query):
+        plates_with.setdefault(plate, []).append(channel)
+    used = channels_of_recipes(session)
+    chosen = []
+    for channel in channels:
+        of = {p: named.get(p, named.get(None, {})) for p, own in plates_with.items()}
+        having = [plate for plate, own in plates_with.items() if channel in own]
+        names = dict.fromkeys([*(of[plate].get(channel, channel) for plate in having), channel])
+        # One that a recipe has already, so that what it did is not done again.
+        ranked = sorted(names, key=lambda name: used.get(name.lower(), len(used)))
+        for name in ranked:
+            meant = (channels_by_name(plates_with[p], of[p]).get(name.lower()) for p in having)
+            if all(found == channel for found in meant):
+                chosen.append(name)
+                break
+        else:
+            raise UserInputError(
+                f"{channel} was renamed on some plates after it was used: no recipe can mean it "
+                "on all of them. Delete those plates and ingest them under the right names."
+            )
+    return tuple(chosen)
+
+
+def channels_by_name(channels: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the channels of an image by every name (in lower case) that a recipe may give.
+
+    ``names`` is what recipes call them where that differs; it goes before what they are called.
+    """
+    found = {channel.lower(): channel for channel in reversed(channels)}
+    return found | {names.get(c, c).lower(): c for c in reversed(channels) if c in names}
+
+
+def channels_of_recipes(session: Session) -> dict[str, int]:
+    """Return the channels that recipes name (in lower case), numbered from the first to do so."""
+    found: dict[str, int] = {}
+    for parameters in session.scalars(select(Recipe.parameters).order_by(Recipe.id)):
+        for key in ("channels", "nuclei"):
+            for name in parameters.get(key) or ():
+                found.setdefault(str(name).lower(), len(found))
+    return found
+
+
 def find_plate(session: Session, barcode: str | None) -> int:
     """Return the id of the plate with this barcode.
 
@@ -420,6 +496,7 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
     """Return channels as the store spells them, by name or by number.
 
     ``typed`` is what was written between commas: a name with commas in it is put together again.
+    A name that only recipes still have is read as what the channel is called now.
 
     Raises:
         UnknownNameError: no image of the store has such a channel.
@@ -433,7 +510,10 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
     def plain(name: str) -> str:
         return re.sub(r"\s*,\s*", ",", name.strip()).lower()
 
-    names = {plain(row.channel): row.channel for row in reversed(rows)}
+    known = {row.channel for row in rows}
+    renamed = [pair for item in recipe_channels(session).values() for pair in item.items()]
+    names = {plain(kept): now for now, kept in reversed(renamed) if now in known}
+    names |= {plain(row.channel): row.channel for row in reversed(rows)}
     found: list[str] = []
     left = list(typed)
     while left:

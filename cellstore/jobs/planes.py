@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, exists, func, insert, select
+from sqlalchemy import Select, and_, exists, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
@@ -21,7 +21,7 @@ from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path, local_stat
 from ..models import Artifact, Cell, Folder, Image, ImageFile, Plate, Segmentation, Well
 from .gone_files import gone_folder, gone_sentence
-from .lookup import find_channels, image_name
+from .lookup import find_channels, image_name, in_recipes, recipe_channels
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""
@@ -31,7 +31,10 @@ DEFAULT_CHANNELS = 3
 
 
 class ChannelFile(NamedTuple):
-    """A file of an image as it was ingested: where it is, and what shows that it is the same."""
+    """A file of an image as it was ingested: where it is, and what shows that it is the same.
+
+    ``in_recipes``: what recipes call its channel.
+    """
 
     channel: str
     name: str
@@ -39,6 +42,7 @@ class ChannelFile(NamedTuple):
     sha256: str | None
     size_bytes: int | None
     modified_ns: int | None
+    in_recipes: str
 
 
 def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray[np.float32]:
@@ -56,15 +60,23 @@ def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray
 def channel_files(session: Session, image_ids: Sequence[int]) -> dict[int, list[ChannelFile]]:
     """Return by image id the files of all its channels, in their order."""
     files: dict[int, list[ChannelFile]] = {image_id: [] for image_id in image_ids}
+    named = recipe_channels(session)
+    plates: dict[int, int] = {}
+    for some in in_lists(image_ids) if named else ():
+        on = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
+        rows = session.execute(on.where(Image.id.in_(some)))
+        plates.update((row.id, row.plate_id) for row in rows)
     columns = (ImageFile.image_id, ImageFile.channel, ImageFile.name, Folder.uri, ImageFile.sha256)
     query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
     query = query.outerjoin(Folder, Folder.id == ImageFile.folder_id)
     query = query.order_by(ImageFile.position, ImageFile.channel)
     for some in in_lists(image_ids):
-        rows = session.execute(query.where(ImageFile.image_id.in_(some)))
-        for image_id, channel, name, folder, sha256, size, modified in rows:
+        found = session.execute(query.where(ImageFile.image_id.in_(some)))
+        for image_id, channel, name, folder, sha256, size, modified in found:
             uri = None if folder is None else f"{folder.rstrip('/')}/{name}"  # as ImageFile.uri
-            files[image_id].append(ChannelFile(channel, name, uri, sha256, size, modified))
+            names = named.get(plates.get(image_id), named.get(None, {}))
+            kept = names.get(channel, channel)
+            files[image_id].append(ChannelFile(channel, name, uri, sha256, size, modified, kept))
     return files
 
 
@@ -76,6 +88,7 @@ def choose_files(files: Sequence[ChannelFile], wanted: ImageInput) -> list[Chann
     """
     if wanted.channels:
         by_name = {file.channel.lower(): file for file in reversed(files)}
+        by_name |= {file.in_recipes.lower(): file for file in reversed(files)}
         for name in wanted.channels:
             if name.lower() not in by_name:
                 raise UnknownNameError.of("channel", name, [file.channel for file in files])
@@ -111,16 +124,18 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
 def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the channels that show the cells: the ``named`` ones, else that of the nuclei.
 
+    As recipes call them.
+
     Raises:
         UnknownNameError: there is no such channel.
         UserInputError: none is named, and not exactly one channel of the store has such a name.
     """
     if named is not None:
-        return find_channels(session, named)
+        return in_recipes(session, find_channels(session, named))
     known = sorted(session.scalars(select(ImageFile.channel).distinct()))
     nuclear = [name for name in known if NUCLEAR.search(name)]
     if len(known) < 2 or len(nuclear) == 1:
-        return tuple(nuclear or known)
+        return in_recipes(session, nuclear or known)
     raise UserInputError(
         "Which channels show the cells? Name them with --channels. This store has: "
         f"{', '.join(known)}."
@@ -138,9 +153,21 @@ def lacking_channels(
         UnknownNameError: none of the images has them.
     """
     selected, others = images, list[tuple[str, str]]()
+    named = recipe_channels(session)
     for name in dict.fromkeys(name for plane in planes for name in plane.channels):
         has = exists().where(ImageFile.image_id == Image.id)
-        has = has.where(func.lower(ImageFile.channel) == name.lower())
+        means = func.lower(ImageFile.channel) == name.lower()
+        plates_by_name: dict[tuple[str, ...], list[int | None]] = {}
+        for plate, names in named.items():
+            now = tuple(key for key, kept in names.items() if kept.lower() == name.lower())
+            plates_by_name.setdefault(now, []).append(plate)
+        for now, plates in plates_by_name.items():
+            on = Well.plate_id.in_(plates)
+            later = Well.plate_id.not_in([key for key in named if key])
+            there = select(Well.id).where(or_(on, later) if None in plates else on)
+            mine = and_(Image.well_id.in_(there), ImageFile.channel.in_(now))
+            means = or_(means, mine) if now else means
+        has = has.where(means)
         lack = select(Plate.barcode, Image.core_name, Image.plane, Image.time_point)
         lack = lack.select_from(Image).join(Well, Well.id == Image.well_id).join(Plate)
         rows = session.execute(lack.where(Image.id.in_(images), ~has).order_by(Image.id)).all()

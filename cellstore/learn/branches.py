@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import IS_CURRENT, find_channels
+from ..jobs.lookup import IS_CURRENT, find_channels, in_recipes
 from ..models import Image, ImageFile, Segmentation, SplitMember
 from ..query.cells import CellSource
 
@@ -59,7 +59,7 @@ def choose_branches(
 
 
 def choose_channels(session: Session, source: CellSource, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the channels of branch ``image`` as the store spells them; default: all of them.
+    """Return the channels of branch ``image`` as recipes call them; default: all of them.
 
     Raises:
         UnknownNameError: no image of the split has such a channel.
@@ -90,7 +90,7 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
                 f"{number - counts[name]} of the {number} images of the split have no channel "
                 f"{name!r}. Name others with --channels, or ingest what is missing."
             )
-    return chosen
+    return in_recipes(session, chosen)
 
 
 def _images_with_cells(source: CellSource) -> Select[Any]:

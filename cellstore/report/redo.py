@@ -25,7 +25,7 @@ from ..db.bulk import in_lists
 from ..db.session import connect
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status
 from ..errors import CellstoreError, UserInputError
-from ..jobs.lookup import find_run
+from ..jobs.lookup import find_run, recipe_channels
 from ..jobs.runs import code_version, environment
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -75,7 +75,10 @@ TOLERANCE_OF_FEATURES = 1e-9
 """Of measurements, relative: they are sums in 64 bits."""
 TIMES = ("seconds", "waited")
 """Metrics of a training that are about the machine."""
-PACKAGES = ("python", "platform", "numpy", "torch", "torchvision", "cellpose", "scikit-image")
+PACKAGES = (
+    *("python", "platform", "device", "cuda", "numpy", "scipy", "torch", "torchvision"),
+    *("cellpose", "scikit-image", "scikit-learn"),
+)
 """What of the environment decides the last bits of numbers."""
 
 IDENTICAL, EQUAL, DIFFERENT = "identical", "equal within tolerance", "different"
@@ -350,6 +353,8 @@ def scratch_store(workspace: Workspace, wanted: Wanted) -> Iterator[Workspace]:
 
 
 def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
+    named = recipe_channels(reader)  # in the copy channels are called what recipes call them
+
     def copy(model: type[Base], *conditions: Any) -> None:
         table: Any = model.__table__
         query = select(table).where(*conditions)
@@ -357,7 +362,12 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
             query = query.order_by(Run.id)  # parents before children
         result = reader.execute(query.execution_options(yield_per=ROWS))
         for part in result.mappings().partitions(ROWS):
-            writer.execute(insert(table), [dict(row) for row in part])
+            rows = [dict(row) for row in part]
+            for row in rows if model is ImageFile and named else ():
+                plate = writer.get_one(Image, row["image_id"]).well.plate_id
+                names = named.get(plate, named.get(None, {}))
+                row["channel"] = names.get(row["channel"], row["channel"])
+            writer.execute(insert(table), rows)
 
     def copy_artifacts(ids: Select[Any]) -> None:
         there = set(writer.scalars(select(Artifact.id)))

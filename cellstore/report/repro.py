@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -24,14 +25,16 @@ from ..config import (
     unspeakable,
 )
 from ..enums import FeatureStorage, Stage, Status
-from ..jobs.lookup import find_run
+from ..jobs.lookup import IN_RECIPES, find_run
 from ..jobs.workspace import Workspace
 from ..models import (
+    Event,
     FeatureFile,
     FeatureSet,
     Image,
     IngestFile,
     Job,
+    Plate,
     Recipe,
     RecipeInput,
     Run,
@@ -63,7 +66,8 @@ class Step:
 
     ``spelled``: the command has every option, so that the recipe's fingerprint comes out the same;
     else it is the command as it was typed, or empty where that is not known. ``tables``: name,
-    sha256, layout and number of rows of each file that an ingest read.
+    sha256, layout and number of rows of each file that an ingest read. ``refused``: how many rows
+    were refused or images failed, for which the command ended with 1.
     """
 
     run_id: int
@@ -77,11 +81,15 @@ class Step:
     environment: dict[str, Any]
     started_at: str
     tables: tuple[dict[str, Any], ...] = ()
+    refused: int = 0
 
 
 @dataclass(frozen=True)
 class Repro:
-    """All steps up to a run, in the order of doing them. ``script`` does them, in a shell."""
+    """All steps up to a run, in the order of doing them. ``script`` does them, in a shell.
+
+    Also the renames of channels that no recipe had named by then: later ones name them anew.
+    """
 
     run_id: int
     stage: str
@@ -110,7 +118,7 @@ _COMMANDS: Mapping[type, tuple[str, ...]] = {
 _SELECTION = ("--plate", "--well", "--where", "--limit")
 """Which images a command was about: no part of a recipe, so it is read from what was typed."""
 
-_NOT_PACKAGES = ("python", "platform", "resumed", "cellstore")
+_NOT_PACKAGES = ("python", "platform", "resumed", "cellstore", "threads", "device", "cuda")
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe | None:
@@ -227,8 +235,27 @@ def repro(workspace: Workspace, reference: str) -> Repro:
             packages=packages,
             python=python,
             code_version=run.code_version,
-            script=_script(run, steps, packages, python),
+            script=_script(run, steps, _renames(session, run), packages, python),
         )
+
+
+def _renames(session: Session, run: Run) -> list[tuple[datetime, tuple[str, ...]]]:
+    """When channels were renamed before a run, and the command, where recipes use the new name."""
+    query = select(Event.created_at, Event.row_id, Plate.barcode, Event.old, Event.new)
+    query = query.outerjoin(Plate, Plate.id == Event.row_id).order_by(Event.id)
+    query = query.where(Event.table_name == "plates", Event.created_at < run.started_at)
+    everywhere, found = None, list[tuple[datetime, tuple[str, ...]]]()
+    for at, row_id, plate, old, new in session.execute(query):
+        if "channel" not in (old or {}) or IN_RECIPES in new:
+            continue
+        names = old["channel"], new["channel"]
+        if row_id is None:
+            everywhere = names
+        elif everywhere == names or plate is None:
+            continue
+        of_plate = () if row_id is None else (f"--plate={plate}",)
+        found.append((at, ("rename", "channel", *of_plate, "--", *names)))
+    return found
 
 
 def _before(session: Session, run: Run) -> list[Run]:
@@ -275,6 +302,7 @@ def _step_of(session: Session, run: Run) -> Step:
                 else:
                     words += tuple(selection_of(typed))
     files = select(IngestFile).where(IngestFile.run_id == run.id).order_by(IngestFile.id)
+    failed = select(func.count()).where(Job.run_id == run.id, Job.status == Status.FAILED)
     return Step(
         run_id=run.id,
         stage=run.stage.value,
@@ -290,6 +318,7 @@ def _step_of(session: Session, run: Run) -> Step:
             {"name": file.name, "sha256": file.sha256, "layout": file.layout, "rows": file.n_rows}
             for file in session.scalars(files)
         ),
+        refused=int((run.result or {}).get("refused") or 0) + (session.scalar(failed) or 0),
     )
 
 
@@ -334,7 +363,11 @@ print((found[0] if isinstance(found, list) else found)["run_id"])'
 
 
 def _script(
-    run: Run, steps: Sequence[Step], packages: Mapping[str, str], python: str | None
+    run: Run,
+    steps: Sequence[Step],
+    renames: Sequence[tuple[datetime, tuple[str, ...]]],
+    packages: Mapping[str, str],
+    python: str | None,
 ) -> str:
     """The script. It finds out by itself which numbers runs get in the store it is run in."""
     lines = ["#!/bin/sh"]
@@ -356,8 +389,11 @@ def _script(
     variables = {str(step.run_id): f"run_{step.run_id}" for step in steps if step.stage == "train"}
     if variables:
         lines += ["", _NUMBER]
+    waiting = list(renames)
     for number, step in enumerate(steps, start=1):
         lines.append("")
+        while waiting and waiting[0][0] < datetime.fromisoformat(step.started_at):
+            lines.append(shlex.join(("cellstore", *waiting.pop(0)[1])))
         comment(f"{number}. {step.stage}, run {step.run_id}, recipe {step.fingerprint[:16]}")
         if step.code_version != run.code_version:
             comment(f"made by cellstore {step.code_version}")
@@ -382,5 +418,10 @@ def _script(
         text = "\n".join(command)
         if (variable := variables.get(str(step.run_id))) is not None:
             text = f"{variable}=$({text} --json | number)"
+        elif step.refused:
+            comment(
+                f"Rows refused or images failed then: {step.refused:,}. It may end with 1 again."
+            )
+            text += " || [ $? -eq 1 ]"
         lines.append(text)
     return "\n".join(lines) + "\n"

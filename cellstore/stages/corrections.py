@@ -22,7 +22,17 @@ from ..enums import AnnotationKind, Control, ExclusionSource, Level, Perturbatio
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError
 from ..io.treatments import TreatmentRecord, normalised_name
-from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
+from ..jobs.lookup import (
+    IN_RECIPES,
+    channels_of_recipes,
+    find_cell,
+    find_image,
+    find_plate,
+    find_run,
+    find_well,
+    readable,
+    recipe_channels,
+)
 from ..jobs.workspace import Workspace
 from ..models import (
     EXCLUSIONS,
@@ -45,7 +55,6 @@ from ..models import (
     Perturbation,
     Plate,
     Prediction,
-    Recipe,
     RecipeInput,
     Run,
     RunArtifact,
@@ -173,6 +182,9 @@ def rename(
 ) -> Correction:
     """Give a plate, or a channel of all plates (or of one ``plate``), another name.
 
+    What was made of the channel stays valid: recipes and models that name it keep the name that
+    it had, and mean the same pixels.
+
     Raises:
         UnknownNameError: there is no such plate or channel.
         UserInputError: the new name is taken, or is none.
@@ -224,6 +236,11 @@ def _rename_channel(
     of = select(Plate.id, Plate.barcode).join(Well, Well.plate_id == Plate.id)
     of = of.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
     plates = session.execute(of.order_by(Plate.id)).all()
+    names = (Event.old["channel"].as_string() == old, Event.new["channel"].as_string() == new)
+    renamed = select(Event.id).where(Event.table_name == "plates", *names).limit(1)
+    if not plates and session.scalar(renamed) and session.scalar(files(new).limit(1)):
+        note = f"{old} was renamed before: it is called {new} already."
+        return Correction("rename channel", old, (), notes=(note,)), []
     if not plates:
         known = session.scalars(select(ImageFile.channel).distinct())
         raise UnknownNameError.of("channel", old, sorted(known))
@@ -234,27 +251,35 @@ def _rename_channel(
             "two channels, rename one of them to a third name first."
         )
     concerned = _concerned(session, images)
-    recipes = session.scalars(select(Recipe).order_by(Recipe.id))
-    naming = [
-        f"{Stage(recipe.stage).value} recipe {recipe.id}"
-        for recipe in recipes
-        if any(old in (recipe.parameters.get(key) or ()) for key in ("channels", "nuclei"))
-    ]
+    named, used = recipe_channels(session), channels_of_recipes(session)
+    measured = select(ImageQuality.channel).distinct()
+
+    def kept(plate: int | None) -> dict[str, str]:
+        """The name that recipes keep, if one has it and the channel can be told by it."""
+        names = named.get(plate, named.get(None, {}))
+        before = names.get(old, old)
+        if before.lower() in used or before in found or new in names.values():
+            return {IN_RECIPES: before} if before != new else {}
+        return {}
+
+    found = set(session.scalars(measured))
     # What was made of the image stays as it is: its bytes are the same.
-    renamed = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
-    session.execute(renamed.values(channel=new), execution_options={"synchronize_session": False})
-    changes = [Change("plates", p.id, {"channel": old}, {"channel": new}) for p in plates]
+    renaming = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
+    session.execute(renaming.values(channel=new), execution_options={"synchronize_session": False})
+    changes = [
+        Change("plates", p, {"channel": old}, {"channel": new, **kept(p)})
+        for p in (*([None] if plate is None else []), *(p.id for p in plates))
+    ]  # first that of plates that will come
     where = f" of plate {readable(plate)}" if plate is not None else ""
     notes = [f"Tables and folders{where} that name {old} are read as {new} from now on."]
-    if naming:
+    said = sorted({(change.new or {}).get(IN_RECIPES, new) for change in changes} - {new})
+    if said:
         notes.append(
-            f"These recipes ask for {old}, and cannot be used with {new}: "
-            f"{', '.join(naming[:_NAMED])}{', ...' if len(naming) > _NAMED else ''}. Name the "
-            "channel anew with --channels."
+            f"What was made of it stays valid: recipes and models go on to call it "
+            f"{' or '.join(said)}, and mean the same channel."
         )
     shown = tuple(
-        {"name": p.barcode, "old": c.old, "new": c.new}
-        for p, c in zip(plates, changes, strict=True)
+        {"name": p.barcode, "old": {"channel": old}, "new": {"channel": new}} for p in plates
     )
     return Correction("rename channel", old, shown, **concerned, notes=tuple(notes)), changes
 

@@ -22,7 +22,7 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
-from ..jobs.lookup import find_channels, find_plate
+from ..jobs.lookup import find_channels, find_plate, in_recipes
 from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
@@ -147,8 +147,8 @@ def finetune(
     with workspace.database.read() as session:
         if plate is not None:
             find_plate(session, plate)
-        named = choose_channels(session, params.channels), find_channels(session, params.nuclei)
-        params = replace(params, channels=named[0], nuclei=named[1])
+        nuclei = in_recipes(session, find_channels(session, params.nuclei))
+        params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
     examples = find_examples(workspace, masks, params, plate)
     parameters = asdict(params) | {
         "model": Path(start.name).name,
@@ -161,7 +161,9 @@ def finetune(
         if earlier is not None:
             return _result(session, earlier, already_done=True)
         recipe = register(session, spec)
-    with running(workspace.database, recipe, parent_id=start.run_id, seed=params.seed) as run:
+    with running(
+        workspace.database, recipe, parent_id=start.run_id, seed=params.seed, device=device
+    ) as run:
         run.result = _train(workspace, run.id, params, start, examples, device)
     with workspace.database.read() as session:
         return _result(session, session.get_one(Run, run.id), already_done=False)

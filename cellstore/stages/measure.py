@@ -36,7 +36,7 @@ from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of
+from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of, in_recipes
 from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
@@ -122,7 +122,8 @@ def measure(
         images = images_of(session, selection).join(Segmentation, IS_CURRENT)
         images = images.where(Segmentation.recipe_id == source.id)
         if params.channels is not None:
-            params = replace(params, channels=find_channels(session, params.channels))
+            asked_for = in_recipes(session, find_channels(session, params.channels))
+            params = replace(params, channels=asked_for)
         plane = params.plane or plane_of(source)
         find_channels(session, plane.channels)
         groups = []
@@ -199,7 +200,7 @@ class MeasuredGroup:
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:
-    """The channels that are named; else those of the first image. Sorted."""
+    """The channels that are named; else those of the first image. As recipes call them, sorted."""
     if named is not None and named.channels:
         return tuple(sorted(set(named.channels)))
     query = select(ImageFile.channel)
@@ -211,7 +212,8 @@ def _channels(session: Session, named: ImageInput | None, images: Select[int]) -
             "No selected image has been segmented and has its files, so its channels are unknown. "
             "Name some with --channels, or see what there is with: cellstore status"
         )
-    return tuple(name for name in found if name != PROJECTION_CHANNEL) or tuple(found)
+    shown = [name for name in found if name != PROJECTION_CHANNEL] or found
+    return tuple(sorted(in_recipes(session, shown)))
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,7 @@ def predict(
             split_id=split.id,
             query=as_text(query),
             resume=None if latest is None or (whole and todo) else latest.id,
+            device=chosen,
         ) as current:
             if plates:
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)

@@ -347,8 +347,8 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
         return channel_files(session, [task.image_id for task in tasks])
 
     def read(self, task_input: Sequence[ChannelFile]) -> list[tuple[str, NDArray[Any]]]:
-        """Return the plane (H, W) of each channel."""
-        return [(file.channel, open_file(file)) for file in task_input]
+        """Return the plane (H, W) of each channel, which has the name that recipes give it."""
+        return [(file.in_recipes, open_file(file)) for file in task_input]
 
     def compute(self, loaded: Sequence[Any]) -> list[Qualities]:
         """Return the quality of each channel of each image."""

@@ -33,7 +33,14 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, find_run, images_of
+from ..jobs.lookup import (
+    IS_CURRENT,
+    find_channels,
+    find_recipe,
+    find_run,
+    images_of,
+    in_recipes,
+)
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -118,8 +125,8 @@ def open_segment(
     need("segment")
     files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        named = choose_channels(session, params.channels), find_channels(session, params.nuclei)
-        params = replace(params, channels=named[0], nuclei=named[1])
+        nuclei = in_recipes(session, find_channels(session, params.nuclei))
+        params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
         values = asdict(params) | {"model": Path(files.name).name}

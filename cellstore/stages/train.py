@@ -510,7 +510,7 @@ def check_subsets(plan: Plan) -> None:
                 "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
-        elif features.files is None:
+        elif not features.has_gaps:
             what = "measured cells. Run: cellstore segment, then: cellstore measure"
         elif group is not None:
             what = (
@@ -700,6 +700,7 @@ def as_run(
         query=as_text(cells_query(plan.cells.source)),
         resume=run_id,
         alone=True,
+        device=team.device,
     ) as run:
         known = select(func.count(RunMetric.epoch.distinct())).where(RunMetric.run_id == run.id)
         with workspace.database.read() as session:

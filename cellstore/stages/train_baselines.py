@@ -208,7 +208,7 @@ class Fitting:
         if not self.blocks:
             features = cells.source.features
             what = "measured cells"
-            if features.files is not None:
+            if features.has_gaps:
                 what = f"cells in feature set {features.name!r}"
             raise UserInputError(
                 f"No image in the training subset of split {name} has {what}. Run: cellstore "

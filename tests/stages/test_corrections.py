@@ -16,15 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from screens import SmallScreen, small_screen
 from sqlalchemy import func, select, update
-from test_measure_groups import bench, cells
+from test_measure_groups import bench, cells, masks_of, plane_of, values_of
 from test_segment_measure import Bench
 
+from cellstore.analysis.features import measure_channels
 from cellstore.config import IngestParams, MeasureParams, VoteOptions
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
-from cellstore.stages.ingest.ingest import IngestResult
+from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
@@ -103,9 +104,10 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
         with store.open_questions() as questions:
             return list(questions.ask(channels).rows())
 
-    recipe = make.recipe(Stage.SEGMENT, parameters={"channels": ["ER"], "nuclei": ["DNA"]})
+    make.recipe(Stage.SEGMENT, parameters={"channels": ["ER"], "nuclei": ["DNA"]})
     done = store.rename("channel", "DNA", "Hoechst", plate="BR2")
-    assert f"segment recipe {recipe.id}" in done.notes[1]
+    assert "recipes and models go on to call it DNA" in done.notes[1]
+    assert store.rename("channel", "DNA", "Hoechst", plate="BR2").changes == ()
     assert found() == [("BR1", "DNA"), ("BR2", "Hoechst")]
     done = store.rename("channel", "DNA", "Hoechst")
     assert (len(done.changes), done.images) == (1, 6)
@@ -118,7 +120,7 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
     store.rename("channel", "Hoechst", "DNA")
     assert ("BR1", "DNA") in found()
     (first, _) = store.audit("BR1", "plate").record["corrections"]
-    assert first["new"] == {"channel": "Hoechst"}
+    assert first["new"] == {"channel": "Hoechst", "in_recipes": "DNA"}
 
 
 def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> None:
@@ -285,6 +287,33 @@ def read_map(store: Store, path: Path, wells: Mapping[str, str], **more: Any) ->
     compounds = path.with_name("compounds.tsv")
     compounds.write_text("broad_sample\tpert_iname\nDMSO\tDMSO\ntaxol\ttaxol\n")
     return store.ingest(path, IngestParams(plate="P1", compounds=(compounds,), **more))
+
+
+def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench) -> None:
+    store, both = Store(bench.workspace), MeasureParams(features=("basic", "intensity"))
+    by_name = replace(bench.params, channels=("DNA",))
+    made = [store.segment(by_name), store.measure(both)]
+    of_dna = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
+    before = answers(store, "cell_table", "intensity")
+    for old, new in (("DNA", "other"), ("RNA", "DNA"), ("other", "RNA")):
+        store.rename("channel", old, new)
+    again = [store.segment(replace(by_name, channels=("RNA",))), store.measure(both)]
+    assert [item.run_id for item in (*again, *again[1].others)] == [None] * 3  # nothing to do
+    assert [item.recipe_id for item in again] == [item.recipe_id for item in made]
+    assert answers(store, "cell_table", "intensity") == before
+    renamed = store.measure(MeasureParams(channels=("RNA",), features=("texture",)))
+    assert (renamed.run_id, renamed.feature_set) == (None, of_dna.feature_set)
+    # What was called RNA is another recipe, of other pixels.
+    other = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
+    planes = {"RNA": plane_of(bench, 1, "DNA")}
+    expected = measure_channels("texture", masks_of(bench, 1), planes)
+    for name, values in values_of(bench, other, 1).items():
+        assert values == pytest.approx(expected[name][: len(values)]), name
+    check = store.check_run(str(other.run_id))
+    assert (check.outcome, check.same_recipe, check.reasons) == ("identical", True, [])
+    store.rename("channel", "DNA", "ER", plate="P1")
+    named = MeasureParams(features=("intensity",), channels=("ER", "RNA"))
+    assert store.measure(named).run_id is None
 
 
 EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")
@@ -570,6 +599,15 @@ def test_folders_find_renamed_channels_by_their_old_names(
     moved_and_read("Hoechst", "ch2")
     store.rename("channel", "Hoechst", "ch1", plate=plate)
     assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
+    store.rename("channel", "ch1", "Mito", plate=plate)
+    how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
+    tried = preview(place, how, store.workspace)
+    assert (set(tried.channels), set(preview(place, how).channels)) == (
+        {"Mito", "ch2"},
+        {"ch1", "ch2"},
+    )
+    assert tried.notes == ["channel ch1 was renamed: read as Mito"]
+    store.rename("channel", "Mito", "ch1", plate=plate)
     # The two are swapped, with a third name; the files say what they said.
     for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):
         store.rename("channel", old, new, plate=plate)

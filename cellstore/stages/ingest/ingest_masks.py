@@ -19,7 +19,7 @@ from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, MaskFolder
-from ...jobs.lookup import find_channels, find_plate
+from ...jobs.lookup import find_channels, find_plate, in_recipes
 from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
 from ...jobs.planes import cell_rows, insert_cells
 from ...jobs.runs import RecipeSpec, fingerprint, keep_files, register
@@ -115,7 +115,8 @@ class MaskReader:
         self.files = MaskFolder(folder)
         self.recipes: dict[str | None, int] = {}
         with workspace.database.read() as session:
-            find_channels(session, self._plane.channels)
+            named = in_recipes(session, find_channels(session, self._plane.channels))
+            self._plane = ImageInput(named)
             if params.one_plate is not None:
                 find_plate(session, params.one_plate)
 
