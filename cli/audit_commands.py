@@ -115,13 +115,18 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
         some = part[:SHOWN]
         heads = [key.replace("_", " ") for key in some[0]]
         rows = [[shown(key, value) for key, value in row.items()] for row in some]
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        fitting = output.narrowed(widths, output.WIDTH - len(below), WRAPPED) or []
-        whole = fitting and all(a <= output.LINES * b for a, b in zip(widths, fitting, strict=True))
-        if whole and not any(
-            isinstance(value, list) and is_part(value) for value in some[0].values()
-        ):
-            output.table(heads, rows, margin=below, room=output.WIDTH)
+        columns = list(zip(heads, *rows, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        words = [max(len(w) for text in column for w in ["", *text.split()]) for column in columns]
+        # What a column needs, so that no word is cut and no text goes on for long.
+        least = [
+            min(width, max(WRAPPED, word, width // 3))
+            for width, word in zip(widths, words, strict=True)
+        ]
+        nested = any(isinstance(value, list) and is_part(value) for value in some[0].values())
+        fitting = output.narrowed(widths, output.WIDTH - len(below), least)
+        if fitting and not nested:
+            output.table(heads, rows, margin=below, widths=fitting)
         else:
             for number, row in enumerate(some):
                 known = {k: v for k, v in row.items() if v is not None}

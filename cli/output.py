@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -36,6 +37,8 @@ MIN_COLUMN = 10
 LINES = 4
 """Of a text in a table, at most."""
 SHOWN_PER_REASON = 10
+MANY_ALIKE = 3
+_QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
@@ -152,28 +155,41 @@ _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run",
 
 
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each."""
+    """Print problems (where, reason, detail) by reason, the first few lines of each.
+
+    What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
+    """
     reasons = Counter(reason for _, reason, _ in problems)
     for reason, number in reasons.most_common():
         typer.echo(f"{GAP}{cell(reason)}: {count(number, 'row')}")
-        matching = [problem for problem in problems if problem[1] == reason]
-        for where, _, detail in matching[:SHOWN_PER_REASON]:
-            typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
-        if number > SHOWN_PER_REASON:
-            typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
+        alike: dict[str, list[str]] = {}
+        for where, _, detail in (problem for problem in problems if problem[1] == reason):
+            alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
+        lines: list[tuple[str, int]] = []
+        for some in alike.values():
+            if len(some) > MANY_ALIKE:
+                more = f"And {len(some) - 1:,} more like this."
+                lines.append((f"{some[0].rstrip('.')}. {more}", len(some)))
+            else:
+                lines += [(line, 1) for line in some]
+        for line, _ in lines[:SHOWN_PER_REASON]:
+            typer.echo(filled(cell(line), GAP * 3, GAP * 2))
+        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+            typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
-def narrowed(widths: Sequence[int], room: int, least: int = MIN_COLUMN) -> list[int] | None:
-    """Return widths of columns that fit ``room``, the widest made narrower, none below ``least``.
+def narrowed(widths: Sequence[int], room: int, least: Sequence[int]) -> list[int]:
+    """Return the widths of columns that fit ``room``, the widest made narrower; none: no such.
 
-    None: they do not fit.
+    ``least``: what each column needs.
     """
-    excess = sum(widths) + len(GAP) * (len(widths) - 1) - room
     found = list(widths)
-    while excess > 0 and max(found) > least:
-        found[found.index(max(found))] -= 1
-        excess -= 1
-    return found if excess <= 0 else None
+    for _ in range(sum(widths) + len(GAP) * (len(widths) - 1) - room):
+        wide = [at for at, width in enumerate(found) if width > least[at]]
+        if not wide:
+            return []
+        found[max(wide, key=found.__getitem__)] -= 1
+    return found
 
 
 # Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
@@ -182,12 +198,12 @@ def table(
     rows: Iterable[Sequence[Any]],
     file: BinaryIO | None = None,
     margin: str = "",
-    room: int | None = None,
+    widths: Sequence[int] = (),
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
-    The width of a terminal, else that of ``room``, is kept: long texts go on in the next line, and
-    are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
+    The width of a terminal, or ``widths`` of columns, are kept: long texts go on in the next line,
+    and are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -196,14 +212,15 @@ def table(
             number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
             numeric[column] &= number or value is None
         cells.append([cell(value) for value in row])
-    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-    shown = len(widths)
-    if file is None and sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns
-    if room is not None:
-        while (fitting := narrowed(widths[:shown], room - len(margin))) is None and shown > 1:
-            shown -= 1
-        widths = fitting or [room - len(margin)]
+    shown = len(headers)
+    if not widths:
+        widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        if file is None and sys.stdout.isatty():
+            room = shutil.get_terminal_size().columns
+            least = [min(width, MIN_COLUMN) for width in widths]
+            while not (fitting := narrowed(widths[:shown], room, least)) and shown > 1:
+                shown -= 1
+            widths = fitting or [room]
     lines = []
     for line in (headers, ["-" * width for width in widths], *cells):
         pieces = [

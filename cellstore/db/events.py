@@ -31,7 +31,7 @@ from ..models import (
     Treatment,
     Well,
 )
-from .session import Database
+from .session import HARMLESS, Database
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
@@ -209,9 +209,19 @@ def without_passwords(word: str) -> str:
     masked = re.sub(
         rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
     )
+    masked = re.sub(rf"(?:postgres|sqlite)[\w+.-]*://[^{inner}\0]+", _without_parameters, masked)
     return re.sub(
-        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
+        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram|token|key|signature)[^?&=\s]*=)[^&{inner}\0]+",
         r"\1***",
         masked,
         flags=re.IGNORECASE,
+    )
+
+
+def _without_parameters(url: re.Match[str]) -> str:
+    """A URL of a database with the values of its parameters hidden, but for harmless ones."""
+    return re.sub(
+        r"([?&])([^?&=]*)=([^&]+)",
+        lambda part: part[0] if part[2].lower() in HARMLESS else f"{part[1]}{part[2]}=***",
+        url[0],
     )

@@ -102,14 +102,14 @@ def dose_in_name(text: str) -> tuple[str, str | None]:
 _MONTH = "(?:Jan|Feb|Mar|M\u00e4r|Mrz|Apr|Mai|May|Jun|Jul|Aug|Sept?|Okt|Oct|Nov|Dez|Dec)\\.?"
 _EXCEL = {
     "an error of Excel": re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
-    "a date": re.compile(
+    "a date in place of a name": re.compile(
         rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
         r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
     ),
 }
 EXCEL_ADVICE = {
     "an error of Excel": "Correct the formula and save the file again.",
-    "a date": (
+    "a date in place of a name": (
         "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, write "
         "the names again and save the file."
     ),
@@ -361,6 +361,14 @@ def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
                 continue
             values: list[tuple[tuple[int, int], int, str]] = []
             below, label = at + 1, None
+            first_labels = [
+                _row_of(row.cells[left]) for row in rows[below : below + 3] if left < len(row.cells)
+            ]
+            if 1 in first_labels[1:] and first_labels[0] is None:
+                raise BadTableError(
+                    f"Line {rows[below].line} has no letter, and the row A is below it. The rows "
+                    "of a grid begin right under its numbers; has the map shifted? Correct it."
+                )
             while below < len(rows) and left < len(rows[below].cells):
                 found = _row_of(rows[below].cells[left])
                 if found is None or (label is not None and found != label + 1):
@@ -411,7 +419,8 @@ def _title(rows: Sequence[TableRow], at: int, left: int, blocks: Sequence[Block]
 
 def _is_dose(texts: Sequence[str]) -> bool:
     known = [text for text in texts if text not in MISSING]
-    number = sum(_DOSE.fullmatch(text.strip()) is not None for text in known)
+    doses = (re.split(r"\s*\+\s*", text.strip()) for text in known)  # '5 + 1' of a combination
+    number = sum(all(map(_DOSE.fullmatch, pieces)) for pieces in doses)
     return bool(known) and number * 2 > len(known)
 
 

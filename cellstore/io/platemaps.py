@@ -211,6 +211,7 @@ def read_annotation(
                 issues.append((path, row))
             else:
                 rows.append(row)
+        _check_some(path, rows, [refusal for file, refusal in issues if file == path])
         issues += [(path, refusal) for refusal in _unclear_doses(rows)]
         notes += [f"{writable(path.name)}: {note}" for note in _notes(rows, columns, bool(tables))]
         # A map all of whose rows are refused is a map.
@@ -242,6 +243,24 @@ def read_annotation(
         )
     files = (*treatments, *paths, *([barcodes] if barcodes else []))
     return PlateAnnotation(maps, plates, tuple(issues), files, tuple(notes), names_plates)
+
+
+def _check_some(path: Path, rows: Sequence[tuple[int, MapRow]], refused: Sequence[Refusal]) -> None:
+    """Refuse a map of which no row can be used, for one reason.
+
+    Raises:
+        BadTableError: it is so; the message has the number of rows and an example.
+    """
+    if rows or len(refused) < 2 or len({refusal.reason for refusal in refused}) > 1:
+        return
+    line, reason, detail = refused[0]
+    advice = ""
+    if reason == "not a well":
+        advice = " If another column has the wells: --map-column well=NAME."
+    raise BadTableError(
+        f"All {len(refused):,} rows of {path.name} are refused ({reason}), for example line "
+        f"{line}: {detail.rstrip('.')}.{advice}"
+    )
 
 
 def _stem(path: Path) -> str:
@@ -661,7 +680,7 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
         else:
             texts = ", ".join(sorted({plate_map.unnamed[at][1] for at in some})[:3])
             yield (
-                f"{what} of {name} {'has' if one else 'have'} {why} in place of a name ({texts}), "
+                f"{what} of {name} {'has' if one else 'have'} {why} ({texts}), "
                 f"{unknown} {EXCEL_ADVICE[why]}"
             )
     for n_rows, n_columns in FORMATS:

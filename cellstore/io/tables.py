@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from ..errors import BadTableError, UserInputError, first_line
+from .uris import plain_file
 
 if TYPE_CHECKING:  # Arrow is slow to import, and a plate map does without
     import pyarrow as pa
@@ -503,7 +504,7 @@ def open_table(
 def is_spreadsheet(path: Path) -> bool:
     """Whether a file is .xlsx, .xls or .ods, by how it begins; False where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             return file.read(4) in _SPREADSHEETS
     except OSError:
         return False
@@ -513,49 +514,86 @@ _CELL = re.compile(rb'[ <]r="([A-Z]{1,3})([0-9]{1,7})"')
 """Where a cell of .xlsx says that it is."""
 _MOST_CELLS = 20_000_000
 _LARGEST_PART = 1 << 30
+_ERROR_CELLS = (
+    (re.compile(rb' t="e"'), b' t="str"'),
+    (re.compile(rb' office:string-value="[^"]*"(?=[^>]* calcext:value-type="error")'), b""),
+)
+"""What makes a cell of .xlsx or .ods an error, and what makes a text of it."""
+_XLS_ERROR = re.compile(
+    rb"(?:\x05\x02\x08\0(.{4})..[\0\x07\x0f\x17\x1d\x24\x2a]\x01"
+    rb"|\x06\0..(.{4})..\x02.[\0\x07\x0f\x17\x1d\x24\x2a]...\xff\xff)",
+    re.DOTALL,
+)
+"""A cell of .xls with an error, as a value or of a formula; the group is its row and column."""
 
 
-def _check_size(path: Path) -> None:
-    """Refuse a workbook that does not fit into memory, where it is read from A1 to its last cell.
+def _with_errors(path: Path) -> Path | io.BytesIO:
+    """Return a workbook whose errors are texts like ``#N/A``: calamine leaves these cells blank.
+
+    It is refused where it does not fit into memory, which is read from A1 to the last cell.
 
     Raises:
-        BadTableError: it does not.
+        BadTableError: it is too large, or it is .xls and has errors, which cannot be told apart.
     """
     import zipfile
 
+    has_errors = False
     try:
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
                 if part.file_size > _LARGEST_PART:
                     raise BadTableError(f"{path} is larger than 1 GB. Save the table as CSV.")
-                if not part.filename.startswith("xl/worksheets/"):
+                if not part.filename.startswith(("xl/worksheets/", "content.xml")):
                     continue
                 rows = columns = 1
                 with archive.open(part) as stream:
                     rest = b""
                     while chunk := stream.read(_CHUNK):
-                        for letters, row in _CELL.findall(rest + chunk):
+                        chunk = rest + chunk
+                        for letters, row in _CELL.findall(chunk):
                             column = 0
                             for letter in letters:
                                 column = column * 26 + letter - 64
                             rows, columns = max(rows, int(row)), max(columns, column)
+                        has_errors |= any(mark in chunk for mark in (b' t="e"', b'type="error"'))
                         rest = chunk[-20:]
                 if rows * columns > _MOST_CELLS:
                     raise BadTableError(
                         f"{path} has a sheet of {rows:,} rows and {columns:,} columns, which is "
                         "too large. Delete what lies far from the table, or save it as CSV."
                     )
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError):
-        return  # .xls, or damaged: the reader says it
+            if not has_errors:
+                return path
+            copy = io.BytesIO()
+            with zipfile.ZipFile(copy, "w") as changed:
+                for part in archive.infolist():
+                    data = archive.read(part)
+                    if part.filename.startswith(("xl/worksheets/", "content.xml")):
+                        for error, text in _ERROR_CELLS:
+                            data = error.sub(text, data)
+                    changed.writestr(part, data)
+            copy.seek(0)
+            return copy
+    except zipfile.BadZipFile:  # .xls, or damaged: the reader says it
+        if found := _XLS_ERROR.search(path.read_bytes()):
+            row, column = (
+                int.from_bytes((found[1] or found[2])[at : at + 2], "little") for at in (0, 2)
+            )
+            raise BadTableError(
+                f"{path} has an error of Excel in row {row + 1}, column {column + 1} of a sheet. "
+                "Correct it, or save the file as .xlsx."
+            ) from None
+    except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError):
+        pass  # damaged: the reader says it
+    return path
 
 
 @contextmanager
 def _workbook(path: Path) -> Iterator[Any]:
     import python_calamine
 
-    _check_size(path)
     try:
-        with python_calamine.load_workbook(path) as book:
+        with python_calamine.load_workbook(_with_errors(path)) as book:
             yield book
     except (python_calamine.CalamineError, OSError) as error:
         raise BadTableError(
@@ -577,7 +615,7 @@ def sheet_names(path: Path) -> list[str]:
 def read_sheet(path: Path, name: str) -> list[TableRow]:
     """Return the rows of a sheet that are not blank, as texts; merged cells all have their value.
 
-    Whole numbers are written without a point, dates as 2026-03-12.
+    Whole numbers are written without a point, dates as 2026-03-12, errors as #N/A.
 
     Raises:
         BadTableError: the file is damaged or has a password.
@@ -716,7 +754,7 @@ def is_parquet(path: Path) -> bool:
         UserInputError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
     except OSError as error:
         raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
@@ -764,7 +802,7 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
     What can go wrong while it is read is turned into one sentence.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             head = file.read(len(_PARQUET_MAGIC))
         with (
             gzip.open(path)
@@ -811,8 +849,8 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
         ) from error
 
 
-_FORMULA = "^[=+\\-@\t\r]"
-"""What a spreadsheet takes for the beginning of a formula."""
+_FORMULA = "^[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
+"""What a spreadsheet takes for the beginning of a formula; the last four are full-width signs."""
 
 Rows = TypeVar("Rows", bound="pa.Table | pa.RecordBatch")
 

@@ -167,15 +167,17 @@ class TreatmentRecord:
         return replace(self, dose=dose, unit=plain, dose_original=original[:LONGEST])
 
 
+_CONTROL_WORD = "(controle?|ctrl|ctl|kontrolle|temoin)?"
 _SAYS = {
     Control.NEGATIVE: re.compile(
-        r"(control|ctrl|ctl)?(neg(ative|con|ctrl)|(neg|nc|vehicle(control|ctrl)?)$)"
+        rf"{_CONTROL_WORD}(neg(ati[vf]|con|ctrl|kontr)|(neg|nc|vehi[ck]\w+)$)"
     ),
     Control.POSITIVE: re.compile(
-        r"(control|ctrl|ctl|trt)?pos(itive|con|ctrl)|(control|ctrl|ctl)?(pos|pc)$"
+        rf"(trt)?{_CONTROL_WORD}pos(iti[vf]|con|ctrl|kontr)|{_CONTROL_WORD}(pos|pc)$"
     ),
-    None: re.compile(r"trt|(treated|treatment|test|sample|experimental)$"),
+    None: re.compile(r"trt|(treated|treatment|test|sample|experimental|behandelt)$"),
 }
+"""How a text says it, in letters without accents; in German, French and Spanish, too."""
 
 
 def read_control(text: str) -> tuple[bool, Control | None]:
@@ -183,7 +185,7 @@ def read_control(text: str) -> tuple[bool, Control | None]:
 
     'trt' says that it is none; 'compound' says nothing of it.
     """
-    letters = re.sub(r"[^a-z]", "", text.lower())
+    letters = re.sub(r"[^a-z]", "", unicodedata.normalize("NFKD", text.lower()))
     for control, words in _SAYS.items():
         if words.match(letters):
             return True, control

@@ -97,3 +97,16 @@ def test_a_bar_that_was_not_started_is_harmless(screen):
     bar.advance()
     bar.finish()
     assert screen.getvalue() == ""
+
+
+def test_a_mistake_in_many_rows_is_said_once(capsys):
+    wells = [(f"map.csv, line {n}", "not a well", f"'A1-{n}' is not a well.") for n in range(2, 50)]
+    others = [("map.csv, line 60", "not a well", "the row names no well"), ("a", "dose", "no dose")]
+    output.grouped([*wells, *others])
+    assert capsys.readouterr().out.splitlines() == [
+        "  not a well: 49 rows",
+        "    map.csv, line 2: 'A1-2' is not a well. And 47 more like this.",
+        "    map.csv, line 60: the row names no well",
+        "  dose: 1 row",
+        "    a: no dose",
+    ]

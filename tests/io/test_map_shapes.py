@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,14 @@ def ods(path: Path, rows: Rows) -> Path:
     kinds = 'xmlns:office="urn:oasis:names:tc:opendocument:xmlns:office:1.0" '
     kinds += 'xmlns:table="urn:oasis:names:tc:opendocument:xmlns:table:1.0" '
     kinds += 'xmlns:text="urn:oasis:names:tc:opendocument:xmlns:text:1.0"'
-    cell = '<table:table-cell office:value-type="string"><text:p>{}</text:p></table:table-cell>'
+    kinds += ' xmlns:calcext="urn:org:documentfoundation:names:experimental:calc:xmlns:calcext:1.0"'
+    text = '<table:table-cell office:value-type="string"{}><text:p>{}</text:p></table:table-cell>'
+    error = ' office:string-value="" calcext:value-type="error"'
     body = "".join(
-        f"<table:table-row>{''.join(map(cell.format, row))}</table:table-row>" for row in rows
+        "<table:table-row>"
+        + "".join(text.format(error * (cell == "#N/A"), cell) for cell in row)
+        + "</table:table-row>"
+        for row in rows
     )
     text = (
         f'<?xml version="1.0"?><office:document-content {kinds}><office:body><office:spreadsheet>'
@@ -139,30 +146,44 @@ def test_plates_of_all_formats(tmp_path: Path, rows: int, columns: int) -> None:
     assert found[format_well(rows, columns)] == f"c{rows - 1}x{columns - 1}"
 
 
-NAMES = st.sampled_from(["", "DMSO", "taxol", "AMG 900", "FK-866", "0012", "NA", "empty"])
-NUMBERS = st.sampled_from(["", "0.5", "10", "0,25"])
+NAMES = st.sampled_from(
+    ["", "DMSO", "taxol", "AMG 900", "FK-866", "0012", "NA", "empty", "a + b", "2-Mar"]
+)
+BLOCKS = {
+    "Compound": NAMES,
+    "Dose (nM)": st.sampled_from(["", "0.5", "10", "0,25", "5 + 1"]),
+    "siRNA": st.sampled_from(["", "siNF1", "siCTRL"]),
+    "Cell line": st.sampled_from(["", "U2OS", "A549"]),
+    "Plated by": st.sampled_from(["", "Jo", "NA"]),
+}
 
 
-@given(st.integers(2, 9), st.integers(3, 13), st.data())
+@given(st.integers(2, 4), st.integers(3, 5), st.data())
 def test_a_grid_and_its_long_form_give_the_same_wells(
     tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, data: st.DataObject
 ) -> None:
-    def drawn(values: st.SearchStrategy[str]) -> list[list[str]]:
-        return [[data.draw(values) for _ in range(columns)] for _ in range(rows)]
-
-    names, doses = drawn(NAMES), drawn(NUMBERS)
+    titles = ["Compound", *data.draw(st.sets(st.sampled_from(list(BLOCKS)[1:])))]
+    wells = [(row, column) for row in range(rows) for column in range(columns)]
+    cells = {title: {well: data.draw(BLOCKS[title]) for well in wells} for title in titles}
     folder = tmp_path_factory.mktemp("maps")
-    blank = [""] * columns
-    drawn_map = [["Compound", *blank], *grid(names), ["Dose (nM)", *blank], *grid(doses)]
-    long = [["Well", "Compound", "Dose (nM)"]]
+    drawn_map: list[list[Any]] = []
+    for title, block in cells.items():
+        body = [[block[row, column] for column in range(columns)] for row in range(rows)]
+        drawn_map += [[title, *[""] * columns], *grid(body)]
+    long = [["Well", *titles]]
     long += [
-        [format_well(r + 1, c + 1), names[r][c], doses[r][c]]
-        for r in range(rows)
-        for c in range(columns)
+        [format_well(well[0] + 1, well[1] + 1), *(cells[title][well] for title in titles)]
+        for well in wells
     ]
-    (a,) = read_annotation(write(folder / "map.csv", drawn_map, ";")).maps.values()
-    (b,) = read_annotation(write(folder / "map.tsv", long, "\t")).maps.values()
-    assert (a.wells, a.metadata) == (b.wells, b.metadata)
+    found = [
+        read_annotation(write(folder / name, table, mark))
+        for name, table, mark in (("map.csv", drawn_map, ";"), ("map.tsv", long, "\t"))
+    ]
+    (a,), (b,) = (item.maps.values() for item in found)
+    assert (a.wells, a.metadata, a.unnamed) == (b.wells, b.metadata, b.unnamed)
+    refused = [sorted(issue.detail for _, issue in item.issues) for item in found]
+    assert refused[0] == refused[1]
+    assert len(a.wells) + len(refused[0]) == len(wells)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +288,97 @@ def test_empty_is_a_well_without_cells(tmp_path: Path) -> None:
     assert found.maps["map"].metadata == {(1, 1): {"content": "empty"}}
 
 
+def xls(path: Path, rows: Rows) -> Path:
+    """Write the least that Excel 97 would call a workbook: one sheet of texts and numbers."""
+
+    def item(kind: int, data: bytes = b"") -> bytes:
+        return struct.pack("<HH", kind, len(data)) + data
+
+    def begin(what: int) -> bytes:
+        return item(0x809, struct.pack("<HHQI", 0x600, what, 0, 0))
+
+    sheet = begin(0x10)
+    for row, cells in enumerate(rows):
+        for column, cell in enumerate(cells):
+            at = struct.pack("<HHH", row, column, 0)
+            if isinstance(cell, float):
+                sheet += item(0x203, at + struct.pack("<d", cell))
+            elif cell == "#N/A":
+                sheet += item(0x205, at + b"\x2a\x01")
+            else:
+                sheet += item(
+                    0x204, at + struct.pack("<HB", len(cell), 1) + cell.encode("utf-16-le")
+                )
+    offset = len(begin(5)) + 4 + 6 + 2 + 3 + 4
+    book = begin(5) + item(0x85, struct.pack("<IHH", offset, 0, 3) + b"map") + item(0xA)
+    stream = (book + sheet + item(0xA)).ljust(4096, b"\0")
+    assert len(book) == offset
+    sectors = [0xFFFFFFFD, 0xFFFFFFFE, *range(3, 10), 0xFFFFFFFE]  # the table itself, the folder
+    table = struct.pack("<128I", *sectors, *[0xFFFFFFFF] * (128 - len(sectors)))
+    head = bytes.fromhex("d0cf11e0a1b11ae1") + bytes(16)
+    head += struct.pack(
+        "<5H6x9I", 0x3E, 3, 0xFFFE, 9, 6, 0, 1, 1, 0, 4096, 0xFFFFFFFE, 0, 0xFFFFFFFE, 0
+    )
+    head += struct.pack("<109I", 0, *[0xFFFFFFFF] * 108)
+    folder = b""
+    for name, kind, child, start in (
+        ("Root Entry", 5, 1, 0xFFFFFFFE),
+        ("Workbook", 2, 0xFFFFFFFF, 2),
+    ):
+        text = f"{name}\0".encode("utf-16-le")
+        folder += text.ljust(64, b"\0")
+        folder += struct.pack(
+            "<HBB3I36xIQ", len(text), kind, 1, 0xFFFFFFFF, 0xFFFFFFFF, child, start, 4096
+        )
+    path.write_bytes(head + table + folder.ljust(512, b"\0") + stream)
+    return path
+
+
+def test_a_workbook_of_excel_97(tmp_path: Path) -> None:
+    rows = [["Well", "Compound", "Dose (uM)"], ["A1", "taxol", 0.5], ["A2", "DMSO", ""]]
+    found = read_annotation(xls(tmp_path / "map.xls", rows))
+    assert labels(found) == {"A01": "taxol 0.5 uM", "A02": "DMSO"}
+    with pytest.raises(BadTableError, match="an error of Excel in row 4, column 2 of a sheet"):
+        read_annotation(xls(tmp_path / "map.xls", [*rows, ["A3", "#N/A"]]))
+
+
+@pytest.mark.parametrize("ending", ["csv", "xlsx", "ods"])
+def test_errors_and_dates_of_excel_are_no_treatments(tmp_path: Path, ending: str) -> None:
+    head = ["plate_map_name", "well_position", "pert_iname", "Dose (uM)"]
+    cells = ["taxol", "#N/A", "2-Mar", "02. Sep", "Dec-01", ""]
+    rows = [["map", f"A{number}", cell, ""] for number, cell in enumerate(cells, 1)]
+    rows += [["map", "A7", "noco", "#N/A"], ["map", "A8", "DMSO", "#N/A"]]
+    path = tmp_path / f"map.{ending}"
+    if ending == "ods":
+        ods(path, [head, *rows])
+    elif ending == "csv":
+        write(path, [head, *rows])
+    else:
+        # As Excel writes a formula that has failed, and a name that it made a date of.
+        xlsxwriter = pytest.importorskip("xlsxwriter")
+        book = xlsxwriter.Workbook(str(path))
+        sheet = book.add_worksheet("map")
+        for at, row in enumerate([head, *rows]):
+            sheet.write_row(at, 0, row)
+        for at, column in ((2, 2), (7, 3), (8, 3)):
+            sheet.write_formula(at, column, "=NA()", None, "#N/A")
+        sheet.write_datetime(3, 2, date(2026, 3, 2), book.add_format({"num_format": "d-mmm"}))
+        book.close()
+    found = read_annotation(path, options=MapOptions(blank="DMSO"))
+    assert labels(found) == {
+        "A01": "taxol",
+        **dict.fromkeys(["A02", "A03", "A04", "A05"]),
+        "A06": "DMSO",
+        "A07": None,
+        "A08": "DMSO",
+    }
+    blank, error, dates = sorted(notes_on_wells(found.maps["map"], {}))
+    assert blank.startswith("1 well is blank in")
+    assert "an error of Excel (#N/A), so their treatment is not known: A02, A07. Correct" in error
+    assert "have a date in place of a name (" in dates
+    assert "A03, A04, A05. Excel makes dates of names like MARCH2" in dates
+
+
 def test_columns_that_a_user_names(tmp_path: Path) -> None:
     path = write(tmp_path / "map.csv", [["Loc", "What", "Menge [nM]"], ["A1", "taxol", "5"]], ";")
     with pytest.raises(BadTableError, match=r"I do not recognise .* yours has Loc, What, Menge"):
@@ -319,6 +431,14 @@ def test_sheets(tmp_path: Path) -> None:
         ),
         ([["", 1, 2, 3, ""], ["A", "x", "x", "x", "y"], ["B", "", "", "", ""]], "Has the map shif"),
         ([["Well", "Vendor"], ["A1", "x"]], "I do not recognise .* yours has Well, Vendor"),
+        (
+            [["", 1, 2, 3], ["", "x", "x", "x"], ["A", "x", "x", "x"], ["B", "x", "x", "x"]],
+            "Line 2 has no letter, and the row A is below it",
+        ),
+        (
+            [["Well", "Drug"], ["A1-1", "x"], ["B1-1", "y"]],
+            "All 2 rows of map.csv are refused .not a well.*line 2: 'A1-1' is not a well",
+        ),
     ],
 )
 def test_maps_that_cannot_be_right(tmp_path: Path, rows: Rows, message: str) -> None:

@@ -22,6 +22,7 @@ from cellstore.io.treatments import (
     TreatmentRow,
     completed,
     jump_plates,
+    treatment_of,
     treatment_rows,
 )
 
@@ -93,6 +94,24 @@ def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
         TreatmentRecord(PerturbationKind.COMPOUND, "AURKA", target="AURKA", identifier="BRD-1"),
         TreatmentRecord(PerturbationKind.COMPOUND, "BRD-2", identifier="BRD-2"),
     ]
+
+
+def test_combinations_are_the_same_in_every_table(tmp_path: Path) -> None:
+    text = "Compound,Target,SMILES\ntaxol + noco,TUBB + TUBA1A,\na + b,,CC\nc + d,X,\n2-Mar,,\n"
+    found = list(treatment_rows(table(tmp_path, text)))
+    both, one = records(found)
+    assert both is not None
+    assert [(part.pert_iname, part.target) for part in both.parts] == [
+        ("taxol", "TUBB"),
+        ("noco", "TUBA1A"),
+    ]
+    assert one is not None
+    assert (one.pert_iname, one.others) == ("a + b", ())  # a structure is of one sample
+    assert reasons(found) == [(4, "not a target"), (5, "not a name")]
+    of_image = treatment_of({"Metadata_pert_iname": "taxol + noco", "Metadata_dose": "5 + 1"})
+    assert of_image is not None
+    assert of_image.label == "taxol 5 + noco 1"
+    assert treatment_of({"Metadata_pert_iname": "Empty"}) is None
 
 
 def test_plates_keep_their_text(tmp_path: Path) -> None:

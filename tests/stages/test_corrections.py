@@ -28,7 +28,7 @@ from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
-from cellstore.stages.ingest.ingest import IngestResult
+from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
@@ -624,6 +624,15 @@ def test_folders_find_renamed_channels_by_their_old_names(
     moved_and_read("Hoechst", "ch2")
     store.rename("channel", "Hoechst", "ch1", plate=plate)
     assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
+    store.rename("channel", "ch1", "Mito", plate=plate)
+    how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
+    tried = preview(place, how, store.workspace)
+    assert (set(tried.channels), set(preview(place, how).channels)) == (
+        {"Mito", "ch2"},
+        {"ch1", "ch2"},
+    )
+    assert tried.notes == ["channel ch1 was renamed: read as Mito"]
+    store.rename("channel", "Mito", "ch1", plate=plate)
     # The two are swapped, with a third name; the files say what they said.
     for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):
         store.rename("channel", old, new, plate=plate)
