@@ -422,6 +422,6 @@ def test_a_well_and_site_on_several_plates_are_listed(workspace: Workspace) -> N
 
 def test_a_plate_or_a_well_that_is_misspelt_is_named(workspace: Workspace) -> None:
     small_screen(workspace)
-    for text, meant in (("BR2", "plate 'BR2'. Known: BR1. Did"), ("BR1/B99", "of plate BR1 'B99'")):
+    for name, meant in (("BR2", "'BR2'. Known: BR1. Did you"), ("BR1/B99", "of plate BR1 'B99'")):
         with pytest.raises(UnknownNameError, match=meant):
-            audit(workspace, text)
+            audit(workspace, name)
