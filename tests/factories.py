@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from unguarded import open_runs
 
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import (
@@ -33,7 +34,7 @@ from cellstore.enums import (
     Status,
     Subset,
 )
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Annotation,
@@ -107,8 +108,11 @@ def treatment(session: Session, name: str, **values: Any) -> Treatment:
 class Factory:
     """Makes rows in one store. Every method inserts at once and returns the row."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, *, closed: bool = False) -> None:
+        """``closed``: rows come to a run only while it runs, as everywhere."""
         self.workspace = workspace
+        if not closed:
+            open_runs(workspace)
 
     def add(self, row: Row) -> Row:
         """Insert one row."""
@@ -169,6 +173,7 @@ class Factory:
         values: dict[str, Any] = {
             "created_at": MOMENT,
             "user_name": run.user_name,
+            "host": run.host,
             "command": run.command,
             "run_id": run.id,
             "table_name": "wells",
@@ -434,7 +439,7 @@ class Factory:
             ArtifactKind.FEATURES, sink.getvalue().to_pybytes(), ".parquet"
         )
         with self.workspace.database.begin() as session:
-            artifact_id = keep_file(session, stored)
+            artifact_id = keep_files(session, [stored])[0]
             ids = table.column("cell_id")
             session.add(
                 FeatureFile(

@@ -49,8 +49,12 @@ CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
 DAMAGES_SHOWN = 20
 VERSION_TABLE = "alembic_version"
 SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
-# libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
-SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
+HARMLESS = (
+    *("host", "hostaddr", "port", "dbname", "user", "sslmode", "connect_timeout", "sslrootcert"),
+    *("application_name", "target_session_attrs", "client_encoding", "mode", "cache", "timeout"),
+    *("sslcert", "channel_binding", "gssencmode", "keepalives"),
+)
+"""Parameters of the URL of a database that are shown; libpq takes secrets in many others."""
 
 _NEW = "Make a new one with: cellstore split create NAME"
 REFUSALS = {
@@ -71,6 +75,18 @@ REFUSALS = {
     "split says what it is about": (
         "A split names what is changed here (an image's well, a well's plate, a class), or a run "
         f"relies on it; what a split is about does not change. {_NEW}"
+    ),
+    "run has ended": (
+        "This run has ended, so no row can come to it any more. Run the command of its stage "
+        "again: that makes a new run."
+    ),
+    "run stays as it began": "Who began a run, when, where and by which recipe does not change.",
+    "run is opened again by an event only": (
+        "A run that has ended is opened by its own command only, such as: cellstore train --resume"
+    ),
+    "run is never deleted": (
+        "A run is never deleted: what others made with it would lose its origin. Rows of an "
+        "ingest can be taken back with: cellstore undo RUN"
     ),
     "split is there already": (
         "A split of this name is there already, and a split never changes. Choose another name."
@@ -236,8 +252,8 @@ def _refuse_stray_at(url: URL) -> None:
 
 
 def without_secrets(url: URL) -> URL:
-    """Return ``url`` without its password, and without the parameters that hold one."""
-    secret = [name for name in url.query if SECRET_PARAMETER.search(name)]
+    """Return ``url`` without its password, with those parameters alone that hold no secret."""
+    secret = [name for name in url.query if name.lower() not in HARMLESS]
     return url._replace(password=None).difference_update_query(secret)
 
 

@@ -226,8 +226,11 @@ def execute(
         start_importing(stage)
     counters: dict[int, RunCounter] = {}
     with ExitStack() as stack:
+        device = getattr(stage, "device", "cpu")
         runs = {
-            recipe.id: stack.enter_context(running(workspace.database, recipe, parent_id=parent_id))
+            recipe.id: stack.enter_context(
+                running(workspace.database, recipe, parent_id=parent_id, device=device)
+            )
             for recipe, counted in zip(recipes, counts, strict=True)
             if counted.todo
         }

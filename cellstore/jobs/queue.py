@@ -458,7 +458,7 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
             update(Run)
             .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
             .where(~still_working)
-            .values(status=Status.FAILED, error="Its process died.")
+            .values(**_died())
         )
     in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner)
     left = select(Job.id).where(
@@ -472,15 +472,21 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
 
 def close_dead_runs(session: Session) -> None:
     """Close the runs of processes of this machine that are gone: nothing else would."""
-    query = select(Run.id, Run.process).where(Run.status == Status.RUNNING)
+    query = select(Run.id, Run.process).where(Run.ended_at.is_(None))
     gone = [
         number
         for number, process in session.execute(query)
         if (owner := Owner.parse(process)) and owner.is_alive() is False
     ]
     if gone:
-        died = {"status": Status.FAILED, "error": "Its process died."}
-        session.execute(update(Run).where(Run.id.in_(gone)).values(**died))
+        running = update(Run).where(Run.id.in_(gone), Run.status == Status.RUNNING)
+        session.execute(running.values(**_died()))
+        cancelled = update(Run).where(Run.id.in_(gone), Run.ended_at.is_(None))
+        session.execute(cancelled.values(ended_at=datetime.now(UTC)))
+
+
+def _died() -> dict[str, Any]:
+    return {"status": Status.FAILED, "error": "Its process died.", "ended_at": datetime.now(UTC)}
 
 
 def requeue(session: Session, *which: ColumnElement[bool], status: Status = Status.FAILED) -> int:

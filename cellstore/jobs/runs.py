@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +28,7 @@ from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
-from ..db.bulk import insert_new
+from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, caller, record_events
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
@@ -34,7 +36,12 @@ from ..errors import RunCancelledError, StoreError, UserInputError
 from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
 from .queue import Owner, close_dead_runs, new_owner, shown_worker
 
-PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
+PACKAGES = (
+    *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
+    *("tifffile", "imagecodecs", "cellpose", "segment-anything", "scikit-image"),
+    *("torch", "torchvision", "lightning", "scikit-learn"),
+)
+"""Packages that compute, or read what is computed with; of a run, those that are installed."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +186,13 @@ def running(
     query: str | None = None,
     resume: int | None = None,
     alone: bool = False,
+    device: str = "cpu",
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
     ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
-    one process at a time; another may go on with it only when it is over.
+    one process at a time; another may go on with it only when it is over. ``device``: where
+    networks compute, as it was asked for.
 
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
@@ -201,7 +210,7 @@ def running(
             query=query,
             command=command,
             code_version=code_version(),
-            environment=environment(),
+            environment=environment(device),
             host=socket.gethostname()[:255],
             user_name=user_name,
             process=owner,
@@ -215,7 +224,7 @@ def running(
             new = {"stage": run.stage.value, "status": run.status.value}
             record_events(session, [Change("runs", run.id, None, new)], run_id=run.id)
     else:
-        _resume(database, resume, owner, alone=alone)
+        _resume(database, resume, owner, device, alone=alone)
     handle = RunHandle(resume, owner=owner if alone else None)
     status = Status.FAILED
     try:
@@ -266,19 +275,16 @@ def attach(session: Session, run_id: int, artifact_id: int) -> None:
     insert_new(session, RunArtifact, [{"run_id": run_id, "artifact_id": artifact_id}])
 
 
-def keep_file(session: Session, stored: StoredFile) -> int:
-    """Return the id of the artifact row of ``stored``, made if it is new."""
-    row = {
-        "kind": stored.kind,
-        "path": stored.path,
-        "sha256": stored.sha256,
-        "size_bytes": stored.size_bytes,
-        "created_at": datetime.now(UTC),
-    }
-    insert_new(session, Artifact, [row])
-    return session.scalars(
-        select(Artifact.id).where(Artifact.sha256 == stored.sha256, Artifact.kind == stored.kind)
-    ).one()
+def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
+    """Return the ids of the artifact rows of files, made where they are new."""
+    now = datetime.now(UTC)
+    insert_new(session, Artifact, [asdict(file) | {"created_at": now} for file in stored])
+    known = {}
+    for some in in_lists({file.sha256 for file in stored}):
+        query = select(Artifact.kind, Artifact.sha256, Artifact.id)
+        for row in session.execute(query.where(Artifact.sha256.in_(some))):
+            known[row.kind, row.sha256] = row.id
+    return [known[file.kind, file.sha256] for file in stored]
 
 
 def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:
@@ -304,7 +310,7 @@ def forget_files(session: Session, run_id: int, kind: ArtifactKind) -> list[str]
     return paths
 
 
-def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None:
+def _resume(database: Database, run_id: int, owner: str, device: str, *, alone: bool) -> None:
     """Open a run again, and keep who goes on with it by which code beside who began."""
     user_name, command = caller()
     attempt = {
@@ -312,7 +318,7 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
         "by": f"{user_name}@{socket.gethostname()}",
         "command": command,
         "code_version": code_version(),
-        **environment(),
+        **environment(device),
     }
     with database.begin() as session:
         close_dead_runs(session)
@@ -365,12 +371,32 @@ def code_version() -> str:
     return f"{found}+g{described.stdout.strip()}"
 
 
-def environment() -> dict[str, Any]:
-    """Return the versions that decide numbers: Python, the platform, the packages."""
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Return what decides numbers: Python, the platform, the device, threads, packages.
+
+    ``device`` (``auto``, ``cpu``, ``cuda``, ``cuda:1``) becomes its name. Torch is not loaded for
+    it: of a command whose workers compute, the driver says which GPU there is.
+    """
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    torch = sys.modules.get("torch")
+    gpus, cuda = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")), None
+    name = gpus[0].read_text().partition("Model:")[2].partition("\n")[0].strip() if gpus else ""
+    if torch is not None and hasattr(torch, "cuda"):
+        found["threads"] = torch.get_num_threads()
+        if device != "cpu" and torch.cuda.is_available():
+            index = int(device.partition(":")[2] or 0)
+            name, cuda = torch.cuda.get_device_name(index), torch.version.cuda
+    else:
+        text = os.environ.get("OMP_NUM_THREADS", "")
+        found["threads"] = int(text) if text.isdecimal() else os.cpu_count()
+        if device != "cpu" and gpus and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            cuda = found.get("torch", "").partition("+cu")[2] or "unknown"
+    found["device"] = "cpu" if cuda is None else name
+    if cuda is not None:
+        found["cuda"] = cuda
     return found

@@ -75,7 +75,10 @@ TOLERANCE_OF_FEATURES = 1e-9
 """Of measurements, relative: they are sums in 64 bits."""
 TIMES = ("seconds", "waited")
 """Metrics of a training that are about the machine."""
-PACKAGES = ("python", "platform", "numpy", "torch", "torchvision", "cellpose", "scikit-image")
+PACKAGES = (
+    *("python", "platform", "device", "cuda", "numpy", "scipy", "torch", "torchvision"),
+    *("cellpose", "scikit-image", "scikit-learn"),
+)
 """What of the environment decides the last bits of numbers."""
 
 IDENTICAL, EQUAL, DIFFERENT = "identical", "equal within tolerance", "different"

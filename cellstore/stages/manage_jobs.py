@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, exists, func, select, update
@@ -13,7 +12,7 @@ from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_recipe, find_run, image_name, images_named
-from ..jobs.queue import CONTENT, now, requeue, shown_worker
+from ..jobs.queue import CONTENT, close_dead_runs, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
 
@@ -233,11 +232,10 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
                 raise UserInputError(f"Run {found.id} is {found.status.value}; nothing is running.")
             query = query.where(Run.id == found.id)
         ids = tuple(session.scalars(query.order_by(Run.id)))
-        session.execute(
-            update(Run)
-            .where(Run.id.in_(ids))
-            .values(status=Status.CANCELLED, error="Cancelled.", ended_at=datetime.now(UTC))
-        )
+        # Its end is when its process has written the images in its hands.
+        mark = update(Run).where(Run.id.in_(ids))
+        session.execute(mark.values(status=Status.CANCELLED, error="Cancelled."))
+        close_dead_runs(session)
         old, new = ({"status": item.value} for item in (Status.RUNNING, Status.CANCELLED))
         record_events(session, [Change("runs", number, old, new) for number in ids])
         return ids

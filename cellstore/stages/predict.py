@@ -29,7 +29,7 @@ from ..jobs.runs import (
     attach,
     digest_of_images,
     digest_of_numbers,
-    keep_file,
+    keep_files,
     known_recipe,
     register,
     running,
@@ -253,12 +253,13 @@ def predict(
             split_id=split.id,
             query=as_text(query),
             resume=None if latest is None or (whole and todo) else latest.id,
+            device=chosen,
         ) as current:
             if plates:
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    attach(session, current.id, keep_file(session, file))
+                    attach(session, current.id, keep_files(session, [file])[0])
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.

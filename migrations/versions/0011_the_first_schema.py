@@ -40,6 +40,28 @@ def only(condition: str) -> dict[str, Any]:
 # What was once said stays, whoever holds the connection.
 APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
 
+# A run that has ended is closed: no such row comes to it any more.
+OF_RUN = (
+    *("predictions", "image_predictions", "run_metrics", "run_artifacts", "segmentations"),
+    *("features", "feature_files", "image_quality", "image_flags", "cell_flags"),
+    *("ingest_files", "ingest_issues"),
+)
+CLOSED = "run has ended"
+KEPT = "run stays as it began"
+REOPENED = "run is opened again by an event only"
+NEVER_DELETED = "run is never deleted"
+OF_RUN_ID = "SELECT ended_at FROM runs WHERE id = NEW.run_id"
+OF_SEGMENTATION = """SELECT r.ended_at FROM segmentations s JOIN runs r ON r.id = s.run_id
+    WHERE s.id = NEW.segmentation_id"""
+BEGINNING = (
+    *("id", "stage", "recipe_id", "parent_id", "origin", "seed", "command", "query"),
+    *("code_version", "host", "user_name", "started_at"),
+)
+# The event that opens a run again comes first, and is the last one about the run.
+IS_OPENED = """EXISTS (SELECT 1 FROM events e WHERE e.id = (
+    SELECT max(id) FROM events WHERE table_name = 'runs' AND row_id = OLD.id)
+    AND {status} = 'running')"""
+
 # Of these, a run counts what is changed or deleted after it wrote it: so copies know that they are
 # out of date. With the run of a row.
 _OF_SEGMENTATION = "(SELECT run_id FROM segmentations WHERE id = {row}.segmentation_id)"
@@ -178,6 +200,26 @@ SQLITE = {
         "BEFORE UPDATE OF split_id ON runs WHEN OLD.split_id IS NOT NULL",
         refuse_where("NEW.split_id IS NOT OLD.split_id", MEANT),
     ),
+    "runs_begun_update": (
+        f"BEFORE UPDATE OF {', '.join(BEGINNING)} ON runs",
+        refuse_where(" OR ".join(f"OLD.{name} IS NOT NEW.{name}" for name in BEGINNING), KEPT),
+    ),
+    "runs_opened_update": (
+        "BEFORE UPDATE OF ended_at ON runs WHEN OLD.ended_at IS NOT NULL AND NEW.ended_at IS NULL",
+        refuse_where("NOT " + IS_OPENED.format(status="json_extract(e.new, '$.status')"), REOPENED),
+    ),
+    "runs_kept_delete": ("BEFORE DELETE ON runs", refuse_where("1", NEVER_DELETED)),
+    "cells_closed": (
+        f"AFTER INSERT ON cells WHEN ({OF_SEGMENTATION}) IS NOT NULL",
+        refuse_where("1", CLOSED),
+    ),
+    **{
+        f"{table}_closed": (
+            f"AFTER INSERT ON {table} WHEN ({OF_RUN_ID}) IS NOT NULL",
+            refuse_where("1", CLOSED),
+        )
+        for table in OF_RUN
+    },
     "runs_freeze_insert": ("AFTER INSERT ON runs WHEN NEW.split_id IS NOT NULL", FREEZE),
     "runs_freeze_update": (
         "AFTER UPDATE OF split_id ON runs WHEN NEW.split_id IS NOT NULL",
@@ -263,10 +305,44 @@ BEGIN
     RETURN NEW;
 END""",
     ),
+    "runs_begun": (
+        f"BEFORE DELETE OR UPDATE OF {', '.join(BEGINNING)} ON runs FOR EACH ROW",
+        f"""
+BEGIN
+    IF TG_OP = 'DELETE' THEN {raising(NEVER_DELETED)} END IF;
+    IF ({", ".join(f"OLD.{name}" for name in BEGINNING)})
+        IS DISTINCT FROM ({", ".join(f"NEW.{name}" for name in BEGINNING)}) THEN
+        {raising(KEPT)}
+    END IF;
+    RETURN NEW;
+END""",
+    ),
+    "runs_opened": (
+        """BEFORE UPDATE OF ended_at ON runs FOR EACH ROW
+WHEN (OLD.ended_at IS NOT NULL AND NEW.ended_at IS NULL)""",
+        f"""
+BEGIN
+    IF NOT {IS_OPENED.format(status="e.new ->> 'status'")} THEN {raising(REOPENED)} END IF;
+    RETURN NEW;
+END""",
+    ),
     "runs_freeze": (
         "AFTER INSERT OR UPDATE OF split_id ON runs FOR EACH ROW WHEN (NEW.split_id IS NOT NULL)",
         f"BEGIN {FREEZE} RETURN NULL; END",
     ),
+}
+# Once for each statement, however many rows it brings. FOR SHARE: who ends the run waits for who
+# is adding to it.
+ENDED = f"""
+BEGIN
+    PERFORM 1 FROM (SELECT ended_at FROM runs WHERE id IN ({{ids}}) FOR SHARE) r
+        WHERE ended_at IS NOT NULL;
+    IF FOUND THEN {raising(CLOSED)} END IF;
+    RETURN NULL;
+END"""
+RUN_IDS = {
+    "runs_closed": "SELECT run_id FROM added",
+    "cells_closed": "SELECT s.run_id FROM added JOIN segmentations s ON s.id = segmentation_id",
 }
 # Once for each statement, however many rows it changes.
 COUNTING = """
@@ -339,6 +415,13 @@ def guard() -> None:
     for name, (when, body) in POSTGRESQL.items():
         make_function(name, body)
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION {name}()")
+    for name, ids in RUN_IDS.items():
+        make_function(name, ENDED.format(ids=ids))
+        for table in OF_RUN if name == "runs_closed" else ("cells",):
+            op.execute(
+                f"CREATE TRIGGER {table}_closed AFTER INSERT ON {table} REFERENCING NEW TABLE AS "
+                f"added FOR EACH STATEMENT EXECUTE FUNCTION {name}()"
+            )
     for table, run in COUNTED.items():
         make_function(f"{table}_counted", COUNTING.format(run=run.format(row="r")))
         for name, what, rows in (
@@ -375,7 +458,7 @@ def unguard() -> None:
                 op.execute(f"DROP TRIGGER {table}_counted_{verb}")
         return
     functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, "splits_emptied"]
-    functions += [f"{table}_counted" for table in COUNTED]
+    functions += [*RUN_IDS, *(f"{table}_counted" for table in COUNTED)]
     for name in functions:
         op.execute(f"DROP FUNCTION {name}() CASCADE")
 
@@ -608,6 +691,8 @@ def upgrade() -> None:
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("user_name", NAME, nullable=False),
+        sa.Column("host", NAME, nullable=False),
+        sa.Column("role", NAME),
         sa.Column("command", sa.Text(), nullable=False),
         refers("events", "run_id", "runs", nullable=True),
         sa.Column("reason", sa.Text()),

@@ -127,6 +127,7 @@ def fill_what_people_do(make: Factory, well: Well) -> None:
         Event(
             created_at=MOMENT,
             user_name="ada",
+            host="here",
             command="cellstore ingest map.txt",
             run_id=make.run(Stage.INGEST).id,
             table_name="wells",
@@ -295,8 +296,8 @@ def refuses_a_dangling(
         action = lambda session: session.execute(  # noqa: E731
             update(table).where(*keys).values({column: 999_999})
         )
-    # A frozen split would refuse before the foreign key is looked at.
-    guarded = table in (Split, SplitMember, Image, Well)
+    # A frozen split, or a run, would refuse before the foreign key is looked at.
+    guarded = table in (Split, SplitMember, Image, Well, Run)
     opened = unguarded(workspace) if guarded else workspace.database.begin()
     with pytest.raises(IntegrityError), opened as session:
         action(session)

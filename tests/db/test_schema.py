@@ -296,7 +296,7 @@ def test_a_parameter_that_the_driver_does_not_know_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["password", "PassWord", "passfile", "sslpassword", "scram_client_key", "passwd"]
+    "name", ["password", "PassWord", "passfile", "sslkey", "scram_client_key", "options", "x"]
 )
 def test_a_secret_parameter_is_not_shown_and_still_used(name):
     database = connect(parse_url(f"postgresql://bob@/cs?host=/run&{name}=s3cret&port=5433"))

@@ -308,7 +308,15 @@ def test_no_later_migration_lost_a_trigger(workspace: Workspace) -> None:
 
 
 APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
+CLOSED = {
+    *("predictions_closed", "image_predictions_closed", "run_metrics_closed", "cells_closed"),
+    *("run_artifacts_closed", "segmentations_closed", "features_closed", "feature_files_closed"),
+    *("image_quality_closed", "image_flags_closed", "cell_flags_closed", "ingest_files_closed"),
+    "ingest_issues_closed",
+}
+COUNTED = ("predictions", "features", "image_quality", "cell_flags", "segmentations", "cells")
 ON_SQLITE = {
+    *(f"{table}_counted_{verb}" for table in COUNTED for verb in ("UPDATE", "DELETE")),
     *(f"{table}_keep_{verb}" for table in APPEND_ONLY for verb in ("UPDATE", "DELETE")),
     *("split_members_frozen_insert", "split_members_frozen_update", "split_members_frozen_delete"),
     *("split_members_together_insert", "split_members_together_update"),
@@ -316,10 +324,13 @@ ON_SQLITE = {
     *("split_groups_together_delete", "splits_taken_insert", "splits_frozen_update"),
     *("splits_fixed_update", "splits_frozen_delete", "runs_freeze_insert", "runs_freeze_update"),
     *("images_stay_update", "wells_stay_update", "labels_stay_update", "runs_stay_update"),
+    *("runs_begun_update", "runs_opened_update", "runs_kept_delete", *CLOSED),
 }
 ON_POSTGRESQL = {
+    *(f"{table}_counted_{name}" for table in COUNTED for name in ("deleted", "before", "after")),
     *(f"{table}_keep" for table in APPEND_ONLY),
     *("split_members_guard", "split_groups_guard", "splits_guard"),
-    *("images_stay", "wells_stay", "labels_stay", "runs_stay"),
+    *("images_stay", "wells_stay", "labels_stay", "runs_stay", "runs_begun", "runs_opened"),
+    *CLOSED,
     *("runs_freeze", "splits_emptied", "split_members_emptied", "split_groups_emptied"),
 }

@@ -10,7 +10,7 @@ from factories import Factory
 from sqlalchemy import select, update
 
 from cellstore.config import QcParams
-from cellstore.enums import EXCLUDED_NO_PERIMETER, Stage
+from cellstore.enums import EXCLUDED_NO_PERIMETER, Stage, Status
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Cell,
@@ -39,10 +39,10 @@ class Bench:
         self.images = [self.make.image(self.well, site) for site in range(1, sites + 1)]
         self.segment = self.make.run(Stage.SEGMENT)
         self.measure = self.make.run(Stage.MEASURE)
-        self.run = self.make.run(Stage.QC)
+        self.run = self.make.run(Stage.QC, status=Status.RUNNING)
 
     def flag(self, params: QcParams = PARAMS, plate: Plate | None = None, **more: Any) -> Run:
-        run = self.make.run(Stage.QC)
+        run = self.make.run(Stage.QC, status=Status.RUNNING)
         ids = {"quality_id": self.run.recipe_id, "segment_id": self.segment.recipe_id}
         ids |= {"measure_id": self.measure.recipe_id} | more
         with self.workspace.database.begin() as session:
