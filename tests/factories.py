@@ -173,6 +173,7 @@ class Factory:
         values: dict[str, Any] = {
             "created_at": MOMENT,
             "user_name": run.user_name,
+            "host": run.host,
             "command": run.command,
             "run_id": run.id,
             "table_name": "wells",
