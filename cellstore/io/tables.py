@@ -849,8 +849,8 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
         ) from error
 
 
-_FORMULA = "^[=+\\-@\t\r]"
-"""What a spreadsheet takes for the beginning of a formula."""
+_FORMULA = "^[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
+"""What a spreadsheet takes for the beginning of a formula; the last four are full-width signs."""
 
 Rows = TypeVar("Rows", bound="pa.Table | pa.RecordBatch")
 
