@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
+from ..db.fields import field_column, plates, treatments, wells
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError
@@ -329,15 +330,18 @@ def relabel(
             raise UserInputError(f"Well {name} has this already; nothing would change.")
         old, new = ({key: item[key] for key in changed} for item in (before, after))
         frozen = (
-            select(Split.name, Label.value)
+            select(Split.name, Split.field, Label.value)
             .join(SplitMember, SplitMember.split_id == Split.id)
             .join(Label, Label.id == SplitMember.label_id)
             .where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id)))
         )
-        notes += [
-            f"Split {split} keeps the label {label} of this well. A new split takes the new one."
-            for split, label in session.execute(frozen.distinct().order_by(Split.name))
-        ]
+        for split, field, label in session.execute(frozen.distinct().order_by(Split.name)).all():
+            now = select(field_column(field)).select_from(wells.join(plates).outerjoin(treatments))
+            if session.scalar(now.where(wells.c.id == row.id)) != label:
+                notes.append(
+                    f"Split {split} keeps the label {label} of this well. A new split has "
+                    "the new one."
+                )
         shown = {"name": name, "old": _without_id(old), "new": _without_id(new)}
         concerned = _concerned(session, _images_of(Level.WELL, row.id))
         found = Correction("relabel", name, (shown,), **concerned, notes=tuple(notes))
