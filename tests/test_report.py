@@ -19,7 +19,7 @@ from cellstore.config import VoteOptions
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
@@ -192,7 +192,7 @@ def test_a_well_in_two_subsets_counts_once_by_what_tests(sqlite_workspace: Works
     assert (votes.units, votes.ties, votes.table.num_rows if votes.table else 0) == (4, 2, 5)
     rows = Store(sqlite_workspace).ask("replicate-agreement").to_pylist()
     # DMSO: B01 alone. taxol: B02 to B04, of which B03 says DMSO.
-    assert [(row["treatment"], row["wells"]) for row in rows] == [("taxol", 3)]
+    assert [(row["name_with_dose"], row["wells"]) for row in rows] == [("taxol", 3)]
     # An image of B01, and with it the well, has no answer for lack of cells.
     few = report(sqlite_workspace, vote_options=VoteOptions(min_cells=3))
     assert any("1 of 1 classes have fewer than 6 wells here, 1 of them one" in n for n in few.notes)
@@ -278,7 +278,7 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
         session.execute(
             update(Segmentation)
             .where(Segmentation.id == screen.segmentations[well].id)
-            .values(mask_artifact_id=keep_file(session, stored))
+            .values(mask_artifact_id=keep_files(session, [stored])[0])
         )
 
 

@@ -27,7 +27,7 @@ from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
-from ..jobs.gone_files import GoneFiles, find_gone
+from ..jobs.gone_files import GoneFiles, find_gone, lost_files
 from ..jobs.queue import close_dead_runs
 from ..jobs.runs import digest, digest_of_numbers
 from ..jobs.workspace import Workspace
@@ -70,7 +70,7 @@ class VerifyResult:
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
     ``jobs`` those whose rows were compared with their digest. ``gone``: folders from which image
-    files are gone.
+    files are gone. ``commands`` make stored files again that are gone.
     """
 
     files: int
@@ -82,6 +82,7 @@ class VerifyResult:
     feature_files: int = 0
     jobs: int = 0
     gone: tuple[GoneFiles, ...] = ()
+    commands: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -125,6 +126,7 @@ def verify(
     with workspace.database.read() as session:
         events = [Problem(shown, reason) for reason in broken_events(session)]
         gone = tuple(find_gone(session))
+        commands = lost_files(session, folder)[1]
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
@@ -155,6 +157,7 @@ def verify(
         feature_files=features,
         jobs=jobs,
         gone=gone,
+        commands=commands,
     )
 
 
@@ -285,8 +288,8 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
     with workspace.database.read() as session:
         files = session.execute(query).all()
         of_cells = (Event.table_name == "cells", Event.new.is_(None))
-        gone = session.execute(select(Event.old, Event.row_id).where(*of_cells))
-        deleted = [(row.old["first_id"], row.row_id) for row in gone]
+        gone = (row["ids"] for row in session.scalars(select(Event.old).where(*of_cells)))
+        deleted = np.array(sorted(chain.from_iterable(gone)), np.int64).reshape(-1, 2)
     problems = []
     near: list[Any] = []
     whole = [file for file in files if file.path not in broken]
@@ -305,7 +308,7 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
 
 
 def _features_reason(
-    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: Sequence[tuple[int, int]]
+    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: NDArray[np.int64]
 ) -> str | None:
     locate = workspace.artifacts.locate
     recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
@@ -316,8 +319,10 @@ def _features_reason(
         for ids in stream_ids(locate(file.path)):
             found = found.with_ids(ids)
             lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
-            for first, last in deleted:  # the file keeps those of a plate that was deleted
-                lost = lost[(lost < first) | (lost > last)]
+            # The file keeps those of a plate that was deleted.
+            before = np.searchsorted(deleted[:, 0], lost, "right") - 1
+            if len(deleted):
+                lost = lost[(before < 0) | (lost > deleted[before, 1])]
             homeless += len(lost)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
