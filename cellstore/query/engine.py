@@ -62,7 +62,6 @@ _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 FORMAT = 5
 """Raised when the copies change, so that older ones are not read."""
 BYTES_AT_ONCE = 1 << 20
-ROWS_OF_GROUP = 122_880
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
 
@@ -550,16 +549,14 @@ class Questions:
                 prefix=f"{os.getpid()}-", dir=self._spill, ignore_cleanup_errors=True
             ) as folder:
                 part = Path(folder, "part.parquet")
-                copy = (
-                    f"COPY {{rows}} TO {literal(str(part))} "
-                    f"(FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE {ROWS_OF_GROUP})"
-                )
+                copy = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
                 with closing(duckdb.connect(":memory:")) as own:
                     own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
                     own.execute(f"SET temp_directory = {literal(folder)}")
                     own.execute("SET preserve_insertion_order = false")
                     own.execute("SET TimeZone = 'UTC'")
                     if name == PREDICTIONS:
+                        own.execute("SET threads = 1")  # each would have a group of rows in hand
                         self._source.feed_predictions(own, copy, ended=run)
                     elif name not in _VOTE_VIEWS:
                         self._source.feed_table(own, copy, name, rows_of_runs(name, [run]))
