@@ -68,6 +68,7 @@ MODULES = {
     "report": "answer_commands",
     "compare": "answer_commands",
     "audit": "audit_commands",
+    "log": "audit_commands",
     "repro": "audit_commands",
     "rename": "correction_commands",
     "relabel": "correction_commands",

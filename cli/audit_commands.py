@@ -1,4 +1,4 @@
-"""Commands that say where a label comes from, and redo a run: audit, repro."""
+"""Commands that say where a label comes from, who did what, and redo a run: audit, log, repro."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.report.audit import Audit
+    from cellstore.report.event_log import EventLog
     from cellstore.report.redo import Check
     from cellstore.report.repro import Repro
 
@@ -134,6 +135,47 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
                 _show_record(known, below)
         if len(part) > SHOWN:
             typer.echo(f"{below}and {len(part) - SHOWN:,} more (all with --json)")
+
+
+@command(app, "log")
+def log(
+    common: Common,
+    plate: str | None = option(None, "Only what was done to this plate.", metavar="PLATE"),
+    run: str | None = option(None, "Only what this run did, and what became of it.", metavar="RUN"),
+    limit: int = option(20, "Show at most this many.", metavar="N", min=1),
+) -> None:
+    """Show which commands changed the store: who gave them, when, where and why.
+
+    The newest come first. Files that were written for people (exports, reports, backups) are
+    named as well.
+
+    \b
+    Example:
+      cellstore log
+      cellstore log --plate BR00116991 --limit 100
+    """
+    with common.open(quiet=True) as store:
+        result = store.log(plate=plate, run=run, limit=limit)
+    common.show(result, _show_log)
+
+
+def _show_log(result: EventLog) -> None:
+    for entry in result.entries:
+        role = f" (database role {entry.role})" if entry.role else ""
+        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
+        when = entry.at[:16].replace("T", " ")
+        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
+        output.wrapped(entry.command, output.GAP)
+        for change in entry.changes:
+            output.wrapped(change, output.GAP)
+        if (number := sum(entry.rows.values())) > len(entry.changes):
+            typer.echo(f"{output.GAP}and {number - len(entry.changes):,} more changes")
+        if entry.reason:
+            output.wrapped(f"why: {entry.reason}", output.GAP)
+    if not result.entries:
+        say("Nothing of that kind was done.")
+    if result.more:
+        say("There are older ones: see --limit.")
 
 
 CANNOT, SAME = "cannot be redone", "identical"

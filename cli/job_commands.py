@@ -198,7 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that then does them.
+    It opens their jobs again and shows the command that then does them. So it does
+    where masks or files of features are gone: the same command makes them again.
 
     \b
     Example:
@@ -209,10 +210,13 @@ def retry(
         result = store.retry(stage=stage, run=run, image=image)
     if common.as_json:
         output.print_json(result)
-    elif not result.jobs:
+    elif not result.jobs and not result.lost_files:
         typer.echo("No image has failed.")
     else:
-        typer.echo(f"{output.count(result.jobs, 'job is', 'jobs are')} open again. Now run:")
+        lost = output.count(result.lost_files, "file is gone.", "files are gone.")
+        opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
+        found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
+        typer.echo(f"{' '.join(found)} Now run:")
         for words in result.commands:
             typer.echo(f"  {output.cell(words)}")
 
@@ -301,6 +305,10 @@ def _show_verify(result: VerifyResult) -> None:
         say("Remove the unknown files with: cellstore verify --fix")
     if result.problems:
         say("Put what is damaged back from a backup; what is derived can be made again.")
+    if result.commands:
+        typer.echo("Files that are gone are made again by:")
+        for words in result.commands:
+            typer.echo(f"  {output.cell(words)}")
 
 
 @command(app, "doctor", then=True)

@@ -19,7 +19,7 @@ from cellstore.config import VoteOptions
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
@@ -278,7 +278,7 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
         session.execute(
             update(Segmentation)
             .where(Segmentation.id == screen.segmentations[well].id)
-            .values(mask_artifact_id=keep_file(session, stored))
+            .values(mask_artifact_id=keep_files(session, [stored])[0])
         )
 
 

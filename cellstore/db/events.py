@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
+from ..errors import StoreError
 from ..models import (
     Base,
     Event,
@@ -29,7 +31,7 @@ from ..models import (
     Treatment,
     Well,
 )
-from .session import HARMLESS
+from .session import HARMLESS, Database
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
@@ -70,18 +72,23 @@ def record_events(
     found = list(changes)
     if not found:
         return
+    role = None
     if session.get_bind().dialect.name != "sqlite":
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CHAIN_LOCK})
-    user_name, command = caller()
+        lock = text("SELECT pg_advisory_xact_lock(:key), current_user")
+        role = session.execute(lock, {"key": _CHAIN_LOCK}).one()[1]
+    (user_name, command), host = caller(), socket.gethostname()
     if run_id is not None:
         run = session.get_one(Run, run_id)
-        user_name, command = run.user_name, run.command
+        user_name, command, host = run.user_name, run.command, run.host
+    now = datetime.now(UTC)
     previous = session.scalar(select(Event.sha256).order_by(Event.id.desc()).limit(1))
     rows = []
     for change in found:
         row: dict[str, Any] = {
-            "created_at": datetime.now(UTC),
+            "created_at": now,
             "user_name": user_name,
+            "host": host[:255],
+            "role": role,
             "command": command,
             "run_id": run_id,
             "reason": reason,
@@ -95,6 +102,20 @@ def record_events(
         previous, before = event_digest(row, previous), previous
         rows.append({**row, "previous_sha256": before, "sha256": previous})
     session.execute(insert(Event), rows)
+
+
+def record_files(database: Database, *paths: Path) -> bool:
+    """Append an event for files that a command wrote outside the store; whether that went well.
+
+    Who may only read the database may write such files, and nothing is recorded of it.
+    """
+    changes = [Change("files", None, None, {"path": str(path.resolve())}) for path in paths]
+    try:
+        with database.begin() as session:
+            record_events(session, changes)
+    except StoreError:
+        return False
+    return True
 
 
 @contextmanager

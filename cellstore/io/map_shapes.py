@@ -100,28 +100,24 @@ def dose_in_name(text: str) -> tuple[str, str | None]:
 # ---- What Excel makes of cells ----
 
 _MONTH = "(?:Jan|Feb|Mar|M\u00e4r|Mrz|Apr|Mai|May|Jun|Jul|Aug|Sept?|Okt|Oct|Nov|Dez|Dec)\\.?"
-_EXCEL = {
-    "an error of Excel": re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
-    "a date in place of a name": re.compile(
-        rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
-        r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
+EXCEL = {
+    "an error of Excel": (
+        re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
+        "Correct the formula and save the file again.",
     ),
-}
-EXCEL_ADVICE = {
-    "an error of Excel": "Correct the formula and save the file again.",
     "a date in place of a name": (
-        "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, write "
-        "the names again and save the file."
+        re.compile(
+            rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
+            r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
+        ),
+        (
+            "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, "
+            "write the names again and save the file."
+        ),
     ),
 }
-
-
-def excel_damage(text: str) -> str | None:
-    """Return what a cell is where a name should be, a key of ``EXCEL_ADVICE``; None: a text.
-
-    ``#N/A`` and ``#BEZUG!`` are errors; ``2-Mar``, ``Mar-02``, ``2. Mrz`` and ``2026-03-02`` dates.
-    """
-    return next((what for what, looks in _EXCEL.items() if looks.fullmatch(text)), None)
+"""What a cell may be where a name should be: how it looks (``#N/A`` and ``#BEZUG!``; ``2-Mar``,
+``Mar-02``, ``2. Mrz`` and ``2026-03-02``), and what to do."""
 
 
 # ---- What a column is ----
@@ -173,7 +169,7 @@ NAMING = ("sample", "treatment", "sirna", "crispr", "orf", "genotype", "gene")
 
 _BRACKETS = re.compile(r"(.*?)[\s_]*[\[({]\s*([^\])}]*?)\s*[\])}]\s*")
 _LAST_UNIT = re.compile(rf"(.*?)(?:[\s_]+|[\s_]+in[\s_]+|\s*/\s*)({_UNITS})")
-_COUNTED = re.compile(r"(.*?\D)[\s_.#-]*([1-9])|(.*\S)[\s_]+([A-D])")
+_COUNTED = re.compile(r"(.*?\D)[\s_.#-]*([1-9])|(.*\S)[\s_]+([a-d])")
 _PREFIX = "metadata_"
 MILLIMOLAR_NOTE = (
     "mmoles_per_liter is read as micromolar (uM): in the public Broad maps that have this "
@@ -190,11 +186,6 @@ class Header(NamedTuple):
     unit: str | None = None
 
 
-def _letters(text: str) -> str:
-    """Return letters and digits in lower case, without accents."""
-    return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", text.lower()))
-
-
 @lru_cache(2_000)
 def header_of(text: str) -> Header | None:
     """Return what a header means: ``Dose 2 [nM]`` is the dose of part 2 in nM; None: unknown."""
@@ -207,10 +198,11 @@ def header_of(text: str) -> Header | None:
             plain, unit = found[1], found[2]
             break
     number = 0
-    key = _letters(plain)
+    plain = unicodedata.normalize("NFKD", plain).lower()  # accents are signs of their own
+    key = re.sub(r"[^a-z0-9]", "", plain)
     if key not in _ROLES and (found := _COUNTED.fullmatch(plain)):
-        number = int(found[2]) if found[2] else ord(found[4]) - 64
-        key = _letters(found[1] or found[3])
+        number = int(found[2]) if found[2] else ord(found[4]) - 96
+        key = re.sub(r"[^a-z0-9]", "", found[1] or found[3])
     if key not in _ROLES:
         return None
     role, rank = _ROLES[key]
@@ -224,6 +216,8 @@ def header_of(text: str) -> Header | None:
 class MapColumns:
     """The columns of a map by role and number of the part; all others are ``others``.
 
+    ``numbers`` are those of the parts, in their order; ``is_map``: there is a well (``has_well``),
+    and what was done to it.
     ``chosen`` are pairs of a role and a header, which go before what the headers say.
 
     Raises:
@@ -267,25 +261,14 @@ class MapColumns:
                 self.units[column] = meant.unit
         used = {column for (role, _), column in self.by_role.items() if role != "solvent"}
         self.others = [name for name in columns if name and name not in used]
+        self.numbers = sorted({number for role, number in self.by_role if role in NAMING})
+        roles = {role for role, number in self.by_role if number == 0}
+        self.has_well = "well" in roles or {"row", "column"} <= roles
+        self.is_map = self.has_well and bool(self.numbers)
 
     def column(self, role: str, number: int = 0) -> str | None:
         """Return the column of a role."""
         return self.by_role.get((role, number))
-
-    @property
-    def numbers(self) -> list[int]:
-        """Return the numbers of the parts, in their order."""
-        return sorted({number for role, number in self.by_role if role in NAMING})
-
-    @property
-    def has_well(self) -> bool:
-        """Whether wells are named."""
-        return bool(self.column("well") or (self.column("row") and self.column("column")))
-
-    @property
-    def is_map(self) -> bool:
-        """Whether these are the columns of a map: a well, and what was done to it."""
-        return self.has_well and bool(self.numbers)
 
 
 # ---- Grids ----

@@ -142,7 +142,12 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
         name, well = _well_named(session, words)
         sites = session.scalars(select(images.c.site).where(images.c.well_id == well).distinct())
         raise UnknownNameError.of(f"site of well {words.barcode}/{name}", words.site, sites)
-    near = neighbours(session, images.c.core_name, (_parts(text) or [text])[-1])
+    parts = _parts(text) or [text]
+    if len(parts) == 2:
+        of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == parts[0])
+        if names := session.scalars(of_plate.limit(1536)).all():
+            raise UnknownNameError.of(f"well or image of plate {parts[0]}", parts[1], names)
+    near = neighbours(session, images.c.core_name, parts[-1])
     if not near:
         raise UnknownNameError.of("image", text, near)
     raise UnknownNameError(

@@ -32,7 +32,7 @@ from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
 from ..jobs.lookup import IS_CURRENT, has_results
-from ..jobs.runs import attach, keep_file
+from ..jobs.runs import attach, keep_files
 from ..models import (
     Artifact,
     Cell,
@@ -81,7 +81,7 @@ def register_files(
                 f"The file {file.stored.path} was removed while it was written. Run the same "
                 "command again."
             )
-        artifact = keep_file(session, file.stored)
+        artifact = keep_files(session, [file.stored])[0]
         attach(session, run_id, artifact)
         row = FeatureFile(
             feature_set_id=feature_set_id,

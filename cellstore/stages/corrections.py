@@ -398,7 +398,7 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     key = _perturbation_named(session, name, notes)
     record = TreatmentRecord(key.kind, key.name, identifier=key.identifier)
     try:
-        record = record.with_dose(None if dose is None else readable(dose))
+        record = record if dose is None else record.with_dose(readable(dose))
     except RowRefusedError as error:
         raise UserInputError(
             f'A dose is a number and a unit, as in "5 uM", not {dose!r}.'

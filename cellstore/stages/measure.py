@@ -381,7 +381,10 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]
     ) -> Collection[int] | None:
-        """Return the images whose file of features is gone."""
+        """Return the images whose file of features is gone; group ``basic`` has none."""
+        group = self.groups.get(recipe_id)
+        if group is not None and group.group is BASIC_GROUP:
+            return None
         return images_of_lost_files(session, self.artifacts, recipe_id)
 
     def forget_lost(self, session: Session, recipe_id: int) -> None:

@@ -29,7 +29,7 @@ from ..jobs.runs import (
     attach,
     digest_of_images,
     digest_of_numbers,
-    keep_file,
+    keep_files,
     known_recipe,
     register,
     running,
@@ -259,7 +259,7 @@ def predict(
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    attach(session, current.id, keep_file(session, file))
+                    attach(session, current.id, keep_files(session, [file])[0])
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.

@@ -297,6 +297,10 @@ BROKEN_OFF = """
 """
 
 
+LAST_CELLS = "SELECT recipe_id FROM segmentations WHERE n_cells > 0 ORDER BY run_id DESC LIMIT 1"
+"""The segment recipe that other commands take where none is named."""
+
+
 def next_step(session: Session) -> tuple[str, ...]:
     """Return the next useful commands, the first one first, by what a store has and lacks."""
     steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
@@ -341,9 +345,7 @@ def status(workspace: Workspace) -> StatusResult:
         imported = session.execute(text(IMPORTED)).all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
-        last = session.scalar(
-            text("SELECT recipe_id FROM runs WHERE stage = 'segment' ORDER BY id DESC LIMIT 1")
-        )
+        last = session.scalar(text(LAST_CELLS))
         sets = session.execute(text(FEATURE_SETS)).all()
         gone = find_gone(session, FEW)
         step = next_step(session)
@@ -358,7 +360,7 @@ def status(workspace: Workspace) -> StatusResult:
         # How many images can be done; what is not known to be is what is open.
         ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
         todo = row.open if ready is None else max(0, ready - row.done - row.failed)
-        replaced = row.stage == Stage.SEGMENT.value and last != row.id
+        replaced = row.stage == Stage.SEGMENT.value and row.done and last != row.id
         recipes.append(
             RecipeStatus(
                 *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed, row.open),

@@ -45,7 +45,7 @@ from ..jobs.runs import (
     fingerprint,
     finished_run,
     forget_files,
-    keep_file,
+    keep_files,
     register,
     running,
 )
@@ -429,7 +429,7 @@ def keep_model(
     def close(session: Session) -> None:
         check_still_ours(session, run)
         for file in files:
-            attach(session, run.id, keep_file(session, file))
+            attach(session, run.id, keep_files(session, [file])[0])
         forgotten.extend(forget_files(session, run.id, STATE))
 
     run.at_end.append(close)
@@ -747,7 +747,7 @@ def keep_epoch(
             for name, value in values.items()
         )
         old = forget_files(session, run.id, STATE)
-        attach(session, run.id, keep_file(session, file))
+        attach(session, run.id, keep_files(session, [file])[0])
     for path in old:
         workspace.artifacts.remove(path)
     return values

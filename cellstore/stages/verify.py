@@ -27,7 +27,7 @@ from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
-from ..jobs.gone_files import GoneFiles, find_gone
+from ..jobs.gone_files import GoneFiles, find_gone, lost_files
 from ..jobs.queue import close_dead_runs
 from ..jobs.runs import digest, digest_of_numbers
 from ..jobs.workspace import Workspace
@@ -70,7 +70,7 @@ class VerifyResult:
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
     ``jobs`` those whose rows were compared with their digest. ``gone``: folders from which image
-    files are gone.
+    files are gone. ``commands`` make stored files again that are gone.
     """
 
     files: int
@@ -82,6 +82,7 @@ class VerifyResult:
     feature_files: int = 0
     jobs: int = 0
     gone: tuple[GoneFiles, ...] = ()
+    commands: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -125,6 +126,7 @@ def verify(
     with workspace.database.read() as session:
         events = [Problem(shown, reason) for reason in broken_events(session)]
         gone = tuple(find_gone(session))
+        commands = lost_files(session, folder)[1]
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
@@ -155,6 +157,7 @@ def verify(
         feature_files=features,
         jobs=jobs,
         gone=gone,
+        commands=commands,
     )
 
 

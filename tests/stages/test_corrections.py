@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import getpass
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from test_segment_measure import Bench
 
 from cellstore.analysis.features import measure_channels
 from cellstore.config import IngestParams, MeasureParams, VoteOptions
+from cellstore.db.events import broken_events
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -262,6 +265,28 @@ def test_an_error_in_the_middle_leaves_nothing_half_changed(
             verb()
     assert answers(store) == before
     assert n_events(store) == events
+
+
+def test_the_log_says_who_did_what_and_why(
+    store: Store, screen: SmallScreen, tmp_path: Path
+) -> None:
+    store.relabel("BR1/B01", treatment="taxol", reason="lab book")
+    store.rename("channel", "DNA", "ER")
+    store.backup(tmp_path / "b.tar")
+    backup, rename, relabel = store.log(limit=3).entries
+    assert backup.changes == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
+    assert rename.changes == [
+        f"{name}: channel DNA -> ER" for name in ("plates that come later", "BR1")
+    ]
+    assert relabel.changes == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
+    assert (relabel.reason, relabel.rows) == ("lab book", {"wells": 1})
+    assert (relabel.by, relabel.host) == (getpass.getuser(), socket.gethostname())
+    assert (relabel.role is None) == store.workspace.database.is_sqlite
+    of_plate = store.log(plate="BR1").entries
+    assert [entry.changes for entry in of_plate] == [rename.changes[1:], relabel.changes]
+    assert (store.log(plate="BR1", limit=1).more, store.log(plate="BR1").more) == (True, False)
+    with store.session() as session:
+        assert list(broken_events(session)) == []
 
 
 # ---- Undo and delete ----
