@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
@@ -250,6 +250,19 @@ def set_of_recipe(session: Session, recipe_id: int) -> FeatureSet | None:
     return session.scalars(query).one_or_none()
 
 
+def list_files(session: Session, of: ColumnElement[bool]) -> Sequence[Any]:
+    """Return the files of feature sets, by first cell: id, path and sha256, first and last cell."""
+    query = (
+        select(Artifact.id, Artifact.path, Artifact.sha256)
+        .add_columns(FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .where(of)
+        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
+    )
+    return session.execute(query).all()
+
+
 def open_set(
     session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
 ) -> ReadableSet:
@@ -269,14 +282,8 @@ def open_set(
         for item in found.columns
         if str(item.get("dtype", "")).startswith(_NUMERIC)
     )
-    query = (
-        select(Artifact.path, Artifact.sha256, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .where(FeatureFile.feature_set_id == found.id)
-        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
-    )
     files, mark = [], hashlib.sha256()
-    for path, sha256, first, last in session.execute(query):
+    for _, path, sha256, first, last in list_files(session, FeatureSet.id == found.id):
         files.append(SetFile(artifacts.existing(path), first, last))
         mark.update(sha256.encode())
     if not columns or not files:
@@ -522,12 +529,7 @@ def _files_of_recipe(
     session: Session, artifacts: ArtifactFolder, recipe_id: int
 ) -> tuple[list[SetFile], list[tuple[int, SetFile]]]:
     """The files of features of a recipe: those that are there, and those that are gone by id."""
-    rows = session.execute(
-        select(Artifact.id, Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .where(FeatureSet.recipe_id == recipe_id)
-    ).all()
+    rows = list_files(session, FeatureSet.recipe_id == recipe_id)
     gone = artifacts.missing(sorted(row.path for row in rows))
     there, lost = [], []
     for row in rows:
