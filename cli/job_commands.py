@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -338,17 +337,8 @@ def doctor(common: Common) -> None:
         output.print_json({"ok": result.ok, **output.plain(result)})
     else:
         for found in result.findings:
-            name, detail = output.cell(found.name), output.cell(found.detail)
-            line = f"{found.state:<7} {found.topic}: {name}  {detail}"
-            typer.echo(
-                textwrap.fill(  # a path is never cut in two
-                    line,
-                    output.WIDTH,
-                    subsequent_indent=" " * 8,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+            line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
+            typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
         broken = sum(found.state == "broken" for found in result.findings)
         say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
     if not result.ok:

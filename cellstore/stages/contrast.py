@@ -188,8 +188,8 @@ def contrast(
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
-        if features.mark is not None:
-            parameters["feature_files"] = features.mark
+        if (mark := features.mark(session, segment.id, images)) is not None:
+            parameters["feature_files"] = mark
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:

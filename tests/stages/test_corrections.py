@@ -17,17 +17,18 @@ from factories import Factory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from screens import SmallScreen, small_screen
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from test_measure_groups import bench, cells, masks_of, plane_of, values_of
 from test_segment_measure import Bench
 
 from cellstore.analysis.features import measure_channels
-from cellstore.config import IngestParams, MeasureParams, VoteOptions
+from cellstore.config import IngestParams, MeasureParams, Selection, VoteOptions
 from cellstore.db.events import broken_events
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
+from cellstore.models import Cell, Event, Folder, Image, ImageFile, Plate, Segmentation, Well
+from cellstore.query.feature_files import open_set
 from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
@@ -481,19 +482,46 @@ def test_a_plate_is_deleted_with_all_that_was_made_of_it(
 
 
 def test_measurements_go_with_the_last_plate_that_is_in_their_file(cells: Bench) -> None:
-    """Until then ``verify`` knows why the file has cells that are not there."""
+    """Until then ``verify`` knows which cells of the file were deleted with a plate."""
+    store, make = Store(cells.workspace), Factory(cells.workspace)
+    well = make.well(make.plate("P2"), 1, 1)
+    with store.workspace.database.begin() as session:
+        second = select(Image.id).order_by(Image.id).offset(1).limit(1).scalar_subquery()
+        session.execute(update(Image).where(Image.id == second).values(well_id=well.id))
+    measure(cells.workspace, MeasureParams(features=("intensity",)))
+    store.delete_plate("P1")
+    assert store.verify().ok
+    assert len(answers(store, "feature_files")["feature_files"]) == 1
+    with store.workspace.database.begin() as session:
+        session.execute(delete(Cell).where(Cell.id == select(func.max(Cell.id)).scalar_subquery()))
+    said = [problem.reason for problem in store.verify().problems]
+    assert sum("1 of its cells are not in the database" in reason for reason in said) == 1
+    store.delete_plate("P2")
+    assert store.verify().ok
+    assert answers(store, "feature_files", "intensity") == {"feature_files": [], "intensity": []}
+
+
+def test_a_set_is_the_same_for_a_plate_when_another_one_goes(cells: Bench) -> None:
     store, make = Store(cells.workspace), Factory(cells.workspace)
     well = make.well(make.plate("P2"), 1, 1)
     with store.workspace.database.begin() as session:
         last = select(func.max(Image.id)).scalar_subquery()
         session.execute(update(Image).where(Image.id == last).values(well_id=well.id))
-    measure(cells.workspace, MeasureParams(features=("intensity",)))
+    for plate in ("P1", "P2"):  # a file each
+        texture = measure(
+            cells.workspace, MeasureParams(features=("texture",)), Selection(plates=(plate,))
+        )
+
+    def mark() -> str | None:
+        with store.session() as session:
+            found = open_set(session, cells.workspace.artifacts, texture.recipe_id or 0)
+            of = session.scalars(select(Segmentation.recipe_id)).first()
+            return found.mark(session, of or 0, select(Image.id).where(Image.well_id == well.id))
+
+    before = mark()
     store.delete_plate("P1")
-    assert store.verify().ok
     assert len(answers(store, "feature_files")["feature_files"]) == 1
-    store.delete_plate("P2")
-    assert store.verify().ok
-    assert answers(store, "feature_files", "intensity") == {"feature_files": [], "intensity": []}
+    assert mark() == before
 
 
 def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path: Path) -> None:
@@ -502,9 +530,11 @@ def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path:
     store.delete_plate("P1")
     store.ingest(loaddata(tmp_path / "b.csv", ["A01", "A02"], "P2"))
     before = answers(store, *EVERYTHING)
-    for run in (images, labels):
-        assert store.undo(str(run.run_id)).changes == ()
+    assert store.undo(str(images.run_id)).changes == ()
     assert answers(store, *EVERYTHING) == before
+    gone = store.undo(str(labels.run_id)).changes  # names that nothing has
+    assert [change["name"] for change in gone] == ["treatments", "perturbations"]
+    assert answers(store, *EVERYTHING[:-3]) == {name: before[name] for name in EVERYTHING[:-3]}
 
 
 def test_an_undo_that_breaks_off_leaves_all_as_it_was(
