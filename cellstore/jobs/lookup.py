@@ -353,6 +353,13 @@ def recipe_channels(session: Session) -> dict[int | None, dict[str, str]]:
     return {plate: {**later, **names} for plate, names in found.items()}
 
 
+def channels_now(session: Session, barcode: str) -> dict[str, str]:
+    """Return what the channels of a plate are called now, by what recipes call them."""
+    named = recipe_channels(session)
+    plate = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
+    return {kept: now for now, kept in named.get(plate, named.get(None, {})).items()}
+
+
 def in_recipes(session: Session, channels: Sequence[str]) -> tuple[str, ...]:
     """Return what a recipe calls ``channels``, which are spelled as the store spells them.
 

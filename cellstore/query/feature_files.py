@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
@@ -193,20 +193,38 @@ class SetFile:
     path: Path
     first_cell_id: int
     last_cell_id: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class ReadableSet:
     """The numeric ``columns`` of a feature set, and where they are: ``files``, else the table.
 
-    ``mark`` is a digest over the bytes of all files, ``None`` for the table, in which no value
-    misses: ``has_gaps`` says of others that some may.
+    In the table no value misses; ``has_gaps`` says of others that some may.
     """
 
     name: str | None = None
     columns: tuple[str, ...] = FEATURE_NAMES
     files: tuple[SetFile, ...] | None = None
-    mark: str | None = None
+
+    def mark(self, session: Session, segment_id: int, images: Select[int]) -> str | None:
+        """Return a digest over the bytes of the files with cells of ``images``; None: the table.
+
+        ``segment_id``: the recipe that found the cells. Plates that come or go change nothing.
+        """
+        if self.files is None:
+            return None
+        ranges = select(func.min(Cell.id), func.max(Cell.id)).group_by(Cell.segmentation_id)
+        ranges = ranges.join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        ranges = ranges.where(Segmentation.recipe_id == segment_id)
+        ranges = ranges.where(Segmentation.image_id.in_(images))
+        found = np.array([tuple(row) for row in session.execute(ranges)], np.int64).reshape(-1, 2)
+        digest = hashlib.sha256()
+        for file in self.files:
+            begins, ends = found[:, 0] <= file.last_cell_id, found[:, 1] >= file.first_cell_id
+            if np.any(begins & ends):
+                digest.update(file.sha256.encode())
+        return digest.hexdigest()
 
     @property
     def has_gaps(self) -> bool:
@@ -282,16 +300,16 @@ def open_set(
         for item in found.columns
         if str(item.get("dtype", "")).startswith(_NUMERIC)
     )
-    files, mark = [], hashlib.sha256()
-    for _, path, sha256, first, last in list_files(session, FeatureSet.id == found.id):
-        files.append(SetFile(artifacts.existing(path), first, last))
-        mark.update(sha256.encode())
+    files = [
+        SetFile(artifacts.existing(path), first, last, sha256)
+        for _, path, sha256, first, last in list_files(session, FeatureSet.id == found.id)
+    ]
     if not columns or not files:
         lacks = "has no column of numbers" if files else "holds no cells yet"
         raise UserInputError(
             f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
         )
-    return ReadableSet(found.name, columns, tuple(files), mark.hexdigest())
+    return ReadableSet(found.name, columns, tuple(files))
 
 
 class SetReader:

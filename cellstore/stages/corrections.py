@@ -922,7 +922,8 @@ def _named(session: Session, table: str, row_id: int | None) -> str:
 def _shown_change(session: Session, change: Change) -> dict[str, Any]:
     """A change as people see it: the name of the row, or how many rows are deleted."""
     if change.new is None:
-        rows = {key: value for key, value in (change.old or {}).items() if not key.endswith("_id")}
+        unsaid = ("first_id", "ids")
+        rows = {key: value for key, value in (change.old or {}).items() if key not in unsaid}
         return {"name": change.table_name, "old": rows, "new": None}
     values = (_without_id(change.old or {}), _without_id(change.new))
     old, new = ({k: v for k, v in item.items() if k != "ids"} for item in values)
@@ -962,8 +963,14 @@ def _delete_rows(
             )
         )
     session.flush()
+    islands = {}
+    if table is Cell:  # files of measurements may keep these, and cells of others lie between
+        order = (table.id - func.row_number().over(order_by=table.id)).label("island")
+        each = select(table.id, order).where(which).subquery()
+        bounds = select(func.min(each.c.id), func.max(each.c.id)).group_by(each.c.island)
+        islands = {"ids": sorted([*row] for row in session.execute(bounds))}
     session.execute(delete(table).where(which), execution_options={"synchronize_session": False})
-    return [Change(name, last, {"rows": number, "first_id": first}, None)]
+    return [Change(name, last, {"rows": number, "first_id": first, **islands}, None)]
 
 
 def _delete_features(

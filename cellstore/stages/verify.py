@@ -288,8 +288,8 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
     with workspace.database.read() as session:
         files = session.execute(query).all()
         of_cells = (Event.table_name == "cells", Event.new.is_(None))
-        gone = session.execute(select(Event.old, Event.row_id).where(*of_cells))
-        deleted = [(row.old["first_id"], row.row_id) for row in gone]
+        gone = (row["ids"] for row in session.scalars(select(Event.old).where(*of_cells)))
+        deleted = np.array(sorted(chain.from_iterable(gone)), np.int64).reshape(-1, 2)
     problems = []
     near: list[Any] = []
     whole = [file for file in files if file.path not in broken]
@@ -308,7 +308,7 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
 
 
 def _features_reason(
-    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: Sequence[tuple[int, int]]
+    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: NDArray[np.int64]
 ) -> str | None:
     locate = workspace.artifacts.locate
     recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
@@ -319,8 +319,10 @@ def _features_reason(
         for ids in stream_ids(locate(file.path)):
             found = found.with_ids(ids)
             lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
-            for first, last in deleted:  # the file keeps those of a plate that was deleted
-                lost = lost[(lost < first) | (lost > last)]
+            # The file keeps those of a plate that was deleted.
+            before = np.searchsorted(deleted[:, 0], lost, "right") - 1
+            if len(deleted):
+                lost = lost[(before < 0) | (lost > deleted[before, 1])]
             homeless += len(lost)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
