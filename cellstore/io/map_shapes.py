@@ -328,59 +328,66 @@ def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
     blocks: list[Block] = []
     taken: set[tuple[int, int]] = set()
     for at, (line, cells) in enumerate(rows):
-        start = 0
-        while start < len(cells):
-            numbers = []
-            first = _whole(cells[start])
-            end = start
-            while end < len(cells) and first is not None:
-                if _whole(cells[end]) != first + end - start:
-                    break
-                numbers.append(first + end - start)
-                end += 1
-            left = start - 1
-            if len(numbers) < _SHORTEST or left < 0 or (at, start) in taken:
-                start += 1 if first is None else max(1, end - start)
+        for start, end in _heads(cells):
+            if (at, start) in taken:  # doses of 1, 2, 3 in a grid
                 continue
-            values: list[tuple[tuple[int, int], int, str]] = []
-            below, label = at + 1, None
-            first_labels = [
-                _row_of(row.cells[left]) for row in rows[below : below + 3] if left < len(row.cells)
-            ]
-            if 1 in first_labels[1:] and first_labels[0] is None:
-                raise BadTableError(
-                    f"Line {rows[below].line} has no letter, and the row A is below it. The rows "
-                    "of a grid begin right under its numbers; has the map shifted? Correct it."
-                )
-            while below < len(rows) and left < len(rows[below].cells):
-                found = _row_of(rows[below].cells[left])
-                if found is None or (label is not None and found != label + 1):
-                    if found is not None and label is not None:
-                        raise BadTableError(
-                            f"Line {rows[below].line}: row {rows[below].cells[left]} follows row "
-                            f"{rows[below - 1].cells[left]}. The rows of a grid must be labelled "
-                            "A, B, C, ... without a gap; correct the map."
-                        )
-                    break
-                label = found
-                body = rows[below].cells
-                for column, number in enumerate(numbers, start):
-                    text = body[column].strip() if column < len(body) else ""
-                    values.append(((label, number), rows[below].line, text))
-                    taken.add((below, column))
-                beyond = body[end].strip() if end < len(body) else ""
-                head = cells[end].strip() if end < len(cells) else ""
-                if beyond and not head and _row_of(beyond) != found:  # labels on both sides
-                    raise BadTableError(
-                        f"Line {rows[below].line} has {beyond!r} to the right of column "
-                        f"{numbers[-1]}, where the grid has no number. Has the map shifted? "
-                        "Correct it."
-                    )
-                below += 1
-            if label is not None and below - at > 2:
-                blocks.append(Block(line, _title(rows, at, left, blocks), range(at, below), values))
-            start = end
+            values = _values(rows, at, start, end)
+            lines = range(at, at + 1 + len(values) // (end - start))
+            taken.update((row, column) for row in lines for column in range(start, end))
+            if len(lines) > 2:
+                title = _title(rows, at, start - 1, blocks)
+                blocks.append(Block(line, title, lines, values))
     return blocks
+
+
+def _heads(cells: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield where whole numbers that go up by one begin and end, with a cell to their left."""
+    end = 0
+    while end < len(cells):
+        start, first = end, _whole(cells[end])
+        end += 1
+        while first is not None and end < len(cells) and _whole(cells[end]) == first + end - start:
+            end += 1
+        if end - start >= _SHORTEST and start > 0:
+            yield start, end
+
+
+def _values(
+    rows: Sequence[TableRow], at: int, start: int, end: int
+) -> list[tuple[tuple[int, int], int, str]]:
+    """Return (well, line, value) of the grid below the numbers that ``start`` to ``end`` have."""
+    head, left = rows[at].cells, start - 1
+    first = _whole(head[start]) or 0
+    values: list[tuple[tuple[int, int], int, str]] = []
+    label: int | None = None
+    for below in range(at + 1, len(rows)):
+        line, cells = rows[below]
+        found = _row_of(cells[left]) if left < len(cells) else None
+        if found is None:
+            next_rows = (row.cells for row in rows[below + 1 : below + 3] if left < len(row.cells))
+            if label is None and any(_row_of(cells[left]) == 1 for cells in next_rows):
+                raise BadTableError(
+                    f"Line {line} has no letter, and the row A is below it. The rows of a grid "
+                    "begin right under its numbers; has the map shifted? Correct it."
+                )
+            break
+        if label is not None and found != label + 1:
+            raise BadTableError(
+                f"Line {line}: row {cells[left]} follows row {rows[below - 1].cells[left]}. The "
+                "rows of a grid must be labelled A, B, C, ... without a gap; correct the map."
+            )
+        label = found
+        for column in range(start, end):
+            text = cells[column].strip() if column < len(cells) else ""
+            values.append(((label, first + column - start), line, text))
+        beyond = cells[end].strip() if end < len(cells) else ""
+        numbered = end < len(head) and head[end].strip()
+        if beyond and not numbered and _row_of(beyond) != found:  # labels on both sides
+            raise BadTableError(
+                f"Line {line} has {beyond!r} to the right of column {first + end - 1 - start}, "
+                "where the grid has no number. Has the map shifted? Correct it."
+            )
+    return values
 
 
 def _title(rows: Sequence[TableRow], at: int, left: int, blocks: Sequence[Block]) -> str:
