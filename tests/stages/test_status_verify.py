@@ -198,11 +198,8 @@ def test_files_of_a_run_that_is_still_running_are_no_orphans(workspace: Workspac
     place = workspace.artifacts.locate(stored.path)
     old = time.time() - 3600
     os.utime(place, (old, old))
-    run = Factory(workspace).run(Stage.INGEST)
     started = datetime.now(UTC) - timedelta(hours=2)
-    with workspace.database.begin() as session:
-        values = {"status": Status.RUNNING, "started_at": started, "ended_at": None}
-        session.execute(update(Run).where(Run.id == run.id).values(**values))
+    run = Factory(workspace).run(Stage.INGEST, status=Status.RUNNING, started_at=started)
     assert verify(workspace, fix=True).removed == 0
     assert place.exists()
     with workspace.database.begin() as session:
