@@ -319,7 +319,9 @@ class Source:
             WHERE t.level = 'cell' AND (t.source <> 'quality'{flags})
         ) AS e {join} cells AS c ON c.id = e.id"""  # noqa: S608 - numbers and our own words
         columns = {"cell_id": "BIGINT", "segmentation_id": "BIGINT"}
-        return self.feed(target, statement, columns, ("c.id", "c.segmentation_id"), [origin])
+        return self.feed(
+            target, statement, columns, ("c.id AS cell_id", "c.segmentation_id"), [origin]
+        )
 
     def feed_predictions(
         self,

@@ -3,4 +3,4 @@
 SELECT c.id AS cell_id, c.segmentation_id
 FROM cells AS c
 WHERE c.excluded IS NOT NULL
-OR EXISTS (FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = c.id)
+OR EXISTS (SELECT 1 FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = c.id)
