@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
-from ..artifacts import ArtifactFolder, sha256_of
+from ..artifacts import ArtifactFolder, sha256_of, sweep
 from ..db.bulk import in_lists
 from ..db.events import Change, broken_events, record_events
 from ..enums import FeatureStorage, Stage, Status
@@ -116,6 +116,9 @@ def verify(
     broken = [Problem(shown, reason) for reason in workspace.database.damage(quick=False)]
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
+    if fix:  # what is not whole, and whose command was killed, gets no row
+        for at in (folder.root, workspace.settings.cache, workspace.settings.cache / "spill"):
+            sweep(at)
     there = list(folder.walk())
     files, masks, found = check_files(workspace)
     # Some were forgotten meanwhile: a training replaces its state.
