@@ -16,7 +16,7 @@ from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import MeasureParams, SegmentParams, SplitParams
 from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
+from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,
@@ -203,7 +203,7 @@ def _keep(session: Any, workspace: Workspace, field: Field) -> tuple[int, int]:
     write = workspace.artifacts.write
     masks = write(ArtifactKind.MASK, encode_tiff(field.masks), ".tif")
     flows = write(ArtifactKind.FLOW, encode_tiff(field.flows), ".tif")
-    return keep_file(session, masks), keep_file(session, flows)
+    return keep_files(session, [masks])[0], keep_files(session, [flows])[0]
 
 
 def _field_of(content: str) -> int:

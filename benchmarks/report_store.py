@@ -39,7 +39,7 @@ from cellstore.enums import (
     Subset,
 )
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
+from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,
@@ -269,7 +269,7 @@ def _basic_set(recipe_id: int) -> FeatureSet:
 
 def _keep(session: Session, workspace: Workspace, field: Field) -> int:
     stored = workspace.artifacts.write(ArtifactKind.MASK, encode_tiff(field.masks), ".tif")
-    return keep_file(session, stored)
+    return keep_files(session, [stored])[0]
 
 
 def _images_of(workspace: Workspace, design: Design) -> list[tuple[int, str, int, int]]:

@@ -27,7 +27,7 @@ from training_fields import render_nuclei
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows, insert_cells
-from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
+from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.models import Image, Segmentation
 from cellstore.store import Store
 
@@ -80,8 +80,8 @@ def segmented(store: Store, images: int) -> None:
                     recipe_id=recipe.id,
                     run_id=run.id,
                     n_cells=len(cells),
-                    mask_artifact_id=keep_file(session, mask_file),
-                    flow_artifact_id=keep_file(session, flow_file),
+                    mask_artifact_id=keep_files(session, [mask_file])[0],
+                    flow_artifact_id=keep_files(session, [flow_file])[0],
                     created_at=datetime.now(UTC),
                 )
                 insert_cells(session, row, cells)

@@ -619,7 +619,7 @@ class SplitParams(Params):
     field: str = option(
         PERTURBATION,
         "What is to be predicted: perturbation (compound, gene), treatment (each dose by itself), "
-        "target, or a metadata column of wells or plates.",
+        "target, or a metadata column of wells or plates (moa of Metadata_moa).",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,

@@ -879,9 +879,11 @@ class Annotation(Base):
 class Event(Base):
     """A command changed a row of the store: who, when, why, from what to what. Append only.
 
-    ``old`` and ``new`` hold the columns that changed; ``file`` and ``line`` say where the new
-    values come from. ``sha256`` is the digest of the row and of ``previous_sha256``, the digest of
-    the event before, so that none can be changed or removed without notice.
+    ``user_name`` is the login on the machine ``host``, ``role`` that of the database (null on
+    SQLite). What one transaction changed has the same ``created_at``. ``old`` and ``new`` hold the
+    columns that changed; ``file`` and ``line`` say where the new values come from. ``sha256`` is
+    the digest of the row and of ``previous_sha256``, the digest of the event before, so that none
+    can be changed or removed without notice.
     """
 
     __tablename__ = "events"
@@ -890,6 +892,8 @@ class Event(Base):
     id: Mapped[Id]
     created_at: Mapped[datetime]
     user_name: Mapped[Name]
+    host: Mapped[Name]
+    role: Mapped[Name | None]
     command: Mapped[str] = mapped_column(Text)
     run_id: Mapped[int | None] = refers_to("runs.id", index=True)
     reason: Mapped[str | None] = mapped_column(Text)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison
+    from .report.event_log import EventLog
     from .report.redo import Check
     from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
@@ -198,7 +199,7 @@ class Store(AbstractContextManager["Store"]):
         """Segment a few images and draw what is found; see ``report.segment_preview.preview``."""
         from .report.segment_preview import preview
 
-        return preview(
+        made = preview(
             self.workspace,
             params or SegmentParams(),
             selection,
@@ -207,6 +208,8 @@ class Store(AbstractContextManager["Store"]):
             weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
+        self._wrote(folder)
+        return made
 
     def measure(
         self,
@@ -262,6 +265,7 @@ class Store(AbstractContextManager["Store"]):
             result = write_page(self.workspace, result, Path(html))
         if plot is not None:
             result = write_picture(self.workspace, result, Path(plot))
+        self._wrote(html, plot)
         return result
 
     def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
@@ -485,7 +489,7 @@ class Store(AbstractContextManager["Store"]):
         def redo(run_id: int) -> str:
             return self.repro(str(run_id)).script
 
-        return write_report(
+        written = write_report(
             self.workspace,
             run,
             Path(html),
@@ -495,6 +499,8 @@ class Store(AbstractContextManager["Store"]):
             maps=maps,
             redo=redo,
         )
+        self._wrote(html)
+        return written
 
     def compare(
         self,
@@ -580,7 +586,25 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.lineage_page import write_lineage
 
-        return write_lineage(self.workspace, audit, Path(html))
+        page = write_lineage(self.workspace, audit, Path(html))
+        self._wrote(page)
+        return page
+
+    def log(self, *, plate: str | None = None, run: str | None = None, limit: int = 20) -> EventLog:
+        """Return the last commands that changed the store; see ``report.event_log.read_log``."""
+        from .report.event_log import read_log
+
+        return read_log(self.workspace, plate=plate, run=run, limit=limit)
+
+    def _wrote(self, *files: str | Path | None) -> None:
+        """Keep in the log that files were written outside the store."""
+        from .db.events import record_files
+
+        paths = [Path(file) for file in files if file is not None]
+        if paths and not record_files(self.workspace.database, *paths):
+            self.workspace.progress.note(
+                "This store can only be read here, so its log does not name what was written."
+            )
 
     def repro(self, run: str = "latest") -> Repro:
         """Return the commands and versions that redo a run, and all that it relies on."""
@@ -703,7 +727,7 @@ class Store(AbstractContextManager["Store"]):
 
         if format not in list(ExportFormat):
             raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
-        return export(
+        made = export(
             self.workspace,
             Path(out),
             format=ExportFormat(format),
@@ -715,6 +739,8 @@ class Store(AbstractContextManager["Store"]):
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
+        self._wrote(out)
+        return made
 
     def rename(
         self,
@@ -786,7 +812,9 @@ class Store(AbstractContextManager["Store"]):
         """Write the whole store to one file; see ``stages.backup.backup``."""
         from .stages.backup import backup
 
-        return backup(self.workspace, Path(file), dry_run=dry_run)
+        made = backup(self.workspace, Path(file), dry_run=dry_run)
+        self._wrote(None if dry_run else file)
+        return made
 
     @classmethod
     def restore(
@@ -806,7 +834,9 @@ class Store(AbstractContextManager["Store"]):
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
 
-        return export_model(self.workspace, run, None if output is None else Path(output))
+        made = export_model(self.workspace, run, None if output is None else Path(output))
+        self._wrote(made.path)
+        return made
 
     def next_step(self) -> tuple[str, ...]:
         """Return the next useful command, or a few; see ``stages.status.next_step``."""

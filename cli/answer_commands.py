@@ -146,7 +146,7 @@ def _show_report(result: ReportResult) -> None:
     from cellstore.report.scoring import by_baseline
 
     best = result.score("image", "hard")
-    bounds = "one well only, so no interval"
+    bounds = f"{count(result.wells, 'well')}: too few for an interval"
     if best.low is not None:
         bounds = f"95 % interval over wells: {percent(best.low, best.high)}"
     typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
@@ -169,7 +169,7 @@ def _show_report(result: ReportResult) -> None:
             "wells": f"{result.wells:,} ({result.wells_seen:,} seen in training)",
             "classes": result.classes,
             "chance": percent(result.chance),
-            "always the same": result.majority_label,
+            "most frequent class": result.majority_label,
             **({"without answer": silent} if best.abstained else {}),
         }
     )
@@ -254,7 +254,7 @@ def _show_scores(found: Sequence[Score]) -> None:
     silent = any(score.abstained for score in found)
     output.table(
         (
-            *("per", "vote", "n", *(["silent"] if silent else [])),
+            *("per", "vote", "n", *(["no answer"] if silent else [])),
             *("right", "accuracy", "95 % interval", "ties"),
         ),
         [
@@ -402,11 +402,13 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
             (f"{first} wrong", found.only_second, found.both_wrong),
         ],
     )
-    points = f"{100 * found.difference:+.1f}"
+    points = f"{100 * found.difference:+.1f} points"
+    if found.difference_low is None:
+        points += " (too few wells for an interval)"
     if found.difference_low is not None and found.difference_high is not None:
         low, high = 100 * found.difference_low, 100 * found.difference_high
         points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
-    typer.echo(f"\nrun {first} minus run {second}: {points} points")
+    typer.echo(f"\nrun {first} minus run {second}: {points}")
     output.wrapped(found.conclusion)
     for warning in found.warnings:
         output.wrapped(f"Careful: {warning}")

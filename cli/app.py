@@ -68,6 +68,7 @@ MODULES = {
     "report": "answer_commands",
     "compare": "answer_commands",
     "audit": "audit_commands",
+    "log": "audit_commands",
     "repro": "audit_commands",
     "rename": "correction_commands",
     "relabel": "correction_commands",
@@ -329,7 +330,8 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
                     steps = store.next_step()
             except StoreNotFoundError:  # of doctor, which needs none
                 steps = "cellstore init DIR", "cellstore demo"
-            say_next([step for step in steps if step.split()[1] != context.info_name], common)
+            done = f"cellstore {context.info_name}"
+            say_next([step for step in steps if step.partition("  (")[0] != done], common)
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context

@@ -1,4 +1,4 @@
-"""Commands that say where a label comes from, and redo a run: audit, repro."""
+"""Commands that say where a label comes from, who did what, and redo a run: audit, log, repro."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.report.audit import Audit
+    from cellstore.report.event_log import EventLog
     from cellstore.report.redo import Check
     from cellstore.report.repro import Repro
 
@@ -114,13 +115,18 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
         some = part[:SHOWN]
         heads = [key.replace("_", " ") for key in some[0]]
         rows = [[shown(key, value) for key, value in row.items()] for row in some]
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        fitting = output.narrowed(widths, output.WIDTH - len(below), WRAPPED) or []
-        whole = fitting and all(a <= output.LINES * b for a, b in zip(widths, fitting, strict=True))
-        if whole and not any(
-            isinstance(value, list) and is_part(value) for value in some[0].values()
-        ):
-            output.table(heads, rows, margin=below, room=output.WIDTH)
+        columns = list(zip(heads, *rows, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        words = [max(len(w) for text in column for w in ["", *text.split()]) for column in columns]
+        # What a column needs, so that no word is cut and no text goes on for long.
+        least = [
+            min(width, max(WRAPPED, word, width // 3))
+            for width, word in zip(widths, words, strict=True)
+        ]
+        nested = any(isinstance(value, list) and is_part(value) for value in some[0].values())
+        fitting = output.narrowed(widths, output.WIDTH - len(below), least)
+        if fitting and not nested:
+            output.table(heads, rows, margin=below, widths=fitting)
         else:
             for number, row in enumerate(some):
                 known = {k: v for k, v in row.items() if v is not None}
@@ -129,6 +135,47 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
                 _show_record(known, below)
         if len(part) > SHOWN:
             typer.echo(f"{below}and {len(part) - SHOWN:,} more (all with --json)")
+
+
+@command(app, "log")
+def log(
+    common: Common,
+    plate: str | None = option(None, "Only what was done to this plate.", metavar="PLATE"),
+    run: str | None = option(None, "Only what this run did, and what became of it.", metavar="RUN"),
+    limit: int = option(20, "Show at most this many.", metavar="N", min=1),
+) -> None:
+    """Show which commands changed the store: who gave them, when, where and why.
+
+    The newest come first. Files that were written for people (exports, reports, backups) are
+    named as well.
+
+    \b
+    Example:
+      cellstore log
+      cellstore log --plate BR00116991 --limit 100
+    """
+    with common.open(quiet=True) as store:
+        result = store.log(plate=plate, run=run, limit=limit)
+    common.show(result, _show_log)
+
+
+def _show_log(result: EventLog) -> None:
+    for entry in result.entries:
+        role = f" (database role {entry.role})" if entry.role else ""
+        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
+        when = entry.at[:16].replace("T", " ")
+        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
+        output.wrapped(entry.command, output.GAP)
+        for change in entry.changes:
+            output.wrapped(change, output.GAP)
+        if (number := sum(entry.rows.values())) > len(entry.changes):
+            typer.echo(f"{output.GAP}and {number - len(entry.changes):,} more changes")
+        if entry.reason:
+            output.wrapped(f"why: {entry.reason}", output.GAP)
+    if not result.entries:
+        say("Nothing of that kind was done.")
+    if result.more:
+        say("There are older ones: see --limit.")
 
 
 CANNOT, SAME = "cannot be redone", "identical"

@@ -381,14 +381,14 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",
         ImageFlagReason.SATURATED: "saturated",
-        ImageFlagReason.BACKGROUND: "background",
+        ImageFlagReason.BACKGROUND: "backgr.",
         ImageFlagReason.NO_SIGNAL: "noise",
         ImageFlagReason.CELL_COUNT: "count",
         ImageFlagReason.CELL_AREA: "area",
         ImageFlagReason.NO_CELLS: "empty",
     }
     output.table(
-        ["plate", "images", "flagged", *images.values()],
+        ["plate", "seen", "flagged", *images.values()],
         [
             [plate.plate, plate.seen, plate.flagged, *_numbers(plate.by_reason, images)]
             for plate in result.plates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -153,11 +154,14 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
     from cellstore.io.layouts import Layout
     from cellstore.stages.ingest.ingest import choose_layout, preview
 
-    if choose_layout(source, params).kind.value == "images":
-        found = preview(source, params)
-    else:  # compared with what a store has
-        with common.open(quiet=True) as store:
-            found = preview(source, params, store.workspace)
+    with ExitStack() as stack:
+        workspace = None
+        try:  # compared with what a store has
+            workspace = stack.enter_context(common.open(quiet=True)).workspace
+        except UserInputError:
+            if choose_layout(source, params).kind.value != "images":
+                raise
+        found = preview(source, params, workspace)
     if common.as_json:
         output.print_json(found)
     else:

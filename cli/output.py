@@ -178,17 +178,18 @@ def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
             typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
-def narrowed(widths: Sequence[int], room: int, least: int = MIN_COLUMN) -> list[int] | None:
-    """Return widths of columns that fit ``room``, the widest made narrower, none below ``least``.
+def narrowed(widths: Sequence[int], room: int, least: Sequence[int]) -> list[int]:
+    """Return the widths of columns that fit ``room``, the widest made narrower; none: no such.
 
-    None: they do not fit.
+    ``least``: what each column needs.
     """
-    excess = sum(widths) + len(GAP) * (len(widths) - 1) - room
     found = list(widths)
-    while excess > 0 and max(found) > least:
-        found[found.index(max(found))] -= 1
-        excess -= 1
-    return found if excess <= 0 else None
+    for _ in range(sum(widths) + len(GAP) * (len(widths) - 1) - room):
+        wide = [at for at, width in enumerate(found) if width > least[at]]
+        if not wide:
+            return []
+        found[max(wide, key=found.__getitem__)] -= 1
+    return found
 
 
 # Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
@@ -197,12 +198,12 @@ def table(
     rows: Iterable[Sequence[Any]],
     file: BinaryIO | None = None,
     margin: str = "",
-    room: int | None = None,
+    widths: Sequence[int] = (),
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
-    The width of a terminal, else that of ``room``, is kept: long texts go on in the next line, and
-    are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
+    The width of a terminal, or ``widths`` of columns, are kept: long texts go on in the next line,
+    and are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -211,14 +212,15 @@ def table(
             number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
             numeric[column] &= number or value is None
         cells.append([cell(value) for value in row])
-    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-    shown = len(widths)
-    if file is None and sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns
-    if room is not None:
-        while (fitting := narrowed(widths[:shown], room - len(margin))) is None and shown > 1:
-            shown -= 1
-        widths = fitting or [room - len(margin)]
+    shown = len(headers)
+    if not widths:
+        widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        if file is None and sys.stdout.isatty():
+            room = shutil.get_terminal_size().columns
+            least = [min(width, MIN_COLUMN) for width in widths]
+            while not (fitting := narrowed(widths[:shown], room, least)) and shown > 1:
+                shown -= 1
+            widths = fitting or [room]
     lines = []
     for line in (headers, ["-" * width for width in widths], *cells):
         pieces = [

@@ -34,7 +34,7 @@ from cellstore.enums import (
     Status,
     Subset,
 )
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Annotation,
@@ -173,6 +173,7 @@ class Factory:
         values: dict[str, Any] = {
             "created_at": MOMENT,
             "user_name": run.user_name,
+            "host": run.host,
             "command": run.command,
             "run_id": run.id,
             "table_name": "wells",
@@ -438,7 +439,7 @@ class Factory:
             ArtifactKind.FEATURES, sink.getvalue().to_pybytes(), ".parquet"
         )
         with self.workspace.database.begin() as session:
-            artifact_id = keep_file(session, stored)
+            artifact_id = keep_files(session, [stored])[0]
             ids = table.column("cell_id")
             session.add(
                 FeatureFile(

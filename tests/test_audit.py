@@ -14,7 +14,7 @@ from screens import small_screen
 from sqlalchemy import event, text
 from unguarded import unguarded
 
-from cellstore.enums import TARGET, ImageFlagReason, Stage, Status, Subset
+from cellstore.enums import TARGET, GroupLevel, ImageFlagReason, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
@@ -149,6 +149,15 @@ def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> 
     # What the network was asked is what the split froze.
     assert [item.truth for item in found.labellings] == ["DMSO"]
     json.dumps(found.record, allow_nan=False)
+
+
+def test_a_well_in_two_subsets_is_told_once(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    well, taxol = make.well(make.plate("P1"), 1, 1, make.treatment("DMSO")), make.label("taxol")
+    sides = enumerate((Subset.TEST, Subset.TRAIN), start=1)
+    members = [(make.image(well, site), side, taxol) for site, side in sides]
+    make.split(members, group_level=GroupLevel.IMAGE)
+    assert words(audit_well(workspace, "P1/A01")).count("the well now has: DMSO") == 1
 
 
 def words(audit: Audit) -> str:

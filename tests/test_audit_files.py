@@ -16,6 +16,7 @@ from factories import Factory, sha
 from screens import SmallScreen, small_screen
 from sqlalchemy import event, select, text
 
+from cellstore.db.events import Change, record_events
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_image, find_run, find_well
@@ -205,12 +206,17 @@ def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> Non
         well = session.get_one(Well, find_well(session, "BR1/B01"))
         run = find_run(session, str(table.run_id))
     screen.factory.well_change(well, screen.factory.treatment("new"), run, file="map.csv")
+    image = screen.images["B02"].id
+    with workspace.database.begin() as session:
+        new = Change("images", image, None, {"first_id": image, "last_id": image})
+        record_events(session, [new], run_id=table.run_id)
     (known,) = audit_artifact(workspace, "map.csv").record["known"]
     assert known["kind"] == "ingested table"
     assert [run["run_id"] for run in known["runs"]] == [table.run_id]
     came = {what: item["count"] for what, item in downstream(known).items()}
     assert came["wells with another treatment"] == 1
     assert came["labelled cells of these wells"] == 3
+    assert (came["new images"], came["labelled cells of these images"]) == (1, 2)
     table_of(screen, digest="another")
     with pytest.raises(UserInputError, match=r"names several files: .*start of its sha256"):
         audit_artifact(workspace, "map.csv")

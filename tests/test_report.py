@@ -19,7 +19,7 @@ from cellstore.config import VoteOptions
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
@@ -60,27 +60,29 @@ def test_scores_of_the_small_screen(workspace: Workspace) -> None:
     json.dumps(asdict(found), allow_nan=False)
 
 
-def test_the_interval_draws_wells(sqlite_workspace: Workspace) -> None:
+def test_the_interval_is_over_wells(sqlite_workspace: Workspace) -> None:
     make = Factory(sqlite_workspace)
     label, other = make.label("a"), make.label("b")
     plate, source = make.plate(), make.run(Stage.SEGMENT)
     members, answers = [], []
-    for column in range(1, 5):
+    for column in range(1, 7):
         well = make.well(plate, 1, column, make.treatment("a"))
         for site in (1, 2):
             image = make.image(well, site)
             members.append((image, Subset.TEST, label))
-            answers.append((image, label if column <= 2 else other))
+            answers.append((image, label if column <= 3 else other))
     split = make.split(members)
     run = make.run(Stage.PREDICT, split_id=split.id)
     for image, said in answers:
         cells = make.cells_of(make.segmentation(image, source, 1))
         make.predict(run, cells, [[(said, 0.9)]])
-    score = report(sqlite_workspace).score("image", "hard")
+    found = report(sqlite_workspace)
+    score = found.score("image", "hard")
     assert score.accuracy == 0.5
-    # 2 of 4 wells right: 0 or all of 4 draws are right with probability 1/16 each, over 2.5 %.
-    assert (score.low, score.high) == (0.0, 1.0)
+    # 3 of 6 wells right, both images of each: binomtest(3, 6) of scipy.
+    assert (score.low, score.high) == pytest.approx((0.1181172, 0.8818828), abs=1e-6)
     assert score.majority is None  # nothing was trained on
+    assert not any("too few for an interval" in note for note in found.notes)
 
 
 def test_top_5_needs_more_than_five_classes_and_five_choices(workspace: Workspace) -> None:
@@ -190,9 +192,10 @@ def test_a_well_in_two_subsets_counts_once_by_what_tests(sqlite_workspace: Works
     assert (votes.units, votes.ties, votes.table.num_rows if votes.table else 0) == (4, 2, 5)
     rows = Store(sqlite_workspace).ask("replicate-agreement").to_pylist()
     # DMSO: B01 alone. taxol: B02 to B04, of which B03 says DMSO.
-    assert [(row["treatment"], row["wells"]) for row in rows] == [("taxol", 3)]
+    assert [(row["name_with_dose"], row["wells"]) for row in rows] == [("taxol", 3)]
     # An image of B01, and with it the well, has no answer for lack of cells.
     few = report(sqlite_workspace, vote_options=VoteOptions(min_cells=3))
+    assert any("1 of 1 classes have fewer than 6 wells here, 1 of them one" in n for n in few.notes)
     assert (few.wells, few.score("image", "hard").abstained, len(few.by_well)) == (1, 2, 3)
     assert few.leak.startswith("1 of the 1 wells scored here")
 
@@ -227,9 +230,8 @@ def test_an_empty_or_unfinished_run(sqlite_workspace: Workspace) -> None:
         report(sqlite_workspace, str(run.id))
     cells = screen.factory.cells_of(screen.segmentations["B01"])
     screen.factory.predict(run, cells, [[(screen.labels["DMSO"], 0.9)]] * 3)
-    assert report(sqlite_workspace, str(run.id)).notes == (
-        "The run is running, so images may be missing here.",
-    )
+    notes = report(sqlite_workspace, str(run.id)).notes
+    assert notes[0] == "The run is running, so images may be missing here."
 
 
 class Page(HTMLParser):
@@ -276,7 +278,7 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
         session.execute(
             update(Segmentation)
             .where(Segmentation.id == screen.segmentations[well].id)
-            .values(mask_artifact_id=keep_file(session, stored))
+            .values(mask_artifact_id=keep_files(session, [stored])[0])
         )
 
 

@@ -61,9 +61,15 @@ def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> 
     # 3 cells of DMSO, 4 of taxol
     assert (by_level["cell"].n, by_level["cell"].accuracy) == (7, pytest.approx(3 / 7))
     # The run is right in B01 and B02, the baseline in B01: one well that differs says nothing.
-    assert (by_level["image"].p_value, by_level["image"].beaten) == (1.0, False)
+    assert (by_level["image"].p_value, by_level["image"].beaten) == (1.0, None)
     assert found.beats_nulls is None
-    assert found.against_nulls.startswith("Too few wells (3) to say")
+    assert found.against_nulls.startswith(
+        "Cannot say whether these labels are better than the null baselines: too few wells (3 wells"
+    )
+    compared = compare(workspace, str(screen.predict_run.id), str(run.id))
+    assert compared.better is None
+    assert compared.cannot_say == by_level["image"].cannot_say
+    assert compared.conclusion.startswith("Cannot say which run is better: too few wells (3 wells")
     assert "majority (33.3 %, p = 1)" in found.against_nulls
 
 
@@ -166,34 +172,40 @@ def baseline_recipe(make: Factory) -> Recipe:
     return make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
 
 
-def null(name: str, accuracy: float, level: str = "image", *, beaten: bool = True) -> BaselineScore:
+def null(
+    name: str, accuracy: float, level: str = "image", *, beaten: bool | None = True, why: str = ""
+) -> BaselineScore:
     p = 0.01 if beaten else 0.3
-    scores = (7, 6, level, "hard", 50, accuracy, 0.0, 0.9, p, beaten)
+    scores = (7, 6, level, "hard", 50, accuracy, 0.0, 0.9, p, beaten, why or None)
     return BaselineScore(name, name != "forest", *scores)
 
 
 def test_the_sentence_on_null_baselines() -> None:
     names = ("majority", "shuffled", "cellcount", "position")
     four = [null(name, 0.3) for name in names]
-    good, sentence = against_nulls([*four, null("forest", 0.9, beaten=False)], None, 20, "main")
+    good, sentence = against_nulls([*four, null("forest", 0.9, beaten=False)], None, "main")
     assert good is True
     assert sentence.startswith(
         "Better per image than every null baseline: majority (30.0 %, p = 0.01), shuffled"
     )
     # One that is not beaten is enough; other levels do not count.
     level = null("position", 0.1, "well", beaten=False)
-    assert against_nulls([*four, level], None, 20, "main")[0] is True
+    assert against_nulls([*four, level], None, "main")[0] is True
     bad = [*four[:3], null("position", 0.45, beaten=False)]
-    good, sentence = against_nulls(bad, None, 20, "main")
+    good, sentence = against_nulls(bad, None, "main")
     assert good is False
     assert sentence.startswith("Not shown to be better per image than position (45.0 %, p = 0.3);")
-    assert against_nulls([null("position", 0.4, beaten=False)], None, 20, "main")[0] is False
-    some = against_nulls(four[:2], None, 20, "my split")
+    assert against_nulls([null("position", 0.4, beaten=False)], None, "main")[0] is False
+    some = against_nulls(four[:2], None, "my split")
     assert some[0] is None
     assert some[1].endswith(
         "cellcount, position. Run: cellstore train --baseline null --split 'my split'"
     )
-    assert against_nulls(four, None, 5, "main")[1].startswith("Too few wells (5)")
+    some = against_nulls([*four[:3], null("position", 0.1, beaten=None, why="no luck")], None, "s")
+    assert some[0] is None
+    assert some[1].startswith(
+        "Cannot say whether these labels are better than the null baselines: no luck. Null"
+    )
 
 
 def test_the_page_shows_what_a_score_has_to_beat(
@@ -206,6 +218,6 @@ def test_the_page_shows_what_a_score_has_to_beat(
     write_report(sqlite_workspace, "latest", page)
     text = page.read_text()
     assert "What a score has to beat" in text
-    assert "Too few wells (3) to say whether these labels are better" in text
+    assert "Cannot say whether these labels are better than the null baselines" in text
     assert f">run {screen.predict_run.id}<" in text
     assert "<td>majority</td>" in text

@@ -305,7 +305,7 @@ def test_one_well_of_one_class_has_a_page(sqlite_workspace: Workspace, tmp_path:
     cells = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT), 1))
     make.predict(run, cells, [[(label, 1.0)]])
     words = write(sqlite_workspace, tmp_path).words
-    assert "There is one well only, so no interval." in words
+    assert "There are too few wells (1) for an interval." in words
     assert "No image got a wrong label." in words
     assert "These labels come from no train run of this store." in words
 

@@ -214,7 +214,12 @@ def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
     hostile = "maps\nrm -rf ~ `x`.csv"
-    table = make.run(Stage.INGEST, command="cellstore ingest 'a b.csv'", started_at=MOMENT)
+    table = make.run(
+        Stage.INGEST,
+        command="cellstore ingest 'a b.csv'",
+        started_at=MOMENT,
+        result={"refused": 3},
+    )
     from cellstore.models import IngestFile
 
     counts = dict.fromkeys(("n_rows", "n_created", "n_updated", "n_unchanged", "n_refused"), 0)
@@ -233,6 +238,7 @@ def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
     assert "cellstore demo" not in repro(workspace, str(make.run(Stage.QC).id)).script.replace(
         "# Note: it was begun by: cellstore demo", ""
     )
-    assert "cellstore ingest 'a b.csv'" in script
+    # Rows were refused then, and are again: the script goes on.
+    assert "\ncellstore ingest 'a b.csv' || [ $? -eq 1 ]\n" in script
     assert "# reads maps rm -rf ~ `x`.csv, sha256" in script
     assert not any(line.startswith("rm ") for line in script.splitlines())

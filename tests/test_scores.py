@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 from sklearn import metrics
 
 from cellstore.analysis import statistics
 from cellstore.analysis.statistics import (
-    bootstrap_interval,
     exchange_test,
     mcnemar_over_wells,
+    well_interval,
 )
 from cellstore.errors import UserInputError
 
@@ -101,39 +101,92 @@ def test_log_loss_by_hand() -> None:
     assert statistics.log_loss([0.5, 0.25, 1.0]) == pytest.approx(np.log(2))
 
 
-def test_interval_does_not_depend_on_order_and_covers_the_accuracy() -> None:
-    rng = np.random.default_rng(5)
-    wells = np.repeat([f"w{i:02}" for i in range(20)], 9)
-    correct = rng.random(180) < np.repeat(rng.random(20), 9)
-    low, high = bootstrap_interval(correct, wells, seed=1) or (1, 0)
-    mixed = rng.permutation(180)
-    assert bootstrap_interval(correct[mixed], wells[mixed], seed=1) == (low, high)
-    assert bootstrap_interval(correct, wells, seed=2) != (low, high)
-    assert 0 <= low < correct.mean() < high <= 1
+# scipy 1.x, binomtest(x, n).proportion_ci(method="exact"): the interval of Clopper and Pearson. By
+# hand: none of n ends at 1 - 0.025 ** (1 / n).
+CLOPPER_PEARSON = [
+    (7, 20, 0.1539092, 0.5921885),
+    (1, 12, 0.0021076, 0.3847962),
+    (0, 12, 0.0, 0.2646485),
+    (12, 12, 0.7353515, 1.0),
+    (6, 6, 0.5407419, 1.0),
+]
+
+
+@pytest.mark.parametrize(("right", "wells", "low", "high"), CLOPPER_PEARSON)
+@pytest.mark.parametrize("images", [1, 9])
+def test_where_the_images_of_a_well_are_alike_a_well_counts_as_one(
+    right: int, wells: int, low: float, high: float, images: int
+) -> None:
+    well_of = np.repeat(np.arange(wells), images)
+    found = well_interval(well_of < right, well_of)
+    assert found == pytest.approx((low, high), abs=1e-6)
+
+
+def test_images_that_are_not_alike_count_more_than_their_well() -> None:
+    # 20 wells of 9 images, 3 right in each: wells do not differ, so that r = 0, but one well
+    # that is all alike is weighed against these 20: r = 1 / 21. Then 180 images are worth
+    # 180 / (1 + 8 / 21) = 130.3.
+    wells = np.repeat(np.arange(20), 9)
+    worth = 180 / (1 + 8 / 21)
+    low, high = well_interval(np.tile([1, 1, 1, 0, 0, 0, 0, 0, 0], 20), wells) or (0, 0)
+    assert low == pytest.approx(stats.beta.ppf(0.025, worth / 3, 2 * worth / 3 + 1), abs=1e-9)
+    assert high == pytest.approx(stats.beta.ppf(0.975, worth / 3 + 1, 2 * worth / 3), abs=1e-9)
+    # 8 wells of 2 images:
+    right = np.array([2, 2, 2, 1, 0, 0, 1, 2], dtype=float)
+    # The share is 10/16. Deviations from 1.25: four of .75, two of -.25, two of -1.25;
+    # their squares add up to 5.5. Design effect: 8/7 * 5.5 / (16 * 0.625 * 0.375) = 1.67619, so
+    # r = 0.67619. Four wells have a wrong image (6 a right one): (4 r + 1) / 5 = 0.74095.
+    worth = 16 / (1 + 0.74095)
+    found = statistics.share_interval(right, np.full(8, 2.0))
+    expected = stats.beta.ppf(0.025, 0.625 * worth, 0.375 * worth + 1)
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=6, max_size=40))
+def test_an_interval_contains_its_share_and_mirrors(counts: list[tuple[int, int]]) -> None:
+    images = np.array([right + wrong + 1 for right, wrong in counts], dtype=float)
+    right = np.array([right for right, _ in counts], dtype=float)
+    low, high = statistics.share_interval(right, images)
+    share = right.sum() / images.sum()
+    assert 0 <= low <= share <= high <= 1
+    assert (low == 0) == (share == 0)
+    mirrored = statistics.share_interval(images - right, images)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    # One more right image where images are single never lowers a bound.
+    single, ones = (right > 0).astype(float), np.ones(right.size)
+    if (single == 0).any():
+        more = single.copy()
+        more[int(np.argmin(single))] = 1
+        before, after = (statistics.share_interval(some, ones) for some in (single, more))
+        assert after[0] >= before[0] and after[1] >= before[1]  # noqa: PT018
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(-4, 8), st.floats(-4, 8), st.floats(0.001, 0.999))
+def test_shares_of_a_beta_distribution_are_those_of_scipy(a: float, b: float, x: float) -> None:
+    first, second = float(np.exp(a)), float(np.exp(b))
+    share = statistics.beta_share(x, first, second)
+    assert share == pytest.approx(special.betainc(first, second, x), abs=1e-9)
+    found = statistics.beta_quantile(x, first, second)
+    assert found == pytest.approx(special.betaincinv(first, second, x), abs=1e-9)
 
 
 def test_interval_over_wells_is_wider_than_over_images() -> None:
     wells = np.repeat(np.arange(10), 20)
     correct = wells % 2 == 0
-    by_well = bootstrap_interval(correct, wells) or (0, 0)
-    by_image = bootstrap_interval(correct, np.arange(200)) or (0, 0)
-    # Standard errors: sqrt(.25 / 10) over wells, sqrt(.25 / 200) over images.
-    assert np.ptp(by_well) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 10), rel=0.1)
-    assert np.ptp(by_image) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15)
+    by_well = well_interval(correct, wells) or (0, 0)
+    by_image = well_interval(correct, np.arange(200)) or (0, 0)
+    assert by_well == pytest.approx((0.1870860, 0.8129140), abs=1e-6)  # of 5 of 10
+    assert by_image == pytest.approx((0.4286584, 0.5713416), abs=1e-6)  # of 100 of 200
+    mixed = np.random.default_rng(5).permutation(200)
+    assert well_interval(correct[mixed], wells[mixed]) == by_well
 
 
-def test_no_error_in_a_few_wells_does_not_mean_that_there_are_none() -> None:
-    wells = np.repeat(np.arange(12), 9)
-    # The chance of no success in 12 wells is 2.5 % where a success has the chance 0.2646.
-    none = bootstrap_interval(np.zeros(108, dtype=bool), wells)
-    assert none == pytest.approx((0, 0.26465), abs=1e-5)
-    assert bootstrap_interval(np.ones(108, dtype=bool), wells) == pytest.approx(
-        (0.73535, 1), abs=1e-5
-    )
-
-
-def test_one_well_has_no_interval() -> None:
-    assert bootstrap_interval([True, False], ["A01", "A01"]) is None
+def test_fewer_than_six_wells_have_no_interval() -> None:
+    assert well_interval([True, False], ["A01", "A01"]) is None
+    assert well_interval([True] * 5, range(5)) is None
+    assert well_interval([True] * 6, range(6)) is not None
 
 
 def test_nothing_to_score_and_unequal_lengths_are_refused() -> None:
@@ -150,23 +203,34 @@ def test_the_difference_of_two_runs_keeps_the_images_of_a_well_together() -> Non
     easy = np.repeat(np.arange(40) % 2 == 0, 9)  # both are right in every second well
     first, second = easy.copy(), easy.copy()
     second[::90] = False  # and the second errs once in 4 of the easy wells
-    low, high = bootstrap_interval(first, wells, minus=second) or (0, 0)
-    # A well of 40 gives 1/9 with the chance 1/10: 1/90 on average, (1/9) sqrt(.09 / 40) apart.
-    assert first.mean() - second.mean() == pytest.approx(1 / 90)
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.09 / 40) / 9, rel=0.15)
-    assert 0 <= low < 1 / 90 < high
-    alone = bootstrap_interval(first, wells) or (0, 0)
-    assert np.ptp(alone) > 10 * (high - low)  # what both find easy does not blur the difference
-    assert bootstrap_interval(second, wells, seed=0, minus=first) == pytest.approx((-high, -low))
+    low, high = well_interval(first, wells, minus=second) or (0, 0)
+    # Where the second is never right alone, its share has the interval 0 to u, and the difference
+    # is bounded by (d - l, d + hypot(h - d, 0)) on one side and hypot(d - l, u) on the other.
+    alone = well_interval(first & ~second, wells) or (0, 0)
+    never = well_interval(np.zeros(360, dtype=bool), wells) or (0, 0)
+    d = 4 / 360
+    assert high == pytest.approx(alone[1])
+    assert low == pytest.approx(d - np.hypot(d - alone[0], never[1]))
+    whole = well_interval(first, wells) or (0, 0)
+    assert np.ptp(whole) > 2 * (high - low)  # what both find easy does not blur the difference
+    assert well_interval(second, wells, minus=first) == pytest.approx((-high, -low))
 
 
 def test_two_runs_that_never_differ_may_still_do_so_in_other_wells() -> None:
     wells = np.repeat(np.arange(12), 9)
     same = wells % 2 == 0
-    assert bootstrap_interval(same, wells, minus=same) == pytest.approx(
-        (-0.26465, 0.26465), abs=1e-5
-    )
-    assert bootstrap_interval(same[:9], wells[:9], minus=same[:9]) is None
+    assert well_interval(same, wells, minus=same) == pytest.approx((-0.26465, 0.26465), abs=1e-5)
+    assert well_interval(same[:9], wells[:9], minus=same[:9]) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(6, 20))
+def test_the_interval_of_a_difference_contains_it(seed: int, wells: int) -> None:
+    rng = np.random.default_rng(seed)
+    well_of = rng.integers(0, wells, 120)
+    first, second = rng.random((2, 120)) < rng.random((2, 1))
+    low, high = well_interval(first, well_of, minus=second) or (-1, 1)
+    assert -1 <= low <= first.mean() - second.mean() <= high <= 1
 
 
 def test_mcnemar_by_hand() -> None:
@@ -206,19 +270,3 @@ def test_many_wells_are_no_trouble() -> None:
     gains = np.repeat([1, -1], [2_600, 2_400])
     assert exchange_test(gains) == pytest.approx(stats.binomtest(2_600, 5_000).pvalue)
     assert exchange_test(np.ones(3_000)) == 0
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 30))
-def test_resampling_all_at_once_is_resampling_one_by_one(seed: int, wells: int) -> None:
-    rng = np.random.default_rng(seed)
-    well_of = rng.integers(0, wells, 90)
-    correct = rng.random(90) < 0.5
-    ids, places = np.unique(well_of, return_inverse=True)
-    right, images = np.bincount(places, weights=correct), np.bincount(places)
-    draw = np.random.Generator(np.random.PCG64(seed))
-    chosen = [draw.integers(0, ids.size, ids.size) for _ in range(200)]
-    drawn = [right[rows].sum() / images[rows].sum() for rows in chosen]
-    expected = tuple(np.quantile(drawn, [0.025, 0.975]))
-    found = bootstrap_interval(correct, well_of, seed=seed, resamples=200)
-    assert found == pytest.approx(expected)

@@ -38,22 +38,24 @@ def field_column(field: str) -> ColumnElement[str | None]:
     return func.coalesce(*values)
 
 
-def check_field(session: Session, field: str) -> None:
-    """Refuse a field that no well of the store can have.
+def check_field(session: Session, field: str) -> str:
+    """Return a field as the store calls it: ``moa`` of ``Metadata_moa``, as tables have it.
 
     Raises:
         UnknownNameError: with the fields that there are.
     """
     if field in _COLUMNS:
-        return
+        return field
     known = set(_COLUMNS)
     for table in (wells, plates):
         for metadata in session.scalars(
             select(table.c.metadata).where(table.c.metadata.is_not(None))
         ):
             known.update(metadata)
+    field = field if field in known else field.removeprefix("Metadata_")
     if field not in known:
         raise UnknownNameError.of("label field", field, sorted(known))
+    return field
 
 
 def of_parts(column: Any) -> ColumnElement[str | None]:

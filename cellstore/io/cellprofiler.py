@@ -11,41 +11,31 @@ import re
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ..enums import Severity
-from ..errors import BadTableError, UserInputError
-from .filenames import (
-    PLANE_COLUMNS,
-    TIME_COLUMNS,
-    core_file_name,
-    format_well,
-    is_safe_name,
-    microscope_name,
-    parse_well,
-)
-from .image_tables import ORIGINAL, FileRef, ImageRecord, whole_number, written_well
+from ..errors import BadTableError
+from .filenames import core_file_name, format_well
+from .image_tables import METADATA, ImageRecord, ImageRows, is_needed
 from .objects import (
     BOX,
     CENTRE,
     LARGEST_NUMBER,
-    NO_PLATE,
     Integers,
     ObjectBatch,
     ObjectSource,
     RowIssue,
+    SourceFile,
     batch_rows,
     column_values,
     first_of_each,
+    whole_numbers,
 )
-from .tables import Refusal, RowRefusedError, first_text, known_text
-from .treatments import TREATMENT_COLUMNS, dose_columns, treatment_of
-from .uris import split_url
+from .tables import Refusal, TableRow
+from .uris import split_page
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"
@@ -203,136 +193,13 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
 
 # ---- Which image a row of an image table is ----
 
-FILE, FOLDER, METADATA, COUNT = "FileName_", "PathName_", "Metadata_", "Count_"
-WELLS = ("Metadata_Well", "Metadata_well")
-SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
-PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
-ROWS, COLUMNS = ("Metadata_Row",), ("Metadata_Col", "Metadata_Column")
-_BATCH, _CORE_NAME = "Metadata_Batch", "Metadata_CoreName"
-_KNOWN = frozenset(
-    {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS, *TREATMENT_COLUMNS}
-    | {_BATCH, _CORE_NAME}
-)
-_DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
-_SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<site>[0-9]+)")
-
-
-def is_needed(column: str) -> bool:
-    """Whether a column (without ``Image_``) is read to know which image a row is."""
-    return column in _KNOWN or column.startswith((FILE, FOLDER))
+COUNT = "Count_"
 
 
 def about_image(column: str) -> str | None:
     """Return the name, without ``Image_``, of a column of an image table that is read."""
     plain = column.removeprefix("Image_")
     return plain if is_needed(plain) or plain.startswith((METADATA, COUNT)) else None
-
-
-def image_record(
-    line: int,
-    values: Mapping[str, str | None],
-    plate: str | None = None,
-    folder: str | None = None,
-) -> ImageRecord | Refusal:
-    """Return the image of one row; ``values`` by column without ``Image_``.
-
-    Channels are the columns ``FileName_*``, or ``FileName_Orig*`` where there are such columns;
-    flat fields and drawings are none. What the columns say goes before what the file names say,
-    and that before the name of the ``folder`` of the table (``<plate>-<well>-<site>``).
-    """
-    channels = [name.removeprefix(FILE) for name in values if name.startswith(FILE)]
-    channels = [name for name in channels if not _DRAWN.search(name)]
-    channels = [name for name in channels if name.startswith(ORIGINAL)] or channels
-    texts = {name: text for name, cell in values.items() if (text := known_text(name, cell or ""))}
-    try:
-        return _record(line, texts, channels, plate, folder)
-    except RowRefusedError as refused:
-        return Refusal(line, *refused.args)
-
-
-def _record(
-    line: int,
-    texts: Mapping[str, str],
-    channels: Sequence[str],
-    plate: str | None,
-    folder: str | None,
-) -> ImageRecord:
-    files: dict[str, FileRef] = {}  # of two columns of one channel, the first counts
-    for channel in channels:
-        name = texts.get(FILE + channel)
-        if name is None:
-            continue
-        url_folder, name = split_url(name)
-        if not is_safe_name(name):
-            raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
-        phenix = core_file_name(name)
-        plain = channel.removeprefix(ORIGINAL) or channel
-        number = phenix.number if phenix else None
-        where = url_folder or texts.get(FOLDER + channel)
-        files.setdefault(plain, FileRef(plain, number, name, where))
-    names = _from_names(list(files.values()), folder)
-    text, well = written_well(texts, WELLS, COLUMNS), names.well
-    if text is not None:
-        try:
-            well = parse_well(text)
-        except UserInputError as error:
-            raise RowRefusedError("not a well", str(error)) from error
-    if well is None:
-        raise RowRefusedError("no well", "neither a well column nor a file name with a well")
-    written = first_text(texts, PLATES) or names.plate
-    if written and plate and written != plate:
-        raise RowRefusedError("another plate", f"plate {written}, not {plate}")
-    barcode = written or plate or names.scan
-    if barcode is None:
-        raise RowRefusedError(NO_PLATE, "the table does not name the plate; name it with --plate")
-    site, plane, time_point = (
-        whole_number(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
-    )
-    site = names.site if site is None else site
-    if site is None:
-        raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
-    core = names.core if well == names.well else None
-    treatment = treatment_of(texts)
-    read = _KNOWN.union(dose_columns(tuple(texts)) if treatment else ())
-    others = {name for name in texts if name.startswith(METADATA) and name not in read}
-    return ImageRecord(
-        line=line,
-        plate=barcode,
-        batch=texts.get(_BATCH),
-        row=well[0],
-        column=well[1],
-        site=site,
-        plane=1 if plane is None else plane,
-        time_point=1 if time_point is None else time_point,
-        core_name=texts.get(_CORE_NAME, core),
-        files=tuple(files.values()),
-        treatment=treatment,
-        metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
-    )
-
-
-class _Named(NamedTuple):
-    """Parts of names; ``scan`` is a number of the instrument, the plate if nothing else is."""
-
-    well: tuple[int, int] | None = None
-    site: int | None = None
-    core: str | None = None
-    plate: str | None = None
-    scan: str | None = None
-
-
-def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
-    for file in files:
-        if phenix := core_file_name(file.name):
-            return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
-    for file in files:
-        if name := microscope_name(file.name):
-            return _Named((name.row, name.column), name.site, scan=name.plate)
-    if match := _SITE_FOLDER.fullmatch(folder or ""):
-        with suppress(UserInputError):
-            well = parse_well(match["well"])
-            return _Named(well, int(match["site"]), plate=match["plate"])
-    return _Named()
 
 
 class ImageIndex:
@@ -345,37 +212,64 @@ class ImageIndex:
         self._indices: dict[tuple[int, int], int] = {}
         self._sorted: tuple[Integers, Integers] | None = None
 
-    def add(
+    def add_table(
         self,
-        file: str,
-        line: int,
-        group: int,
-        number: int,
-        content: ImageRecord | Refusal,
-        values: Mapping[str, str | None],
+        file: SourceFile,
+        columns: Sequence[str],
+        rows: Callable[[], Iterable[TableRow | Refusal]],
+        group_of: Callable[[Sequence[str | None]], int],
+        plate: str | None = None,
+        folder: str = "",
     ) -> None:
-        """Add a row, whatever it is; ``values`` as :func:`image_record` has them."""
-        if isinstance(content, ImageRecord) and not 0 <= number < 1 << 32:
-            detail = f"{IMAGE_NUMBER} is missing, or no whole number"
-            content = Refusal(line, "no image number", detail)
-        elif (group, number) in self._indices:
-            content = Refusal(line, "duplicate key", f"an earlier row has {IMAGE_NUMBER} {number}")
-        elif isinstance(content, ImageRecord):
-            self._indices[group, number] = len(self._source.images)
-            for column, text in values.items():
-                if column.startswith(COUNT) and re.fullmatch(r"0(\.0*)?", (text or "").strip()):
-                    empty = self.empty.setdefault(column.removeprefix(COUNT), [])
-                    empty.append(len(self._source.images))
-            well = content.row, content.column
-            for ref in content.files:
-                name = core_file_name(ref.name)
-                if name is not None and (name.row, name.column) != well:
-                    detail = f"well {format_well(*well)}, file {ref.name}"
-                    reason = "well and file name disagree"
-                    issue = RowIssue(Severity.SUSPICIOUS, file, [line], reason, detail)
-                    self._source.issues.append(issue)
-                    break
-        self._source.images.append((file, content))
+        """Add the rows of an image table, whatever they are; ``group_of`` the cells of a row.
+
+        What columns say goes before the file names, and these before the name of the ``folder``.
+        """
+        positions: dict[str, int] = {}
+        for at, column in enumerate(columns):
+            if plain := about_image(column):
+                positions.setdefault(plain, at)
+        counts = {
+            name.removeprefix(COUNT): positions[name]
+            for name in positions
+            if name.startswith(COUNT)
+        }
+        number_at = columns.index(IMAGE_NUMBER) if IMAGE_NUMBER in columns else None
+        reader = ImageRows(positions, plate, folder=folder)
+        reader.find_pages(row.cells for row in rows() if not isinstance(row, Refusal))
+        source, before = self._source, len(self._source.images)
+        for row in rows():
+            if isinstance(row, Refusal):
+                source.images.append((file.name, row))
+                continue
+            content = reader.read(*row)
+            written = None if number_at is None else row.cells[number_at]
+            number = int(whole_numbers(pa.array([written], pa.string()))[0])
+            key = group_of(row.cells), number
+            if isinstance(content, ImageRecord) and not 0 <= number < 1 << 32:
+                detail = f"{IMAGE_NUMBER} is missing, or no whole number"
+                content = Refusal(row.line, "no image number", detail)
+            elif key in self._indices:
+                detail = f"an earlier row has {IMAGE_NUMBER} {number}"
+                content = Refusal(row.line, "duplicate key", detail)
+            elif isinstance(content, ImageRecord):
+                self._indices[key] = len(source.images)
+                for objects, at in counts.items():
+                    if re.fullmatch(r"0(\.0*)?", (row.cells[at] or "").strip()):
+                        self.empty.setdefault(objects, []).append(len(source.images))
+                well = content.row, content.column
+                for ref in content.files:
+                    name = core_file_name(split_page(ref.name)[0])
+                    if name is not None and (name.row, name.column) != well:
+                        detail = f"well {format_well(*well)}, file {ref.name}"
+                        reason = "well and file name disagree"
+                        issue = RowIssue(Severity.SUSPICIOUS, file.name, [row.line], reason, detail)
+                        source.issues.append(issue)
+                        break
+            source.images.append((file.name, content))
+        source.files.append(file._replace(rows=len(source.images) - before))
+        if len(source.images) == before:
+            source.problem(file.name, None, "no rows", "the image table has a header only")
 
     def groups_without(self, objects: str) -> set[int]:
         """Return the groups of images in which the image table counts no ``objects``."""

@@ -29,12 +29,10 @@ from .cellprofiler import (
     ImageIndex,
     ObjectColumns,
     TableKeys,
-    about_image,
     add_cells,
     check_keys,
     choose_tables,
     feature_name,
-    image_record,
     object_columns,
     table_name,
 )
@@ -47,9 +45,10 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import Refusal, TextTable, open_table
+from .tables import TextTable, open_table
 
 _DEEPEST = 6
+_TABLES = (".csv", ".csv.gz")
 
 
 class _CsvFile(NamedTuple):
@@ -107,7 +106,14 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
     images = ImageIndex(source)
     folder_names = [folder.name for folder in folders]
     for file in of_images:
-        _add_images(source, images, file, plate, folder_names[file.folder])
+        images.add_table(
+            SourceFile(file.name, file.table.path, 0),
+            file.columns,
+            file.table.rows,
+            lambda _, file=file: file.folder,  # type: ignore[misc]
+            plate,
+            folder_names[file.folder],
+        )
     source.check_plate(path.name)
     merged = [
         object_columns(kind, list(dict.fromkeys(name for file in own for name in file.columns)))
@@ -143,9 +149,8 @@ def _csv_files(root: Path) -> Iterator[Path]:
         folders.sort()
         if len(here.relative_to(root).parts) >= _DEEPEST:
             folders.clear()
-        yield from (
-            here / name for name in sorted(names) if name.lower().endswith((".csv", ".csv.gz"))
-        )
+        tables = (here / name for name in sorted(names) if name.lower().endswith(_TABLES))
+        yield from filter(Path.is_file, tables)  # no pipe or device
 
 
 def _kind(path: Path) -> str:
@@ -166,30 +171,6 @@ def _columns(table: TextTable) -> list[str]:
         else feature_name(owner, measure)
         for owner, measure in zip(owners, measures, strict=True)
     ]
-
-
-def _add_images(
-    source: ObjectSource, images: ImageIndex, file: _CsvFile, plate: str | None, folder: str
-) -> None:
-    needed: dict[str, int] = {}
-    for at, name in enumerate(file.columns):
-        if plain := about_image(name):
-            needed.setdefault(plain, at)
-    number_at = file.columns.index(IMAGE_NUMBER) if IMAGE_NUMBER in file.columns else None
-    rows = 0
-    for row in file.table.rows():
-        rows += 1
-        if isinstance(row, Refusal):
-            images.add(file.name, row.line, file.folder, UNKNOWN, row, {})
-            continue
-        values = {name: row.cells[at] for name, at in needed.items()}
-        written = None if number_at is None else row.cells[number_at]
-        number = int(whole_numbers(pa.array([written], pa.string()))[0])
-        record = image_record(row.line, values, plate, folder)
-        images.add(file.name, row.line, file.folder, number, record, values)
-    source.files.append(SourceFile(file.name, file.table.path, rows))
-    if rows == 0:
-        source.problem(file.name, None, "no rows", "the image table has a header only")
 
 
 def _buffered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,12 @@ from .cellprofiler import (
     add_cells,
     check_keys,
     choose_tables,
-    image_record,
     object_columns,
     table_name,
 )
 from .image_files import SQLITE
 from .objects import Integers, ObjectSource, SourceFile, as_numbers, whole_numbers, without_nan
+from .tables import TableRow
 
 _TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
 
@@ -167,7 +167,18 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
     if image_table is None:
         raise BadTableError(f"{path} has no table Image of CellProfiler.")
     images = ImageIndex(source)
-    groups = _add_sqlite_images(source, images, path, image_table, tables[image_table], plate)
+    keys = {IMAGE_NUMBER, TABLE_NUMBER}
+    read = [name for name in tables[image_table] if name in keys or about_image(name)]
+    groups: dict[str | None, int] = {}
+    """The number that each TableNumber got."""
+    group_at = read.index(TABLE_NUMBER) if TABLE_NUMBER in read else None
+    images.add_table(
+        SourceFile(f"{path.name}:{image_table}", path, 0),
+        read,
+        lambda: _image_rows(path, image_table, read),
+        lambda cells: groups.setdefault(None if group_at is None else cells[group_at], len(groups)),
+        plate,
+    )
     source.check_plate(path.name)
     found: dict[str, SqliteTable] = {}
     for name, columns in tables.items():
@@ -183,12 +194,12 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
     check_keys(source, f"{path.name}:{image_table}", tables[image_table])
     for table in used:
         check_keys(source, f"{path.name}:{table.name}", table.present, table.columns.object_number)
-    keys = []
+    found_keys = []
     for number, table in enumerate(used, start=1):
-        keys.append(table.keys(groups, images, number))
+        found_keys.append(table.keys(groups, images, number))
         source.files.append(SourceFile(f"{path.name}:{table.name}", path, len(table.rowids)))
     texts_of = (table.columns.features.get(name) for table in used for name in table.texts)
-    add_cells(source, images, keys, [name for name in texts_of if name])
+    add_cells(source, images, found_keys, [name for name in texts_of if name])
     return source
 
 
@@ -210,33 +221,13 @@ def _image_table(tables: Mapping[str, Mapping[str, str]]) -> str | None:
     return min(found, key=lambda name: name not in numbered, default=None)
 
 
-def _add_sqlite_images(
-    source: ObjectSource,
-    images: ImageIndex,
-    path: Path,
-    name: str,
-    columns: Iterable[str],
-    plate: str | None,
-) -> dict[str | None, int]:
-    """Add the rows of the image table; return the number that each TableNumber got."""
-    present = list(columns)
-    group = _quoted(TABLE_NUMBER) if TABLE_NUMBER in present else "NULL"
-    needed = {column: plain for column in present if (plain := about_image(column))}
-    image = _quoted(IMAGE_NUMBER) if IMAGE_NUMBER in present else "NULL"
-    listed = ["rowid", f"CAST({group} AS TEXT)", f"CAST({image} AS TEXT)"]
-    listed += [f"CAST({_quoted(column)} AS TEXT)" for column in needed]
+def _image_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[TableRow]:
+    """Yield the rows of the image table, as texts; the line is the row number."""
+    listed = ["rowid", *(f"CAST({_quoted(column)} AS TEXT)" for column in columns)]
     query = f"SELECT {', '.join(listed)} FROM {_quoted(name)} ORDER BY rowid"  # noqa: S608
-    groups: dict[str | None, int] = {}
-    file = f"{path.name}:{name}"
     with _sqlite(path) as db:
-        for line, code, number, *values in db.execute(query):
-            whole = int(whole_numbers(pa.array([number], pa.string()))[0])
-            by_name = dict(zip(needed.values(), values, strict=True))
-            record = image_record(line, by_name, plate)
-            code_number = groups.setdefault(code, len(groups))
-            images.add(file, line, code_number, whole, record, by_name)
-    source.files.append(SourceFile(file, path, len(source.images)))
-    return groups
+        for line, *values in db.execute(query):
+            yield TableRow(line, values)
 
 
 def _is_number(kind: pa.DataType) -> bool:

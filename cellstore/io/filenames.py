@@ -251,7 +251,7 @@ class NamePattern:
         )
 
     def explain(self, name: str) -> str:
-        """Say as far as which of its groups the pattern fits a name that it does not fit."""
+        """Say how far the pattern matches a name that it does not match, and where it stops."""
         ends: list[tuple[int, str]] = [(0, "")]
         opened: list[str] = []
         for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()]", self.pattern, re.DOTALL):
@@ -264,16 +264,22 @@ class NamePattern:
         for (end, _), (next_end, group_name) in reversed(list(pairwise(ends))):
             with suppress(re.error):  # the group is inside another one
                 match = re.search(self.pattern[:end], name[:MAX_PATH])
-                if match is not None:
-                    part = f"its group {group_name}," if group_name else "its end,"
-                    return (
-                        f"the pattern fits {match[0][-40:]!r}, but {part} "
-                        f"{self.pattern[end:next_end]}, does not fit {name[match.end() :][:60]!r}"
-                    )
-        return "the pattern does not fit it"
+                if match is None:
+                    continue
+                wanted = f"{group_name or 'end'}, {self.pattern[end:next_end]}"
+                if not end:
+                    return f"nothing in the name matches the {wanted}"
+                rest = name[match.end() :]
+                on = f"the name goes on with {rest[:60]!r}" if rest else "the name ends there"
+                return (
+                    f"the pattern matches {match[0][-40:]!r}, where the {wanted}, should follow, "
+                    f"but {on}"
+                )
+        return "the pattern does not match it"
 
 
-_WELL = "(?P<well>[A-Z]{1,2}[0-9]{2})"
+_QUARTER_WELL = r"[A-P][0-9]{2}\.[ab][12]"
+_WELL = f"(?P<well>{_QUARTER_WELL}|[A-Z]{{1,2}}[0-9]{{2}})"
 _GUID = "[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
 _INCELL_END = (
     r"(?: wix [0-9]+)?(?: z (?P<plane>[0-9]+))?"
@@ -308,14 +314,15 @@ MICROSCOPES: Mapping[str, tuple[str, ...]] = {
     ),
     "Cytation, Lionheart (Gen5)": (
         (
-            r"(?P<well>[A-Z]{1,2}[0-9]{1,2})_-?[0-9]{1,3}_(?P<channel>[0-9]{1,3})_(?P<site>[0-9]{1,4})"
+            rf"(?P<well>{_QUARTER_WELL}|[A-Z]{{1,2}}[0-9]{{1,2}})"
+            r"_-?[0-9]{1,3}_(?P<channel>[0-9]{1,3})_(?P<site>[0-9]{1,4})"
             r"(?:Z(?P<plane>[0-9]{1,4}))?_(?P<stain>[^_]{1,60})_(?P<time>[0-9]{1,5})"
         ),
     ),
     "Opera": ("(?P<row>[0-9]{3})(?P<column>[0-9]{3})(?P<site>[0-9]{3})",),
     "Incucyte": (
         (
-            r"(?P<plate>.+)_(?P<well>[A-P][0-9]{1,2})_(?P<site>[0-9]{1,4})"
+            rf"(?P<plate>.+)_(?P<well>{_QUARTER_WELL}|[A-P][0-9]{{1,2}})_(?P<site>[0-9]{{1,4}})"
             r"(?:_(?P<time>[0-9]{2}d[0-9]{2}h[0-9]{2}m))?"
         ),
     ),

@@ -8,6 +8,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -30,6 +31,7 @@ from .uris import (
     local_path,
     local_stat,
     page_name,
+    plain_file,
     read_bytes,
     shown,
     split_page,
@@ -116,7 +118,8 @@ def probe(where: Path | str) -> ImageInfo:
         with path.open("rb") as stream:
             whole = whole or hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
-            header = _read_header(uri, stream, page)
+            offsets = None if page is None else _page_offsets(path, found)
+            header = _read_header(uri, stream, page, offsets)
     except ImageError:
         raise
     except (OSError, ValueError) as error:
@@ -148,13 +151,19 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
                 return np.asarray(array[index])
             except Exception as error:  # what the codec of a damaged chunk raises
                 raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
-        if is_remote(uri) or sha256 is not None:
+        offsets = None
+        if is_remote(uri) or (sha256 is not None and page is None):
             name, data = shown(uri), read_bytes(uri)
             if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
                 raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
             opened: BinaryIO = io.BytesIO(data)
         else:
-            name, opened = uri, local_path(uri).open("rb")
+            name, state = uri, local_stat(path)
+            if page is not None:  # one pass over the file for all of its pages
+                offsets = _page_offsets(path, state)
+                if sha256 not in {None, _page_digest(_whole_digest(path, state), page)}:
+                    raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
+            opened = path.open("rb")
         with opened as stream:
             head = stream.read(len(PNG_MAGIC))
             stream.seek(0)
@@ -164,7 +173,7 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
                 return _grey_png(name, stream)
             try:
                 with tifffile.TiffFile(stream) as tiff:
-                    return _grey(name, *_find_page(name, tiff, page))
+                    return _grey(name, *_find_page(name, tiff, page, offsets))
             except ImageError:
                 raise
             except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
@@ -189,7 +198,7 @@ def _grey_png(name: str, stream: BinaryIO) -> NDArray[np.generic]:
 def _grey(name: str, page: tifffile.TiffPage, sample: int | None) -> NDArray[np.generic]:
     """Return the pixels (H, W) of a page, or of the sample of it that is asked for."""
     if page.imagelength * page.imagewidth > _MAX_PIXELS:
-        raise ImageError(f"{name} claims {page.imagelength}x{page.imagewidth} pixels.")
+        raise ImageError(too_large(name, page.imagelength, page.imagewidth))
     array = np.asarray(page.asarray())
     if array.ndim == 2:
         return array
@@ -246,6 +255,35 @@ def _whole_digest(path: Path, state: FileStat) -> str:
     return digest.hexdigest()
 
 
+@lru_cache(maxsize=16)
+def _page_offsets(path: Path, _state: FileStat) -> tuple[int, ...]:
+    """Return where each page of a TIFF begins; nothing for what is no TIFF.
+
+    Asked once for all of its pages: each of them names the next one only.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
+        if not order or len(head) < 8:
+            return ()
+        is_big = struct.unpack(order + "H", head[2:4])[0] == 43
+        offset, count, size = (
+            (order + "Q", order + "Q", 20) if is_big else (order + "I", order + "H", 12)
+        )
+        found: dict[int, None] = {}
+        stream.seek(8 if is_big else 4)
+        with suppress(struct.error, OSError, OverflowError):  # cut off: reading it will say so
+            while True:
+                (start,) = struct.unpack(offset, stream.read(struct.calcsize(offset)))
+                if start == 0 or start in found:
+                    break
+                stream.seek(start)
+                (entries,) = struct.unpack(count, stream.read(struct.calcsize(count)))
+                found[start] = None
+                stream.seek(entries * size, os.SEEK_CUR)
+        return tuple(found)
+
+
 def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int, ...]]:
     """Return a Zarr array and where in it a plane is; the plane is its last two axes."""
     try:
@@ -276,13 +314,18 @@ def not_opened(uri: str, error: OSError | ValueError) -> str:
     return f"{uri} cannot be opened ({reason})."
 
 
+def too_large(name: str, height: int, width: int) -> str:
+    """Return the sentence for an image of more pixels than a camera has."""
+    return f"{name} claims {height}x{width} pixels, which is too many. Export it again."
+
+
 def unreadable(name: str) -> str:
     """Return the sentence for a damaged file."""
     return f"{name} is truncated or not a TIFF or PNG image. Copy or export it again."
 
 
 def _read_header(
-    name: str, stream: BinaryIO, page: int | None
+    name: str, stream: BinaryIO, page: int | None, offsets: Sequence[int] | None = None
 ) -> tuple[int, int, str, float | None, tuple[str, ...]]:
     """Return height, width, dtype, pixel size and remarks of an image (of page ``page``, from 1).
 
@@ -303,7 +346,7 @@ def _read_header(
         return height, width, "uint16" if depth == 16 else "uint8", None, ()
     try:
         with tifffile.TiffFile(stream) as tiff:
-            found, sample = _find_page(name, tiff, page)
+            found, sample = _find_page(name, tiff, page, offsets)
             height, width, dtype = found.imagelength, found.imagewidth, found.dtype
             depth, is_first = found.samplesperpixel, page in {None, 1}
             if depth > 1 and sample is None and is_colour(found):
@@ -327,26 +370,28 @@ def _read_header(
     return height, width, str(dtype), pixel_size, tuple(remarks)
 
 
-def decode_tiff(source: bytes | Path | BinaryIO, name: str = "The image") -> NDArray[np.generic]:
+def decode_tiff(
+    source: bytes | Path | BinaryIO, name: str = "The image", most: int = _MAX_PIXELS
+) -> NDArray[np.generic]:
     """Return the pixels (H, W) or (H, W, C) of a TIFF, for example a label image.
 
     ``name`` is what messages call it, unless ``source`` is a path.
 
     Raises:
-        ImageError: missing, no TIFF, cut off, or of several pages.
+        ImageError: missing, no TIFF, cut off, of several pages, or of more than ``most`` pixels.
     """
     if isinstance(source, Path):
         try:
-            with source.open("rb") as opened:
-                return decode_tiff(opened, str(source))
+            with plain_file(source).open("rb") as opened:
+                return decode_tiff(opened, str(source), most)
         except OSError as error:
             raise ImageError(not_opened(str(source), error)) from error
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with tifffile.TiffFile(stream) as tiff:
             found = _find_page(name, tiff, None, any_samples=True)[0]
-            if found.imagelength * found.imagewidth > _MAX_PIXELS:
-                raise ImageError(f"{name} claims {found.imagelength}x{found.imagewidth} pixels.")
+            if found.imagelength * found.imagewidth > most:
+                raise ImageError(too_large(name, found.imagelength, found.imagewidth))
             return np.asarray(found.asarray())
     except ImageError:
         raise
@@ -355,13 +400,19 @@ def decode_tiff(source: bytes | Path | BinaryIO, name: str = "The image") -> NDA
 
 
 def _find_page(
-    name: str, tiff: tifffile.TiffFile, page: int | None, *, any_samples: bool = False
+    name: str,
+    tiff: tifffile.TiffFile,
+    page: int | None,
+    offsets: Sequence[int] | None = None,
+    *,
+    any_samples: bool = False,
 ) -> tuple[tifffile.TiffPage, int | None]:
     """Return a page, and which of its samples, from 0, if it has several that are channels.
 
-    Taking the first of several planes in silence would be a guess about the others.
+    Taking the first of several planes in silence would be a guess about the others. ``offsets``:
+    where the pages begin, where that is known.
     """
-    first, count = tiff.pages.first, len(tiff.pages)
+    first, count = tiff.pages.first, len(offsets or tiff.pages)
     depth = first.samplesperpixel
     if page is None or count == 1:
         # Some programs describe one page and write the pixels of many behind it.
@@ -387,7 +438,11 @@ def _find_page(
         if page > count * depth:
             raise ImageError(_no_page(name, page, count * depth))
         number, sample = divmod(page - 1, depth)
-        found = tiff.pages[number]
+        if offsets and number > 0:
+            tiff.filehandle.seek(offsets[number])
+            found = tifffile.TiffPage(tiff, number)
+        else:
+            found = tiff.pages[number]
         if depth > 1 and isinstance(found, tifffile.TiffPage) and is_colour(found):
             raise ImageError(f"{name} has colours. Export each channel as a grey image of its own.")
     if not isinstance(found, tifffile.TiffPage):
@@ -423,6 +478,7 @@ def ome_elements(name: str, description: str) -> list[tuple[str, dict[str, str]]
     return elements
 
 
+@lru_cache(maxsize=4)
 def _ome_pixel_size(description: str) -> float | None:
     """Return the micrometres per pixel that an OME-XML gives, None where it gives none or several.
 

@@ -1,10 +1,14 @@
-"""Tables of images: LoadData of CellProfiler and JUMP, and the table of the published study."""
+"""Rows about images: which image a row is, and its files, by what the columns are called.
+
+:class:`ImageRows` reads them in tables of images (LoadData of CellProfiler and JUMP, the table of
+the published study), in CellProfiler's own tables, and in tables of single cells.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -17,49 +21,39 @@ from .filenames import (
     format_well,
     is_safe_name,
     join_well,
+    microscope_name,
     parse_well,
 )
 from .image_files import micrometres
-from .tables import (
-    LONGEST,
-    Refusal,
-    RowRefusedError,
-    TextTable,
-    first_text,
-    known_text,
-    nearest_columns,
-)
+from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
 from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .uris import page_name, split_url
 
-FILE_PREFIX, URL_PREFIX = "FileName_", "URL_"
-ORIGINAL = "Orig"
+FILE_PREFIX, URL_PREFIX, METADATA = "FileName_", "URL_", "Metadata_"
+_ORIGINAL = "Orig"
 """JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
 
-_PLATE_COLUMNS = ("Metadata_Plate", "Metadata_Batch")
-_WELL_COLUMNS, _COLUMN_COLUMNS = ("Metadata_Well",), ("Metadata_Col", "Metadata_Column")
-_SITE_COLUMNS = ("Metadata_Site", "Metadata_FieldID")
+PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
+WELLS = ("Metadata_Well", "Metadata_well")
+ROWS, COLUMNS = ("Metadata_Row",), ("Metadata_Col", "Metadata_Column")
+SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
+_BATCH, _CORE_NAME = "Metadata_Batch", "Metadata_CoreName"
 _PIXEL_COLUMNS = ("Metadata_ImageResolutionX", "Metadata_ImageResolutionY")
 """Metres per pixel, as Harmony has it and pe2loaddata passes it on."""
 
-_WHERE_COLUMNS = (
-    *(*_WELL_COLUMNS, "Metadata_Row", *_COLUMN_COLUMNS),
-    *(*_SITE_COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS),
-)
+_WHERE = (*WELLS, *ROWS, *COLUMNS, *SITES, *PLANE_COLUMNS, *TIME_COLUMNS, _CORE_NAME)
+_KNOWN = frozenset({*PLATES, _BATCH, *_WHERE, *TREATMENT_COLUMNS})
+_OF_FILES = (FILE_PREFIX, URL_PREFIX, "PathName_", "Frame_", "Series_")
+_DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
+_SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<site>[0-9]+)")
+
+NO_PLATE = "no plate"
+"""Reason of a row that does not name its plate."""
 
 _FIRST = 1
 _MAX_NUMBER = 1_000_000
-_LONGEST_FOLDER = 2_000
-"""What the index of a database can hold."""
-
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
-
-_File = tuple[int, tuple[str, int | None, str], str | None]
-"""Index of the channel; its name, its number and the file name; the folder of a URL."""
-
-_Field = tuple[tuple[int, int, int, int, int, str | None], list[_File]]
-"""Row, column, site, plane, time point and core file name; files."""
 
 _CHANNELS_REMEMBERED = 1000
 
@@ -85,6 +79,7 @@ class ImageRecord(NamedTuple):
 
     ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
     ``pixel_size`` is in micrometres; ``metadata`` are the columns that have no field of their own.
+    ``problem`` (reason, detail): what could not be used of the row.
     """
 
     line: int
@@ -100,6 +95,7 @@ class ImageRecord(NamedTuple):
     treatment: TreatmentRecord | None
     pixel_size: float | None = None
     metadata: Mapping[str, str] | None = None
+    problem: tuple[str, str] | None = None
 
 
 class ChannelNames:
@@ -113,6 +109,7 @@ class ChannelNames:
     """
 
     def __init__(self, wanted: Mapping[str, str] | None = None) -> None:
+        self._written = {key.strip().lower(): key.strip() for key in wanted or {}}
         self._wanted = {key.strip().lower(): name.strip() for key, name in (wanted or {}).items()}
         self._names = {name.lower() for name in self._wanted.values()}
         if "" in self._names or len(self._names) < len(self._wanted):
@@ -123,8 +120,18 @@ class ChannelNames:
         self._seen: set[str] = set()
         self._owners: dict[str, int] = {}
 
+    def wanted(self, number: int | None, found: str) -> str:
+        """Return the name that is wanted for the channel ``number`` that came as ``found``."""
+        if len(self._seen) < _CHANNELS_REMEMBERED:
+            self._seen.add(found)
+        for key in ("" if number is None else str(number), found.strip().lower()):
+            if key in self._wanted:
+                self._used.add(key)
+                return self._wanted[key]
+        return found
+
     def name(self, number: int | None, found: str) -> str:
-        """Return the name of the channel numbered ``number`` that came as ``found``.
+        """Return the name of a channel, of which only the number tells what it is.
 
         Of two numbers with one name, as some microscopes have two 'Brightfield', the later one
         gets its number added.
@@ -132,14 +139,7 @@ class ChannelNames:
         Raises:
             UserInputError: a channel was wanted with the name that another one came with.
         """
-        if len(self._seen) < _CHANNELS_REMEMBERED:
-            self._seen.add(found)
-        name = found
-        for key in ("" if number is None else str(number), found.strip().lower()):
-            if key in self._wanted:
-                self._used.add(key)
-                name = self._wanted[key]
-                break
+        name = self.wanted(number, found)
         owner = number if number is None else self._owners.setdefault(name.lower(), number)
         if owner == number:
             return name
@@ -158,48 +158,71 @@ class ChannelNames:
         """
         for key in self._wanted:
             if key not in self._used:
-                raise UnknownNameError.of("channel", key, sorted(self._seen))
+                raise UnknownNameError.of("channel", self._written[key], sorted(self._seen))
 
 
-@dataclass(frozen=True, slots=True)
-class _Channel:
-    """A channel by the name that its files get, and the columns of its file and folder names.
+class _Channel(NamedTuple):
+    """A channel, and the columns of its file and folder names.
 
     ``frame`` and ``series`` are CellProfiler's columns for the page of a file, from 0, and for
-    the image of a file that holds several. ``paged``: some frame of the channel is above 0.
+    the image of a file that holds several.
     """
 
     name: str
     file: str
-    folder: str | None
-    frame: str | None
-    series: str | None
-    paged: bool = False
+    folder: str
+    frame: str
+    series: str
 
 
-class _Columns:
-    """Those of ``columns`` that a table has; ``pick`` takes their cells out of a row at once."""
+def _find_channels(columns: Iterable[str]) -> list[_Channel]:
+    """Return the channels in the order of the columns.
 
-    def __init__(self, table: TextTable, columns: Iterable[str | None]) -> None:
-        found = {column: table.position(column) for column in columns if column}
-        present = {column: index for column, index in found.items() if index is not None}
-        self.names = tuple(present)
-        indexes = tuple(present.values())
-        self.pick: Callable[[Sequence[str]], tuple[str, ...]]
+    Where there are ``FileName_Orig*`` columns, only these are images; flat fields and drawings
+    never are. A URL stands in for a file name that is not there, or has no folder.
+    """
+    found = dict.fromkeys(
+        name.removeprefix(prefix)
+        for prefix in (FILE_PREFIX, URL_PREFIX)
+        for name in columns
+        if name.startswith(prefix) and not _DRAWN.search(name)
+    )
+    channels = []
+    for suffix in [name for name in found if name.startswith(_ORIGINAL)] or found:
+        file, url, folder, frame, series = (prefix + suffix for prefix in _OF_FILES)
+        if url in columns and (file not in columns or folder not in columns):
+            file = url
+        channels.append(
+            _Channel(suffix.removeprefix(_ORIGINAL) or suffix, file, folder, frame, series)
+        )
+    return channels
+
+
+class _Cells:
+    """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once."""
+
+    def __init__(self, columns: Mapping[str, int], wanted: Iterable[str]) -> None:
+        self.names = tuple(name for name in dict.fromkeys(wanted) if name in columns)
+        indexes = [columns[name] for name in self.names]
+        self.pick: Callable[[Sequence[str | None]], tuple[str | None, ...]]
         if len(indexes) > 1:
             self.pick = itemgetter(*indexes)
         else:  # itemgetter returns no tuple for one index
             self.pick = lambda cells: tuple([cells[index] for index in indexes])
 
-    def texts(self, picked: Sequence[str]) -> dict[str, str]:
+    def texts(self, picked: Sequence[str | None]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
-        texts = (
-            (name, known_text(name, cell)) for name, cell in zip(self.names, picked, strict=True)
-        )
-        return {name: text for name, text in texts if text is not None}
+        pairs = zip(self.names, picked, strict=True)
+        found = ((name, known_text(name, cell)) for name, cell in pairs if cell)
+        return {name: text for name, text in found if text is not None}
 
 
-def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
+def is_needed(column: str) -> bool:
+    """Whether a column says which image a row is, or what was done to its well."""
+    return column in _KNOWN or column.startswith(_OF_FILES)
+
+
+def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
     """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3.
 
     Raises:
@@ -216,20 +239,18 @@ def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None
     return int(significant)
 
 
-def written_well(
-    texts: Mapping[str, str], wells: Iterable[str], columns: Iterable[str]
-) -> str | None:
-    """Return the well of a row as text: of one of ``wells``, else of a row and a column.
+def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return the well that the columns of a row name: that of the well, else row and column.
 
     Raises:
-        RowRefusedError: both are there, and differ.
+        RowRefusedError: both are there, and differ; or it is no well.
     """
-    well, row = first_text(texts, wells), texts.get("Metadata_Row")
-    column = first_text(texts, columns)
+    well, row = first_text(texts, WELLS), first_text(texts, ROWS)
+    column = first_text(texts, COLUMNS)
     if well is None:
-        return join_well(row, column) if row and column else None
-    if row or column:
-        with suppress(UserInputError):  # a text that is no well is refused by who asked
+        well = join_well(row, column) if row and column else None
+    elif row or column:
+        with suppress(UserInputError):  # a text that is no well is refused below
             expected = parse_well(well)
             joined = join_well(row or str(expected[0]), column or str(expected[1]))
             try:
@@ -240,13 +261,221 @@ def written_well(
                 said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
                 detail = f"well {well}, but {' and '.join(said)}"
                 raise RowRefusedError("well and row or column disagree", detail)
-    return well
+    try:
+        return None if well is None else parse_well(well)
+    except UserInputError as error:
+        raise RowRefusedError("not a well", str(error)) from error
 
 
-def _check_length(limit: int, *texts: str | None) -> None:
-    for text in texts:
-        if text is not None and len(text) > limit:
-            raise RowRefusedError("name too long", f"{text[:40]!r}... has {len(text)} characters")
+class _Field(NamedTuple):
+    """What the columns of place and files say of an image.
+
+    ``where``: row, column, site, plane, time point and core file name. ``files``: index of the
+    channel, then name, number and file name, then the folder of a URL. ``plate`` and ``scan``: what
+    the folder and the file name call the plate; a scan is the plate if nothing else is.
+    """
+
+    where: tuple[int, int, int, int, int, str | None]
+    files: list[tuple[int, tuple[str, int | None, str], str | None]]
+    plate: str | None
+    scan: str | None
+
+
+class ImageRows:
+    """Makes images of rows. ``columns``: the position of each column in a row, by its name.
+
+    Channels are the columns ``FileName_Orig*`` or ``FileName_*`` with ``PathName_*``, or ``URL_*``;
+    a file name may be a URL, too. A channel whose file name is empty was not taken. ``Frame_*`` is
+    the page of a file, from 0. Further columns: ``PLATES``, ``WELLS`` (or ``ROWS`` and
+    ``COLUMNS``), ``SITES``, ``PLANE_COLUMNS``, ``TIME_COLUMNS``, ``Metadata_Batch`` and the
+    treatment (``TREATMENT_COLUMNS`` and a dose). What no column says may be in the file names
+    (``r01c01f01`` is field 1 of A01), or in the name of the ``folder`` of the table
+    (``<plate>-<well>-<site>``).
+
+    ``strict``: a row names a file, and its columns and file names must agree; rows with a
+    ``Series_*`` above 0 are refused. Else, as for measurements, columns go before file names.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, int],
+        plate: str | None = None,
+        channels: ChannelNames | None = None,
+        *,
+        folder: str = "",
+        strict: bool = False,
+    ) -> None:
+        self._plate, self._strict = plate, strict
+        self._renaming = channels or ChannelNames()
+        self._folder = _SITE_FOLDER.fullmatch(folder)
+        self.channels = _find_channels(columns)
+        of_files = [name for item in self.channels for name in (item.file, item.frame, item.series)]
+        doses = dose_columns(tuple(columns))
+        known = _KNOWN.union(doses) - {*[name for name in PLATES if name in columns][1:]}
+        others = [name for name in columns if name.startswith(METADATA) and name not in known]
+        self._of_plate = _Cells(columns, [*PLATES, _BATCH, *(c.folder for c in self.channels)])
+        self._of_field = _Cells(columns, [*_WHERE, *of_files])
+        self._of_treatment = _Cells(columns, [*TREATMENT_COLUMNS, *doses])
+        self._others = _Cells(columns, others)
+        self._frames = _Cells(columns, [item.frame for item in self.channels])
+        self._paged: set[str] = set()
+        """Columns of frames of which some is above 0."""
+        # Cells that come again (the plate, the well and site of each plate, the treatment) are
+        # worked out once: a million rows say little that is new.
+        self._plates: dict[Any, tuple[str | None, str | None, list[str | None]]] = {}
+        self._fields: dict[Any, _Field] = {}
+        self._treatments: dict[Any, tuple[Any, ...]] = {}
+        self._metadata: dict[Any, tuple[float | None, dict[str, str] | None]] = {}
+
+    def find_pages(self, rows: Iterable[Sequence[str | None]]) -> None:
+        """Find the channels that have other frames than 0, of all rows before the first is read.
+
+        The first plane of a stack has the frame 0, as all files of one page have.
+        """
+        for cells in rows if self._frames.names else ():
+            texts = self._frames.texts(self._frames.pick(cells))
+            self._paged |= {column for column, text in texts.items() if text.strip("0.")}
+            if len(self._paged) == len(self._frames.names):
+                break
+
+    def read(self, line: int, cells: Sequence[str | None]) -> ImageRecord | Refusal:
+        """Return the image of a row, or why it is none."""
+        for some in (self._plates, self._fields, self._treatments, self._metadata):
+            if len(some) > _REMEMBERED:
+                some.clear()
+        try:
+            key = self._of_field.pick(cells)
+            if (field := self._fields.get(key)) is None:
+                field = self._fields[key] = self._read_field(self._of_field.texts(key))
+            key = self._of_plate.pick(cells)
+            if (of_plate := self._plates.get(key)) is None:
+                texts = self._of_plate.texts(key)
+                folders = [texts.get(item.folder) for item in self.channels]
+                of_plate = first_text(texts, PLATES), texts.get(_BATCH), folders
+                self._plates[key] = of_plate
+            written, batch, folders = of_plate
+            barcode = written or field.plate
+            if barcode and self._plate and barcode != self._plate:
+                raise RowRefusedError("another plate", f"plate {barcode}, not {self._plate}")
+            barcode = barcode or self._plate or field.scan
+            if barcode is None:
+                detail = "the table does not name the plate; name it with --plate"
+                raise RowRefusedError(NO_PLATE, detail)
+            key = self._of_treatment.pick(cells)
+            if (treated := self._treatments.get(key)) is None:
+                treated = self._read_treatment(self._of_treatment.texts(key))
+                self._treatments[key] = treated
+        except RowRefusedError as refused:
+            return Refusal(line, *refused.args)
+        treatment, untold, problem = treated
+        key = self._others.pick(cells)
+        if (of_well := self._metadata.get(key)) is None:
+            texts = self._others.texts(key)
+            sizes = {micrometres(texts.get(column), "m") for column in _PIXEL_COLUMNS}
+            size = sizes.pop() if len(sizes) == 1 else None
+            for column in _PIXEL_COLUMNS if size else ():
+                del texts[column]
+            more = {name.removeprefix(METADATA): text for name, text in texts.items()}
+            of_well = self._metadata[key] = size, more or None
+        size, metadata = of_well
+        if untold:
+            metadata = {**(metadata or {}), **untold}
+        files = tuple([_new(FileRef, (*file, own or folders[at])) for at, file, own in field.files])
+        where = (line, barcode, batch, *field.where, files)
+        return _new(ImageRecord, (*where, treatment, size, metadata, problem))
+
+    def _read_treatment(self, texts: Mapping[str, str]) -> tuple[Any, ...]:
+        """Return the treatment of a row, the metadata that it leaves, and what is wrong with it.
+
+        A well whose dose is none is one of which nothing is known: the image is there all the same.
+        """
+        try:
+            treatment, problem = treatment_of(texts), None
+        except RowRefusedError as error:
+            reason, detail = error.args
+            treatment, problem = None, (reason, detail)
+        untold = {}
+        if treatment is None:
+            untold = {
+                name.removeprefix(METADATA): texts[name] for name in dose_columns(tuple(texts))
+            }
+        return treatment, untold, problem
+
+    def _read_field(self, texts: Mapping[str, str]) -> _Field:
+        """Return where an image is, and its files, as the columns and the file names say."""
+        well = _written_well(texts)
+        site, plane, time_point = (
+            _whole_number(texts, some) for some in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
+        )
+        files: list[tuple[int, tuple[str, int | None, str], str | None]] = []
+        frames: list[int | None] = []
+        numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
+        agreed: ImageName | None = None
+        for index, channel in enumerate(self.channels):
+            text = texts.get(channel.file)
+            if text is None:
+                continue
+            folder, text = split_url(text)
+            if not is_safe_name(text):
+                raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
+            name = core_file_name(text)
+            number = name.number if name else None
+            if name is not None:
+                agreed = agreed or name
+                # r1c1f1 is r01c01f01, and no plane or time point means the first.
+                first, other = (
+                    [_FIRST if number is None else number for number in numbers_of(item)]
+                    for item in (agreed, name)
+                )
+                if self._strict and first != other:
+                    detail = f"{name.core_name} beside {agreed.core_name}"
+                    raise RowRefusedError("files of different fields", detail)
+            renamed = self._renaming.wanted(number, channel.name)
+            files.append((index, (renamed, number, text), folder))
+            if self._strict and (series := _whole_number(texts, (channel.series,))):
+                detail = f"{channel.series} is {series}: export each image of the file by itself"
+                raise RowRefusedError("another series of a file", detail)
+            frames.append(_whole_number(texts, (channel.frame,)))
+        if self._strict and not files:
+            raise RowRefusedError("no image file", "every FileName column is empty")
+        names = [file[0] for _, file, _ in files]
+        if len(set(names)) < len(names):
+            raise RowRefusedError("two files of one channel", ", ".join(names))
+        for position, ((index, file, folder), frame) in enumerate(zip(files, frames, strict=True)):
+            if frame is not None and (any(frames) or self.channels[index].frame in self._paged):
+                try:
+                    paged = page_name(file[2], frame + 1)
+                except UserInputError as error:
+                    raise RowRefusedError("no such page", str(error)) from error
+                files[position] = index, (*file[:2], paged), folder
+        plate = scan = None
+        if agreed is None:
+            found = (microscope_name(file[2]) for _, file, _ in files)
+            agreed = next((name for name in found if name), None)
+            scan = agreed.plate if agreed else None
+        elif self._strict and well not in (None, (agreed.row, agreed.column)):
+            of_file = format_well(agreed.row, agreed.column)
+            detail = f"well {format_well(*well)}, file of {of_file}"
+            raise RowRefusedError("well and file name disagree", detail)
+        if agreed is None and self._folder:
+            with suppress(UserInputError):
+                where, plate = parse_well(self._folder["well"]), self._folder["plate"]
+                agreed = ImageName(plate, *where, int(self._folder["site"]))
+        core_name = None
+        if agreed is not None:
+            well = well or (agreed.row, agreed.column)
+            site = agreed.site if site is None else site
+            plane = agreed.plane if plane is None else plane
+            time_point = agreed.time_point if time_point is None else time_point
+            core_name = agreed.core_name if well == (agreed.row, agreed.column) else None
+        if well is None:
+            raise RowRefusedError("no well", "neither a well column nor a file name with a well")
+        if site is None:
+            raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
+        plane = _FIRST if plane is None else plane
+        time_point = _FIRST if time_point is None else time_point
+        core_name = texts.get(_CORE_NAME, core_name)
+        return _Field((*well, site, plane, time_point, core_name), files, plate, scan)
 
 
 def read_image_table(
@@ -256,252 +485,48 @@ def read_image_table(
     *,
     needs_treatment: bool = False,
 ) -> Iterator[ImageRecord | Refusal]:
-    """Yield the images of a table, one record or refusal per data row.
+    """Yield the images of a table (see :class:`ImageRows`), one record or refusal per data row.
 
-    Columns: ``FileName_Orig*`` or ``FileName_*`` with ``PathName_*``, or ``URL_*``; a file name may
-    be a URL, too; ``Metadata_Plate``,
-    ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
-    ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
-    ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). Well and site may
-    come from the core file name, too (``r01c01f01`` is field 1 of A01). A channel whose file name
-    is empty was not taken. Plane and time point are read from the first of ``PLANE_COLUMNS`` and
-    ``TIME_COLUMNS`` that says it. ``Frame_*``: the page of a file, from 0; rows with a
-    ``Series_*`` above 0 are refused.
-
-    ``plate`` is needed only without ``Metadata_Plate``; ``channels`` gives a channel, by its
+    ``plate`` is needed only where no column names it; ``channels`` gives a channel, by its
     Phenix number or its name here, another name: a number alone never names a stain.
     ``needs_treatment``: a row without one is refused, as the published study has none.
 
     Raises:
-        BadTableError: a column is missing.
-        UnknownNameError: ``channels`` renames a channel that is not there.
-        UserInputError: a table without ``Metadata_Plate`` and no ``plate``; ``channels`` gives
-            two channels one name.
+        BadTableError: a column is missing, or two of them are one channel.
+        UnknownNameError: ``channels`` renames a channel that is not there; of numbers that is
+            known when all is read.
+        UserInputError: a table that does not name its plate, and no ``plate``.
     """
     if needs_treatment:
         table.require("Metadata_pert_iname")
-    if plate is None and table.position("Metadata_Plate") is None:
+    for name in sorted(filter(is_needed, table.repeated)):
+        table.position(name)  # which cannot be told apart
+    columns = {name: at for at, name in enumerate(table.columns) if name not in table.repeated}
+    if plate is None and columns.keys().isdisjoint(PLATES):
         raise UserInputError(f"{table.path.name} does not name its plate. Name it with --plate.")
-    found, numbers = _find_channels(table, channels or {})
-    of_files = [column for item in found for column in (item.file, item.frame, item.series)]
-    # A column that is there twice cannot be told apart; the notes of the table say so.
-    described = (*TREATMENT_COLUMNS, *dose_columns(table.columns))
-    read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *described, *table.repeated}
-    others = [name for name in table.columns if name.startswith("Metadata_") and name not in read]
-    plate_columns = _Columns(table, [*_PLATE_COLUMNS, *(item.folder for item in found)])
-    field_columns = _Columns(table, [*_WHERE_COLUMNS, *of_files])
-    treatment_columns = _Columns(table, described)
-    other_columns = _Columns(table, others)
-    # Cells that come again (the plate, the well and site of each plate, the treatment) are worked
-    # out once: a million rows say little that is new.
-    plates: dict[tuple[str, ...], tuple[str, str | None, list[str | None]]] = {}
-    fields: dict[tuple[str, ...], _Field] = {}
-    treatments: dict[tuple[str, ...], TreatmentRecord | None] = {}
-    metadata: dict[tuple[str, ...], tuple[float | None, dict[str, str] | None]] = {}
-    remembered: tuple[dict[Any, Any], ...] = (plates, fields, treatments, metadata)
-    pick_plate, pick_field = plate_columns.pick, field_columns.pick
-    pick_treatment, pick_others = treatment_columns.pick, other_columns.pick
-    for count, row in enumerate(table.rows()):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        line, cells = row
-        if count % _REMEMBERED == 0:
-            for some in remembered:
-                if len(some) > _REMEMBERED:
-                    some.clear()
-        try:
-            key = pick_field(cells)
-            if (of_field := fields.get(key)) is None:
-                texts = field_columns.texts(key)
-                of_field = fields[key] = _read_field(texts, found, numbers)
-            key = pick_plate(cells)
-            if (of_plate := plates.get(key)) is None:
-                texts = plate_columns.texts(key)
-                barcode, batch = texts.get("Metadata_Plate") or plate, texts.get("Metadata_Batch")
-                if barcode is None:
-                    raise RowRefusedError("no plate", "Metadata_Plate is empty")
-                if plate and barcode != plate:
-                    raise RowRefusedError("another plate", f"plate {barcode}, not {plate}")
-                folders = [texts.get(item.folder or "") for item in found]
-                _check_length(LONGEST, barcode, batch)
-                _check_length(_LONGEST_FOLDER, *folders)
-                of_plate = plates[key] = barcode, batch, folders
-            key = pick_treatment(cells)
-            if key not in treatments:
-                treatments[key] = treatment_of(treatment_columns.texts(key))
-            treatment = treatments[key]
-            if treatment is None and needs_treatment:
-                raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
-        except RowRefusedError as refused:
-            yield Refusal(line, *refused.args)
-            continue
-        key = pick_others(cells)
-        if (of_well := metadata.get(key)) is None:
-            texts = other_columns.texts(key)
-            sizes = {micrometres(texts.pop(column, None), "m") for column in _PIXEL_COLUMNS}
-            more = {name.removeprefix("Metadata_"): text for name, text in texts.items()}
-            of_well = metadata[key] = sizes.pop() if len(sizes) == 1 else None, more or None
-        barcode, batch, folders = of_plate
-        where, named = of_field
-        files = tuple([_new(FileRef, (*file, own or folders[index])) for index, file, own in named])
-        yield _new(ImageRecord, (line, barcode, batch, *where, files, treatment, *of_well))
-
-
-def _read_field(
-    texts: Mapping[str, str], channels: Sequence[_Channel], numbers: Mapping[int, str]
-) -> _Field:
-    """Return where an image is, and its files by the index of their channel.
-
-    A file is the name of its channel, its Phenix number and its own name, with the page in a
-    row or channel that has other pages than the first. What the names of the files say has to be
-    the same for all, and what the other cells say.
-    """
-    written = written_well(texts, _WELL_COLUMNS, _COLUMN_COLUMNS)
-    try:
-        well = None if written is None else parse_well(written)
-    except UserInputError as error:
-        raise RowRefusedError("not a well", str(error)) from error
-    site, plane, time_point = (
-        whole_number(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS)
-    )
-    files: list[_File] = []
-    frames: list[int | None] = []
-    numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
-    agreed: ImageName | None = None
-    for index, channel in enumerate(channels):
-        text = texts.get(channel.file)
-        if text is None:
-            continue
-        folder, text = split_url(text)
-        _check_length(_LONGEST_FOLDER, folder)
-        _check_length(LONGEST, text)
-        if not is_safe_name(text):
-            raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
-        name = core_file_name(text)
-        renamed, number = channel.name, name.number if name else None
-        if name is not None:
-            agreed = agreed or name
-            # r1c1f1 is r01c01f01, and no plane or time point means the first.
-            first, other = (
-                [_FIRST if number is None else number for number in numbers_of(item)]
-                for item in (agreed, name)
-            )
-            if first != other:
-                detail = f"{name.core_name} beside {agreed.core_name}"
-                raise RowRefusedError("files of different fields", detail)
-            if number is not None:
-                renamed = numbers.get(number, channel.name)
-        files.append((index, (renamed, number, text), folder))
-        if channel.series and (series := whole_number(texts, (channel.series,))):
-            detail = f"{channel.series} is {series}: export each image of the file by itself"
-            raise RowRefusedError("another series of a file", detail)
-        frames.append(whole_number(texts, (channel.frame,)) if channel.frame else None)
-    if not files:
-        raise RowRefusedError("no image file", "every FileName column is empty")
-    names = [file[0] for _, file, _ in files]
-    if len(set(names)) < len(names):
-        raise RowRefusedError("two files of one channel", ", ".join(names))
-    for position, ((index, file, folder), frame) in enumerate(zip(files, frames, strict=True)):
-        if frame is not None and (any(frames) or channels[index].paged):
-            try:
-                paged = page_name(file[2], frame + 1)
-            except UserInputError as error:
-                raise RowRefusedError("no such page", str(error)) from error
-            _check_length(LONGEST, paged)
-            files[position] = index, (*file[:2], paged), folder
-    if agreed is not None:
-        if well is not None and well != (agreed.row, agreed.column):
-            of_file = format_well(agreed.row, agreed.column)
-            detail = f"well {format_well(*well)}, file of {of_file}"
-            raise RowRefusedError("well and file name disagree", detail)
-        well = agreed.row, agreed.column
-        site = agreed.site if site is None else site
-        plane = agreed.plane if plane is None else plane
-        time_point = agreed.time_point if time_point is None else time_point
-    if well is None:
-        raise RowRefusedError("no well", "neither a well column nor a file name like r01c01f01")
-    if site is None:
-        raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
-    plane = _FIRST if plane is None else plane
-    time_point = _FIRST if time_point is None else time_point
-    return (*well, site, plane, time_point, agreed.core_name if agreed else None), files
-
-
-def _find_channels(
-    table: TextTable, wanted: Mapping[str, str]
-) -> tuple[tuple[_Channel, ...], Mapping[int, str]]:
-    """Return the image channels by the names that are wanted, and names by Phenix number.
-
-    The channels are in the order of the columns. Where there are ``FileName_Orig*`` columns, only
-    these are images; flat fields (``FileName_Illum*``) never are.
-
-    Raises:
-        BadTableError: there is no such column, or two of them are one channel.
-        UnknownNameError: a key of ``wanted`` is neither a channel nor the number of one; to know
-            that, the table is read until all numbers came.
-        UserInputError: two channels would get one name.
-    """
-    named = [column for column in table.columns if column.startswith(FILE_PREFIX)]
-    urls = [column for column in table.columns if column.startswith(URL_PREFIX)]
-    columns = named + [
-        FILE_PREFIX + column.removeprefix(URL_PREFIX)
-        for column in urls
-        if FILE_PREFIX + column.removeprefix(URL_PREFIX) not in named
-    ]
-    original = [column for column in columns if column.startswith(FILE_PREFIX + ORIGINAL)]
-    chosen = original or [item for item in columns if not item.startswith(FILE_PREFIX + "Illum")]
-    if not chosen:
+    renaming = ChannelNames(channels)
+    images = ImageRows(columns, plate, renaming, strict=True)
+    if not images.channels:
         raise BadTableError(
             f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
-    by_key = {key.strip().lower(): name for key, name in wanted.items()}
-    channels = []
-    found: list[str] = []
-    for column in chosen:
-        suffix = column.removeprefix(FILE_PREFIX)
-        others = (prefix + suffix for prefix in ("PathName_", "Frame_", "Series_"))
-        folder, frame, series = (item if item in table.columns else None for item in others)
-        found.append(suffix.removeprefix(ORIGINAL) or suffix)
-        name = by_key.get(found[-1].lower(), found[-1])
-        url = URL_PREFIX + suffix
-        is_url = url in urls and (folder is None or column not in named)
-        file = url if is_url else column
-        channels.append(_Channel(name, file, folder, frame, series))
-    names = [name.lower() for name in found]
+    names = [renaming.wanted(None, channel.name).lower() for channel in images.channels]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BadTableError(
-            f"{table.path.name} has two FileName columns for the channel {', '.join(repeated)}. "
-            "Remove or rename the one that is not meant."
+            f"{table.path.name} would have two channels of one name ({', '.join(repeated)}). "
+            "Rename one of the FileName columns, or give each a name of its own with --channels."
         )
-    if len({channel.name.lower() for channel in channels}) < len(channels):
-        raise UserInputError(
-            f"{table.path.name} would have two channels of one name "
-            f"({', '.join(channel.name for channel in channels)}). Give each channel its own."
-        )
-    numbers = {
-        int(key): name
-        for key, name in by_key.items()
-        if key not in names and key.isascii() and key.isdigit() and len(key) <= 4
-    }
-    # Only the table tells which Phenix numbers its files have, and which channels have other
-    # frames than 0: the first plane of a stack has the frame 0, as all files of one page have.
-    seen: set[int] = set()
-    paged: set[str | None] = set()
-    files = _Columns(table, [item.file for item in channels] if numbers else ())
-    frames = _Columns(table, [channel.frame for channel in channels])
-    for row in table.rows() if numbers or frames.names else ():
-        if isinstance(row, Refusal):
-            continue
-        phenix = [core_file_name(split_url(text.strip())[1]) for text in files.pick(row.cells)]
-        seen |= {name.number for name in phenix if name and name.number is not None}
-        texts = frames.texts(frames.pick(row.cells))
-        paged |= {column for column, text in texts.items() if text.strip("0.")}
-        if seen.issuperset(numbers) and len(paged) == len(frames.names):
-            break
-    for key in wanted:
-        plain = key.strip().lower()
-        if plain not in names and not (plain.isdigit() and int(plain) in seen):
-            raise UnknownNameError.of("channel", key.strip(), [*found, *sorted(seen)])
-    return tuple(replace(item, paged=item.frame in paged) for item in channels), numbers
+    if not any(key.strip().isdigit() for key in channels or ()):
+        renaming.check_used()
+    images.find_pages(row.cells for row in table.rows() if not isinstance(row, Refusal))
+    for row in table.rows():
+        found = row if isinstance(row, Refusal) else images.read(*row)
+        if (
+            needs_treatment
+            and isinstance(found, ImageRecord)
+            and (found.treatment, found.problem) == (None, None)
+        ):
+            found = Refusal(found.line, "no treatment", "Metadata_pert_iname is empty")
+        yield found
+    renaming.check_used()

@@ -138,6 +138,12 @@ def detect(
     if len(chosen) == 1:
         return chosen[0]
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
+    if len({item.kind for item in chosen}) > 1:
+        kinds = [item.kind.value for item in chosen]
+        commands = (f"cellstore ingest {kind} {path}" for kind in kinds)
+        raise BadTableError(
+            f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
+        )
     if chosen:
         raise BadTableError(f"{path.name} may be {named}. Choose with --layout.")
     if found:

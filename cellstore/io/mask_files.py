@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ImageError, UserInputError
-from .image_files import decode_tiff
-from .uris import writable
+from .image_files import decode_tiff, too_large
+from .uris import plain_file, writable
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_MAX_PIXELS = 1 << 30
+MAX_PIXELS = 1 << 28
 _MAX_LABEL = (1 << 31) - 1
 _WHITE = (255, 65535)
 
@@ -128,6 +128,7 @@ def _folders(root: Path) -> Iterator[list[Path]]:
             path
             for path in paths
             if path.suffix.lower() in SUFFIXES
+            and path.is_file()
             and (not path.is_symlink() or path.resolve().is_relative_to(root))
         ]
 
@@ -160,16 +161,18 @@ def _stem(name: str) -> str:
     return re.sub(r"(\.ome)?\.[^.]+$", "", name, flags=re.IGNORECASE)
 
 
-def read_labels(path: Path, *, binary: bool = False) -> NDArray[np.uint32]:
+def read_labels(path: Path, *, binary: bool = False, most: int = MAX_PIXELS) -> NDArray[np.uint32]:
     """Return the labels (H, W) of a TIFF, PNG or NPY file of whole numbers of any type.
 
-    ``binary``: the file says only where objects are (any value but 0); they come back as 1.
+    ``binary``: the file says only where objects are (any value but 0); they come back as 1. A file
+    of more than ``most`` pixels is not read.
 
     Raises:
         ImageError: it cannot be read, has colours or several planes, holds numbers that are no
             labels, or only black and white and ``binary`` is not asked for.
     """
-    array = _read_npy(path) if path.suffix.lower() == ".npy" else _read_image(path)
+    is_npy = path.suffix.lower() == ".npy"
+    array = _read_npy(path, most) if is_npy else _read_image(path, most)
     labels = _whole_numbers(path, array)
     if binary:
         return (labels > 0).astype(np.uint32)
@@ -190,30 +193,28 @@ def black_and_white(name: str) -> str:
     )
 
 
-def _read_image(path: Path) -> NDArray[Any]:
+def _read_image(path: Path, most: int) -> NDArray[Any]:
     try:
-        with path.open("rb") as stream:
+        with plain_file(path).open("rb") as stream:
             head = stream.read(26)
             data = head + stream.read() if head.startswith(_PNG_MAGIC) else b""
     except OSError as error:
         raise ImageError(f"{path.name} cannot be opened ({error.strerror}).") from error
     if not data:
-        return decode_tiff(path)
+        return decode_tiff(path, most=most)
     width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
-    if width * height > _MAX_PIXELS:
-        raise ImageError(
-            f"{path.name} claims {height}x{width} pixels, which is too many. Export it again."
-        )
+    if width * height > most:
+        raise ImageError(too_large(path.name, height, width))
     try:
         return np.asarray(imagecodecs.png_decode(data))
     except Exception as error:  # imagecodecs has a class of its own for each codec
         raise ImageError(f"{path.name} is damaged. Copy or export it again.") from error
 
 
-def _read_npy(path: Path) -> NDArray[Any]:
+def _read_npy(path: Path, most: int) -> NDArray[Any]:
     try:
         # Mapped first: a header may claim any size. Pickles could run code and are never loaded.
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(plain_file(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise ImageError(
             f"{path.name} is not a plain array. Cellpose's _seg.npy is a Python pickle, which is "
@@ -221,6 +222,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
         ) from error
     if not isinstance(mapped, np.ndarray):  # an archive of several arrays
         raise ImageError(f"{path.name} holds several arrays. Save the masks as TIFF or one array.")
+    if mapped.size > most:
+        raise ImageError(too_large(path.name, *mapped.shape[:2]))
     return np.array(mapped)
 
 

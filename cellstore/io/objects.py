@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from ..enums import Severity
 from ..errors import UserInputError
-from .image_tables import ImageRecord
+from .image_tables import NO_PLATE, ImageRecord
 from .tables import MISSING_NUMBERS, Refusal
 
 Integers = npt.NDArray[np.int64]
@@ -36,9 +36,6 @@ DTYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 
 BOX = ("min_row", "min_col", "max_row", "max_col")
 CENTRE = ("centroid_row", "centroid_col")
-
-NO_PLATE = "no plate"
-"""Reason of a row that does not name its plate."""
 
 _NUMBER = r"(?i)^\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)\s*$"
 

@@ -15,16 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import BadTableError, UserInputError, first_line
-from .cellprofiler import (
-    COMPARTMENTS,
-    ROWS,
-    WELLS,
-    image_record,
-    is_feature,
-    is_needed,
-    position_columns,
-)
-from .image_tables import ImageRecord
+from .cellprofiler import COMPARTMENTS, is_feature, position_columns
+from .image_tables import ROWS, WELLS, ImageRecord, ImageRows, is_needed
 from .objects import (
     BOX,
     CENTRE,
@@ -201,6 +193,8 @@ def _find_cells(
     """By the key of an image: its index, and what the other columns have in its first row."""
     varying: set[str] = set()
     """Columns that have no single value per image."""
+    of_image = {**columns.image, **{name: name for name in columns.others}}
+    rows_of = ImageRows({name: at for at, name in enumerate(of_image)}, plate)
     with _reading(path):  # an image may be named by a column of an odd kind
         for batch, lines in table.batches(list(dict.fromkeys([number, *columns.of_image]))):
             keys = _joined(batch, columns.keys)
@@ -223,9 +217,9 @@ def _find_cells(
                 others = [texts[name] for name in columns.others]
                 if key not in known:
                     known[key] = len(source.images), others
-                    by_name = {plain: texts[name] for plain, name in columns.image.items()}
-                    by_name |= dict(zip(columns.others, others, strict=True))
-                    content = image_record(int(lines[row]), by_name, plate)
+                    content = rows_of.read(
+                        int(lines[row]), [texts[name] for name in of_image.values()]
+                    )
                     source.images.append((path.name, content))
                 index, before = known[key]
                 # The cells of an image may begin in the batch before.

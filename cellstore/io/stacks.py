@@ -28,7 +28,7 @@ from .image_files import (
     samples_of,
     unreadable,
 )
-from .uris import FileStat, local_stat
+from .uris import FileStat, local_stat, plain_file
 
 _SAMPLES_PER_PIXEL, _PAGE_NAME = 277, 285
 _NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
@@ -112,7 +112,7 @@ def read_stack(path: Path) -> Stack | None:
             its description does not fit them or is in another file, which is missing.
     """
     try:
-        with path.open("rb") as stream:
+        with plain_file(path).open("rb") as stream:
             head = stream.read(26)
             if head.startswith(PNG_MAGIC) and len(head) == 26 and head[25] in PNG_COLOURS:
                 read_plane(path)  # refuses real colours

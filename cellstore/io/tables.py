@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from ..errors import BadTableError, UserInputError, first_line
+from .uris import plain_file
 
 if TYPE_CHECKING:  # Arrow is slow to import, and a plate map does without
     import pyarrow as pa
@@ -503,7 +504,7 @@ def open_table(
 def is_spreadsheet(path: Path) -> bool:
     """Whether a file is .xlsx, .xls or .ods, by how it begins; False where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             return file.read(4) in _SPREADSHEETS
     except OSError:
         return False
@@ -753,7 +754,7 @@ def is_parquet(path: Path) -> bool:
         UserInputError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
     except OSError as error:
         raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
@@ -801,7 +802,7 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
     What can go wrong while it is read is turned into one sentence.
     """
     try:
-        with path.open("rb") as file:
+        with plain_file(path).open("rb") as file:
             head = file.read(len(_PARQUET_MAGIC))
         with (
             gzip.open(path)
@@ -848,8 +849,8 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
         ) from error
 
 
-_FORMULA = "^[=+\\-@\t\r]"
-"""What a spreadsheet takes for the beginning of a formula."""
+_FORMULA = "^[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20]"
+"""What a spreadsheet takes for the beginning of a formula; the last four are full-width signs."""
 
 Rows = TypeVar("Rows", bound="pa.Table | pa.RecordBatch")
 

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from errno import EISDIR
+from errno import EINVAL, EISDIR
 from importlib import import_module
 from pathlib import Path
-from stat import S_ISDIR
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 from urllib.parse import unquote
 
@@ -170,7 +170,7 @@ def read_bytes(uri: str) -> bytes:
     if is_remote(uri):
         return bytes(_remote(uri, "cat_file"))
     try:
-        return local_path(uri).read_bytes()
+        return plain_file(local_path(uri)).read_bytes()
     except (OSError, ValueError) as error:
         raise ImageError(_closed(uri, error)) from error
 
@@ -196,14 +196,29 @@ def stat(uri: str) -> FileStat:
         raise ImageError(_closed(uri, error)) from error
 
 
+def plain_file(path: Path) -> Path:
+    """Return the path of a file that can be opened. A pipe or a device could be read for ever.
+
+    Raises:
+        OSError: it is not there, may not be looked at, or is no file.
+    """
+    mode = path.stat().st_mode
+    if S_ISDIR(mode):
+        raise IsADirectoryError(EISDIR, "it is a folder", str(path))
+    if not S_ISREG(mode):
+        raise OSError(EINVAL, "it is a pipe or a device, and no file", str(path))
+    return path
+
+
 def local_stat(path: Path) -> FileStat:
     """Return size and time of change of a file of this machine; of a Zarr array, of all its files.
 
     Raises:
-        OSError: it is not there, may not be read, or is another folder.
+        OSError: it is not there, may not be read, or is another folder, a pipe or a device.
     """
     found = path.stat()
     if not S_ISDIR(found.st_mode):
+        plain_file(path)
         return FileStat(found.st_size, found.st_mtime_ns)
     states = [file.stat() for file in array_files(path)]
     return FileStat(

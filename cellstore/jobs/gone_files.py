@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -19,6 +19,9 @@ from ..io.uris import is_remote, local_path, shown, split_page
 
 FEW = 20_000
 """Files that are looked for by name where an answer must come at once."""
+
+LISTED = 32
+"""Folders whose lists are in memory: the files of an image may be in a folder for each channel."""
 
 GONE = "Files are gone"
 """How the reason begins for which an image failed whose files are gone."""
@@ -82,20 +85,20 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
     gone: Counter[int] = Counter()
     first: dict[int, str] = {}
 
-    @lru_cache(maxsize=32)  # the files of a folder mostly follow each other
-    def listed(number: int) -> Collection[str]:
-        try:
-            return frozenset(entry.name for entry in os.scandir(local_path(uris[number])))
-        except OSError:
-            return ()
-
     names = text(_NAMES if most is None else f"{_NAMES} LIMIT {most}")
+    listed: dict[int, Collection[str]] = {}
     for number, name in session.execute(names, execution_options={"yield_per": 10_000}):
         if number not in uris or number in absent:
             continue
+        if number not in listed:
+            if len(listed) == LISTED:
+                del listed[next(iter(listed))]
+            listed[number] = ()
+            with suppress(OSError):
+                listed[number] = frozenset(os.listdir(local_path(uris[number])))  # noqa: PTH208
         file = split_page(name)[0]
         # A name may lead into a folder within the folder: that is not in the list.
-        if file not in listed(number) and not os.path.exists(local_path(uris[number]) / file):  # noqa: PTH110
+        if file not in listed[number] and not os.path.exists(local_path(uris[number]) / file):  # noqa: PTH110
             gone[number] += 1
             first.setdefault(number, file)
     seen: dict[int, int] = {}

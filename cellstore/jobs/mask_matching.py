@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,13 @@ from ..artifacts import sha256_of
 from ..db.session import Database
 from ..errors import ImageError
 from ..io.filenames import core_file_name
-from ..io.mask_files import MaskFile, black_and_white, read_labels
+from ..io.mask_files import MAX_PIXELS, MaskFile, black_and_white, read_labels
 from ..io.uris import writable
 from ..models import Folder, Image, ImageFile, Plate, Well
 
 _ENDINGS = (".tif", ".tiff", ".TIF", ".TIFF", ".png", ".PNG", ".ome.tif", ".ome.tiff")
 _SHOWN = 3
+_FEW_PIXELS = 1 << 26
 
 
 class FoundImage(NamedTuple):
@@ -72,7 +74,9 @@ def read_masks_of(
             return image
         if is_an_image:
             return NoMatch("this is an image", "the file is one of the images of the store")
-        labels = read_labels(mask.path, binary=binary)
+        # Larger than its image by far: it is not even decoded.
+        most = MAX_PIXELS if image.shape is None else max(prod(image.shape), _FEW_PIXELS)
+        labels = read_labels(mask.path, binary=binary, most=most)
         if binary:
             labels = connected_parts(labels)
         elif labels.max(initial=0) == 1 and cells_in_pieces(labels):
@@ -81,6 +85,8 @@ def read_masks_of(
         return NoMatch("not a label image", writable(str(error)))
     except OSError as error:
         return NoMatch("cannot be read", str(error.strerror))
+    except MemoryError:
+        return NoMatch("not enough memory", "the masks do not fit into the memory of this machine")
     if image.shape is not None and image.shape != labels.shape:
         of_masks, of_image = ("x".join(map(str, shape)) for shape in (labels.shape, image.shape))
         sizes = f"masks of {of_masks} pixels, image {image} of {of_image}"

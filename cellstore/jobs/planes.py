@@ -210,13 +210,20 @@ def cell_rows(masks: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
 
 
 def insert_cells(
-    session: Session, segmentation: Segmentation, cells: Sequence[dict[str, Any]]
+    session: Session, found: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]]
 ) -> None:
-    """Insert a new segmentation and its ``cells``, as :func:`cell_rows` returns them."""
-    session.add(segmentation)
-    session.flush()
+    """Insert new segmentations, each with its cells, as :func:`cell_rows` returns them."""
+    if not found:
+        return
+    ids = take_ids(session, Segmentation, len(found))
+    segmentations = [{"id": key, **row} for key, (row, _) in zip(ids, found, strict=True)]
+    session.execute(insert(Segmentation), segmentations)
+    cells = [
+        {"segmentation_id": key, **cell}
+        for key, (_, of_image) in zip(ids, found, strict=True)
+        for cell in of_image
+    ]
     if cells:
-        ids = take_ids(session, Cell, len(cells))
-        of = segmentation.id
-        rows = [{"id": k, "segmentation_id": of, **c} for k, c in zip(ids, cells, strict=True)]
+        keys = take_ids(session, Cell, len(cells))
+        rows = [{"id": key, **cell} for key, cell in zip(keys, cells, strict=True)]
         session.execute(insert(Cell), rows)

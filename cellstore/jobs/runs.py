@@ -13,9 +13,9 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,8 +28,9 @@ from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
-from ..db.bulk import insert_new
-from ..db.events import Change, caller, record_events, record_runs
+from ..db.bulk import in_lists, insert_new
+from ..db.events import Change, caller, record_events
+from ..db.ledger import record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
@@ -280,19 +281,16 @@ def attach(session: Session, run_id: int, artifact_id: int) -> None:
     insert_new(session, RunArtifact, [{"run_id": run_id, "artifact_id": artifact_id}])
 
 
-def keep_file(session: Session, stored: StoredFile) -> int:
-    """Return the id of the artifact row of ``stored``, made if it is new."""
-    row = {
-        "kind": stored.kind,
-        "path": stored.path,
-        "sha256": stored.sha256,
-        "size_bytes": stored.size_bytes,
-        "created_at": datetime.now(UTC),
-    }
-    insert_new(session, Artifact, [row])
-    return session.scalars(
-        select(Artifact.id).where(Artifact.sha256 == stored.sha256, Artifact.kind == stored.kind)
-    ).one()
+def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
+    """Return the ids of the artifact rows of files, made where they are new."""
+    now = datetime.now(UTC)
+    insert_new(session, Artifact, [asdict(file) | {"created_at": now} for file in stored])
+    known = {}
+    for some in in_lists({file.sha256 for file in stored}):
+        query = select(Artifact.kind, Artifact.sha256, Artifact.id)
+        for row in session.execute(query.where(Artifact.sha256.in_(some))):
+            known[row.kind, row.sha256] = row.id
+    return [known[file.kind, file.sha256] for file in stored]
 
 
 def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:

@@ -38,7 +38,6 @@ from ..query.cells import (
     read_flows,
     read_masks,
 )
-from ..query.feature_files import SetReader
 from .baselines import CELLCOUNT, MAJORITY, POSITION, count_rows
 from .branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
 from .crops import (
@@ -381,17 +380,12 @@ class CellReader:
         features = source.features
         read = () if self.of_image else scaler.names
         gone = [name for name in read if name not in set(features.columns)]
-        if gone and features.files is None:
-            raise UserInputError(
-                "The network reads measurements that this cellstore does not make: "
-                f"{', '.join(gone[:5])}. Train again."
-            )
         if gone:
             raise UserInputError(
                 f"Feature set {features.name!r} no longer has {len(gone)} columns that the network "
                 f"reads: {', '.join(gone[:5])}. Train again."
             )
-        self._values = SetReader(features.files or ())
+        self._values = source.reader()
         self._kept: dict[int, CellCrops] = {}
         self._room = default_memory() if kept_bytes is None else kept_bytes
         self._lock = Lock()
@@ -410,12 +404,10 @@ class CellReader:
         found = self._kept.get(image_id)
         if found is not None:
             return found
-        in_table, columns = self.source.features.files is None, self.scaler.names
+        columns = self.scaler.names
         with self.workspace.database.read() as session:
-            # The open files of a feature set are for one thread at a time.
-            with nullcontext() if in_table else self._lock:
-                wanted = () if self.of_image else columns
-                rows = read_cells(session, self.source, image_id, wanted, self._values)
+            wanted = () if self.of_image else columns
+            rows = read_cells(session, self.source, image_id, wanted, self._values)
             values, count = rows.features, len(rows.cell_ids)
             if self.of_image == CELLCOUNT:
                 values = np.repeat(count_rows([count]), count, axis=0)

@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torchvision import models
 
 from ..errors import UnknownNameError, UserInputError, first_line
+from ..io.uris import plain_file
 from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR
 
 EFFICIENTNET_B0 = "efficientnet_b0"
@@ -170,6 +171,7 @@ def read_state(path: Path, backbone: str) -> State:
     Raises ``UserInputError`` if there is none.
     """
     try:
+        plain_file(path)
         if path.suffix == ".safetensors":
             return load_tensors(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)

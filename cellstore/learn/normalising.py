@@ -25,7 +25,6 @@ from ..jobs.planes import read_image
 from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, read_cells, stream_features
 from ..query.exclusions import image_counts
-from ..query.feature_files import SetReader
 
 Numbers = NDArray[np.float64]
 
@@ -259,7 +258,7 @@ def fit_inputs(
         ImageError: no image of a plate can be read.
 
     """
-    columns, gaps = source.features.columns, source.features.files is not None
+    columns, gaps = source.features.columns, source.features.has_gaps
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()
     by_plate = normalise == "plate-controls" or bool(planes)
     plates = plates_of(session, training) if by_plate else []
@@ -356,8 +355,7 @@ def _features(
     controls: bool = False,
 ) -> Iterator[Numbers]:
     """Yield the features of the cells of a plate, or of its negative controls, image by image."""
-    reader = None if source.features.files is None else SetReader(source.features.files)
-    query = _images(source, barcode)
+    query, reader = _images(source, barcode), source.reader()
     if controls:
         query = query.where(Well.control == Control.NEGATIVE)
     for image_id in session.scalars(query.order_by(Image.id)).all():
@@ -373,7 +371,7 @@ def _controls(
         if not any(len(rows) for rows in _features(session, source, plate, ())):
             continue
         blocks = _features(session, source, plate, columns, controls=True)
-        found[plate] = fit_scale(columns, blocks, gaps=source.features.files is not None)
+        found[plate] = fit_scale(columns, blocks, gaps=source.features.has_gaps)
         cells = found[plate].cells
         if cells < FEWEST_CONTROLS:
             where = " in the training subset" if source.subset is Subset.TRAIN else ""

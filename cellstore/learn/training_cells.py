@@ -126,7 +126,7 @@ def find_training_cells(
     images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
     cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
     parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
-    if found.files is not None:
+    if found.has_gaps:
         parameters |= {"feature_files": found.mark, "gaps": "mean of the training subset"}
     return TrainingCells(
         split=split,

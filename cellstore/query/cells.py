@@ -28,7 +28,6 @@ from ..jobs.planes import read_artifact_image
 from ..models import (
     Artifact,
     Cell,
-    CellFeatures,
     FeatureSet,
     Image,
     Plate,
@@ -68,6 +67,10 @@ class CellSource:
     unflagged_by: int | None = None
     annotated: bool = False
 
+    def reader(self) -> SetReader:
+        """Return what reads the measurements; the files that it opens stay open with it."""
+        return SetReader(self.features.files, self.measure_id)
+
 
 @dataclass(frozen=True)
 class ImageBlock:
@@ -97,9 +100,9 @@ class CellRows:
 
 
 def cells_query(source: CellSource) -> Select[Any]:
-    """Return the query of all cells of ``source`` with boxes, measurements, subset and label.
+    """Return the query of all cells of ``source`` with boxes, subset and label.
 
-    Measurements that are in files are not in the answer; read them by cell id.
+    Measurements are read by cell id; see :meth:`CellSource.reader`.
     """
     current = and_(IS_CURRENT, Segmentation.recipe_id == source.segment_id)
     query = (
@@ -113,12 +116,6 @@ def cells_query(source: CellSource) -> Select[Any]:
         query = query.where(Cell.excluded.is_(None))
     else:
         query = query.where(image_counts(source.unflagged_by), cell_counts(source.unflagged_by))
-    if source.features.files is None:
-        measured = and_(
-            CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id
-        )
-        columns = (getattr(CellFeatures, name) for name in FEATURE_NAMES)
-        query = query.add_columns(*columns).join(CellFeatures, measured)
     if source.plates:
         query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
         query = query.where(Plate.barcode.in_(source.plates))
@@ -137,23 +134,27 @@ def as_text(query: Select[Any]) -> str:
     return str(compiled)
 
 
+def count_cells(session: Session, query: Select[Any], source: CellSource) -> dict[int, int]:
+    """Return how many cells of ``query``, one of ``cells_query(source)``, each image has, by id."""
+    counts: Counter[int] = Counter()
+    for images, _ in stream_groups(session, query, source, Image.id):
+        found, numbers = np.unique(images, return_counts=True)
+        counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
+    return counts
+
+
 def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
     """Return the images of a split that have cells to read, by image id; a row per image."""
-    keys = (Image.id, Segmentation.content_sha256, SplitMember.subset, SplitMember.label_id)
-    query = cells_query(source)
-    if source.features.files is None:
-        counted = query.with_only_columns(*keys, func.count(Cell.id))
-        rows = session.execute(counted.group_by(*keys).order_by(Image.id))
-        return [ImageBlock(*row) for row in rows]
-    counts: Counter[Any] = Counter()
-    reader = SetReader(source.features.files)
-    cells = query.with_only_columns(*keys, Cell.id).order_by(Cell.id)
-    for block in session.execute(cells.execution_options(yield_per=ROWS_AT_ONCE)).partitions():
-        *key, cell_ids = zip(*block, strict=True)
-        there, _ = reader(np.array(cell_ids, dtype=np.int64), ())
-        counts.update(compress(zip(*key, strict=True), there))
-    by_image = sorted(counts.items(), key=lambda item: int(item[0][0]))
-    return [ImageBlock(*(*key, number)) for key, number in by_image]
+    counts = count_cells(session, cells_query(source), source)
+    current = and_(IS_CURRENT, Segmentation.recipe_id == source.segment_id)
+    query = (
+        select(Image.id, Segmentation.content_sha256, SplitMember.subset, SplitMember.label_id)
+        .join(Segmentation, current)
+        .join(SplitMember, SplitMember.image_id == Image.id)
+        .where(SplitMember.split_id == source.split_id)
+        .order_by(Image.id)
+    )
+    return [ImageBlock(*row, counts[row.id]) for row in session.execute(query) if row.id in counts]
 
 
 def read_cells(
@@ -165,18 +166,13 @@ def read_cells(
 ) -> CellRows:
     """Return the cells of one image, by cell id: ``cells_query`` restricted to it.
 
-    ``reader`` of the files of a feature set keeps them open from call to call.
+    ``reader`` (of ``source``) keeps the files of a feature set open from call to call.
     """
     query = cells_query(source).where(Image.id == image_id).order_by(Cell.id)
     rows = session.execute(query).mappings().all()
     ids = np.array([row["cell_id"] for row in rows], dtype=np.int64)
-    if source.features.files is None:
-        found = [[row[name] for name in columns] for row in rows]
-        values = np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
-    else:
-        reader = reader or SetReader(source.features.files)
-        there, values = reader(ids, columns)
-        rows, ids, values = list(compress(rows, there)), ids[there], values[there]
+    there, values = (reader or source.reader())(session, ids, columns)
+    rows, ids, values = list(compress(rows, there)), ids[there], values[there]
     boxes = [[row[name] for name in _BOX] for row in rows]
     known = not any(None in box for box in boxes)
     return CellRows(
@@ -193,16 +189,11 @@ def stream_features(
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the measurements of all cells in blocks (N, F) of at most 10,000 rows."""
     at_once = max(1, min(ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
-    query = cells_query(source).order_by(Cell.id).execution_options(yield_per=at_once)
-    if source.features.files is not None:
-        reader = SetReader(source.features.files)
-        for cells in session.execute(query.with_only_columns(Cell.id)).partitions():
-            there, values = reader(np.array([row[0] for row in cells], dtype=np.int64), columns)
-            yield values[there]
-        return
-    chosen = query.with_only_columns(*(getattr(CellFeatures, name) for name in columns))
-    for block in session.execute(chosen).partitions():
-        yield np.array([tuple(row) for row in block], dtype=np.float64)
+    query, reader = cells_query(source).with_only_columns(Cell.id), source.reader()
+    query = query.order_by(Cell.id)
+    for ids in session.scalars(query.execution_options(yield_per=at_once)).partitions():
+        there, values = reader(session, np.array(ids, dtype=np.int64), columns)
+        yield values[there]
 
 
 def plate_of(session: Session, image_id: int) -> str:
@@ -445,14 +436,11 @@ def stream_groups(
     """
     chosen = query.with_only_columns(group, Cell.id).order_by(Cell.id)
     rows = session.execute(chosen.execution_options(yield_per=ROWS_AT_ONCE))
-    files = source.features.files
-    reader = None if files is None else SetReader(files)
+    reader = source.reader()
     for block in rows.partitions():
         groups, ids = np.array([tuple(row) for row in block], dtype=np.int64).T
-        if reader is not None:
-            there, _ = reader(ids, ())
-            groups, ids = groups[there], ids[there]
-        yield groups, ids
+        there, _ = reader(session, ids, ())
+        yield groups[there], ids[there]
 
 
 def read_drawn(
@@ -471,22 +459,11 @@ def read_drawn(
         .join(Plate, Plate.id == Well.plate_id)
         .order_by(Cell.id)
     )
-    if source.features.files is not None:
-        values = SetReader(source.features.files)(cell_ids, columns)[1]
-        measured = None
-    else:
-        values = np.empty((len(cell_ids), len(columns)))
-        measured = select(*(getattr(CellFeatures, name) for name in columns))
-        measured = measured.where(CellFeatures.recipe_id == source.measure_id)
+    values = source.reader()(session, cell_ids, columns)[1]
     wells: list[int] = []
     plates: list[str] = []
     for ids in in_lists(cell_ids.tolist()):
-        start = len(wells)
         for well, plate in session.execute(positions.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
-        if measured is not None:
-            query = measured.where(CellFeatures.cell_id.in_(ids)).order_by(CellFeatures.cell_id)
-            found = [tuple(row) for row in session.execute(query)]
-            values[start : start + len(ids)] = np.array(found, dtype=np.float64)
     return values, np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_)

@@ -1,7 +1,8 @@
 """Feature sets: the built-in ones in table ``features``, the others in Parquet files.
 
-A file is rows by ``cell_id``, so that the values of some cells are a few row groups of a few files.
-No function holds more than the rows that it was asked for.
+:class:`SetReader` reads both alike, by ``cell_id``. A file is rows by ``cell_id``, so that the
+values of some cells are a few row groups of a few files. No function holds more than the rows that
+it was asked for.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import hashlib
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +27,16 @@ from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
 from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
+from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
 from ..jobs.lookup import IS_CURRENT, has_results
-from ..jobs.runs import attach, keep_file
+from ..jobs.runs import attach, keep_files
 from ..models import (
     Artifact,
     Cell,
+    CellFeatures,
     FeatureFile,
     FeatureSet,
     Image,
@@ -77,7 +81,7 @@ def register_files(
                 f"The file {file.stored.path} was removed while it was written. Run the same "
                 "command again."
             )
-        artifact = keep_file(session, file.stored)
+        artifact = keep_files(session, [file.stored])[0]
         attach(session, run_id, artifact)
         row = FeatureFile(
             feature_set_id=feature_set_id,
@@ -178,7 +182,8 @@ class FeatureWriter:
 _NUMERIC = ("float", "int", "uint")
 _OPEN_FILES = 16
 
-Values = tuple[NDArray[np.bool_], NDArray[np.float64]]
+Numbers = NDArray[np.float64]
+Values = tuple[NDArray[np.bool_], Numbers]
 
 
 @dataclass(frozen=True)
@@ -194,13 +199,19 @@ class SetFile:
 class ReadableSet:
     """The numeric ``columns`` of a feature set, and where they are: ``files``, else the table.
 
-    ``mark`` is a digest over the bytes of all files, ``None`` for the table.
+    ``mark`` is a digest over the bytes of all files, ``None`` for the table, in which no value
+    misses: ``has_gaps`` says of others that some may.
     """
 
     name: str | None = None
     columns: tuple[str, ...] = FEATURE_NAMES
     files: tuple[SetFile, ...] | None = None
     mark: str | None = None
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a value may be missing."""
+        return self.files is not None
 
 
 BUILT_IN = ReadableSet()
@@ -277,14 +288,18 @@ def open_set(
 
 
 class SetReader:
-    """Call it with cell ids to get their values out of the files of a feature set."""
+    """Call it with cell ids to get their values out of a feature set. Threads may share it.
 
-    def __init__(self, files: Sequence[SetFile]) -> None:
-        self._files = tuple(files)
+    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``.
+    """
+
+    def __init__(self, files: Sequence[SetFile] | None, measure_id: int | None = None) -> None:
+        self._files, self._measure_id = files, measure_id
         self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._last: tuple[object, pa.Table | None] = (None, None)
+        self._lock = Lock()
 
-    def __call__(self, cell_ids: NDArray[np.int64], columns: Sequence[str]) -> Values:
+    def __call__(self, session: Session, cell_ids: Integers, columns: Sequence[str]) -> Values:
         """Return which of the cells the set has, (N,), and their values, (N, F).
 
         ``cell_ids`` (N,) ascend. A value that was not measured is NaN, and so is every value of a
@@ -296,33 +311,15 @@ class SetReader:
         """
         values = np.full((len(cell_ids), len(columns)), np.nan)
         times = np.zeros(len(cell_ids), dtype=np.int64)
-        for file in self._files:
-            outside = len(cell_ids) == 0 or file.first_cell_id > cell_ids[-1]
-            if outside or file.last_cell_id < cell_ids[0]:
-                continue
-            if file.path not in self._open:
-                if len(self._open) == _OPEN_FILES:
-                    self._open.popitem(last=False)
-                self._open[file.path] = _OpenFile(file.path)
-            self._open.move_to_end(file.path)
-            opened = self._open[file.path]
-            for group in opened.groups(cell_ids, columns):
-                # The next cells that are asked for are often in the same row group.
-                key = (file.path, group, tuple(columns))
-                if self._last[0] != key:
-                    self._last = (None, None)  # never two of them in memory
-                    self._last = (key, opened.table(group, columns))
-                table = self._last[1]
-                assert table is not None
-                found = table.column(CELL_ID).to_numpy()
-                positions = np.searchsorted(cell_ids, found)
-                wanted = positions < len(cell_ids)
-                wanted[wanted] = cell_ids[positions[wanted]] == found[wanted]
-                positions = positions[wanted]
-                np.add.at(times, positions, 1)
-                for index, name in enumerate(columns):
-                    numbers = table.column(name).cast(pa.float64(), safe=False).to_numpy()
-                    values[positions, index] = numbers[wanted]
+        read = self._of_table if self._files is None else self._of_files
+        for found, numbers in read(session, cell_ids, columns) if len(cell_ids) else ():
+            positions = np.searchsorted(cell_ids, found)
+            wanted = positions < len(cell_ids)
+            wanted[wanted] = cell_ids[positions[wanted]] == found[wanted]
+            positions = positions[wanted]
+            np.add.at(times, positions, 1)
+            for index, column in enumerate(numbers):
+                values[positions, index] = column[wanted]
         if (times > 1).any():
             twice = int(cell_ids[times > 1][0])
             raise StorageError(
@@ -330,6 +327,47 @@ class SetReader:
                 "See what is wrong with: cellstore verify"
             )
         return times == 1, values
+
+    def _of_table(
+        self, session: Session, cell_ids: Integers, columns: Sequence[str]
+    ) -> Iterator[tuple[Integers, Iterable[Numbers]]]:
+        asked = [CellFeatures.cell_id, *(getattr(CellFeatures, name) for name in columns)]
+        query = select(*asked).where(CellFeatures.recipe_id == self._measure_id)
+        first, last = int(cell_ids[0]), int(cell_ids[-1])
+        parts = [query.where(CellFeatures.cell_id.between(first, last))]
+        if last - first > 4 * len(cell_ids):  # most of the range is not asked for
+            parts = [query.where(CellFeatures.cell_id.in_(s)) for s in in_lists(cell_ids.tolist())]
+        for part in parts:
+            rows = [tuple(row) for row in session.execute(part)]
+            table = np.array(rows, dtype=np.float64).reshape(len(rows), len(asked)).T
+            yield table[0].astype(np.int64), table[1:]
+
+    def _of_files(
+        self, _session: Session, cell_ids: Integers, columns: Sequence[str]
+    ) -> Iterator[tuple[Integers, Iterable[Numbers]]]:
+        with self._lock:
+            for file in self._files or ():
+                if file.first_cell_id > cell_ids[-1] or file.last_cell_id < cell_ids[0]:
+                    continue
+                if file.path not in self._open:
+                    if len(self._open) == _OPEN_FILES:
+                        self._open.popitem(last=False)
+                    self._open[file.path] = _OpenFile(file.path)
+                self._open.move_to_end(file.path)
+                opened = self._open[file.path]
+                for group in opened.groups(cell_ids, columns):
+                    # The next cells that are asked for are often in the same row group.
+                    key = (file.path, group, tuple(columns))
+                    if self._last[0] != key:
+                        self._last = (None, None)  # never two of them in memory
+                        self._last = (key, opened.table(group, columns))
+                    table = self._last[1]
+                    assert table is not None
+                    numbers = (
+                        table.column(name).cast(pa.float64(), safe=False).to_numpy()
+                        for name in columns
+                    )
+                    yield table.column(CELL_ID).to_numpy(), numbers
 
 
 def stored_values(
@@ -521,7 +559,8 @@ def images_of_lost_files(
             .order_by(Cell.id)
         )
         for block in session.execute(cells.execution_options(yield_per=50_000)).partitions():
-            found, _ = reader(np.array([row.id for row in block], dtype=np.int64), ())
+            ids = np.array([row.id for row in block], dtype=np.int64)
+            found, _ = reader(session, ids, ())
             images.update(block[index].image_id for index in np.flatnonzero(~found))
     return images
 

@@ -48,6 +48,10 @@ _REFUSED = frozenset(("current_setting", "getenv", "write_log"))
 _EXPLAIN = re.compile(r"\s*explain\b\s*(analyze\b|analyse\b)?\s*(\([^()]*\))?", re.IGNORECASE)
 
 
+_AFTER_COLUMN = {b",", b")", b"using", b"group", b"order", b"limit", b"offset"}
+"""What ends the name of a column, or all of them, in ``PIVOT ... ON``."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one question may take: ``seconds`` of time, memory, and size of the answer."""
@@ -150,8 +154,9 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement:
             what reads anything else.
     """
     text, kind = _one_statement(connection, sql)
-    prefix = _EXPLAIN.match(text) if kind == "EXPLAIN" else None
-    found = parsed(connection, text[prefix.end() :] if prefix else text)
+    prefix = _EXPLAIN.match(text) if kind in ("EXPLAIN", "MULTI") else None
+    asked = text[prefix.end() :] if prefix else text
+    found = parsed(connection, _with_values(asked) if kind == "MULTI" else asked)
     if found is None or found.writes:
         raise QueryError(
             "A question can only read: SELECT, WITH, EXPLAIN, DESCRIBE, SHOW or SUMMARIZE. "
@@ -253,6 +258,39 @@ def _walk(node: Any, own_names: frozenset[str], found: Statement) -> None:
     for key, value in node.items():
         if key != "cte_map":
             _walk(value, own_names, found)
+
+
+def _with_values(sql: str) -> str:
+    """Return SQL in which every PIVOT names its values, so that it is one SELECT.
+
+    Without ``IN (...)`` DuckDB first looks which values there are, and its parser tells nothing of
+    such a question. What this returns is parsed, and never carried out.
+    """
+    text = sql.encode()
+    comment = duckdb.token_type.comment
+    starts = [start for start, kind in duckdb.tokenize(sql) if kind != comment]
+    pieces, depth = [text[: starts[0]]], 0
+    open_pivots: list[tuple[int, str]] = []  # how deep in brackets each is, and what comes now
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        word = text[start:end].split(maxsplit=1)[0].lower()
+        at, part = open_pivots[-1] if open_pivots else (-1, "")
+        if at == depth:
+            if part == "column" and word in _AFTER_COLUMN:
+                pieces.append(b" IN (NULL) ")
+            if word == b"on" and part == "source":
+                open_pivots[-1] = (at, "column")
+            elif word == b"in" and part == "column":
+                open_pivots[-1] = (at, "values")
+            elif word == b"," and part == "values":
+                open_pivots[-1] = (at, "column")
+            elif word in _AFTER_COLUMN and word != b",":
+                open_pivots.pop()
+        if word == b"pivot":
+            open_pivots.append((depth, "source"))
+        depth += (word == b"(") - (word == b")")
+        pieces.append(text[start:end])
+    pieces += [b" IN (NULL)" for _, part in open_pivots if part == "column"]
+    return b"".join(pieces).decode()
 
 
 def _table_functions(connection: duckdb.DuckDBPyConnection) -> set[str]:

@@ -27,6 +27,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
+    false,
     func,
     or_,
     select,
@@ -949,9 +950,12 @@ def _known(session: Session, file: File) -> Record:
     else:
         downstream = _downstream(session, runs_of=() if using else by, recipes_of=using)
     if source == TABLE:
-        relabelled = images.c.well_id.in_(wells_changed(events.c.run_id.in_(by)))
-        for item in _downstream_of_images(session, select(images.c.id).where(relabelled)):
-            downstream.append({**item, "what": f"{item['what']} of these wells"})
+        of_wells = images.c.well_id.in_(wells_changed(events.c.run_id.in_(by)))
+        brought, of_images = _brought(session, by)
+        downstream = [*brought, *downstream]
+        for these, which in (("wells", of_wells), ("images", of_images)):
+            for item in _downstream_of_images(session, select(images.c.id).where(which)):
+                downstream.append({**item, "what": f"{item['what']} of these {these}"})
     return {
         "kind": _kind(file),
         "key": row.id,
@@ -965,11 +969,33 @@ def _known(session: Session, file: File) -> Record:
     }
 
 
+def _brought(
+    session: Session, ingests: Collection[int]
+) -> tuple[list[Record], ColumnElement[bool]]:
+    """What ingest runs brought, counted by table, and the condition of their new images."""
+    first, last = (events.c.new[key].as_integer() for key in ("first_id", "last_id"))
+    query = select(events.c.table_name, events.c.run_id, first, last)
+    query = query.where(events.c.run_id.in_(ingests), events.c.old.is_(None), last.is_not(None))
+    counts: dict[str, int] = defaultdict(int)
+    by: dict[str, set[int]] = defaultdict(set)
+    new_images: list[ColumnElement[bool]] = [false()]
+    for table, run_id, begin, end in session.execute(query.order_by(events.c.id)):
+        counts[table] += end - begin + 1
+        by[table].add(run_id)
+        if table == "images":
+            new_images.append(images.c.id.between(begin, end))
+    came = ((f"new {table.replace('_', ' ')}", n, by[table], ()) for table, n in counts.items())
+    return _came(*came), or_(*new_images)
+
+
 def is_part(value: Any) -> bool:
     """Whether a value is a record, or a list of records."""
     return isinstance(value, Mapping) or (
         isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
     )
+
+
+_SHA256 = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:
@@ -992,9 +1018,6 @@ def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not name.endswith("id"):
         return f"{value:,}"
-    text = str(value)
-    if name.endswith(("sha256", "fingerprint", "checkpoints", "weights")):
-        text = text[:digits]
-    elif name.endswith("_at"):
-        text = text[:19].replace("T", " ")
-    return text
+    if name.endswith("_at"):
+        return str(value)[:19].replace("T", " ")
+    return _SHA256.sub(lambda found: found[0][:digits], str(value))

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.statistics import bootstrap_interval
+from ..analysis.statistics import well_interval
 from ..config import VoteOptions
 from ..enums import Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions, open_questions
-from .scoring import CLASS_NAMES, SEEN, Subject, find_subject, paired_test
+from .scoring import CLASS_NAMES, SEEN, Subject, find_subject, judge
 from .votes import LEVELS, SUBSETS, VOTES
 
 
@@ -24,8 +24,8 @@ from .votes import LEVELS, SUBSETS, VOTES
 class ComparedRun:
     """One of two compared runs, on what both have answered.
 
-    ``low`` and ``high`` bound the accuracy: 95 % bootstrap interval over wells, ``None`` for a
-    single well. ``wells_seen``: how many of the compared wells it had been trained on.
+    ``low`` and ``high`` bound the accuracy: 95 % interval over wells, ``None`` where these are too
+    few. ``wells_seen``: how many of the compared wells it had been trained on.
     """
 
     run_id: int
@@ -84,9 +84,10 @@ class Comparison:
 
     ``both_right``, ``only_first``, ``only_second`` and ``both_wrong`` add up to ``n``; ``same``
     counts equal labels, right or wrong. ``difference`` is the accuracy of the first minus that of
-    the second, with ``difference_low`` and ``difference_high`` by drawing whole wells.
+    the second, with ``difference_low`` and ``difference_high``, ``None`` where wells are too few.
     ``not_compared`` counts the units that only one of them has answered. ``better`` is the number
-    of the run that is better by the test at 5 %, or ``None``; ``conclusion`` says it in words.
+    of the run that is better by the test at 5 %, or ``None``; ``conclusion`` says it in words, or
+    why it cannot be said (``cannot_say``).
     ``warnings`` say why the two may not be comparable. ``differing`` holds the first
     ``len(differing)`` of ``n_differing`` units whose labels differ.
     """
@@ -108,6 +109,7 @@ class Comparison:
     test: McNemar
     better: int | None
     conclusion: str
+    cannot_say: str | None = None
     not_compared: int = 0
     recipes: tuple[RecipeDifference, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -242,7 +244,7 @@ def compare_subjects(
     for subject, correct in zip((first, second), right, strict=True):
         known = questions.ask_ours(SEEN, [subject.run.id]).arrays()["well_id"]
         seen.append(np.intersect1d(pair.well, known.astype(np.int64)))
-        low, high = bootstrap_interval(correct, pair.well) or (None, None)
+        low, high = well_interval(correct, pair.well) or (None, None)
         compared.append(
             ComparedRun(
                 run_id=subject.run.id,
@@ -255,16 +257,19 @@ def compare_subjects(
                 wells_seen=seen[-1].size,
             )
         )
-    gain, test, sign = paired_test(*right, pair.well)
-    bounds = bootstrap_interval(right[0], pair.well, minus=right[1]) or (None, None)
-    better = {1: first.run.id, -1: second.run.id, 0: None}[sign]
+    verdict = judge(*right, pair.well, np.setxor1d(*seen).size)
+    test = verdict.test
+    bounds = well_interval(right[0], pair.well, minus=right[1]) or (None, None)
+    better = {1: first.run.id, -1: second.run.id}.get(verdict.better or 0)
     wells = (
         f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
         f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
     conclusion = f"Neither run is shown to be better: {wells}."
-    if better is not None:
-        worse = second.run.id if sign == 1 else first.run.id
+    if verdict.cannot_say:
+        conclusion = f"Cannot say which run is better: {verdict.cannot_say}; {wells}."
+    elif better is not None:
+        worse = second.run.id if verdict.better == 1 else first.run.id
         conclusion = f"Run {better} is better than run {worse}: {wells}."
     differs = np.flatnonzero(pair.first != pair.second)
     return Comparison(
@@ -279,7 +284,7 @@ def compare_subjects(
         only_second=int((~right[0] & right[1]).sum()),
         both_wrong=int((~right[0] & ~right[1]).sum()),
         same=pair.unit.size - differs.size,
-        difference=gain,
+        difference=verdict.difference,
         difference_low=bounds[0],
         difference_high=bounds[1],
         test=McNemar(
@@ -291,6 +296,7 @@ def compare_subjects(
         ),
         better=better,
         conclusion=conclusion,
+        cannot_say=verdict.cannot_say,
         not_compared=pair.not_compared,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, level),

@@ -66,7 +66,8 @@ class Step:
 
     ``spelled``: the command has every option, so that the recipe's fingerprint comes out the same;
     else it is the command as it was typed, or empty where that is not known. ``tables``: name,
-    sha256, layout and number of rows of each file that an ingest read.
+    sha256, layout and number of rows of each file that an ingest read. ``refused``: how many rows
+    were refused or images failed, for which the command ended with 1.
     """
 
     run_id: int
@@ -80,6 +81,7 @@ class Step:
     environment: dict[str, Any]
     started_at: str
     tables: tuple[dict[str, Any], ...] = ()
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def _step_of(session: Session, run: Run) -> Step:
                 else:
                     words += tuple(selection_of(typed))
     files = select(IngestFile).where(IngestFile.run_id == run.id).order_by(IngestFile.id)
+    failed = select(func.count()).where(Job.run_id == run.id, Job.status == Status.FAILED)
     return Step(
         run_id=run.id,
         stage=run.stage.value,
@@ -315,6 +318,7 @@ def _step_of(session: Session, run: Run) -> Step:
             {"name": file.name, "sha256": file.sha256, "layout": file.layout, "rows": file.n_rows}
             for file in session.scalars(files)
         ),
+        refused=int((run.result or {}).get("refused") or 0) + (session.scalar(failed) or 0),
     )
 
 
@@ -414,5 +418,10 @@ def _script(
         text = "\n".join(command)
         if (variable := variables.get(str(step.run_id))) is not None:
             text = f"{variable}=$({text} --json | number)"
+        elif step.refused:
+            comment(
+                f"Rows refused or images failed then: {step.refused:,}. It may end with 1 again."
+            )
+            text += " || [ $? -eq 1 ]"
         lines.append(text)
     return "\n".join(lines) + "\n"

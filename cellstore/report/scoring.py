@@ -15,7 +15,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import aliased
 
 from ..analysis import statistics
-from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
+from ..analysis.statistics import FEWEST_WELLS, WellTest, mcnemar_over_wells, well_interval
 from ..config import VoteOptions
 from ..db.fields import wells_relabelled
 from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
@@ -41,8 +41,9 @@ class Score:
 
     ``level`` is cell, image or well; ``vote`` hard, soft or median (a cell has one answer, listed
     as hard). ``n`` counts the answers; ``abstained`` cells, images or wells more gave none, and
-    ``coverage`` is the share that did. ``low`` and ``high`` bound the accuracy: 95 % bootstrap
-    interval over wells, ``None`` for a single well. ``majority`` is the accuracy of always
+    ``coverage`` is the share that did. ``low`` and ``high`` bound the accuracy: 95 %
+    interval over wells (:func:`..analysis.statistics.well_interval`), ``None`` for fewer than
+    ``FEWEST_WELLS`` wells. ``majority`` is the accuracy of always
     answering the most frequent class of the training images. ``top_5``: the truth is among the
     first five; ``None`` where there are at most five classes, or fewer than five choices were kept.
     ``ece``: expected calibration error. ``ties`` counts draws of the vote. ``log_loss`` is the mean
@@ -75,7 +76,8 @@ class BaselineScore:
     ``n`` counts the cells, images or wells that both have labelled, ``low`` and ``high`` bound the
     accuracy as in :class:`Score`. ``null``: it knows nothing of what a treatment does to a cell.
     ``p_value``: of McNemar's test over wells between the run and the baseline, as ``compare`` does
-    it; ``beaten``: whether it shows, at 5 %, that the run is better.
+    it; ``beaten``: whether it shows, at 5 %, that the run is better; ``None`` where that cannot be
+    said, and ``cannot_say`` is why.
     """
 
     baseline: str
@@ -89,7 +91,8 @@ class BaselineScore:
     low: float | None
     high: float | None
     p_value: float
-    beaten: bool
+    beaten: bool | None
+    cannot_say: str | None = None
 
 
 @dataclass(frozen=True)
@@ -252,8 +255,6 @@ KEYS = (*(("image", vote) for vote in VOTES), *(("well", vote) for vote in VOTES
 """Level and vote of all scores, in the order in which they are shown."""
 TOP = 5
 SIGNIFICANT = 0.05
-FEWEST_WELLS = 6
-"""With fewer wells McNemar's test over wells cannot come to less than 5 %: 2 / 2**5 = 0.0625."""
 
 CLASS_NAMES = """
     SELECT value, row_number() OVER (ORDER BY value) - 1 AS code FROM (
@@ -634,7 +635,7 @@ def score_answers(
         part = {key: answers[key].where(mask) for key, mask in masks.items()}
         parts.append(() if every else scores_of(part, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
-    beats, against = against_nulls(baselines, subject.baseline, answered.size, split.name)
+    beats, against = against_nulls(baselines, subject.baseline, split.name)
 
     # The genes of each label, if labels are compounds; close: the answer is another compound of a
     # gene of the truth.
@@ -719,6 +720,19 @@ def score_answers(
         for row in positions
     )
 
+    tested = [item for item in by_class if item.wells]
+    few = [item for item in tested if item.low is None]
+    too_few = []
+    if few:
+        single = [item.label for item in few if item.wells == 1]
+        some_of = f"{', '.join(single[:TOP])}{', ...' if len(single) > TOP else ''}"
+        lonely = f", {len(single):,} of them one well only ({some_of})" if single else ""
+        too_few.append(
+            f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
+            f"{lonely}: too few for an interval, so their numbers hold for these wells only. With "
+            "more replicates, or with cellstore split create NAME --folds 5, more wells are tested."
+        )
+
     with questions.workspace.database.read() as session:
         others = {row.id: row for row in wells_relabelled(session, split.id) if row.id in truths}
     relabelled = []
@@ -767,7 +781,7 @@ def score_answers(
         wells_seen=seen,
         leaks=seen > 0,
         leak=leak,
-        notes=(*notes_on(questions, subject, counts, subsets, flagged), *relabelled),
+        notes=(*notes_on(questions, subject, counts, subsets, flagged), *too_few, *relabelled),
         scores=scores_of(answers, majority, top=top),
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
@@ -794,7 +808,7 @@ def score_group(
     given = mask & ~every.abstained
     number, right = int(given.sum()), int(every.correct[given].sum())
     wells = every.well[given]
-    bounds = bootstrap_interval(every.correct[given], wells) if number else None
+    bounds = well_interval(every.correct[given], wells) if number else None
     low, high = bounds or (None, None)
     return GroupScore(
         name=name,
@@ -831,7 +845,7 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
         if not given.unit.size:
             continue
         counts = statistics.class_counts(given.truth, given.predicted, len(given.labels))
-        low, high = bootstrap_interval(given.correct, given.well) or (None, None)
+        low, high = well_interval(given.correct, given.well) or (None, None)
         always = None
         if majority is not None:
             code = given.labels.index(majority) if majority in given.labels else -1
@@ -869,19 +883,42 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
 # Baselines
 
 
-def paired_test(
-    first: NDArray[np.bool_], second: NDArray[np.bool_], wells: NDArray[np.int64]
-) -> tuple[float, WellTest, int]:
+@dataclass(frozen=True)
+class Verdict:
+    """Which of two runs is better.
+
+    ``difference`` of their accuracies, first minus second; ``test``: McNemar's test over wells;
+    ``better`` by it, at 5 %: 1 the first, -1 the second, 0 neither, ``None`` where that cannot be
+    said, and ``cannot_say`` is why.
+    """
+
+    difference: float
+    test: WellTest
+    better: int | None
+    cannot_say: str | None
+
+
+def judge(
+    first: NDArray[np.bool_],
+    second: NDArray[np.bool_],
+    wells: NDArray[np.int64],
+    seen_by_one: int = 0,
+) -> Verdict:
     """Compare two runs on the same N units, as ``report`` and ``compare`` both do it.
 
-    ``first`` and ``second`` are (N,): whether each is right. Returns the difference of their
-    accuracies, McNemar's test over wells, and which of them it shows to be better at 5 %: 1 the
-    first, -1 the second, 0 neither.
+    ``first`` and ``second`` are (N,): whether each is right; ``wells`` (N,): the well of each.
+    ``seen_by_one``: how many of the wells one of the two has seen in training, and the other not.
     """
     gain = float(first.mean() - second.mean())
     test = mcnemar_over_wells(first, second, wells)
+    reason = None
+    if seen_by_one:
+        reason = f"{seen_by_one:,} of {test.wells:,} wells were seen in training by one of the two"
+    elif test.wells < FEWEST_WELLS:
+        some = f"{test.wells} well{'' if test.wells == 1 else 's'}"
+        reason = f"too few wells ({some} scored by both, {FEWEST_WELLS} are the least)"
     better = 0 if test.p_value >= SIGNIFICANT else 1 if gain > 0 else -1
-    return gain, test, better
+    return Verdict(gain, test, None if reason else better, reason)
 
 
 def score_rivals(
@@ -910,8 +947,9 @@ def score_rivals(
                     if level == "image":
                         break
                     continue
-                low, high = bootstrap_interval(right, own.well) or (None, None)
-                _, test, better = paired_test(own.correct, right, own.well)
+                low, high = well_interval(right, own.well) or (None, None)
+                # Both learned from the training subset of one split.
+                verdict = judge(own.correct, right, own.well)
                 scores.append(
                     BaselineScore(
                         baseline=kind,
@@ -924,8 +962,9 @@ def score_rivals(
                         accuracy=float(right.mean()),
                         low=low,
                         high=high,
-                        p_value=test.p_value,
-                        beaten=better == 1,
+                        p_value=verdict.test.p_value,
+                        beaten=None if verdict.better is None else verdict.better == 1,
+                        cannot_say=verdict.cannot_say,
                     )
                 )
             if scores:
@@ -935,12 +974,14 @@ def score_rivals(
 
 
 def against_nulls(
-    rivals: Sequence[BaselineScore], own: str | None, wells: int, split: str
+    rivals: Sequence[BaselineScore], own: str | None, split: str
 ) -> tuple[bool | None, str]:
     """Return whether a run is shown to be better than every null baseline, and the sentence on it.
 
-    ``None``: that cannot be said. ``own``: the baseline that is scored, if it is one; ``wells``:
-    how many wells the scored images are of.
+    ``None``: that cannot be said. ``own``: the baseline that is scored, if it is one. It is better
+    than all where it is better than each by :func:`judge`: the largest p counts, so that however
+    many baselines there are, an equally good run is called better in at most 5 % of cases (an
+    intersection-union test: Berger, Technometrics 24, 1982).
     """
     command = f"Run: cellstore train --baseline null --split {shlex.quote(split)}"
     nulls = [item for item in rivals if item.null and (item.level, item.vote) == HEADLINE]
@@ -955,10 +996,10 @@ def against_nulls(
         return None, f"These labels are those of a null baseline ({own}): what others have to beat."
     if not nulls:
         return None, f"No null baseline has labelled these images, so they may be easy. {command}"
-    if wells < FEWEST_WELLS:
+    if reasons := [item.cannot_say for item in nulls if item.cannot_say]:
         return None, (
-            f"Too few wells ({wells}) to say whether these labels are better than the null "
-            f"baselines; {FEWEST_WELLS} are the least. Null baselines: {named(nulls)}."
+            "Cannot say whether these labels are better than the null baselines: "
+            f"{reasons[0]}. Null baselines: {named(nulls)}."
         )
     unbeaten = [item for item in nulls if not item.beaten]
     if unbeaten:

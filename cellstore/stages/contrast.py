@@ -16,18 +16,20 @@ from ..analysis import contrasts
 from ..analysis.contrasts import Contrast, Difference
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection
+from ..db.bulk import in_lists
 from ..db.fields import field_column
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import images_of
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
 from ..jobs.workspace import Workspace
-from ..models import Cell, Image, Plate, Run, Treatment, Well
+from ..models import Image, Plate, Run, Treatment, Well
 from ..query.cells import (
     CellSource,
     as_text,
     cells_query,
     choose_recipes,
+    count_cells,
     read_drawn,
     stream_groups,
     trainings_of_features,
@@ -186,7 +188,7 @@ def contrast(
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
-        if features.files is not None:
+        if features.mark is not None:
             parameters["feature_files"] = features.mark
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
@@ -287,16 +289,19 @@ def _treated_cells(
     session: Session, source: CellSource, params: ContrastParams
 ) -> dict[int, list[Any]]:
     """By image id: what was done to its well, its role, and how many cells it has."""
-    keys = (Image.id, Treatment.identity, Well.control, field_column(params.field))
-    query: Any = cells_query(replace(source, plates=()))
-    query = query.join(Well, Well.id == Image.well_id)
-    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
-    query = query.with_only_columns(*keys, func.count(Cell.id)).group_by(*keys)
+    query: Any = cells_query(replace(source, plates=())).join(Well, Well.id == Image.well_id)
     if source.plates:
         on_plate = select(Plate.id).where(Plate.barcode.in_(source.plates))
         query = query.where(Well.plate_id.in_(on_plate))
-    rows = session.execute(query.execution_options(yield_per=10_000))
-    return {image_id: values for image_id, *values in rows}
+    counts = count_cells(session, query, source)
+    wells = select(Image.id, Treatment.identity, Well.control, field_column(params.field))
+    wells = wells.join(Well, Well.id == Image.well_id)
+    wells = wells.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    found: dict[int, list[Any]] = {}
+    for some in in_lists(counts):
+        for image_id, *values in session.execute(wells.where(Image.id.in_(some))):
+            found[image_id] = [*values, counts[image_id]]
+    return found
 
 
 class _Comparison:

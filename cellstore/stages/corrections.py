@@ -22,10 +22,8 @@ from ..db.events import (
     Change,
     caller,
     record_events,
-    record_runs,
-    recording_removed,
-    table_digests,
 )
+from ..db.ledger import record_runs, recording_removed, table_digests
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError

@@ -21,7 +21,7 @@ from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
 from ..query.cells import plate_of, read_cells
-from ..query.feature_files import SetReader, set_of_recipe
+from ..query.feature_files import set_of_recipe
 from ..settings import need
 
 if TYPE_CHECKING:
@@ -255,8 +255,7 @@ def _example(
             continue  # what is wrong with one image is no reason to export nothing
         if not len(cells):
             continue
-        reader = SetReader(fitted.source.features.files or ())
-        rows = read_cells(session, fitted.source, image_id, fitted.record.scaler.names, reader)
+        rows = read_cells(session, fitted.source, image_id, fitted.record.scaler.names)
         crop = model.json.get("crop", {})
         tensors = {
             # In 64 bits, so that the way back ends at the very numbers that the network reads here.

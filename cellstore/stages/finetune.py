@@ -25,7 +25,7 @@ from ..io.mask_files import mask_files
 from ..jobs.lookup import find_channels, find_plate, in_recipes
 from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import choose_channels, read_image
-from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
+from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
 from ..settings import need, track
@@ -255,7 +255,7 @@ def _train(
     def keep(*files: StoredFile) -> None:
         with workspace.database.begin() as session:
             for file in files:
-                attach(session, run_id, keep_file(session, file))
+                attach(session, run_id, keep_files(session, [file])[0])
 
     def on_epoch(epoch: int, loss: float) -> None:
         with workspace.database.begin() as session:

@@ -19,7 +19,7 @@ from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
-from ..db.events import recording_removed
+from ..db.ledger import recording_removed
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
@@ -30,7 +30,7 @@ from ..jobs.runs import (
     attach,
     digest_of_images,
     digest_of_numbers,
-    keep_file,
+    keep_files,
     known_recipe,
     register,
     running,
@@ -261,7 +261,7 @@ def predict(
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    attach(session, current.id, keep_file(session, file))
+                    attach(session, current.id, keep_files(session, [file])[0])
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.

@@ -52,7 +52,7 @@ from ..jobs.planes import (
     open_file,
 )
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, digest, keep_file, register
+from ..jobs.runs import RecipeSpec, digest, keep_files, register
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Event, Image, Plate, Recipe, RunArtifact, Segmentation, Well
 from ..settings import need
@@ -233,9 +233,10 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             for row in session.execute(plates.where(Image.id.in_(some))):
                 diameters[row.id] = self._diameter(session, row.plate_id)
         found: dict[int, SegmentInput | CellstoreError] = {}
+        wanted = self.params.planes
         for image_id, files in channel_files(session, image_ids).items():
             try:
-                planes = [choose_files(files, plane) for plane in self.params.planes]
+                planes = [choose_files(files, plane) for plane in wanted]
                 found[image_id] = SegmentInput(planes, diameters.get(image_id))
             except UnknownNameError as error:
                 found[image_id] = error
@@ -306,8 +307,8 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     def read(self, task_input: SegmentInput) -> tuple[NDArray[np.float32], float | None]:
         """Return the plane (H, W), or cells and nuclei (2, H, W), and the diameter."""
         planes = [
-            project([open_file(file) for file in files], plane.projection)
-            for files, plane in zip(task_input.planes, self.params.planes, strict=True)
+            project([open_file(file) for file in files], self.params.projection)
+            for files in task_input.planes
         ]
         if len(planes) == 1:
             return planes[0], task_input.diameter
@@ -325,9 +326,10 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
 
     def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""
+        masks, flows = encode_tiff(result.masks), encode_tiff(result.flows)
         return SegmentOutput(
-            self.artifacts.write(ArtifactKind.MASK, encode_tiff(result.masks), ".tif"),
-            self.artifacts.write(ArtifactKind.FLOW, encode_tiff(result.flows), ".tif"),
+            self.artifacts.write(ArtifactKind.MASK, masks, ".tif"),
+            self.artifacts.write(ArtifactKind.FLOW, flows, ".tif"),
             result.diameter,
             cell_rows(result.masks),
         )
@@ -342,37 +344,38 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         files: Any,
     ) -> int:
         """Write a segmentation for each image and a row for each cell."""
-        for task, output in done:
-            mask_id = keep_file(session, output.mask)
-            flow_id = keep_file(session, output.flow)
-            known = session.scalars(
-                select(Segmentation).where(
-                    Segmentation.image_id == task.image_id,
-                    Segmentation.recipe_id == run.recipe_id,
-                    Segmentation.content_sha256 == task.content_sha256,
+        written = [file for _, output in done for file in (output.mask, output.flow)]
+        ids = keep_files(session, written)
+        known = {}
+        for some in in_lists([task.image_id for task, _ in done]):
+            query = select(Segmentation).where(Segmentation.recipe_id == run.recipe_id)
+            for found in session.scalars(query.where(Segmentation.image_id.in_(some))):
+                known[found.image_id, found.content_sha256] = found
+        new = []
+        for (task, output), mask_id, flow_id in zip(done, ids[::2], ids[1::2], strict=True):
+            before = known.get((task.image_id, task.content_sha256))
+            if before is None:
+                row = {
+                    "image_id": task.image_id,
+                    "recipe_id": run.recipe_id,
+                    "content_sha256": task.content_sha256,
+                    "run_id": run.run_id,
+                    "n_cells": len(output.cells),
+                    "diameter": output.diameter,
+                    "mask_artifact_id": mask_id,
+                    "flow_artifact_id": flow_id,
+                    "created_at": datetime.now(UTC),
+                }
+                new.append((row, output.cells))
+            elif before.mask_artifact_id == mask_id:  # its files were gone
+                before.flow_artifact_id = flow_id
+            else:
+                raise ImageError(
+                    f"The masks of {task.name} were lost, and the new ones differ from them, "
+                    "so they do not fit the cells in the database. Put the file back from a "
+                    "backup, or segment with other options, for example another --diameter."
                 )
-            ).one_or_none()
-            if known is not None:  # its files were gone
-                if known.mask_artifact_id != mask_id:
-                    raise ImageError(
-                        f"The masks of {task.name} were lost, and the new ones differ from them, "
-                        "so they do not fit the cells in the database. Put the file back from a "
-                        "backup, or segment with other options, for example another --diameter."
-                    )
-                known.flow_artifact_id = flow_id
-                continue
-            row = Segmentation(
-                image_id=task.image_id,
-                recipe_id=run.recipe_id,
-                content_sha256=task.content_sha256,
-                run_id=run.run_id,
-                n_cells=len(output.cells),
-                diameter=output.diameter,
-                mask_artifact_id=mask_id,
-                flow_artifact_id=flow_id,
-                created_at=datetime.now(UTC),
-            )
-            insert_cells(session, row, output.cells)
+        insert_cells(session, new)
         return sum(len(output.cells) for _, output in done)
 
     def digest(self, recipe_id: int, output: SegmentOutput) -> str:

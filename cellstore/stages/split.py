@@ -256,7 +256,7 @@ def _create(
 ) -> tuple[SplitResult, ...]:
     """Find the images, assign them, and write the splits; ``family``: they are its folds."""
     with workspace.database.read() as session:
-        check_field(session, params.field)
+        params = replace(params, field=check_field(session, params.field))
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
         qc = segment = None
         if params.exclude_flagged is not None:
@@ -506,7 +506,7 @@ def import_split(
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
-        check_field(session, field)
+        field = check_field(session, field)
         members, excluded = _match(session, tables, field, allow_missing)
     query: Any = (
         select(SplitMember.image_id, SplitMember.subset, SplitMember.label_id)

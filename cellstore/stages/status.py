@@ -304,6 +304,8 @@ def next_step(session: Session) -> tuple[str, ...]:
     if not lacks:
         useful = [step for name, step in USEFUL.items() if not steps[name]]
         return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
+    if lacks[0] == "networks" and steps["baselines"]:  # which have labelled the test images
+        return *NEXT["networks"], "cellstore report"
     if lacks[0] != "cells":
         return NEXT[lacks[0]]
     return (_how_to_segment(session), *(() if steps["treatments"] else (PLATEMAP,)))

@@ -45,7 +45,7 @@ from ..jobs.runs import (
     fingerprint,
     finished_run,
     forget_files,
-    keep_file,
+    keep_files,
     register,
     running,
 )
@@ -429,7 +429,7 @@ def keep_model(
     def close(session: Session) -> None:
         check_still_ours(session, run)
         for file in files:
-            attach(session, run.id, keep_file(session, file))
+            attach(session, run.id, keep_files(session, [file])[0])
         forgotten.extend(forget_files(session, run.id, STATE))
 
     run.at_end.append(close)
@@ -510,7 +510,7 @@ def check_subsets(plan: Plan) -> None:
                 "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
-        elif features.files is None:
+        elif not features.has_gaps:
             what = "measured cells. Run: cellstore segment, then: cellstore measure"
         elif group is not None:
             what = (
@@ -747,7 +747,7 @@ def keep_epoch(
             for name, value in values.items()
         )
         old = forget_files(session, run.id, STATE)
-        attach(session, run.id, keep_file(session, file))
+        attach(session, run.id, keep_files(session, [file])[0])
     for path in old:
         workspace.artifacts.remove(path)
     return values

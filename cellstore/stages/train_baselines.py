@@ -16,7 +16,7 @@ from ..analysis import draws
 from ..config import BaselineParams, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
-from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
+from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
@@ -153,7 +153,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
         files = write_model(workspace, estimator, record, {"rows": rows})
         with workspace.database.begin() as session:
             for file in files:
-                attach(session, run.id, keep_file(session, file))
+                attach(session, run.id, keep_files(session, [file])[0])
         columns = cells.source.features.columns if kind in ON_FEATURES else ()
         excluded, column_notes = excluded_columns(columns, scaler.names)
         notes = [*cells.notes, *fit_notes, *describe_plates(scaler)]
@@ -208,7 +208,7 @@ class Fitting:
         if not self.blocks:
             features = cells.source.features
             what = "measured cells"
-            if features.files is not None:
+            if features.has_gaps:
                 what = f"cells in feature set {features.name!r}"
             raise UserInputError(
                 f"No image in the training subset of split {name} has {what}. Run: cellstore "

@@ -25,14 +25,11 @@ from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of
 from ..db.bulk import in_lists
 from ..db.events import (
-    BEGUN,
     Change,
     broken_events,
     record_events,
-    run_digests,
-    run_rows,
-    table_digests,
 )
+from ..db.ledger import BEGUN, MODULUS, run_digests, run_rows, table_digests
 from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
@@ -443,7 +440,7 @@ def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
         elif "removed" in (new or {}) and "digests" in entries.get(run_id, {}):
             digests = entries[run_id]["digests"]
             for table, less in new["removed"].items():
-                left = (int(digests.get(table, "0"), 16) - int(less, 16)) % (1 << 256)
+                left = (int(digests.get(table, "0"), 16) - int(less, 16)) % MODULUS
                 digests[table] = f"{left:064x}"
     wrote: dict[int, dict[str, str]] = defaultdict(dict)
     for (run_id, table), found in run_digests(session).items():
@@ -501,9 +498,7 @@ def _odd_splits(session: Session) -> Iterator[tuple[str, str]]:
     renamed = renamed.where(Event.table_name == "plates", Event.old.is_not(None))
     names = [row for row in session.execute(renamed) if row.row_id and "barcode" in row.old]
     for split in session.scalars(select(Split).order_by(Split.id)).all():
-        barcodes: dict[int, str] = dict(
-            session.execute(select(Plate.id, Plate.barcode)).all()
-        )
+        barcodes: dict[int, str] = dict(session.execute(select(Plate.id, Plate.barcode)).all())
         for plate_id, at, old in names:  # the name that it had then
             if at > split.created_at and plate_id in barcodes:
                 barcodes[plate_id] = old["barcode"]

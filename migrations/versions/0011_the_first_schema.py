@@ -691,6 +691,8 @@ def upgrade() -> None:
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("user_name", NAME, nullable=False),
+        sa.Column("host", NAME, nullable=False),
+        sa.Column("role", NAME),
         sa.Column("command", sa.Text(), nullable=False),
         refers("events", "run_id", "runs", nullable=True),
         sa.Column("reason", sa.Text()),

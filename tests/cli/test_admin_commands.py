@@ -9,7 +9,7 @@ from factories import Factory
 
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.models import Image
 from cellstore.store import Store
 
@@ -24,8 +24,8 @@ def masked(cellstore, store):
         flow = workspace.artifacts.write(ArtifactKind.FLOW, encode([[7]]), ".tif")
         with workspace.database.begin() as session:
             ids = {
-                "mask_artifact_id": keep_file(session, stored),
-                "flow_artifact_id": keep_file(session, flow),
+                "mask_artifact_id": keep_files(session, [stored])[0],
+                "flow_artifact_id": keep_files(session, [flow])[0],
             }
             image = session.get_one(Image, 1)
         make = Factory(workspace)

@@ -55,8 +55,8 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
     found = cellstore("report", "--run", rows["logistic"][4], *IN, "--json").json
     assert {item["baseline"] for item in found["baselines"]} == {"position"}
     assert found["against_nulls"] == (
-        "Too few wells (5) to say whether these labels are better than the null baselines; "
-        "6 are the least. Null baselines: position (100.0 %, p = 1)."
+        "Cannot say whether these labels are better than the null baselines: too few wells (5 "
+        "wells scored by both, 6 are the least). Null baselines: position (100.0 %, p = 1)."
     )
 
 
@@ -93,3 +93,24 @@ def test_a_contrast_is_a_table(cellstore, with_set: Path) -> None:
     pooled = cellstore(*asked, "--pooled", "--json").json
     assert [row["treatment"] for row in pooled["rows"]] == ["all treatments"]
     assert not cellstore(*asked, "--force", "--json").json["already_done"]
+
+
+def test_a_metadata_column_may_be_what_is_predicted(cellstore, with_set: Path) -> None:
+    moas = {"DMSO": "dull", "aspirin": "bright", "taxol": "dull"}
+    wells = enumerate(["DMSO", "DMSO", "aspirin", "aspirin", "taxol", "taxol"], start=1)
+    rows = [f"A{column:02d},{name},{moas[name]}" for column, name in wells]
+    Path("map.csv").write_text("\n".join(["Well,Compound,MoA", *rows]))
+    cellstore("ingest", "map.csv", "--plate", "P1", *IN)
+    halves = ("--protocol", "published", "--test-size", "0.5", *IN)
+    assert (
+        "Did you mean MoA?" in cellstore("split", "create", "x", "--field", "moa", *IN, code=2).err
+    )
+    made = cellstore("split", "create", "moa", "--field", "Metadata_MoA", *halves, "--json").json
+    assert (made["field"], made["classes"]) == ("MoA", 2)
+    cellstore("train", "--baseline", "logistic", *SETS, *IN)
+    assert {row["truth"] for row in cellstore("votes", *IN, "--json").json["votes"]} == {
+        "bright",
+        "dull",
+    }
+    report = cellstore("report", *IN, "--json").json
+    assert (report["field"], report["scores"][0]["accuracy"]) == ("MoA", 1.0)

@@ -22,6 +22,11 @@ def test_a_person_corrects_a_screen_and_sees_it(cellstore, store):
     assert cellstore("audit", "BR1/A02", *at, "--json").json["excluded"] is None
     done = cellstore("relabel", "BR1/A01", *at, "--treatment=DMSO", "--reason=no", "--json").json
     assert done["changes"][0]["new"]["treatment"] == "DMSO"
+    said = cellstore("log", *at, "--plate", "BR1").out
+    assert "BR1/A02: excluded none -> debris" in said
+    assert "why: shifted" in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert cellstore("log", *at, "--limit", "1", "--json").json["entries"][0]["reason"] == "no"
 
 
 def test_errors_are_one_sentence(cellstore, store):

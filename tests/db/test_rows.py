@@ -127,6 +127,7 @@ def fill_what_people_do(make: Factory, well: Well) -> None:
         Event(
             created_at=MOMENT,
             user_name="ada",
+            host="here",
             command="cellstore ingest map.txt",
             run_id=make.run(Stage.INGEST).id,
             table_name="wells",

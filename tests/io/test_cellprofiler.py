@@ -19,7 +19,7 @@ from cellstore.enums import Severity
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
 from cellstore.io.cellprofiler_csv import is_cellprofiler_folder, open_cellprofiler_folder
 from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite, open_cellprofiler_sqlite
-from cellstore.io.image_tables import ImageRecord
+from cellstore.io.image_tables import FileRef, ImageRecord
 from cellstore.io.objects import ObjectSource, RowIssue
 from cellstore.io.tables import Refusal
 
@@ -405,6 +405,18 @@ def test_file_names_say_well_and_field_where_nothing_else_does(tmp_path: Path) -
             (2, 7, 3),
         ]
         assert [[file.channel for file in item.files] for item in records] == [["DNA"]] * 3
+
+
+def test_rows_of_images_are_read_as_those_of_loaddata(tmp_path: Path) -> None:
+    sizes = [f"Metadata_ImageResolution{axis}" for axis in "XY"]
+    header = [*IMAGE[0], "FileName_DNA", "URL_DNA", "Frame_DNA", *sizes]
+    rows = [[n, "P1", "A01", n, "a.tif", "file:///x/a.tif", n - 1, 5e-7, 5e-7] for n in (1, 2)]
+    write_csv(tmp_path / "Image.csv", [header, *rows])
+    write_csv(tmp_path / "Cells.csv", OBJECTS)
+    with opened(tmp_path) as source:
+        found = [(item.pixel_size, item.files[0]) for item in images(source)]
+    names = ["a.tif#page=1", "a.tif#page=2"]
+    assert found == [(0.5, FileRef("DNA", None, name, "/x")) for name in names]
 
 
 def test_what_is_no_cellprofiler(tmp_path: Path) -> None:

@@ -292,6 +292,8 @@ GUID = "E89B3F4F-0000-0000-2DE4-CBF48F635C5E"
         ("MFGTMP_140206180002_A01f03d0.TIF", ("140206180002", 1, 1, 3, None, None, "d0", None)),
         ("B7_01_1_3Z2_DAPI_004.tif", (None, 2, 7, 3, 2, 4, "DAPI", 1)),
         ("002001004.tif", (None, 2, 1, 4, None, None, None, None)),
+        ("P_A01.b1_s2_w3.tif", ("P", 2, 1, 2, None, None, "ch3", 3)),
+        ("P_H12.a2_3.tif", ("P", 15, 24, 3, None, None, None, None)),
         ("PLATE_7_A01_2.tif", ("PLATE_7", 1, 1, 2, None, None, None, None)),
         ("MiaPaCa2-Phase_A2_1_03d06h40m.tif", ("MiaPaCa2-Phase", 1, 2, 1, None, 4720, None, None)),
         ("r01c02f03p04-ch5sk6fk1fl1.ome.tiff", (None, 1, 2, 3, 4, 6, "ch5", 5)),
@@ -368,14 +370,20 @@ def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
     [
         (
             "P1_A01_s1.tif",
-            r"fits 'P1_A01_s1', but its group channel, _w(?P<channel>\d), does not fit '.tif'",
+            (
+                r"matches 'P1_A01_s1', where the channel, _w(?P<channel>\d), should follow, but "
+                "the name goes on with '.tif'"
+            ),
         ),
         (
             "P1_A1_s1_w1.tif",
-            r"fits 'P1', but its group well, _(?P<well>[A-P]\d\d), does not fit '_A1_s1_w1",
+            (
+                r"matches 'P1', where the well, _(?P<well>[A-P]\d\d), should follow, but the name "
+                "goes on with '_A1_s1_w1"
+            ),
         ),
-        ("P1_A01_s1_w2.png", r"fits 'P1_A01_s1_w2', but its end, \.tif, does not fit '.png'"),
-        ("_.tif", "fits '', but its group plate, ^(?P<plate>[^_]+), does not fit '_.tif'"),
+        ("P1_A01_s1_w2.png", r"where the end, \.tif, should follow, but the name goes on with '.p"),
+        ("_.tif", "nothing in the name matches the plate, ^(?P<plate>[^_]+)"),
     ],
 )
 def test_a_pattern_says_which_part_does_not_fit(tmp_path: Path, name: str, message: str) -> None:

@@ -39,7 +39,6 @@ def test_frames_of_files_of_one_page_change_no_name(tmp_path: Path) -> None:
         ({"Frame_OrigDNA": "one"}, "not a whole number"),
         ({"Frame_OrigDNA": "1000000"}, "no such page"),
         ({"Series_OrigDNA": "1"}, "another series of a file"),
-        ({"Frame_OrigDNA": "1", "FileName_OrigDNA": "x" * 250 + ".tif"}, "name too long"),
     ],
 )
 def test_frames_and_series_that_cannot_be_used(

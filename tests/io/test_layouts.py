@@ -108,7 +108,7 @@ def test_images_beside_tables_of_objects_are_ambiguous_until_one_is_asked_for(
     write(tmp_path, IMAGES, "Image.csv")
     write(tmp_path, OBJECTS, "Cells.csv")
     write(tmp_path, "", "AS_09047_050428030001_O01f00d2.TIF")
-    named = r"cellprofiler-csv \(features\) or image-folder \(images\).*--layout"
+    named = "holds features and images. Run: cellstore ingest features .*, or: .* ingest images "
     with pytest.raises(BadTableError, match=named):
         detect(tmp_path)
     assert detect(tmp_path, SourceKind.IMAGES) is Layout.IMAGE_FOLDER

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -482,3 +483,27 @@ def test_the_size_of_a_pixel_is_read_from_ome_xml(
 def test_a_damaged_ome_xml_leaves_the_size_of_a_pixel_unknown(tmp_path: Path) -> None:
     path = ome(tmp_path / "a.ome.tiff", ome_xml().replace("</Pixels>", ""), count=1)
     assert probe(path).pixel_size is None
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_a_file_of_many_pages_is_read_once_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bigtiff: bool
+) -> None:
+    path, hashed = saved(tmp_path / "a.tif", pages(30), bigtiff=bigtiff), []
+    digest = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        hashed.append(name)
+        return digest(file, name)
+
+    monkeypatch.setattr("cellstore.io.image_files.hashlib.file_digest", counted)
+    # Asking how many pages there are goes through all of them.
+    monkeypatch.delattr(tifffile.TiffPages, "__len__")
+    for page in range(1, 31):
+        uri = page_name(str(path), page)
+        plane = read_plane(uri, probe(uri).sha256)
+        assert (plane == page).all()
+        assert plane.shape == (3, 4)
+    assert len(hashed) == 1
+    with pytest.raises(ImageError, match="no page 31, only 30"):
+        read_plane(page_name(str(path), 31))

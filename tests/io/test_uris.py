@@ -12,9 +12,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cellstore.config import IngestParams
 from cellstore.errors import ImageError, MissingExtraError, UserInputError
 from cellstore.io import uris
-from cellstore.io.image_files import encode_tiff, probe, read_plane
+from cellstore.io.image_files import decode_tiff, encode_tiff, probe, read_plane
+from cellstore.io.mask_files import read_labels
+from cellstore.io.stacks import read_stack
+from cellstore.io.tables import open_table
 from cellstore.io.uris import (
     FileStat,
     exists,
@@ -28,6 +32,7 @@ from cellstore.io.uris import (
     split_page,
     stat,
 )
+from cellstore.stages.ingest.ingest import choose_layout
 
 SECRET = "hunter2"
 
@@ -251,3 +256,17 @@ def test_pages_are_part_of_a_name() -> None:
 @given(st.text(min_size=1, max_size=30), st.integers(1, 999_999))
 def test_any_name_gets_its_page_back(name: str, page: int) -> None:
     assert split_page(page_name(name, page)) == (name, page)
+
+
+def test_pipes_and_devices_are_refused_unopened(tmp_path: Path) -> None:
+    """A reader that opened one would wait or read for ever."""
+    pipe = tmp_path / "a.tif"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero")):
+        for read in (probe, read_plane, read_stack, decode_tiff, read_labels, uris.read_bytes):
+            with pytest.raises(ImageError, match="pipe or a device"):
+                read(str(path) if read is uris.read_bytes else path)
+        with pytest.raises(UserInputError, match="pipe or a device"):
+            open_table(path)
+        with pytest.raises(UserInputError, match="pipe or a device"):
+            choose_layout(path, IngestParams(layout="harmony"))

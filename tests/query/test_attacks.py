@@ -66,7 +66,6 @@ WRITING = [
     "SELECT 1; DROP TABLE plates",
     "SELECT 1 /* ; */; /**/ DELETE FROM plates --",
     "-- harmless\nDELETE FROM plates",
-    "PIVOT plates ON batch",
 ]
 ELSEWHERE = [
     "SELECT * FROM read_csv('/etc/passwd')",
@@ -112,6 +111,11 @@ ELSEWHERE = [
     "FROM pandas_scan(1)",
     "FROM python_map_function(1)",
     "FROM secret_of_the_program",
+    "PIVOT (FROM read_text('/etc/passwd')) ON filename USING first(content)",
+    "PIVOT '/etc/passwd' ON content",
+    "SELECT * FROM (PIVOT (FROM duckdb_settings()) ON name USING first(value))",
+    "PIVOT plates ON batch USING first(getenv('HOME')) GROUP BY barcode",
+    "WITH x AS (PIVOT plates ON barcode USING first(current_setting('threads'))) FROM x",
 ]
 DEEP = [
     "SELECT " + "(" * 100_000 + "1" + ")" * 100_000,

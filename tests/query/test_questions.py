@@ -528,6 +528,19 @@ def test_the_password_is_not_shown(postgres_workspace: Workspace) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_pivot_takes_its_columns_from_the_values(workspace: Workspace) -> None:
+    small_screen(workspace)
+    pivot = "PIVOT (FROM votes WHERE level = 'image') ON vote USING count(*) GROUP BY plate"
+    texts = (pivot, f"FROM ({pivot}) -- of all, ä", f"WITH p AS ({pivot} ORDER BY plate) FROM p")
+    with open_questions(workspace) as questions:
+        for text_ in texts:
+            wanted = [{"plate": "BR1", "hard": 4, "median": 4, "soft": 4}]
+            assert questions.ask(text_).table().to_pylist() == wanted
+        both = "PIVOT wells ON well_row, well_column USING count(*) GROUP BY plate_id"
+        assert questions.ask(both).names[:3] == ["plate_id", "1_1", "1_2"]
+        assert "well_column" in questions.plan(both)
+
+
 def test_the_small_screen_has_the_votes_it_says(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with open_questions(workspace) as questions:

@@ -23,7 +23,7 @@ from cellstore.config import SegmentParams, SplitParams, TrainParams
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows
-from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
+from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.models import (
     Artifact,
@@ -140,8 +140,8 @@ def add_masks(
         run_id=run_id,
         n_cells=5,
         diameter=8.0,
-        mask_artifact_id=keep_file(session, mask_file),
-        flow_artifact_id=keep_file(session, flow_file),
+        mask_artifact_id=keep_files(session, [mask_file])[0],
+        flow_artifact_id=keep_files(session, [flow_file])[0],
         created_at=datetime.now(UTC),
     )
     session.add(row)

@@ -17,7 +17,7 @@ from sqlalchemy import func, select, text
 
 from cellstore.enums import ArtifactKind, Level, Stage
 from cellstore.errors import CellstoreError, StorageError, UserInputError
-from cellstore.jobs.runs import keep_file
+from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Event, Image, Plate, Well
 from cellstore.store import Store
@@ -37,7 +37,7 @@ def screen(workspace: Workspace) -> SmallScreen:
                     text("UPDATE segmentations SET mask_artifact_id=NULL, flow_artifact_id=NULL")
                 )
         session.execute(text("DELETE FROM artifacts"))
-        keep_file(session, stored)
+        keep_files(session, [stored])[0]
     made.factory.exclude(Level.WELL, made.images["B02"].well_id)
     (workspace.settings.root / "questions").mkdir()
     (workspace.settings.root / "questions/mine.sql").write_text("-- Mine.\nFROM wells\n")
@@ -143,7 +143,7 @@ def test_a_damaged_backup_ends_in_a_sentence_and_restores_nothing(
     make.plate("P1", batch="2026_03")
     stored = sqlite_workspace.artifacts.write(ArtifactKind.REPORT, b"a page", ".html")
     with sqlite_workspace.database.begin() as session:
-        keep_file(session, stored)
+        keep_files(session, [stored])[0]
     file = tmp_path / "screen.tar"
     Store(sqlite_workspace).backup(file)
     data = bytearray(file.read_bytes())
@@ -218,7 +218,7 @@ def test_a_lost_file_is_named_and_the_rest_is_kept(
     ]
     with sqlite_workspace.database.begin() as session:
         for item in stored:
-            keep_file(session, item)
+            keep_files(session, [item])[0]
     sqlite_workspace.artifacts.locate(stored[0].path).unlink()
     sqlite_workspace.artifacts.locate(stored[1].path).write_bytes(b"other")
     made = Store(sqlite_workspace).backup(tmp_path / "b.tar")

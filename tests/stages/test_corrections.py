@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import getpass
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +23,12 @@ from test_segment_measure import Bench
 
 from cellstore.analysis.features import measure_channels
 from cellstore.config import IngestParams, MeasureParams, VoteOptions
+from cellstore.db.events import broken_events
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
-from cellstore.stages.ingest.ingest import IngestResult
+from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
@@ -262,6 +265,28 @@ def test_an_error_in_the_middle_leaves_nothing_half_changed(
             verb()
     assert answers(store) == before
     assert n_events(store) == events
+
+
+def test_the_log_says_who_did_what_and_why(
+    store: Store, screen: SmallScreen, tmp_path: Path
+) -> None:
+    store.relabel("BR1/B01", treatment="taxol", reason="lab book")
+    store.rename("channel", "DNA", "ER")
+    store.backup(tmp_path / "b.tar")
+    backup, rename, relabel = store.log(limit=3).entries
+    assert backup.changes == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
+    assert rename.changes == [
+        f"{name}: channel DNA -> ER" for name in ("plates that come later", "BR1")
+    ]
+    assert relabel.changes == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
+    assert (relabel.reason, relabel.rows) == ("lab book", {"wells": 1})
+    assert (relabel.by, relabel.host) == (getpass.getuser(), socket.gethostname())
+    assert (relabel.role is None) == store.workspace.database.is_sqlite
+    of_plate = store.log(plate="BR1").entries
+    assert [entry.changes for entry in of_plate] == [rename.changes[1:], relabel.changes]
+    assert (store.log(plate="BR1", limit=1).more, store.log(plate="BR1").more) == (True, False)
+    with store.session() as session:
+        assert list(broken_events(session)) == []
 
 
 # ---- Undo and delete ----
@@ -599,6 +624,15 @@ def test_folders_find_renamed_channels_by_their_old_names(
     moved_and_read("Hoechst", "ch2")
     store.rename("channel", "Hoechst", "ch1", plate=plate)
     assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
+    store.rename("channel", "ch1", "Mito", plate=plate)
+    how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
+    tried = preview(place, how, store.workspace)
+    assert (set(tried.channels), set(preview(place, how).channels)) == (
+        {"Mito", "ch2"},
+        {"ch1", "ch2"},
+    )
+    assert tried.notes == ["channel ch1 was renamed: read as Mito"]
+    store.rename("channel", "Mito", "ch1", plate=plate)
     # The two are swapped, with a third name; the files say what they said.
     for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):
         store.rename("channel", old, new, plate=plate)

@@ -20,7 +20,7 @@ from test_segment_measure import bench as bench_of_images
 from cellstore.config import IngestParams
 from cellstore.db.events import Change, record_events
 from cellstore.enums import Stage
-from cellstore.errors import DatabaseError, UserInputError
+from cellstore.errors import DatabaseError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, ImageFile
 from cellstore.settings import Progress, StoreSettings
@@ -164,6 +164,12 @@ def test_a_folder_is_relocated_to_the_old_name_of_one_within_it(bench: Bench) ->
                 file.rename(target / file.name)
         assert relocate(workspace, str(old), str(new)).files == 6
         assert not verify(workspace).gone
+    # Where the folder is known already, it takes the files, and the empty one is forgotten.
+    for file in inner.glob("*.tif*"):
+        file.rename(bench.images / file.name)
+    assert relocate(workspace, str(inner), str(bench.images)).files == 2
+    with pytest.raises(UnknownNameError, match=r"folder '.*b'"):
+        relocate(workspace, str(inner), str(bench.images))
 
 
 def test_files_that_were_moved_are_noticed_and_relocated(bench: Bench, tmp_path: Path) -> None:

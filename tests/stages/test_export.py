@@ -274,7 +274,9 @@ def test_csv_says_the_same(screen: SmallScreen, tmp_path: Path) -> None:
             assert same or float(text) == value, name
 
 
+SIGNS = "=+-@\t\uff1d\uff0b\uff0d\uff20"  # the last are full-width
 ODD = ["=SUM(A1)", "+1", "-1", "@x", 'quote " and, comma', "two\nlines", "\tµ-Ω 漢", " space "]
+ODD += [f"{sign}1" for sign in SIGNS[-4:]]
 
 
 def test_odd_texts_are_exact_unless_a_spreadsheet_is_meant(
@@ -294,7 +296,7 @@ def test_odd_texts_are_exact_unless_a_spreadsheet_is_meant(
         with out.open(newline="", encoding="utf-8") as file:
             found[safe] = [row["Metadata_pert_iname"] for row in csv.DictReader(file)]
     assert found[False] == ODD
-    assert found[True] == [f"'{name}" if name[0] in "=+-@\t" else name for name in ODD]
+    assert found[True] == [f"'{name}" if name[0] in SIGNS else name for name in ODD]
     with pytest.raises(UserInputError, match="--format csv"):
         export(workspace, tmp_path / "a.parquet", for_spreadsheet=True)
 

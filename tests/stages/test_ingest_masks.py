@@ -271,13 +271,18 @@ def test_every_file_is_accounted_for(bench: Bench) -> None:
     bench.save("b_mask.tif", MASKS[:5])
     (bench.masks / "c_mask.png").write_bytes(b"nothing")
     bench.save("d_mask.tif")
+    bench.image("e.tif")
+    huge = bench.save("e_mask.tif", MASKS)
+    with tifffile.TiffFile(huge, mode="r+") as tiff:
+        tiff.pages.first.tags["ImageLength"].overwrite(1 << 30)
     (bench.masks / "c_seg.npy").write_bytes(b"\x80pickle")
     bench.ingest()
-    assert bench.counts == (4, 1, 0, 3)
+    assert bench.counts == (5, 1, 0, 4)
     assert bench.refusals() == [
         ("b_mask.tif", "another shape than the image"),
         ("c_mask.png", "not a label image"),
         ("d_mask.tif", "no such image"),
+        ("e_mask.tif", "not a label image"),
     ]
 
 

@@ -167,7 +167,7 @@ def vectors_of(workspace: Workspace, name: str) -> dict[int, list[float]]:
         recipe = select(FeatureSet.recipe_id).where(FeatureSet.name == name)
         found = open_set(session, workspace.artifacts, session.scalars(recipe).one())
         ids = np.array(session.scalars(select(Cell.id).order_by(Cell.id)).all())
-    there, values = SetReader(found.files or ())(ids, found.columns)
+        there, values = SetReader(found.files)(session, ids, found.columns)
     return dict(zip(ids[there].tolist(), values[there].tolist(), strict=True))
 
 

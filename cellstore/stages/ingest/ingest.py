@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
@@ -28,8 +28,8 @@ from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.platemaps import MapOptions
 from ...io.tables import Refusal
-from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
-from ...jobs.lookup import images_of
+from ...io.uris import exists, is_remote, join, map_folder, plain_file, shown, stat, writable
+from ...jobs.lookup import images_of, renamed_channels, renamed_plates
 from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
@@ -51,7 +51,13 @@ from ...models import (
 )
 from ...settings import track
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
-from .ingest_images import READERS, ImageSource, ingest_images, look_at_files
+from .ingest_images import (
+    READERS,
+    ImageSource,
+    ingest_images,
+    look_at_files,
+    rename_channels,
+)
 
 VERSION = 2
 REFRESH_VERSION = 1
@@ -251,6 +257,11 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     map_folder("/", params.maps)  # before anything is read, an error in --map
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
+    if not source.is_dir():
+        try:
+            plain_file(source)
+        except OSError as error:
+            raise UserInputError(f"{source} cannot be read ({error.strerror}).") from error
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is not None and params.layout not in list(Layout):
         raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
@@ -444,7 +455,8 @@ def relocate(
     wrong: list[str] = []
     times = array("q")  # id and time of files with another time
     with workspace.database.read() as session:
-        folders = {row.id: row.uri for row in session.execute(select(Folder.id, Folder.uri))}
+        with_files = select(Folder.id, Folder.uri).where(Folder.id.in_(select(ImageFile.folder_id)))
+        folders = {row.id: row.uri for row in session.execute(with_files)}
         targets = {number: map_folder(uri, [(old, new)]) for number, uri in folders.items()}
         targets = {number: uri for number, uri in targets.items() if uri != folders[number]}
         if not targets:
@@ -497,6 +509,7 @@ def relocate(
                 else:
                     mine = update(ImageFile).where(ImageFile.folder_id == number)
                     session.execute(mine.values(folder_id=taken))
+                    session.execute(delete(Folder).where(Folder.id == number))
             pairs = zip(times[::2], times[1::2], strict=True)
             for changed in in_lists([{"id": n, "modified_ns": time} for n, time in pairs]):
                 session.execute(update(ImageFile), changed)
@@ -705,12 +718,20 @@ def _show_wells(
             found.treated.append(PreviewWell(barcode, name, treatment, control, change))
 
 
+def _channels_of(session: Session, barcode: str) -> Mapping[str, str]:
+    """Return what the channels of a plate are called now, by each name that they once had."""
+    plate = session.scalar(select(Plate.id).where(Plate.barcode == barcode))
+    if plate is None:
+        plate, _ = renamed_plates(session, [barcode]).get(barcode, (0, ""))
+    return renamed_channels(session, {plate}).get(plate, {})
+
+
 def preview(
     source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
 ) -> Preview:
     """Read a source and say what would become of it; nothing is written.
 
-    Images need no ``workspace``; all else needs the one that it is for.
+    All needs the ``workspace`` that it is for; of images only the names of channels depend on it.
 
     Raises:
         BadTableError: the source cannot be read.
@@ -724,6 +745,8 @@ def preview(
     if layout.kind is SourceKind.IMAGES:
         records = ImageSource(source, layout, params)
         found.notes = records.notes
+        now: dict[str, Mapping[str, str]] = {}
+        """What channels are called in the store, by plate."""
         for row in records.records():
             found.rows += 1
             if isinstance(row, Refusal):
@@ -732,8 +755,15 @@ def preview(
                 well = format_well(row.row, row.column)
                 where = (row.plate, well, row.site, row.plane, row.time_point)
                 treatment = row.treatment.label if row.treatment else None
+                if workspace is not None and row.plate not in now:
+                    with workspace.database.read() as session:
+                        now[row.plate] = _channels_of(session, row.plate)
+                row = rename_channels(row, now.get(row.plate, {}), found.notes)  # noqa: PLW2901
                 files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
                 found.add(images, where, files)
+                if row.problem is not None and len(found.issues) < SHOWN:
+                    issue = Issue(Severity.PROBLEM, found.source, row.line, *row.problem)
+                    found.issues.append(issue)
     elif workspace is None:
         raise UserInputError(
             f"A dry run of {layout.kind.value} needs the store that they are for. Name it with "

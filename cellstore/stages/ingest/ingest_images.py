@@ -58,6 +58,9 @@ READERS = 4
 GONE = "files are gone"
 """What is wrong with files that were seen before."""
 
+_LONGEST_FOLDER = 2_000
+"""What the index of a database can hold."""
+
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
 
@@ -369,23 +372,10 @@ class RowWriter:
 
     def _with_channels_now(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
         """Return the records with the names that channels have now, where they were renamed."""
-        used: list[ImageRecord] = []
-        for record in records:
-            now = self._channels.get(record.plate, {})
-            names = [now.get(ref.channel, ref.channel) for ref in record.files]
-            written = [ref.channel for ref in record.files]
-            # With an earlier and the present name of one channel, the names mean something else.
-            if names == written or len(set(names)) < len(names):
-                used.append(record)
-                continue
-            pairs = zip(record.files, names, strict=True)
-            files = tuple(ref._replace(channel=name) for ref, name in pairs)
-            used.append(record._replace(files=files))
-            for old, name in zip(written, names, strict=True):
-                note = f"channel {old} was renamed: read as {name}"
-                if old != name and note not in self.account.notes:
-                    self.account.notes.append(note)
-        return used
+        return [
+            rename_channels(record, self._channels.get(record.plate, {}), self.account.notes)
+            for record in records
+        ]
 
     def _insert_files(self, files: Sequence[tuple[Any, ...]]) -> None:
         # An id is never given twice: the event of an ingest names its files by their ids.
@@ -408,19 +398,25 @@ class RowWriter:
         refused: set[int] = set()
         texts = {ref.name for record in records for ref in record.files}
         texts |= {ref.channel for record in records for ref in record.files}
+        folders = {ref.folder or "" for record in records for ref in record.files}
         for record in records:
             texts.update((record.plate, record.batch or "", record.core_name or ""))
         wrong = {text for text in texts if len(text) > LONGEST or "\0" in text}
+        wrong |= {text for text in folders if len(text) > _LONGEST_FOLDER or "\0" in text}
         for record in records if wrong else ():
-            own = {text for ref in record.files for text in (ref.name, ref.channel)}
-            own.update((record.plate, record.batch or "", record.core_name or ""))
-            if own & wrong:
+            own = {text for ref in record.files for text in (ref.name, ref.channel, ref.folder)}
+            own.update((record.plate, record.batch, record.core_name))
+            if found := next((text for text in own if text in wrong), None):
                 refused.add(id(record))
-                detail = f"a name has more than {LONGEST} characters or a NUL in it"
+                detail = f"{found[:40]!r}... has {len(found):,} characters, or a NUL in it"
                 self.account.refuse(record.line, "a name that cannot be stored", detail)
         for record in records:
             treatment = record.treatment
-            if treatment is None or id(record) in refused:
+            if id(record) in refused:
+                continue
+            if record.problem is not None:
+                self.account.problem(record.line, *record.problem)
+            if treatment is None:
                 continue
             key = (record.plate, record.row, record.column)
             earlier, line = self._treatment_of.setdefault(key, (treatment, record.line))
@@ -615,6 +611,21 @@ class RowWriter:
                 f"{names}{more}"
             )
         self._metadata.clear()
+
+
+def rename_channels(record: ImageRecord, now: Mapping[str, str], notes: list[str]) -> ImageRecord:
+    """Return a record with the names that channels have ``now``; what was renamed is noted."""
+    names = [now.get(ref.channel, ref.channel) for ref in record.files]
+    written = [ref.channel for ref in record.files]
+    # With an earlier and the present name of one channel, the names mean something else.
+    if names == written or len(set(names)) < len(names):
+        return record
+    for old, name in zip(written, names, strict=True):
+        note = f"channel {old} was renamed: read as {name}"
+        if old != name and note not in notes:
+            notes.append(note)
+    pairs = zip(record.files, names, strict=True)
+    return record._replace(files=tuple(ref._replace(channel=name) for ref, name in pairs))
 
 
 def complete_plate(

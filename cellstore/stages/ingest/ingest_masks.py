@@ -22,7 +22,7 @@ from ...io.mask_files import MaskFile, MaskFolder
 from ...jobs.lookup import find_channels, find_plate, in_recipes
 from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
 from ...jobs.planes import cell_rows, insert_cells
-from ...jobs.runs import RecipeSpec, fingerprint, keep_file, register
+from ...jobs.runs import RecipeSpec, fingerprint, keep_files, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Image, Recipe, Segmentation
 from ...settings import need
@@ -213,18 +213,18 @@ def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: 
             if before is None:
                 recipe = register(session, reader.spec(found.file.kind))
                 reader.recipes[found.file.kind] = recipe.id
-                row = Segmentation(
-                    image_id=image.id,
-                    recipe_id=recipe.id,
-                    content_sha256=image.content_sha256,
-                    run_id=account.run_id,
-                    n_cells=len(found.cells),
-                    diameter=found.diameter,
-                    mask_artifact_id=keep_file(session, stored),
-                    flow_artifact_id=None,
-                    created_at=datetime.now(UTC),
-                )
-                insert_cells(session, row, found.cells)
+                row = {
+                    "image_id": image.id,
+                    "recipe_id": recipe.id,
+                    "content_sha256": image.content_sha256,
+                    "run_id": account.run_id,
+                    "n_cells": len(found.cells),
+                    "diameter": found.diameter,
+                    "mask_artifact_id": keep_files(session, [stored])[0],
+                    "flow_artifact_id": None,
+                    "created_at": datetime.now(UTC),
+                }
+                insert_cells(session, [(row, found.cells)])
     if before == found.sha256:
         account.unchanged += 1
     elif before is not None:

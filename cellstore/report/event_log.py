@@ -1,0 +1,161 @@
+"""The log of a store: which command changed it, who gave it, where, when and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import and_, or_, select
+from sqlalchemy.orm import Session
+
+from ..enums import Stage
+from ..jobs.lookup import find_plate, find_run, readable
+from ..jobs.workspace import Workspace
+from ..models import METADATA, Cell, Event, Image, Plate, Run, Segmentation, Well
+
+SHOWN = 3
+"""Changes of a command that are said one by one."""
+
+_UNSAID = ("first_id", "last_id", "ids")
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """What one command did: of a run all that it changed, else one transaction.
+
+    ``by`` is the login on the machine ``host``, ``role`` that of the database (none on SQLite).
+    ``rows`` counts the events by table, ``changes`` says the last ones of them.
+    """
+
+    at: str
+    by: str
+    host: str
+    role: str | None
+    command: str
+    run_id: int | None
+    stage: str | None
+    reason: str | None
+    rows: dict[str, int]
+    changes: list[str]
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """The last entries, the newest first; ``more``: there are older ones."""
+
+    entries: tuple[LogEntry, ...]
+    more: bool
+
+
+def read_log(
+    workspace: Workspace, *, plate: str | None = None, run: str | None = None, limit: int = 20
+) -> EventLog:
+    """Return the last ``limit`` commands that changed a store, or a plate, or that a run did.
+
+    Raises:
+        UnknownNameError: there is no such plate or run.
+    """
+    entries: dict[tuple[Any, ...], LogEntry] = {}
+    with workspace.database.read() as session:
+        columns = (Event.created_at, Event.user_name, Event.host, Event.role, Event.command)
+        changed = (Event.table_name, Event.row_id, Event.old, Event.new)
+        query = select(*columns, Event.run_id, Run.stage, Event.reason, *changed)
+        query = query.outerjoin(Run, Run.id == Event.run_id).order_by(Event.id.desc())
+        if plate is not None:
+            query = query.where(_of_plate(find_plate(session, readable(plate))))
+        if run is not None:
+            number = find_run(session, run).id
+            itself = and_(Event.table_name == "runs", Event.row_id == number)
+            query = query.where(or_(Event.run_id == number, itself))
+        with session.execute(query.execution_options(yield_per=1_000)) as rows:
+            for row in rows:
+                key = (row.run_id,) if row.run_id is not None else (row.created_at, *row[1:5])
+                if key not in entries:
+                    if len(entries) == limit:
+                        return EventLog(tuple(entries.values()), more=True)
+                    entries[key] = LogEntry(
+                        at=row.created_at.isoformat(timespec="seconds"),
+                        by=row.user_name,
+                        host=row.host,
+                        role=row.role,
+                        command=row.command,
+                        run_id=row.run_id,
+                        stage=None if row.stage is None else Stage(row.stage).value,
+                        reason=row.reason,
+                        rows={},
+                        changes=[],
+                    )
+                entry, table = entries[key], row.table_name
+                entry.rows[table] = entry.rows.get(table, 0) + 1
+                if len(entry.changes) < SHOWN:
+                    said = _said(session, table, row.row_id, row.old, row.new)
+                    entry.changes.insert(0, said)
+    return EventLog(tuple(entries.values()), more=False)
+
+
+def _of_plate(plate: int) -> Any:
+    """The condition on an event that it is about a plate, its wells or its images."""
+    wells = select(Well.id).where(Well.plate_id == plate)
+    images = select(Image.id).where(Image.well_id.in_(wells))
+    own = (("plates", [plate]), ("wells", wells), ("images", images))
+    return or_(*(and_(Event.table_name == t, Event.row_id.in_(ids)) for t, ids in own))
+
+
+def _said(
+    session: Session,
+    table: str,
+    row_id: int | None,
+    old: Mapping[str, Any] | None,
+    new: Mapping[str, Any] | None,
+) -> str:
+    """One event as a sentence."""
+    before, after = old or {}, new or {}
+    if table == "files":
+        return f"wrote {after.get('path')}"
+    if "rows" in before and new is None:
+        return f"deleted: {before['rows']:,} {table.replace('_', ' ')}"
+    if "last_id" in after:
+        number = after["last_id"] - after["first_id"] + 1
+        return f"added: {number:,} {table.replace('_', ' ')}"
+    names = [n for n in {**before, **after} if n not in _UNSAID and not n.endswith("_id")]
+    values = [
+        f"{name.replace('_', ' ')} {_text(after.get(name))}"
+        if old is None
+        else f"{name.replace('_', ' ')} {_text(before.get(name))} -> {_text(after.get(name))}"
+        for name in names
+    ]
+    named = _name(session, table, row_id)
+    return f"{named}: {', '.join(values)}" if values else named
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
+def _name(session: Session, table: str, row_id: int | None) -> str:
+    """What a row is called now, else its table."""
+    of_well = select(Plate.barcode + "/" + Well.name).select_from(Well)
+    of_well = of_well.join(Plate, Plate.id == Well.plate_id)
+    query = None
+    match table:
+        case "plates":
+            query = select(Plate.barcode).where(Plate.id == row_id)
+        case "wells":
+            query = of_well.where(Well.id == row_id)
+        case "images":
+            query = of_well.join(Image, Image.well_id == Well.id).where(Image.id == row_id)
+        case "cells":
+            query = of_well.join(Image, Image.well_id == Well.id)
+            query = query.join(Segmentation, Segmentation.image_id == Image.id)
+            query = query.join(Cell, Cell.segmentation_id == Segmentation.id)
+            query = query.where(Cell.id == row_id)
+    found = None if query is None or row_id is None else session.scalar(query)
+    if table == "plates" and row_id is None:
+        return "plates that come later"
+    singular = table.removesuffix("s") if table in METADATA.tables else table
+    if found is None:
+        return singular.replace("_", " ") + ("" if row_id is None else f" {row_id}")
+    return f"{singular} {row_id} of {found}" if table in ("images", "cells") else found
