@@ -30,6 +30,7 @@ from ..db.events import (
     record_events,
 )
 from ..db.ledger import BEGUN, MODULUS, run_digests, run_rows, table_digests
+from ..db.session import DANGLING
 from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
@@ -138,6 +139,9 @@ def verify(
     head = None if against is None else read_seal(against)
     shown, folder = workspace.database.shown, workspace.artifacts
     broken = [Problem(shown, reason) for reason in workspace.database.damage(quick=False)]
+    if any(DANGLING not in problem.reason for problem in broken):
+        # What else is read of such a file may be anything.
+        return VerifyResult(0, 0, tuple(broken), (), 0, 0)
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     there = list(folder.walk())
@@ -616,10 +620,12 @@ def check_predictions(workspace: Workspace, run_id: int, which: Any) -> tuple[in
     found = found.where(Prediction.run_id == run_id).order_by(Prediction.cell_id, Prediction.rank)
     homes = select(Cell.id, Segmentation.image_id).order_by(Cell.id)
     homes = homes.join(Segmentation, Segmentation.id == Cell.segmentation_id)
-    jobs = select(Job.image_id, Job.digest).join(Recipe, Recipe.id == Job.recipe_id)
+    jobs = select(Job.image_id, Job.digest, Job.recipe_id)
+    jobs = jobs.join(Recipe, Recipe.id == Job.recipe_id)
     jobs = jobs.where(which, Job.run_id == run_id, Recipe.stage == Stage.PREDICT)
     with workspace.database.read() as session:
-        written = dict(session.connection().execute(jobs).all())
+        of_jobs = session.connection().execute(jobs).all()
+        written = {image_id: made for image_id, made, _ in of_jobs}
         hashes = {image_id: hashlib.sha256() for image_id in written}
         options = {"stream_results": True, "max_row_buffer": ROWS_AT_ONCE}
         stream = session.connection().execute(found, execution_options=options)
@@ -643,7 +649,9 @@ def check_predictions(workspace: Workspace, run_id: int, which: Any) -> tuple[in
             names = names.join(Image, Image.well_id == Well.id).where(Image.id.in_(some))
             problems += [
                 Problem(
-                    f"{barcode}/{core}", f"predictions of run {run_id} are not what its job wrote"
+                    f"{barcode}/{core}",
+                    f"rows of predict recipe {of_jobs[0].recipe_id} are not what its job (run "
+                    f"{run_id}) wrote (digest differs)",
                 )
                 for barcode, core in session.execute(names.order_by(Image.id))
             ]

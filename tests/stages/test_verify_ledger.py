@@ -60,15 +60,15 @@ NEW_RUN = ", ".join(c.name for c in METADATA.tables["runs"].columns if c.name !=
 TAMPERING = {
     "a prediction changed": (
         f"UPDATE predictions SET label_id = label_id % 2 + 1 WHERE cell_id = {PREDICTION}",
-        "P1/r01c01f01: predictions of run {predict}",
+        "P1/r01c01f01: rows of predict recipe",
     ),
     "a prediction taken away": (
         f"DELETE FROM predictions WHERE cell_id = {PREDICTION}",
-        "P1/r01c01f01: predictions of run {predict}",
+        "P1/r01c01f01: rows of predict recipe",
     ),
     "a prediction added": (
         "INSERT INTO predictions SELECT {predict}, min(id), 1, 1, 1 FROM cells WHERE excluded > ''",
-        "P1/r01c01f01: predictions of run {predict}",
+        "P1/r01c01f01: rows of predict recipe",
     ),
     "the truth of a frozen split": (
         "UPDATE split_members SET label_id = 3 - label_id WHERE image_id = 1",
