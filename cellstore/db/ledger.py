@@ -96,7 +96,6 @@ def record_runs(session: Session, ids: Collection[int], *, opened: bool = False)
     if not ids:
         return
     tables = run_digests(session, ids) if not opened else {}
-    changes = []
     for run_id, row in run_rows(session, ids):
         if opened:
             new = {"status": "running", "row": {name: row[name] for name in BEGUN}}
@@ -105,8 +104,7 @@ def record_runs(session: Session, ids: Collection[int], *, opened: bool = False)
             new["digests"] = {name: digest for (of, name), digest in tables.items() if of == run_id}
             if row["stage"] == Stage.INGEST:
                 new["tables"] = table_digests(session)
-        changes.append(Change("runs", run_id, None, new))
-    record_events(session, changes)
+        record_events(session, [Change("runs", run_id, None, new)], run_id=run_id)
 
 
 def run_rows(session: Session, ids: Collection[int] = ()) -> list[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from ..models import METADATA, Cell, Event, Image, Plate, Run, Segmentation, Wel
 SHOWN = 3
 """Changes of a command that are said one by one."""
 
-_UNSAID = ("first_id", "last_id", "ids")
+_UNSAID = ("first_id", "last_id", "ids", "row", "digests", "tables", "removed")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _carry_out(
         else:
             session.flush()
             left = Change("store", None, None, {"tables": table_digests(session)})
-            record_events(session, [*changes, left], reason=reason)
+            record_events(session, [left, *changes], reason=reason)
             undone = [item.row_id for item in changes if item.table_name == "runs"]
             record_runs(session, [number for number in undone if number])
     return replace(done, reason=reason, dry_run=dry_run)
