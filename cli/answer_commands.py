@@ -16,7 +16,7 @@ from cellstore.errors import UserInputError
 
 from . import output
 from .app import HTML, Common, command
-from .output import AnswerOptions, Format, cell, count, percent, say
+from .output import AnswerOptions, Format, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 FEW = 3
-NAME_WIDTH = 16
 SHOWN_DIFFERENCES = 20
 SHOWN_OPTIONS = 8
 
@@ -92,14 +91,14 @@ def votes(
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a vote fits 80 columns; other formats have all columns."""
+    """Return what a table shows of a vote; other formats have all columns."""
     share = row["share"]
     return {
         **{name: row[name] for name in ("plate", "well", "site") if name in row},
-        "winner": cell(row["winner"] or "", NAME_WIDTH - 2),
+        "winner": row["winner"] or "",
         "share": None if share is None else round(share, 2),
         "cells": row["cells"],
-        "truth": cell(row["truth"] or "", NAME_WIDTH - 2),
+        "truth": row["truth"] or "",
         "right": {True: "yes", False: "no", None: ""}[row["correct"]],
         "note": row["abstained"] or ("tie" if row["tie"] else ""),
     }
@@ -387,7 +386,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
 
     def cells(item: ComparedRun) -> tuple[object, ...]:
         accuracy = (percent(item.accuracy), percent(item.low, item.high))
-        return (item.run_id, item.train_run_id, cell(item.split, 22), item.correct, *accuracy,
+        return (item.run_id, item.train_run_id, item.split, item.correct, *accuracy,
                 item.wells_seen)  # fmt: skip
 
     output.table(
@@ -403,9 +402,9 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         ],
     )
     points = f"{100 * found.difference:+.1f} points"
-    if found.difference_low is None:
+    if found.difference_low is None or found.difference_high is None:
         points += " (too few wells for an interval)"
-    if found.difference_low is not None and found.difference_high is not None:
+    else:
         low, high = 100 * found.difference_low, 100 * found.difference_high
         points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
     typer.echo(f"\nrun {first} minus run {second}: {points}")

@@ -12,7 +12,7 @@ import typer
 
 from cellstore.config import IngestParams, Selection, option
 from cellstore.enums import Look, Severity
-from cellstore.errors import UserInputError
+from cellstore.errors import StoreNotFoundError, UserInputError
 
 from . import output
 from .app import Common, command
@@ -158,8 +158,8 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         workspace = None
         try:  # compared with what a store has
             workspace = stack.enter_context(common.open(quiet=True)).workspace
-        except UserInputError:
-            if choose_layout(source, params).kind.value != "images":
+        except StoreNotFoundError:
+            if common.store is not None or choose_layout(source, params).kind.value != "images":
                 raise
         found = preview(source, params, workspace)
     if common.as_json:

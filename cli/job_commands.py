@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -199,7 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that then does them.
+    It opens their jobs again and shows the command that then does them. So it does
+    where masks or files of features are gone: the same command makes them again.
 
     \b
     Example:
@@ -210,10 +210,13 @@ def retry(
         result = store.retry(stage=stage, run=run, image=image)
     if common.as_json:
         output.print_json(result)
-    elif not result.jobs:
+    elif not result.jobs and not result.lost_files:
         typer.echo("No image has failed.")
     else:
-        typer.echo(f"{output.count(result.jobs, 'job is', 'jobs are')} open again. Now run:")
+        lost = output.count(result.lost_files, "file is gone.", "files are gone.")
+        opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
+        found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
+        typer.echo(f"{' '.join(found)} Now run:")
         for words in result.commands:
             typer.echo(f"  {output.cell(words)}")
 
@@ -309,6 +312,10 @@ def _show_verify(result: VerifyResult) -> None:
         say("Remove the unknown files with: cellstore verify --fix")
     if result.problems:
         say("Put what is damaged back from a backup; what is derived can be made again.")
+    if result.commands:
+        typer.echo("Files that are gone are made again by:")
+        for words in result.commands:
+            typer.echo(f"  {output.cell(words)}")
 
 
 @command(app, "seal")
@@ -362,17 +369,8 @@ def doctor(common: Common) -> None:
         output.print_json({"ok": result.ok, **output.plain(result)})
     else:
         for found in result.findings:
-            name, detail = output.cell(found.name), output.cell(found.detail)
-            line = f"{found.state:<7} {found.topic}: {name}  {detail}"
-            typer.echo(
-                textwrap.fill(  # a path is never cut in two
-                    line,
-                    output.WIDTH,
-                    subsequent_indent=" " * 8,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+            line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
+            typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
         broken = sum(found.state == "broken" for found in result.findings)
         say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
     if not result.ok:

@@ -242,8 +242,14 @@ def table(
         file.write(data)
 
 
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks lines at spaces, and after _ and / where a word is too long."""
+
+    wordsep_simple_re = re.compile(r"(\s+|(?<=[_/])(?=\w))")
+
+
 def _lines(text: str, width: int) -> list[str]:
-    lines = textwrap.wrap(cell(text, LINES * width), width, break_on_hyphens=False)
+    lines = _Wrapper(width, break_on_hyphens=False).wrap(cell(text, LINES * width))
     if len(lines) > LINES:
         lines[LINES - 1 :] = [cell(" ".join(lines[LINES - 1 :]), width)]
     return lines

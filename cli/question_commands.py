@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cellstore.artifacts import part_prefix
 from cellstore.config import Selection, option, option_of
 from cellstore.errors import UnknownNameError, UserInputError
 
@@ -51,7 +52,7 @@ def confined(store: Store, limits: Limits) -> Iterator[None]:
             f"Error: The question took longer than {limits.seconds:g} seconds and did not stop "
             "on request, so the program ends. Ask for less, or allow more time with --seconds."
         )
-        for folder in spill.glob(f"{os.getpid()}-*"):
+        for folder in spill.glob(f"{part_prefix()}*"):
             shutil.rmtree(folder, ignore_errors=True)
         sys.stdout.flush()
         os._exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,6 @@ from .app import PRESET, Common, command
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.analysis.leaks import Finding
     from cellstore.stages.split import CheckResult, SplitResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -274,10 +272,8 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
     for reason, labels in by_reason.items():
         more = ", ..." if len(labels) > SHOWN_CLASSES else ""
         named = f"{', '.join(labels[:SHOWN_CLASSES])}{more}"
-        first, *rest = textwrap.wrap(reason, 56)
-        shown.append((f"{output.count(len(labels), 'class', 'classes')} excluded", first))
-        shown += [("", line) for line in rest]
-        shown += [("", line) for line in textwrap.wrap(named, 56)]
+        shown.append((f"{output.count(len(labels), 'class', 'classes')} excluded", reason))
+        shown.append(("", named))
     return shown
 
 
@@ -349,26 +345,13 @@ def _show_check(result: CheckResult) -> None:
     if result.findings:
         typer.echo()
     for finding in result.findings:
-        typer.echo(f"{finding.severity.value:<{MARGIN}}{finding.message}")
-        typer.echo(" " * MARGIN + _examples(finding))
+        lead = f"{finding.severity.value:<{MARGIN}}"
+        typer.echo(output.filled(output.cell(finding.message), " " * MARGIN, lead))
+        others = ["..."] if finding.count > len(finding.examples) else []
+        output.wrapped(", ".join([*finding.examples, *others]), " " * MARGIN)
     if not result.leaks:
         careful = " Read the warnings, too." if result.warnings else ""
         typer.echo(f"No leak found: the test images are not seen in training.{careful}")
     if result.rows:
         unknown = "" if result.wells else "wells, plates and "
         typer.echo(f"Tables do not name {unknown}image files, so these were not compared.")
-
-
-def _examples(finding: Finding) -> str:
-    """As many examples as fit on a line, one at least, cut if need be."""
-    room = output.WIDTH - MARGIN
-    shown = ""
-    for number, text in enumerate(map(output.cell, finding.examples), start=1):
-        longer = f"{shown}, {text}" if shown else text
-        more = ", ..." if number < finding.count else ""
-        if shown and len(longer + more) > room:
-            return f"{shown}, ..."
-        shown = longer
-    if len(shown) > room:
-        return output.cell(shown, room)
-    return f"{shown}, ..." if finding.count > len(finding.examples) else shown

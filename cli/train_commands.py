@@ -292,13 +292,11 @@ def _show_contrast(result: ContrastResult) -> None:
             None if value is None else f"{value:.3f}"
             for value in (row.accuracy, row.auc, row.usual)
         )
-        known = row.low is not None and row.high is not None
-        bounds = f"{row.low:.3f} to {row.high:.3f}" if known else "-"
         counts = (row.wells or None, row.cells or None)
-        return (row.treatment, row.different, *counts, accuracy, auc, bounds, chance)
+        return (row.treatment, row.different, *counts, accuracy, auc, chance)
 
-    headers = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "95 % interval")
-    output.table((*headers, "chance"), map(cells, result.rows))
+    headers = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "chance up to")
+    output.table(headers, map(cells, result.rows))
     for row in result.rows:
         if row.note:
             typer.echo(f"{row.treatment}: {row.note}")

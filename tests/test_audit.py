@@ -418,3 +418,10 @@ def test_a_well_and_site_on_several_plates_are_listed(workspace: Workspace) -> N
     with pytest.raises(UserInputError, match="names several images: P1/r05c05f02, P2/r05c05f02"):
         audit_image(workspace, "E05/2")
     assert audit_image(workspace, "P2/E05/2").record["plate"] == "P2"
+
+
+def test_a_plate_or_a_well_that_is_misspelt_is_named(workspace: Workspace) -> None:
+    small_screen(workspace)
+    for name, meant in (("BR2", "'BR2'. Known: BR1. Did you"), ("BR1/B99", "of plate BR1 'B99'")):
+        with pytest.raises(UnknownNameError, match=meant):
+            audit(workspace, name)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from factories import Factory, sha
 from sqlalchemy import event, select
@@ -92,6 +93,21 @@ def test_an_unexpected_error_is_kept_with_its_place(sqlite_workspace: Workspace)
         error = session.scalars(select(Job.error)).one()
     assert "Traceback" in error
     assert "test_jobs.py" in error
+
+
+def test_an_image_too_large_for_the_memory_fails_alone_with_a_sentence(workspace: Workspace):
+    fill(workspace, 3)
+
+    def compute(task: Task) -> str:
+        if task.name.endswith("c02f01"):
+            np.empty(1 << 55)
+        return task.name
+
+    done = go(workspace, compute, batch=3)
+    assert (done.images, [name for name, _ in done.failures]) == (2, ["P1/r01c02f01"])
+    (failed,) = list_jobs(workspace, status="failed").jobs
+    assert failed.error == failed.reason == done.failures[0][1]
+    assert "too little memory" in (failed.reason or "")
 
 
 def test_rows_of_a_failing_write_are_undone(workspace: Workspace):

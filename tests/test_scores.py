@@ -135,8 +135,9 @@ def test_images_that_are_not_alike_count_more_than_their_well() -> None:
     right = np.array([2, 2, 2, 1, 0, 0, 1, 2], dtype=float)
     # The share is 10/16. Deviations from 1.25: four of .75, two of -.25, two of -1.25;
     # their squares add up to 5.5. Design effect: 8/7 * 5.5 / (16 * 0.625 * 0.375) = 1.67619, so
-    # r = 0.67619. Four wells have a wrong image (6 a right one): (4 r + 1) / 5 = 0.74095.
-    worth = 16 / (1 + 0.74095)
+    # r = 0.67619. Wrong images, 0 0 0 1 2 2 1 0, are worth 36 / 10 = 3.6 wells, right ones, 2 2 2
+    # 1 0 0 1 2, 100 / 18 = 5.6: (3.6 r + 1) / 4.6 = 0.74658.
+    worth = 16 / (1 + 0.74658)
     found = statistics.share_interval(right, np.full(8, 2.0))
     expected = stats.beta.ppf(0.025, 0.625 * worth, 0.375 * worth + 1)
     assert found[0] == pytest.approx(expected, abs=1e-4)

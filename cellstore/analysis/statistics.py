@@ -67,15 +67,16 @@ def share_interval(right: NDArray[Any], images: NDArray[Any]) -> Interval:
     (Korn and Graubard, Survey Methodology 24, 1998): their number over the design effect
     1 + (m - 1) r, where m is how many images the well of an image has on average (Kish 1965) and r,
     in 0..1, how alike the images of a well are. r comes from how far wells are apart. As this says
-    little where few wells have a right image, or few a wrong one, one well with r = 1 is weighed
-    against these few: without it, wells with hardly an error would promise too much.
+    little where right images, or wrong ones, come from few wells (how many they are worth: Kish
+    1965), one well with r = 1 is weighed against these few. Without it, wells with hardly an error
+    would promise too much. The simulations are in ``benchmarks/interval_coverage.py``.
     """
     total, wells = float(images.sum()), images.size
     share = float(right.sum()) / total
     size = float((images**2).sum()) / total
     alike = 1.0
-    mixed = min(int((right > 0).sum()), int((right < images).sum()))
-    if mixed and size > 1:
+    mixed = min(_worth(right), _worth(images - right))
+    if mixed > 0 and size > 1:
         spread = wells / (wells - 1) * float(((right - share * images) ** 2).sum())
         effect = spread / (total * share * (1 - share))
         alike = min(max((effect - 1) / (size - 1), 0.0), 1.0)
@@ -86,6 +87,12 @@ def share_interval(right: NDArray[Any], images: NDArray[Any]) -> Interval:
         beta_quantile(TAIL, hits, misses + 1) if share > 0 else 0.0,
         beta_quantile(1 - TAIL, hits + 1, misses) if share < 1 else 1.0,
     )
+
+
+def _worth(counts: NDArray[Any]) -> float:
+    """How many wells, all with as many, would say as much as these W counts."""
+    total = float(counts.sum())
+    return total**2 / float((counts**2).sum()) if total else 0.0
 
 
 def beta_quantile(share: float, a: float, b: float) -> float:

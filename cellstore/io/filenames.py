@@ -237,7 +237,7 @@ class NamePattern:
         if well is None:
             well = join_well(parts.get("row", ""), parts.get("column", ""))
         channel = parts.get("channel")
-        number = int(channel) if channel and _is_number(channel) else None
+        number = whole_number(channel) if channel else None
         found = channel if number is None else f"ch{number}"
         site = _part(parts, "site")
         return ImageName(
@@ -369,10 +369,15 @@ def _part(parts: Mapping[str, str], name: str) -> int | None:
     if text is not None and (duration := _DURATION.fullmatch(text)):
         days, hours, minutes = map(int, duration.groups())
         return (days * 24 + hours) * 60 + minutes
-    if text is not None and not _is_number(text):
+    number = None if text is None else whole_number(text)
+    if text is not None and number is None:
         raise UserInputError(f"{name} is {text[:50]!r}, not a whole number. Correct the pattern.")
-    return None if text is None else int(text)
+    return number
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= _MAX_NUMBER
+def whole_number(text: str) -> int | None:
+    """Return a number that is written in digits, up to a million; None where it is none."""
+    significant = text.lstrip("0") or text[-1:]
+    if not (text.isascii() and text.isdigit() and len(significant) < 8):
+        return None
+    return number if (number := int(significant)) <= _MAX_NUMBER else None

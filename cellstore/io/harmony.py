@@ -16,8 +16,8 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 from ..errors import BadTableError, UserInputError
-from .filenames import core_file_name, format_well, is_safe_name
-from .image_files import micrometres
+from .filenames import core_file_name, format_well, is_safe_name, whole_number
+from .image_files import pixel_size
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import LONGEST, Refusal, RowRefusedError
 from .uris import exists, join, writable
@@ -29,7 +29,6 @@ ROOT = "EvaluationInputData"
 
 _CHUNK = 1 << 16
 _MAX_TEXT = 4096
-_MAX_NUMBER = 1_000_000
 _LISTS = frozenset({("Plates", "Plate"), ("Map", "Entry"), ("Images", "Image")})
 _WANTED = frozenset(
     {
@@ -238,20 +237,18 @@ def _read_image(
 
 def _pixel_size(values: Mapping[str, str]) -> float | None:
     """Return the micrometres per pixel; None where they are not given, or pixels not square."""
-    sizes = {
-        micrometres(values.get(name), values.get(name + "Unit", "m"))
-        for name in ("ImageResolutionX", "ImageResolutionY")
-    }
-    return sizes.pop() if len(sizes) == 1 else None
+    names = ("ImageResolutionX", "ImageResolutionY")
+    return pixel_size((values.get(name), values.get(name + "Unit", "m")) for name in names)
 
 
 def _whole(values: Mapping[str, str], name: str, default: int | None) -> int:
     text = values.get(name, "")
     if not text and default is not None:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= _MAX_NUMBER):
+    number = whole_number(text)
+    if number is None:
         raise RowRefusedError("not a whole number", f"{name} is {text[:50]!r}")
-    return int(text)
+    return number
 
 
 def _elements(path: Path) -> Iterator[_Element]:

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +45,7 @@ SUFFIXES = frozenset({".tif", ".tiff", ".png"})
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_SAMPLES_PER_PIXEL = 277
 _WHITE_IS_ZERO, _GREY, _ALPHA, _PLANAR = 0, {0, 1}, {1, 2}, 2
 """Values of the TIFF tags PhotometricInterpretation, ExtraSamples and PlanarConfiguration."""
 _COPY = 1 | 4
@@ -255,33 +256,41 @@ def _whole_digest(path: Path, state: FileStat) -> str:
     return digest.hexdigest()
 
 
+def tiff_pages(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield where each page of a TIFF begins, and how many samples its pixels have.
+
+    Nothing of what is no TIFF; where it is cut off or damaged, reading it says so. ``tifffile``
+    would read much more, of each of the million files of a folder.
+    """
+    head = stream.read(16)
+    order = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}.get(head[:4], "")
+    # The offset of a page; the number and the size of its entries; where their values are.
+    offset, count, size, value, first = ("I", "H", 12, 8, 4)
+    if head[2:4] in (b"+\0", b"\0+"):
+        offset, count, size, value, first = ("Q", "Q", 20, 12, 8)
+    seen: set[int] = set()
+    with suppress(struct.error):
+        (start,) = struct.unpack_from(order + offset, head, first) if order else (0,)
+        while start and start not in seen:
+            seen.add(start)
+            samples, following = 1, 0
+            with suppress(struct.error, ValueError, OverflowError):
+                stream.seek(start)
+                (entries,) = struct.unpack(order + count, stream.read(struct.calcsize(count)))
+                for _ in range(entries):
+                    tag = stream.read(size)
+                    if struct.unpack_from(order + "H", tag)[0] == _SAMPLES_PER_PIXEL:
+                        (samples,) = struct.unpack_from(order + "H", tag, value)
+                (following,) = struct.unpack(order + offset, stream.read(struct.calcsize(offset)))
+            yield start, samples
+            start = following
+
+
 @lru_cache(maxsize=16)
 def _page_offsets(path: Path, _state: FileStat) -> tuple[int, ...]:
-    """Return where each page of a TIFF begins; nothing for what is no TIFF.
-
-    Asked once for all of its pages: each of them names the next one only.
-    """
+    """Where the pages of a TIFF begin: asked once for all, since each names the next one only."""
     with path.open("rb") as stream:
-        head = stream.read(8)
-        order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
-        if not order or len(head) < 8:
-            return ()
-        is_big = struct.unpack(order + "H", head[2:4])[0] == 43
-        offset, count, size = (
-            (order + "Q", order + "Q", 20) if is_big else (order + "I", order + "H", 12)
-        )
-        found: dict[int, None] = {}
-        stream.seek(8 if is_big else 4)
-        with suppress(struct.error, OSError, OverflowError):  # cut off: reading it will say so
-            while True:
-                (start,) = struct.unpack(offset, stream.read(struct.calcsize(offset)))
-                if start == 0 or start in found:
-                    break
-                stream.seek(start)
-                (entries,) = struct.unpack(count, stream.read(struct.calcsize(count)))
-                found[start] = None
-                stream.seek(entries * size, os.SEEK_CUR)
-        return tuple(found)
+        return tuple(start for start, _ in tiff_pages(stream))
 
 
 def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int, ...]]:
@@ -480,20 +489,26 @@ def ome_elements(name: str, description: str) -> list[tuple[str, dict[str, str]]
 
 @lru_cache(maxsize=4)
 def _ome_pixel_size(description: str) -> float | None:
-    """Return the micrometres per pixel that an OME-XML gives, None where it gives none or several.
-
-    Pixels that are not square count as unknown: one number would make areas wrong.
-    """
+    """Return the micrometres per pixel that an OME-XML gives, if it gives one."""
     try:
         elements = ome_elements("the file", description)
     except ImageError:
         return None  # pixels can be read all the same
-    sizes: set[float | None] = set()
-    for tag, values in elements:
-        if tag == "Pixels":
-            for axis in "XY":
-                unit = values.get(f"PhysicalSize{axis}Unit", "um")
-                sizes.add(micrometres(values.get(f"PhysicalSize{axis}"), unit))
+    names = [
+        (values, f"PhysicalSize{axis}")
+        for tag, values in elements
+        if tag == "Pixels"
+        for axis in "XY"
+    ]
+    return pixel_size((values.get(name), values.get(f"{name}Unit", "um")) for values, name in names)
+
+
+def pixel_size(lengths: Iterable[tuple[str | None, str]]) -> float | None:
+    """Return the one length (text, unit) of all, in micrometres; None where they differ.
+
+    Pixels that are not square count as unknown: one number would make areas wrong.
+    """
+    sizes = {micrometres(text, unit) for text, unit in lengths}
     return sizes.pop() if len(sizes) == 1 else None
 
 

@@ -23,11 +23,12 @@ from .filenames import (
     join_well,
     microscope_name,
     parse_well,
+    whole_number,
 )
-from .image_files import micrometres
+from .image_files import pixel_size
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
 from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
-from .uris import page_name, split_url
+from .uris import page_name, split_page, split_url
 
 FILE_PREFIX, URL_PREFIX, METADATA = "FileName_", "URL_", "Metadata_"
 _ORIGINAL = "Orig"
@@ -51,7 +52,6 @@ NO_PLATE = "no plate"
 """Reason of a row that does not name its plate."""
 
 _FIRST = 1
-_MAX_NUMBER = 1_000_000
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
 
@@ -199,9 +199,14 @@ def _find_channels(columns: Iterable[str]) -> list[_Channel]:
 
 
 class _Cells:
-    """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once."""
+    """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once.
+
+    ``known``: what cells that came already mean. The plate, the well and site of each plate, the
+    treatment come again and again: a million rows say little that is new.
+    """
 
     def __init__(self, columns: Mapping[str, int], wanted: Iterable[str]) -> None:
+        self.known: dict[Any, Any] = {}
         self.names = tuple(name for name in dict.fromkeys(wanted) if name in columns)
         indexes = [columns[name] for name in self.names]
         self.pick: Callable[[Sequence[str | None]], tuple[str | None, ...]]
@@ -212,6 +217,8 @@ class _Cells:
 
     def texts(self, picked: Sequence[str | None]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
+        if len(self.known) > _REMEMBERED:
+            self.known.clear()
         pairs = zip(self.names, picked, strict=True)
         found = ((name, known_text(name, cell)) for name, cell in pairs if cell)
         return {name: text for name, text in found if text is not None}
@@ -231,12 +238,10 @@ def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | Non
     column = next((column for column in columns if column in texts), None)
     if column is None:
         return None
-    digits = texts[column].removesuffix(".0")
-    significant = digits.lstrip("0") or "0"
-    plain = digits.isascii() and digits.isdigit() and len(significant) <= 7
-    if not plain or int(significant) > _MAX_NUMBER:
+    number = whole_number(texts[column].removesuffix(".0"))
+    if number is None:
         raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
-    return int(significant)
+    return number
 
 
 def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
@@ -267,18 +272,26 @@ def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
         raise RowRefusedError("not a well", str(error)) from error
 
 
+_File = tuple[int, tuple[str, int | None, str], str | None]
+
+
 class _Field(NamedTuple):
     """What the columns of place and files say of an image.
 
     ``where``: row, column, site, plane, time point and core file name. ``files``: index of the
-    channel, then name, number and file name, then the folder of a URL. ``plate`` and ``scan``: what
-    the folder and the file name call the plate; a scan is the plate if nothing else is.
+    channel, then name, number and file name, then the folder of a URL. ``plate``: as the folder of
+    the table says.
     """
 
     where: tuple[int, int, int, int, int, str | None]
-    files: list[tuple[int, tuple[str, int | None, str], str | None]]
+    files: list[_File]
     plate: str | None
-    scan: str | None
+
+
+def _microscope_name(files: Sequence[_File]) -> ImageName | None:
+    """Return what the first of the file names says that is one of a microscope."""
+    found = (microscope_name(split_page(file[2])[0]) for _, file, _ in files)
+    return next((name for name in found if name), None)
 
 
 class ImageRows:
@@ -306,7 +319,7 @@ class ImageRows:
         strict: bool = False,
     ) -> None:
         self._plate, self._strict = plate, strict
-        self._renaming = channels or ChannelNames()
+        self._renaming = channels
         self._folder = _SITE_FOLDER.fullmatch(folder)
         self.channels = _find_channels(columns)
         of_files = [name for item in self.channels for name in (item.file, item.frame, item.series)]
@@ -320,12 +333,6 @@ class ImageRows:
         self._frames = _Cells(columns, [item.frame for item in self.channels])
         self._paged: set[str] = set()
         """Columns of frames of which some is above 0."""
-        # Cells that come again (the plate, the well and site of each plate, the treatment) are
-        # worked out once: a million rows say little that is new.
-        self._plates: dict[Any, tuple[str | None, str | None, list[str | None]]] = {}
-        self._fields: dict[Any, _Field] = {}
-        self._treatments: dict[Any, tuple[Any, ...]] = {}
-        self._metadata: dict[Any, tuple[float | None, dict[str, str] | None]] = {}
 
     def find_pages(self, rows: Iterable[Sequence[str | None]]) -> None:
         """Find the channels that have other frames than 0, of all rows before the first is read.
@@ -340,43 +347,48 @@ class ImageRows:
 
     def read(self, line: int, cells: Sequence[str | None]) -> ImageRecord | Refusal:
         """Return the image of a row, or why it is none."""
-        for some in (self._plates, self._fields, self._treatments, self._metadata):
-            if len(some) > _REMEMBERED:
-                some.clear()
         try:
             key = self._of_field.pick(cells)
-            if (field := self._fields.get(key)) is None:
-                field = self._fields[key] = self._read_field(self._of_field.texts(key))
+            if (field := self._of_field.known.get(key)) is None:
+                field = self._read_field(self._of_field.texts(key))
+                self._of_field.known[key] = field
             key = self._of_plate.pick(cells)
-            if (of_plate := self._plates.get(key)) is None:
+            if (of_plate := self._of_plate.known.get(key)) is None:
                 texts = self._of_plate.texts(key)
                 folders = [texts.get(item.folder) for item in self.channels]
                 of_plate = first_text(texts, PLATES), texts.get(_BATCH), folders
-                self._plates[key] = of_plate
+                self._of_plate.known[key] = of_plate
             written, batch, folders = of_plate
             barcode = written or field.plate
             if barcode and self._plate and barcode != self._plate:
                 raise RowRefusedError("another plate", f"plate {barcode}, not {self._plate}")
-            barcode = barcode or self._plate or field.scan
+            barcode = barcode or self._plate
+            if barcode is None and (found := _microscope_name(field.files)):
+                barcode = found.plate  # a number of the instrument, where nothing else is known
             if barcode is None:
                 detail = "the table does not name the plate; name it with --plate"
                 raise RowRefusedError(NO_PLATE, detail)
             key = self._of_treatment.pick(cells)
-            if (treated := self._treatments.get(key)) is None:
-                treated = self._read_treatment(self._of_treatment.texts(key))
-                self._treatments[key] = treated
+            if (treated := self._of_treatment.known.get(key)) is None:
+                texts, problem, treatment = self._of_treatment.texts(key), None, None
+                try:
+                    treatment = treatment_of(texts)
+                except RowRefusedError as error:  # nothing is known of the well: the image is there
+                    problem = error.args
+                doses = () if treatment else dose_columns(tuple(texts))
+                untold = {name.removeprefix(METADATA): texts[name] for name in doses}
+                treated = self._of_treatment.known[key] = treatment, untold, problem
         except RowRefusedError as refused:
             return Refusal(line, *refused.args)
         treatment, untold, problem = treated
         key = self._others.pick(cells)
-        if (of_well := self._metadata.get(key)) is None:
+        if (of_well := self._others.known.get(key)) is None:
             texts = self._others.texts(key)
-            sizes = {micrometres(texts.get(column), "m") for column in _PIXEL_COLUMNS}
-            size = sizes.pop() if len(sizes) == 1 else None
+            size = pixel_size((texts.get(column), "m") for column in _PIXEL_COLUMNS)
             for column in _PIXEL_COLUMNS if size else ():
                 del texts[column]
             more = {name.removeprefix(METADATA): text for name, text in texts.items()}
-            of_well = self._metadata[key] = size, more or None
+            of_well = self._others.known[key] = size, more or None
         size, metadata = of_well
         if untold:
             metadata = {**(metadata or {}), **untold}
@@ -384,30 +396,13 @@ class ImageRows:
         where = (line, barcode, batch, *field.where, files)
         return _new(ImageRecord, (*where, treatment, size, metadata, problem))
 
-    def _read_treatment(self, texts: Mapping[str, str]) -> tuple[Any, ...]:
-        """Return the treatment of a row, the metadata that it leaves, and what is wrong with it.
-
-        A well whose dose is none is one of which nothing is known: the image is there all the same.
-        """
-        try:
-            treatment, problem = treatment_of(texts), None
-        except RowRefusedError as error:
-            reason, detail = error.args
-            treatment, problem = None, (reason, detail)
-        untold = {}
-        if treatment is None:
-            untold = {
-                name.removeprefix(METADATA): texts[name] for name in dose_columns(tuple(texts))
-            }
-        return treatment, untold, problem
-
     def _read_field(self, texts: Mapping[str, str]) -> _Field:
         """Return where an image is, and its files, as the columns and the file names say."""
         well = _written_well(texts)
         site, plane, time_point = (
             _whole_number(texts, some) for some in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
         )
-        files: list[tuple[int, tuple[str, int | None, str], str | None]] = []
+        files: list[_File] = []
         frames: list[int | None] = []
         numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
         agreed: ImageName | None = None
@@ -430,7 +425,8 @@ class ImageRows:
                 if self._strict and first != other:
                     detail = f"{name.core_name} beside {agreed.core_name}"
                     raise RowRefusedError("files of different fields", detail)
-            renamed = self._renaming.wanted(number, channel.name)
+            own = channel.name
+            renamed = self._renaming.wanted(number, own) if self._renaming else own
             files.append((index, (renamed, number, text), folder))
             if self._strict and (series := _whole_number(texts, (channel.series,))):
                 detail = f"{channel.series} is {series}: export each image of the file by itself"
@@ -448,15 +444,13 @@ class ImageRows:
                 except UserInputError as error:
                     raise RowRefusedError("no such page", str(error)) from error
                 files[position] = index, (*file[:2], paged), folder
-        plate = scan = None
-        if agreed is None:
-            found = (microscope_name(file[2]) for _, file, _ in files)
-            agreed = next((name for name in found if name), None)
-            scan = agreed.plate if agreed else None
-        elif self._strict and well not in (None, (agreed.row, agreed.column)):
+        if agreed and self._strict and well not in (None, (agreed.row, agreed.column)):
             of_file = format_well(agreed.row, agreed.column)
             detail = f"well {format_well(*well)}, file of {of_file}"
             raise RowRefusedError("well and file name disagree", detail)
+        if agreed is None and None in (well, site):
+            agreed = _microscope_name(files)
+        plate = None
         if agreed is None and self._folder:
             with suppress(UserInputError):
                 where, plate = parse_well(self._folder["well"]), self._folder["plate"]
@@ -475,7 +469,7 @@ class ImageRows:
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
         core_name = texts.get(_CORE_NAME, core_name)
-        return _Field((*well, site, plane, time_point, core_name), files, plate, scan)
+        return _Field((*well, site, plane, time_point, core_name), files, plate)
 
 
 def read_image_table(
@@ -504,20 +498,23 @@ def read_image_table(
     columns = {name: at for at, name in enumerate(table.columns) if name not in table.repeated}
     if plate is None and columns.keys().isdisjoint(PLATES):
         raise UserInputError(f"{table.path.name} does not name its plate. Name it with --plate.")
-    renaming = ChannelNames(channels)
+    renaming = ChannelNames(channels) if channels else None
     images = ImageRows(columns, plate, renaming, strict=True)
     if not images.channels:
         raise BadTableError(
             f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
-    names = [renaming.wanted(None, channel.name).lower() for channel in images.channels]
+    names = [channel.name for channel in images.channels]
+    if renaming:
+        names = [renaming.wanted(None, name) for name in names]
+    names = [name.lower() for name in names]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BadTableError(
             f"{table.path.name} would have two channels of one name ({', '.join(repeated)}). "
             "Rename one of the FileName columns, or give each a name of its own with --channels."
         )
-    if not any(key.strip().isdigit() for key in channels or ()):
+    if renaming and not any(key.strip().isdigit() for key in channels or ()):
         renaming.check_used()
     images.find_pages(row.cells for row in table.rows() if not isinstance(row, Refusal))
     for row in table.rows():
@@ -529,4 +526,5 @@ def read_image_table(
         ):
             found = Refusal(found.line, "no treatment", "Metadata_pert_iname is empty")
         yield found
-    renaming.check_used()
+    if renaming:
+        renaming.check_used()

@@ -100,28 +100,24 @@ def dose_in_name(text: str) -> tuple[str, str | None]:
 # ---- What Excel makes of cells ----
 
 _MONTH = "(?:Jan|Feb|Mar|M\u00e4r|Mrz|Apr|Mai|May|Jun|Jul|Aug|Sept?|Okt|Oct|Nov|Dez|Dec)\\.?"
-_EXCEL = {
-    "an error of Excel": re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
-    "a date in place of a name": re.compile(
-        rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
-        r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
+EXCEL = {
+    "an error of Excel": (
+        re.compile(r"#(?:N/?[ADV]|GETTING_DATA|[^\W\d_][\w/]*[!?])|Err:\d{3}"),
+        "Correct the formula and save the file again.",
     ),
-}
-EXCEL_ADVICE = {
-    "an error of Excel": "Correct the formula and save the file again.",
     "a date in place of a name": (
-        "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, write "
-        "the names again and save the file."
+        re.compile(
+            rf"\d{{1,2}}(?:-|\.? ){_MONTH}(?:[- ]\d{{2,4}})?|{_MONTH}[- ](?:\d{{2}}|\d{{4}})"
+            r"|\d{4}-\d\d-\d\d(?: [\d:.]+)?"
+        ),
+        (
+            "Excel makes dates of names like MARCH2, SEPT2 and DEC1: format the cells as text, "
+            "write the names again and save the file."
+        ),
     ),
 }
-
-
-def excel_damage(text: str) -> str | None:
-    """Return what a cell is where a name should be, a key of ``EXCEL_ADVICE``; None: a text.
-
-    ``#N/A`` and ``#BEZUG!`` are errors; ``2-Mar``, ``Mar-02``, ``2. Mrz`` and ``2026-03-02`` dates.
-    """
-    return next((what for what, looks in _EXCEL.items() if looks.fullmatch(text)), None)
+"""What a cell may be where a name should be: how it looks (``#N/A`` and ``#BEZUG!``; ``2-Mar``,
+``Mar-02``, ``2. Mrz`` and ``2026-03-02``), and what to do."""
 
 
 # ---- What a column is ----
@@ -173,7 +169,7 @@ NAMING = ("sample", "treatment", "sirna", "crispr", "orf", "genotype", "gene")
 
 _BRACKETS = re.compile(r"(.*?)[\s_]*[\[({]\s*([^\])}]*?)\s*[\])}]\s*")
 _LAST_UNIT = re.compile(rf"(.*?)(?:[\s_]+|[\s_]+in[\s_]+|\s*/\s*)({_UNITS})")
-_COUNTED = re.compile(r"(.*?\D)[\s_.#-]*([1-9])|(.*\S)[\s_]+([A-D])")
+_COUNTED = re.compile(r"(.*?\D)[\s_.#-]*([1-9])|(.*\S)[\s_]+([a-d])")
 _PREFIX = "metadata_"
 MILLIMOLAR_NOTE = (
     "mmoles_per_liter is read as micromolar (uM): in the public Broad maps that have this "
@@ -190,11 +186,6 @@ class Header(NamedTuple):
     unit: str | None = None
 
 
-def _letters(text: str) -> str:
-    """Return letters and digits in lower case, without accents."""
-    return re.sub(r"[^a-z0-9]", "", unicodedata.normalize("NFKD", text.lower()))
-
-
 @lru_cache(2_000)
 def header_of(text: str) -> Header | None:
     """Return what a header means: ``Dose 2 [nM]`` is the dose of part 2 in nM; None: unknown."""
@@ -207,10 +198,11 @@ def header_of(text: str) -> Header | None:
             plain, unit = found[1], found[2]
             break
     number = 0
-    key = _letters(plain)
+    plain = unicodedata.normalize("NFKD", plain).lower()  # accents are signs of their own
+    key = re.sub(r"[^a-z0-9]", "", plain)
     if key not in _ROLES and (found := _COUNTED.fullmatch(plain)):
-        number = int(found[2]) if found[2] else ord(found[4]) - 64
-        key = _letters(found[1] or found[3])
+        number = int(found[2]) if found[2] else ord(found[4]) - 96
+        key = re.sub(r"[^a-z0-9]", "", found[1] or found[3])
     if key not in _ROLES:
         return None
     role, rank = _ROLES[key]
@@ -224,6 +216,8 @@ def header_of(text: str) -> Header | None:
 class MapColumns:
     """The columns of a map by role and number of the part; all others are ``others``.
 
+    ``numbers`` are those of the parts, in their order; ``is_map``: there is a well (``has_well``),
+    and what was done to it.
     ``chosen`` are pairs of a role and a header, which go before what the headers say.
 
     Raises:
@@ -267,25 +261,14 @@ class MapColumns:
                 self.units[column] = meant.unit
         used = {column for (role, _), column in self.by_role.items() if role != "solvent"}
         self.others = [name for name in columns if name and name not in used]
+        self.numbers = sorted({number for role, number in self.by_role if role in NAMING})
+        roles = {role for role, number in self.by_role if number == 0}
+        self.has_well = "well" in roles or {"row", "column"} <= roles
+        self.is_map = self.has_well and bool(self.numbers)
 
     def column(self, role: str, number: int = 0) -> str | None:
         """Return the column of a role."""
         return self.by_role.get((role, number))
-
-    @property
-    def numbers(self) -> list[int]:
-        """Return the numbers of the parts, in their order."""
-        return sorted({number for role, number in self.by_role if role in NAMING})
-
-    @property
-    def has_well(self) -> bool:
-        """Whether wells are named."""
-        return bool(self.column("well") or (self.column("row") and self.column("column")))
-
-    @property
-    def is_map(self) -> bool:
-        """Whether these are the columns of a map: a well, and what was done to it."""
-        return self.has_well and bool(self.numbers)
 
 
 # ---- Grids ----
@@ -345,59 +328,66 @@ def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
     blocks: list[Block] = []
     taken: set[tuple[int, int]] = set()
     for at, (line, cells) in enumerate(rows):
-        start = 0
-        while start < len(cells):
-            numbers = []
-            first = _whole(cells[start])
-            end = start
-            while end < len(cells) and first is not None:
-                if _whole(cells[end]) != first + end - start:
-                    break
-                numbers.append(first + end - start)
-                end += 1
-            left = start - 1
-            if len(numbers) < _SHORTEST or left < 0 or (at, start) in taken:
-                start += 1 if first is None else max(1, end - start)
+        for start, end in _heads(cells):
+            if (at, start) in taken:  # doses of 1, 2, 3 in a grid
                 continue
-            values: list[tuple[tuple[int, int], int, str]] = []
-            below, label = at + 1, None
-            first_labels = [
-                _row_of(row.cells[left]) for row in rows[below : below + 3] if left < len(row.cells)
-            ]
-            if 1 in first_labels[1:] and first_labels[0] is None:
-                raise BadTableError(
-                    f"Line {rows[below].line} has no letter, and the row A is below it. The rows "
-                    "of a grid begin right under its numbers; has the map shifted? Correct it."
-                )
-            while below < len(rows) and left < len(rows[below].cells):
-                found = _row_of(rows[below].cells[left])
-                if found is None or (label is not None and found != label + 1):
-                    if found is not None and label is not None:
-                        raise BadTableError(
-                            f"Line {rows[below].line}: row {rows[below].cells[left]} follows row "
-                            f"{rows[below - 1].cells[left]}. The rows of a grid must be labelled "
-                            "A, B, C, ... without a gap; correct the map."
-                        )
-                    break
-                label = found
-                body = rows[below].cells
-                for column, number in enumerate(numbers, start):
-                    text = body[column].strip() if column < len(body) else ""
-                    values.append(((label, number), rows[below].line, text))
-                    taken.add((below, column))
-                beyond = body[end].strip() if end < len(body) else ""
-                head = cells[end].strip() if end < len(cells) else ""
-                if beyond and not head and _row_of(beyond) != found:  # labels on both sides
-                    raise BadTableError(
-                        f"Line {rows[below].line} has {beyond!r} to the right of column "
-                        f"{numbers[-1]}, where the grid has no number. Has the map shifted? "
-                        "Correct it."
-                    )
-                below += 1
-            if label is not None and below - at > 2:
-                blocks.append(Block(line, _title(rows, at, left, blocks), range(at, below), values))
-            start = end
+            values = _values(rows, at, start, end)
+            lines = range(at, at + 1 + len(values) // (end - start))
+            taken.update((row, column) for row in lines for column in range(start, end))
+            if len(lines) > 2:
+                title = _title(rows, at, start - 1, blocks)
+                blocks.append(Block(line, title, lines, values))
     return blocks
+
+
+def _heads(cells: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield where whole numbers that go up by one begin and end, with a cell to their left."""
+    end = 0
+    while end < len(cells):
+        start, first = end, _whole(cells[end])
+        end += 1
+        while first is not None and end < len(cells) and _whole(cells[end]) == first + end - start:
+            end += 1
+        if end - start >= _SHORTEST and start > 0:
+            yield start, end
+
+
+def _values(
+    rows: Sequence[TableRow], at: int, start: int, end: int
+) -> list[tuple[tuple[int, int], int, str]]:
+    """Return (well, line, value) of the grid below the numbers that ``start`` to ``end`` have."""
+    head, left = rows[at].cells, start - 1
+    first = _whole(head[start]) or 0
+    values: list[tuple[tuple[int, int], int, str]] = []
+    label: int | None = None
+    for below in range(at + 1, len(rows)):
+        line, cells = rows[below]
+        found = _row_of(cells[left]) if left < len(cells) else None
+        if found is None:
+            next_rows = (row.cells for row in rows[below + 1 : below + 3] if left < len(row.cells))
+            if label is None and any(_row_of(cells[left]) == 1 for cells in next_rows):
+                raise BadTableError(
+                    f"Line {line} has no letter, and the row A is below it. The rows of a grid "
+                    "begin right under its numbers; has the map shifted? Correct it."
+                )
+            break
+        if label is not None and found != label + 1:
+            raise BadTableError(
+                f"Line {line}: row {cells[left]} follows row {rows[below - 1].cells[left]}. The "
+                "rows of a grid must be labelled A, B, C, ... without a gap; correct the map."
+            )
+        label = found
+        for column in range(start, end):
+            text = cells[column].strip() if column < len(cells) else ""
+            values.append(((label, first + column - start), line, text))
+        beyond = cells[end].strip() if end < len(cells) else ""
+        numbered = end < len(head) and head[end].strip()
+        if beyond and not numbered and _row_of(beyond) != found:  # labels on both sides
+            raise BadTableError(
+                f"Line {line} has {beyond!r} to the right of column {first + end - 1 - start}, "
+                "where the grid has no number. Has the map shifted? Correct it."
+            )
+    return values
 
 
 def _title(rows: Sequence[TableRow], at: int, left: int, blocks: Sequence[Block]) -> str:

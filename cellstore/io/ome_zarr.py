@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import MissingExtraError, UserInputError
 from .filenames import is_safe_name, join_well, parse_well
-from .image_files import micrometres
+from .image_files import pixel_size
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import Refusal, RowRefusedError
 from .uris import page_name, writable
@@ -143,15 +143,15 @@ def _pixel_size(
         for step in _items(some.get("coordinateTransformations"))
         if step.get("type") == "scale" and isinstance(step.get("scale"), list)
     ]
-    sizes = set()
+    sizes: list[tuple[str, str]] = []
     for number, axis in enumerate(_items(multiscale.get("axes"))):
         if axes[number] in "yx":
             try:
                 size = prod(float(scale[number]) for scale in scales) if scales else None
             except (IndexError, TypeError, ValueError):
                 size = None
-            sizes.add(micrometres(str(size or ""), str(axis.get("unit", ""))))
-    return sizes.pop() if len(sizes) == 1 else None
+            sizes.append((str(size or ""), str(axis.get("unit", ""))))
+    return pixel_size(sizes)
 
 
 def _attributes(folder: Path) -> dict[str, Any]:

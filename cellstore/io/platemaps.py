@@ -17,13 +17,12 @@ from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import format_well, join_well, parse_well
 from .map_shapes import (
-    EXCEL_ADVICE,
+    EXCEL,
     MILLIMOLAR_NOTE,
     NAMING,
     MapColumns,
     columns_below_titles,
     dose_in_name,
-    excel_damage,
     open_map,
 )
 from .tables import (
@@ -41,7 +40,6 @@ from .treatments import (
     TreatmentRecord,
     combined,
     completed,
-    kind_of_code,
     kind_of_table,
     normalised_name,
     read_control,
@@ -107,7 +105,7 @@ class PlateMap:
     ``lines`` has the line of ``path``, ``metadata`` the values of the other columns. ``unnamed``
     says of wells whose cell has no treatment why (``BLANK``, ``EMPTY`` or what Excel made of it)
     and what is in the cell; ``blank`` is what wells got whose cell is blank.
-    A row with a sample that no treatment table has is in none of them.
+    A row with a sample that no treatment table has is in none of these.
     """
 
     name: str
@@ -382,7 +380,12 @@ def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapR
             yield row
             continue
         cells = {name: row.cells[i].strip() for name, i in at.items() if i is not None}
-        damaged = {name: what for name in names | doses if (what := excel_damage(cells[name]))}
+        damaged = {
+            name: what
+            for name in names | doses
+            for what, (looks, _) in EXCEL.items()
+            if looks.fullmatch(cells[name])
+        }
         texts = {
             name: text
             for name, cell in cells.items()
@@ -481,9 +484,10 @@ def _parts(
         doses = None  # of the first of them
         of_header = dose_in_name(columns.column(role, number) or "")[1] if dose_in_header else None
         for name, dose in pieces:
-            known = kind or _KIND_OF_ROLE.get(role) or kind_of_code(sample)
+            known = kind or _KIND_OF_ROLE.get(role) or read_kind(sample)
             if is_first and name.lower() == UNTREATED:
                 known = PerturbationKind.NONE
+            known = known or PerturbationKind.COMPOUND
             if len(pieces) > 1:  # other columns do not say of which of them they are
                 code = name if is_first and sample else None
                 part = TreatmentRecord.of(known, name, code, name if role == "gene" else None)
@@ -498,7 +502,7 @@ def _parts(
                 )
             if name.upper() != DMSO:
                 dose = dose or of_header  # noqa: PLW2901 - 'Compound (10 uM)': what all got
-            yield part.with_dose(dose, unit)
+            yield part if dose is None else part.with_dose(dose, unit)
     if doses is not None:
         row.keep("dose", number=number)  # there was nothing to give it to
 
@@ -593,21 +597,16 @@ def _joined(record: TreatmentRecord, tables: Sequence[_Treatments]) -> Treatment
     """Return a treatment with what tables say of its parts; None: they do not know its sample."""
     parts = []
     for part in record.parts:
+        joined = replace(part, others=())
         known = [found for table in tables if (found := table.find(part)) is not None]
-        if not known:
-            if part.identifier is not None and part.pert_iname == part.identifier:
-                return None
-            parts.append(replace(part, others=()))
-            continue
-        merged = known[0]
-        for more in known[1:]:
-            merged = completed(merged, more)
-        own = ("target", "inchikey", "smiles", "pubchem_cid", "control")
-        said = {name: value for name in own if (value := getattr(part, name)) is not None}
-        if part.treated:
-            said["control"] = None
-        doses = {name: getattr(part, name) for name in ("dose", "unit", "dose_original", "treated")}
-        parts.append(replace(merged, **said, **doses))
+        if known:
+            kind, name, sample = known[0].kind, known[0].pert_iname, known[0].identifier
+            joined = replace(joined, kind=kind, pert_iname=name, identifier=sample)
+        elif part.identifier is not None and part.pert_iname == part.identifier:
+            return None
+        for found in known:
+            joined = completed(joined, found)
+        parts.append(joined)
     return replace(parts[0], others=tuple(replace(part, control=None) for part in parts[1:]))
 
 
@@ -681,7 +680,7 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
             texts = ", ".join(sorted({plate_map.unnamed[at][1] for at in some})[:3])
             yield (
                 f"{what} of {name} {'has' if one else 'have'} {why} ({texts}), "
-                f"{unknown} {EXCEL_ADVICE[why]}"
+                f"{unknown} {EXCEL[why][1]}"
             )
     for n_rows, n_columns in FORMATS:
         outside = [at for at in plate_map.wells if at[0] > n_rows or at[1] > n_columns]

@@ -20,7 +20,7 @@ from typing import Any
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
 from .filenames import format_well, parse_well
-from .tables import Refusal, cell_text, nearest_columns, open_table
+from .tables import Refusal, known_text, nearest_columns, open_table
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "subset", "side", "set"),
@@ -138,7 +138,9 @@ def _read(path: Path, wanted: set[str], refusals: list[tuple[str, Refusal]]) -> 
         if isinstance(row, Refusal):
             refusals.append((path.name, row))
             continue
-        cells = {name: cell_text(row.cells, position) for name, position in positions.items()}
+        cells = {
+            name: known_text(name, row.cells[position]) for name, position in positions.items()
+        }
         known = {name: sys.intern(text) for name, text in cells.items() if text is not None}
         found.rows.append((row.line, known))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import tifffile
 
 from ..errors import ImageError
+from .filenames import whole_number
 from .image_files import (
     PNG_COLOURS,
     PNG_MAGIC,
@@ -26,11 +26,12 @@ from .image_files import (
     ome_elements,
     read_plane,
     samples_of,
+    tiff_pages,
     unreadable,
 )
 from .uris import FileStat, local_stat, plain_file
 
-_SAMPLES_PER_PIXEL, _PAGE_NAME = 277, 285
+_PAGE_NAME = 285
 _NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
 _CHANNEL_WORDS = {"c", "ch", "chan", "channel", "w", "wavelength"}
 _TIME_WORDS = {"t", "time", "timepoint", "time point", "frame"}
@@ -69,34 +70,9 @@ class Stack:
 
 
 def is_one_plane(stream: BinaryIO) -> bool:
-    """Whether this is no TIFF, or one of one page and one sample; only its first page is read.
-
-    ``tifffile`` would read much more, of each of the million files of a folder.
-    """
-
-    def number(code: str, data: bytes | None = None) -> int:
-        size = struct.calcsize(code)
-        data = stream.read(size) if data is None else data[:size]
-        return int(struct.unpack(order + code, data)[0])
-
-    order = {b"II": "<", b"MM": ">"}.get(stream.read(2), "")
-    if not order:
-        return True
-    try:
-        version = number("H")
-        if version not in {42, 43}:
-            return True
-        # The offset of the first page; the number and the size of its entries; where values are.
-        offset, count, entry, value = ("I", "H", 12, 8) if version == 42 else ("Q", "Q", 20, 12)
-        stream.seek(4 if version == 42 else 8)
-        stream.seek(number(offset))
-        for _ in range(number(count)):
-            tag = stream.read(entry)
-            if number("H", tag) == _SAMPLES_PER_PIXEL and number("H", tag[value:]) > 1:
-                return False
-        return number(offset) == 0
-    except (struct.error, ValueError, OverflowError):  # cut off or damaged: reading it will say so
-        return True
+    """Whether this is no TIFF, or one of one page and one sample."""
+    pages = list(islice(tiff_pages(stream), 2))
+    return not pages or (len(pages) == 1 and pages[0][1] == 1)
 
 
 def read_stack(path: Path) -> Stack | None:
@@ -378,6 +354,7 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
 
 
 def _count(name: str, text: str, least: int = 1) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) >= least):
+    number = whole_number(text)
+    if number is None or number < least:
         raise ImageError(f"{name} has the number {text[:20]!r} in its OME-XML. Export it again.")
-    return int(text)
+    return number

@@ -695,19 +695,8 @@ def text_cells(path: Path) -> TextCells:
     return TextCells(rows, delimiter, encoding, notes)
 
 
-def cell_text(cells: Sequence[str], position: int | None) -> str | None:
-    """Return the stripped cell; None where there is no such column or the value is missing.
-
-    Missing is what ``MISSING`` has, as the whole cell; 'NAD' is a value.
-    """
-    if position is None:
-        return None
-    text = cells[position].strip()
-    return None if text in MISSING else text
-
-
 def known_text(column: str, text: str) -> str | None:
-    """Return the stripped value of a column, or None where it is missing.
+    """Return the stripped value of a column, or None where it is missing: a word of ``MISSING``.
 
     'Null' is a genotype, and 'none' is how our exports write the kind of an untreated well.
     """

@@ -19,10 +19,9 @@ from typing import NamedTuple
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError
 from .map_shapes import (
-    EXCEL_ADVICE,
+    EXCEL,
     MapColumns,
     dose_in_name,
-    excel_damage,
     header_of,
     normalised_dose,
     read_dose,
@@ -100,9 +99,9 @@ class TreatmentRecord:
             RowRefusedError: a text is too long for a database, or the name is none: an error or
                 a date of Excel.
         """
-        if reason := excel_damage(name):
-            detail = f"{name!r} is {reason}. {EXCEL_ADVICE[reason]}"
-            raise RowRefusedError("not a name", detail)
+        for what, (looks, advice) in EXCEL.items():
+            if looks.fullmatch(name):
+                raise RowRefusedError("not a name", f"{name!r} is {what}. {advice}")
         control = Control.NEGATIVE if name.upper() == DMSO else None
         inchikey, smiles, pubchem_cid = chemistry or (None, None, None)
         target = target_of(targets)
@@ -141,20 +140,18 @@ class TreatmentRecord:
             if len(of_each) != len(pieces):
                 detail = f"{targets!r} does not say the target of each of {text!r}; write 'A + B'"
                 raise RowRefusedError("not a target", detail)
-        parts = [
-            cls.of(kind, name, identifier, target, *chemistry).with_dose(dose, unit)
-            for (name, dose), target in zip(pieces, of_each, strict=True)
-        ]
-        return combined(parts, role)
+        parts = []
+        for (name, dose), target in zip(pieces, of_each, strict=True):
+            part = cls.of(kind, name, identifier, target, *chemistry)
+            parts.append(part if dose is None else part.with_dose(dose, unit))
+        return parts[0] if len(parts) == 1 and role is None else combined(parts, role)
 
-    def with_dose(self, text: str | None, unit: str | None = None) -> TreatmentRecord:
+    def with_dose(self, text: str, unit: str | None = None) -> TreatmentRecord:
         """Return the treatment at a dose as a table writes it.
 
         Raises:
             RowRefusedError: the text is no dose.
         """
-        if text is None:
-            return self
         try:
             number, written = read_dose(text, unit)
             dose, plain = normalised_dose(number, written)
@@ -267,6 +264,7 @@ _KIND_OF_CODE = {
     "BRDN": PerturbationKind.CRISPR,
 }
 """By how the code of a sample begins, as JUMP and the Broad Institute write it."""
+_CODE = re.compile("|".join(_KIND_OF_CODE))
 _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 """How JUMP writes an empty well and one of which nothing is known."""
 
@@ -291,15 +289,13 @@ def dose_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_kind(*texts: str | None) -> PerturbationKind | None:
-    """Return the first of the texts that is the word for a kind of perturbation."""
-    words = (text.lower() for text in texts if text is not None)
-    return next((PerturbationKind(word) for word in words if word in list(PerturbationKind)), None)
-
-
-def kind_of_code(code: str | None) -> PerturbationKind:
-    """Return what a sample is by its code; a compound where the code does not say it."""
-    kinds = (kind for start, kind in _KIND_OF_CODE.items() if (code or "").startswith(start))
-    return next(kinds, PerturbationKind.COMPOUND)
+    """Return the kind of perturbation that the first of the texts is the word or the code of."""
+    for text in texts:
+        if text is not None and text.lower() in list(PerturbationKind):
+            return PerturbationKind(text.lower())
+        if text is not None and (found := _CODE.match(text)):
+            return _KIND_OF_CODE[found[0]]
+    return None
 
 
 def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
@@ -319,7 +315,7 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
         return None
     role = first_text(texts, _CONTROL)
     # pycytominer writes the kind as Metadata_pert_type, where JUMP writes a role.
-    kind = read_kind(texts.get("Metadata_pert_type"), first_text(texts, _KIND))
+    kind = read_kind(texts.get("Metadata_pert_type"), first_text(texts, _KIND), texts.get(_JCP))
     if _COMPONENTS in texts:
         try:
             items = json.loads(texts[_COMPONENTS])
@@ -330,7 +326,7 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     dose, *unit = dose_columns(tuple(texts)) or (None,)
     meant = header_of(dose) if dose else None
     found = TreatmentRecord.named(
-        kind or kind_of_code(texts.get(_JCP)),
+        kind or PerturbationKind.COMPOUND,
         name,
         first_text(texts, _IDENTIFIER),
         first_text(texts, _TARGET),
@@ -345,26 +341,29 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
-    """Return ``given`` with its gaps filled from ``known``, where both are one sample.
+    """Return ``given`` with its gaps filled from ``known``, part by part where both are one sample.
 
-    The result equals ``known`` where ``given`` adds nothing. One sample: the same kind and
-    identifier, or the same kind and name where one of the two has no identifier.
+    The result equals ``known`` where ``given`` adds nothing, but for the order of its parts. One
+    sample: the same kind and identifier, or the same kind and name where one of the two has no
+    identifier. What a well got alone says nothing of a combination.
     """
-    gaps: dict[str, object] = {}
-    if _one_sample(given, known):
-        names = ["target", "identifier", "inchikey", "smiles", "pubchem_cid"]
-        names += [] if given.treated else ["control"]
-        names += ["dose", "unit", "dose_original"] if given.dose is None else []
-        gaps = {name: getattr(known, name) for name in names if getattr(given, name) is None}
-    if given.others and known.others:
-        others = []
-        for other in given.others:
-            same = next((part for part in known.parts if _one_sample(other, part)), other)
-            others.append(completed(other, replace(same, others=())))
-        gaps["others"] = tuple(others)
-    elif given.others or known.others:
+    if bool(given.others) is not bool(known.others):
         return given
-    return replace(given, **gaps) if gaps else given  # type: ignore[arg-type]
+    parts: list[TreatmentRecord] = []
+    control = known.control
+    for part in given.parts:
+        same = next((other for other in known.parts if _one_sample(part, other)), None)
+        if same is None:
+            parts.append(part)
+            control = None
+            continue
+        names = ["target", "identifier", "inchikey", "smiles", "pubchem_cid"]
+        names += ["dose", "unit", "dose_original"] if part.dose is None else []
+        gaps = {name: getattr(same, name) for name in names if getattr(part, name) is None}
+        parts.append(replace(part, **gaps) if gaps else part)
+    if given.control is not None or given.treated:
+        control = given.control
+    return replace(parts[0], control=control, others=tuple(parts[1:]))
 
 
 def _one_sample(given: TreatmentRecord, known: TreatmentRecord) -> bool:

@@ -74,6 +74,10 @@ MOST_WRITTEN = 128
 """Images whose rows are written in one transaction at most, when they come in that fast."""
 MOST_FALSE_STARTS = 10
 """After so many deaths before it could do anything, a worker is not started again."""
+NO_MEMORY = (
+    "This machine has too little memory for this image. Give fewer --workers, or try another "
+    "machine, with: cellstore retry"
+)
 ON_LINUX = sys.platform == "linux"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -221,6 +225,8 @@ def execute(
                 jobs = queue.done_jobs(session, recipe_id, found or ())
                 for some in in_lists(jobs):
                     queue.requeue(session, Job.id.in_(some), status=Status.DONE)
+                for images_without in in_lists(found or ()):  # what has failed for want of them
+                    queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
             counts = [count_images(session, recipe.id, images) for recipe in recipes]
     if resources.workers > 1 and any(counted.todo for counted in counts):
@@ -631,9 +637,10 @@ class Failure:
     def of(cls, error: Exception) -> Failure:
         """Return what is kept of an error: of an unexpected one, its traceback."""
         known = isinstance(error, CellstoreError)
+        sentence = NO_MEMORY if isinstance(error, MemoryError) else first_line(error)
         detail = str(error) if known else "".join(traceback.format_exception(error))
         may_pass = not known or isinstance(error.__cause__, OSError)
-        return cls(first_line(error), detail, may_pass)
+        return cls(sentence, sentence if sentence == NO_MEMORY else detail, may_pass)
 
 
 Answers: TypeAlias = tuple[list[Any], float]

@@ -1,4 +1,4 @@
-"""Image files that the store has seen, and that are no longer where they were.
+"""Files that the store has seen or made, and that are no longer where they were.
 
 Asked in plain SQL: ``cellstore status`` asks it each time, and the classes of the tables load
 slowly.
@@ -12,20 +12,30 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
 from sqlalchemy.orm import Session
 
+from ..artifacts import ArtifactFolder
 from ..io.uris import is_remote, local_path, shown, split_page
 
 FEW = 20_000
 """Files that are looked for by name where an answer must come at once."""
 
+IN_AT_ONCE = 5_000
 LISTED = 32
 """Folders whose lists are in memory: the files of an image may be in a folder for each channel."""
 
 GONE = "Files are gone"
 """How the reason begins for which an image failed whose files are gone."""
 
+_MADE = "SELECT path FROM artifacts WHERE kind IN ('mask', 'flow', 'features') ORDER BY path"
+_MAKERS = """
+    SELECT s.run_id FROM artifacts AS a
+    JOIN segmentations AS s ON a.id IN (s.mask_artifact_id, s.flow_artifact_id)
+    WHERE a.path IN :paths
+    UNION SELECT f.run_id FROM artifacts AS a JOIN feature_files AS f ON f.artifact_id = a.id
+    WHERE a.path IN :paths
+"""
 _NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
 _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
 
@@ -119,3 +129,20 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
         )
         for folder, ids in within.items()
     ]
+
+
+def lost_files(session: Session, artifacts: ArtifactFolder) -> tuple[int, tuple[str, ...]]:
+    """Return how many masks, flows and files of features are gone, and the commands that made them.
+
+    The same commands make them again.
+    """
+    made = session.scalars(text(_MADE), execution_options={"yield_per": 10_000})
+    gone = sorted(artifacts.missing(made))
+    makers: set[int] = set()
+    for start in range(0, len(gone), IN_AT_ONCE):
+        some = gone[start : start + IN_AT_ONCE]
+        query = text(_MAKERS).bindparams(bindparam("paths", some, expanding=True))
+        makers.update(session.scalars(query))
+    runs = text("SELECT command FROM runs WHERE id IN :runs ORDER BY id")
+    commands = session.scalars(runs.bindparams(bindparam("runs", sorted(makers), expanding=True)))
+    return len(gone), tuple(dict.fromkeys(commands))

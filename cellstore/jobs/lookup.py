@@ -142,7 +142,12 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
         name, well = _well_named(session, words)
         sites = session.scalars(select(images.c.site).where(images.c.well_id == well).distinct())
         raise UnknownNameError.of(f"site of well {words.barcode}/{name}", words.site, sites)
-    near = neighbours(session, images.c.core_name, (_parts(text) or [text])[-1])
+    parts = _parts(text) or [text]
+    if len(parts) == 2:
+        of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == parts[0])
+        if names := session.scalars(of_plate.limit(1536)).all():
+            raise UnknownNameError.of(f"well or image of plate {parts[0]}", parts[1], names)
+    near = neighbours(session, images.c.core_name, parts[-1])
     if not near:
         raise UnknownNameError.of("image", text, near)
     raise UnknownNameError(
@@ -346,6 +351,13 @@ def recipe_channels(session: Session) -> dict[int | None, dict[str, str]]:
         names[new["channel"]] = new.get(IN_RECIPES, new["channel"])
     later = found.get(None, {})
     return {plate: {**later, **names} for plate, names in found.items()}
+
+
+def channels_now(session: Session, barcode: str) -> dict[str, str]:
+    """Return what the channels of a plate are called now, by what recipes call them."""
+    named = recipe_channels(session)
+    plate = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
+    return {kept: now for now, kept in named.get(plate, named.get(None, {})).items()}
 
 
 def in_recipes(session: Session, channels: Sequence[str]) -> tuple[str, ...]:

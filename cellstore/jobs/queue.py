@@ -199,9 +199,9 @@ def lease_seconds() -> float:
 
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
-    session.connection()  # waits for the lock of SQLite: the moment is that after it
     if session.get_bind().dialect.name == "sqlite":
-        return literal(datetime.now(UTC) + timedelta(seconds=plus), UtcDateTime())
+        later = f"{plus:+f} seconds"  # as SQLAlchemy writes moments
+        return func.strftime("%Y-%m-%d %H:%M:%f000", "now", later, type_=UtcDateTime())
     return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 

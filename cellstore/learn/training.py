@@ -268,7 +268,7 @@ class TrainingState:
             size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + size])
             return cls(load_tensors(data), json.loads(header["__metadata__"]["cellstore"]))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(
                 f"The state of a training is damaged ({first_line(error)}). Check the store with "
                 "'cellstore verify', and train again with --force."

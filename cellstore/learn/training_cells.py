@@ -127,7 +127,8 @@ def find_training_cells(
     cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
     parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
     if found.has_gaps:
-        parameters |= {"feature_files": found.mark, "gaps": "mean of the training subset"}
+        mark = found.mark(session, segment.id, images)
+        parameters |= {"feature_files": mark, "gaps": "mean of the training subset"}
     return TrainingCells(
         split=split,
         segment=segment,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, distinct, func, select
+from sqlalchemy import ColumnElement, Select, and_, distinct, exists, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session, aliased
 
@@ -343,13 +343,14 @@ def last_with_masks(session: Session) -> Recipe:
 
 
 def _last_segmentation(session: Session, *where: ColumnElement[bool]) -> Recipe | None:
-    """The segment recipe with the newest cells; a run that found none counts not."""
-    newest = select(func.max(Segmentation.run_id)).where(
-        Segmentation.recipe_id == Recipe.id, *where
-    )
+    """The segment recipe with the newest cells; one that found none is behind all others."""
+    mine = (Segmentation.recipe_id == Recipe.id, *where)
+    newest = select(func.max(Segmentation.run_id)).where(*mine)
     last = newest.correlate(Recipe).scalar_subquery()
+    found_cells = exists().where(*mine, Segmentation.n_cells > 0).correlate(Recipe)
     query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, last.is_not(None))
-    return session.scalars(query.order_by(last.desc(), Recipe.id.desc()).limit(1)).first()
+    query = query.order_by(found_cells.desc(), last.desc(), Recipe.id.desc())
+    return session.scalars(query.limit(1)).first()
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:

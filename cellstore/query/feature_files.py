@@ -16,17 +16,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, Select, delete, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
-from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
+from ..artifacts import (
+    ArtifactFolder,
+    StoredFile,
+    part_prefix,
+    sha256_of,
+    sweep,
+    sync_folder,
+)
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
@@ -118,9 +125,9 @@ class FeatureWriter:
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         with self._explained():
             if self._part is None:
-                folder = self._root / ArtifactKind.FEATURES.value
-                folder.mkdir(parents=True, exist_ok=True)
-                self._part = folder / f"{PART}{uuid.uuid4().hex}"
+                self._root.mkdir(parents=True, exist_ok=True)
+                sweep(self._root)
+                self._part = self._root / f"{part_prefix()}{uuid.uuid4().hex}"
                 self._ids = [0, int(cell_ids[0]), 0]
                 # Measurements rarely repeat: a dictionary of them is work for nothing.
                 texts = [item.name for item in self._schema if pa.types.is_string(item.type)]
@@ -149,7 +156,7 @@ class FeatureWriter:
                 sha256, size = sha256_of(self._part), file.seek(0, os.SEEK_END)
             path = f"{ArtifactKind.FEATURES.value}/{sha256[:2]}/{sha256}.parquet"
             target = self._root / path
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._part.replace(target)
             sync_folder(target.parent)
         self._part = None
@@ -193,20 +200,38 @@ class SetFile:
     path: Path
     first_cell_id: int
     last_cell_id: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
 class ReadableSet:
     """The numeric ``columns`` of a feature set, and where they are: ``files``, else the table.
 
-    ``mark`` is a digest over the bytes of all files, ``None`` for the table, in which no value
-    misses: ``has_gaps`` says of others that some may.
+    In the table no value misses; ``has_gaps`` says of others that some may.
     """
 
     name: str | None = None
     columns: tuple[str, ...] = FEATURE_NAMES
     files: tuple[SetFile, ...] | None = None
-    mark: str | None = None
+
+    def mark(self, session: Session, segment_id: int, images: Select[int]) -> str | None:
+        """Return a digest over the bytes of the files with cells of ``images``; None: the table.
+
+        ``segment_id``: the recipe that found the cells. Plates that come or go change nothing.
+        """
+        if self.files is None:
+            return None
+        ranges = select(func.min(Cell.id), func.max(Cell.id)).group_by(Cell.segmentation_id)
+        ranges = ranges.join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        ranges = ranges.where(Segmentation.recipe_id == segment_id)
+        ranges = ranges.where(Segmentation.image_id.in_(images))
+        found = np.array([tuple(row) for row in session.execute(ranges)], np.int64).reshape(-1, 2)
+        digest = hashlib.sha256()
+        for file in self.files:
+            begins, ends = found[:, 0] <= file.last_cell_id, found[:, 1] >= file.first_cell_id
+            if np.any(begins & ends):
+                digest.update(file.sha256.encode())
+        return digest.hexdigest()
 
     @property
     def has_gaps(self) -> bool:
@@ -250,6 +275,19 @@ def set_of_recipe(session: Session, recipe_id: int) -> FeatureSet | None:
     return session.scalars(query).one_or_none()
 
 
+def list_files(session: Session, of: ColumnElement[bool]) -> Sequence[Any]:
+    """Return the files of feature sets, by first cell: id, path and sha256, first and last cell."""
+    query = (
+        select(Artifact.id, Artifact.path, Artifact.sha256)
+        .add_columns(FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .where(of)
+        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
+    )
+    return session.execute(query).all()
+
+
 def open_set(
     session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
 ) -> ReadableSet:
@@ -269,22 +307,16 @@ def open_set(
         for item in found.columns
         if str(item.get("dtype", "")).startswith(_NUMERIC)
     )
-    query = (
-        select(Artifact.path, Artifact.sha256, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .where(FeatureFile.feature_set_id == found.id)
-        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
-    )
-    files, mark = [], hashlib.sha256()
-    for path, sha256, first, last in session.execute(query):
-        files.append(SetFile(artifacts.existing(path), first, last))
-        mark.update(sha256.encode())
+    files = [
+        SetFile(artifacts.existing(path), first, last, sha256)
+        for _, path, sha256, first, last in list_files(session, FeatureSet.id == found.id)
+    ]
     if not columns or not files:
         lacks = "has no column of numbers" if files else "holds no cells yet"
         raise UserInputError(
             f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
         )
-    return ReadableSet(found.name, columns, tuple(files), mark.hexdigest())
+    return ReadableSet(found.name, columns, tuple(files))
 
 
 class SetReader:
@@ -522,12 +554,7 @@ def _files_of_recipe(
     session: Session, artifacts: ArtifactFolder, recipe_id: int
 ) -> tuple[list[SetFile], list[tuple[int, SetFile]]]:
     """The files of features of a recipe: those that are there, and those that are gone by id."""
-    rows = session.execute(
-        select(Artifact.id, Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .where(FeatureSet.recipe_id == recipe_id)
-    ).all()
+    rows = list_files(session, FeatureSet.recipe_id == recipe_id)
     gone = artifacts.missing(sorted(row.path for row in rows))
     there, lost = [], []
     for row in rows:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -141,6 +142,9 @@ def _kind_of(session: Session, name: str) -> str:
     except UnknownNameError:
         if _files_named(session, name):
             return "artifact"
+        barcodes = list(session.scalars(select(plates.c.barcode).limit(500)))
+        if "/" not in name and get_close_matches(name, barcodes):
+            raise UnknownNameError.of("plate", name, barcodes) from None
     return "image"
 
 

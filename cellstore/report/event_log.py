@@ -91,6 +91,8 @@ def read_log(
                         changes=[],
                     )
                 entry, table = entries[key], row.table_name
+                if table == "runs" and row.row_id == row.run_id and not row.old:
+                    continue  # that it began, which the entry says
                 entry.rows[table] = entry.rows.get(table, 0) + 1
                 if len(entry.changes) < SHOWN:
                     said = _said(session, table, row.row_id, row.old, row.new)

@@ -17,7 +17,7 @@ from ..artifacts import open_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
-from ..jobs.lookup import IS_CURRENT
+from ..jobs.lookup import IS_CURRENT, channels_now
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
@@ -129,6 +129,8 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
         more = sum(1 for _ in flags)
         odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
         factor, unit = _area_unit(session, plate_id)
+        now = channels_now(session, barcode)
+        listed = [replace(flag, channel=now.get(flag.channel, flag.channel)) for flag in listed]
 
     def scaled(flag: FlaggedImage) -> FlaggedImage:
         if flag.reason != ImageFlagReason.CELL_AREA.value:
@@ -153,6 +155,7 @@ def _plate_maps(session: Session, flagging: Flagging, barcode: str) -> list[Plat
     query = select(Image.id, Well.well_row, Well.well_column).join(Well, Well.id == Image.well_id)
     rows = session.execute(query.where(Well.plate_id == plate_id))
     positions = {image_id: (row, column) for image_id, row, column in rows}
+    now = channels_now(session, barcode)
     flags = select(ImageFlag.reason, ImageFlag.channel, ImageFlag.image_id)
     flags = flags.join(Image, Image.id == ImageFlag.image_id).join(Well, Well.id == Image.well_id)
     flags = flags.where(ImageFlag.run_id == flagging.run_id, Well.plate_id == plate_id)
@@ -177,7 +180,7 @@ def _plate_maps(session: Session, flagging: Flagging, barcode: str) -> list[Plat
                     limits=colour_limits(middles.values()),
                     wells=set(positions.values()),
                     marked=set().union(*(flagged.get(key, ()) for key in keys)),
-                    channel=channel,
+                    channel=now.get(channel, channel),
                 )
             )
     return maps

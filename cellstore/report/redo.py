@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
@@ -23,7 +24,7 @@ from ..artifacts import BorrowingFolder
 from ..config import PredictParams, SegmentParams, TrainParams
 from ..db.bulk import in_lists
 from ..db.session import connect
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status
+from ..enums import ArtifactKind, Stage, Status
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_run, recipe_channels
 from ..jobs.runs import code_version, environment
@@ -59,6 +60,7 @@ from ..models import (
     TreatmentPart,
     Well,
 )
+from ..query.feature_files import BUILT_IN, SetReader, open_set
 from ..settings import StoreSettings
 from .repro import FROM_FILE, RunOptions, input_of, options_of_run
 
@@ -516,31 +518,13 @@ def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:
-    """The measurements of cells by cell and name, from the table or from files."""
+    """The measurements of cells by cell and name."""
     workspace, session, _, recipe = one
-    rows: Iterable[Sequence[Any]]
-    stored = session.scalars(select(FeatureSet).where(FeatureSet.recipe_id == recipe.id)).first()
-    if stored is not None and stored.storage is FeatureStorage.FILES:
-        names = sorted(str(column["name"]) for column in stored.columns)
-        ids = sorted(session.scalars(cells))
-        files = select(Artifact.path).join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        files = files.where(FeatureFile.feature_set_id == stored.id)
-        if ids:
-            files = files.where(FeatureFile.first_cell_id <= ids[-1])
-            files = files.where(FeatureFile.last_cell_id >= ids[0])
-        found: list[Sequence[Any]] = []
-        for path in session.scalars(files):
-            columns, kept = ["cell_id", *names], [("cell_id", "in", ids)]
-            table = pq.read_table(workspace.artifacts.locate(path), columns=columns, filters=kept)
-            found += zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-        rows = sorted(found, key=lambda row: row[0])
-    else:
-        keys = ("cell_id", "recipe_id", "run_id")
-        names = sorted(c.name for c in CellFeatures.__table__.columns if c.name not in keys)
-        query = select(CellFeatures.cell_id, *(getattr(CellFeatures, name) for name in names))
-        query = query.where(CellFeatures.recipe_id == recipe.id, CellFeatures.cell_id.in_(cells))
-        query = query.order_by(CellFeatures.cell_id)
-        rows = session.execute(query.execution_options(yield_per=ROWS))
-    for cell, *values in rows:
-        for name, value in zip(names, values, strict=True):
-            yield (cell, name), "", value
+    ids = sorted(session.scalars(cells))
+    features = open_set(session, workspace.artifacts, recipe.id) if ids else BUILT_IN
+    names, reader = sorted(features.columns), SetReader(features.files, recipe.id)
+    for some in in_lists(ids, ROWS):
+        there, values = reader(session, np.array(some, dtype=np.int64), names)
+        for cell, row in zip(compress(some, there), values[there].tolist(), strict=True):
+            for name, value in zip(names, row, strict=True):
+                yield (cell, name), "", None if math.isnan(value) else value

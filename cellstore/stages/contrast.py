@@ -37,8 +37,8 @@ from ..query.cells import (
 from ..query.feature_files import open_set
 from ..settings import need
 
-VERSION = 2
-"""2: the negative controls are wells, not all wells of their treatments."""
+VERSION = 3
+"""2: the negative controls are wells, not all wells of their treatments. 3: no interval."""
 
 POOLED = "all treatments"
 POOL = 10
@@ -52,11 +52,10 @@ class ContrastRow:
     """A treatment against control, on wells that were held out.
 
     ``wells`` and ``cells`` of the treatment, ``control_wells`` and ``control_cells`` of its
-    control, on ``plates`` plates that have both; cells as they were drawn. ``auc`` is bounded by
-    ``low`` and ``high`` (95 % bootstrap interval over wells), and ``usual`` is what it stays below
-    19 times of 20 where control wells are compared with control wells. ``different``: yes, no, or
-    too few wells, which ``note`` explains. ``null``: control wells against control wells; ``auc``
-    is then their median, and ``low`` to ``high`` holds 95 % of them.
+    control, on ``plates`` plates that have both; cells as they were drawn. ``usual``: what ``auc``
+    stays at or below 19 times of 20 where control wells are compared with control wells, ``None``
+    where these are too few. ``different``: yes, no, or too few wells. ``null``: control wells
+    against control wells; ``auc`` is then their median.
     """
 
     treatment: str
@@ -70,8 +69,6 @@ class ContrastRow:
     accuracy: float | None = None
     balanced_accuracy: float | None = None
     auc: float | None = None
-    low: float | None = None
-    high: float | None = None
     usual: float | None = None
     note: str | None = None
 
@@ -188,8 +185,8 @@ def contrast(
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
-        if features.mark is not None:
-            parameters["feature_files"] = features.mark
+        if (mark := features.mark(session, segment.id, images)) is not None:
+            parameters["feature_files"] = mark
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
@@ -337,16 +334,13 @@ class _Comparison:
         for wells, areas in sorted(self.all_areas.items()):
             if not areas:
                 continue
-            low, usual, high = np.quantile(areas, [0.025, 0.95, 0.975]).tolist()
             row = ContrastRow(
                 treatment=f"{self.control.name} vs {self.control.name}",
                 different="chance",
                 null=True,
                 wells=wells,
                 auc=float(np.median(areas)),
-                low=low,
-                high=high,
-                usual=usual,
+                usual=contrasts.usual_auc(areas),
                 note=f"{len(areas)} times {wells} control wells against the others",
             )
             chance.append(row)
@@ -393,7 +387,7 @@ class _Comparison:
         many = "plate of it has" if group.lost == 1 else "plates of it have"
         return ContrastRow(
             treatment=group.name,
-            different=contrasts.judge(found, areas).value,
+            different=contrasts.judge(found.auc, areas).value,
             wells=found.treated_wells,
             control_wells=found.control_wells,
             plates=plates,
@@ -402,9 +396,7 @@ class _Comparison:
             accuracy=found.accuracy,
             balanced_accuracy=found.balanced_accuracy,
             auc=found.auc,
-            low=found.low,
-            high=found.high,
-            usual=max(0.5, float(np.quantile(areas, 0.95))) if areas else None,
+            usual=contrasts.usual_auc(areas),
             note=f"{group.lost} {many} no control wells" if group.lost else None,
         )
 
@@ -478,7 +470,10 @@ def _notes(tested: Sequence[ContrastRow], groups: int) -> list[str]:
             "compound together: --field perturbation"
         )
     if any(row.usual is None for row in tested):
-        notes.append("There are too few control wells to measure what chance looks like.")
+        notes.append(
+            "Of some treatments it cannot be said whether they differ: there are too few control "
+            "wells on their plates to measure what chance looks like. Add plates or control wells."
+        )
     if len(tested) >= 20:
         notes.append(
             f"Of {len(tested)} treatments that do nothing, some {len(tested) // 20} to "

@@ -18,11 +18,8 @@ from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
-from ..db.events import (
-    Change,
-    caller,
-    record_events,
-)
+from ..db.events import Change, caller, record_events
+from ..db.fields import field_column, plates, treatments, wells
 from ..db.ledger import record_runs, recording_removed, table_digests
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
@@ -344,15 +341,18 @@ def relabel(
             raise UserInputError(f"Well {name} has this already; nothing would change.")
         old, new = ({key: item[key] for key in changed} for item in (before, after))
         frozen = (
-            select(Split.name, Label.value)
+            select(Split.name, Split.field, Label.value)
             .join(SplitMember, SplitMember.split_id == Split.id)
             .join(Label, Label.id == SplitMember.label_id)
             .where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id)))
         )
-        notes += [
-            f"Split {split} keeps the label {label} of this well. A new split takes the new one."
-            for split, label in session.execute(frozen.distinct().order_by(Split.name))
-        ]
+        for split, field, label in session.execute(frozen.distinct().order_by(Split.name)).all():
+            now = select(field_column(field)).select_from(wells.join(plates).outerjoin(treatments))
+            if session.scalar(now.where(wells.c.id == row.id)) != label:
+                notes.append(
+                    f"Split {split} keeps the label {label} of this well. A new split has "
+                    "the new one."
+                )
         shown = {"name": name, "old": _without_id(old), "new": _without_id(new)}
         concerned = _concerned(session, _images_of(Level.WELL, row.id))
         found = Correction("relabel", name, (shown,), **concerned, notes=tuple(notes))
@@ -413,7 +413,7 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     key = _perturbation_named(session, name, notes)
     record = TreatmentRecord(key.kind, key.name, identifier=key.identifier)
     try:
-        record = record.with_dose(None if dose is None else readable(dose))
+        record = record if dose is None else record.with_dose(readable(dose))
     except RowRefusedError as error:
         raise UserInputError(
             f'A dose is a number and a unit, as in "5 uM", not {dose!r}.'
@@ -933,7 +933,8 @@ def _named(session: Session, table: str, row_id: int | None) -> str:
 def _shown_change(session: Session, change: Change) -> dict[str, Any]:
     """A change as people see it: the name of the row, or how many rows are deleted."""
     if change.new is None:
-        rows = {key: value for key, value in (change.old or {}).items() if not key.endswith("_id")}
+        unsaid = ("first_id", "ids")
+        rows = {key: value for key, value in (change.old or {}).items() if key not in unsaid}
         return {"name": change.table_name, "old": rows, "new": None}
     values = (_without_id(change.old or {}), _without_id(change.new))
     old, new = ({k: v for k, v in item.items() if k != "ids"} for item in values)
@@ -973,8 +974,14 @@ def _delete_rows(
             )
         )
     session.flush()
+    islands = {}
+    if table is Cell:  # files of measurements may keep these, and cells of others lie between
+        order = (table.id - func.row_number().over(order_by=table.id)).label("island")
+        each = select(table.id, order).where(which).subquery()
+        bounds = select(func.min(each.c.id), func.max(each.c.id)).group_by(each.c.island)
+        islands = {"ids": sorted([*row] for row in session.execute(bounds))}
     session.execute(delete(table).where(which), execution_options={"synchronize_session": False})
-    return [Change(name, last, {"rows": number, "first_id": first}, None)]
+    return [Change(name, last, {"rows": number, "first_id": first, **islands}, None)]
 
 
 def _delete_features(

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
-from ..enums import FeatureStorage, Stage
+from ..enums import Stage
 from ..errors import UnknownNameError, UserInputError
 from ..io.cellprofiler import COMPARTMENTS
 from ..io.objects import without_nan
@@ -256,7 +256,7 @@ def export(
         measured: dict[str, tuple[str, pa.DataType]] = {}
         joins: list[str] = []
         for at, (measure, found) in enumerate(sets):
-            if found is None or found.storage is FeatureStorage.TABLE:
+            if found is None:
                 of_set = [(name, name, FLOAT) for name in FEATURE_NAMES]
                 relation = f"(SELECT * FROM features WHERE recipe_id = {int(measure.id)})"  # noqa: S608
             else:

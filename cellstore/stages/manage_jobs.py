@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, select, update
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
+from ..jobs.gone_files import lost_files
 from ..jobs.lookup import find_recipe, find_run, image_name, images_named
 from ..jobs.queue import CONTENT, close_dead_runs, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
@@ -70,10 +71,14 @@ class JobsList:
 
 @dataclass(frozen=True)
 class RetryResult:
-    """How many failed jobs are open again, and the commands that do them."""
+    """How many failed jobs are open again, and the commands that do them.
+
+    ``lost_files`` are masks and files of features that are gone, which the commands make again.
+    """
 
     jobs: int
     commands: tuple[str, ...]
+    lost_files: int = 0
 
 
 _CURRENT = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
@@ -187,6 +192,8 @@ def retry(
 ) -> RetryResult:
     """Open the failed jobs of a stage, a run, an image (None: of all) for another try.
 
+    If it is of all, files that are gone are looked for, too.
+
     Raises:
         UnknownNameError: there is no such stage, run or image.
     """
@@ -206,7 +213,10 @@ def retry(
         if opened:
             new = {"status": Status.PENDING.value, "number": opened}
             record_events(session, [Change("jobs", None, old, new)])
-        return RetryResult(opened, typed)
+        lost, makers = 0, tuple[str, ...]()
+        if stage is None and run is None and image is None:
+            lost, makers = lost_files(session, workspace.artifacts)
+        return RetryResult(opened, tuple(dict.fromkeys((*makers, *typed))), lost)
 
 
 def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:

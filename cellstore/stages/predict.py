@@ -189,8 +189,9 @@ def predict(
             parameters["split"] = asked.fingerprint
         if params.all_probabilities:
             del parameters["top_k"]
-        if source.features.mark is not None:
-            parameters["feature_files"] = source.features.mark
+        mark = source.features.mark(session, model.segment.id, images)
+        if mark is not None:
+            parameters["feature_files"] = mark
         fitted = None
         if plates:
             fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,7 @@ from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
-from ..jobs.lookup import IS_CURRENT, find_recipe, images_of
+from ..jobs.lookup import IS_CURRENT, channels_now, find_recipe, images_of
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import ImageCounts, JobScope, Task, count_images
 from ..jobs.runs import RecipeSpec, digest, register, running
@@ -668,7 +668,11 @@ def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ..
         return ()
     plates = [plate.plate for plate in result.plates]
     with workspace.database.read() as session:
-        return tuple(flagged_images(session, result.run_id, plates))
+        now = {plate: channels_now(session, plate) for plate in plates}
+        return tuple(
+            replace(flag, channel=now[flag.plate].get(flag.channel, flag.channel))
+            for flag in flagged_images(session, result.run_id, plates)
+        )
 
 
 def flagged_images(

@@ -254,6 +254,13 @@ STEPS = """
         ) AS features,
         EXISTS (SELECT 1 FROM wells WHERE treatment_id IS NOT NULL) AS treatments,
         (SELECT id FROM split) IS NOT NULL AS splits,
+        EXISTS (
+            SELECT 1 FROM splits AS s JOIN split ON split.id = s.id
+            JOIN split_members AS m ON m.split_id = s.id
+            WHERE s.protocol = 'grouped'
+            GROUP BY s.id
+            HAVING count(*) FILTER (WHERE m.subset = 'validation') = 0
+        ) AS unusable_split,
         (SELECT id FROM trained) IS NOT NULL AS networks,
         EXISTS (
             SELECT 1 FROM runs AS r JOIN trained ON trained.id = r.parent_id
@@ -264,6 +271,7 @@ STEPS = """
         EXISTS (SELECT 1 FROM runs WHERE stage = 'contrast' AND status = 'done') AS contrasts
 """
 PLATEMAP = "cellstore ingest PLATEMAP  (no well has a treatment yet)"
+UNUSABLE = "cellstore split create NAME  (the last split has no validation subset)"
 NEXT = {
     "images": ("cellstore ingest FOLDER", "cellstore ingest TABLE --images FOLDER"),
     "files": ("cellstore ingest TABLE --images FOLDER  (no image file was found yet)",),
@@ -297,6 +305,10 @@ BROKEN_OFF = """
 """
 
 
+LAST_CELLS = "SELECT recipe_id FROM segmentations WHERE n_cells > 0 ORDER BY run_id DESC LIMIT 1"
+"""The segment recipe that other commands take where none is named."""
+
+
 def next_step(session: Session) -> tuple[str, ...]:
     """Return the next useful commands, the first one first, by what a store has and lacks."""
     steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
@@ -304,8 +316,10 @@ def next_step(session: Session) -> tuple[str, ...]:
     if not lacks:
         useful = [step for name, step in USEFUL.items() if not steps[name]]
         return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
-    if lacks[0] == "networks" and steps["baselines"]:  # which have labelled the test images
-        return *NEXT["networks"], "cellstore report"
+    if lacks[0] == "networks":
+        first = UNUSABLE if steps["unusable_split"] else NEXT["networks"][0]
+        # Baselines have labelled the test images.
+        return (first, "cellstore report") if steps["baselines"] else (first,)
     if lacks[0] != "cells":
         return NEXT[lacks[0]]
     return (_how_to_segment(session), *(() if steps["treatments"] else (PLATEMAP,)))
@@ -341,9 +355,7 @@ def status(workspace: Workspace) -> StatusResult:
         imported = session.execute(text(IMPORTED)).all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
-        last = session.scalar(
-            text("SELECT recipe_id FROM runs WHERE stage = 'segment' ORDER BY id DESC LIMIT 1")
-        )
+        last = session.scalar(text(LAST_CELLS))
         sets = session.execute(text(FEATURE_SETS)).all()
         gone = find_gone(session, FEW)
         step = next_step(session)
@@ -358,7 +370,7 @@ def status(workspace: Workspace) -> StatusResult:
         # How many images can be done; what is not known to be is what is open.
         ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
         todo = row.open if ready is None else max(0, ready - row.done - row.failed)
-        replaced = row.stage == Stage.SEGMENT.value and last != row.id
+        replaced = row.stage == Stage.SEGMENT.value and row.done and last != row.id
         recipes.append(
             RecipeStatus(
                 *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed, row.open),

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
-from ..artifacts import ArtifactFolder, open_atomically, sha256_of
+from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
 from ..db.bulk import in_lists
 from ..db.events import (
     Change,
@@ -35,7 +35,7 @@ from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
-from ..jobs.gone_files import GoneFiles, find_gone
+from ..jobs.gone_files import GoneFiles, find_gone, lost_files
 from ..jobs.queue import close_dead_runs
 from ..jobs.runs import LOCAL, RecipeSpec, digest, digest_of_numbers, fingerprint
 from ..jobs.workspace import Workspace
@@ -85,7 +85,7 @@ class VerifyResult:
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
     ``jobs`` those whose rows were compared with their digest. ``gone``: folders from which image
-    files are gone.
+    files are gone. ``commands`` make stored files again that are gone.
     """
 
     files: int
@@ -97,6 +97,7 @@ class VerifyResult:
     feature_files: int = 0
     jobs: int = 0
     gone: tuple[GoneFiles, ...] = ()
+    commands: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -143,6 +144,9 @@ def verify(
         return VerifyResult(0, 0, tuple(broken), (), 0, 0)
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
+    if fix:  # what is not whole, and whose command was killed, gets no row
+        for at in (folder.root, workspace.settings.cache, workspace.settings.cache / "spill"):
+            sweep(at)
     there = list(folder.walk())
     files, masks, found = check_files(workspace)
     # Some were forgotten meanwhile: a training replaces its state.
@@ -153,6 +157,7 @@ def verify(
     ledger = check_ledger(workspace, head)
     with workspace.database.read() as session:
         gone = tuple(find_gone(session))
+        commands = lost_files(session, folder)[1]
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
@@ -183,6 +188,7 @@ def verify(
         feature_files=features,
         jobs=jobs,
         gone=gone,
+        commands=commands,
     )
 
 
@@ -345,8 +351,8 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
     with workspace.database.read() as session:
         files = session.execute(query).all()
         of_cells = (Event.table_name == "cells", Event.new.is_(None))
-        gone = session.execute(select(Event.old, Event.row_id).where(*of_cells))
-        deleted = [(row.old["first_id"], row.row_id) for row in gone]
+        gone = (row["ids"] for row in session.scalars(select(Event.old).where(*of_cells)))
+        deleted = np.array(sorted(chain.from_iterable(gone)), np.int64).reshape(-1, 2)
     problems = []
     near: list[Any] = []
     whole = [file for file in files if file.path not in broken]
@@ -365,7 +371,7 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
 
 
 def _features_reason(
-    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: Sequence[tuple[int, int]]
+    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: NDArray[np.int64]
 ) -> str | None:
     locate = workspace.artifacts.locate
     recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
@@ -376,8 +382,10 @@ def _features_reason(
         for ids in stream_ids(locate(file.path)):
             found = found.with_ids(ids)
             lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
-            for first, last in deleted:  # the file keeps those of a plate that was deleted
-                lost = lost[(lost < first) | (lost > last)]
+            # The file keeps those of a plate that was deleted.
+            before = np.searchsorted(deleted[:, 0], lost, "right") - 1
+            if len(deleted):
+                lost = lost[(before < 0) | (lost > deleted[before, 1])]
             homeless += len(lost)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:

@@ -23,7 +23,7 @@ split list, split delete, split show, split check, train, predict, votes, report
 compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
 db upgrade, db check, db current, rename, relabel, exclude, include,
-undo, delete, backup, restore
+undo, delete, backup, restore, log
 """
 
 

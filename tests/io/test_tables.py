@@ -20,7 +20,7 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io import tables as tables_module
-from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table, sheet_names
+from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, known_text, open_table, sheet_names
 
 
 def write(folder: Path, data: bytes, name: str = "table.csv") -> Path:
@@ -113,9 +113,8 @@ def test_missing_columns_are_named_with_the_nearest(tmp_path: Path) -> None:
 
 def test_missing_values_are_whole_cells_only() -> None:
     cells = ("NA", " ", "NAD+", "nan", "NaCl", "N/A")
-    found = [cell_text(cells, index) for index in range(len(cells))]
+    found = [known_text("name", cell) for cell in cells]
     assert found == [None, None, "NAD+", None, "NaCl", None]
-    assert cell_text(cells, None) is None
 
 
 def lines_of(path: Path) -> list[tuple[int, str | Sequence[str]]]:
@@ -431,7 +430,7 @@ def test_a_parquet_file_is_read_as_the_csv_file_with_its_rows(tmp_path: Path) ->
     assert table.columns == tuple(columns)
     assert open_table(tmp_path / "t.parquet", whole=False).columns == table.columns
     rows = [row.cells for row in table.rows() if isinstance(row, TableRow)]
-    assert [[cell_text(row, at) for at in range(4)] for row in rows] == [
+    assert [[known_text("name", cell) for cell in row[:4]] for row in rows] == [
         ['x"y', "1", "0.5", "p"],
         ["two\nlines", None, None, "q"],
         [None, "3", "1e-7", "p"],

@@ -17,17 +17,19 @@ from factories import Factory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from screens import SmallScreen, small_screen
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from test_measure_groups import bench, cells, masks_of, plane_of, values_of
 from test_segment_measure import Bench
 
 from cellstore.analysis.features import measure_channels
-from cellstore.config import IngestParams, MeasureParams, VoteOptions
+from cellstore.config import IngestParams, MeasureParams, Selection, VoteOptions
 from cellstore.db.events import broken_events
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.jobs.lookup import in_recipes
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
+from cellstore.models import Cell, Event, Folder, Image, ImageFile, Plate, Segmentation, Well
+from cellstore.query.feature_files import open_set
 from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
@@ -328,6 +330,7 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     assert answers(store, "cell_table", "intensity") == before
     renamed = store.measure(MeasureParams(channels=("RNA",), features=("texture",)))
     assert (renamed.run_id, renamed.feature_set) == (None, of_dna.feature_set)
+    assert "rename" not in store.repro(str(made[1].run_id)).script
     # What was called RNA is another recipe, of other pixels.
     other = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
     planes = {"RNA": plane_of(bench, 1, "DNA")}
@@ -339,6 +342,33 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     store.rename("channel", "DNA", "ER", plate="P1")
     named = MeasureParams(features=("intensity",), channels=("ER", "RNA"))
     assert store.measure(named).run_id is None
+
+
+def test_a_recipe_means_one_channel_on_plates_that_call_it_otherwise(bench: Bench) -> None:
+    store, make = Store(bench.workspace), Factory(bench.workspace)
+    other = make.image(make.well(make.plate("P2"), 1, 1))
+    store.rename("channel", "DNA", "nuclei", plate="P1")  # before any recipe names it
+    store.rename("channel", "DNA", "nuclei", plate="P2")
+    nuclei = replace(bench.params, channels=("nuclei",))
+    run = store.segment(nuclei).run_id
+    script = store.repro(str(run)).script
+    for plate in ("P1", "P2"):
+        assert f"cellstore rename channel --plate={plate} -- DNA nuclei" in script
+    store.rename("channel", "nuclei", "Hoechst", plate="P2")  # a recipe names it
+
+    def meant(name: str) -> tuple[str, ...]:
+        with store.session() as session:
+            return in_recipes(session, (name,))
+
+    assert (meant("nuclei"), meant("Hoechst")) == (("nuclei",), ("nuclei",))
+    assert store.segment(replace(nuclei, channels=("Hoechst",))).run_id is None
+    # On P2 the two names are swapped now: no recipe can mean RNA on both.
+    make.image_file(other, "RNA")
+    assert store.measure(MeasureParams(channels=("RNA",))).done == 3
+    for old, new in (("Hoechst", "x"), ("RNA", "nuclei"), ("x", "RNA")):
+        store.rename("channel", old, new, plate="P2")
+    with pytest.raises(UserInputError, match="renamed on some plates after it was used"):
+        meant("RNA")
 
 
 EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")
@@ -481,19 +511,46 @@ def test_a_plate_is_deleted_with_all_that_was_made_of_it(
 
 
 def test_measurements_go_with_the_last_plate_that_is_in_their_file(cells: Bench) -> None:
-    """Until then ``verify`` knows why the file has cells that are not there."""
+    """Until then ``verify`` knows which cells of the file were deleted with a plate."""
+    store, make = Store(cells.workspace), Factory(cells.workspace)
+    well = make.well(make.plate("P2"), 1, 1)
+    with store.workspace.database.begin() as session:
+        second = select(Image.id).order_by(Image.id).offset(1).limit(1).scalar_subquery()
+        session.execute(update(Image).where(Image.id == second).values(well_id=well.id))
+    measure(cells.workspace, MeasureParams(features=("intensity",)))
+    store.delete_plate("P1")
+    assert store.verify().ok
+    assert len(answers(store, "feature_files")["feature_files"]) == 1
+    with store.workspace.database.begin() as session:
+        session.execute(delete(Cell).where(Cell.id == select(func.max(Cell.id)).scalar_subquery()))
+    said = [problem.reason for problem in store.verify().problems]
+    assert sum("1 of its cells are not in the database" in reason for reason in said) == 1
+    store.delete_plate("P2")
+    assert store.verify().ok
+    assert answers(store, "feature_files", "intensity") == {"feature_files": [], "intensity": []}
+
+
+def test_a_set_is_the_same_for_a_plate_when_another_one_goes(cells: Bench) -> None:
     store, make = Store(cells.workspace), Factory(cells.workspace)
     well = make.well(make.plate("P2"), 1, 1)
     with store.workspace.database.begin() as session:
         last = select(func.max(Image.id)).scalar_subquery()
         session.execute(update(Image).where(Image.id == last).values(well_id=well.id))
-    measure(cells.workspace, MeasureParams(features=("intensity",)))
+    for plate in ("P1", "P2"):  # a file each
+        texture = measure(
+            cells.workspace, MeasureParams(features=("texture",)), Selection(plates=(plate,))
+        )
+
+    def mark() -> str | None:
+        with store.session() as session:
+            found = open_set(session, cells.workspace.artifacts, texture.recipe_id or 0)
+            of = session.scalars(select(Segmentation.recipe_id)).first()
+            return found.mark(session, of or 0, select(Image.id).where(Image.well_id == well.id))
+
+    before = mark()
     store.delete_plate("P1")
-    assert store.verify().ok
     assert len(answers(store, "feature_files")["feature_files"]) == 1
-    store.delete_plate("P2")
-    assert store.verify().ok
-    assert answers(store, "feature_files", "intensity") == {"feature_files": [], "intensity": []}
+    assert mark() == before
 
 
 def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path: Path) -> None:
@@ -502,9 +559,11 @@ def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path:
     store.delete_plate("P1")
     store.ingest(loaddata(tmp_path / "b.csv", ["A01", "A02"], "P2"))
     before = answers(store, *EVERYTHING)
-    for run in (images, labels):
-        assert store.undo(str(run.run_id)).changes == ()
+    assert store.undo(str(images.run_id)).changes == ()
     assert answers(store, *EVERYTHING) == before
+    gone = store.undo(str(labels.run_id)).changes  # names that nothing has
+    assert [change["name"] for change in gone] == ["treatments", "perturbations"]
+    assert answers(store, *EVERYTHING[:-3]) == {name: before[name] for name in EVERYTHING[:-3]}
 
 
 def test_an_undo_that_breaks_off_leaves_all_as_it_was(

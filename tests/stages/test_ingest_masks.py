@@ -151,6 +151,11 @@ def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
     )
     assert (recipe.stage, recipe.parameters["imported"]) == (Stage.SEGMENT, "masks")
     assert result.segmentations == (recipe.id,)
+    (lost,) = bench.workspace.artifacts.root.glob("mask/*/*.tif")
+    data = lost.read_bytes()
+    lost.unlink()
+    bench.ingest()
+    assert (bench.counts, lost.read_bytes()) == ((1, 0, 1, 0), data)
 
 
 def test_they_are_measured_like_our_own(bench: Bench) -> None:

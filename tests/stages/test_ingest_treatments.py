@@ -560,6 +560,18 @@ def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> Non
     ]
 
 
+def test_a_table_that_names_a_combination_keeps_its_doses(bench: Bench) -> None:
+    map_of(bench, "Well,Compound,Dose (uM)\nA1,taxol + noco,5 + 1\nA2,taxol,5\n")
+    text = "Compound,Target\ntaxol + noco,TUBB + TUBA\n"
+    assert counts(bench.table(text)) == (0, 1, 0, 0)
+    assert counts(bench.table(text)) == (0, 0, 1, 0)
+    assert parts(bench) == {
+        "A01": [("noco", 1.0, "uM", "1 uM"), ("taxol", 5.0, "uM", "5 uM")],
+        "A02": [("taxol", 5.0, "uM", "5 uM")],
+    }
+    assert [target for _, target, _ in bench.treated().values()] == ["TUBA|TUBB", "TUBB"]
+
+
 def test_one_map_for_several_plates(bench: Bench) -> None:
     account = map_of(bench, LONG, plate=("P1", "P2", "P3"))
     assert counts(account) == (0, 2, 0, 0)

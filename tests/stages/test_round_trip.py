@@ -365,14 +365,14 @@ def test_doses_and_combinations_come_back(
     assert known == [("DMSO", None), ("siNF1", "NF1"), ("taxol", None)]
 
 
-def test_a_combination_that_cannot_be_read_is_refused(
+def test_a_combination_that_cannot_be_read_is_not_known(
     sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
     rows = "Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_ObjectNumber,Metadata_pert_iname,"
     rows += "Metadata_components,Cells_Area\nP,A01,1,1,a,{,1\nP,A02,1,1,a,[{}],2\nP,A03,1,1,a,,3\n"
     (tmp_path / "cells.csv").write_text(rows)
     result = ingest(sqlite_workspace, tmp_path / "cells.csv")
-    assert (result.refused, result.cells) == (2, 1)
+    assert (result.refused, result.cells) == (0, 3)
     assert {issue.reason for issue in result.issues} == {"not a treatment"}
 
 

@@ -21,11 +21,13 @@ from cellstore.config import IngestParams, MeasureParams, SegmentParams
 from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, encode_tiff
+from cellstore.jobs import queue
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
 from cellstore.query.cells import choose_recipes
 from cellstore.query.engine import open_questions
 from cellstore.stages.ingest.ingest import ingest, refresh
+from cellstore.stages.manage_jobs import retry
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
 from cellstore.stages.status import status
@@ -110,7 +112,10 @@ def test_the_same_recipe_does_an_image_once_and_another_goes_beside(bench: Bench
 
 
 @pytest.mark.parametrize("column", [Segmentation.mask_artifact_id, Segmentation.flow_artifact_id])
-def test_masks_and_flows_that_are_gone_are_made_again(bench: Bench, column: Any) -> None:
+def test_masks_and_flows_that_are_gone_are_made_again(
+    bench: Bench, column: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
     segment(bench.workspace, bench.params)
     measure(bench.workspace)
     with bench.workspace.database.read() as session:
@@ -124,6 +129,13 @@ def test_masks_and_flows_that_are_gone_are_made_again(bench: Bench, column: Any)
     data = lost.read_bytes()
     sharing = 3 if column is Segmentation.flow_artifact_id else 1
     lost.unlink()
+    texture = MeasureParams(features=("texture",))
+    assert measure(bench.workspace, texture).done == (3 if sharing == 3 else 2)
+    with bench.workspace.database.read() as session:
+        command = session.scalars(select(Run.command).where(Run.stage == Stage.SEGMENT)).one()
+    found = retry(bench.workspace)
+    assert (found.lost_files, found.commands[0]) == (1, command)
+    assert verify(bench.workspace).commands == (command,)
     expected = segment(bench.workspace, bench.params, dry_run=True).forecast
     assert expected is not None
     again = segment(bench.workspace, bench.params)
@@ -133,6 +145,7 @@ def test_masks_and_flows_that_are_gone_are_made_again(bench: Bench, column: Any)
     assert (bench.count(Segmentation), bench.count(Cell), bench.count(CellFeatures)) == (3, 9, 9)
     assert segment(bench.workspace, bench.params).run_id is None
     assert measure(bench.workspace).run_id is None
+    assert measure(bench.workspace, texture).failed_before == 0
     assert verify(bench.workspace).ok
 
 
@@ -147,6 +160,13 @@ def test_masks_that_come_out_differently_do_not_take_the_place_of_lost_ones(benc
     assert (bench.count(Segmentation), bench.count(Cell)) == (3, 9)
 
 
+def defaults(bench: Bench) -> tuple[int, int]:
+    """The recipes whose cells and features commands take where none is named."""
+    with bench.workspace.database.read() as session:
+        segmentation, measurement = choose_recipes(session, None, None)
+    return segmentation.id, measurement.id
+
+
 def test_a_run_that_made_nothing_is_never_the_default(bench: Bench) -> None:
     made = segment(bench.workspace, bench.params)
     measured = measure(bench.workspace)
@@ -155,10 +175,22 @@ def test_a_run_that_made_nothing_is_never_the_default(bench: Bench) -> None:
     nothing = segment(bench.workspace, replace(bench.params, diameter=20.0))
     assert (nothing.done, len(nothing.failures)) == (0, 3)
     assert bench.count(Run, Run.id == nothing.run_id, Run.status == Status.FAILED) == 1
-    with bench.workspace.database.read() as session:
-        segmentation, measurement = choose_recipes(session, None, None)
-        assert (segmentation.id, measurement.id) == (made.recipe_id, measured.recipe_id)
+    assert defaults(bench) == (made.recipe_id, measured.recipe_id)
     assert measure(bench.workspace, dry_run=True).selected == 3
+    for site in (1, 2, 3):
+        bench.file(site, 1).write_bytes(encode_tiff(field(10 * site + 1)))
+    bench.ingest()
+    bench.network.level = 1000.0
+    empty = segment(bench.workspace, replace(bench.params, diameter=30.0))
+    assert (empty.done, empty.cells) == (3, 0)
+    replaced = [
+        (made.recipe_id, None),
+        (nothing.recipe_id, None),
+        (empty.recipe_id, made.recipe_id),
+    ]
+    by_recipe = {r.recipe_id: r.replaced_by for r in status(bench.workspace).recipes}
+    assert [(number, by_recipe[number]) for number, _ in replaced] == replaced
+    assert defaults(bench) == (made.recipe_id, measured.recipe_id)
 
 
 def test_where_the_network_lies_does_not_change_the_recipe(bench: Bench, tmp_path: Path) -> None:

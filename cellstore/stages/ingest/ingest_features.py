@@ -33,8 +33,8 @@ from ...io.single_cells import open_single_cells
 from ...io.tables import LONGEST, Refusal
 from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
-from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
-from ...query.feature_files import FeatureWriter, register_files, stored_values
+from ...models import Cell, FeatureSet, Recipe, RecipeInput, Segmentation
+from ...query.feature_files import FeatureWriter, list_files, register_files, stored_values
 from ...query.source import check_set_name
 from .account import Account, Brought, FileIdentity
 from .ingest_images import RowWriter
@@ -135,13 +135,7 @@ def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
     Raises:
         StorageError: one is missing; the database does not have its values.
     """
-    query = (
-        select(Artifact.path)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .where(FeatureSet.name == name)
-    )
-    for path in session.scalars(query):
+    for _, path, *_ in list_files(session, FeatureSet.name == name):
         if not artifacts.locate(path).is_file():
             raise StorageError(
                 f"The file {path} of feature set {name!r} is missing. Restore it from a backup "
@@ -346,7 +340,7 @@ class _CellWriter:
     dry_run: bool
     segmentations: dict[int, int] = field(default_factory=dict)
     """By image (id)."""
-    files: list[tuple[str, int, int]] | None = None
+    files: Sequence[Any] | None = None
     created: int = 0
 
     def write(self) -> None:
@@ -458,16 +452,10 @@ class _CellWriter:
     def _equal(self, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files."""
         if self.files is None:
-            query = (
-                select(Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-                .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-                .where(FeatureFile.feature_set_id == self.target.id)
-                .order_by(FeatureFile.first_cell_id)
-            )
-            self.files = [(row[0], row[1], row[2]) for row in self.session.execute(query)]
+            self.files = list_files(self.session, FeatureSet.id == self.target.id)
         paths = [
             self.workspace.artifacts.locate(path)
-            for path, first, last in self.files
+            for _, path, _, first, last in self.files
             if len(ids) and first <= ids[-1] and last >= ids[0]
         ]
         found, table = stored_values(paths, self.target.schema.names, ids)

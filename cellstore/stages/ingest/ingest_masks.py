@@ -226,6 +226,7 @@ def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: 
                 }
                 insert_cells(session, [(row, found.cells)])
     if before == found.sha256:
+        workspace.artifacts.write(ArtifactKind.MASK, found.data, ".tif")  # if it was gone
         account.unchanged += 1
     elif before is not None:
         account.refuse(None, *other_masks(found.image), found.file.name)

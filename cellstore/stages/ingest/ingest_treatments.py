@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -237,41 +237,25 @@ def _plates_of_maps(
             if barcode not in barcodes:
                 raise UnknownNameError.of("plate", barcode, sorted(barcodes))
         barcodes = {barcode: barcodes[barcode] for barcode in named}
-    found: dict[str, list[int]] = defaultdict(list)
-    unmapped: dict[str, list[str]] = defaultdict(list)
-    present: set[str] = set()
+    maps = annotation.maps
+    keys: dict[str, int] = {}
     for some in in_lists(list(barcodes)):
         query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
-        for barcode, key in session.execute(query):
-            present.add(barcode)
-            name = barcodes[barcode]
-            if name in annotation.maps:
-                found[name].append(key)
-            else:
-                unmapped[name].append(barcode)
-    absent = [barcode for barcode in barcodes if barcode not in present]
+        keys.update((barcode, key) for barcode, key in session.execute(query))
+    absent = [barcode for barcode in barcodes if barcode not in keys]
     for old, (key, now) in renamed_plates(session, absent).items():
         account.notes.append(f"plate {old} was renamed: read as {now}")
-        present.add(old)
-        if barcodes[old] in annotation.maps:
-            found[barcodes[old]].append(key)
-        else:
-            unmapped[barcodes[old]].append(old)
-    absent = [barcode for barcode in absent if barcode not in present]
-    if named or annotation.names_plates or not present:
+        keys[old] = key
+    absent = [barcode for barcode in absent if barcode not in keys]
+    if named or annotation.names_plates or not keys:
         similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
-        new = [
-            name
-            for name in absent
-            if barcodes[name] in annotation.maps and annotation.maps[barcodes[name]].wells
-        ]
+        new = [name for name in absent if barcodes[name] in maps and maps[barcodes[name]].wells]
         for barcode in new:
             if len(barcode) > LONGEST:
                 raise UserInputError(f"A plate's name has at most {LONGEST} characters.")
-            plate = Plate(id=take_ids(session, Plate, 1)[0], barcode=barcode)
-            session.add(plate)
+            (keys[barcode],) = take_ids(session, Plate, 1)
+            session.add(Plate(id=keys[barcode], barcode=barcode))
             session.flush()
-            found[barcodes[barcode]].append(plate.id)
             near = difflib.get_close_matches(barcode, similar, n=1, cutoff=0.8)
             if near:
                 account.notes.append(f"plate {barcode} is new: did you mean {near[0]}?")
@@ -281,7 +265,14 @@ def _plates_of_maps(
                 f"new, made by this map, without images so far: plate {', '.join(new[:5])}{more}. "
                 "If that is a mistake: cellstore undo RUN"
             )
-        absent = [name for name in absent if barcodes[name] not in annotation.maps]
+        absent = [name for name in absent if barcodes[name] not in maps]
+    found: dict[str, list[int]] = defaultdict(list)
+    unmapped: dict[str, list[str]] = defaultdict(list)
+    for barcode, key in keys.items():
+        if barcodes[barcode] in maps:
+            found[barcodes[barcode]].append(key)
+        else:
+            unmapped[barcodes[barcode]].append(barcode)
     for name, missing in sorted(unmapped.items()):
         detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"
         account.problem(None, "no such plate map", detail)
@@ -377,6 +368,12 @@ def _sample(record: TreatmentRecord) -> _Sample:
     )
 
 
+def _unordered(record: TreatmentRecord) -> Hashable:
+    """Return all that a record says, but for the order of its parts."""
+    parts = (replace(part, control=None, others=()) for part in record.parts)
+    return record.control, frozenset(parts) if record.others else record
+
+
 def _write_treatments(
     session: Session,
     writer: TreatmentWriter,
@@ -411,7 +408,7 @@ def _write_treatments(
         use: (record, line)
         for line, record in given
         for use, old in known[_sample(record)].items()
-        if completed(record, old) != old
+        if _unordered(completed(record, old)) != _unordered(old)
     }
     moved: set[_Use] = set()
     for some in in_lists(sorted({treatment for treatment, _ in corrected})):
@@ -443,7 +440,9 @@ def _write_treatments(
             complete = completed(record, olds[0])
         if not present:
             account.created += 1
-        elif complete in present.values() and not moved & present.keys():
+        elif (
+            _unordered(complete) in map(_unordered, present.values()) and not moved & present.keys()
+        ):
             account.unchanged += 1
         else:
             account.updated += 1

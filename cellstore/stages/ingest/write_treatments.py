@@ -89,12 +89,10 @@ def key_of(record: TreatmentRecord) -> PerturbationKey:
 def parts_of(record: TreatmentRecord) -> tuple[Part, ...]:
     """Return the parts of a treatment in the one order that they are stored in."""
     parts = [Part(key_of(part), part.dose, part.unit) for part in record.parts]
-    return tuple(sorted(parts, key=_order))
-
-
-def _order(part: Part) -> tuple[str, str, str, str, float]:
-    kind, name, identifier = part.perturbation
-    return kind.value, name, identifier or "", part.unit or "", part.dose or 0.0
+    parts.sort(
+        key=lambda part: ([text or "" for text in (*part.perturbation, part.unit)], part.dose or 0)
+    )
+    return tuple(parts)
 
 
 def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, TreatmentRecord]:
