@@ -37,6 +37,7 @@ from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
+from ..db.ledger import recording_removed
 from ..db.session import Database
 from ..enums import Status
 from ..errors import (
@@ -219,7 +220,7 @@ def execute(
         lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}
         counts = [count_images(session, recipe.id, images) for recipe in recipes]
     if any(found is not None for found in lost.values()):
-        with workspace.database.begin() as session:
+        with workspace.database.begin() as session, recording_removed(session):
             for recipe_id, found in lost.items():
                 jobs = queue.done_jobs(session, recipe_id, found or ())
                 for some in in_lists(jobs):
