@@ -126,7 +126,8 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
     a time, and an id is never given twice (see ``take_ids``).
     """
     tables: tuple[type[Base], ...] = (Plate, Well, Image, ImageFile, Treatment, Perturbation)
-    last = {table: _last_id(session, table) for table in tables}
+    last_ids = {table: select(func.max(table.__table__.c.id)) for table in tables}
+    last = {table: session.scalar(query) or 0 for table, query in last_ids.items()}
     session.info[_NEW_AFTER] = {table.__tablename__: number for table, number in last.items()}
     changes: list[Change] = []
 
@@ -151,7 +152,7 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
         event.remove(session, "before_flush", note_plates)
         session.info.pop(_NEW_AFTER)
     for table, before in last.items():
-        after = _last_id(session, table)
+        after = session.scalar(last_ids[table]) or 0
         if after > before:
             new = {"first_id": before + 1, "last_id": after}
             # Their ids may be given again, and what is said of one row is looked up by its id.
@@ -163,10 +164,6 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
 def is_new(session: Session, table: str, row_id: int) -> bool:
     """Whether the run that is recorded in this session has added a row."""
     return bool(row_id > session.info.get(_NEW_AFTER, {}).get(table, row_id))
-
-
-def _last_id(session: Session, table: type[Base]) -> int:
-    return session.scalar(select(func.max(table.__table__.c.id))) or 0
 
 
 def event_digest(row: dict[str, Any], previous: str | None) -> str:

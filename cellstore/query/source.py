@@ -104,7 +104,7 @@ def _our_tables() -> set[str]:
     return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
 
 
-BATCH_ROWS = 65_536
+BATCH_ROWS = 20_480
 
 _TYPES = {
     "INTEGER": "BIGINT",
@@ -339,7 +339,14 @@ class Source:
                 f" AND p.cell_id BETWEEN {first} AND {last - 1}"
                 for first, last in pairwise(edges)
             ]
-        return self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
+        columns = PREDICTION_COLUMNS
+        if ended is None:
+            return self.feed(target, statement, columns, _PREDICTION_VALUES, origins)
+        # The number of the run is known, and need not be read a million times.
+        rows = f"(SELECT CAST({int(ended)} AS BIGINT) AS run_id, * FROM {{rows}})"  # noqa: S608
+        others = dict(list(columns.items())[1:])
+        statement = statement.replace("{rows}", rows)
+        return self.feed(target, statement, others, _PREDICTION_VALUES[1:], origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:

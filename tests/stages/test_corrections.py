@@ -26,6 +26,7 @@ from cellstore.config import IngestParams, MeasureParams, Selection, VoteOptions
 from cellstore.db.events import broken_events
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.jobs.lookup import in_recipes
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Event, Folder, Image, ImageFile, Plate, Segmentation, Well
 from cellstore.query.feature_files import open_set
@@ -329,6 +330,7 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     assert answers(store, "cell_table", "intensity") == before
     renamed = store.measure(MeasureParams(channels=("RNA",), features=("texture",)))
     assert (renamed.run_id, renamed.feature_set) == (None, of_dna.feature_set)
+    assert "rename" not in store.repro(str(made[1].run_id)).script
     # What was called RNA is another recipe, of other pixels.
     other = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
     planes = {"RNA": plane_of(bench, 1, "DNA")}
@@ -340,6 +342,33 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     store.rename("channel", "DNA", "ER", plate="P1")
     named = MeasureParams(features=("intensity",), channels=("ER", "RNA"))
     assert store.measure(named).run_id is None
+
+
+def test_a_recipe_means_one_channel_on_plates_that_call_it_otherwise(bench: Bench) -> None:
+    store, make = Store(bench.workspace), Factory(bench.workspace)
+    other = make.image(make.well(make.plate("P2"), 1, 1))
+    store.rename("channel", "DNA", "nuclei", plate="P1")  # before any recipe names it
+    store.rename("channel", "DNA", "nuclei", plate="P2")
+    nuclei = replace(bench.params, channels=("nuclei",))
+    run = store.segment(nuclei).run_id
+    script = store.repro(str(run)).script
+    for plate in ("P1", "P2"):
+        assert f"cellstore rename channel --plate={plate} -- DNA nuclei" in script
+    store.rename("channel", "nuclei", "Hoechst", plate="P2")  # a recipe names it
+
+    def meant(name: str) -> tuple[str, ...]:
+        with store.session() as session:
+            return in_recipes(session, (name,))
+
+    assert (meant("nuclei"), meant("Hoechst")) == (("nuclei",), ("nuclei",))
+    assert store.segment(replace(nuclei, channels=("Hoechst",))).run_id is None
+    # On P2 the two names are swapped now: no recipe can mean RNA on both.
+    make.image_file(other, "RNA")
+    assert store.measure(MeasureParams(channels=("RNA",))).done == 3
+    for old, new in (("Hoechst", "x"), ("RNA", "nuclei"), ("x", "RNA")):
+        store.rename("channel", old, new, plate="P2")
+    with pytest.raises(UserInputError, match="renamed on some plates after it was used"):
+        meant("RNA")
 
 
 EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")

@@ -10,12 +10,20 @@ from killed_training import PARAMS
 from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
-from cellstore.config import PRESETS, SegmentParams, SplitParams, TrainParams, TrainSetup
+from cellstore.config import (
+    PRESETS,
+    PredictParams,
+    SegmentParams,
+    SplitParams,
+    TrainParams,
+    TrainSetup,
+)
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import training as training_module
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
+from cellstore.stages.corrections import rename
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
 
@@ -112,6 +120,11 @@ def test_the_default_network_looks_at_channels_by_the_scale_of_their_plate(
     assert len(tensors) > 1000
     again = replace(params, augment=("rotations", "intensity", "flips"), channels=())
     assert train(workspace, again, device="cpu").run_id == result.run_id
+    rename(workspace, "channel", "DNA", "Hoechst")
+    again = replace(again, channels=("hoechst",))
+    assert train(workspace, again, device="cpu").run_id == result.run_id
+    labelled = predict(workspace, PredictParams(top_k=1), run=str(result.run_id), device="cpu")
+    assert (labelled.cells, labelled.failures) == (8, ())
 
 
 def refused(workspace: Workspace, match: str, error: type[Exception], **changes: object) -> None:
