@@ -86,6 +86,7 @@ MODULES = {
     "retry": "job_commands",
     "cancel": "job_commands",
     "verify": "job_commands",
+    "seal": "job_commands",
     "doctor": "job_commands",
     "backup": "setup_commands",
     "restore": "setup_commands",

@@ -36,6 +36,7 @@ Columns = dict[str, str]
 STEPS = (
     "vote_options",
     "counted_cells",
+    "excluded_cells",
     "eligible_cells",
     "eligible_predictions",
     "excluded_images",
@@ -69,6 +70,7 @@ VIEWS = (
 """All views: first those that people ask for."""
 
 LATER = "later_exclusions"
+EXCLUDED = "excluded_cells"
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,24 @@ class Source:
             finally:
                 target.unregister("stream")
         return int(written[0][0])
+
+    def feed_excluded(
+        self, target: duckdb.DuckDBPyConnection, statement: str, qc_run: int | None
+    ) -> int:
+        """Carry out ``statement`` as :meth:`feed` does, with the cells that do not count.
+
+        ``qc_run``: the quality-control run whose flagged cells do not count either.
+        """
+        join = "CROSS JOIN" if self.is_sqlite else "JOIN"  # few are excluded, of many cells
+        flags = "" if qc_run is None else f" OR t.run_id = {int(qc_run)}"
+        origin = f"""(
+            SELECT DISTINCT id FROM exclusions AS t
+            WHERE t.level = 'cell' AND (t.source <> 'quality'{flags})
+        ) AS e {join} cells AS c ON c.id = e.id"""  # noqa: S608 - numbers and our own words
+        columns = {"cell_id": "BIGINT", "segmentation_id": "BIGINT"}
+        return self.feed(
+            target, statement, columns, ("c.id AS cell_id", "c.segmentation_id"), [origin]
+        )
 
     def feed_predictions(
         self,
