@@ -1,11 +1,15 @@
 r"""How fast ``verify`` checks the files of a store, beside only reading or hashing them.
 
     python benchmarks/verify_speed.py --images 300
+    python benchmarks/verify_speed.py --predictions 5000000
 
 Masks and flows of rendered fields of 1080 x 1080 become the files of a store, with a row for each
 segmentation and cell. All lines read the same bytes from the page cache. ``read``: every file,
 nothing else. ``sha256sum``: one process over all files. ``verify``: each file hashed, each mask
 unpacked and its labels compared with the cells in the database, the folder searched for orphans.
+
+``--predictions``: so many predictions in a store without files, two for each of 250 cells of an
+image, are compared with the digests of their jobs.
 """
 
 from __future__ import annotations
@@ -21,24 +25,34 @@ from pathlib import Path
 
 import numpy as np
 from jobs_speed import fill
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from training_fields import render_nuclei
 
-from cellstore.enums import ArtifactKind, Stage
+from cellstore.db.bulk import bulk_insert
+from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows, insert_cells
-from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
-from cellstore.models import Image, Segmentation
+from cellstore.jobs.runs import RecipeSpec, digest_of_numbers, keep_files, register, running
+from cellstore.models import Cell, Image, Job, Label, Prediction, Segmentation
+from cellstore.stages.predict import COLUMNS
 from cellstore.store import Store
 
 SIZE, DRAWN = 1080, 6
+CELLS, RANKS = 250, 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--predictions", type=int, default=0)
     args = parser.parse_args()
+    if args.predictions:
+        with tempfile.TemporaryDirectory() as name, Store.create(Path(name) / "store") as store:
+            predicted(store, args.predictions // (RANKS * CELLS))
+            for _ in range(args.repeat):
+                print(f"verify rows {timed(lambda: verified(store)):8.2f} s", flush=True)
+        return
     with tempfile.TemporaryDirectory() as name, Store.create(Path(name) / "store") as store:
         segmented(store, args.images)
         files = [path for path in store.workspace.artifacts.root.rglob("*") if path.is_file()]
@@ -85,6 +99,49 @@ def segmented(store: Store, images: int) -> None:
                     created_at=datetime.now(UTC),
                 )
                 insert_cells(session, row, cells)
+
+
+def predicted(store: Store, images: int) -> None:
+    """A predict run with a job and its digest for each image."""
+    workspace = store.workspace
+    fill(workspace, images)
+    moment, rng = datetime.now(UTC), np.random.default_rng(1)
+    ranks, kept = np.tile(np.arange(1, RANKS + 1), CELLS), RANKS * CELLS
+    with workspace.database.begin() as session:
+        segment, recipe = (
+            register(session, RecipeSpec(stage, 1, {"drawn": SIZE}))
+            for stage in (Stage.SEGMENT, Stage.PREDICT)
+        )
+        session.add_all(Label(field="perturbation", value=value) for value in ("a", "b"))
+        content = dict(session.execute(select(Image.id, Image.content_sha256)).all())
+        labels = list(session.scalars(select(Label.id)))
+    with (
+        running(workspace.database, segment) as found,
+        running(workspace.database, recipe) as run,
+        workspace.database.begin() as session,
+    ):
+        session.execute(
+            insert(Segmentation),
+            [
+                {"id": k, "image_id": image_id, "recipe_id": segment.id, "content_sha256": sha256}
+                | {"run_id": found.id, "n_cells": CELLS, "created_at": moment}
+                for k, (image_id, sha256) in enumerate(content.items(), start=1)
+            ],
+        )
+        for k, (image_id, sha256) in enumerate(content.items(), start=1):
+            ids = np.arange(1, CELLS + 1) + CELLS * (k - 1)
+            rows = [(int(i), k, n) for n, i in enumerate(ids, start=1)]
+            bulk_insert(session, Cell, ("id", "segmentation_id", "object_number"), rows)
+            first = rng.uniform(0.5, 1, CELLS)
+            probability = np.column_stack([first, 1 - first]).ravel()
+            columns = (np.repeat(ids, RANKS), ranks, np.tile(labels, CELLS), probability)
+            table = list(zip([run.id] * kept, *(c.tolist() for c in columns), strict=True))
+            bulk_insert(session, Prediction, COLUMNS, table)
+            job = {"recipe_id": recipe.id, "image_id": image_id, "content_sha256": sha256}
+            made = digest_of_numbers(np.column_stack(columns))
+            session.execute(
+                insert(Job), [{**job, "run_id": run.id, "status": Status.DONE, "digest": made}]
+            )
 
 
 def read(files: list[Path]) -> None:

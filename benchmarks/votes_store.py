@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def make_store(root: Path, cells: int, images: int) -> None:
     try:
         truth = _insert_images(workspace, images)
         image_of = np.repeat(np.arange(images), _counts(rng, cells, images))
-        segmented, predicted = _make_runs(workspace)
-        with closing(sqlite3.connect(root / "cellstore.db")) as db:
+        # A run that has ended takes no more rows.
+        with closing(sqlite3.connect(root / "cellstore.db")) as db, ExitStack() as going_on:
+            segmented, predicted = _make_runs(workspace, going_on)
             db.executescript(QUICK)
             _insert_cells(db, image_of, segmented)
             for run in predicted:
@@ -145,18 +147,18 @@ def _insert_members(workspace: Workspace, truth: NDArray[np.int64]) -> None:
         connection.exec_driver_sql("INSERT INTO split_members VALUES (?, ?, ?, ?)", rows)
 
 
-def _make_runs(workspace: Workspace) -> tuple[int, list[int]]:
-    """Return the segmentation run and two predict runs, ended; their rows are to come."""
-    segmented = _run(workspace, Stage.SEGMENT, asdict(SegmentParams.of("published")))
-    trained = [
-        _run(workspace, Stage.TRAIN, asdict(TrainParams(seed=seed)), split_id=1) for seed in (0, 1)
-    ]
+def _make_runs(workspace: Workspace, going_on: ExitStack) -> tuple[int, list[int]]:
+    """Return the segmentation run and two predict runs, which end with ``going_on``."""
+    run = partial(_run, workspace, going_on)
+    segmented = run(Stage.SEGMENT, asdict(SegmentParams.of("published")))
+    trained = [run(Stage.TRAIN, asdict(TrainParams(seed=seed)), split_id=1) for seed in (0, 1)]
     plain = asdict(PredictParams())
-    return segmented, [_run(workspace, Stage.PREDICT, plain, parent, 1) for parent in trained]
+    return segmented, [run(Stage.PREDICT, plain, parent, 1) for parent in trained]
 
 
 def _run(
     workspace: Workspace,
+    going_on: ExitStack,
     stage: Stage,
     parameters: Any,
     parent: int | None = None,
@@ -164,8 +166,8 @@ def _run(
 ) -> int:
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(stage, 1, parameters))
-    with running(workspace.database, recipe, parent_id=parent, split_id=split_id) as run:
-        return int(run.id)
+    run = running(workspace.database, recipe, parent_id=parent, split_id=split_id)
+    return int(going_on.enter_context(run).id)
 
 
 def _insert_cells(db: sqlite3.Connection, image_of: NDArray[np.int64], run: int) -> None:

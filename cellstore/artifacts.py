@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +25,10 @@ from .errors import StorageError
 
 CHUNK = 1 << 20
 PART = ".part-"
-"""How the name of a file begins that is not whole yet."""
+"""How the name of a file or folder begins that is there until a command ends."""
+_PART = re.compile(re.escape(PART) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\w+")
+GIVEN_UP_SECONDS = 2 * 24 * 3600
+"""After so long without a change, what a command on another machine began is left over."""
 SEEN = "files_seen"
 """The file in the cache that says which files were there, and by what state of the folders."""
 SETTLED_NS = 1_000_000_000
@@ -57,7 +64,7 @@ class ArtifactFolder:
         with suppress(OSError):
             os.utime(target)
         if not (target.is_file() and sha256_of(target) == sha256):
-            with open_atomically(target) as file:
+            with open_atomically(target, self.root) as file:
                 file.write(data)
         return stored
 
@@ -172,15 +179,63 @@ class BorrowingFolder(ArtifactFolder):
             super().locate(path).unlink(missing_ok=True)
 
 
+@cache
+def _machine() -> str:
+    """Return what tells this machine since it was started, and this container, from others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        found = f"{boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not on Linux
+        found = socket.gethostname()
+    return hashlib.sha256(found.encode()).hexdigest()[:8]
+
+
+def part_prefix() -> str:
+    """Return how the names of this process begin for what is there until it ends."""
+    return f"{PART}{_machine()}-{os.getpid()}-"
+
+
+def sweep(folder: Path) -> None:
+    """Remove the parts that killed commands left in a folder."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _PART.fullmatch(entry.name)
+            if found is None or _goes_on(found, entry):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    Path(entry.path).unlink()
+
+
+def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
+    """Whether the command that began a part may still go on."""
+    try:
+        if part["machine"] == _machine():
+            os.kill(int(part["pid"]), 0)
+            return True
+        changed = entry.stat(follow_symlinks=False).st_mtime
+    except PermissionError:  # the process of another user
+        return True
+    except (OSError, OverflowError):
+        return False
+    return time.time() - changed < GIVEN_UP_SECONDS
+
+
 @contextmanager
-def open_atomically(target: Path) -> Iterator[BinaryIO]:
+def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
     """Open a file that replaces ``target`` when it is whole, also after a power cut.
+
+    ``scratch``: the folder, on the same disk, where it is until then; by default that of the
+    target. What killed commands left there is removed.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
 
     """
-    temporary = target.parent / f"{PART}{uuid.uuid4().hex}"
+    temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
+    sweep(temporary.parent)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # "x" and the umask give the file the rights that the user's other files have.

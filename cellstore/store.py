@@ -851,11 +851,19 @@ class Store(AbstractContextManager["Store"]):
 
         return status(self.workspace)
 
-    def verify(self, *, fix: bool = False, minutes: float = 10.0) -> VerifyResult:
-        """Compare the files with the database; see ``stages.verify.verify``."""
+    def verify(
+        self, *, fix: bool = False, minutes: float = 10.0, against: Path | None = None
+    ) -> VerifyResult:
+        """Compare files, rows and the ledger with each other; see ``stages.verify.verify``."""
         from .stages.verify import verify
 
-        return verify(self.workspace, fix=fix, minutes=minutes)
+        return verify(self.workspace, fix=fix, minutes=minutes, against=against)
+
+    def seal(self, file: Path) -> dict[str, Any]:
+        """Write the end of the ledger to a file, to be kept elsewhere; see ``stages.verify``."""
+        from .stages.verify import seal
+
+        return seal(self.workspace, file)
 
 
 def _carry_out(

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ MODULES = {
     "retry": "job_commands",
     "cancel": "job_commands",
     "verify": "job_commands",
+    "seal": "job_commands",
     "doctor": "job_commands",
     "backup": "setup_commands",
     "restore": "setup_commands",
@@ -226,7 +228,11 @@ class Common:
         progress = Progress()
         if not (quiet or self.as_json):
             progress = Bar() if sys.stderr.isatty() else Notes()
-        return Store.open(self.store, progress=progress)
+        store = Store.open(self.store, progress=progress)
+        if store.root.stat().st_mode & stat.S_IWGRP:
+            # People share it: what this command writes is for the others of the group, too.
+            os.umask(os.umask(0o077) & ~0o070)
+        return store
 
     def show(self, result: T, as_text: Callable[[T], None]) -> None:
         """Print a result: as JSON, if that is wanted, else by ``as_text``."""

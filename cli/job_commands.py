@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -197,8 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that then does them. So it does
-    where masks or files of features are gone: the same command makes them again.
+    It opens their jobs again and shows the command that does them. So it does with masks
+    and feature files that are gone: the command makes them again.
 
     \b
     Example:
@@ -257,20 +258,27 @@ def verify(
         metavar="MINUTES",
         min=0.0,
     ),
+    against: Path | None = option(
+        None,
+        "A file of cellstore seal: what was done before it was written must be as it was.",
+        metavar="FILE",
+    ),
 ) -> None:
     """Look for damage in the store: its database, and all files that it knows.
 
     Every file is read and compared with its sha256, every mask with the cells found in it, the
-    rows of every job with what it wrote, and every event with the one before it.
+    rows of every job with what it wrote, and runs, splits, recipes and treatments with the ledger
+    of events, each of which names the one before it. See docs/provenance.md for what this proves.
     Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
 
     \b
     Example:
       cellstore verify
       cellstore verify --fix
+      cellstore verify --against seal.json
     """
     with common.open() as store:
-        result = store.verify(fix=fix, minutes=older_than)
+        result = store.verify(fix=fix, minutes=older_than, against=against)
     if common.as_json:
         output.print_json({"ok": result.ok, **output.plain(result)})
     else:
@@ -310,13 +318,37 @@ def _show_verify(result: VerifyResult) -> None:
             typer.echo(f"  {output.cell(words)}")
 
 
+@command(app, "seal")
+def seal(
+    common: Common,
+    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+) -> None:
+    """Write the end of the ledger to a file, which you keep where nobody else can change it.
+
+    Who owns a database can change all of it, the ledger too. Against that helps only what is kept
+    elsewhere: verify --against FILE says whether all that was done before the seal is as it was.
+
+    \b
+    Example:
+      cellstore seal seal.json
+      cellstore verify --against seal.json
+    """
+    with common.open() as store:
+        head = store.seal(file)
+    if common.as_json:
+        output.print_json(head)
+    else:
+        output.pairs({"sealed": head["sha256"], "event": head["event"], "runs": head["runs"]})
+        say(f"Keep {file} where nobody can change it, then: cellstore verify --against {file}")
+
+
 @command(app, "doctor", then=True)
 def doctor(common: Common) -> None:
     """Check the installation, and the store if there is one.
 
-    Packages (each is imported for real), device, networks, and whether the database answers.
+    Packages (each is really imported), device, networks, and whether the database answers.
 
-    Ends with 1 if something is broken. Optional parts that are absent are not.
+    Ends with 1 if something is broken. An optional part that is absent is not broken.
 
     \b
     Example:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellstore import artifacts
-from cellstore.artifacts import ArtifactFolder, open_atomically, sha256_of
+from cellstore.artifacts import PART, ArtifactFolder, open_atomically, part_prefix, sha256_of
 from cellstore.enums import ArtifactKind
 from cellstore.errors import StorageError
 
@@ -152,3 +154,29 @@ def test_a_folder_where_a_file_should_be_is_one_sentence(tmp_path: Path):
     with problem, open_atomically(tmp_path) as file:
         file.write(b"data")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_commands_left_is_removed_by_the_next(folder: ArtifactFolder, tmp_path: Path):
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from cellstore.artifacts import open_atomically, part_prefix
+        root = Path(sys.argv[1])
+        (root / f"{part_prefix()}spill" / "deep").mkdir(parents=True)
+        with open_atomically(root / "x", root) as file:
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", code, str(folder.root)], check=False)
+    left = {path.name for path in folder.root.glob(f"{PART}*")}
+    assert len(left) == 2
+    own = folder.root / f"{part_prefix()}own"
+    elsewhere = folder.root / f"{PART}01234567-1-x"
+    for path in (own, elsewhere):
+        path.write_bytes(b"")
+    folder.write(ArtifactKind.MASK, b"whole", ".tif")
+    assert set(folder.root.glob(f"{PART}*")) == {own, elsewhere}
+    os.utime(elsewhere, (0, 0))
+    folder.write(ArtifactKind.MASK, b"more", ".tif")
+    assert set(folder.root.glob(f"{PART}*")) == {own}

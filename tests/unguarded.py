@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.orm import Session
 
 from cellstore.jobs.workspace import Workspace
@@ -46,3 +46,24 @@ def open_runs(workspace: Workspace) -> None:
         with workspace.database.begin() as session:
             for statement in statements:
                 session.execute(text(statement))
+
+
+@contextmanager
+def as_owner(workspace: Workspace) -> Iterator[Connection]:
+    """A connection of who owns the database: no trigger and no foreign key stands in the way."""
+    engine = workspace.database.engine
+    if not workspace.database.is_sqlite:
+        with engine.begin() as connection:
+            connection.execute(text("SET LOCAL session_replication_role = replica"))
+            yield connection
+        return
+    engine = create_engine(engine.url)  # a bare one minds no foreign keys
+    with engine.begin() as connection:
+        query = text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+        triggers = connection.execute(query).all()
+        for row in triggers:
+            connection.execute(text(f"DROP TRIGGER {row.name}"))
+        yield connection
+        for row in triggers:
+            connection.exec_driver_sql(row.sql)
+    engine.dispose()

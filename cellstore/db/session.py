@@ -47,6 +47,7 @@ UNWRITABLE = re.compile(
 )
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
 DAMAGES_SHOWN = 20
+DANGLING = "refers to a row"
 VERSION_TABLE = "alembic_version"
 SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
 HARMLESS = (
@@ -158,7 +159,7 @@ class Database:
                 return found
             rows = connection.exec_driver_sql("PRAGMA foreign_key_check")
             return [
-                f"row {number} of {table} refers to a row of {parent} that is not there"
+                f"row {number} of {table} {DANGLING} of {parent} that is not there"
                 for table, number, parent, _ in rows.fetchmany(DAMAGES_SHOWN)
             ]
 

@@ -96,12 +96,13 @@ class TreatmentRecord:
         ``chemistry``: InChIKey, SMILES and PubChem number.
 
         Raises:
-            RowRefusedError: a text is too long for a database, or the name is none: an error or
-                a date of Excel.
+            RowRefusedError: a text is too long for a database, or name or target is none: an
+                error or a date of Excel.
         """
-        for what, (looks, advice) in EXCEL.items():
-            if looks.fullmatch(name):
-                raise RowRefusedError("not a name", f"{name!r} is {what}. {advice}")
+        for text in (name, *(targets or "").split("|")):
+            for what, (looks, advice) in EXCEL.items():
+                if looks.fullmatch(text.strip()):
+                    raise RowRefusedError("not a name", f"{text!r} is {what}. {advice}")
         control = Control.NEGATIVE if name.upper() == DMSO else None
         inchikey, smiles, pubchem_cid = chemistry or (None, None, None)
         target = target_of(targets)

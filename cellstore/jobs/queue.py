@@ -41,6 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, insert_new
+from ..db.ledger import record_runs
 from ..enums import Status
 from ..errors import UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
@@ -198,9 +199,9 @@ def lease_seconds() -> float:
 
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
-    session.connection()  # waits for the lock of SQLite: the moment is that after it
     if session.get_bind().dialect.name == "sqlite":
-        return literal(datetime.now(UTC) + timedelta(seconds=plus), UtcDateTime())
+        later = f"{plus:+f} seconds"  # as SQLAlchemy writes moments
+        return func.strftime("%Y-%m-%d %H:%M:%f000", "now", later, type_=UtcDateTime())
     return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 
@@ -454,12 +455,10 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
         session.execute(update(Job).where(these).values(**_after_crash(session)))
     if rows:
         still_working = exists().where(running, Job.run_id == Run.id)
-        session.execute(
-            update(Run)
-            .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
-            .where(~still_working)
-            .values(**_died())
-        )
+        over = update(Run).where(Run.id.in_({row.run_id for row in rows}), ~still_working)
+        over = over.where(Run.status == Status.RUNNING).values(**_died()).returning(Run.id)
+        if ended := session.scalars(over).all():
+            record_runs(session, ended)
     in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner)
     left = select(Job.id).where(
         Job.recipe_id.in_(scope.runs),
@@ -483,6 +482,7 @@ def close_dead_runs(session: Session) -> None:
         session.execute(running.values(**_died()))
         cancelled = update(Run).where(Run.id.in_(gone), Run.ended_at.is_(None))
         session.execute(cancelled.values(ended_at=datetime.now(UTC)))
+        record_runs(session, gone)
 
 
 def _died() -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sqlalchemy.orm import Session
 from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, caller, record_events
+from ..db.ledger import record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
@@ -42,6 +43,10 @@ PACKAGES = (
     *("torch", "torchvision", "lightning", "scikit-learn"),
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
+
+
+LOCAL = ("exclude_flagged",)
+"""Parameters that are row numbers of this store where they do not count."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,7 @@ def running(
             session.add(run)
             session.flush()
             resume = run.id
-            new = {"stage": run.stage.value, "status": run.status.value}
-            record_events(session, [Change("runs", run.id, None, new)], run_id=run.id)
+            record_runs(session, [run.id], opened=True)
     else:
         _resume(database, resume, owner, device, alone=alone)
     handle = RunHandle(resume, owner=owner if alone else None)
@@ -250,7 +254,9 @@ def running(
                     act(session)
             elif not alone and (other := _another_at(session, handle.id, owner)) is not None:
                 values = {"process": other}  # who shares the run goes on with it
-            session.execute(mine.values(**values))
+            done: Any = session.execute(mine.values(**values))
+            if done.rowcount and "status" in values:
+                record_runs(session, [handle.id])
 
 
 def check_still_ours(session: Session, run: RunHandle) -> None:
@@ -336,6 +342,7 @@ def _resume(database: Database, run_id: int, owner: str, device: str, *, alone: 
             "runs", run.id, {"status": run.status.value}, {"status": Status.RUNNING.value}
         )
         record_events(session, [change])
+        record_runs(session, [run.id], opened=True)
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
         run.process = owner
 

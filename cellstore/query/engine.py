@@ -17,7 +17,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from ..artifacts import BorrowingFolder
+from ..artifacts import BorrowingFolder, part_prefix, sweep
 from ..config import VoteOptions
 from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
@@ -42,7 +42,17 @@ from .guard import (
     reading_files,
     run_limited,
 )
-from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, SetRelation, Source, list_sets, view
+from .source import (
+    EXCLUDED,
+    LATER,
+    PREDICTION_COLUMNS,
+    VIEWS,
+    Columns,
+    SetRelation,
+    Source,
+    list_sets,
+    view,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,9 +72,15 @@ _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 FORMAT = 5
 """Raised when the copies change, so that older ones are not read."""
 BYTES_AT_ONCE = 1 << 20
-ROWS_OF_GROUP = 122_880
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
+
+KEPT_BYTES = 20 << 30
+"""The most that all copies of a store may take on the disk."""
+KEPT_SECONDS = 30 * 24 * 3600
+"""How long a copy is kept that no question uses."""
+BUSY_SECONDS = 3600
+"""A copy that was used so lately may be in use."""
 
 FEW = 10_000
 """A view of tables with so few rows is made once, as a table: planning it again takes longer."""
@@ -250,6 +266,7 @@ def open_questions(
             f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Mend the "
             "permissions."
         ) from error
+    sweep(spill)
     roots = [artifacts.root]
     if isinstance(artifacts, BorrowingFolder):
         roots.append(artifacts.lender.root)
@@ -430,10 +447,14 @@ class Questions:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
                 rows = self._source.feed_table(self._full, create, "exclusions", own)
-                if (run := self.vote_options.exclude_flagged) is not None:
-                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
+                if (qc := self.vote_options.exclude_flagged) is not None:
+                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
                     insert = f"INSERT INTO {name} FROM {{rows}}"
                     rows += self._source.feed_table(self._full, insert, "exclusions", own)
+            elif name == EXCLUDED:  # from the database, too: it need not read the others
+                flagged = self.vote_options.exclude_flagged
+                run = None if flagged is None else int(flagged)
+                rows = self._source.feed_excluded(self._full, create, run)
             elif copied:
                 self._load_copies(name)
             elif name in self._source.columns and name != "predictions":
@@ -544,22 +565,22 @@ class Questions:
             self._copies.mkdir(parents=True, exist_ok=True)
             for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
                 if path.name == _checked_name(stem, path):
+                    with suppress(OSError):  # the file of another user
+                        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
                     return path
                 path.unlink(missing_ok=True)  # it is not as it was written
             with tempfile.TemporaryDirectory(
-                prefix=f"{os.getpid()}-", dir=self._spill, ignore_cleanup_errors=True
+                prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
             ) as folder:
                 part = Path(folder, "part.parquet")
-                copy = (
-                    f"COPY {{rows}} TO {literal(str(part))} "
-                    f"(FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE {ROWS_OF_GROUP})"
-                )
+                copy = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
                 with closing(duckdb.connect(":memory:")) as own:
                     own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
                     own.execute(f"SET temp_directory = {literal(folder)}")
                     own.execute("SET preserve_insertion_order = false")
                     own.execute("SET TimeZone = 'UTC'")
                     if name == PREDICTIONS:
+                        own.execute("SET threads = 1")  # each would have a group of rows in hand
                         self._source.feed_predictions(own, copy, ended=run)
                     elif name not in _VOTE_VIEWS:
                         self._source.feed_table(own, copy, name, rows_of_runs(name, [run]))
@@ -580,7 +601,9 @@ class Questions:
                         own.execute(copy.replace("{rows}", rows))
                 with part.open("rb") as file:
                     os.fsync(file.fileno())
-                return part.replace(self._copies / _checked_name(stem, part))
+                made = part.replace(self._copies / _checked_name(stem, part))
+                _make_room(self._copies, KEPT_BYTES)
+                return made
         except (OSError, duckdb.IOException) as error:
             if isinstance(error, StorageError):
                 raise
@@ -639,6 +662,25 @@ def rows_of_runs(table: str, run_ids: Collection[int]) -> str:
     if table == "cells":
         return f"JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.run_id IN ({numbers})"
     return f"WHERE t.run_id IN ({numbers})"
+
+
+def _make_room(copies: Path, most: int) -> None:
+    """Remove the copies that were not used for long, and of the others the oldest, down to a size.
+
+    What was used a short while ago stays: another question may be about to read it.
+    """
+    found = []
+    with suppress(OSError), os.scandir(copies) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                found.append((entry.stat().st_atime, entry.stat().st_size, Path(entry.path)))
+    now, total = time.time(), sum(size for _, size, _ in found)
+    for used, size, path in sorted(found):
+        unused = now - used
+        if unused > KEPT_SECONDS or (total > most and unused > BUSY_SECONDS):
+            with suppress(OSError):
+                path.unlink()
+            total -= size
 
 
 def _checked_name(stem: str, path: Path) -> str:

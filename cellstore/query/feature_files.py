@@ -26,7 +26,14 @@ from sqlalchemy import ColumnElement, Select, and_, delete, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
-from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
+from ..artifacts import (
+    ArtifactFolder,
+    StoredFile,
+    part_prefix,
+    sha256_of,
+    sweep,
+    sync_folder,
+)
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
@@ -118,9 +125,9 @@ class FeatureWriter:
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         with self._explained():
             if self._part is None:
-                folder = self._root / ArtifactKind.FEATURES.value
-                folder.mkdir(parents=True, exist_ok=True)
-                self._part = folder / f"{PART}{uuid.uuid4().hex}"
+                self._root.mkdir(parents=True, exist_ok=True)
+                sweep(self._root)
+                self._part = self._root / f"{part_prefix()}{uuid.uuid4().hex}"
                 self._ids = [0, int(cell_ids[0]), 0]
                 # Measurements rarely repeat: a dictionary of them is work for nothing.
                 texts = [item.name for item in self._schema if pa.types.is_string(item.type)]
@@ -149,7 +156,7 @@ class FeatureWriter:
                 sha256, size = sha256_of(self._part), file.seek(0, os.SEEK_END)
             path = f"{ArtifactKind.FEATURES.value}/{sha256[:2]}/{sha256}.parquet"
             target = self._root / path
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._part.replace(target)
             sync_folder(target.parent)
         self._part = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import duckdb
 
+from ..artifacts import part_prefix
 from ..errors import QueryError, StorageError
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def locked_connection(
         StorageError: ``parent`` cannot be written.
     """
     try:
-        spill = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+        spill = Path(tempfile.mkdtemp(prefix=part_prefix(), dir=parent))
     except OSError as error:
         raise StorageError(
             f"The cache {parent} cannot be made: {error.strerror}. Mend the permissions."

@@ -17,7 +17,9 @@ from ..models import METADATA, Cell, Event, Image, Plate, Run, Segmentation, Wel
 SHOWN = 3
 """Changes of a command that are said one by one."""
 
-_UNSAID = ("first_id", "last_id", "ids")
+_SILENT = ({"tables"}, {"removed"})
+"""Events that are for ``verify`` alone: a digest of tables, what is taken from a run."""
+_UNSAID = ("first_id", "last_id", "ids", "row", "digests", "tables", "removed")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def read_log(
             query = query.where(or_(Event.run_id == number, itself))
         with session.execute(query.execution_options(yield_per=1_000)) as rows:
             for row in rows:
+                if set(row.new or ()) in _SILENT:
+                    continue
                 key = (row.run_id,) if row.run_id is not None else (row.created_at, *row[1:5])
                 if key not in entries:
                     if len(entries) == limit:
@@ -87,6 +91,8 @@ def read_log(
                         changes=[],
                     )
                 entry, table = entries[key], row.table_name
+                if table == "runs" and row.row_id == row.run_id and not row.old:
+                    continue  # that it began, which the entry says
                 entry.rows[table] = entry.rows.get(table, 0) + 1
                 if len(entry.changes) < SHOWN:
                     said = _said(session, table, row.row_id, row.old, row.new)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from sqlalchemy.orm import Session
 from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
 from ..db.fields import field_column, plates, treatments, wells
+from ..db.ledger import record_runs, recording_removed, table_digests
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError
@@ -98,8 +100,12 @@ Act = Callable[[Session], tuple[Correction, list[Change]]]
 """Changes rows in a transaction; returns what it did, and its events."""
 
 
-def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act) -> Correction:
+def _carry_out(
+    workspace: Workspace, reason: str | None, dry_run: bool, act: Act, *, removes: bool = False
+) -> Correction:
     """Do ``act`` in one transaction, which a dry run takes back.
+
+    ``removes``: it takes rows away that runs have written.
 
     Raises:
         UserInputError: the reason is empty.
@@ -108,11 +114,16 @@ def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
-        done, changes = act(session)
+        with recording_removed(session) if removes else nullcontext():
+            done, changes = act(session)
         if dry_run:
             session.rollback()
         else:
-            record_events(session, changes, reason=reason)
+            session.flush()
+            left = Change("store", None, None, {"tables": table_digests(session)})
+            record_events(session, [left, *changes], reason=reason)
+            undone = [item.row_id for item in changes if item.table_name == "runs"]
+            record_runs(session, [number for number in undone if number])
     return replace(done, reason=reason, dry_run=dry_run)
 
 
@@ -631,7 +642,7 @@ def undo(
         done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted, notes=notes)
         return done, [*changes, status]
 
-    done = _carry_out(workspace, reason, dry_run, act)
+    done = _carry_out(workspace, reason, dry_run, act, removes=True)
     if not dry_run:
         for path in files:
             workspace.artifacts.remove(path)
@@ -1092,7 +1103,7 @@ def delete_plate(
         shown = tuple(_shown_change(session, change) for change in changes)
         return replace(done, changes=shown), changes
 
-    done = _carry_out(workspace, reason, dry_run, act)
+    done = _carry_out(workspace, reason, dry_run, act, removes=True)
     if not dry_run:
         for path in files:
             workspace.artifacts.remove(path)

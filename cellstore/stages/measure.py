@@ -221,16 +221,14 @@ class MeasureInput:
     """What a worker needs of an image: its masks and files, and the ids of its cells.
 
     ``mask``: path and sha256. ``object_numbers`` and ``cell_ids`` (N,): the number of
-    each cell in the masks, ascending, and its id. ``groups``: the recipes to measure by, of those
-    of the stage.
+    each cell in the masks, ascending, and its id. ``files``: by recipe to measure by.
     """
 
     name: str
     mask: tuple[str, str]
     object_numbers: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
-    groups: tuple[int, ...]
-    files: Sequence[ChannelFile]
+    files: Mapping[int, Sequence[ChannelFile]]
 
 
 @dataclass(frozen=True)
@@ -284,9 +282,18 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             number, mask = masks[task.image_id]
             rows = session.execute(cells, {"segmentation": number}).all()
             table = np.array([tuple(row) for row in rows], np.int64).reshape(-1, 2)
-            found[task.image_id] = MeasureInput(
-                task.name, mask, table[:, 0], table[:, 1], tuple(task.jobs), files[task.image_id]
-            )
+            groups = {recipe_id: self.groups[recipe_id] for recipe_id in task.jobs}
+            try:
+                chosen = {
+                    number: choose_files(
+                        files[task.image_id], group.plane or ImageInput(group.channels)
+                    )
+                    for number, group in groups.items()
+                }
+            except UnknownNameError as error:  # it lacks a channel
+                found[task.image_id] = error
+                continue
+            found[task.image_id] = MeasureInput(task.name, mask, table[:, 0], table[:, 1], chosen)
         return found
 
     def _why_no_masks(self, session: Session, image_id: int) -> CellstoreError:
@@ -299,14 +306,13 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             "If you have them, run: cellstore ingest masks DIR"
         )
 
-    def read(self, task_input: MeasureInput) -> tuple[MeasureInput, Plane, dict[str, Plane]]:
-        """Return the masks (H, W) and the channels (H, W) by name, each file opened once."""
+    def read(
+        self, task_input: MeasureInput
+    ) -> tuple[MeasureInput, Plane, dict[ChannelFile, Plane]]:
+        """Return the masks (H, W) and the channels (H, W) by file, each opened once."""
         masks = decode_tiff(self.artifacts.read(*task_input.mask))
-        wanted: set[ChannelFile] = set()
-        for group in (self.groups[recipe_id] for recipe_id in task_input.groups):
-            plane = group.plane or ImageInput(group.channels)
-            wanted.update(choose_files(task_input.files, plane))
-        return task_input, masks, {file.channel: open_file(file) for file in sorted(wanted)}
+        wanted = dict.fromkeys(file for files in task_input.files.values() for file in files)
+        return task_input, masks, {file: open_file(file) for file in wanted}
 
     def compute(self, loaded: Sequence[Any]) -> list[MeasureOutput]:
         """Return the measurements of each image.
@@ -324,10 +330,9 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
                 )
             order = np.argsort(task_input.cell_ids)
             values = {}
-            for recipe_id in task_input.groups:
+            for recipe_id, files in task_input.files.items():
                 group = self.groups[recipe_id]
-                files = choose_files(task_input.files, group.plane or ImageInput(group.channels))
-                planes = [opened[file.channel] for file in files]
+                planes = [opened[file] for file in files]
                 if group.plane is not None:
                     columns = measure_cells(regions, project(planes, group.plane.projection))
                 else:

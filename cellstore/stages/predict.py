@@ -19,6 +19,7 @@ from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
+from ..db.ledger import recording_removed
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
@@ -226,9 +227,10 @@ def predict(
             # A job is believed to be done of its file as well as of its row.
             lost = images_of_lost_files(session, workspace.artifacts, embedding_id)
             if lost is not None:
-                for some in in_lists(done_jobs(session, embedding_id, lost)):
-                    requeue(session, Job.id.in_(some), status=Status.DONE)
-                forget_lost_files(session, workspace.artifacts, embedding_id)
+                with recording_removed(session):
+                    for some in in_lists(done_jobs(session, embedding_id, lost)):
+                        requeue(session, Job.id.in_(some), status=Status.DONE)
+                    forget_lost_files(session, workspace.artifacts, embedding_id)
             embedded = count_images(session, embedding_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
         runs = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
@@ -515,10 +517,17 @@ class Predict(ImageStage[int, PredictOutput]):
         return write_features(self.artifacts, self.embedding.schema, ids, vectors)
 
     def digest(self, recipe_id: int, output: PredictOutput) -> str:
-        """Return the digest of labels and probabilities (N, K), or of the embeddings (N, width)."""
+        """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
         if recipe_id == self.embedding_id and output.vectors is not None:
             return digest_of_numbers(output.vectors)
-        return digest_of_numbers(output.label_ids, output.probabilities)
+        cells, kept = output.label_ids.shape
+        columns: tuple[NDArray[Any], ...] = (
+            np.repeat(output.cell_ids, kept),
+            np.tile(np.arange(1, kept + 1), cells),
+            output.label_ids.ravel(),
+            output.probabilities.ravel(),
+        )
+        return digest_of_numbers(np.column_stack(columns))
 
     def insert(
         self,

@@ -192,12 +192,18 @@ def _new_split(members: Members, **columns: Any) -> tuple[Split, Members]:
     Its fingerprint is the SHA-256 of what it is: its members, their subsets and labels.
     """
     split = Split(**columns, created_at=datetime.now(UTC))
+    found = ((item.key, item.label, subset.value) for item, subset in members)
+    split.fingerprint = fingerprint_of_split(split, found)
+    return split, members
+
+
+def fingerprint_of_split(split: Split, members: Iterable[tuple[Any, str, str]]) -> str:
+    """Return the SHA-256 of a split and its members: key (:class:`Candidate`), label, subset."""
     digest = hashlib.sha256(repr((split.protocol, split.field, split.seed)).encode())
     digest.update(split.group_level.value.encode())
-    for item, subset in members:
-        digest.update(repr((item.key, item.label, subset.value)).encode())
-    split.fingerprint = digest.hexdigest()
-    return split, members
+    for member in members:
+        digest.update(repr(member).encode())
+    return digest.hexdigest()
 
 
 def create_split(workspace: Workspace, name: str, params: SplitParams | None = None) -> SplitResult:

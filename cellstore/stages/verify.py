@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,16 +22,22 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
-from ..artifacts import ArtifactFolder, sha256_of
+from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
 from ..db.bulk import in_lists
-from ..db.events import Change, broken_events, record_events
+from ..db.events import (
+    Change,
+    broken_events,
+    record_events,
+)
+from ..db.ledger import BEGUN, MODULUS, run_digests, run_rows, table_digests
+from ..db.session import DANGLING
 from ..enums import FeatureStorage, Stage, Status
-from ..errors import ImageError, StorageError
+from ..errors import ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
 from ..jobs.gone_files import GoneFiles, find_gone, lost_files
 from ..jobs.queue import close_dead_runs
-from ..jobs.runs import digest, digest_of_numbers
+from ..jobs.runs import LOCAL, RecipeSpec, digest, digest_of_numbers, fingerprint
 from ..jobs.workspace import Workspace
 from ..models import (
     Artifact,
@@ -41,16 +49,23 @@ from ..models import (
     Image,
     ImageQuality,
     Job,
+    Label,
+    Perturbation,
     Plate,
-    Prediction,
     Recipe,
     RecipeInput,
     Run,
+    RunArtifact,
     Segmentation,
+    Split,
+    SplitMember,
+    Treatment,
+    TreatmentPart,
     Well,
 )
 from ..query.feature_files import FileContent, stream_ids
 from ..settings import track
+from .split import fingerprint_of_split
 
 
 @dataclass(frozen=True)
@@ -93,29 +108,45 @@ class VerifyResult:
 BATCH = 200
 """Rows that are looked at together."""
 
+ROWS_AT_ONCE = 200_000
+"""Predictions that are looked at together."""
+
 GRACE_MINUTES = 10.0
 CELL_KEYS = ("id", "segmentation_id")
 CHANGED = "the file is not what was written (sha256 differs)"
 
 
 def verify(
-    workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
+    workspace: Workspace,
+    *,
+    fix: bool = False,
+    minutes: float = GRACE_MINUTES,
+    against: Path | None = None,
 ) -> VerifyResult:
     """Look at the database, and compare rows and files with their digests; look for orphans.
 
-    Masks and features are compared with their cells, events must be the chain they were, and image
-    files be where they were seen.
+    Masks and features are compared with their cells, runs, splits and recipes with the ledger,
+    which must be the chain it was, and image files be where they were seen. ``against``: a file of
+    :func:`seal`, whose end of the chain must still be there.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them.
 
     Raises:
         StorageError: an orphan cannot be removed.
+        UserInputError: ``against`` is no file of :func:`seal`.
     """
+    head = None if against is None else read_seal(against)
     shown, folder = workspace.database.shown, workspace.artifacts
     broken = [Problem(shown, reason) for reason in workspace.database.damage(quick=False)]
+    if any(DANGLING not in problem.reason for problem in broken):
+        # What else is read of such a file may be anything.
+        return VerifyResult(0, 0, tuple(broken), (), 0, 0)
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
+    if fix:  # what is not whole, and whose command was killed, gets no row
+        for at in (folder.root, workspace.settings.cache, workspace.settings.cache / "spill"):
+            sweep(at)
     there = list(folder.walk())
     files, masks, found = check_files(workspace)
     # Some were forgotten meanwhile: a training replaces its state.
@@ -123,8 +154,8 @@ def verify(
     problems = [problem for problem in found if problem.path not in forgotten]
     features, odd = check_features(workspace, {problem.path for problem in problems})
     jobs, changed = check_rows(workspace)
+    ledger = check_ledger(workspace, head)
     with workspace.database.read() as session:
-        events = [Problem(shown, reason) for reason in broken_events(session)]
         gone = tuple(find_gone(session))
         commands = lost_files(session, folder)[1]
     unnamed = _unnamed(workspace, there)
@@ -150,7 +181,7 @@ def verify(
     return VerifyResult(
         files=files,
         segmentations=masks,
-        problems=(*broken, *problems, *odd, *changed, *events),
+        problems=(*broken, *problems, *odd, *changed, *ledger),
         orphans=tuple(old),
         young=len(unnamed) - len(old),
         removed=len(old) if fix else 0,
@@ -159,6 +190,38 @@ def verify(
         gone=gone,
         commands=commands,
     )
+
+
+def seal(workspace: Workspace, file: Path) -> dict[str, Any]:
+    """Write the end of the ledger to a file, to be kept where the store's owner cannot change it.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    with workspace.database.read() as session:
+        last = select(Event.id, Event.sha256).order_by(Event.id.desc()).limit(1)
+        row = session.execute(last).one()
+        runs = session.scalar(select(func.count()).select_from(Run)) or 0
+    made_at = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"event": row.id, "sha256": row.sha256, "runs": runs, "made_at": made_at}
+    with open_atomically(file) as out:
+        out.write(json.dumps({"cellstore seal": 1, **head}, indent=1).encode() + b"\n")
+    return head
+
+
+def read_seal(file: Path) -> dict[str, Any]:
+    """Return what :func:`seal` wrote.
+
+    Raises:
+        UserInputError: the file is not there, or is another.
+    """
+    try:
+        head = json.loads(file.read_text(encoding="utf-8"))
+        return {name: head[name] for name in ("event", "sha256", "made_at")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserInputError(
+            f"{file} is no file that cellstore seal wrote. Check the path."
+        ) from error
 
 
 def _oldest_running(workspace: Workspace) -> float:
@@ -349,6 +412,158 @@ def _are_cells(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> 
     return np.isin(ids, cells)
 
 
+# --- the ledger ----------------------------------------------------------------------------------
+
+
+def check_ledger(workspace: Workspace, head: dict[str, Any] | None = None) -> list[Problem]:
+    """Compare runs, splits, recipes and treatments with the entries of the ledger.
+
+    ``head``: the end of the chain as it was sealed once; it must be in the chain still.
+    """
+    shown = workspace.database.shown
+    with workspace.database.read() as session:
+        problems = [Problem(shown, reason) for reason in broken_events(session)]
+        if head is not None:
+            kept = session.scalar(select(Event.sha256).where(Event.id == head["event"]))
+            if kept != head["sha256"]:
+                what = "gone" if kept is None else "another one now"
+                problems.append(
+                    Problem(
+                        shown,
+                        f"event {head['event']}, the last one when the ledger was sealed at "
+                        f"{head['made_at']}, is {what}: what was done before was changed since",
+                    )
+                )
+        problems += [Problem(f"run {run}", reason) for run, reason in _odd_runs(session)]
+        problems += [Problem(name, reason) for name, reason in _odd_recipes(session)]
+        problems += [Problem(name, reason) for name, reason in _odd_splits(session)]
+        problems += [Problem(name, reason) for name, reason in _odd_treatments(session)]
+    return problems
+
+
+def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
+    """Yield the runs that are not what the ledger says, with the reason."""
+    entries: dict[int, dict[str, Any]] = {}
+    query = select(Event.row_id, Event.new).where(Event.table_name == "runs").order_by(Event.id)
+    for run_id, new in session.execute(query):
+        if "row" in (new or {}):
+            entries[run_id] = new
+        elif "removed" in (new or {}) and "digests" in entries.get(run_id, {}):
+            digests = entries[run_id]["digests"]
+            for table, less in new["removed"].items():
+                left = (int(digests.get(table, "0"), 16) - int(less, 16)) % MODULUS
+                digests[table] = f"{left:064x}"
+    wrote: dict[int, dict[str, str]] = defaultdict(dict)
+    for (run_id, table), found in run_digests(session).items():
+        wrote[run_id][table] = found
+    for run_id, row in run_rows(session):
+        entry = entries.pop(run_id, None)
+        if entry is None:
+            yield run_id, "table runs: the ledger knows no such run; it was not made by cellstore"
+            continue
+        begins = row["ended_at"] is None
+        for name in BEGUN if begins else row:
+            if row[name] != entry["row"].get(name):
+                was = entry["row"].get(name)
+                yield run_id, f"table runs: {name} is {row[name]}, and was {was}"
+        if begins:
+            continue
+        nothing = "0" * 64
+        for table in sorted({*wrote[run_id], *entry.get("digests", {})}):
+            now, then = wrote[run_id].get(table, nothing), entry["digests"].get(table, nothing)
+            if now != then:
+                yield run_id, f"table {table}: its rows are not what the run wrote"
+    for run_id in entries:
+        yield run_id, "table runs: the run is gone"
+    of_weights = (
+        select(Run.id, Recipe.weights_sha256, Run.parent_id)
+        .join(Recipe, Recipe.id == Run.recipe_id)
+        .where(Recipe.weights_sha256.is_not(None), Run.parent_id.is_not(None))
+    )
+    for run_id, sha256, parent_id in session.execute(of_weights).all():
+        written = select(Artifact.sha256).join(RunArtifact).where(RunArtifact.run_id == parent_id)
+        if sha256 not in session.scalars(written).all():
+            yield run_id, f"table artifacts: its network is no file of run {parent_id} any more"
+
+
+def _odd_recipes(session: Session) -> Iterator[tuple[str, str]]:
+    """Yield the recipes whose fingerprint is not that of their rows."""
+    inputs: dict[int, list[Recipe]] = defaultdict(list)
+    recipes = {item.id: item for item in session.scalars(select(Recipe).order_by(Recipe.id))}
+    for link in session.scalars(select(RecipeInput)):
+        inputs[link.recipe_id].append(recipes[link.input_id])
+    for number, item in recipes.items():
+        for local in ((), LOCAL):
+            values = {k: v for k, v in item.parameters.items() if k not in local}
+            read = tuple(inputs[number])
+            spec = RecipeSpec(item.stage, item.version, values, item.weights_sha256, read)
+            if fingerprint(spec) == item.fingerprint:
+                break
+        else:
+            yield f"recipe {number}", "table recipes: its fingerprint is not that of its parameters"
+
+
+def _odd_splits(session: Session) -> Iterator[tuple[str, str]]:
+    """Yield the splits whose fingerprint is not that of their members and labels."""
+    renamed = select(Event.row_id, Event.created_at, Event.old).order_by(Event.id.desc())
+    renamed = renamed.where(Event.table_name == "plates", Event.old.is_not(None))
+    names = [row for row in session.execute(renamed) if row.row_id and "barcode" in row.old]
+    for split in session.scalars(select(Split).order_by(Split.id)).all():
+        barcodes: dict[int, str] = dict(session.execute(select(Plate.id, Plate.barcode)).all())
+        for plate_id, at, old in names:  # the name that it had then
+            if at > split.created_at and plate_id in barcodes:
+                barcodes[plate_id] = old["barcode"]
+        query = (
+            select(Well.plate_id, Well.well_row, Well.well_column, Image.site, Image.plane)
+            .add_columns(Image.time_point, Label.value, SplitMember.subset)
+            .join(Image, Image.well_id == Well.id)
+            .join(SplitMember, SplitMember.image_id == Image.id)
+            .join(Label, Label.id == SplitMember.label_id)
+            .where(SplitMember.split_id == split.id)
+        )
+        members = sorted(
+            ((barcodes[plate], *key), label, subset.value)
+            for plate, *key, label, subset in session.execute(query)
+        )
+        if fingerprint_of_split(split, members) != split.fingerprint:
+            yield (
+                f"split {split.name}",
+                "table split_members or labels: they are not what was written (fingerprint)",
+            )
+
+
+def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
+    """Yield the treatments that are not what their parts say, and tables that were changed."""
+    from .ingest.write_treatments import Part, PerturbationKey, treatment_values
+
+    parts: dict[int, list[Part]] = defaultdict(list)
+    query = select(TreatmentPart, Perturbation).join(Perturbation)
+    for part, of in session.execute(query.order_by(TreatmentPart.position)):
+        key = PerturbationKey(of.kind, of.name, of.identifier)
+        parts[part.treatment_id].append(Part(key, part.dose, part.dose_unit))
+    for row in session.scalars(select(Treatment).order_by(Treatment.id)):
+        for name, value in treatment_values(parts[row.id]).items():
+            if getattr(row, name) != value:
+                found = getattr(row, name)
+                yield (
+                    f"treatment {row.name_with_dose}",
+                    f"table treatments: {name} is {found}, and its parts say {value}",
+                )
+    busy = select(Run.id).where(Run.stage == Stage.INGEST, Run.ended_at.is_(None))
+    if session.scalar(busy.limit(1)) is not None:
+        return
+    last: dict[str, str] = {}
+    about = select(Event.new).where(Event.table_name.in_(("runs", "store")))
+    for new in session.scalars(about.order_by(Event.id)):
+        last = (new or {}).get("tables") or last
+    for table, digest_now in table_digests(session).items():
+        if last and digest_now != last[table]:
+            yield (
+                f"table {table}",
+                "its rows are not what the last ingest or correction left",
+            )
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -359,6 +574,17 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
     """
     in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
     which = and_(Job.status == Status.DONE, Job.digest.is_not(None), Job.recipe_id.not_in(in_files))
+    predicting = Job.recipe_id.in_(select(Recipe.id).where(Recipe.stage == Stage.PREDICT))
+    with workspace.database.read() as session:
+        runs = session.scalars(select(Job.run_id).where(which, predicting).distinct()).all()
+        total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
+    problems: list[Problem] = []
+    workspace.progress.start("verify rows", total)
+    for run_id in runs:
+        checked, odd = check_predictions(workspace, run_id, which)
+        workspace.progress.advance(checked)
+        problems += odd
+    which = and_(which, ~predicting)
     query = (
         select(Job.id, Job.image_id, Job.recipe_id, Job.run_id, Job.content_sha256, Job.digest)
         .add_columns(Recipe.stage, Plate.barcode, Image.core_name)
@@ -370,11 +596,7 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
         .order_by(Job.id)
         .limit(BATCH)
     )
-    with workspace.database.read() as session:
-        total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
-    problems: list[Problem] = []
     last = 0
-    workspace.progress.start("verify rows", total)
     try:
         while True:
             with workspace.database.read() as session:
@@ -394,6 +616,59 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
             workspace.progress.advance(len(jobs))
     finally:
         workspace.progress.finish()
+
+
+def check_predictions(workspace: Workspace, run_id: int, which: Any) -> tuple[int, list[Problem]]:
+    """Count the jobs of a predict run (``which`` of them), and name what they did not write.
+
+    The rows are read once, by cell and rank, and belong to the job of the image of their cell.
+    """
+    jobs = select(Job.image_id, Job.digest, Job.recipe_id)
+    jobs = jobs.join(Recipe, Recipe.id == Job.recipe_id)
+    jobs = jobs.where(which, Job.run_id == run_id, Recipe.stage == Stage.PREDICT)
+    with workspace.database.read() as session:
+        of_jobs = session.connection().execute(jobs).all()
+        written = {image_id: made for image_id, made, _ in of_jobs}
+        hashes = {image_id: hashlib.sha256() for image_id in written}
+        driver: Any = session.connection().connection.driver_connection
+        named = {} if workspace.database.is_sqlite else {"name": "verify"}  # row by row, not all
+        cursor = driver.cursor(**named)  # plain tuples: rows of SQLAlchemy take as long as the rest
+        cursor.execute(
+            "SELECT cell_id, rank, label_id, probability FROM predictions "  # noqa: S608
+            f"WHERE run_id = {int(run_id)} ORDER BY cell_id, rank"
+        )
+        while rows := cursor.fetchmany(ROWS_AT_ONCE):
+            table = np.fromiter(chain.from_iterable(rows), np.float64, 4 * len(rows)).reshape(-1, 4)
+            homes = driver.cursor()
+            homes.execute(
+                "SELECT c.id, s.image_id FROM cells c JOIN segmentations s "  # noqa: S608
+                "ON s.id = c.segmentation_id "
+                f"WHERE c.id BETWEEN {rows[0][0]} AND {rows[-1][0]} ORDER BY c.id"
+            )
+            cells = np.fromiter(chain.from_iterable(homes.fetchall()), np.int64).reshape(-1, 2)
+            at = np.searchsorted(cells[:, 0], table[:, 0])
+            images = np.append(cells[:, 1], 0)[at]
+            order = np.argsort(images, kind="stable")
+            images = images[order]
+            starts = np.flatnonzero(np.diff(images, prepend=-1))
+            pieces = np.split(table[order], starts[1:])
+            for image_id, piece in zip(images[starts].tolist(), pieces, strict=True):
+                hashes.setdefault(image_id, hashlib.sha256()).update((piece + 0.0).tobytes())
+        cursor.close()
+        odd = [image for image, made in hashes.items() if made.hexdigest() != written.get(image)]
+        problems = []
+        for some in in_lists(odd):
+            names = select(Plate.barcode, Image.core_name).join(Well, Well.plate_id == Plate.id)
+            names = names.join(Image, Image.well_id == Well.id).where(Image.id.in_(some))
+            problems += [
+                Problem(
+                    f"{barcode}/{core}",
+                    f"rows of predict recipe {of_jobs[0].recipe_id} are not what its job (run "
+                    f"{run_id}) wrote (digest differs)",
+                )
+                for barcode, core in session.execute(names.order_by(Image.id))
+            ]
+    return len(written), problems
 
 
 def _digest_of_rows(session: Session, job: Any) -> str:
@@ -433,14 +708,6 @@ def _digest_of_rows(session: Session, job: Any) -> str:
             )
             table = np.array([tuple(row) for row in values], dtype=np.float64)
             return digest_of_numbers(table.reshape(-1, len(columns)).T)
-        case Stage.PREDICT:
-            answers = session.execute(
-                select(Prediction.label_id, Prediction.probability)
-                .where(Prediction.run_id == job.run_id, Prediction.cell_id.in_(cells))
-                .order_by(Prediction.cell_id, Prediction.rank)
-            ).all()
-            labels, probabilities = zip(*answers, strict=True) if answers else ((), ())
-            return digest_of_numbers(np.array(labels), np.array(probabilities))
         case _:
             names = [field.name for field in fields(PlaneQuality)]
             measured = session.execute(

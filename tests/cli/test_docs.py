@@ -20,10 +20,10 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, relocate, segment, measure, qc, contrast, split create, split import,
 split list, split delete, split show, split check, train, predict, votes, report,
-compare, audit, repro, ask,
+compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
 db upgrade, db check, db current, rename, relabel, exclude, include,
-undo, delete, backup, restore
+undo, delete, backup, restore, log
 """
 
 

@@ -45,6 +45,14 @@ def test_the_screen_says_who_won_and_how_often_that_is_right(
     assert "image_id" not in lines[4]
 
 
+def test_commands_end_with_what_is_not_done_yet(cellstore, screen: SmallScreen) -> None:
+    for words in (("votes",), ("report",), ("split", "show")):
+        steps = [line for line in cellstore(*words, *IN).err.splitlines() if "Next:" in line]
+        assert len(steps) == 1, words
+        assert f"cellstore --store store {words[0]}" not in steps[0]
+        assert "Next" not in cellstore(*words, *IN, "--json").err
+
+
 def test_ties_wells_and_rules(cellstore, screen: SmallScreen) -> None:
     found = cellstore("votes", *IN, "--ties", "--json").json
     assert (found["units"], found["ties"], found["accuracy"]) == (4, 2, pytest.approx(2 / 3))

@@ -519,6 +519,18 @@ def test_headers() -> None:
     assert dose is not None
     assert (dose.role, dose.number, dose.unit) == ("dose", 2, "nM")
     assert header_of("Vendor") is None
+    words = {
+        "well": "Kavität Well-Position Puits Pocillo",
+        "treatment": "Substanz Verbindung Composé Compuesto",
+        "dose": "Dosis Konzentration Concentración Dose",
+        "cell_line": "Zelllinie Zelltyp",
+        "plate": "Platte Plaque Placa",
+        "control": "Kontrolle Contrôle Control",
+        "unit": "Einheit Unité Unidad",
+    }
+    for role, headers in words.items():
+        found = map(header_of, headers.split())
+        assert {header and header.role for header in found} == {role}
 
 
 @pytest.mark.real
@@ -562,6 +574,9 @@ def test_a_dose_in_a_name_counts_where_the_column_of_doses_is_blank(tmp_path: Pa
         ("control (negative)", Control.NEGATIVE),
         ("ctrl_pos", Control.POSITIVE),
         ("trt_poscon", Control.POSITIVE),
+        ("Negativkontrolle", Control.NEGATIVE),
+        ("témoin négatif", Control.NEGATIVE),
+        ("control positivo", Control.POSITIVE),
     ],
 )
 def test_words_for_controls(text: str, control: Control) -> None:

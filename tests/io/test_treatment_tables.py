@@ -97,7 +97,8 @@ def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
 
 
 def test_combinations_are_the_same_in_every_table(tmp_path: Path) -> None:
-    text = "Compound,Target,SMILES\ntaxol + noco,TUBB + TUBA1A,\na + b,,CC\nc + d,X,\n2-Mar,,\n"
+    text = "Compound,Target,SMILES\ntaxol + noco,TUBB + TUBA1A,\na + b,,CC\nc + d,X,\n"
+    text += "2-Mar,,\nx,1-Sep,\n"
     found = list(treatment_rows(table(tmp_path, text)))
     both, one = records(found)
     assert both is not None
@@ -107,7 +108,7 @@ def test_combinations_are_the_same_in_every_table(tmp_path: Path) -> None:
     ]
     assert one is not None
     assert (one.pert_iname, one.others) == ("a + b", ())  # a structure is of one sample
-    assert reasons(found) == [(4, "not a target"), (5, "not a name")]
+    assert reasons(found) == [(4, "not a target"), (5, "not a name"), (6, "not a name")]
     of_image = treatment_of({"Metadata_pert_iname": "taxol + noco", "Metadata_dose": "5 + 1"})
     assert of_image is not None
     assert of_image.label == "taxol 5 + noco 1"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,32 @@ def test_rows_of_failed_and_cancelled_runs_are_copied(workspace: Workspace) -> N
         assert [one(questions, f"SELECT count(*) FROM {name}") for name in names] == [6] * 3
     made = [path.name.split("-")[0] for path in snapshot_files(workspace)]
     assert made == sorted(names * 2)
+
+
+def test_copies_that_nobody_uses_make_room(
+    sqlite_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_screen(sqlite_workspace)
+    copies = sqlite_workspace.settings.cache / "snapshots"
+    copies.mkdir(parents=True)
+    month = 30 * 24 * 3600
+
+    def left_after(**used: int) -> set[str]:
+        """The made up copies that are left, by how many seconds ago each was used."""
+        for path in copies.iterdir():
+            path.unlink()
+        for name, seconds in used.items():
+            (copies / f"{name}.parquet").write_bytes(b"x" * 1000)
+            os.utime(copies / f"{name}.parquet", (time.time() - seconds,) * 2)
+        with open_questions(sqlite_workspace) as questions:
+            assert questions.ask("SELECT count(*) FROM cells").records()
+        return {path.stem for path in copies.iterdir()} & {*used}
+
+    assert left_after(new=0, day=month // 30, old=month + 1) == {"new", "day"}
+    monkeypatch.setattr("cellstore.query.engine.KEPT_BYTES", 5000)
+    assert left_after(new=0, day=month // 30, days=month // 10) == {"new", "day", "days"}
+    monkeypatch.setattr("cellstore.query.engine.KEPT_BYTES", 1)
+    assert left_after(new=0, day=month // 30, days=month // 10) == {"new"}
 
 
 def change_outside(workspace: Workspace, sql: str) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cellstore.config import IngestParams
-from cellstore.enums import Control, Severity, Stage, Subset
+from cellstore.enums import Control, Severity, Stage, Status, Subset
 from cellstore.errors import UserInputError
 from cellstore.io.layouts import Layout
 from cellstore.jobs.workspace import Workspace
@@ -51,7 +51,7 @@ class Bench:
 
     def ingest(self, source: Path, layout: Layout, params: IngestParams | None = None) -> Account:
         """Ingest, and check that every row is accounted for."""
-        run = self.make.run(Stage.INGEST)
+        run = self.make.run(Stage.INGEST, status=Status.RUNNING)
         account = Account(run.id, source.name)
         with self.workspace.database.begin() as session:
             self.plates = ingest_treatments(
@@ -569,7 +569,8 @@ def test_a_table_that_names_a_combination_keeps_its_doses(bench: Bench) -> None:
         "A01": [("noco", 1.0, "uM", "1 uM"), ("taxol", 5.0, "uM", "5 uM")],
         "A02": [("taxol", 5.0, "uM", "5 uM")],
     }
-    assert [target for _, target, _ in bench.treated().values()] == ["TUBA|TUBB", "TUBB"]
+    found = {well: target for well, (_, target, _) in bench.treated().items()}
+    assert found == {"P1 A01": "TUBA|TUBB", "P1 A02": "TUBB"}
 
 
 def test_one_map_for_several_plates(bench: Bench) -> None:

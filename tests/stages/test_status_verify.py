@@ -6,11 +6,12 @@ import os
 import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from factories import Factory
 from screens import small_screen
 from sqlalchemy import func, select, update
 
-from cellstore.enums import ArtifactKind, ImageFlagReason, Stage, Status
+from cellstore.enums import ArtifactKind, ImageFlagReason, Stage, Status, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Artifact,
@@ -27,6 +28,12 @@ from cellstore.models import (
 )
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the factory stand in no ledger; ``test_verify_ledger`` is about that."""
+    monkeypatch.setattr("cellstore.stages.verify.check_ledger", lambda *_: [])
 
 
 def test_the_counts_are_those_of_the_tables(workspace: Workspace):
@@ -198,11 +205,8 @@ def test_files_of_a_run_that_is_still_running_are_no_orphans(workspace: Workspac
     place = workspace.artifacts.locate(stored.path)
     old = time.time() - 3600
     os.utime(place, (old, old))
-    run = Factory(workspace).run(Stage.INGEST)
     started = datetime.now(UTC) - timedelta(hours=2)
-    with workspace.database.begin() as session:
-        values = {"status": Status.RUNNING, "started_at": started, "ended_at": None}
-        session.execute(update(Run).where(Run.id == run.id).values(**values))
+    run = Factory(workspace).run(Stage.INGEST, status=Status.RUNNING, started_at=started)
     assert verify(workspace, fix=True).removed == 0
     assert place.exists()
     with workspace.database.begin() as session:
@@ -244,6 +248,8 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
         recipe = session.get_one(Recipe, segment.recipe_id)
     make.feature_files("cp", make.cells_of(found), {"a": [1.0, 2.0]}, recipe)
     assert first() == "split create"
+    make.split([(image, Subset.TRAIN, make.label("taxol"))], "unusable")
+    assert status(workspace).next[0].endswith("(the last split has no validation subset)")
     split = make.split([], "first")
     assert first() == "train"
     train = make.run(Stage.TRAIN, split_id=split.id)
