@@ -76,8 +76,8 @@ class BaselineScore:
     ``n`` counts the cells, images or wells that both have labelled, ``low`` and ``high`` bound the
     accuracy as in :class:`Score`. ``null``: it knows nothing of what a treatment does to a cell.
     ``p_value``: of McNemar's test over wells between the run and the baseline, as ``compare`` does
-    it; ``beaten``: whether it shows, at 5 %, that the run is better; ``None`` where that cannot be
-    said, and ``cannot_say`` is why.
+    it; ``beaten``: whether it shows, at 5 % and for this baseline alone, that the run is better;
+    ``None`` where that cannot be said, and ``cannot_say`` is why.
     """
 
     baseline: str
@@ -729,8 +729,8 @@ def score_answers(
         lonely = f", {len(single):,} of them one well only ({some_of})" if single else ""
         too_few.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
-            f"{lonely}: too few for an interval, so their numbers hold for these wells only. With "
-            "more replicates, or with cellstore split create NAME --folds 5, more wells are tested."
+            f"{lonely}: too few for an interval, so their numbers hold for these wells only. More "
+            "replicates, or split create NAME --folds 5, test more wells."
         )
 
     with questions.workspace.database.read() as session:
