@@ -270,7 +270,7 @@ class AnswerOptions:
 
     limit: int | None = option(
         None,
-        "Only the first N rows. Default: 1,000 of a table, all in other formats.",
+        "Only the first N rows. Default: 1,000 in a table, all in other formats.",
         metavar="N",
         min=0,
     )

@@ -424,6 +424,7 @@ class _Loop:
 
     ``computes_here``: the only worker is a thread of this process. ``over`` ends the renewal of
     leases, ``stop`` the work: nothing more is reserved.
+    ``drained``: nothing is left to reserve, until what is in hand is done.
     ``told``: sentences that were shown. ``left`` counts the images that are not reserved yet;
     ``ready`` holds outputs whose rows are
     not written, with the seconds that they took; ``seconds`` is what an image takes.
@@ -441,6 +442,7 @@ class _Loop:
     left: int = 0
     ready: list[tuple[Task, Any, float]] = field(default_factory=list)
     enqueued_to: int | None = 0
+    drained: bool = False
     seconds: float | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
@@ -461,7 +463,8 @@ class _Loop:
         for worker in self.workers:
             worker.free = worker.room()
         room = sum(max(0, worker.free) for worker in self.workers)
-        if room == 0:
+        in_hand = any(worker.chunks for worker in self.workers)
+        if room == 0 or (self.drained and in_hand):
             return
         batch, size = self.stage.batch, self.stage.batch
         if self.seconds is not None:
@@ -477,12 +480,12 @@ class _Loop:
                 tasks = queue.reserve(*mine, room * size)
                 if not tasks and self.enqueued_to is not None:
                     self.enqueued_to = queue.enqueue(session, self.scope, self.enqueued_to)
-                    tasks = queue.reserve(*mine, room * size)
-                elif not tasks:
+                    tasks = queue.reserve(*mine, room * size) if self.enqueued_to else []
+                self.drained = not tasks and self.enqueued_to is None
+                if self.drained:
                     # Images over which a worker died come last, and each alone; in this process
                     # with no other in hand, so that no other is blamed for another death.
-                    in_hand = self.ready or any(worker.chunks for worker in self.workers)
-                    if self.computes_here and in_hand:
+                    if self.computes_here and (in_hand or self.ready):
                         return
                     number = 1 if self.computes_here else room
                     tasks = queue.reserve(*mine, number, after_deaths=True)
