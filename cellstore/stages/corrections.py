@@ -18,9 +18,8 @@ from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
-from ..db.events import Change, caller, record_events
+from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
 from ..db.fields import field_column, plates, treatments, wells
-from ..db.ledger import record_runs, recording_removed, table_digests
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError
