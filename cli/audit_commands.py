@@ -36,7 +36,7 @@ def audit(
         list[str],
         typer.Argument(
             metavar="NAME",
-            help="What is audited; put its kind before it where several things may have the name.",
+            help="What to audit. Where several things have the name, put the kind before it.",
         ),
     ],
     html: Path | None = HTML,
@@ -192,7 +192,7 @@ def repro(
     out: Path | None = option(
         None, "Write the script here instead of printing it.", name="--output"
     ),
-    check: bool = option(False, "Redo the run beside the store, now, and compare."),
+    check: bool = option(False, "Do the run again in a store of its own, now, and compare."),
     images: int | None = option(
         None,
         "With --check: redo only this many images. Default: 5 of segment and measure "

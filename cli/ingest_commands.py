@@ -236,9 +236,9 @@ def _show_issues(issues: Sequence[Issue]) -> None:
 def refresh(selection: Selection, common: Common) -> None:
     """Look again at the image files that the store knows, and find which have changed.
 
-    Files of another size or time are read and hashed. What was derived from bytes that have
+    Files whose size or time has changed are read again. What was made from a file that has
     changed is out of date from now on: 'cellstore status' counts it, and the next run of each
-    stage computes just that again. Ends with 1 if a file cannot be read.
+    stage makes just that again. Ends with 1 if a file cannot be read.
 
     \b
     Example:

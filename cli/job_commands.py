@@ -198,8 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that then does them. So it does
-    where masks or files of features are gone: the same command makes them again.
+    It opens their jobs again and shows the command that does them. So it does with masks
+    and feature files that are gone: the command makes them again.
 
     \b
     Example:
@@ -346,9 +346,9 @@ def seal(
 def doctor(common: Common) -> None:
     """Check the installation, and the store if there is one.
 
-    Packages (each is imported for real), device, networks, and whether the database answers.
+    Packages (each is really imported), device, networks, and whether the database answers.
 
-    Ends with 1 if something is broken. Optional parts that are absent are not.
+    Ends with 1 if something is broken. An optional part that is absent is not broken.
 
     \b
     Example:

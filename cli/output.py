@@ -243,9 +243,9 @@ def table(
 
 
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks lines at spaces, and after _ and / where a word is too long."""
+    """Breaks lines at spaces, and after -, _ and /."""
 
-    wordsep_simple_re = re.compile(r"(\s+|(?<=[_/])(?=\w))")
+    wordsep_simple_re = re.compile(r"(\s+|(?<=[-_/])(?=\w))")
 
 
 def _lines(text: str, width: int) -> list[str]:
@@ -270,7 +270,7 @@ class AnswerOptions:
 
     limit: int | None = option(
         None,
-        "Only the first N rows. Default: 1,000 of a table, all in other formats.",
+        "Only the first N rows. Default: 1,000 in a table, all in other formats.",
         metavar="N",
         min=0,
     )

@@ -105,7 +105,8 @@ def sql(
     param: tuple[str, ...] = option(
         (),
         "The value of $NAME in the question; may be given several times. Numbers, true, "
-        "false, null and [1,2] are such; all else, and what stands in double quotes, is text.",
+        "false, null and lists like [1,2] are what they look like; all else, and what is in "
+        "double quotes, is text.",
         metavar="NAME=VALUE",
         repeated=True,
     ),
@@ -189,9 +190,9 @@ def ask(
 ) -> None:
     """Ask a saved question, or list them.
 
-    Each is a file of SQL that can be read, copied and changed. Your own ones are files
-    questions/NAME.sql in the folder of the store; one that has the name of a question of
-    cellstore is asked instead of it.
+    Each is a file of SQL that you can read, copy and change. Put your own ones into the folder of
+    the store, as questions/NAME.sql. If one of yours has the name of one of cellstore, yours is
+    asked.
 
     \b
     Example:

@@ -111,7 +111,7 @@ def restore(
     ),
     dry_run: bool = option(False, "Only check that the backup is whole."),
 ) -> None:
-    """Make a store of a backup. A store with something in it is never overwritten.
+    """Make a store from a backup. A store with something in it is never overwritten.
 
     A backup of a store on SQLite may be restored to PostgreSQL, and the other way round.
 

@@ -85,7 +85,7 @@ def import_(
     ),
     allow_missing: bool = option_of(SplitParams, "allow_missing"),
 ) -> None:
-    """Keep a split that others made, as tables.
+    """Take over a split that others made, from tables.
 
     A row gives the subset (train, validation, test) of images: by plate, well and site, or by
     treatment (broad_sample, pert_iname). JUMP-CP's datasplits name treatments with their cell line

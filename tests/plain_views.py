@@ -154,6 +154,7 @@ EARLY = (
     "excluded_images",
     "treatment_table",
     "eligible_cells",
+    "excluded_cells",
     "counted_cells",
     "image_table",
     "run_images",

@@ -384,7 +384,9 @@ class ImageRows:
         key = self._others.pick(cells)
         if (of_well := self._others.known.get(key)) is None:
             texts = self._others.texts(key)
-            size = pixel_size((texts.get(column), "m") for column in _PIXEL_COLUMNS)
+            size = None
+            if texts:
+                size = pixel_size((texts.get(column), "m") for column in _PIXEL_COLUMNS)
             for column in _PIXEL_COLUMNS if size else ():
                 del texts[column]
             more = {name.removeprefix(METADATA): text for name, text in texts.items()}

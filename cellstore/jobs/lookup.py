@@ -342,10 +342,15 @@ def recipe_channels(session: Session) -> dict[int | None, dict[str, str]]:
     ``None``: on plates that are not named, such as those that came later. Empty if no channel was
     ever renamed. A recipe keeps the name that a channel had, so that a rename changes none.
     """
-    found: dict[int | None, dict[str, str]] = {}
     query = select(events.c.row_id, events.c.old, events.c.new).order_by(events.c.id)
     renames = events.c.old["channel"].as_string().is_not(None)
-    for plate, old, new in session.execute(query.where(events.c.table_name == "plates", renames)):
+    return channels_after(session.execute(query.where(events.c.table_name == "plates", renames)))
+
+
+def channels_after(renames: Iterable[Any]) -> dict[int | None, dict[str, str]]:
+    """Return what :func:`recipe_channels` does, after events: plate id, old and new values."""
+    found: dict[int | None, dict[str, str]] = {}
+    for plate, old, new in renames:
         names = found.setdefault(plate, {})
         names.pop(old["channel"], None)
         names[new["channel"]] = new.get(IN_RECIPES, new["channel"])

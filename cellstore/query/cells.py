@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 import numpy as np
@@ -430,12 +430,12 @@ def stream_groups(
     ``query`` is one of ``cells_query(source)``, with conditions of its own. A cell that the
     feature set of ``source`` lacks is excluded.
     """
-    chosen = query.with_only_columns(group, Cell.id).order_by(Cell.id)
-    rows = session.execute(chosen.execution_options(yield_per=ROWS_AT_ONCE))
     reader = source.reader()
+    chosen = reader.restrict(query).with_only_columns(group, Cell.id).order_by(Cell.id)
+    rows = session.execute(chosen.execution_options(yield_per=ROWS_AT_ONCE))
     for block in rows.partitions():
-        groups, ids = np.array([tuple(row) for row in block], dtype=np.int64).T
-        there, _ = reader(session, ids, ())
+        groups, ids = np.fromiter(chain.from_iterable(block), np.int64).reshape(-1, 2).T
+        there = reader.has(session, ids)
         yield groups[there], ids[there]
 
 

@@ -42,7 +42,17 @@ from .guard import (
     reading_files,
     run_limited,
 )
-from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, SetRelation, Source, list_sets, view
+from .source import (
+    EXCLUDED,
+    LATER,
+    PREDICTION_COLUMNS,
+    VIEWS,
+    Columns,
+    SetRelation,
+    Source,
+    list_sets,
+    view,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -437,10 +447,14 @@ class Questions:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
                 rows = self._source.feed_table(self._full, create, "exclusions", own)
-                if (run := self.vote_options.exclude_flagged) is not None:
-                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
+                if (qc := self.vote_options.exclude_flagged) is not None:
+                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
                     insert = f"INSERT INTO {name} FROM {{rows}}"
                     rows += self._source.feed_table(self._full, insert, "exclusions", own)
+            elif name == EXCLUDED:  # from the database, too: it need not read the others
+                flagged = self.vote_options.exclude_flagged
+                run = None if flagged is None else int(flagged)
+                rows = self._source.feed_excluded(self._full, create, run)
             elif copied:
                 self._load_copies(name)
             elif name in self._source.columns and name != "predictions":

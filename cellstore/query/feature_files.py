@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, delete, func, select
+from sqlalchemy import ColumnElement, Select, and_, delete, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
@@ -331,6 +331,19 @@ class SetReader:
         self._last: tuple[object, pa.Table | None] = (None, None)
         self._lock = Lock()
 
+    def restrict(self, query: Select[Any]) -> Select[Any]:
+        """Return a query of cells without those that the set lacks, if the database knows them."""
+        if self._files is not None:
+            return query
+        own = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == self._measure_id)
+        return query.join(CellFeatures, own)
+
+    def has(self, session: Session, cell_ids: Integers) -> NDArray[np.bool_]:
+        """Return which of the cells of a restricted query the set has, (N,); raises as a call."""
+        if self._files is None:
+            return np.ones(len(cell_ids), dtype=bool)
+        return self(session, cell_ids, ())[0]
+
     def __call__(self, session: Session, cell_ids: Integers, columns: Sequence[str]) -> Values:
         """Return which of the cells the set has, (N,), and their values, (N, F).
 
@@ -587,7 +600,7 @@ def images_of_lost_files(
         )
         for block in session.execute(cells.execution_options(yield_per=50_000)).partitions():
             ids = np.array([row.id for row in block], dtype=np.int64)
-            found, _ = reader(session, ids, ())
+            found = reader.has(session, ids)
             images.update(block[index].image_id for index in np.flatnonzero(~found))
     return images
 

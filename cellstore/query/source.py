@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from ..config import VoteOptions
 from ..db.session import Database
 from ..enums import FeatureStorage
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
+from ..jobs.lookup import channels_after
 from .guard import quoted, reading_files
 
 Columns = dict[str, str]
@@ -35,6 +36,7 @@ Columns = dict[str, str]
 STEPS = (
     "vote_options",
     "counted_cells",
+    "excluded_cells",
     "eligible_cells",
     "eligible_predictions",
     "excluded_images",
@@ -68,6 +70,7 @@ VIEWS = (
 """All views: first those that people ask for."""
 
 LATER = "later_exclusions"
+EXCLUDED = "excluded_cells"
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,24 @@ class Source:
                 target.unregister("stream")
         return int(written[0][0])
 
+    def feed_excluded(
+        self, target: duckdb.DuckDBPyConnection, statement: str, qc_run: int | None
+    ) -> int:
+        """Carry out ``statement`` as :meth:`feed` does, with the cells that do not count.
+
+        ``qc_run``: the quality-control run whose flagged cells do not count either.
+        """
+        join = "CROSS JOIN" if self.is_sqlite else "JOIN"  # few are excluded, of many cells
+        flags = "" if qc_run is None else f" OR t.run_id = {int(qc_run)}"
+        origin = f"""(
+            SELECT DISTINCT id FROM exclusions AS t
+            WHERE t.level = 'cell' AND (t.source <> 'quality'{flags})
+        ) AS e {join} cells AS c ON c.id = e.id"""  # noqa: S608 - numbers and our own words
+        columns = {"cell_id": "BIGINT", "segmentation_id": "BIGINT"}
+        return self.feed(
+            target, statement, columns, ("c.id AS cell_id", "c.segmentation_id"), [origin]
+        )
+
     def feed_predictions(
         self,
         target: duckdb.DuckDBPyConnection,
@@ -414,7 +435,8 @@ def group_of(name: str) -> str | None:
 class SetRelation:
     """A feature set with the type of each column, ``cell_id`` first.
 
-    ``in_table``: its values are rows of table ``features``, else they are in files.
+    ``in_table``: its values are rows of table ``features``, else they are in files, where those of
+    ``in_files`` have other names: their channel was renamed.
     """
 
     id: int
@@ -422,6 +444,7 @@ class SetRelation:
     recipe_id: int
     in_table: bool
     columns: Columns
+    in_files: Mapping[str, str]
 
     def query(
         self, source: Source, artifacts: ArtifactFolder, target: duckdb.DuckDBPyConnection
@@ -439,15 +462,19 @@ class SetRelation:
             f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}"
         )
         rows = source.fetch(target, "artifacts", condition)
-        return reading_set(self.columns, [artifacts.existing(row["path"]) for row in rows])
+        paths = [artifacts.existing(row["path"]) for row in rows]
+        return reading_set(self.columns, paths, self.in_files)
 
 
-def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
-    """Return the SQL that reads columns of the files of a feature set."""
+def reading_set(columns: Columns, paths: Sequence[Path], in_files: Mapping[str, str]) -> str:
+    """Return the SQL that reads columns of the files of a feature set; see SetRelation."""
     if not paths:
         nulls = (f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
         return f"SELECT {', '.join(nulls)} LIMIT 0"
-    values = (f"CAST({quoted(name)} AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
+    values = (
+        f"CAST({quoted(in_files.get(name, name))} AS {kind}) AS {quoted(name)}"
+        for name, kind in columns.items()
+    )
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
@@ -462,7 +489,8 @@ def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRela
     """
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
-    found = [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    now = _renamed_everywhere(source, target)
+    found = [_relation(row, known, now) for row in sorted(rows, key=lambda row: int(row["id"]))]
     runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
     groups: dict[str, SetRelation] = {}
     for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
@@ -471,19 +499,42 @@ def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRela
     return [*found, *(groups[name] for name in groups.keys() - {item.name for item in found})]
 
 
-def _relation(row: dict[str, Any], known: Columns) -> SetRelation:
+_RENAMES = "WHERE t.table_name = 'plates' AND t.old IS NOT NULL AND t.new IS NOT NULL ORDER BY t.id"
+
+
+def _renamed_everywhere(source: Source, target: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """What channels are called now on all plates, by what recipes call them."""
+    rows = source.fetch(target, "events", _RENAMES)
+    renames = ((row["row_id"], json.loads(row["old"]), json.loads(row["new"])) for row in rows)
+    named = channels_after(item for item in renames if "channel" in item[1])
+    now = {kept: name for name, kept in named.get(None, {}).items() if name != kept}
+    for names in named.values():
+        for name, kept in names.items():
+            if now.get(kept, name) != name:
+                del now[kept]
+    return now
+
+
+def _relation(row: dict[str, Any], known: Columns, now: Mapping[str, str]) -> SetRelation:
     in_table = row["storage"] == FeatureStorage.TABLE
-    columns = {"cell_id": "BIGINT"}
+    columns, stored = {"cell_id": "BIGINT"}, {"cell_id": ""}
+    in_files: dict[str, str] = {}
+    of_channels = now if group_of(row["name"]) else {}
     try:
         for item in json.loads(row["columns"]):
             if not in_table or item["name"] in known:
-                columns[_unique(item["name"], columns)] = _FEATURE_TYPES[item["dtype"]]
+                name = item["name"]
+                kept = max((c for c in of_channels if name.endswith(f"_{c}")), key=len, default="")
+                shown = name.removesuffix(kept) + of_channels[kept] if kept else name
+                shown, name = _unique(shown, columns), _unique(name, stored)
+                columns[shown], stored[name] = _FEATURE_TYPES[item["dtype"]], ""
+                in_files |= {shown: name} if shown != name else {}
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(
             f"The columns of feature set {row['name']!r} are not described as they should be "
             f"({error}). Ingest it again."
         ) from error
-    return SetRelation(row["id"], row["name"], row["recipe_id"], in_table, columns)
+    return SetRelation(row["id"], row["name"], row["recipe_id"], in_table, columns, in_files)
 
 
 def _unique(name: str, taken: Columns) -> str:

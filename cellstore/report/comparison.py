@@ -432,7 +432,7 @@ def _warnings(
 ) -> tuple[str, ...]:
     """Say why the runs may not be comparable."""
     runs = [subject.run.id for subject in subjects]
-    found = []
+    found = [sentence for subject in subjects for sentence in subject.stale]
     for own, other in ((0, 1), (1, 0)):
         alone = np.setdiff1d(seen[own], seen[other]).size
         if alone:

@@ -27,7 +27,7 @@ from ..models import Recipe, Run, Split
 from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
 from ..query.exclusions import with_flags
-from .votes import SUBSETS, VOTES
+from .votes import SUBSETS, VOTES, stale_cells
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -76,8 +76,8 @@ class BaselineScore:
     ``n`` counts the cells, images or wells that both have labelled, ``low`` and ``high`` bound the
     accuracy as in :class:`Score`. ``null``: it knows nothing of what a treatment does to a cell.
     ``p_value``: of McNemar's test over wells between the run and the baseline, as ``compare`` does
-    it; ``beaten``: whether it shows, at 5 %, that the run is better; ``None`` where that cannot be
-    said, and ``cannot_say`` is why.
+    it; ``beaten``: whether it shows, at 5 % and for this baseline alone, that the run is better;
+    ``None`` where that cannot be said, and ``cannot_say`` is why.
     """
 
     baseline: str
@@ -344,7 +344,7 @@ class Subject:
     ``vote_options`` say which images and cells have a vote, ``qc_run_id`` the quality-control run
     whose flagged ones have none. ``baseline``: which it labelled with, if any; ``rivals``: finished
     runs of the baselines of its split, the newest first; ``feature_leak``: that its features know
-    labels of the scored images, if they do.
+    labels of the scored images, if they do; ``stale``: that images have changed since.
     """
 
     run: Run
@@ -356,6 +356,7 @@ class Subject:
     baseline: str | None
     rivals: dict[str, list[Run]]
     feature_leak: str | None
+    stale: tuple[str, ...]
 
 
 def find_subject(
@@ -396,6 +397,7 @@ def find_subject(
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
             feature_leak=None if taught is None else feature_leak(session, taught, split_id),
+            stale=stale_cells(session, run.id),
         )
 
 
@@ -729,8 +731,8 @@ def score_answers(
         lonely = f", {len(single):,} of them one well only ({some_of})" if single else ""
         too_few.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
-            f"{lonely}: too few for an interval, so their numbers hold for these wells only. With "
-            "more replicates, or with cellstore split create NAME --folds 5, more wells are tested."
+            f"{lonely}: too few for an interval, so their numbers hold for these wells only. More "
+            "replicates, or split create NAME --folds 5, test more wells."
         )
 
     with questions.workspace.database.read() as session:
@@ -1019,7 +1021,7 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return what a reader must know of the scored images, a sentence each."""
     run, options = subject.run, subject.vote_options
-    notes = [subject.feature_leak] if subject.feature_leak else []
+    notes = [*([subject.feature_leak] if subject.feature_leak else []), *subject.stale]
     trained_on = counts.get(Subset.TRAIN.value, 0)
     if Subset.TRAIN.value in subsets:
         notes.append(f"Forced: {trained_on:,} of these images were used to train the network.")

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
 from ..config import VoteOptions
 from ..enums import Status, Subset
 from ..errors import UnknownNameError
@@ -49,6 +52,18 @@ SUMMARY = """
         count(DISTINCT {unit}) FILTER (abstained IS NOT NULL) AS abstained,
         count(correct) AS n, count(*) FILTER (correct) AS correct
     FROM counted_votes GROUP BY GROUPING SETS ((), (subset))
+"""
+
+
+# Each + keeps the database from beginning with all predictions of the run.
+STALE = """
+    SELECT count(DISTINCT s.image_id), count(*)
+    FROM segmentations AS s
+    JOIN images AS i ON i.id = s.image_id
+    JOIN cells AS c ON c.segmentation_id = s.id
+    JOIN predictions AS p ON p.cell_id = c.id AND +p.run_id = :run AND +p.rank = 1
+    WHERE s.content_sha256 IS NOT NULL
+    AND (i.content_sha256 IS NULL OR i.content_sha256 <> s.content_sha256)
 """
 
 
@@ -129,6 +144,7 @@ def open_votes(
             )
 
             options, notes = with_flags(session, options, found)
+        notes += stale_cells(session, found.id)
     if found.status != Status.DONE:
         notes += (f"The run is {found.status.value}, so images may be missing here.",)
     with open_questions(
@@ -158,6 +174,16 @@ def open_votes(
             notes=notes,
         )
         yield result, questions.ask_ours(f"FROM counted_votes {'WHERE tie' if ties_only else ''}")
+
+
+def stale_cells(session: Session, run_id: int) -> tuple[str, ...]:
+    """Return the sentence on cells of a predict run whose image has other bytes now; or none."""
+    images, cells = session.execute(text(STALE), {"run": run_id}).one()
+    if not images:
+        return ()
+    what = f"{cells:,} cells of {images:,} images come from older bytes of these images"
+    mend = "Find the cells anew: cellstore segment; then measure and predict again."
+    return (f"Run {run_id}: {what}. {mend}",)
 
 
 def count_votes(

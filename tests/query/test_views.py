@@ -18,6 +18,7 @@ from cellstore.models import Image, Recipe
 from cellstore.query import source
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit
+from cellstore.store import Store
 
 VOTES = "SELECT * FROM votes WHERE level = 'image'"
 
@@ -390,3 +391,32 @@ def test_predictions_that_are_read_side_by_side_are_the_same(
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     with open_questions(workspace) as questions:
         assert (questions.ask(query).records(), questions.ask(counts).records()) == one
+
+
+def test_cells_of_older_bytes_are_named(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make, old = screen.factory, screen.predict_run.id
+    new = make.run(Stage.PREDICT, split_id=screen.split.id)
+    for name in ("B01", "B02", "B03"):
+        cells = make.cells_of(screen.segmentations[name])
+        make.predict(new, cells, [[(screen.labels["DMSO"], 1.0)]] * len(cells))
+    store = Store(workspace)
+
+    def told() -> list[list[str]]:
+        answers = (store.votes(str(new.id)).notes, store.report(str(new.id)).notes)
+        notes = (*answers, store.compare(str(old), str(new.id)).warnings)
+        return [[line for line in some if "older bytes" in line] for some in notes]
+
+    assert told() == [[], [], []]
+    with workspace.database.begin() as session:
+        for name in ("B01", "B03", "A01"):
+            session.get_one(Image, screen.images[name].id).content_sha256 = sha("other")
+    line = (
+        "Run {}: 5 cells of 2 images come from older bytes of these images. Find the cells anew: "
+        "cellstore segment; then measure and predict again."
+    )
+    assert told() == [
+        [line.format(new.id)],
+        [line.format(new.id)],
+        list(map(line.format, (old, new.id))),
+    ]

@@ -322,12 +322,15 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     made = [store.segment(by_name), store.measure(both)]
     of_dna = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
     before = answers(store, "cell_table", "intensity")
+    column = "SELECT mean_intensity_{0} AS x, max_intensity_{0} FROM intensity ORDER BY cell_id"
+    dna = list(store.sql(column.format("DNA")).to_pydict().values())
     for old, new in (("DNA", "other"), ("RNA", "DNA"), ("other", "RNA")):
         store.rename("channel", old, new)
     again = [store.segment(replace(by_name, channels=("RNA",))), store.measure(both)]
     assert [item.run_id for item in (*again, *again[1].others)] == [None] * 3  # nothing to do
     assert [item.recipe_id for item in again] == [item.recipe_id for item in made]
     assert answers(store, "cell_table", "intensity") == before
+    assert list(store.sql(column.format("RNA")).to_pydict().values()) == dna
     renamed = store.measure(MeasureParams(channels=("RNA",), features=("texture",)))
     assert (renamed.run_id, renamed.feature_set) == (None, of_dna.feature_set)
     assert "rename" not in store.repro(str(made[1].run_id)).script
