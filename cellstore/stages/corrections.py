@@ -68,7 +68,6 @@ from ..models import (
     Well,
 )
 from .ingest.account import Account
-from .ingest.ingest_images import write_contents
 from .ingest.write_treatments import PerturbationKey, TreatmentWriter, retarget
 
 LONGEST = 255
@@ -628,8 +627,11 @@ def undo(
         changes = _delete_segmentations(session, segmentations, files)
         changes += _delete_images(session, images)
         session.execute(delete(ImageFile).where(_within(ImageFile.id, ranges["image_files"])))
-        for some in in_lists(partly):
-            write_contents(session, some)
+        if partly:
+            from .ingest.ingest_images import write_contents  # it reads images: slow to import
+
+            for some in in_lists(partly):
+                write_contents(session, some)
         for table in ("wells", "plates"):
             changes += _delete_rows(session, _RANGED[table], ranges[table])
         changes += restored.write(session)
