@@ -243,9 +243,9 @@ def table(
 
 
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks lines at spaces, and after _ and / where a word is too long."""
+    """Breaks lines at spaces, and after -, _ and /."""
 
-    wordsep_simple_re = re.compile(r"(\s+|(?<=[_/])(?=\w))")
+    wordsep_simple_re = re.compile(r"(\s+|(?<=[-_/])(?=\w))")
 
 
 def _lines(text: str, width: int) -> list[str]:

@@ -249,7 +249,7 @@ def test_every_count_knows_what_is_excluded(workspace: Workspace) -> None:
     ):
         store.exclude(kind, name, reason="debris")
     assert answers("plates", *counts) == [(5, 2, 5, 7, 3, 5)]
-    wells = ("treatment", "wells", "images", "excluded_wells", "excluded_images")
+    wells = ("name_with_dose", "wells", "images", "excluded_wells", "excluded_images")
     assert answers("treatments", *wells) == [("taxol", 3, 3, 1, 1), ("DMSO", 1, 1, 1, 1)]
     assert answers("unlabelled", "well", "cells", "excluded") == [("A02", 1, 0), ("C02", 1, 1)]
     assert answers("unmeasured", "well", "unmeasured") == [("C02", 1)]

@@ -19,8 +19,8 @@ Interval = tuple[float, float]
 TAIL = 0.025
 """Of a 95 % interval, on each side."""
 FEWEST_WELLS = 6
-"""With fewer wells an interval covers less than it says (``benchmarks/interval_coverage.py``), and
-the exchange test cannot come to less than 5 %: 2 / 2**5 = 0.0625."""
+"""With fewer, an interval of a difference covers less than 93 % (one of an accuracy with 4 wells;
+``benchmarks/interval_coverage.py``), and the exchange test cannot come below 5 %: 2 / 2**5."""
 
 
 def well_interval(

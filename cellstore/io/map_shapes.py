@@ -561,8 +561,15 @@ def open_map(
     for name in [sheet] if sheet is not None else names:
         rows = read_sheet(path, name)
         at = _head_of(rows, chosen)
-        table = long_form(path, rows, dict(chosen)) if at is None else None
-        if at is not None:
+        table = None
+        if at is None:
+            try:
+                table = long_form(path, rows, dict(chosen))
+            except BadTableError as error:
+                other = " Or name another sheet with --sheet." if len(names) > 1 else ""
+                message = f"Sheet {name!r} of {path.name}: {error}{other}"
+                raise BadTableError(message) from error
+        else:
             columns = tuple(cell.strip() for cell in rows[at].cells)
             body = tuple(row for row in rows[at + 1 :] if any(map(str.strip, row.cells)))
             notes = tuple(_title_notes(rows[:at]))

@@ -202,21 +202,14 @@ def read_annotation(
         table = map_table(path, options)
         columns = MapColumns(table.columns, options.columns)
         names_plates |= columns.column("plate") is not None
-        notes += [f"{writable(path.name)}: {note}" for note in table.notes]
-        rows: list[tuple[int, MapRow]] = []
-        for row in _map_rows(table, columns):
-            if isinstance(row, Refusal):
-                issues.append((path, row))
-            else:
-                rows.append(row)
-        _check_some(path, rows, [refusal for file, refusal in issues if file == path])
-        issues += [(path, refusal) for refusal in _unclear_doses(rows)]
-        notes += [f"{writable(path.name)}: {note}" for note in _notes(rows, columns, bool(tables))]
+        rows, refused = _usable_rows(path, table, columns)
+        issues += [(path, refusal) for refusal in refused]
+        said = (*table.notes, *_notes(rows, columns, bool(tables)))
+        notes += [f"{writable(path.name)}: {note}" for note in said]
         # A map all of whose rows are refused is a map.
-        stem = _stem(path)
-        by_map: dict[str, list[tuple[int, MapRow]]] = {} if rows else {stem: []}
-        for line, map_row in rows:
-            by_map.setdefault(map_row.map_name or stem, []).append((line, map_row))
+        by_map: dict[str, list[tuple[int, MapRow]]] = {} if rows else {_stem(path): []}
+        for line, row in rows:
+            by_map.setdefault(row.map_name or _stem(path), []).append((line, row))
         is_broad = columns.column("sample") and (columns.column("map") or columns.column("solvent"))
         for name, some in by_map.items():
             if name in maps:
@@ -243,22 +236,29 @@ def read_annotation(
     return PlateAnnotation(maps, plates, tuple(issues), files, tuple(notes), names_plates)
 
 
-def _check_some(path: Path, rows: Sequence[tuple[int, MapRow]], refused: Sequence[Refusal]) -> None:
-    """Refuse a map of which no row can be used, for one reason.
+def _usable_rows(
+    path: Path, table: TextTable, columns: MapColumns
+) -> tuple[list[tuple[int, MapRow]], list[Refusal]]:
+    """Return the rows of a map, each with its line, and those that cannot be used.
 
     Raises:
-        BadTableError: it is so; the message has the number of rows and an example.
+        BadTableError: no row can be used, all for one reason; the message has an example.
     """
-    if rows or len(refused) < 2 or len({refusal.reason for refusal in refused}) > 1:
-        return
-    line, reason, detail = refused[0]
-    advice = ""
-    if reason == "not a well":
+    rows: list[tuple[int, MapRow]] = []
+    refused: list[Refusal] = []
+    for item in _map_rows(table, columns):
+        if isinstance(item, Refusal):
+            refused.append(item)
+        else:
+            rows.append(item)
+    if not rows and len(refused) > 1 and len({refusal.reason for refusal in refused}) == 1:
+        line, reason, detail = refused[0]
         advice = " If another column has the wells: --map-column well=NAME."
-    raise BadTableError(
-        f"All {len(refused):,} rows of {path.name} are refused ({reason}), for example line "
-        f"{line}: {detail.rstrip('.')}.{advice}"
-    )
+        raise BadTableError(
+            f"All {len(refused):,} rows of {path.name} are refused ({reason}), for example line "
+            f"{line}: {detail.rstrip('.')}.{advice if reason == 'not a well' else ''}"
+        )
+    return rows, refused + _unclear_doses(rows)
 
 
 def _stem(path: Path) -> str:

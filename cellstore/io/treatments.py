@@ -412,20 +412,18 @@ class Aliases:
                     f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias "
                     "table."
                 )
-        given = {alias: name for alias, name in given.items() if alias != name}
         names = {}
-        for alias, name in given.items():
-            seen = {alias}
-            while name in given and name not in seen:
-                seen.add(name)
-                name = given[name]  # noqa: PLW2901 - the end of the chain
-            if name in given:
-                circle = ", ".join(map(repr, sorted(seen)))
+        for alias in given:
+            chain = [alias]
+            while (name := given.get(chain[-1], chain[-1])) not in chain:
+                chain.append(name)
+            if name != chain[-1]:
+                circle = ", ".join(map(repr, sorted(chain)))
                 raise BadTableError(
                     f"{path.name}: {circle} are aliases of each other. Choose one name for them."
                 )
             names[alias] = name
-        return cls(names)
+        return cls({alias: name for alias, name in names.items() if alias != name})
 
     def apply(self, record: TreatmentRecord) -> TreatmentRecord:
         """Return the treatment under its name; the same object for the same treatment.

@@ -37,7 +37,7 @@ from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
-from ..db.ledger import recording_removed
+from ..db.events import recording_removed
 from ..db.session import Database
 from ..enums import Status
 from ..errors import (

@@ -30,11 +30,12 @@ GONE = "Files are gone"
 
 _MADE = "SELECT path FROM artifacts WHERE kind IN ('mask', 'flow', 'features') ORDER BY path"
 _MAKERS = """
-    SELECT s.run_id FROM artifacts AS a
+    SELECT a.path, s.run_id FROM artifacts AS a
     JOIN segmentations AS s ON a.id IN (s.mask_artifact_id, s.flow_artifact_id)
     WHERE a.path IN :paths
-    UNION SELECT f.run_id FROM artifacts AS a JOIN feature_files AS f ON f.artifact_id = a.id
-    WHERE a.path IN :paths
+    UNION SELECT a.path, f.run_id FROM artifacts AS a
+    JOIN feature_files AS f ON f.artifact_id = a.id JOIN runs AS r ON r.id = f.run_id
+    WHERE a.path IN :paths AND r.stage <> 'ingest'
 """
 _NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
 _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
@@ -132,17 +133,19 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
 
 
 def lost_files(session: Session, artifacts: ArtifactFolder) -> tuple[int, tuple[str, ...]]:
-    """Return how many masks, flows and files of features are gone, and the commands that made them.
+    """Return how many files that commands can make again are gone, and these commands.
 
-    The same commands make them again.
+    They are masks, flows and files of features. Features that another tool measured are not among
+    them: their file can only be put back.
     """
     made = session.scalars(text(_MADE), execution_options={"yield_per": 10_000})
     gone = sorted(artifacts.missing(made))
-    makers: set[int] = set()
+    makers: dict[str, int] = {}
     for start in range(0, len(gone), IN_AT_ONCE):
         some = gone[start : start + IN_AT_ONCE]
         query = text(_MAKERS).bindparams(bindparam("paths", some, expanding=True))
-        makers.update(session.scalars(query))
-    runs = text("SELECT command FROM runs WHERE id IN :runs ORDER BY id")
-    commands = session.scalars(runs.bindparams(bindparam("runs", sorted(makers), expanding=True)))
-    return len(gone), tuple(dict.fromkeys(commands))
+        makers.update((path, run) for path, run in session.execute(query))
+    runs = text("SELECT command FROM runs WHERE id IN :runs ORDER BY id").bindparams(
+        bindparam("runs", sorted(set(makers.values())), expanding=True)
+    )
+    return len(makers), tuple(dict.fromkeys(session.scalars(runs)))

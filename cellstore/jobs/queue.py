@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, insert_new
-from ..db.ledger import record_runs
+from ..db.events import record_runs
 from ..enums import Status
 from ..errors import UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well

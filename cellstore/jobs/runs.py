@@ -29,8 +29,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
-from ..db.events import Change, caller, record_events
-from ..db.ledger import record_runs
+from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, distinct, exists, func, select
+from sqlalchemy import Select, and_, distinct, exists, func, select, true
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session, aliased
 
@@ -323,34 +323,29 @@ def choose_recipes(
 def last_with_masks(session: Session) -> Recipe:
     """Return the segment recipe used last whose masks are known, also if another tool made them.
 
+    One that found no cells is behind all others.
+
     Raises:
         UnknownNameError: nothing has been segmented.
 
     """
-    found = _last_segmentation(session, Segmentation.mask_artifact_id.is_not(None))
-    if found is not None:
-        return found
-    sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
-    names = list(session.scalars(sets.order_by(FeatureSet.id)))
-    if names:
-        raise UnknownNameError(
-            "No masks are known here, only cells that other tools found. Run: cellstore segment, "
-            f"or train on a feature set with --features: {', '.join(names)}"
-        )
-    if (found := _last_segmentation(session)) is None:
-        raise UnknownNameError("Nothing has been through 'segment' yet. Run: cellstore segment")
-    return found
-
-
-def _last_segmentation(session: Session, *where: ColumnElement[bool]) -> Recipe | None:
-    """The segment recipe with the newest cells; one that found none is behind all others."""
-    mine = (Segmentation.recipe_id == Recipe.id, *where)
-    newest = select(func.max(Segmentation.run_id)).where(*mine)
-    last = newest.correlate(Recipe).scalar_subquery()
-    found_cells = exists().where(*mine, Segmentation.n_cells > 0).correlate(Recipe)
-    query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, last.is_not(None))
-    query = query.order_by(found_cells.desc(), last.desc(), Recipe.id.desc())
-    return session.scalars(query.limit(1)).first()
+    for known in (Segmentation.mask_artifact_id.is_not(None), true()):
+        mine = (Segmentation.recipe_id == Recipe.id, known)
+        newest = select(func.max(Segmentation.run_id)).where(*mine)
+        last = newest.correlate(Recipe).scalar_subquery()
+        found_cells = exists().where(*mine, Segmentation.n_cells > 0).correlate(Recipe)
+        query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, last.is_not(None))
+        query = query.order_by(found_cells.desc(), last.desc(), Recipe.id.desc())
+        if (found := session.scalars(query.limit(1)).first()) is not None:
+            return found
+        sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
+        of_others = ", ".join(session.scalars(sets.order_by(FeatureSet.id)))
+        if of_others:
+            raise UnknownNameError(
+                "No masks are known here, only cells that other tools found. Run: cellstore "
+                f"segment, or train on a feature set with --features: {of_others}"
+            )
+    raise UnknownNameError("Nothing has been through 'segment' yet. Run: cellstore segment")
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:

@@ -18,9 +18,8 @@ from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
-from ..db.events import Change, caller, record_events
+from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
 from ..db.fields import field_column, plates, treatments, wells
-from ..db.ledger import record_runs, recording_removed, table_digests
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.tables import MISSING, RowRefusedError
@@ -69,7 +68,6 @@ from ..models import (
     Well,
 )
 from .ingest.account import Account
-from .ingest.ingest_images import write_contents
 from .ingest.write_treatments import PerturbationKey, TreatmentWriter, retarget
 
 LONGEST = 255
@@ -629,8 +627,11 @@ def undo(
         changes = _delete_segmentations(session, segmentations, files)
         changes += _delete_images(session, images)
         session.execute(delete(ImageFile).where(_within(ImageFile.id, ranges["image_files"])))
-        for some in in_lists(partly):
-            write_contents(session, some)
+        if partly:
+            from .ingest.ingest_images import write_contents  # it reads images: slow to import
+
+            for some in in_lists(partly):
+                write_contents(session, some)
         for table in ("wells", "plates"):
             changes += _delete_rows(session, _RANGED[table], ranges[table])
         changes += restored.write(session)

@@ -19,7 +19,7 @@ from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
-from ..db.ledger import recording_removed
+from ..db.events import recording_removed
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs

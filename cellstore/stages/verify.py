@@ -25,11 +25,15 @@ from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
 from ..db.bulk import in_lists
 from ..db.events import (
+    BEGUN,
+    MODULUS,
     Change,
     broken_events,
     record_events,
+    run_digests,
+    run_rows,
+    table_digests,
 )
-from ..db.ledger import BEGUN, MODULUS, run_digests, run_rows, table_digests
 from ..db.session import DANGLING
 from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError

@@ -417,6 +417,10 @@ def test_sheets(tmp_path: Path) -> None:
     with pytest.raises(BadTableError, match=r"'A' and 'B'. Choose one with --sheet"):
         read_annotation(two)
     assert labels(read_annotation(two, options=MapOptions(sheet="B")))["A02"] == "taxol"
+    shifted = [["", 1, 2, 3], ["", "x", "x", "x"], ["A", "x", "x", "x"]]
+    both = excel(tmp_path / "both.xlsx", Old=shifted, Map=drawn)
+    with pytest.raises(BadTableError, match=r"Sheet 'Old' of both.xlsx: Line 2 .*--sheet"):
+        read_annotation(both)
     text = write(tmp_path / "map.csv", drawn)
     with pytest.raises(UserInputError, match="without sheets"):
         read_annotation(text, options=MapOptions(sheet="A"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cellstore.config import IngestParams
 from cellstore.stages.ingest.ingest import preview
 
 
@@ -29,3 +30,16 @@ def test_what_is_told_apart_is_bounded_and_said(
     found = preview(write(tmp_path / "t.csv", 8))
     assert (found.rows, found.images, len(found.wells)) == (16, images, wells)
     assert found.at_least is (most < 8)
+
+
+def test_blank_wells_are_named_where_they_have_images(tmp_path: Path) -> None:
+    table = write(tmp_path / "t.csv", 6)  # wells A01 to A03
+    platemap = tmp_path / "map.csv"
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA4,\nA5,noco\n")
+    found = preview(table, IngestParams(platemap=platemap))
+    blank, missing = found.notes
+    assert blank.startswith("1 well is blank in map.csv, so its treatment is not known: A02. To")
+    assert missing.startswith("1 well with images got no treatment: A03, but wells without images")
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA3,x\nA4,\n")
+    (note,) = preview(table, IngestParams(platemap=platemap)).notes
+    assert note.startswith("1 well is blank in map.csv")

@@ -26,6 +26,7 @@ from cellstore.models import (
     Run,
     Well,
 )
+from cellstore.stages.manage_jobs import retry
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 
@@ -161,9 +162,11 @@ def test_features_that_are_not_what_was_written_are_told(workspace: Workspace):
         first, second = session.scalars(select(Artifact).order_by(Artifact.id))
     workspace.artifacts.locate(first.path).write_bytes(b"damaged")
     workspace.artifacts.locate(second.path).unlink()
-    reasons = {problem.path: problem.reason for problem in verify(workspace).problems}
+    found = verify(workspace)
+    reasons = {problem.path: problem.reason for problem in found.problems}
     assert "sha256 differs" in reasons[first.path]
     assert reasons[second.path] == "the file is gone"
+    assert (found.commands, retry(workspace).lost_files) == ((), 0)  # no command measures these
 
 
 def test_features_and_their_rows_must_agree(workspace: Workspace):
