@@ -14,6 +14,12 @@ from cellstore.models import Image
 from cellstore.store import Store
 
 
+@pytest.fixture(autouse=True)
+def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the factory stand in no ledger; ``test_verify_ledger`` is about that."""
+    monkeypatch.setattr("cellstore.stages.verify.check_ledger", lambda *_: [])
+
+
 @pytest.fixture
 def masked(cellstore, store):
     """The store with one segmentation whose mask is a real file of two cells."""
