@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 
 from cellstore.analysis.features import FEATURES
 from cellstore.config import IngestParams
-from cellstore.enums import Severity, Stage
+from cellstore.enums import Severity, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, probe
 from cellstore.jobs.mask_matching import NoMatch
@@ -93,7 +93,7 @@ class Bench:
         return path
 
     def ingest(self, **options: Any) -> Brought:
-        run = self.make.run(Stage.INGEST)
+        run = self.make.run(Stage.INGEST, status=Status.RUNNING)
         self.account = Account(run.id, self.masks.name)
         return ingest_masks(self.workspace, self.masks, IngestParams(**options), self.account)
 
