@@ -115,6 +115,10 @@ TAMPERING = {
         f"INSERT INTO runs (id, {NEW_RUN}) SELECT 99, {NEW_RUN} FROM runs WHERE id = {{predict}}",
         "run 99: table runs: the ledger knows no such run",
     ),
+    "an exclusion taken away": (
+        "DELETE FROM annotations",
+        "table annotations: its rows",
+    ),
     "a job taken away": (
         "DELETE FROM jobs WHERE run_id = {predict} AND image_id = 1",
         "run {predict}: table jobs",
