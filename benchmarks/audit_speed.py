@@ -126,8 +126,9 @@ def build(workspace: Workspace, n_images: int, n_cells: int, n_runs: int) -> Non
         )
         columns = ("run_id", "cell_id", "rank", "label_id", "probability")
         writer.write(Prediction, columns, rows)
-    if not workspace.database.is_sqlite:
-        with workspace.database.begin() as session:
+    with workspace.database.begin() as session:  # a run that has ended takes no more rows
+        session.execute(text("UPDATE runs SET ended_at = started_at"))
+        if not workspace.database.is_sqlite:
             session.execute(text("ANALYZE"))
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ SQLITE_BUSY_MS = 300_000  # a table of a million rows is one transaction of a mi
 UNWRITABLE = re.compile(
     r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
 )
+DAMAGED = re.compile(r"malformed|not a database|corrupt|could not decode")
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
 DAMAGES_SHOWN = 20
 DANGLING = "refers to a row"
@@ -188,6 +190,18 @@ def _translated(database: Database) -> Iterator[None]:
         if not unconnected and type(error) not in (SqlDatabaseError, OperationalError):
             raise
         raise explain(error, database) from error
+    except (LookupError, ValueError) as error:
+        is_text = type(error) in (JSONDecodeError, UnicodeDecodeError)
+        if is_text or "defined enum values" in str(error):
+            raise _damaged(database, first_line(error)) from error
+        raise
+
+
+def _damaged(database: Database, why: str) -> DatabaseError:
+    return DatabaseError(
+        f"The database {database.shown} is damaged: {why.rstrip('.')}. Put it back from a backup "
+        "(cellstore restore FILE), then see whether all is there with: cellstore verify"
+    )
 
 
 def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageError:
@@ -214,11 +228,8 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
             f"Another program holds {database.shown} for longer than "
             f"{SQLITE_BUSY_MS // 1000} seconds. Wait for it to end, then run the command again."
         )
-    if "malformed" in lowered or "not a database" in lowered or "corrupt" in lowered:
-        return DatabaseError(
-            f"The database {database.shown} is damaged: {text}. Put it back from a backup, then "
-            "see whether all is there with: cellstore verify"
-        )
+    if DAMAGED.search(lowered):
+        return _damaged(database, text)
     unreachable = lowered.startswith("connection failed") or "name or service" in lowered
     advice = " Check that its server runs and that the URL is right." if unreachable else ""
     return DatabaseError(f"The database {database.shown} failed: {text.rstrip('.')}.{advice}")

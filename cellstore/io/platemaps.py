@@ -607,7 +607,11 @@ def _joined(record: TreatmentRecord, tables: Sequence[_Treatments]) -> Treatment
         for found in known:
             joined = completed(joined, found)
         parts.append(joined)
-    return replace(parts[0], others=tuple(replace(part, control=None) for part in parts[1:]))
+    if not record.others:
+        return parts[0]
+    # That a compound alone is a control says nothing of what it was combined with.
+    first, *others = (replace(part, control=None) for part in parts)
+    return replace(first, control=record.control, others=tuple(others))
 
 
 def _set_controls(maps: Collection[PlateMap], asked: Sequence[tuple[str, str]]) -> None:

@@ -344,7 +344,8 @@ def recipe_channels(session: Session) -> dict[int | None, dict[str, str]]:
     """
     query = select(events.c.row_id, events.c.old, events.c.new).order_by(events.c.id)
     renames = events.c.old["channel"].as_string().is_not(None)
-    return channels_after(session.execute(query.where(events.c.table_name == "plates", renames)))
+    rows = session.execute(query.where(events.c.table_name == "plates", renames)).all()
+    return channels_after(rows) if rows else {}
 
 
 def channels_after(renames: Iterable[Any]) -> dict[int | None, dict[str, str]]:

@@ -131,15 +131,17 @@ def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[st
         UserInputError: none is named, and not exactly one channel of the store has such a name.
     """
     if named is not None:
-        return in_recipes(session, find_channels(session, named))
-    known = sorted(session.scalars(select(ImageFile.channel).distinct()))
-    nuclear = [name for name in known if NUCLEAR.search(name)]
-    if len(known) < 2 or len(nuclear) == 1:
-        return in_recipes(session, nuclear or known)
-    raise UserInputError(
-        "Which channels show the cells? Name them with --channels. This store has: "
-        f"{', '.join(known)}."
-    )
+        chosen = find_channels(session, named)
+    else:
+        known = sorted(session.scalars(select(ImageFile.channel).distinct()))
+        nuclear = [name for name in known if NUCLEAR.search(name)]
+        if len(known) > 1 and len(nuclear) != 1:
+            raise UserInputError(
+                "Which channels show the cells? Name them with --channels. This store has: "
+                f"{', '.join(known)}."
+            )
+        chosen = tuple(nuclear or known)
+    return in_recipes(session, chosen) if recipe_channels(session) else chosen
 
 
 def lacking_channels(

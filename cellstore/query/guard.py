@@ -161,6 +161,7 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement:
         raise QueryError(
             "A question can only read: SELECT, WITH, EXPLAIN, DESCRIBE, SHOW or SUMMARIZE. "
             "What a store holds is changed by the other commands of cellstore."
+            + (" In PIVOT, say the values: ON (a || b) IN ('x', 'y')." if kind == "MULTI" else "")
         )
     suspects = found.functions - _ALLOWED
     refused = sorted(suspects & (_REFUSED | _table_functions(connection))) if suspects else []
@@ -276,7 +277,7 @@ def _with_values(sql: str) -> str:
         at, part = open_pivots[-1] if open_pivots else (-1, "")
         if at == depth:
             if part == "column" and word in _AFTER_COLUMN:
-                pieces.append(b" IN (NULL) ")
+                pieces.append(b"\nIN (NULL) ")  # not within a comment
             if word == b"on" and part == "source":
                 open_pivots[-1] = (at, "column")
             elif word == b"in" and part == "column":
@@ -285,11 +286,11 @@ def _with_values(sql: str) -> str:
                 open_pivots[-1] = (at, "column")
             elif word in _AFTER_COLUMN and word != b",":
                 open_pivots.pop()
-        if word == b"pivot":
+        if word in (b"pivot", b"pivot_wider"):
             open_pivots.append((depth, "source"))
         depth += (word == b"(") - (word == b")")
         pieces.append(text[start:end])
-    pieces += [b" IN (NULL)" for _, part in open_pivots if part == "column"]
+    pieces += [b"\nIN (NULL)" for _, part in open_pivots if part == "column"]
     return b"".join(pieces).decode()
 
 

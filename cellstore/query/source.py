@@ -27,7 +27,6 @@ from ..config import VoteOptions
 from ..db.session import Database
 from ..enums import FeatureStorage
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
-from ..jobs.lookup import channels_after
 from .guard import quoted, reading_files
 
 Columns = dict[str, str]
@@ -505,8 +504,13 @@ _RENAMES = "WHERE t.table_name = 'plates' AND t.old IS NOT NULL AND t.new IS NOT
 def _renamed_everywhere(source: Source, target: duckdb.DuckDBPyConnection) -> dict[str, str]:
     """What channels are called now on all plates, by what recipes call them."""
     rows = source.fetch(target, "events", _RENAMES)
-    renames = ((row["row_id"], json.loads(row["old"]), json.loads(row["new"])) for row in rows)
-    named = channels_after(item for item in renames if "channel" in item[1])
+    changes = ((row["row_id"], json.loads(row["old"]), json.loads(row["new"])) for row in rows)
+    renames = [item for item in changes if "channel" in item[1]]
+    if not renames:
+        return {}
+    from ..jobs.lookup import channels_after  # with the classes of the tables: slow to load
+
+    named = channels_after(renames)
     now = {kept: name for name, kept in named.get(None, {}).items() if name != kept}
     for names in named.values():
         for name, kept in names.items():

@@ -55,15 +55,14 @@ SUMMARY = """
 """
 
 
-# Each + keeps the database from beginning with all predictions of the run.
+# SQLite joins in the order that is written with CROSS JOIN: few images have changed.
 STALE = """
     SELECT count(DISTINCT s.image_id), count(*)
     FROM segmentations AS s
-    JOIN images AS i ON i.id = s.image_id
-    JOIN cells AS c ON c.segmentation_id = s.id
-    JOIN predictions AS p ON p.cell_id = c.id AND +p.run_id = :run AND +p.rank = 1
-    WHERE s.content_sha256 IS NOT NULL
+    CROSS JOIN images AS i CROSS JOIN cells AS c CROSS JOIN predictions AS p
+    WHERE i.id = s.image_id AND s.content_sha256 IS NOT NULL
     AND (i.content_sha256 IS NULL OR i.content_sha256 <> s.content_sha256)
+    AND c.segmentation_id = s.id AND p.cell_id = c.id AND p.run_id = :run AND p.rank = 1
 """
 
 

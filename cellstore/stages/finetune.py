@@ -22,7 +22,7 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
-from ..jobs.lookup import find_channels, find_plate, in_recipes
+from ..jobs.lookup import find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
@@ -147,7 +147,7 @@ def finetune(
     with workspace.database.read() as session:
         if plate is not None:
             find_plate(session, plate)
-        nuclei = in_recipes(session, find_channels(session, params.nuclei))
+        nuclei = choose_channels(session, params.nuclei)
         params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
     examples = find_examples(workspace, masks, params, plate)
     parameters = asdict(params) | {

@@ -33,14 +33,7 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import (
-    IS_CURRENT,
-    find_channels,
-    find_recipe,
-    find_run,
-    images_of,
-    in_recipes,
-)
+from ..jobs.lookup import IS_CURRENT, find_recipe, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -125,7 +118,7 @@ def open_segment(
     need("segment")
     files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        nuclei = in_recipes(session, find_channels(session, params.nuclei))
+        nuclei = choose_channels(session, params.nuclei)
         params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.

@@ -701,6 +701,17 @@ def test_dmso_in_both_columns_of_a_combination_is_a_negative_control(tmp_path: P
     assert not any("codes" in note for note in found.notes)
 
 
+def test_what_a_table_calls_a_control_is_none_in_a_combination(tmp_path: Path) -> None:
+    head = ["Well", "Compound 1", "Compound 2", "Well role"]
+    rows = [["A01", "DMSO", "x", ""], ["A02", "y", "x", ""], ["A03", "y", "", ""]]
+    rows += [["A04", "y", "x", "poscon"], ["A05", "DMSO", "", ""]]
+    platemap = write(tmp_path / "m.csv", [head, *rows])
+    described = [["pert_iname", "control_type"], ["y", "negcon"], ["DMSO", "negcon"], ["x", ""]]
+    found = read_annotation(platemap, [write(tmp_path / "compounds.csv", described)])
+    controls = [record and record.control for record in found.maps["m"].wells.values()]
+    assert controls == [None, None, Control.NEGATIVE, Control.POSITIVE, Control.NEGATIVE]
+
+
 @pytest.mark.parametrize("text", ["1:1000", "10-20", "10^-6", "1 x 10-6 M", "10/20", "5 uM 2%"])
 def test_what_is_no_number_with_a_unit_is_no_dose(text: str) -> None:
     with pytest.raises(ValueError, match="no number"):

@@ -564,6 +564,10 @@ def test_a_pivot_takes_its_columns_from_the_values(workspace: Workspace) -> None
         for text_ in texts:
             wanted = [{"plate": "BR1", "hard": 4, "median": 4, "soft": 4}]
             assert questions.ask(text_).table().to_pylist() == wanted
+        commented = questions.ask("PIVOT_WIDER plates ON barcode -- of each")
+        assert "BR1" in commented.names
+        with pytest.raises(QueryError, match="In PIVOT, say the values"):
+            questions.ask("PIVOT wells ON name || '!' USING count(*)")
         both = "PIVOT wells ON well_row, well_column USING count(*) GROUP BY plate_id"
         assert questions.ask(both).names[:3] == ["plate_id", "1_1", "1_2"]
         assert "well_column" in questions.plan(both)

@@ -333,7 +333,7 @@ def test_what_was_made_of_a_channel_stays_valid_when_it_is_renamed(bench: Bench)
     assert list(store.sql(column.format("RNA")).to_pydict().values()) == dna
     renamed = store.measure(MeasureParams(channels=("RNA",), features=("texture",)))
     assert (renamed.run_id, renamed.feature_set) == (None, of_dna.feature_set)
-    assert "rename" not in store.repro(str(made[1].run_id)).script
+    assert "\ncellstore rename" not in store.repro(str(made[1].run_id)).script
     # What was called RNA is another recipe, of other pixels.
     other = store.measure(MeasureParams(channels=("DNA",), features=("texture",)))
     planes = {"RNA": plane_of(bench, 1, "DNA")}

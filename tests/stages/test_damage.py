@@ -134,6 +134,17 @@ def test_a_file_that_cannot_be_read_ends_in_a_sentence(sqlite_workspace: Workspa
     assert not doctor(settings).ok
 
 
+@pytest.mark.parametrize("text_of", ["mea\xff", "mea#ure"])
+def test_damage_within_a_text_is_one_sentence(sqlite_workspace: Workspace, text_of: str) -> None:
+    """A byte of a stage that is no UTF-8, and one that makes it another word."""
+    Factory(sqlite_workspace).recipe(Stage.MEASURE)
+    with closing(sqlite3.connect(sqlite_workspace.settings.sqlite)) as plain:
+        plain.execute("UPDATE recipes SET stage = CAST(? AS TEXT)", [text_of.encode("latin-1")])
+        plain.commit()
+    with pytest.raises(DatabaseError, match=r"is damaged.*cellstore restore"):
+        verify(sqlite_workspace)
+
+
 # --- image files that are gone -------------------------------------------------------------------
 
 bench = bench_of_images
