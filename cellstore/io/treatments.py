@@ -168,7 +168,8 @@ class TreatmentRecord:
 _CONTROL_WORD = "(controle?|ctrl|ctl|kontrolle|temoin)?"
 _SAYS = {
     Control.NEGATIVE: re.compile(
-        rf"{_CONTROL_WORD}(neg(ati[vf]|con|ctrl|kontr)|(neg|nc|vehi[ck]\w+)$)"
+        rf"{_CONTROL_WORD}(neg(ati[vf]|con|ctrl|kontr)|(neg|nc)$"
+        r"|vehi[ck](le|ule|ulo|el)(control|kontrolle|dmso|treated)?$)"  # not 'vehicle + drug'
     ),
     Control.POSITIVE: re.compile(
         rf"(trt)?{_CONTROL_WORD}pos(iti[vf]|con|ctrl|kontr)|{_CONTROL_WORD}(pos|pc)$"
