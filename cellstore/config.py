@@ -476,13 +476,8 @@ class IngestParams(Params):
 
     @property
     def plates(self) -> tuple[str, ...]:
-        """The plates that were named."""
+        """The plates that were named; the first one is that of a source of one plate."""
         return (self.plate,) if isinstance(self.plate, str) else self.plate
-
-    @property
-    def one_plate(self) -> str | None:
-        """The plate of a source that has one."""
-        return self.plates[0] if self.plates else None
 
 
 class CellPlanes(Params):

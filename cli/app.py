@@ -229,7 +229,7 @@ class Common:
         if not (quiet or self.as_json):
             progress = Bar() if sys.stderr.isatty() else Notes()
         store = Store.open(self.store, progress=progress)
-        if store.root.stat().st_mode & stat.S_IWGRP:
+        if store.workspace.settings.root.stat().st_mode & stat.S_IWGRP:
             # People share it: what this command writes is for the others of the group, too.
             os.umask(os.umask(0o077) & ~0o070)
         return store

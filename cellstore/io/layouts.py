@@ -110,7 +110,12 @@ def detect(
 
             found = [Layout.HARMONY] if is_harmony(path) else []
         else:
-            columns = _columns(path)
+            try:
+                columns = open_table(path, whole=False).columns
+            except BadTableError:
+                if open_map(path) is None:
+                    raise
+                columns = ()  # a map begins with something else
             found = table_layouts(columns)
             if any("Object" in name or "Parent" in name for name in columns):
                 from .single_cells import is_single_cells
@@ -193,16 +198,6 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
         Layout.JUMP_PLATES: plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
     }
     return [layout for layout, fits in tests.items() if fits]
-
-
-def _columns(path: Path) -> tuple[str, ...]:
-    """Return the columns of a table; none where a map begins with something else."""
-    try:
-        return open_table(path, whole=False).columns
-    except BadTableError:
-        if open_map(path) is None:
-            raise
-        return ()
 
 
 def _profile_columns(columns: Sequence[str]) -> int:

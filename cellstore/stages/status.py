@@ -322,27 +322,23 @@ def next_step(session: Session) -> tuple[str, ...]:
         return (first, "cellstore report") if steps["baselines"] else (first,)
     if lacks[0] != "cells":
         return NEXT[lacks[0]]
-    return (_how_to_segment(session), *(() if steps["treatments"] else (PLATEMAP,)))
+    from ..jobs.planes import choose_channels
+
+    try:
+        choose_channels(session, None)
+        segment = NEXT["cells"][0]
+    except UserInputError:  # no name of a channel says DNA
+        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
+        names = list(found)
+        listed = f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
+        segment = f"cellstore segment --channels NAME  (the one of the nuclei: {listed})"
+    return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
 
 def _baseline(session: Session) -> str:
     """The baseline of a recipe ``c`` in SQL; null where it is of a network."""
     sqlite = session.get_bind().dialect.name == "sqlite"
     return "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
-
-
-def _how_to_segment(session: Session) -> str:
-    """Return the command that finds cells, with what it asks for if no name says DNA."""
-    from ..jobs.planes import choose_channels
-
-    try:
-        choose_channels(session, None)
-    except UserInputError:
-        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
-        names = list(found)
-        listed = f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
-        return f"cellstore segment --channels NAME  (the one of the nuclei: {listed})"
-    return NEXT["cells"][0]
 
 
 def status(workspace: Workspace) -> StatusResult:

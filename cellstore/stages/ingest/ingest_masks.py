@@ -117,15 +117,14 @@ class MaskReader:
         with workspace.database.read() as session:
             named = in_recipes(session, find_channels(session, self._plane.channels))
             self._plane = ImageInput(named)
-            if params.one_plate is not None:
-                find_plate(session, params.one_plate)
+            for plate in params.plates[:1]:
+                find_plate(session, plate)
 
     def read(self, file: MaskFile) -> FoundMasks:
         """Find the image of a file, read the file, and compare the two."""
         params = self._params
-        found = read_masks_of(
-            self._workspace.database, file, plate=params.one_plate, binary=params.binary
-        )
+        plate = next(iter(params.plates), None)
+        found = read_masks_of(self._workspace.database, file, plate=plate, binary=params.binary)
         if isinstance(found, NoMatch):
             return FoundMasks(file, found)
         labels = found.labels
