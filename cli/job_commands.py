@@ -325,8 +325,8 @@ def seal(
 ) -> None:
     """Write the end of the ledger to a file, which you keep where nobody else can change it.
 
-    Who owns a database can change all of it, the ledger too. Against that helps only what is kept
-    elsewhere: verify --against FILE says whether all that was done before the seal is as it was.
+    The owner of a database can change everything in it, the ledger too. A seal that is kept
+    elsewhere shows such a change: verify --against FILE compares all that was done before it.
 
     \b
     Example:

@@ -122,9 +122,15 @@ class Database:
             yield session
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
-        """Yield a session for reading; nothing is committed."""
-        with _translated(self), Session(self.engine) as session:
+    def read(self, *, steady: bool = False) -> Iterator[Session]:
+        """Yield a session for reading; nothing is committed.
+
+        ``steady``: all its questions see the rows of one moment, as they do on SQLite anyway.
+        """
+        engine = self.engine
+        if steady and not self.is_sqlite:
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with _translated(self), Session(engine) as session:
             yield session
 
     def revision(self) -> str | None:
