@@ -198,8 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that does them. So it does with masks
-    and feature files that are gone: the command makes them again.
+    It opens their jobs again, also those of masks and feature files that are gone, and shows the
+    command that does them.
 
     \b
     Example:

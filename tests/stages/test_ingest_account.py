@@ -225,6 +225,19 @@ def test_a_folder_whose_tables_changed_is_not_the_same(tmp_path: Path) -> None:
     assert FileIdentity.of(tmp_path / "tables").sha256 != before.sha256
 
 
+def test_a_table_beside_the_source_that_cannot_be_read(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    platemap = tmp_path / "map.csv"
+    platemap.write_text("Well,Compound\nA01,taxol\n")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, reason in (("none.csv", "No such file"), ("pipe.csv", "a pipe or a device")):
+        path = tmp_path / name
+        for params in (IngestParams(barcodes=path), IngestParams(plate="P1", aliases=path)):
+            with pytest.raises(UserInputError, match=rf"{name} cannot be read \(.*{reason}"):
+                ingest(sqlite_workspace, platemap, params)
+
+
 def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) -> None:
     rows = [{**loaddata(1), "Metadata_Batch": "B1"}]
     ingest(workspace, write_table(tmp_path / "t.csv", rows))
