@@ -21,7 +21,7 @@ from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
-from ..errors import StoreError
+from ..errors import DatabaseError, StorageError
 from ..models import (
     METADATA,
     Artifact,
@@ -52,6 +52,9 @@ from .session import HARMLESS, Database
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
+
+WAIT_MS = 2_000
+"""How long a command waits to record what it wrote elsewhere."""
 
 _WAITING = "events"
 """Where a session keeps the events of a long transaction until its end."""
@@ -149,13 +152,14 @@ def savepoint(session: Session) -> Iterator[None]:
 def record_files(database: Database, *paths: Path) -> bool:
     """Append an event for files that a command wrote outside the store; whether that went well.
 
-    Who may only read the database may write such files, and nothing is recorded of it.
+    Nothing is recorded where the database can only be read, or others write to it for long: the
+    files are written all the same.
     """
     changes = [Change("files", None, None, {"path": str(path.resolve())}) for path in paths]
     try:
-        with database.begin() as session:
+        with database.begin(WAIT_MS) as session:
             record_events(session, changes)
-    except StoreError:
+    except (DatabaseError, StorageError):
         return False
     return True
 
