@@ -24,7 +24,7 @@ from cellstore.enums import Level
 from cellstore.errors import UserInputError
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact
+from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact, RunMetric
 from cellstore.stages import verify as verify_step
 from cellstore.stages.corrections import exclude
 from cellstore.stages.predict import predict
@@ -239,4 +239,18 @@ def test_what_others_do_meanwhile_is_no_problem(store: Store, monkeypatch: pytes
         return run_digests(session)
 
     monkeypatch.setattr(verify_step, "run_digests", after_another_run)
+    assert store.found() == []
+
+
+def test_a_run_that_was_not_ended_by_cellstore_is_named(store: Store):
+    database = store.workspace.database
+    with database.read() as session:
+        recipe = session.get_one(Run, store.predict).recipe
+    with running(database, recipe) as run:
+        with database.begin() as session:
+            session.add(RunMetric(run_id=run.id, epoch=1, name="accuracy", value=1.0))
+            session.flush()
+            session.execute(text("UPDATE runs SET ended_at = started_at WHERE ended_at IS NULL"))
+        said = store.found()
+    assert any(line.startswith(f"run {run.id}: table runs: ended_at") for line in said)
     assert store.found() == []
