@@ -43,7 +43,7 @@ from sqlalchemy.orm import Session
 from ..db.bulk import in_lists, insert_new
 from ..db.events import record_runs
 from ..enums import Status
-from ..errors import UserInputError
+from ..errors import StoreError, UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
@@ -266,7 +266,16 @@ def reserve(
 
     The first recipe with something to do chooses the images; those jobs of the other recipes that
     are free for them are reserved with it, so that each image is opened once for all.
+
+    Raises:
+        StoreError: another process took this one for dead, and ended a run of the scope.
     """
+    of_scope = select(Run.id).where(Run.id.in_(set(scope.runs.values())))
+    if (ended := session.scalar(of_scope.where(Run.ended_at.is_not(None)).limit(1))) is not None:
+        raise StoreError(
+            f"Run {ended} was ended by another command, because this process had not answered for "
+            "too long. Nothing is lost: run the same command again to go on."
+        )
     moment = now(session)
     free = and_(
         Job.status == Status.PENDING,
