@@ -898,7 +898,7 @@ class ContrastParams(Params):
         "Compare at most this many cells of a treatment, and of control, evenly from their wells.",
         min=2,
     )
-    nulls: int = option(20, "How often control wells are compared with control wells.", min=0)
+    nulls: int = option(20, "How often control wells are compared with control wells.", min=19)
     seed: int = option(0, "Same seed, same cells and folds.", min=0)
 
 

@@ -603,7 +603,8 @@ class Store(AbstractContextManager["Store"]):
         paths = [Path(file) for file in files if file is not None]
         if paths and not record_files(self.workspace.database, *paths):
             self.workspace.progress.note(
-                "This store can only be read here, so its log does not name what was written."
+                "The log of this store does not name what was written: the store can only be "
+                "read here, or another command is writing to it."
             )
 
     def repro(self, run: str = "latest") -> Repro:

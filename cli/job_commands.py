@@ -198,8 +198,8 @@ def retry(
 ) -> None:
     """Give images that failed another try.
 
-    It opens their jobs again and shows the command that does them. So it does with masks
-    and feature files that are gone: the command makes them again.
+    It opens their jobs again, also those of masks and feature files that are gone, and shows the
+    command that does them.
 
     \b
     Example:
@@ -325,8 +325,8 @@ def seal(
 ) -> None:
     """Write the end of the ledger to a file, which you keep where nobody else can change it.
 
-    Who owns a database can change all of it, the ledger too. Against that helps only what is kept
-    elsewhere: verify --against FILE says whether all that was done before the seal is as it was.
+    The owner of a database can change everything in it, the ledger too. A seal that is kept
+    elsewhere shows such a change: verify --against FILE compares all that was done before it.
 
     \b
     Example:

@@ -45,6 +45,8 @@ def test_a_shift_gives_the_area_that_theory_says() -> None:
 
 
 def test_without_an_effect_there_is_nothing() -> None:
+    rows, treated, wells = screen()
+    assert contrast(0 * rows, treated, wells).auc == 0.5  # a draw counts half
     areas = [contrast(*screen(seed=seed)).auc for seed in range(20)]
     assert np.mean(areas) == pytest.approx(0.5, abs=0.03)
 
@@ -99,3 +101,4 @@ def test_a_treatment_must_be_above_controls_among_themselves() -> None:
     # Two control wells may be less alike than any: that is no reason to believe anything.
     assert judge(0.45, [0.3] * 20) is Difference.NO
     assert judge(0.9, []) is Difference.TOO_FEW  # chance was not measured
+    assert judge(0.9, [0.5] * 18) is Difference.TOO_FEW

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from factories import Factory
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
@@ -26,7 +26,7 @@ from tinyjobs import (
 
 from cellstore.config import Resources
 from cellstore.enums import Stage, Status
-from cellstore.errors import RunCancelledError, StorageError, UserInputError
+from cellstore.errors import RunCancelledError, StorageError, StoreError, UserInputError
 from cellstore.jobs import execute, queue
 from cellstore.jobs.execute import RunCounter
 from cellstore.jobs.queue import Owner, Task, new_owner
@@ -213,6 +213,22 @@ def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspa
     far = soon(1000)
     Factory(workspace).job(dead, image, Status.RUNNING, worker=gone, lease_until=far)
     assert go(workspace).images == 1
+
+
+def test_who_was_taken_for_dead_ends_and_fails_no_image(workspace: Workspace):
+    fill(workspace, 4)
+
+    def compute(task: Task) -> str:
+        with workspace.database.begin() as session:  # as another does when a lease has run out
+            over = {"status": Status.FAILED, "ended_at": datetime.now(UTC)}
+            session.execute(update(Run).values(**over))
+            session.execute(update(Job).values(status=Status.PENDING, worker=None))
+        return task.name
+
+    with pytest.raises(StoreError, match="run the same command again"):
+        go(workspace, compute)
+    assert (labels(workspace), statuses(workspace)) == ([], {Status.PENDING: 4})
+    assert go(workspace).images == 4
 
 
 def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():

@@ -10,6 +10,7 @@ from cellstore.db import events
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_recipe, find_run
+from cellstore.jobs.queue import close_dead_runs, new_owner
 from cellstore.jobs.runs import RecipeSpec, RunHandle, attach, keep_files, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Job, Recipe, Run, RunArtifact
@@ -79,6 +80,12 @@ def test_who_leaves_a_run_that_others_share_does_not_end_it(workspace: Workspace
         leave()
     after = run_of(workspace)
     assert (after.id, after.status, after.process) == (run.id, Status.RUNNING, ELSEWHERE)
+    with workspace.database.begin() as session:  # nor does one that was killed
+        host, pid, machine, _, mark = new_owner().split("|")
+        dead = "|".join((host, pid, machine, "0", mark))
+        session.execute(update(Run).values(process=dead))
+        close_dead_runs(session)
+    assert run_of(workspace).status is Status.RUNNING
     with workspace.database.begin() as session:
         session.execute(update(Job).where(Job.id == jobs[0].id).values(status=Status.DONE))
     again = running(workspace.database, recipe_of(workspace), resume=run.id)

@@ -25,6 +25,9 @@ Flags = NDArray[np.bool_]
 FEWEST_WELLS = 2
 """Wells that treated and control must have each: with one, no other is left to learn from."""
 
+FEWEST_NULLS = 19
+"""Comparisons among controls: chance exceeds the largest of fewer more often than once in 20."""
+
 FOLDS = 5
 
 
@@ -110,9 +113,12 @@ def contrast(
 def usual_auc(nulls: Sequence[float]) -> float | None:
     """Return what 19 of 20 AUCs of control wells against control wells (``nulls``) do not exceed.
 
-    Of 20 or fewer it is the largest, and 0.5 at least. ``None`` where there are none.
+    Of 20 or fewer it is the largest, and 0.5 at least. ``None`` where there are fewer than
+    ``FEWEST_NULLS``.
     """
-    return max(0.5, float(np.quantile(nulls, 0.95, method="higher"))) if nulls else None
+    if len(nulls) < FEWEST_NULLS:
+        return None
+    return max(0.5, float(np.quantile(nulls, 0.95, method="higher")))
 
 
 def judge(auc: float, nulls: Sequence[float]) -> Difference:

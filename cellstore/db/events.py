@@ -21,11 +21,12 @@ from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
-from ..errors import StoreError
+from ..errors import DatabaseError, StorageError
 from ..models import (
     METADATA,
     Artifact,
     Base,
+    Cell,
     CellFlag,
     Event,
     FeatureFile,
@@ -51,6 +52,9 @@ from .session import HARMLESS, Database
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
+
+WAIT_MS = 2_000
+"""How long a command waits to record what it wrote elsewhere."""
 
 _WAITING = "events"
 """Where a session keeps the events of a long transaction until its end."""
@@ -95,10 +99,7 @@ def record_events(
     if (waiting := session.info.get(_WAITING)) is not None:
         waiting.append((found, {"run_id": run_id, "reason": reason, "file": file}))
         return
-    role = None
-    if session.get_bind().dialect.name != "sqlite":
-        lock = text("SELECT pg_advisory_xact_lock(:key), current_user")
-        role = session.execute(lock, {"key": _CHAIN_LOCK}).one()[1]
+    role = _lock_chain(session)
     (user_name, command), host = caller(), socket.gethostname()
     if run_id is not None:
         run = session.get_one(Run, run_id)
@@ -127,16 +128,38 @@ def record_events(
     session.execute(insert(Event), rows)
 
 
+def _lock_chain(session: Session) -> str | None:
+    """Let no other add events until the transaction ends; return the role of the database."""
+    if session.get_bind().dialect.name == "sqlite":
+        return None
+    lock = text("SELECT pg_advisory_xact_lock(:key), current_user")
+    return str(session.execute(lock, {"key": _CHAIN_LOCK}).one()[1])
+
+
+@contextmanager
+def savepoint(session: Session) -> Iterator[None]:
+    """A part of a transaction that an error undoes, with the events that wait for its end."""
+    waiting = session.info.get(_WAITING, [])
+    number = len(waiting)
+    try:
+        with session.begin_nested():
+            yield
+    except BaseException:
+        del waiting[number:]
+        raise
+
+
 def record_files(database: Database, *paths: Path) -> bool:
     """Append an event for files that a command wrote outside the store; whether that went well.
 
-    Who may only read the database may write such files, and nothing is recorded of it.
+    Nothing is recorded where the database can only be read, or others write to it for long: the
+    files are written all the same.
     """
     changes = [Change("files", None, None, {"path": str(path.resolve())}) for path in paths]
     try:
-        with database.begin() as session:
+        with database.begin(WAIT_MS) as session:
             record_events(session, changes)
-    except StoreError:
+    except (DatabaseError, StorageError):
         return False
     return True
 
@@ -153,7 +176,9 @@ BEGUN = (
 )
 """What an entry of the ledger says of a run when it begins. The rest comes when it has ended."""
 
-DESCRIBING = ("plates", "wells", "treatments", "treatment_parts", "perturbations")
+DESCRIBING = (
+    *("plates", "wells", "treatments", "treatment_parts", "perturbations", "annotations"),
+)
 """Tables that ingests and corrections change; their digests stand in the entries of these."""
 
 _MASK = METADATA.tables["artifacts"].alias()
@@ -209,6 +234,7 @@ def record_runs(session: Session, ids: Collection[int], *, opened: bool = False)
             new = {"status": row["status"], "row": row}
             new["digests"] = {name: digest for (of, name), digest in tables.items() if of == run_id}
             if row["stage"] == Stage.INGEST:
+                _lock_chain(session)  # else an ingest that ends meanwhile could be said first
                 new["tables"] = table_digests(session)
         record_events(session, [Change("runs", run_id, None, new)], run_id=run_id)
 
@@ -243,40 +269,55 @@ def run_rows(session: Session, ids: Collection[int] = ()) -> list[tuple[int, dic
     return found
 
 
-def run_digests(session: Session, ids: Collection[int] = ()) -> dict[tuple[int, str], str]:
+def run_digests(
+    session: Session, ids: Collection[int] = (), images: Iterable[Any] | None = None
+) -> dict[tuple[int, str], str]:
     """Return by run and table the sum of the sha256 of the rows that a run wrote.
 
-    A sum does not depend on the order, and rows can be taken from it.
+    A sum does not depend on the order, and rows can be taken from it. ``images``: lists or queries
+    of ids; of rows that are about an image, only those about these.
     """
     sums: dict[tuple[int, str], int] = defaultdict(int)
     for table, query in _ROWS:
-        wanted = query.where(query.selected_columns.run_id.in_(ids)) if ids else query
-        rows = session.connection().execute(wanted, execution_options={"yield_per": 10_000})
-        for run_id, *values in rows:
-            sums[run_id, table] += int.from_bytes(hashlib.sha256(_canonical(values)).digest())
+        columns = query.selected_columns
+        wanted = [query.where(columns.run_id.in_(ids)) if ids else query]
+        if images is not None and "image_id" in columns:
+            wanted = [wanted[0].where(columns.image_id.in_(some)) for some in images]
+        elif images is not None and "cell_id" in columns:
+            of = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
+            wanted = [
+                wanted[0].where(columns.cell_id.in_(of.where(Segmentation.image_id.in_(some))))
+                for some in images
+            ]
+        for some in wanted:
+            rows = session.connection().execute(some, execution_options={"yield_per": 10_000})
+            for run_id, *values in rows:
+                sums[run_id, table] += int.from_bytes(hashlib.sha256(_canonical(values)).digest())
     return {key: f"{total % MODULUS:064x}" for key, total in sums.items()}
 
 
 def table_digests(session: Session) -> dict[str, str]:
-    """Return the sum of the sha256 of all rows of plates, wells and what was done to them."""
+    """Return by table the sum of the sha256 of all rows of ``DESCRIBING``."""
     found = {}
     for name in DESCRIBING:
-        rows = session.connection().execute(select(METADATA.tables[name]))
+        query = select(METADATA.tables[name])
+        rows = session.connection().execute(query, execution_options={"yield_per": 10_000})
         total = sum(int.from_bytes(hashlib.sha256(_canonical(list(row))).digest()) for row in rows)
         found[name] = f"{total % MODULUS:064x}"
     return found
 
 
 @contextmanager
-def recording_removed(session: Session) -> Iterator[None]:
+def recording_removed(session: Session, images: Collection[Any]) -> Iterator[None]:
     """Record what is taken from runs that have ended: their files are lost, or a plate is deleted.
 
-    What was changed behind the back of cellstore before is not hidden by it.
+    ``images``: lists or queries of the ids of all images whose rows go. What was changed without
+    cellstore before is not hidden by it.
     """
-    before = run_digests(session)
+    before = run_digests(session, images=images)
     yield
     session.flush()
-    after = run_digests(session)
+    after = run_digests(session, images=images)
     removed: dict[int, dict[str, str]] = defaultdict(dict)
     for (run_id, table), digest in before.items():
         less = int(digest, 16) - int(after.get((run_id, table), "0"), 16)

@@ -48,6 +48,7 @@ UNWRITABLE = re.compile(
 )
 DAMAGED = re.compile(r"malformed|not a database|corrupt|could not decode")
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
+READ_ONLY = ("42501", "25006")  # PostgreSQL: no right to a table, a transaction that only reads
 DAMAGES_SHOWN = 20
 DANGLING = "refers to a row"
 VERSION_TABLE = "alembic_version"
@@ -115,16 +116,25 @@ class Database:
         return without_secrets(self.engine.url).render_as_string()
 
     @contextmanager
-    def begin(self) -> Iterator[Session]:
-        """Yield a session in one transaction: committed at the end, undone by an error."""
-        engine = self.engine.execution_options(writes=True)
+    def begin(self, wait_ms: int = SQLITE_BUSY_MS) -> Iterator[Session]:
+        """Yield a session in one transaction: committed at the end, undone by an error.
+
+        ``wait_ms``: how long it waits on SQLite for others that write.
+        """
+        engine = self.engine.execution_options(writes=True, wait_ms=wait_ms)
         with _translated(self), Session(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
-    def read(self) -> Iterator[Session]:
-        """Yield a session for reading; nothing is committed."""
-        with _translated(self), Session(self.engine) as session:
+    def read(self, *, steady: bool = False) -> Iterator[Session]:
+        """Yield a session for reading; nothing is committed.
+
+        ``steady``: all its questions see the rows of one moment, as they do on SQLite anyway.
+        """
+        engine = self.engine
+        if steady and not self.is_sqlite:
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with _translated(self), Session(engine) as session:
             yield session
 
     def revision(self) -> str | None:
@@ -181,7 +191,8 @@ def _translated(database: Database) -> Iterator[None]:
         # Its other kinds (integrity, programming) are not about the database's own health,
         # but for a parameter of the URL that the driver does not know.
         unconnected = type(error) is ProgrammingError and error.statement is None
-        if not unconnected and type(error) not in (SqlDatabaseError, OperationalError):
+        denied = getattr(error.orig, "sqlstate", None) in READ_ONLY
+        if not (unconnected or denied) and type(error) not in (SqlDatabaseError, OperationalError):
             raise
         raise explain(error, database) from error
     except (LookupError, ValueError) as error:
@@ -208,7 +219,7 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
             "folder exist and that you may write to both, which cellstore needs for reading, too. "
             "An archived store can be used from a copy in a folder that can be written to."
         )
-    if UNWRITABLE.search(lowered):
+    if UNWRITABLE.search(lowered) or getattr(error.orig, "sqlstate", None) in READ_ONLY:
         return StorageError(
             f"The database {database.shown} cannot be written: {text}. "
             "Free some space or mend the permissions, then run the same command again."
@@ -307,7 +318,9 @@ def _begin_sqlite(connection: Any) -> None:
     options = connection.get_execution_options()
     if options.get("rebuilds", False):  # can only be said before the transaction begins
         connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-    writes = options.get("writes", False)
+    if writes := options.get("writes", False):
+        wait_ms = options.get("wait_ms", SQLITE_BUSY_MS)
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(wait_ms)}")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
@@ -145,15 +146,15 @@ def detect(
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
     if len({item.kind for item in chosen}) > 1:
         kinds = [item.kind.value for item in chosen]
-        commands = (f"cellstore ingest {kind} {path}" for kind in kinds)
+        commands = (f"cellstore ingest {kind} {shlex.quote(str(path))}" for kind in kinds)
         raise BadTableError(
             f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
         )
     if chosen:
-        raise BadTableError(f"{path.name} may be {named}. Choose with --layout.")
+        raise BadTableError(f"{path} may be {named}. Choose with --layout.")
     if found:
         raise BadTableError(
-            f"{path.name} looks like {named}, not {kind}. "
+            f"{path} looks like {named}, not {kind}. "
             "Name another kind or none, or force a reader with --layout."
         )
     raise _unknown(path, head)

@@ -65,6 +65,10 @@ _METADATA_ROLES = ("cell_line", "time_point", "replicate", "batch")
 _SWAPPED = re.compile(r"\d{1,2}\s*[A-Za-z]{1,2}")
 BLANK = "blank"
 """Why a well has no treatment: its cell is blank."""
+NAMELESS = "a dose and no name"
+_ADVICE = {why: advice for why, (_, advice) in EXCEL.items()} | {
+    NAMELESS: "Write the name of what was given, or say what blank wells got: --blank DMSO"
+}
 
 Issue = tuple[Path, Refusal]
 """A row of an annotation table that was not used, and the file it is in."""
@@ -103,8 +107,8 @@ class PlateMap:
     """The treatments of one plate map by position; None: not known, or no cells.
 
     ``lines`` has the line of ``path``, ``metadata`` the values of the other columns. ``unnamed``
-    says of wells whose cell has no treatment why (``BLANK``, ``EMPTY`` or what Excel made of it)
-    and what is in the cell; ``blank`` is what wells got whose cell is blank.
+    says of wells whose cell has no treatment why (``BLANK``, ``EMPTY``, ``NAMELESS`` or what Excel
+    made of it) and what is in the cell; ``blank`` is what wells got whose cell is blank.
     A row with a sample that no treatment table has is in none of these.
     """
 
@@ -218,7 +222,7 @@ def read_annotation(
                     "Remove one of them."
                 )
             maps[name] = PlateMap(name, path, _blank(some, tables, options.blank, bool(is_broad)))
-            issues += [(path, refusal) for refusal in _fill(maps[name], some, tables)]
+            issues += [(path, refusal) for refusal in _fill(maps[name], some, tables, options)]
     _set_controls(maps.values(), options.controls)
     if barcodes is None and platemap.is_dir():  # JUMP has it in the folder of maps, or above
         above = (platemap, platemap.resolve().parent)
@@ -442,7 +446,10 @@ def _map_row(
     ]
     if EMPTY in words:
         metadata["content"] = EMPTY
-    unnamed = (EMPTY if EMPTY in words else BLANK), ""
+    doses = [texts.get(name, "") for (role, _), name in columns.by_role.items() if role == "dose"]
+    unnamed = (BLANK, next((text for text in doses if re.search("[1-9]", text)), ""))
+    if EMPTY in words:
+        unnamed = (EMPTY, "")
     record = combined(parts, role_text) if parts and EMPTY not in words else None
     map_name = row.text("plate") or row.text("map")
     row.used.update(columns.column(role) for role in ("well", "row", "column", "map"))
@@ -552,7 +559,10 @@ def _blank(
 
 
 def _fill(
-    plate_map: PlateMap, rows: Sequence[tuple[int, MapRow]], tables: Sequence[_Treatments]
+    plate_map: PlateMap,
+    rows: Sequence[tuple[int, MapRow]],
+    tables: Sequence[_Treatments],
+    options: MapOptions,
 ) -> Iterator[Refusal]:
     """Add the rows to the map, joined with treatments; yield those that cannot be used."""
     done: dict[TreatmentRecord, TreatmentRecord | None] = {}
@@ -560,10 +570,12 @@ def _fill(
     unclear = {
         row.position for _, row in rows if said.setdefault(row.position, row.record) != row.record
     }
-    for line, (_, position, metadata, record, unnamed) in rows:
-        treatment = record
+    for line, (_, position, metadata, record, written) in rows:
+        treatment, unnamed = record, written
         if record is None and unnamed[0] == BLANK:
             treatment = plate_map.blank
+            if unnamed[1] and treatment is not None and options.blank is None:
+                treatment, unnamed = None, (NAMELESS, unnamed[1])
         elif record is not None and tables:
             if record not in done:
                 done[record] = _joined(record, tables)
@@ -684,7 +696,7 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
             texts = ", ".join(sorted({plate_map.unnamed[at][1] for at in some})[:3])
             yield (
                 f"{what} of {name} {'has' if one else 'have'} {why} ({texts}), "
-                f"{unknown} {EXCEL[why][1]}"
+                f"{unknown} {_ADVICE[why]}"
             )
     for n_rows, n_columns in FORMATS:
         outside = [at for at in plate_map.wells if at[0] > n_rows or at[1] > n_columns]

@@ -168,7 +168,8 @@ class TreatmentRecord:
 _CONTROL_WORD = "(controle?|ctrl|ctl|kontrolle|temoin)?"
 _SAYS = {
     Control.NEGATIVE: re.compile(
-        rf"{_CONTROL_WORD}(neg(ati[vf]|con|ctrl|kontr)|(neg|nc|vehi[ck]\w+)$)"
+        rf"{_CONTROL_WORD}(neg(ati[vf]|con|ctrl|kontr)|(neg|nc)$"
+        r"|vehi[ck](le|ule|ulo|el)(control|kontrolle|dmso|treated)?$)"  # not 'vehicle + drug'
     ),
     Control.POSITIVE: re.compile(
         rf"(trt)?{_CONTROL_WORD}pos(iti[vf]|con|ctrl|kontr)|{_CONTROL_WORD}(pos|pc)$"
@@ -319,11 +320,10 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     kind = read_kind(texts.get("Metadata_pert_type"), first_text(texts, _KIND), texts.get(_JCP))
     if _COMPONENTS in texts:
         try:
-            items = json.loads(texts[_COMPONENTS])
-            parts = [TreatmentRecord(PerturbationKind(item.pop("kind")), **item) for item in items]
-            return combined(parts, role)
+            return combined([_component(**item) for item in json.loads(texts[_COMPONENTS])], role)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RowRefusedError("not a treatment", f"{_COMPONENTS}: {error}") from error
+            detail = f"{_COMPONENTS} is not as cellstore export writes it: {texts[_COMPONENTS]!r}"
+            raise RowRefusedError("not a treatment", detail) from error
     dose, *unit = dose_columns(tuple(texts)) or (None,)
     meant = header_of(dose) if dose else None
     found = TreatmentRecord.named(
@@ -339,6 +339,30 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     if dose is None or _ORIGINAL not in texts:
         return found
     return replace(found, dose_original=texts[_ORIGINAL])
+
+
+def _component(
+    kind: str,
+    pert_iname: str,
+    identifier: str | None = None,
+    target: str | None = None,
+    inchikey: str | None = None,
+    smiles: str | None = None,
+    pubchem_cid: str | None = None,
+    dose: float | None = None,
+    unit: str | None = None,
+    dose_original: str | None = None,
+) -> TreatmentRecord:
+    """Return one part of a combination, as an export has it."""
+    chemistry = (inchikey, smiles, pubchem_cid)
+    for text in (pert_iname, identifier, target, *chemistry, unit, dose_original):
+        if not isinstance(text, str | None):
+            raise TypeError(f"{text!r} is no text")
+    part = TreatmentRecord.of(PerturbationKind(kind), pert_iname, identifier, target, *chemistry)
+    if dose is None:
+        return part
+    number, plain = normalised_dose(dose, unit)
+    return replace(part, dose=number, unit=plain, dose_original=dose_original)
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:

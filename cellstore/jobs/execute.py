@@ -220,7 +220,8 @@ def execute(
         lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}
         counts = [count_images(session, recipe.id, images) for recipe in recipes]
     if any(found is not None for found in lost.values()):
-        with workspace.database.begin() as session, recording_removed(session):
+        gone = list(in_lists({image for found in lost.values() for image in found or ()}))
+        with workspace.database.begin() as session, recording_removed(session, gone):
             for recipe_id, found in lost.items():
                 jobs = queue.done_jobs(session, recipe_id, found or ())
                 for some in in_lists(jobs):

@@ -43,7 +43,7 @@ from sqlalchemy.orm import Session
 from ..db.bulk import in_lists, insert_new
 from ..db.events import record_runs
 from ..enums import Status
-from ..errors import UserInputError
+from ..errors import StoreError, UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
@@ -266,7 +266,16 @@ def reserve(
 
     The first recipe with something to do chooses the images; those jobs of the other recipes that
     are free for them are reserved with it, so that each image is opened once for all.
+
+    Raises:
+        StoreError: another process took this one for dead, and ended a run of the scope.
     """
+    of_scope = select(Run.id).where(Run.id.in_(set(scope.runs.values())))
+    if (ended := session.scalar(of_scope.where(Run.ended_at.is_not(None)).limit(1))) is not None:
+        raise StoreError(
+            f"Run {ended} was ended by another command, because this process had not answered for "
+            "too long. Nothing is lost: run the same command again to go on."
+        )
     moment = now(session)
     free = and_(
         Job.status == Status.PENDING,
@@ -455,7 +464,8 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
         session.execute(update(Job).where(these).values(**_after_crash(session)))
     if rows:
         still_working = exists().where(running, Job.run_id == Run.id)
-        over = update(Run).where(Run.id.in_({row.run_id for row in rows}), ~still_working)
+        theirs = {row.run_id for row in rows} - set(scope.runs.values())
+        over = update(Run).where(Run.id.in_(theirs), ~still_working)
         over = over.where(Run.status == Status.RUNNING).values(**_died()).returning(Run.id)
         if ended := session.scalars(over).all():
             record_runs(session, ended)
@@ -470,19 +480,29 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
 
 
 def close_dead_runs(session: Session) -> None:
-    """Close the runs of processes of this machine that are gone: nothing else would."""
+    """Close the runs of processes of this machine that are gone: nothing else would.
+
+    But not those in which another process works.
+    """
     query = select(Run.id, Run.process).where(Run.ended_at.is_(None))
-    gone = [
-        number
+    gone = {
+        number: process
         for number, process in session.execute(query)
         if (owner := Owner.parse(process)) and owner.is_alive() is False
-    ]
-    if gone:
-        running = update(Run).where(Run.id.in_(gone), Run.status == Status.RUNNING)
-        session.execute(running.values(**_died()))
-        cancelled = update(Run).where(Run.id.in_(gone), Run.ended_at.is_(None))
-        session.execute(cancelled.values(ended_at=datetime.now(UTC)))
-        record_runs(session, gone)
+    }
+    if not gone:
+        return
+    in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
+    for number, worker in session.execute(in_hand.where(Job.run_id.in_(gone)).distinct()):
+        if (owner := Owner.parse(worker)) and owner.is_alive() is not False:
+            gone.pop(number, None)
+    # By its process, too: another command may have gone on with the run meanwhile.
+    these = (Run.id.in_(gone), Run.process.in_(gone.values()), Run.ended_at.is_(None))
+    running = update(Run).where(*these, Run.status == Status.RUNNING).returning(Run.id)
+    ended = list(session.scalars(running.values(**_died())))
+    cancelled = update(Run).where(*these).returning(Run.id)
+    ended += session.scalars(cancelled.values(ended_at=datetime.now(UTC)))
+    record_runs(session, ended)
 
 
 def _died() -> dict[str, Any]:

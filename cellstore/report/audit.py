@@ -414,7 +414,7 @@ def _labellings(
         mine = [row for row in counts if row["run_id"] == run["run_id"]]
         names = {row["label_id"]: row["label"] for row in mine}
         winner = names[hard["winner_id"]]
-        mine.sort(key=lambda row: (row["label"] != winner, -row["cells"], row["label"]))
+        mine.sort(key=lambda row: (-row["cells"], -row["probability"], row["label"]))
         used = {number for row in mine for number in row["segmentations"]}
         seen = [item for item in found if item["id"] in used]
         well_subsets = [s.value for s in Subset if (run["split_id"], s) in in_well]

@@ -101,11 +101,30 @@ def read_log(
 
 
 def _of_plate(plate: int) -> Any:
-    """The condition on an event that it is about a plate, its wells or its images."""
+    """The condition on an event that it is about a plate, its wells or its images.
+
+    An event of many new rows has the first and the last of their ids.
+    """
+    first, last = (Event.new[key].as_integer() for key in ("first_id", "last_id"))
     wells = select(Well.id).where(Well.plate_id == plate)
-    images = select(Image.id).where(Image.well_id.in_(wells))
-    own = (("plates", [plate]), ("wells", wells), ("images", images))
-    return or_(*(and_(Event.table_name == t, Event.row_id.in_(ids)) for t, ids in own))
+    images = select(Image.id).join(Well, Well.id == Image.well_id).where(Well.plate_id == plate)
+    own = (
+        ("plates", select(Plate.id).where(Plate.id == plate), Plate.id),
+        ("wells", wells, Well.id),
+        ("images", images, Image.id),
+    )
+    return or_(
+        *(
+            and_(
+                Event.table_name == table,
+                or_(
+                    Event.row_id.in_(ids),
+                    and_(last.is_not(None), ids.where(key.between(first, last)).exists()),
+                ),
+            )
+            for table, ids, key in own
+        )
+    )
 
 
 def _said(

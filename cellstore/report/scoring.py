@@ -731,8 +731,8 @@ def score_answers(
         lonely = f", {len(single):,} of them one well only ({some_of})" if single else ""
         too_few.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
-            f"{lonely}: too few for an interval, so their numbers hold for these wells only. More "
-            "replicates, or split create NAME --folds 5, test more wells."
+            f"{lonely}: too few for an interval, so their numbers hold for these wells only. To "
+            "test more wells: ingest more replicates, or cellstore split create NAME --folds 5."
         )
 
     with questions.workspace.database.read() as session:

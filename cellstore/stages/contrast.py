@@ -37,8 +37,12 @@ from ..query.cells import (
 from ..query.feature_files import open_set
 from ..settings import need
 
-VERSION = 3
-"""2: the negative controls are wells, not all wells of their treatments. 3: no interval."""
+VERSION = 4
+"""2: the negative controls are wells, not all wells of their treatments. 3: no interval. 4: chance
+is measured ``FEWEST_NULLS`` times at least."""
+
+TRIES = 10
+"""How often control wells are drawn for a comparison: two must be on plates with two others."""
 
 POOLED = "all treatments"
 POOL = 10
@@ -450,13 +454,16 @@ class _Comparison:
         if wells < contrasts.FEWEST_WELLS:
             return []
         if wells not in self.areas:
-            found = []
-            for time in range(self.params.nulls):
+            found: list[float] = []
+            for time in range(TRIES * self.params.nulls):
                 generator = np.random.Generator(np.random.PCG64([self.params.seed, time]))
                 names = generator.choice(np.unique(pool.wells), wells, replace=False)
                 called = np.isin(pool.wells, names)
-                found.append(self._compare(pool.take(called), pool.take(~called)))
-            self.areas[wells] = [item.auc for item in found if item is not None]
+                if (item := self._compare(pool.take(called), pool.take(~called))) is not None:
+                    found.append(item.auc)
+                if len(found) == self.params.nulls:
+                    break
+            self.areas[wells] = found
             self.all_areas.setdefault(wells, []).extend(self.areas[wells])
         return self.areas[wells]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -98,12 +97,8 @@ Act = Callable[[Session], tuple[Correction, list[Change]]]
 """Changes rows in a transaction; returns what it did, and its events."""
 
 
-def _carry_out(
-    workspace: Workspace, reason: str | None, dry_run: bool, act: Act, *, removes: bool = False
-) -> Correction:
+def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act) -> Correction:
     """Do ``act`` in one transaction, which a dry run takes back.
-
-    ``removes``: it takes rows away that runs have written.
 
     Raises:
         UserInputError: the reason is empty.
@@ -112,8 +107,7 @@ def _carry_out(
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
-        with recording_removed(session) if removes else nullcontext():
-            done, changes = act(session)
+        done, changes = act(session)
         if dry_run:
             session.rollback()
         else:
@@ -643,7 +637,7 @@ def undo(
         done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted, notes=notes)
         return done, [*changes, status]
 
-    done = _carry_out(workspace, reason, dry_run, act, removes=True)
+    done = _carry_out(workspace, reason, dry_run, act)
     if not dry_run:
         for path in files:
             workspace.artifacts.remove(path)
@@ -1094,17 +1088,18 @@ def delete_plate(
         wells = select(Well.id).where(Well.plate_id == plate)
         notes = _corrected_by_hand(session, wells, images)
         done = Correction("delete plate", name, (), **_concerned(session, images), notes=notes)
-        changes = _delete_segmentations(session, segmentations, files)
-        # Measured sets stay: the next plate is measured into them.
-        files.extend(_delete_features(session, _of_deleted_cells(changes), with_sets=False)[1])
-        changes += _delete_images(session, images)
-        changes += _delete_rows(session, Well, query=wells)
+        with recording_removed(session, [images]):
+            changes = _delete_segmentations(session, segmentations, files)
+            # Measured sets stay: the next plate is measured into them.
+            files.extend(_delete_features(session, _of_deleted_cells(changes), with_sets=False)[1])
+            changes += _delete_images(session, images)
+            changes += _delete_rows(session, Well, query=wells)
         (own,) = _delete_rows(session, Plate, [(plate, plate)])
         changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
         shown = tuple(_shown_change(session, change) for change in changes)
         return replace(done, changes=shown), changes
 
-    done = _carry_out(workspace, reason, dry_run, act, removes=True)
+    done = _carry_out(workspace, reason, dry_run, act)
     if not dry_run:
         for path in files:
             workspace.artifacts.remove(path)

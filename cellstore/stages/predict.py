@@ -227,7 +227,7 @@ def predict(
             # A job is believed to be done of its file as well as of its row.
             lost = images_of_lost_files(session, workspace.artifacts, embedding_id)
             if lost is not None:
-                with recording_removed(session):
+                with recording_removed(session, list(in_lists(lost))):
                     for some in in_lists(done_jobs(session, embedding_id, lost)):
                         requeue(session, Job.id.in_(some), status=Status.DONE)
                     forget_lost_files(session, workspace.artifacts, embedding_id)

@@ -425,7 +425,7 @@ def check_ledger(workspace: Workspace, head: dict[str, Any] | None = None) -> li
     ``head``: the end of the chain as it was sealed once; it must be in the chain still.
     """
     shown = workspace.database.shown
-    with workspace.database.read() as session:
+    with workspace.database.read(steady=True) as session:  # commands may run meanwhile
         problems = [Problem(shown, reason) for reason in broken_events(session)]
         if head is not None:
             kept = session.scalar(select(Event.sha256).where(Event.id == head["event"]))
@@ -472,9 +472,9 @@ def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
                 yield run_id, f"table runs: {name} is {row[name]}, and was {was}"
         if begins:
             continue
-        nothing = "0" * 64
-        for table in sorted({*wrote[run_id], *entry.get("digests", {})}):
-            now, then = wrote[run_id].get(table, nothing), entry["digests"].get(table, nothing)
+        nothing, digests = "0" * 64, entry.get("digests", {})  # none: it was not ended by cellstore
+        for table in sorted({*wrote[run_id], *digests}):
+            now, then = wrote[run_id].get(table, nothing), digests.get(table, nothing)
             if now != then:
                 yield run_id, f"table {table}: its rows are not what the run wrote"
     for run_id in entries:
@@ -561,7 +561,7 @@ def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
     for new in session.scalars(about.order_by(Event.id)):
         last = (new or {}).get("tables") or last
     for table, digest_now in table_digests(session).items():
-        if last and digest_now != last[table]:
+        if digest_now != last.get(table, digest_now):
             yield (
                 f"table {table}",
                 "its rows are not what the last ingest or correction left",
@@ -630,7 +630,7 @@ def check_predictions(workspace: Workspace, run_id: int, which: Any) -> tuple[in
     jobs = select(Job.image_id, Job.digest, Job.recipe_id)
     jobs = jobs.join(Recipe, Recipe.id == Job.recipe_id)
     jobs = jobs.where(which, Job.run_id == run_id, Recipe.stage == Stage.PREDICT)
-    with workspace.database.read() as session:
+    with workspace.database.read(steady=True) as session:
         of_jobs = session.connection().execute(jobs).all()
         written = {image_id: made for image_id, made, _ in of_jobs}
         hashes = {image_id: hashlib.sha256() for image_id in written}

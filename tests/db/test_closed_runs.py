@@ -6,6 +6,7 @@ import re
 import sqlite3
 from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from cellstore.db.bulk import bulk_insert
-from cellstore.db.events import Change, record_events
+from cellstore.db.events import Change, record_events, record_files
+from cellstore.db.session import connect
 from cellstore.enums import (
     ArtifactKind,
     CellFlagReason,
@@ -25,7 +27,7 @@ from cellstore.enums import (
     Stage,
     Status,
 )
-from cellstore.errors import UserInputError
+from cellstore.errors import StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Base,
@@ -39,6 +41,7 @@ from cellstore.models import (
     ImageQuality,
     IngestFile,
     IngestIssue,
+    Plate,
     Prediction,
     Run,
     RunArtifact,
@@ -160,3 +163,16 @@ def test_who_began_a_run_when_and_where_stays(closing_run: Closing, name: str):
     with database.read() as session:
         kept = session.scalars(select(getattr(Run, name))).one()
     assert re.match("eve", str(kept)) is None
+
+
+@pytest.mark.postgres
+def test_who_may_only_read_gets_a_sentence_and_can_write_files(postgres_workspace: Workspace):
+    owner = postgres_workspace.database.engine
+    with owner.begin() as connection:
+        connection.execute(text("CREATE ROLE only_reads LOGIN"))
+        connection.execute(text("GRANT SELECT ON ALL TABLES IN SCHEMA public TO only_reads"))
+    reader = connect(owner.url.set(username="only_reads"))
+    with pytest.raises(StorageError, match="permission denied"), reader.begin() as session:
+        session.add(Plate(barcode="P1"))
+    assert not record_files(reader, Path("report.html"))
+    reader.close()

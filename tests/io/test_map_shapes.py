@@ -585,7 +585,7 @@ def test_a_dose_in_a_name_counts_where_the_column_of_doses_is_blank(tmp_path: Pa
 )
 def test_words_for_controls(text: str, control: Control) -> None:
     assert read_control(text) == (True, control)
-    assert read_control("non-negative") == (False, None)
+    assert read_control("non-negative") == read_control("vehicle + drug") == (False, None)
 
 
 def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.io.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.platemaps import (
+    MapOptions,
+    PlateAnnotation,
+    notes_on_wells,
+    read_annotation,
+)
 from cellstore.io.treatments import TreatmentRecord
 
 COMPOUNDS = (
@@ -72,6 +77,19 @@ def test_missing_never_joins_missing(tmp_path: Path) -> None:
 def test_an_empty_sample_is_dmso_in_a_compound_map(tmp_path: Path, empty: str) -> None:
     found = well(annotate(tmp_path, f"A1\t{empty}\n"))
     assert (found.pert_iname, found.control, found.inchikey) == ("DMSO", Control.NEGATIVE, "KEY-3")
+
+
+def test_an_empty_sample_with_a_dose_is_not_guessed_to_be_dmso(tmp_path: Path) -> None:
+    path = tmp_path / "map.txt"
+    head = HEAD.replace("\n", "\tmmoles_per_liter\n")
+    path.write_text(f"{head}map\tA1\t\t5\nmap\tA2\t\t0\nmap\tA3\tBRD-1\t5\n")
+    found = read_annotation(path)
+    assert treatment_of_well(found, "any", 1, 1) is None
+    assert well(found, 2).control is Control.NEGATIVE
+    note, _ = notes_on_wells(found.maps["map"], {})  # and that A02 is DMSO
+    assert note.startswith("1 well of map.txt has a dose and no name (5), so its treatment is not")
+    asked = read_annotation(path, options=MapOptions(blank="DMSO"))
+    assert well(asked).control is Control.NEGATIVE
 
 
 def test_an_empty_sample_is_an_empty_well_in_other_maps(tmp_path: Path) -> None:

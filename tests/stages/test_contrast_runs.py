@@ -23,7 +23,7 @@ from cellstore.stages.train_baselines import train_baselines
 pytest.importorskip("sklearn")
 
 CELLS = 12
-FAST = ContrastParams(nulls=5)
+FAST = ContrastParams(nulls=19)
 LAYOUT: dict[str, tuple[int, int]] = {
     # treatment: wells on the first plate, on the second
     "DMSO": (4, 4),
@@ -97,7 +97,7 @@ def test_what_differs_is_told_from_what_does_not(workspace: Workspace) -> None:
     assert rows["once"].note == "1 well with cells on plates that have both: none can be held out"
     chance = rows["DMSO vs DMSO"]
     assert (chance.null, chance.different, chance.wells) == (True, "chance", 4)
-    assert chance.note == "5 times 4 control wells against the others"
+    assert chance.note == "19 times 4 control wells against the others"
     assert (result.control, result.treatments, result.tested, result.different) == ("DMSO", 3, 2, 1)
     run = run_of(workspace, result.run_id)
     assert (run.stage, run.status, run.seed) == (Stage.CONTRAST, Status.DONE, 0)

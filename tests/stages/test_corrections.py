@@ -291,6 +291,17 @@ def test_the_log_says_who_did_what_and_why(
         assert list(broken_events(session)) == []
 
 
+def test_the_log_of_a_plate_has_the_ingest_that_brought_it(store: Store, tmp_path: Path) -> None:
+    both = loaddata(tmp_path / "both.csv", ["A01"], "P1")
+    rows = loaddata(tmp_path / "p2.csv", ["A01", "A02"], "P2").read_text().splitlines(True)[1:]
+    both.write_text("".join([both.read_text(), *rows]))
+    run = store.ingest(both).run_id
+    other = store.ingest(loaddata(tmp_path / "p3.csv", ["A01"], "P3")).run_id
+    for plate, wanted in (("P1", run), ("P2", run), ("P3", other)):
+        (entry,) = store.log(plate=plate).entries
+        assert (entry.run_id, {"plates", "wells", "images"} <= entry.rows.keys()) == (wanted, True)
+
+
 # ---- Undo and delete ----
 
 

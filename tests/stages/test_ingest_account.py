@@ -21,6 +21,7 @@ from cellstore.enums import Look, Severity, Status
 from cellstore.errors import CellstoreError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
+    Event,
     Folder,
     Image,
     ImageFile,
@@ -167,13 +168,22 @@ def test_a_batch_that_the_database_refuses_loses_only_its_bad_rows(
     # Such an index takes one image of each site: a refusal as a database gives it.
     with workspace.database.begin() as session:
         session.execute(text("CREATE UNIQUE INDEX one_of_each ON images (site)"))
+    ingest(workspace, write_table(tmp_path / "before.csv", [loaddata(4, "taxol")]))
     rows = [loaddata(site) for site in (1, 2, 3)]
     other = {key: value.replace("r01c02", "r01c03") for key, value in loaddata(2).items()}
     rows.insert(2, {**other, "Metadata_Well": "A03", "Metadata_pert_iname": "aloxistatin"})
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert (result.rows, result.created, result.refused) == (4, 3, 1)
     assert [(item.line, item.reason) for item in result.issues] == [(4, "the database refuses it")]
-    assert (count(workspace, Image), result.plates, result.images) == (3, 1, 3)
+    assert (count(workspace, Image), result.plates, result.images) == (4, 1, 4)
+    relabelled = (
+        Event.run_id == result.run_id,
+        Event.table_name == "wells",
+        Event.old.is_not(None),
+    )
+    assert (
+        count(workspace, Event, *relabelled, Event.old.is_not(None)) == 1
+    )  # not once more for what was taken back
 
 
 def test_two_files_for_one_field_and_channel_are_not_mixed(
@@ -213,6 +223,19 @@ def test_a_folder_whose_tables_changed_is_not_the_same(tmp_path: Path) -> None:
     table.write_text("a\n9.50\n")
     os.utime(table, ns=(moment, moment))
     assert FileIdentity.of(tmp_path / "tables").sha256 != before.sha256
+
+
+def test_a_table_beside_the_source_that_cannot_be_read(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    platemap = tmp_path / "map.csv"
+    platemap.write_text("Well,Compound\nA01,taxol\n")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name, reason in (("none.csv", "No such file"), ("pipe.csv", "a pipe or a device")):
+        path = tmp_path / name
+        for params in (IngestParams(barcodes=path), IngestParams(plate="P1", aliases=path)):
+            with pytest.raises(UserInputError, match=rf"{name} cannot be read \(.*{reason}"):
+                ingest(sqlite_workspace, platemap, params)
 
 
 def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from cellstore.errors import (
     UnknownNameError,
     UserInputError,
 )
+from cellstore.jobs.queue import new_owner
 from cellstore.jobs.runs import RecipeSpec, register
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
@@ -133,6 +134,11 @@ def test_a_killed_prediction_goes_on_and_ends_as_an_undisturbed_one(
             select(func.count()).where(Job.run_id == run.id, Job.status == Status.DONE)
         )
     assert (run.status, 0 < done < 4) == (Status.CANCELLED, True)
+    dead = new_owner().split("|")
+    dead[3] = "0"
+    with killed.database.begin() as session:  # one that was killed has its images in hand
+        left = update(Job).where(Job.run_id == run.id, Job.status != Status.DONE)
+        session.execute(left.values(status=Status.RUNNING, worker="|".join(dead)))
     rest = predict(killed, everything, device="cpu")
     assert (rest.run_id, rest.done, rest.earlier) == (run.id, 6 - done, done)
     assert said(killed, run.id) == expected

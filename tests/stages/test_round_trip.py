@@ -370,9 +370,13 @@ def test_a_combination_that_cannot_be_read_is_not_known(
 ) -> None:
     rows = "Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_ObjectNumber,Metadata_pert_iname,"
     rows += "Metadata_components,Cells_Area\nP,A01,1,1,a,{,1\nP,A02,1,1,a,[{}],2\nP,A03,1,1,a,,3\n"
+    named = "{'kind': 'compound', 'pert_iname': 'a'"
+    for well, wrong in enumerate(("'dose': 'five'", "'dose': -1", "'smiles': ['a']"), 4):
+        cell = f"[{named}, {wrong}}}]".replace("'", '""')
+        rows += f'P,A0{well},1,1,a,"{cell}",1\n'
     (tmp_path / "cells.csv").write_text(rows)
     result = ingest(sqlite_workspace, tmp_path / "cells.csv")
-    assert (result.refused, result.cells) == (0, 3)
+    assert (result.refused, result.cells, len(result.issues)) == (0, 6, 5)
     assert {issue.reason for issue in result.issues} == {"not a treatment"}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, func, insert, select, text
+from sqlalchemy.orm import Session
 from unguarded import as_owner
 
 pytest.importorskip("sklearn")
@@ -18,11 +19,13 @@ pytest.importorskip("torch")
 from small_training import build
 
 from cellstore.config import PredictParams, SplitParams
-from cellstore.db.events import event_digest
+from cellstore.db.events import event_digest, run_digests
 from cellstore.enums import Level
 from cellstore.errors import UserInputError
+from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact
+from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact, RunMetric
+from cellstore.stages import verify as verify_step
 from cellstore.stages.corrections import exclude
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
@@ -114,6 +117,10 @@ TAMPERING = {
     "a whole run added": (
         f"INSERT INTO runs (id, {NEW_RUN}) SELECT 99, {NEW_RUN} FROM runs WHERE id = {{predict}}",
         "run 99: table runs: the ledger knows no such run",
+    ),
+    "an exclusion taken away": (
+        "DELETE FROM annotations",
+        "table annotations: its rows",
     ),
     "a job taken away": (
         "DELETE FROM jobs WHERE run_id = {predict} AND image_id = 1",
@@ -219,3 +226,31 @@ def test_entries_of_a_run_are_two_and_its_own_way_opens_it(store: Store):
     with store.workspace.database.read() as session:
         counts = session.execute(select(Run.id, entries.scalar_subquery())).all()
     assert {number for _, number in counts} == {2}
+
+
+def test_what_others_do_meanwhile_is_no_problem(store: Store, monkeypatch: pytest.MonkeyPatch):
+    database = store.workspace.database
+    with database.read() as session:
+        recipe = session.get_one(Run, store.predict).recipe
+
+    def after_another_run(session: Session) -> dict[tuple[int, str], str]:
+        with running(database, recipe):
+            pass
+        return run_digests(session)
+
+    monkeypatch.setattr(verify_step, "run_digests", after_another_run)
+    assert store.found() == []
+
+
+def test_a_run_that_was_not_ended_by_cellstore_is_named(store: Store):
+    database = store.workspace.database
+    with database.read() as session:
+        recipe = session.get_one(Run, store.predict).recipe
+    with running(database, recipe) as run:
+        with database.begin() as session:
+            session.add(RunMetric(run_id=run.id, epoch=1, name="accuracy", value=1.0))
+            session.flush()
+            session.execute(text("UPDATE runs SET ended_at = started_at WHERE ended_at IS NULL"))
+        said = store.found()
+    assert any(line.startswith(f"run {run.id}: table runs: ended_at") for line in said)
+    assert store.found() == []

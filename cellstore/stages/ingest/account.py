@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session
 from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert
 from ...enums import Severity
-from ...errors import CellstoreError
-from ...io.uris import writable
+from ...errors import CellstoreError, UserInputError
+from ...io.uris import plain_file, writable
 from ...models import IngestFile, IngestIssue
 
 SHOWN = 1_000
@@ -68,10 +68,20 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Return the identity of a file or folder on this machine; one pass over its bytes."""
+        """Return the identity of a file or folder on this machine; one pass over its bytes.
+
+        Raises:
+            UserInputError: it is a file that is not there or cannot be read, or a pipe.
+        """
         digest, size, lines = hashlib.sha256(), 0, 0
         if not path.is_dir():
-            with path.open("rb") as file:
+            try:
+                opened = plain_file(path).open("rb")
+            except OSError as error:
+                raise UserInputError(
+                    f"{path} cannot be read ({error.strerror}). Check the path."
+                ) from error
+            with opened as file:
                 while piece := file.read(CHUNK):
                     digest.update(piece)
                     size += len(piece)

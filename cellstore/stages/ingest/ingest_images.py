@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, insert_new, one_ingest_at_a_time, take_ids, wide_cache
-from ...db.events import Change, is_new, record_events, recording_new_rows
+from ...db.events import Change, is_new, record_events, recording_new_rows, savepoint
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -216,7 +216,7 @@ def ingest_images(
                             pending=account.pending[:],
                         )
                         try:
-                            with session.begin_nested():
+                            with savepoint(session):
                                 writer.write(some)
                         except (DataError, IntegrityError):
                             vars(account).update(vars(before))
