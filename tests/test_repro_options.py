@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +35,8 @@ class AskedError(Exception):
 
 class Asked:
     """Stands for a store: keeps what is asked of it, and does nothing."""
+
+    workspace = SimpleNamespace(settings=SimpleNamespace(root=Path()))
 
     def __init__(self) -> None:
         self.call: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None

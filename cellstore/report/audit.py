@@ -28,7 +28,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     cast,
-    false,
     func,
     or_,
     select,
@@ -958,6 +957,8 @@ def _known(session: Session, file: File) -> Record:
         brought, of_images = _brought(session, by)
         downstream = [*brought, *downstream]
         for these, which in (("wells", of_wells), ("images", of_images)):
+            if which is None:
+                continue
             for item in _downstream_of_images(session, select(images.c.id).where(which)):
                 downstream.append({**item, "what": f"{item['what']} of these {these}"})
     return {
@@ -975,21 +976,21 @@ def _known(session: Session, file: File) -> Record:
 
 def _brought(
     session: Session, ingests: Collection[int]
-) -> tuple[list[Record], ColumnElement[bool]]:
-    """What ingest runs brought, counted by table, and the condition of their new images."""
+) -> tuple[list[Record], ColumnElement[bool] | None]:
+    """What ingest runs brought, counted by table, and the condition of new images, if any."""
     first, last = (events.c.new[key].as_integer() for key in ("first_id", "last_id"))
     query = select(events.c.table_name, events.c.run_id, first, last)
     query = query.where(events.c.run_id.in_(ingests), events.c.old.is_(None), last.is_not(None))
     counts: dict[str, int] = defaultdict(int)
     by: dict[str, set[int]] = defaultdict(set)
-    new_images: list[ColumnElement[bool]] = [false()]
+    new_images: list[ColumnElement[bool]] = []
     for table, run_id, begin, end in session.execute(query.order_by(events.c.id)):
         counts[table] += end - begin + 1
         by[table].add(run_id)
         if table == "images":
             new_images.append(images.c.id.between(begin, end))
     came = ((f"new {table.replace('_', ' ')}", n, by[table], ()) for table, n in counts.items())
-    return _came(*came), or_(*new_images)
+    return _came(*came), or_(*new_images) if new_images else None
 
 
 def is_part(value: Any) -> bool:

@@ -118,8 +118,9 @@ def open_segment(
     need("segment")
     files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        nuclei = choose_channels(session, params.nuclei)
-        params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
+        params = replace(params, channels=choose_channels(session, params.channels))
+        if params.nuclei is not None:
+            params = replace(params, nuclei=choose_channels(session, params.nuclei))
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
         values = asdict(params) | {"model": Path(files.name).name}

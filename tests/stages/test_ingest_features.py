@@ -61,7 +61,7 @@ def ingest(
     layout: Layout = Layout.CELLPROFILER_CSV,
     *,
     name: str | None = None,
-    plate: str | None = None,
+    plate: str | tuple[str, ...] = (),
 ) -> Done:
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.INGEST, 1, {"source": str(source)}))
