@@ -257,19 +257,19 @@ def compare_subjects(
                 wells_seen=seen[-1].size,
             )
         )
-    verdict = judge(*right, pair.well, np.setxor1d(*seen).size)
-    test = verdict.test
+    judged = judge(*right, pair.well, np.setxor1d(*seen).size)
+    test = judged.test
     bounds = well_interval(right[0], pair.well, minus=right[1]) or (None, None)
-    better = {1: first.run.id, -1: second.run.id}.get(verdict.better or 0)
+    better = {1: first.run.id, -1: second.run.id}.get(judged.better or 0)
     wells = (
         f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
         f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
     conclusion = f"Neither run is shown to be better: {wells}."
-    if verdict.cannot_say:
-        conclusion = f"Cannot say which run is better: {verdict.cannot_say}; {wells}."
+    if judged.cannot_say:
+        conclusion = f"Cannot say which run is better: {judged.cannot_say}; {wells}."
     elif better is not None:
-        worse = second.run.id if verdict.better == 1 else first.run.id
+        worse = second.run.id if judged.better == 1 else first.run.id
         conclusion = f"Run {better} is better than run {worse}: {wells}."
     differs = np.flatnonzero(pair.first != pair.second)
     return Comparison(
@@ -284,7 +284,7 @@ def compare_subjects(
         only_second=int((~right[0] & right[1]).sum()),
         both_wrong=int((~right[0] & ~right[1]).sum()),
         same=pair.unit.size - differs.size,
-        difference=verdict.difference,
+        difference=judged.difference,
         difference_low=bounds[0],
         difference_high=bounds[1],
         test=McNemar(
@@ -296,7 +296,7 @@ def compare_subjects(
         ),
         better=better,
         conclusion=conclusion,
-        cannot_say=verdict.cannot_say,
+        cannot_say=judged.cannot_say,
         not_compared=pair.not_compared,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, level),

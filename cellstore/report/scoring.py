@@ -951,7 +951,7 @@ def score_rivals(
                     continue
                 low, high = well_interval(right, own.well) or (None, None)
                 # Both learned from the training subset of one split.
-                verdict = judge(own.correct, right, own.well)
+                judged = judge(own.correct, right, own.well)
                 scores.append(
                     BaselineScore(
                         baseline=kind,
@@ -964,9 +964,9 @@ def score_rivals(
                         accuracy=float(right.mean()),
                         low=low,
                         high=high,
-                        p_value=verdict.test.p_value,
-                        beaten=None if verdict.better is None else verdict.better == 1,
-                        cannot_say=verdict.cannot_say,
+                        p_value=judged.test.p_value,
+                        beaten=None if judged.better is None else judged.better == 1,
+                        cannot_say=judged.cannot_say,
                     )
                 )
             if scores:
