@@ -838,7 +838,7 @@ def sqlite_screen(sqlite_workspace: Workspace) -> SmallScreen:
     return small_screen(sqlite_workspace)
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(chosen=st.lists(verbs, min_size=2, max_size=6))
 def test_counterparts_give_back_the_former_answers_of_every_view(
     sqlite_screen: SmallScreen, tmp_path: Path, chosen: list[tuple[Any, ...]]
