@@ -886,7 +886,7 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairedComparison:
     """Which of two runs is better.
 
     ``difference`` of their accuracies, first minus second; ``test``: McNemar's test over wells;
@@ -905,7 +905,7 @@ def judge(
     second: NDArray[np.bool_],
     wells: NDArray[np.int64],
     seen_by_one: int = 0,
-) -> Verdict:
+) -> PairedComparison:
     """Compare two runs on the same N units, as ``report`` and ``compare`` both do it.
 
     ``first`` and ``second`` are (N,): whether each is right; ``wells`` (N,): the well of each.
@@ -920,7 +920,7 @@ def judge(
         some = f"{test.wells} well{'' if test.wells == 1 else 's'}"
         reason = f"too few wells ({some} scored by both, {FEWEST_WELLS} are the least)"
     better = 0 if test.p_value >= SIGNIFICANT else 1 if gain > 0 else -1
-    return Verdict(gain, test, None if reason else better, reason)
+    return PairedComparison(gain, test, None if reason else better, reason)
 
 
 def score_rivals(
