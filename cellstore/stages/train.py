@@ -602,8 +602,8 @@ def find_unfinished(
             )
         if run.status is Status.RUNNING:
             raise UserInputError(f"{_is_running(run)}, or resume it when it is over.")
-        measure = input_of(session, recipe, Stage.MEASURE)
-        segment = input_of(session, recipe, Stage.SEGMENT)
+        measure = input_of(recipe, Stage.MEASURE)
+        segment = input_of(recipe, Stage.SEGMENT)
         features = set_of_recipe(session, measure.id)
         in_files = features is not None and features.storage is FeatureStorage.FILES
         qc = stored["exclude_flagged"]
