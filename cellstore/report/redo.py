@@ -148,8 +148,8 @@ class Check:
         self, named: str, then: Iterable[Value], now: Iterable[Value], *, relative: bool = False
     ) -> None:
         """Compare two series that ascend by key; ``named`` is filled with the key."""
-        sides = (((row[0], side, row) for row in rows) for side, rows in enumerate((then, now)))
-        for key, found in groupby(merge(*sides, key=itemgetter(0, 1)), itemgetter(0)):
+        old, new = ((row[0], 0, row) for row in then), ((row[0], 1, row) for row in now)
+        for key, found in groupby(merge(old, new, key=itemgetter(0, 1)), itemgetter(0)):
             pair = {side: row for _, side, row in found}
             parts = key if isinstance(key, tuple) else (key,)
             self.count(named.format(*parts), pair.get(0), pair.get(1), relative=relative)
