@@ -194,33 +194,31 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
     store.relabel("BR1/B01", treatment="drug 2 uM", reason="this one")
 
 
-@pytest.mark.parametrize("level", list(Level))
 def test_what_is_excluded_counts_nowhere_until_it_is_included(
-    store: Store, screen: SmallScreen, level: Level
+    store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)  # copies of the run are made here
     cell = screen.factory.cells_of(screen.segmentations["B01"])[0]
-    name = {
-        Level.PLATE: "BR1",
-        Level.WELL: "BR1/B01",
-        Level.IMAGE: "BR1/B01/1",
-        Level.CELL: str(cell.id),
-    }[level]
-    gone = {Level.PLATE: 8, Level.WELL: 3, Level.IMAGE: 3, Level.CELL: 1}[level]
-    done = store.exclude(level.value, name, reason="debris")
-    assert done.predictions == gone
-    after = answers(store)
-    assert len(after["prediction_table"]) == len(before["prediction_table"]) - gone
-    assert len(after["cell_table"]) == len(before["cell_table"])  # it stays visible
-    record = store.audit(name, level.value).record
-    assert record["excluded"] == "debris"
-    assert record["corrections"][-1]["new"] == {"excluded": "debris"}
-    with pytest.raises(UserInputError, match=r"excluded already: debris"):
-        store.exclude(level.value, name, reason="again")
-    store.include(level.value, name, reason="it was not")
-    assert answers(store) == before
-    with pytest.raises(UserInputError, match="nothing to include"):
-        store.include(level.value, name)
+    for level, name, gone in (
+        (Level.PLATE, "BR1", 8),
+        (Level.WELL, "BR1/B01", 3),
+        (Level.IMAGE, "BR1/B01/1", 3),
+        (Level.CELL, str(cell.id), 1),
+    ):
+        done = store.exclude(level.value, name, reason="debris")
+        assert done.predictions == gone
+        after = answers(store)
+        assert len(after["prediction_table"]) == len(before["prediction_table"]) - gone
+        assert len(after["cell_table"]) == len(before["cell_table"])  # it stays visible
+        record = store.audit(name, level.value).record
+        assert record["excluded"] == "debris"
+        assert record["corrections"][-1]["new"] == {"excluded": "debris"}
+        with pytest.raises(UserInputError, match=r"excluded already: debris"):
+            store.exclude(level.value, name, reason="again")
+        store.include(level.value, name, reason="it was not")
+        assert answers(store) == before
+        with pytest.raises(UserInputError, match="nothing to include"):
+            store.include(level.value, name)
 
 
 def test_what_is_excluded_with_something_larger_names_it(store: Store, screen: SmallScreen) -> None:

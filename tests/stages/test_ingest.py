@@ -225,21 +225,18 @@ def test_an_unreadable_image_stays_missing_and_is_named(
     assert "ch2" in problem.detail
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
+def test_a_useless_table_is_one_sentence_and_writes_nothing(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.csv"
+    for content, words in (
         ("", "is empty"),
         ("a,b\n1,2\n", "FileName_Orig"),
         ("FileName_OrigRNA,Metadata_pert_iname\n", "no rows"),
-    ],
-)
-def test_a_useless_table_is_one_sentence_and_writes_nothing(
-    sqlite_workspace: Workspace, tmp_path: Path, content: str, words: str
-) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text(content)
-    with pytest.raises(BadTableError, match=words):
-        ingest(sqlite_workspace, table, IngestParams(plate="P"))
+    ):
+        table.write_text(content)
+        with pytest.raises(BadTableError, match=words):
+            ingest(sqlite_workspace, table, IngestParams(plate="P"))
     assert count(sqlite_workspace, Plate) == count(sqlite_workspace, IngestFile) == 0
     with sqlite_workspace.database.read() as session:
         assert set(session.scalars(select(Run.status))) <= {Status.FAILED}

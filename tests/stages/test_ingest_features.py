@@ -240,22 +240,21 @@ def test_the_same_again_creates_nothing(workspace: Workspace, tmp_path: Path) ->
     }
 
 
-@pytest.mark.parametrize("areas", [[10, 99], [10, "nan"], [10, 11, 12]])
-def test_other_values_for_an_image_are_refused(
-    workspace: Workspace, tmp_path: Path, areas: list[Any]
-) -> None:
+def test_other_values_for_an_image_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     ingest(workspace, site(tmp_path, 1, [10, 11]))
     before = stored(workspace)
-    done = ingest(workspace, site(tmp_path, 1, areas))
-    (counted,) = [item for name, item in done.accounts.items() if name.endswith("Cells.csv")]
-    assert (counted[0], counted[3]) == (0, 1)
-    (issue,) = done.account.shown
-    assert (issue.line, issue.reason) == (1 + len(areas), "other values than before")
-    assert "--name" in issue.detail
-    assert stored(workspace) == before
-    other = ingest(workspace, tmp_path, name="second")
-    assert other.cells == len(areas)
-    assert stored(workspace) == before
+    wrong: tuple[list[Any], ...] = ([10, 99], [10, "nan"], [10, 11, 12])
+    for number, areas in enumerate(wrong):
+        done = ingest(workspace, site(tmp_path, 1, areas))
+        (counted,) = [item for name, item in done.accounts.items() if name.endswith("Cells.csv")]
+        assert (counted[0], counted[3]) == (0, 1)
+        (issue,) = done.account.shown
+        assert (issue.line, issue.reason) == (1 + len(areas), "other values than before")
+        assert "--name" in issue.detail
+        assert stored(workspace) == before
+        other = ingest(workspace, tmp_path, name=f"other{number}")
+        assert other.cells == len(areas)
+        assert stored(workspace) == before
 
 
 def test_new_images_come_in_further_files(workspace: Workspace, tmp_path: Path) -> None:
@@ -286,15 +285,13 @@ def test_the_order_of_columns_does_not_matter(workspace: Workspace, tmp_path: Pa
     assert [item.values for item in stored(workspace)] == [(1.0, 2.0), (3.0, 4.0)]
 
 
-@pytest.mark.parametrize("name", ["Cells", "1st", "a b", "", "cells", "features", "x" * 64])
-def test_names_that_cannot_be(sqlite_workspace: Workspace, tmp_path: Path, name: str) -> None:
+def test_names_that_cannot_be(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     source = site(tmp_path, 1, [1])
-    if name == "":
-        assert ingest(sqlite_workspace, source, name=name).feature_set == "cellprofiler"
-        return
-    with pytest.raises(UserInputError, match="--name"):
-        ingest(sqlite_workspace, source, name=name)
-    assert counts(sqlite_workspace)["images"] == 0
+    for name in ("Cells", "1st", "a b", "cells", "features", "x" * 64):
+        with pytest.raises(UserInputError, match="--name"):
+            ingest(sqlite_workspace, source, name=name)
+        assert counts(sqlite_workspace)["images"] == 0
+    assert ingest(sqlite_workspace, source, name="").feature_set == "cellprofiler"
 
 
 def test_two_rows_of_one_field_have_one_set_of_cells(workspace: Workspace, tmp_path: Path) -> None:

@@ -275,9 +275,9 @@ def test_nothing_to_look_at_is_no_run(sqlite_workspace: Workspace) -> None:
     ],
     ids=str,
 )
-def test_limits_out_of_range_are_refused(sqlite_workspace: Workspace, params: Any) -> None:
+def test_limits_out_of_range_are_refused(params: Any) -> None:
     with pytest.raises(UserInputError):
-        qc(sqlite_workspace, QcParams(**params))
+        QcParams(**params)
 
 
 def test_a_run_that_is_stopped_is_not_the_one_that_counts(

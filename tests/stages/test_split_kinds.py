@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from factories import Factory
@@ -244,9 +245,9 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         assert recipe.parameters["downsample_by"] == "cell"
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
+def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) -> None:
+    fill(sqlite_workspace, "aspirin aspirin taxol taxol")
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"downsample": (("DMSO", "few"),)}, "Cut 'DMSO' to 'few'"),
         ({"downsample": (("DMSO", "0"),)}, "Cut 'DMSO' to '0'"),
         ({"downsample_by": "pixel"}, "Unknown downsample by 'pixel'"),
@@ -261,13 +262,10 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         ({"folds": 3}, "create_folds"),
         ({"where": "colour = 'red'"}, "Unknown column 'colour'"),
         ({"min_images": 99}, "have 99 images or more"),
-    ],
-    ids=str,
-)
-def test_what_contradicts_itself_is_one_sentence(sqlite_workspace, params, message) -> None:
-    fill(sqlite_workspace, "aspirin aspirin taxol taxol")
-    with pytest.raises(UserInputError, match=message):
-        create_split(sqlite_workspace, "s", SplitParams(**params))
+    ]
+    for params, message in wrong:
+        with pytest.raises(UserInputError, match=message):
+            create_split(sqlite_workspace, "s", SplitParams(**params))
     with sqlite_workspace.database.read() as session:
         assert session.scalars(select(Run.id)).all() == []
 
