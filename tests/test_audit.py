@@ -22,6 +22,8 @@ from cellstore.query.engine import open_questions
 from cellstore.report.audit import Audit, audit
 from cellstore_cli.audit_commands import show_audit
 
+pytestmark = pytest.mark.one_database
+
 audit_image = partial(audit, kind="image")
 audit_well = partial(audit, kind="well")
 audit_cell = partial(audit, kind="cell")
@@ -44,6 +46,7 @@ def _values(value: Any) -> Any:
     return Values(value) if isinstance(value, dict) else value
 
 
+@pytest.mark.each_database
 def test_an_image_with_everything(read_screen: SmallScreen) -> None:
     screen, workspace = read_screen, read_screen.workspace
     found = Values(audit_image(workspace, "BR1/B02/1").record)
@@ -75,6 +78,7 @@ def test_an_image_with_everything(read_screen: SmallScreen) -> None:
     json.dumps(found.record, allow_nan=False)
 
 
+@pytest.mark.each_database
 def test_every_run_that_labelled_the_image_is_listed(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -209,6 +213,7 @@ def test_an_ingest_names_its_files_and_the_wells_it_changed(workspace: Workspace
     json.dumps(found.record, allow_nan=False)
 
 
+@pytest.mark.each_database
 def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -244,6 +249,7 @@ def test_a_well(read_screen: SmallScreen) -> None:
             audit_well(workspace, text_)
 
 
+@pytest.mark.each_database
 def test_what_another_tool_found(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -295,6 +301,7 @@ def test_flags_are_those_of_finished_runs(workspace: Workspace) -> None:
     assert f"{third.id} touches the border" in words(audit_cell(workspace, str(cell.id)))
 
 
+@pytest.mark.each_database
 def test_audits_and_views_agree(read_screen: SmallScreen) -> None:
     screen, workspace = read_screen, read_screen.workspace
     with open_questions(workspace) as questions:
@@ -335,6 +342,7 @@ def test_a_cell(read_screen: SmallScreen) -> None:
         audit_cell(workspace, "10001")
 
 
+@pytest.mark.each_database
 def test_a_run_walks_both_ways(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.job(screen.predict_run, screen.images["B01"])
@@ -354,6 +362,7 @@ def test_a_run_walks_both_ways(workspace: Workspace) -> None:
         audit_run(workspace, "77")
 
 
+@pytest.mark.each_database
 def test_votes_are_found_by_index(read_screen: SmallScreen) -> None:
     workspace = read_screen.workspace
     asked: list[tuple[str, Any]] = []

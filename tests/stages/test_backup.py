@@ -22,6 +22,8 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Event, Image, Plate, Well
 from cellstore.store import Store
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.fixture
 def screen(workspace: Workspace) -> SmallScreen:
@@ -53,6 +55,7 @@ def rows_of(store: Store) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
+@pytest.mark.each_database
 def test_a_store_comes_back_as_it_was(
     workspace: Workspace,
     screen: SmallScreen,
@@ -83,6 +86,7 @@ def test_a_store_comes_back_as_it_was(
             assert restored.relabel("BR1/B01", treatment="taxol", reason="r").images == 1
 
 
+@pytest.mark.each_database
 def test_ids_of_deleted_rows_are_not_given_again_after_a_restore(
     workspace: Workspace, tmp_path: Path, empty_database: Callable[[], str]
 ) -> None:
@@ -246,6 +250,7 @@ def test_links_are_kept_as_the_files_that_they_name(
     assert found == {"again.sql", "linked.sql", "twice.sql"}
 
 
+@pytest.mark.each_database
 def test_a_backup_is_of_one_moment_while_others_write(
     workspace: Workspace, screen: SmallScreen, tmp_path: Path
 ) -> None:

@@ -43,6 +43,8 @@ from cellstore.query.saved_queries import find_question
 from cellstore.stages.ingest.account import Account, Brought
 from cellstore.stages.ingest.ingest_features import ingest_features
 
+pytestmark = pytest.mark.one_database
+
 HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
 
 
@@ -159,6 +161,7 @@ def n_columns(workspace: Workspace) -> int:
         return len(session.scalars(select(FeatureSet)).one().columns)
 
 
+@pytest.mark.each_database
 def test_folders_become_images_cells_and_files(workspace: Workspace, tmp_path: Path) -> None:
     site(tmp_path / "cp", 1, [10, 11.5])
     site(tmp_path / "cp", 2, ["nan"])
@@ -201,6 +204,7 @@ def test_segmentations_of_others_have_no_masks_and_unknown_bytes(
         assert measure.parameters["imported"] == "CellProfiler"
 
 
+@pytest.mark.each_database
 def test_every_row_of_every_file_is_in_the_ledger(workspace: Workspace, tmp_path: Path) -> None:
     site(tmp_path, 1, [10, 11])
     _write(tmp_path / "P1-A01-1" / "Nuclei.csv", [HEADER, [1, 2, 5], [1, 7, 6], [9, 1, 7]])
@@ -225,6 +229,7 @@ def test_every_row_of_every_file_is_in_the_ledger(workspace: Workspace, tmp_path
         }
 
 
+@pytest.mark.each_database
 def test_the_same_again_creates_nothing(workspace: Workspace, tmp_path: Path) -> None:
     source = site(site(tmp_path, 1, [10, "nan", 12]), 2, [13])
     ingest(workspace, source)
@@ -345,6 +350,7 @@ def sqlite_source(path: Path, cells: int, images: int = 2) -> Path:
     return path
 
 
+@pytest.mark.each_database
 def test_many_batches_and_files(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +396,7 @@ def test_a_full_disk_leaves_nothing(
     assert list(workspace.artifacts.walk()) == []
 
 
+@pytest.mark.each_database
 def test_a_source_that_breaks_in_the_middle_leaves_nothing(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,8 @@ from cellstore.stages.ingest.ingest import preview
 from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
 from cellstore.stages.measure import measure
 
+pytestmark = pytest.mark.one_database
+
 SHAPE = (20, 30)
 
 
@@ -124,6 +126,7 @@ def bench(workspace: Workspace, tmp_path: Path) -> Bench:
     return made
 
 
+@pytest.mark.each_database
 def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
     image = bench.image("A01_1.tif")
     bench.save("A01_1_cp_masks.tif")
@@ -183,6 +186,7 @@ def assert_measured(workspace: Workspace, masks: NDArray[Any], pixels: NDArray[A
             assert got == pytest.approx(wanted, rel=1e-12, abs=1e-12), (region.label, feature.name)
 
 
+@pytest.mark.each_database
 def test_the_same_masks_again_change_nothing(bench: Bench) -> None:
     bench.image("A01_1.tif")
     bench.save("A01_1_cp_masks.tif")
@@ -298,6 +302,7 @@ def test_an_image_is_not_taken_for_its_own_masks(bench: Bench) -> None:
     assert bench.refusals() == [("a.tif", "this is an image")]
 
 
+@pytest.mark.each_database
 def test_strict_writes_all_or_nothing(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_mask.tif")

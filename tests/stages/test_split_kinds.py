@@ -35,7 +35,10 @@ from cellstore.stages.split import (
     list_splits,
 )
 
+pytestmark = pytest.mark.one_database
 
+
+@pytest.mark.each_database
 def test_a_compound_is_on_one_side_under_all_its_names(workspace: Workspace) -> None:
     one = {"aspirin": "BSYNRYMUTXBXSQ-UHFFFAOYSA-N", "ASA": "BSYNRYMUTXBXSQ-UHFFFAOYSA-N"}
     fill(workspace, f"{DRUGS} ASA Taxol", f"{DRUGS} ASA Taxol", names=one)
@@ -108,6 +111,7 @@ def test_plates_are_named(workspace: Workspace) -> None:
     }
 
 
+@pytest.mark.each_database
 def test_folds_are_a_family_all_or_none(workspace: Workspace) -> None:
     fill(workspace, *["aspirin taxol"] * 4)
     params = SplitParams(folds=4)
@@ -135,6 +139,7 @@ def test_folds_are_a_family_all_or_none(workspace: Workspace) -> None:
     assert len(list_splits(workspace)) == 5
 
 
+@pytest.mark.each_database
 def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> None:
     fill(workspace, "aspirin taxol DMSO", "aspirin taxol DMSO", "aspirin taxol DMSO")
     condition = "batch = 'B1' AND perturbation <> 'DMSO' OR plate = 'P3' AND well_column <= 2"
@@ -149,6 +154,7 @@ def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> Non
         create_split(workspace, "none", SplitParams(where="plate = 'P9'"))
 
 
+@pytest.mark.each_database
 def test_a_pattern_chooses_the_same_images_on_both_databases(workspace: Workspace) -> None:
     fill(workspace, *["Taxol taxol taxotere aspirin"] * 2)
     params = SplitParams(where="perturbation LIKE 'tax%'", validation_size=0)
@@ -171,6 +177,7 @@ def test_the_recipe_of_a_split_holds_every_parameter(sqlite_workspace: Workspace
     assert len(recipe.parameters["images"]) == 64
 
 
+@pytest.mark.each_database
 def test_the_same_on_both_databases_and_for_ever(workspace: Workspace) -> None:
     # Golden: written down when these kinds of splits were made.
     fill(workspace, *[f"{DRUGS} DMSO DMSO DMSO"] * 5)
@@ -222,6 +229,7 @@ def test_classes_are_cut_and_left_out(workspace: Workspace) -> None:
     assert sorted(wells.values()) == [1, 1, 1, 1, 2]
 
 
+@pytest.mark.each_database
 def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> None:
     fill(workspace, "DMSO DMSO DMSO DMSO aspirin aspirin taxol taxol")
     params = SplitParams(downsample_by="cell", validation_size=0)
@@ -270,6 +278,7 @@ def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) ->
         assert session.scalars(select(Run.id)).all() == []
 
 
+@pytest.mark.each_database
 def test_splits_are_listed_and_those_unused_deleted(workspace: Workspace) -> None:
     fill(workspace, *["aspirin taxol"] * 3)
     create_split(workspace, "used")

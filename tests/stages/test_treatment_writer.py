@@ -22,6 +22,8 @@ from cellstore.stages.ingest.write_treatments import (
     treatment_values,
 )
 
+pytestmark = pytest.mark.one_database
+
 AMG = TreatmentRecord(
     PerturbationKind.COMPOUND,
     "AMG900",
@@ -80,6 +82,7 @@ def screen(workspace: Workspace) -> Screen:
     return Screen(workspace)
 
 
+@pytest.mark.each_database
 def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
     with screen.workspace.database.begin() as session:
         first = TreatmentWriter(session, Account(screen.run.id, "a")).ids([AMG, TAXOL, AMG])
@@ -175,6 +178,7 @@ def test_a_row_that_says_more_describes_the_perturbation(screen: Screen) -> None
         assert session.scalars(select(Treatment.target)).all() == ["AURKA"]
 
 
+@pytest.mark.each_database
 def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
     with screen.workspace.database.begin() as session:
         account = Account(screen.run.id, "f")
@@ -190,6 +194,7 @@ def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
     assert screen.treatment(1) == replace(NAME_ONLY, target="AURKA")
 
 
+@pytest.mark.each_database
 def test_events_are_a_chain(screen: Screen) -> None:
     screen.say(AMG)
     screen.say(TAXOL)
@@ -263,6 +268,7 @@ def test_a_full_memory_forgets_and_asks_again(
             assert writer.assign({well: (AMG, None)}, {well}) == set()
 
 
+@pytest.mark.each_database
 def test_a_batch_costs_a_few_statements(screen: Screen) -> None:
     plate = screen.make.plate()
     wells = [screen.make.well(plate, 1, column).id for column in range(1, 25)]
@@ -295,6 +301,7 @@ def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:
     return [issue.detail for issue in account.shown]
 
 
+@pytest.mark.each_database
 def test_two_spellings_are_reported_once_with_what_to_do(workspace: Workspace) -> None:
     (found,) = spelled(workspace, "ME0328", "ME-0328", "taxol")
     assert "'ME-0328' and 'ME0328'" in found
