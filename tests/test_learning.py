@@ -31,7 +31,7 @@ PLATES = PlateDesign(
     n_channels=3,
 )
 NETWORK = TrainParams.of(
-    "published", branches=("tabular",), epochs=60, patience=20, batch_size=64, learning_rate=3e-3
+    "published", branches=("tabular",), epochs=60, patience=20, batch_size=256, learning_rate=6e-3
 )
 
 
