@@ -22,7 +22,7 @@ A message is one or two sentences: what is wrong, then what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SHOWN_NAMES = 8
 
@@ -117,3 +117,8 @@ class RunCancelledError(CellstoreError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return what ``error`` says first, or what it is if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some_of(names: Sequence[object], most: int = 5) -> str:
+    """Return the first ``names`` with commas between, and ``...`` where there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -173,8 +173,7 @@ def measure(
         results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
-            **{field.name: getattr(result, field.name) for field in fields(JobsResult)}
-            | {"lacking": lacking},
+            **vars(result) | {"lacking": lacking},
             group=group.group.name,
             feature_set=group.feature_set,
         )

@@ -27,7 +27,6 @@ from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
 from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
 from ..jobs.runs import (
     RecipeSpec,
-    attach,
     digest_of_images,
     digest_of_numbers,
     keep_files,
@@ -262,7 +261,7 @@ def predict(
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    attach(session, current.id, keep_files(session, [file])[0])
+                    keep_files(session, [file], current.id)
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.
@@ -363,12 +362,10 @@ def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]
 
 def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
     if selected == 0:
-        split = "the run's split" if params.split is None else f"split {params.split!r}"
-        where = "in the store" if params.subset is None and params.split is None else f"in {split}"
-        subset = "" if params.subset is None else f" in the {params.subset} subset"
+        subset = "" if params.subset is None else f" of the {params.subset} subset"
         return (
-            f"There is no image{subset} {where} to label that meets every condition. Choose "
-            "another subset, or other plates, wells or conditions."
+            f"No image{subset} meets every condition. Choose another subset, or other plates, "
+            "wells or conditions."
         )
     return (
         f"None of the {selected} images has cells measured by the recipes of training run "
@@ -467,6 +464,16 @@ class PredictOutput:
     probabilities: NDArray[np.float64]
     vectors: NDArray[np.float32] | None
 
+    def rows(self) -> tuple[NDArray[Any], ...]:
+        """Return cell, rank, label and probability, (N * K,) each, as in table ``predictions``."""
+        cells, kept = self.label_ids.shape
+        return (
+            np.repeat(self.cell_ids, kept),
+            np.tile(np.arange(1, kept + 1), cells),
+            self.label_ids.ravel(),
+            self.probabilities.ravel(),
+        )
+
 
 @dataclass(frozen=True)
 class Predict(ImageStage[int, PredictOutput]):
@@ -520,14 +527,7 @@ class Predict(ImageStage[int, PredictOutput]):
         """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
         if recipe_id == self.embedding_id and output.vectors is not None:
             return digest_of_numbers(output.vectors)
-        cells, kept = output.label_ids.shape
-        columns: tuple[NDArray[Any], ...] = (
-            np.repeat(output.cell_ids, kept),
-            np.tile(np.arange(1, kept + 1), cells),
-            output.label_ids.ravel(),
-            output.probabilities.ravel(),
-        )
-        return digest_of_numbers(np.column_stack(columns))
+        return digest_of_numbers(np.column_stack(output.rows()))
 
     def insert(
         self,
@@ -544,15 +544,8 @@ class Predict(ImageStage[int, PredictOutput]):
         else:
             waiting: list[tuple[Any, ...]] = []
             for _, output in done:
-                cells, kept = output.label_ids.shape
-                waiting += zip(
-                    repeat(run.run_id, cells * kept),
-                    np.repeat(output.cell_ids, kept).tolist(),
-                    np.tile(np.arange(1, kept + 1), cells).tolist(),
-                    output.label_ids.ravel().tolist(),
-                    output.probabilities.ravel().tolist(),
-                    strict=True,
-                )
+                columns = [column.tolist() for column in output.rows()]
+                waiting += zip(repeat(run.run_id), *columns, strict=False)
                 if len(waiting) >= ROWS_AT_ONCE:
                     bulk_insert(session, Prediction, COLUMNS, waiting)
                     waiting = []

@@ -449,7 +449,7 @@ def test_what_was_relabelled_since_keeps_its_correction(store: Store, tmp_path: 
     store.relabel("P1/A01", treatment="mitotane", reason="lab book")
     store.relabel("P1/A02", control="positive", reason="lab book")
     done = store.undo(str(run))
-    assert "P1/A01, P1/A02 were corrected by hand since, and keep their corrections." in done.notes
+    assert "Corrected by hand since, and kept: P1/A01, P1/A02." in done.notes
     found = "SELECT well, treatment, control FROM well_table ORDER BY well"
     assert [tuple(row.values()) for row in store.sql(found).to_pylist()] == [
         ("A01", "mitotane", None),
@@ -475,7 +475,7 @@ def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
     store.relabel("P1/A01", treatment="taxol", reason="it was")
     store.exclude("image", "P1/A02/1", reason="blurred")
     for plan in (store.undo(str(images), dry_run=True), store.delete_plate("P1", dry_run=True)):
-        assert plan.notes[0].startswith("P1/A01, P1/A02 were corrected or excluded by hand")
+        assert plan.notes[0].startswith("Corrected or excluded by hand: P1/A01, P1/A02.")
     assert store.undo(str(images)).notes
     store.ingest(tmp_path / "a.csv")
     assert store.delete_plate("P1").notes == ()

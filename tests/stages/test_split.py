@@ -215,7 +215,7 @@ def test_one_plate_can_be_chosen_and_left_out(sqlite_workspace: Workspace) -> No
     [
         ({"protocol": "random"}, "Unknown protocol 'random'"),
         ({"field": "color"}, "Unknown label field 'color'"),
-        ({"field": TARGET}, "None of the 24 images has a target"),
+        ({"field": TARGET}, "All 24 images have no target"),
         ({"test_size": 1.5}, "--test-size must be below 1"),
     ],
 )
