@@ -366,31 +366,30 @@ class _Comparison:
             self.areas = {}
         pool = self.pool[1]
         treated = self._read(group, most)
-        plates = len(np.intersect1d(treated.plates, pool.plates))
+        row = ContrastRow(
+            treatment=group.name,
+            different=Difference.TOO_FEW.value,
+            wells=treated.n_wells,
+            control_wells=pool.n_wells,
+            plates=len(np.intersect1d(treated.plates, pool.plates)),
+            cells=len(treated),
+            control_cells=len(pool),
+        )
         found = self._compare(treated, pool)
         if found is None:
             short, what = treated.n_wells, "well"
             if short >= contrasts.FEWEST_WELLS:
                 short, what = pool.n_wells, "control well"
-            return ContrastRow(
-                treatment=group.name,
-                different=Difference.TOO_FEW.value,
-                wells=treated.n_wells,
-                control_wells=pool.n_wells,
-                plates=plates,
-                cells=len(treated),
-                control_cells=len(pool),
-                note=f"{short} {what}{'' if short == 1 else 's'} with cells on plates that have "
-                "both: none can be held out",
-            )
+            wells = f"{short} {what}{'' if short == 1 else 's'}"
+            note = f"{wells} with cells on plates that have both: none can be held out"
+            return replace(row, note=note)
         areas = self._chance(pool, found.treated_wells)
         many = "plate of it has" if group.lost == 1 else "plates of it have"
-        return ContrastRow(
-            treatment=group.name,
+        return replace(
+            row,
             different=contrasts.judge(found.auc, areas).value,
             wells=found.treated_wells,
             control_wells=found.control_wells,
-            plates=plates,
             cells=found.treated_cells,
             control_cells=found.control_cells,
             accuracy=found.accuracy,

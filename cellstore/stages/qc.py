@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -78,14 +78,14 @@ class PlateSummary:
     """
 
     plate: str
-    images: int
-    seen: int
-    flagged: int
-    by_reason: Mapping[str, int]
-    cells: int
-    excluded: int
-    cells_flagged: int
-    cells_by_reason: Mapping[str, int]
+    images: int = 0
+    seen: int = 0
+    flagged: int = 0
+    by_reason: Mapping[str, int] = field(default_factory=dict)
+    cells: int = 0
+    excluded: int = 0
+    cells_flagged: int = 0
+    cells_by_reason: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
 
 def quality_spec() -> RecipeSpec:
     """Return the recipe of the numbers; limits are another's, so that they may change."""
-    names = [field.name for field in fields(PlaneQuality)]
+    names = [item.name for item in fields(PlaneQuality)]
     return RecipeSpec(Stage.QC, PIXELS_VERSION, {"measures": names})
 
 
@@ -374,7 +374,7 @@ def flagging_of(session: Session, run_id: int) -> Flagging:
     query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
     inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
     ids = {Stage(source.stage): source.id for source in inputs}
-    known = {field.name for field in fields(QcParams)} & recipe.parameters.keys()
+    known = {item.name for item in fields(QcParams)} & recipe.parameters.keys()
     params = QcParams(**{name: recipe.parameters[name] for name in known})
     return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
 
@@ -577,49 +577,35 @@ def summaries(
     """Return what a run found on each of some plates."""
     images = select(Plate.barcode).select_from(Image).join(Well, Well.id == Image.well_id)
     images = images.join(Plate, Plate.id == Well.plate_id).where(Plate.barcode.in_(barcodes))
-
-    def count(query: Select[Any], what: Any, reason: Any = None) -> dict[Any, Any]:
-        """How many there are, by plate; with a ``reason``, by that too."""
-        keys = (Plate.barcode,) if reason is None else (Plate.barcode, reason)
-        counted = query.with_only_columns(*keys, func.count(what.distinct())).group_by(*keys)
-        found: dict[Any, Any] = {}
-        for barcode, *rest, number in session.execute(counted):
-            if rest:
-                found.setdefault(barcode, {})[rest[0].value] = number
-            else:
-                found[barcode] = number
-        return found
-
     of_run = and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == flagging.run_id)
     flags = images.join(ImageFlag, of_run)
-    found = {
-        "images": count(images.where(Image.content_sha256.is_not(None)), Image.id),
-        "seen": count(images.join(ImageQuality, looked_at(flagging.quality_id)), Image.id),
-        "flagged": count(flags, Image.id),
-        "by_reason": count(flags, Image.id, ImageFlag.reason),
+    counts: dict[str, tuple[Any, ...]] = {
+        "images": (images.where(Image.content_sha256.is_not(None)), Image.id),
+        "seen": (images.join(ImageQuality, looked_at(flagging.quality_id)), Image.id),
+        "flagged": (flags, Image.id),
+        "by_reason": (flags, Image.id, ImageFlag.reason),
     }
     if flagging.segment_id is not None:
         cells = images.join(Segmentation, IS_CURRENT)
         cells = cells.where(Segmentation.recipe_id == flagging.segment_id)
         cells = cells.join(Cell, Cell.segmentation_id == Segmentation.id)
         mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
-        flags = cells.join(CellFlag, mine)
-        found |= {
-            "cells": count(cells.where(image_counts(), cell_counts()), Cell.id),
-            "excluded": count(cells.where(~and_(image_counts(), cell_counts())), Cell.id),
-            "cells_flagged": count(flags, Cell.id),
-            "cells_by_reason": count(flags, Cell.id, CellFlag.reason),
+        counts |= {
+            "cells": (cells.where(image_counts(), cell_counts()), Cell.id),
+            "excluded": (cells.where(~and_(image_counts(), cell_counts())), Cell.id),
+            "cells_flagged": (cells.join(CellFlag, mine), Cell.id),
+            "cells_by_reason": (cells.join(CellFlag, mine), Cell.id, CellFlag.reason),
         }
-    numbers = ("images", "seen", "flagged", "cells", "excluded", "cells_flagged")
-    reasons = ("by_reason", "cells_by_reason")
-    return tuple(
-        PlateSummary(
-            plate=name,
-            **{key: found.get(key, {}).get(name, 0) for key in numbers},
-            **{key: found.get(key, {}).get(name, {}) for key in reasons},
-        )
-        for name in barcodes
-    )
+    found: dict[str, dict[str, Any]] = {name: {} for name in barcodes}
+    for name, (query, what, *reason) in counts.items():
+        keys = (Plate.barcode, *reason)
+        counted = query.with_only_columns(*keys, func.count(what.distinct())).group_by(*keys)
+        for barcode, *reasons, number in session.execute(counted):
+            if reasons:
+                found[barcode].setdefault(name, {})[reasons[0].value] = number
+            else:
+                found[barcode][name] = number
+    return tuple(PlateSummary(plate, **numbers) for plate, numbers in found.items())
 
 
 def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ...]:
@@ -659,6 +645,6 @@ def flagged_images(
         .order_by(Image.id, ImageFlag.reason, ImageFlag.channel)
     )
     for row in session.execute(query.execution_options(yield_per=1_000)):
-        field, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
+        image, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
         channel = now[row.barcode].get(row.channel, row.channel)
-        yield FlaggedImage(row.id, row.barcode, *field, row.reason.value, channel, *limits)
+        yield FlaggedImage(row.id, row.barcode, *image, row.reason.value, channel, *limits)

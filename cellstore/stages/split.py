@@ -212,7 +212,7 @@ def create_split(workspace: Workspace, name: str, params: SplitParams | None = N
     params = params or SplitParams()
     if params.folds is not None:
         raise UserInputError("Folds are several splits: make them with create_folds.")
-    (result,) = _create(workspace, params, [_checked_name(name)], None)
+    (result,) = create_folds(workspace, name, params)
     return result
 
 
@@ -220,7 +220,8 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
     """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
 
     Their test subsets partition the images; of each, the next fold's test subset validates. They
-    are one family, and share the images, the classes and what is excluded.
+    are one family, and share the images, the classes and what is excluded. Without
+    ``params.folds`` one split is made, of that very name.
 
     Raises:
         UserInputError: a name is taken by another split, or the images cannot be split so.
@@ -228,24 +229,10 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         MissingExtraError: groups that hold several classes need scikit-learn.
 
     """
-    name = _checked_name(name, more=5)
-    if params.folds is None:
-        raise UserInputError("Say how many folds there are.")
-    names = [f"{name}-{number}" for number in range(1, params.folds + 1)]
-    return _create(workspace, params, names, name)
-
-
-def _checked_name(name: str, more: int = 0) -> str:
-    """Return the name of a split, to which ``more`` characters can be added."""
-    if not name.strip() or len(name) + more > 255 or not name.isprintable():
-        raise UserInputError("A split needs a name of 1 to 255 printable characters.")
-    return name.strip()
-
-
-def _create(
-    workspace: Workspace, params: SplitParams, names: Sequence[str], family: str | None
-) -> tuple[SplitResult, ...]:
-    """Find the images, assign them, and write the splits; ``family``: they are its folds."""
+    names, family = [_checked_name(name)], None
+    if params.folds is not None:
+        family = _checked_name(name, more=5)
+        names = [f"{family}-{number}" for number in range(1, params.folds + 1)]
     with workspace.database.read() as session:
         params = replace(params, field=check_field(session, params.field))
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
@@ -315,6 +302,13 @@ def _create(
             )
         )
     return _keep(workspace, new, spec)
+
+
+def _checked_name(name: str, more: int = 0) -> str:
+    """Return the name of a split, to which ``more`` characters can be added."""
+    if not name.strip() or len(name) + more > 255 or not name.isprintable():
+        raise UserInputError("A split needs a name of 1 to 255 printable characters.")
+    return name.strip()
 
 
 def _images(field: str, *columns: Any) -> Select[Any]:
