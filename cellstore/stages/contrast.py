@@ -35,7 +35,7 @@ from ..query.cells import (
     trainings_of_features,
 )
 from ..query.feature_files import open_set
-from ..settings import need
+from ..settings import need, track
 
 VERSION = 4
 """2: the negative controls are wells, not all wells of their treatments. 3: no interval. 4: chance
@@ -319,15 +319,8 @@ class _Comparison:
 
     def result(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Return what the run keeps."""
-        progress = self.workspace.progress
-        progress.start("contrast", len(groups))
-        rows = []
-        try:
-            for group in groups:
-                rows.append(self._row(group))
-                progress.advance()
-        finally:
-            progress.finish()
+        each = track(self.workspace.progress, "contrast", len(groups), groups)
+        rows = [self._row(group) for group in each]
         rows.sort(key=lambda row: (row.auc is None, -(row.auc or 0), row.treatment))
         tested = [row for row in rows if row.auc is not None]
         chance = []

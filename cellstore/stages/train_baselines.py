@@ -29,7 +29,7 @@ from ..query.cells import (
     read_drawn,
     stream_groups,
 )
-from ..settings import need
+from ..settings import need, track
 
 VERSION = 1
 USED = {
@@ -103,21 +103,16 @@ def train_baselines(
         cells = find_training_cells(session, workspace, sources, params)
     fitting = Fitting(workspace, params, cells)
     results = []
-    workspace.progress.start("train", len(chosen))
-    try:
-        for kind in chosen:
-            used = {name: getattr(params, name) for name in USED[kind]}
-            parameters = {"baseline": kind, **used, **cells.parameters}
-            if kind in ON_FEATURES:
-                parameters["normalise"] = params.normalise
-            spec = RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
-            with workspace.database.read() as session:
-                found = None if force else finished_run(session, spec, cells.split.id)
-                earlier = None if found is None else _result(found)
-            results.append(earlier or _train(workspace, fitting, kind, spec))
-            workspace.progress.advance()
-    finally:
-        workspace.progress.finish()
+    for kind in track(workspace.progress, "train", len(chosen), chosen):
+        used = {name: getattr(params, name) for name in USED[kind]}
+        parameters = {"baseline": kind, **used, **cells.parameters}
+        if kind in ON_FEATURES:
+            parameters["normalise"] = params.normalise
+        spec = RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
+        with workspace.database.read() as session:
+            found = None if force else finished_run(session, spec, cells.split.id)
+            earlier = None if found is None else _result(found)
+        results.append(earlier or _train(workspace, fitting, kind, spec))
     return tuple(results)
 
 
