@@ -13,6 +13,7 @@ import typer
 
 from cellstore.config import VoteOptions, option, option_of
 from cellstore.errors import UserInputError
+from cellstore.settings import check_new_file
 
 from . import output
 from .app import HTML, Common, command
@@ -330,7 +331,7 @@ def compare(
     """
     form = "json" if common.as_json else form
     if out is not None:
-        output.check_output(out, replace=replace)
+        check_new_file(out, replace=replace)
     if out is not None and form == "text":
         raise UserInputError("Text is for reading: choose --format csv or json for a file.")
     with common.open(quiet=form == "json") as store:
