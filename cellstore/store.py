@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    AddedParams,
     BaselineParams,
     ContrastParams,
     FinetuneParams,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.add_predictions import AddedPredictions
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
@@ -501,6 +503,44 @@ class Store(AbstractContextManager["Store"]):
         )
         self._wrote(html)
         return written
+
+    def add_predictions(
+        self,
+        table: Any,
+        name: str,
+        *,
+        split: str | None = None,
+        model: str | Path | None = None,
+        trained_on: Sequence[str] | None = None,
+        segmentation: str | None = None,
+        note: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> AddedPredictions:
+        """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
+
+        ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
+        split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
+        the model are kept with the run. See ``stages.add_predictions.add_predictions``.
+        """
+        import pyarrow as pa
+
+        from .stages.add_predictions import add_predictions
+
+        if isinstance(table, str | Path):
+            source: Any = Path(table)
+        elif hasattr(table, "iloc"):
+            source = pa.Table.from_pandas(table, preserve_index=False)
+        else:
+            source = pa.table(table)
+        params = AddedParams(
+            name,
+            split=split,
+            trained_on=None if trained_on is None else tuple(trained_on),
+            model=None if model is None else Path(model),
+            segmentation=segmentation,
+            note=note,
+        )
+        return add_predictions(self.workspace, source, params, parameters)
 
     def compare(
         self,

@@ -14,6 +14,7 @@ import typer
 from cellstore.config import (
     BASELINES,
     PRESETS,
+    AddedParams,
     BaselineParams,
     ContrastParams,
     PredictParams,
@@ -347,6 +348,54 @@ def predict(
             list_failures(result.failures)
     if result.failures:
         end_with_failures(result.failures, result.done, "labelled", "the same command")
+
+
+predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")
+app.add_typer(predictions, name="predictions")
+
+
+@command(predictions, "add", then=True)
+def add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and classes.")],
+    params: AddedParams,
+    common: Common,
+) -> None:
+    """Keep the predictions of a model that is not of cellstore, with where they come from.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell and class. A cell is named by cell_id,
+    or by plate, well, site and object_number, or by plate, well, site and a point x, y in pixels.
+    Column label is a class of the split, column probability from 0 to 1; or each class has a
+    column of its own. Every row is checked before anything is written. Then votes, report, compare
+    and audit work as for a network of cellstore, and say what was declared.
+
+    \b
+    Example:
+      cellstore predictions add labels.csv --name my-vit --split by-well --trained-on train
+      cellstore predictions add labels.parquet --name forest --split by-well
+    """
+    with common.open() as store:
+        result = store.add_predictions(file, **asdict(params))
+    if common.as_json:
+        output.print_json(result)
+        return
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these predictions already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "model": f"{result.name} (run {result.train_run_id})",
+            "split": result.split,
+            "trained on": "not known"
+            if result.trained_on is None
+            else ", ".join(result.trained_on) or "none of these images",
+            "images": result.images,
+            "cells": result.cells,
+            "rows": result.rows,
+        }
+    )
+    for note in result.notes:
+        say(note)
+    say(f"Next: cellstore report --run {result.run_id}")
 
 
 @command(app, "export-model")
