@@ -542,6 +542,12 @@ class Store(AbstractContextManager["Store"]):
         )
         return add_predictions(self.workspace, source, params, parameters)
 
+    def withdraw_predictions(self, run: str | int, *, reason: str) -> int:
+        """Mark predictions that were added as wrong; see ``stages.add_predictions.withdraw``."""
+        from .stages.add_predictions import withdraw
+
+        return withdraw(self.workspace, str(run), reason)
+
     def compare(
         self,
         first: str,

@@ -398,6 +398,30 @@ def add(
     say(f"Next: cellstore report --run {result.run_id}")
 
 
+@command(predictions, "withdraw")
+def withdraw(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The predict run, by number.")],
+    common: Common,
+    reason: str = option("", "Why; it is shown with the run.", metavar="TEXT"),
+) -> None:
+    """Mark predictions that were added as wrong.
+
+    They stay in the store, so that what was published with them is found. No command takes them by
+    default any more, and what is asked of them by number says that they were withdrawn, and why.
+
+    \b
+    Example:
+      cellstore predictions withdraw 12 --reason "the classes were mixed up"
+    """
+    with common.open() as store:
+        number = store.withdraw_predictions(run, reason=reason)
+    if common.as_json:
+        output.print_json({"run_id": number, "status": "withdrawn"})
+        return
+    typer.echo(f"Run {number} is withdrawn.")
+    say("Next: cellstore ask runs")
+
+
 @command(app, "export-model")
 def export_model(
     common: Common,

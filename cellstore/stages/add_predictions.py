@@ -23,12 +23,14 @@ from sqlalchemy.orm import Session, aliased
 from ..artifacts import sha256_of
 from ..config import AddedParams
 from ..db.bulk import in_lists, insert_new
+from ..db.events import Change, record_events, record_runs
 from ..enums import Origin, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError
 from ..io.tables import Refusal, disarmed_name, open_table
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
-from ..jobs.lookup import find_split
+from ..jobs.lookup import find_split, readable
 from ..jobs.queue import CONTENT, JobScope, Task
+from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Label, Recipe, Run, Segmentation, SplitMember
@@ -263,6 +265,11 @@ def add_predictions(
             train_run_id = made.id
         else:
             train_run_id = trained.id
+        if latest is not None and latest.status is Status.WITHDRAWN:
+            raise UserInputError(
+                f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
+                "right after all, add them with another --name."
+            )
         done = latest is not None and latest.status is Status.DONE
         run_id = latest.id if latest is not None else 0
         if not done:
@@ -310,6 +317,35 @@ def add_predictions(
         already_done=done,
         notes=tuple(notes),
     )
+
+
+def withdraw(workspace: Workspace, run: str, reason: str) -> int:
+    """Mark added predictions as wrong; return the number of their run.
+
+    The rows stay, since what was published with them must be found; no command takes the run by
+    default any more, and what is asked of it by number says that it was withdrawn, and why.
+
+    Raises:
+        UnknownNameError: there is no such run.
+        UserInputError: it was not added, or is withdrawn; the reason is empty.
+    """
+    if not (reason := readable(reason)):
+        raise UserInputError("Say why: --reason TEXT.")
+    with workspace.database.begin() as session:
+        found = session.get_one(Run, find_predict_run(session, run).id)
+        if found.origin is not Origin.DECLARED:
+            raise UserInputError(
+                f"Run {found.id} was made by cellstore, and is not withdrawn. To leave out images "
+                "or cells that are wrong: cellstore exclude"
+            )
+        if found.status is not Status.DONE:
+            raise UserInputError(f"Run {found.id} is {found.status.value} already.")
+        old, new = ({"status": item.value} for item in (found.status, Status.WITHDRAWN))
+        found.status, found.error = Status.WITHDRAWN, reason
+        session.flush()
+        record_events(session, [Change("runs", found.id, old, new)], reason=reason)
+        record_runs(session, [found.id])
+        return found.id
 
 
 @dataclass

@@ -195,3 +195,20 @@ def test_a_point_in_a_mask_names_a_cell(workspace: Workspace) -> None:
         assert sorted((p.cell.object_number, p.probability) for p in said) == [(1, 1.0), (3, 1.0)]
     with pytest.raises(UserInputError, match=r"line 3: no such cell"):
         store.add_predictions(table.assign(x=[2.4, 1.0]), "beside")
+
+
+def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> None:
+    store, own = screen
+    table = store.sql(EXPORT, [own])
+    run = str(store.add_predictions(table, "wrong").run_id)
+    assert str(store.report("latest").run_id) == run
+    problems = set(store.verify().problems)
+    assert store.withdraw_predictions(run, reason="classes mixed up") == int(run)
+    assert store.report("latest").run_id == own
+    assert any("withdrawn: classes mixed up" in note for note in store.report(run).notes)
+    assert len(rows_of(store, int(run))) == table.num_rows
+    assert set(store.verify().problems) == problems
+    with pytest.raises(UserInputError, match="withdrawn"):
+        store.add_predictions(table, "wrong")
+    with pytest.raises(UserInputError, match="made by cellstore"):
+        store.withdraw_predictions(own, reason="a try")
