@@ -395,7 +395,6 @@ def add(
     )
     for note in result.notes:
         say(note)
-    say(f"Next: cellstore report --run {result.run_id}")
 
 
 @command(predictions, "withdraw")

@@ -82,6 +82,8 @@ MOST_ROWS = 2_000_000
 
 ROWS_AT_ONCE = 100_000
 
+COLUMNS = ("run_id", "cell_id", "rank", "label_id", "probability")
+
 
 @dataclass(frozen=True)
 class PredictResult:
@@ -470,16 +472,16 @@ def insert_predictions(
     session: Session, run_id: int, images: Iterable[PredictionRows], *, whole: bool = False
 ) -> None:
     """Insert the predictions of some images; ``whole``: about these themselves, not their cells."""
-    table, of = (ImagePrediction, "image_id") if whole else (Prediction, "cell_id")
-    columns_of_table = ("run_id", of, "rank", "label_id", "probability")
+    table = ImagePrediction if whole else Prediction
+    named = ("run_id", "image_id", *COLUMNS[2:]) if whole else COLUMNS
     waiting: list[tuple[Any, ...]] = []
     for rows in images:
         columns = (column.tolist() for column in rows)
         waiting += zip(repeat(run_id, len(rows.ranks)), *columns, strict=True)
         if len(waiting) >= ROWS_AT_ONCE:
-            bulk_insert(session, table, columns_of_table, waiting)
+            bulk_insert(session, table, named, waiting)
             waiting = []
-    bulk_insert(session, table, columns_of_table, waiting)
+    bulk_insert(session, table, named, waiting)
 
 
 @dataclass(frozen=True)
