@@ -13,12 +13,12 @@ from screens import small_screen
 from sqlalchemy import update
 
 from cellstore import Store
-from cellstore.enums import ArtifactKind, Origin
-from cellstore.errors import UserInputError
+from cellstore.enums import ArtifactKind, Origin, Subset
+from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event, Prediction, Run, Segmentation
+from cellstore.models import Event, Prediction, Run, Segmentation, Split
 
 EXPORT = """
     SELECT cell_id, l.value AS label, probability
@@ -212,3 +212,33 @@ def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> 
         store.add_predictions(table, "wrong")
     with pytest.raises(UserInputError, match="made by cellstore"):
         store.withdraw_predictions(own, reason="a try")
+
+
+def test_the_cells_of_a_split_are_a_table(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with workspace.database.read() as session:
+        recipe = session.get_one(Run, screen.measure_run.id).recipe
+    screen.factory.feature_set(recipe)
+    store = Store(workspace)
+    cells = store.cells("main", "test")
+    table = cells.to_pandas()
+    with store.session() as session:
+        known = {
+            (m.image.well.name, c.id, m.label.value)
+            for m in session.get_one(Split, screen.split.id).members
+            for s in m.image.segmentations
+            for c in s.cells
+            if m.subset is Subset.TEST
+        }
+    assert set(zip(table.well, table.cell_id, table.label, strict=True)) == known
+    assert set(table.area) == {64.0}
+    assert sum(batch.num_rows for batch in cells.batches()) == len(table)
+    assert store.sql(cells.query).equals(cells.to_arrow())
+    out = int(table.cell_id[0])
+    store.exclude("cell", str(out), reason="dust")
+    left = store.cells("main", features=False).to_pandas()
+    assert out not in set(left.cell_id)
+    assert "area" not in left
+    assert {"train", "test"} == set(left.subset)
+    with pytest.raises(UnknownNameError, match="subset"):
+        store.cells("main", "tests")
