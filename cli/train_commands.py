@@ -330,6 +330,7 @@ def predict(
     else:
         if result.done == 0 and not result.failures:
             typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+            typer.echo(f"To do it again and compare: cellstore repro {result.run_id} --check")
         output.pairs(
             {
                 "run": result.run_id,
