@@ -24,6 +24,7 @@ from cellstore.config import (
     options_of,
 )
 from cellstore.errors import UserInputError
+from cellstore.store import Store
 
 from . import output
 from .app import (
@@ -39,6 +40,8 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.contrast import ContrastResult, ContrastRow
+    from cellstore.stages.export_model import ExportedModel
+    from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
 
@@ -212,8 +215,6 @@ def _show_train(result: TrainResult) -> None:
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
         output.table(list(EPOCH_COLUMNS.values()), whole)
-    for note in result.notes:
-        say(note)
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
@@ -239,38 +240,7 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
             for item in results
         ],
     )
-    for note in dict.fromkeys(note for item in results for note in item.notes):
-        say(note)
-
-
-@command(app, "contrast", then=True)
-def contrast(
-    params: ContrastParams,
-    common: Common,
-    segmentation: str | None = SEGMENTATION,
-    measurement: str | None = MEASUREMENT,
-    force: bool = option(False, "Compare again, even if nothing has changed."),
-) -> None:
-    """Show which treatments change the cells at all, compared with control wells.
-
-    A logistic regression learns to distinguish cells of a treatment from as many control cells of
-    the same plates, by their measurements. It is trained on some wells and tested on other wells.
-    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
-    always recognised. The last rows compare control wells with other control wells: they show
-    what chance looks like.
-
-    \b
-    Example:
-      cellstore contrast
-      cellstore contrast --treatment taxol --control DMSO
-      cellstore contrast --field perturbation
-      cellstore contrast --pooled
-    """
-    with common.open() as store:
-        result = store.contrast(
-            params, segmentation=segmentation, measurement=measurement, force=force
-        )
-    common.show(result, _show_contrast)
+    output.say_notes(dict.fromkeys(note for item in results for note in item.notes))
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -300,13 +270,57 @@ def _show_contrast(result: ContrastResult) -> None:
     for row in result.rows:
         if row.note:
             typer.echo(f"{row.treatment}: {row.note}")
-    for note in result.notes:
-        say(note)
+
+
+@command(app, "contrast", _show_contrast, then=True)
+def contrast(
+    params: ContrastParams,
+    store: Store,
+    segmentation: str | None = SEGMENTATION,
+    measurement: str | None = MEASUREMENT,
+    force: bool = option(False, "Compare again, even if nothing has changed."),
+) -> ContrastResult:
+    """Show which treatments change the cells at all, compared with control wells.
+
+    A logistic regression learns to distinguish cells of a treatment from as many control cells of
+    the same plates, by their measurements. It is trained on some wells and tested on other wells.
+    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
+    always recognised. The last rows compare control wells with other control wells: they show
+    what chance looks like.
+
+    \b
+    Example:
+      cellstore contrast
+      cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --field perturbation
+      cellstore contrast --pooled
+    """
+    return store.contrast(params, segmentation=segmentation, measurement=measurement, force=force)
+
+
+def _show_predict(result: PredictResult) -> None:
+    if result.done == 0 and not result.failures:
+        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "trained in run": result.train_run_id,
+            "split": result.split,
+            "images labelled": result.done,
+            "labelled before": result.earlier,
+            "without measured cells": result.waiting,
+            "cells labelled": result.cells,
+            **({"feature set": result.feature_set} if result.feature_set else {}),
+        }
+    )
+    if result.failures and not are_gone(result.failures):
+        list_failures(result.failures)
 
 
 @command(app, "predict", then=True)
 def predict(
     params: PredictParams,
+    store: Store,
     common: Common,
     run: str = option("latest", "The train run, by number, or 'latest'.", metavar="RUN"),
     device: str = DEVICE,
@@ -322,36 +336,28 @@ def predict(
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
       cellstore predict --subset all --where "treatment = 'DMSO'" --all-probabilities
     """
-    with common.open() as store:
-        result = store.predict(params, run=run, device=device)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        if result.done == 0 and not result.failures:
-            typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
-        output.pairs(
-            {
-                "run": result.run_id,
-                "trained in run": result.train_run_id,
-                "split": result.split,
-                "images labelled": result.done,
-                "labelled before": result.earlier,
-                "without measured cells": result.waiting,
-                "cells labelled": result.cells,
-                **({"feature set": result.feature_set} if result.feature_set else {}),
-            }
-        )
-        for note in result.notes:
-            say(note)
-        if result.failures and not are_gone(result.failures):
-            list_failures(result.failures)
+    result = store.predict(params, run=run, device=device)
+    common.show(result, _show_predict)
     if result.failures:
         end_with_failures(result.failures, result.done, "labelled", "the same command")
 
 
-@command(app, "export-model")
+def _show_model(result: ExportedModel) -> None:
+    output.pairs(
+        {
+            "written": result.path,
+            "trained in run": result.train_run_id,
+            "model": result.model,
+            "classes": result.classes,
+            "files": ", ".join(result.files),
+        }
+    )
+    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
+
+
+@command(app, "export-model", _show_model)
 def export_model(
-    common: Common,
+    store: Store,
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
     ] = "latest",
@@ -361,7 +367,7 @@ def export_model(
         name="--output",
         metavar="DIR",
     ),
-) -> None:
+) -> ExportedModel:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 
     The folder holds the trained model (model.safetensors of a network, model.skops of a
@@ -374,20 +380,4 @@ def export_model(
       cellstore export-model 7 --output my-model
       cd my-model && python example.py
     """
-    with common.open() as store:
-        result = store.export_model(run, folder)
-    if common.as_json:
-        output.print_json(result)
-        return
-    output.pairs(
-        {
-            "written": result.path,
-            "trained in run": result.train_run_id,
-            "model": result.model,
-            "classes": result.classes,
-            "files": ", ".join(result.files),
-        }
-    )
-    for note in result.notes:
-        say(note)
-    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
+    return store.export_model(run, folder)

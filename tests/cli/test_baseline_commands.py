@@ -56,7 +56,7 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
     assert {item["baseline"] for item in found["baselines"]} == {"position"}
     assert found["against_nulls"] == (
         "Cannot say whether these labels are better than the null baselines: too few wells (5 "
-        "wells scored by both, 6 are the least). Null baselines: position (100.0 %, p = 1)."
+        "wells scored by both; 6 or more are needed). Null baselines: position (100.0 %, p = 1)."
     )
 
 

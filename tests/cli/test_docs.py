@@ -22,7 +22,7 @@ init, ingest, refresh, relocate, segment, measure, qc, contrast, split create, s
 split list, split delete, split show, split check, train, predict, votes, report,
 compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
-db upgrade, db check, db current, rename, relabel, exclude, include,
+db upgrade, db check, rename, relabel, exclude, include,
 undo, delete, backup, restore, log
 """
 
