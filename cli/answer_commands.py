@@ -268,7 +268,7 @@ def report(
       cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
     """
     if maps and html is None:
-        raise UserInputError("--map draws on the HTML page. Name its file, too: --html report.html")
+        raise UserInputError("--map draws on the HTML page: add a file for it: --html report.html")
     return store.report(
         run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
     )
@@ -311,7 +311,9 @@ def compare(
     if out is not None:
         output.check_output(out, replace=replace)
     if out is not None and form == "text":
-        raise UserInputError("Only CSV and JSON can be written to a file: add --format csv or --format json.")
+        raise UserInputError(
+            "Only CSV and JSON can be written to a file: add --format csv or json."
+        )
     found = store.compare(
         first,
         second,

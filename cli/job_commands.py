@@ -363,6 +363,10 @@ def doctor(common: Common) -> None:
             line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
             typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
         broken = sum(found.state == "broken" for found in result.findings)
-        say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "Everything works.")
+        say(
+            f"{output.count(broken, 'thing is', 'things are')} broken."
+            if broken
+            else "Everything works."
+        )
     if not result.ok:
         raise typer.Exit(1)
