@@ -14,6 +14,7 @@ import typer
 from cellstore.config import (
     BASELINES,
     PRESETS,
+    AddedParams,
     BaselineParams,
     ContrastParams,
     PredictParams,
@@ -39,6 +40,7 @@ from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.stages.add_predictions import AddedPredictions
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
     from cellstore.stages.predict import PredictResult
@@ -301,6 +303,7 @@ def contrast(
 def _show_predict(result: PredictResult) -> None:
     if result.done == 0 and not result.failures:
         typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+        typer.echo(f"To do it again and compare: cellstore repro {result.run_id} --check")
     output.pairs(
         {
             "run": result.run_id,
@@ -340,6 +343,74 @@ def predict(
     common.show(result, _show_predict)
     if result.failures:
         end_with_failures(result.failures, result.done, "labelled", "the same command")
+
+
+predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")
+app.add_typer(predictions, name="predictions")
+
+
+def _show_added(result: AddedPredictions) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these predictions already.")
+    trained_on = "not known"
+    if result.trained_on is not None:
+        trained_on = ", ".join(result.trained_on) or "none of these images"
+    output.pairs(
+        {
+            "run": result.run_id,
+            "model": f"{result.name} (run {result.train_run_id})",
+            "split": result.split,
+            "trained on": trained_on,
+            "images": result.images,
+            "cells": result.cells,
+            "rows": result.rows,
+        }
+    )
+
+
+@command(predictions, "add", _show_added, then=True)
+def add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and classes.")],
+    params: AddedParams,
+    store: Store,
+) -> AddedPredictions:
+    """Keep the predictions of a model that is not of cellstore, with where they come from.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell and class. A cell is named by cell_id,
+    or by plate, well, site and object_number, or by plate, well, site and a point x, y in pixels.
+    Column label is a class of the split, column probability from 0 to 1; or each class has a
+    column of its own. Every row is checked before anything is written. Then votes, report, compare
+    and audit work as for a network of cellstore, and say what was declared.
+
+    \b
+    Example:
+      cellstore predictions add labels.csv --name my-vit --split by-well --trained-on train
+      cellstore predictions add labels.parquet --name forest --split by-well
+    """
+    return store.add_predictions(file, **asdict(params))
+
+
+def _show_withdrawn(done: dict[str, Any]) -> None:
+    typer.echo(f"Run {done['run_id']} is withdrawn.")
+    say("Next: cellstore ask runs")
+
+
+@command(predictions, "withdraw", _show_withdrawn)
+def withdraw(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The predict run, by number.")],
+    store: Store,
+    reason: str = option("", "Why; it is shown with the run.", metavar="TEXT"),
+) -> dict[str, Any]:
+    """Mark predictions that were added as wrong.
+
+    They stay in the store, so that what was published with them is found. No command takes them by
+    default any more, and what is asked of them by number says that they were withdrawn, and why.
+
+    \b
+    Example:
+      cellstore predictions withdraw 12 --reason "the classes were mixed up"
+    """
+    return {"run_id": store.withdraw_predictions(run, reason=reason), "status": "withdrawn"}
 
 
 def _show_model(result: ExportedModel) -> None:

@@ -335,7 +335,7 @@ def next_step(session: Session) -> tuple[str, ...]:
         first = shlex.quote(names[0])
         segment = (
             f"cellstore segment --preview 6 --channels {first}  "
-            f"(name the channel of the nuclei; there are: {listed})"
+            f"(the channel of the nuclei: of {listed})"
         )
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
