@@ -384,7 +384,7 @@ def add(
 
     \b
     Example:
-      cellstore predictions add labels.csv --name my-vit --split by-well --trained-on train
+      cellstore predictions add labels.csv --name vit --split by-well --trained-on train
       cellstore predictions add labels.parquet --name forest --split by-well
     """
     return store.add_predictions(file, **asdict(params))
