@@ -11,7 +11,7 @@ from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_recipe, find_run
 from cellstore.jobs.queue import close_dead_runs, new_owner
-from cellstore.jobs.runs import RecipeSpec, RunHandle, attach, keep_files, register, running
+from cellstore.jobs.runs import RecipeSpec, RunHandle, keep_files, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Job, Recipe, Run, RunArtifact
 
@@ -168,7 +168,7 @@ def test_a_file_is_kept_once_and_linked_to_its_runs(workspace: Workspace):
     recipe = recipe_of(workspace)
     for _ in range(2):
         with running(workspace.database, recipe) as run, workspace.database.begin() as session:
-            attach(session, run.id, keep_files(session, [stored])[0])
+            keep_files(session, [stored], run.id)
     with workspace.database.read() as session:
         assert session.scalar(select(func.count()).select_from(Artifact)) == 1
         assert session.scalar(select(func.count()).select_from(RunArtifact)) == 2

@@ -55,14 +55,16 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
     areas = "SELECT avg(area) AS area FROM features JOIN cells c ON c.id = cell_id"
     assert cellstore("sql", areas, "--json", *at).json[0]["area"] == pytest.approx(37.5)
 
-    published = "split create as-published --protocol published --test-size 0.5".split()
+    how = ("--protocol", "published", "--test-size", 0.5)
+    published = ("split", "create", "as-published", *how)
     made = cellstore(*published, *at)
     assert "Careful: some wells are in training and in test" in made.err
     assert "there already" in cellstore(*published, *at).err
     assert cellstore("split", "show", *at, "--json").json["wells_in_both_subsets"] > 0
     assert "well" in cellstore("split", "check", "as-published", *at, code=1).out
 
-    small = "--crop-size 16 --epochs 2 --batch-size 32 --backbone shufflenet_v2_x0_5".split()
+    small = ("--crop-size", 16, "--epochs", 2, "--batch-size", 32, "--branches", "mask,tabular")
+    small = (*small, "--backbone", "shufflenet_v2_x0_5")
     trained = cellstore("train", *small, *at)
     assert "val. loss" in trained.out
     assert "Nothing to do" in cellstore("train", *small, *at).out

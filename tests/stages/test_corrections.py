@@ -439,7 +439,7 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
     first, second = (item.run_id for item in maps)
-    refused = rf"run {second} changed P1/A01 again\. .* first: cellstore undo {second}\."
+    refused = rf"run {second} changed P1/A01 again\.\nTake .* order:\n  cellstore undo {second}$"
     with pytest.raises(UserInputError, match=refused):
         store.undo(str(first))
     refused = f"ingest run {first} corrected its wells.* undo {second}; then cellstore undo {first}"
@@ -455,7 +455,7 @@ def test_what_was_relabelled_since_keeps_its_correction(store: Store, tmp_path: 
     store.relabel("P1/A01", treatment="mitotane", reason="lab book")
     store.relabel("P1/A02", control="positive", reason="lab book")
     done = store.undo(str(run))
-    assert "P1/A01, P1/A02 were corrected by hand since, and keep their corrections." in done.notes
+    assert "Corrected by hand since, and kept: P1/A01, P1/A02." in done.notes
     found = "SELECT well, treatment, control FROM well_table ORDER BY well"
     assert [tuple(row.values()) for row in store.sql(found).to_pylist()] == [
         ("A01", "mitotane", None),
@@ -481,7 +481,7 @@ def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
     store.relabel("P1/A01", treatment="taxol", reason="it was")
     store.exclude("image", "P1/A02/1", reason="blurred")
     for plan in (store.undo(str(images), dry_run=True), store.delete_plate("P1", dry_run=True)):
-        assert plan.notes[0].startswith("P1/A01, P1/A02 were corrected or excluded by hand")
+        assert plan.notes[0].startswith("Corrected or excluded by hand: P1/A01, P1/A02.")
     assert store.undo(str(images)).notes
     store.ingest(tmp_path / "a.csv")
     assert store.delete_plate("P1").notes == ()
@@ -492,7 +492,7 @@ def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"split main.*count nowhere: cellstore exclude plate"):
+    with pytest.raises(UserInputError, match=r"split main\.\nTo .*:\n  cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))

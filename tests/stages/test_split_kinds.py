@@ -291,7 +291,7 @@ def test_splits_are_listed_and_those_unused_deleted(workspace: Workspace) -> Non
     first = list_splits(workspace)[0]
     assert (first.name, first.train, first.validation, first.test) == ("used", 4, 4, 4)
     assert (first.runs, first.frozen) == (1, True)
-    with pytest.raises(UserInputError, match=rf"'used' stays: run {run.id} relies on it"):
+    with pytest.raises(UserInputError, match=rf"'used' stays: it is used by run {run.id},"):
         delete_split(workspace, "used", dry_run=True)
     assert delete_split(workspace, "unused", dry_run=True).names == ("unused",)
     assert delete_split(workspace, "unused").names == ("unused",)

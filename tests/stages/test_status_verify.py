@@ -171,7 +171,9 @@ def test_features_that_are_not_what_was_written_are_told(workspace: Workspace):
     reasons = {problem.path: problem.reason for problem in found.problems}
     assert "sha256 differs" in reasons[first.path]
     assert reasons[second.path] == "the file is gone"
-    assert (found.commands, retry(workspace).lost_files) == ((), 0)  # no command measures these
+    with workspace.database.read() as session:  # the ingest that brought them does it again
+        ingests = session.scalars(select(Run.command).where(Run.stage == Stage.INGEST)).all()
+    assert (found.commands, retry(workspace).lost_files) == ((ingests[0],), 1)
 
 
 @pytest.mark.each_database
@@ -247,7 +249,7 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
         session.execute(update(ImageFile).values(channel="ch1"))
         session.execute(update(ImageFile).where(ImageFile.id == one).values(channel="ch2"))
     assert status(workspace).next == (
-        "cellstore segment --channels NAME  (the one of the nuclei: ch1, ch2)",
+        "cellstore segment --preview 6 --channels ch1  (the channel of the nuclei: of ch1, ch2)",
     )
     segment = make.run(Stage.SEGMENT)
     found = make.segmentation(image, segment, 2)

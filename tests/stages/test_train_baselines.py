@@ -193,9 +193,9 @@ def test_what_cannot_be_done_is_said(built: Path, opened: Opener) -> None:
     with workspace.database.begin() as session:
         drug = select(Label.id).where(Label.value == "drug")
         session.execute(delete(SplitMember).where(SplitMember.label_id.in_(drug)))
-    with pytest.raises(UserInputError, match=r"one class only \(DMSO\)"):
+    with pytest.raises(UserInputError, match="of one class only, DMSO"):
         train_baselines(workspace, ["majority"])
     with workspace.database.begin() as session:
         session.execute(delete(SplitMember))
-    with pytest.raises(UserInputError, match="subset of split 'by-well' has measured cells"):
+    with pytest.raises(UserInputError, match="no image in its training subset"):
         train_baselines(workspace, ["majority"])
