@@ -23,6 +23,7 @@ from cellstore.enums import Stage
 from cellstore.errors import DatabaseError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, ImageFile
+from cellstore.report.repro import repro
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
 from cellstore.stages.ingest.ingest import ingest, refresh, relocate
@@ -31,6 +32,8 @@ from cellstore.stages.qc import qc
 from cellstore.stages.segment import segment
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
+
+pytestmark = pytest.mark.one_database
 
 
 def change(workspace: Workspace, statement: str, table: str | None = None) -> None:
@@ -67,6 +70,7 @@ def test_rows_that_are_not_what_a_job_wrote_are_found(trained: Trained, opened: 
     assert sorted(reason.split()[2] for reason in reasons) == ["measure", "predict", "qc"]
 
 
+@pytest.mark.each_database
 def test_events_are_a_chain_that_verify_walks(workspace: Workspace) -> None:
     with workspace.database.begin() as session:
         for number in (1, 2, 3):
@@ -95,6 +99,8 @@ def test_a_reference_that_leads_nowhere_is_found(sqlite_workspace: Workspace) ->
     (problem,) = verify(sqlite_workspace).problems
     assert problem.path == sqlite_workspace.database.shown
     assert problem.reason == f"row {run.id} of runs refers to a row of recipes that is not there"
+    with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers to .* cellstore verify"):
+        repro(sqlite_workspace, str(run.id))
     findings = doctor(sqlite_workspace.settings).findings
     (broken,) = [item for item in findings if item.topic == "database"]
     assert (broken.state, "backup" in broken.detail) == ("broken", True)
@@ -183,6 +189,7 @@ def test_a_folder_is_relocated_to_the_old_name_of_one_within_it(bench: Bench) ->
         relocate(workspace, str(inner), str(bench.images))
 
 
+@pytest.mark.each_database
 def test_files_that_were_moved_are_noticed_and_relocated(bench: Bench, tmp_path: Path) -> None:
     workspace = bench.workspace
     segment(workspace, bench.params)
@@ -266,6 +273,7 @@ def test_a_file_that_is_gone_from_its_folder_is_named(bench: Bench) -> None:
     assert (gone.files, gone.seen, gone.first) == (1, 6, bench.file(3, 2).name)
 
 
+@pytest.mark.each_database
 def test_folders_in_one_that_is_gone_are_one_line(workspace: Workspace, tmp_path: Path) -> None:
     make = Factory(workspace)
     image = make.image(make.well(make.plate(), 1, 1))
