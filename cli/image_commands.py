@@ -141,7 +141,7 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
 
 def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str) -> None:
     """Print how many images there are to do, and how long that may take."""
-    time = "unknown: no image has been through this stage yet. Try some with --limit 5"
+    time = "unknown: no image was done yet. Try a few: --limit 5"
     if forecast.seconds is not None and forecast.per_image is not None:
         time = (
             f"about {_duration(forecast.seconds)} with {output.count(forecast.workers, 'worker')} "

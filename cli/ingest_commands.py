@@ -266,8 +266,6 @@ def _show_relocate(result: RelocateResult) -> None:
     output.say_more(len(result.folders) - SHOWN_FILES, " folders")
     if result.missing:
         say(f"{output.count(result.missing, 'file')} are in neither folder.")
-    if result.dry_run:
-        say("Nothing was written: this was a dry run.")
 
 
 @command(app, "relocate", _show_relocate, then=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -483,11 +484,15 @@ class Bar(Progress):
     """A bar on stderr: what is done, how much is left, and how long that will take."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
         self._progress: Any = None
         self._tasks: list[Any] = []
+
+    @cached_property
+    def console(self) -> Any:
+        """The terminal; made when something is shown, since rich loads slowly."""
+        from rich.console import Console
+
+        return Console(stderr=True)
 
     def start(self, label: str, total: int | None) -> None:
         """Show a bar for ``total`` steps; work inside other work gets a bar below it."""

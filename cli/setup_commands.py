@@ -105,13 +105,15 @@ def backup(
     """
     result = store.backup(file, dry_run=dry_run)
     common.show(result, _show_backup)
-    if not common.as_json:
-        if dry_run:
-            say("Nothing was written: this was a dry run.")
-        else:
-            say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
+    if not (common.as_json or dry_run):
+        say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
     if result.missing:
         raise typer.Exit(1)
+
+
+def _show_restored(result: Backup) -> None:
+    _show_backup(result)
+    say("The backup is whole.")
 
 
 @command(app, "restore")
@@ -136,12 +138,9 @@ def restore(
       cellstore restore /backups/screen-2026-03-04.tar screen
     """
     result = Store.restore(file, folder, database=database, dry_run=dry_run)
-    common.show(result, _show_backup)
-    if not common.as_json:
-        if dry_run:
-            say("The backup is whole. Nothing was written: this was a dry run.")
-        else:
-            say_next(("cellstore verify",), replace(common, store=folder))
+    common.show(result, _show_restored)
+    if not (common.as_json or dry_run):
+        say_next(("cellstore verify",), replace(common, store=folder))
 
 
 @app.command("demo")
