@@ -66,10 +66,14 @@ def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as what JSON knows; NaN and infinities become null."""
+    """Return ``value`` as what JSON knows; NaN and infinities become null.
+
+    Of a result: its fields, after whether all is well (``ok``), if it says that.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         # Not asdict: it spoils a Counter, of which it makes one that counts pairs.
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        found = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return {"ok": value.ok, **found} if hasattr(value, "ok") else found
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, Mapping):

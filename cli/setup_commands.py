@@ -179,8 +179,14 @@ def demo(
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
-@command(db, "upgrade", then=True)
-def db_upgrade(common: Common) -> None:
+def _show_upgrade(done: dict[str, str | None]) -> None:
+    before, after = done["before"], done["after"]
+    say("The schema was up to date." if before == after else f"Upgraded from {before}.")
+    typer.echo(after)
+
+
+@command(db, "upgrade", _show_upgrade, then=True)
+def db_upgrade(common: Common) -> dict[str, str | None]:
     """Bring the schema of the store up to date.
 
     Back the database up first. All or nothing: an upgrade that fails changes nothing.
@@ -194,12 +200,22 @@ def db_upgrade(common: Common) -> None:
 
     database = open_workspace(find_store(common.store), any_schema=True).database
     before, after = upgrade_schema(database)
-    say("The schema was up to date." if before == after else f"Upgraded from {before}.")
-    typer.echo(after)
+    return {"before": before, "after": after}
 
 
-@command(db, "check")
-def db_check(store: Store) -> None:
+def _show_differences(found: list[str]) -> None:
+    from cellstore.db import migrate
+
+    for difference in found:
+        typer.echo(difference)
+    if found:
+        say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
+    else:
+        typer.echo(f"The schema is as it should be (revision {migrate.HEAD}).")
+
+
+@command(db, "check", _show_differences, bool)
+def db_check(store: Store) -> list[str]:
     """Compare the tables of the store with what cellstore needs.
 
     Ends with 1 if they differ, and lists how.
@@ -210,10 +226,4 @@ def db_check(store: Store) -> None:
     """
     from cellstore.db import migrate
 
-    found = migrate.differences(store.workspace.database)
-    for difference in found:
-        typer.echo(difference)
-    if found:
-        say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
-        raise typer.Exit(1)
-    typer.echo(f"The schema is as it should be (revision {migrate.HEAD}).")
+    return migrate.differences(store.workspace.database)
