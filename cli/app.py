@@ -47,7 +47,7 @@ from cellstore.errors import CellstoreError, StoreNotFoundError, UserInputError
 from cellstore.settings import Progress
 from cellstore.store import Store
 
-from .output import Bar, Notes, filled, print_json, say, say_notes
+from .output import Bar, Notes, filled, print_json, say
 
 T = TypeVar("T")
 
@@ -204,7 +204,7 @@ class Common:
             print_json(result)
             return
         as_text(result)
-        say_notes(getattr(result, "notes", ()))
+        say(*map(filled, getattr(result, "notes", ())))
         if getattr(result, "dry_run", False):
             say("Nothing was written: this was a dry run.")
 

@@ -24,7 +24,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.settings import Progress, check_not_of_a_store
+from cellstore.settings import Progress, check_new_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,20 +43,16 @@ _QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
-def say(text: str) -> None:
+def say(*texts: str) -> None:
     """Tell a person something, beside the data on stdout.
 
     A line that begins with a space is a command to copy: it stays one line.
     """
-    if sys.stderr.isatty():
-        text = "\n".join(x if x.startswith(" ") else filled(x) for x in text.split("\n"))
-    typer.echo(text, err=True)
-
-
-def say_notes(notes: Iterable[str]) -> None:
-    """Tell a person what to know of a result, in lines that fit a terminal, also in a pipe."""
-    for note in notes:
-        say(filled(note))
+    for text in texts:
+        lines = text.split("\n")
+        if sys.stderr.isatty():
+            lines = [line if line.startswith(" ") else filled(line) for line in lines]
+        typer.echo("\n".join(lines), err=True)
 
 
 def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
@@ -311,26 +307,11 @@ class AnswerOptions:
                 file that is there already, or that has no folder.
         """
         if self.output is not None:
-            check_output(self.output, replace=self.replace)
+            check_new_file(self.output, replace=self.replace)
         if self.format is Format.PARQUET and self.output is None:
             raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
         if self.for_spreadsheet and self.format is not Format.CSV:
             raise UserInputError("--for-spreadsheet is for CSV only: add --format csv.")
-
-
-def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse a file that would replace another, or lie in a folder that is not there.
-
-    Raises:
-        UserInputError: it is so.
-    """
-    check_not_of_a_store(output)
-    if output.is_dir():
-        raise UserInputError(f"{output} is a folder. Name a file in it.")
-    if output.exists() and output.is_file() and not replace:
-        raise UserInputError(f"{output} is there already. Name another file, or add --replace.")
-    if not output.parent.is_dir():
-        raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
 
 
 def write(
