@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from .baselines import BASELINES, CELLCOUNT, FOREST, LOGISTIC, MAJORITY, POSITIO
 from .batches import CellReader
 from .branches import TABULAR
 from .crops import CROP_MEAN, CROP_STD, CellBlock
+from .exported_classifier import TRUSTED, check_trees
 from .networks import FusionNet, NetShape, State
 from .normalising import Scaler, add_plates
 
@@ -56,10 +57,6 @@ ESTIMATORS = {
     FOREST: "RandomForestClassifier",
 }
 """What each is, in scikit-learn."""
-
-TRUSTED = ["sklearn.tree._tree.Tree"]
-"""What a file may hold beside what skops trusts by itself; :func:`check_trees` looks at these."""
-
 
 Numbers = NDArray[np.float64]
 
@@ -102,7 +99,7 @@ class ModelRecord:
         }
         if self.shape is not None:
             record |= {
-                "shape": self.shape.to_json(),
+                "shape": asdict(self.shape),
                 "crop": {"size": self.crop_size, "mean": CROP_MEAN, "std": CROP_STD},
                 "channels": list(self.channels),
             }
@@ -126,18 +123,15 @@ class ModelRecord:
             labels = tuple(str(label) for label in record["labels"])
             scaler, more = Scaler.from_json(record["scaler"]), dict[str, Any]()
             if model == NETWORK:
-                more["shape"] = shape = NetShape.from_json(record["shape"])
+                branches = tuple(record["shape"]["branches"])
+                more["shape"] = shape = NetShape(**{**record["shape"], "branches": branches})
                 more["crop_size"] = int(record["crop"]["size"])
                 more["channels"] = tuple(str(name) for name in record["channels"])
-                if len(labels) != shape.n_classes or len(set(labels)) < len(labels):
+                sizes = (len(labels), len(set(labels)), len(scaler.names))
+                if sizes != (shape.n_classes, shape.n_classes, shape.n_features):
                     raise UserInputError(
-                        f"A network of {shape.n_classes} classes needs as many different labels, "
-                        f"there are {len(set(labels))}."
-                    )
-                if len(scaler.names) != shape.n_features:
-                    raise UserInputError(
-                        f"A network of {shape.n_features} features cannot use a scaler of "
-                        f"{len(scaler.names)}."
+                        f"A network of {shape.n_classes} classes and {shape.n_features} features "
+                        f"cannot have {len(set(labels))} labels and {len(scaler.names)} scales."
                     )
             fingerprints = {str(k): str(v) for k, v in record["fingerprints"].items()}
             field, feature_set = str(record["field"]), record["feature_set"]
@@ -276,23 +270,8 @@ def load_estimator(data: bytes, baseline: str) -> Any:
     model = skops.io.loads(data, trusted=TRUSTED)
     if type(model).__name__ != ESTIMATORS[baseline]:
         raise ValueError(f"it holds a {type(model).__name__}")
-    for tree in getattr(model, "estimators_", ()):
-        check_trees(tree.tree_)
+    check_trees(model)
     return model
-
-
-def check_trees(tree: Any) -> None:
-    """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
-
-    scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
-    """
-    here, leaf = np.arange(tree.node_count), tree.children_left < 0
-    for child in (tree.children_left, tree.children_right):
-        inside = (child > here) & (child < tree.node_count)
-        if not (inside | leaf).all():
-            raise ValueError("a node of the forest leads back or out of it")
-    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
-        raise ValueError("a node of the forest looks at a column that is not there")
 
 
 def write_model(
