@@ -337,8 +337,8 @@ def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Col
 
     Returns
     -------
-    ``object_number`` (int64) and one float64 column for each of ``FEATURE_NAMES``, a row per cell, by
-    ascending object number. No cell: columns of length 0.
+    ``object_number`` (int64) and one float64 column for each of ``FEATURE_NAMES``, a row per cell,
+    by ascending object number. No cell: columns of length 0.
 
     Raises
     ------
