@@ -44,10 +44,10 @@ from .crops import (
     UNKNOWN_LABEL,
     CellBlock,
     CellCrops,
-    PackedCrops,
     Pictures,
     crop_cells,
     cut_crops,
+    empty_layers,
 )
 from .normalising import Scaler
 
@@ -417,20 +417,22 @@ class CellReader:
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
             plate = plate_of(session, image_id)
             if self.branches == (TABULAR,):
-                crops = PackedCrops(np.zeros((count, 2), np.int64), {})
+                sizes, layers = np.zeros((count, 2), np.int64), dict[str, NDArray[Any]]()
             elif count == 0:
-                none = np.empty((0, 2), np.int64)
-                crops = PackedCrops.empty(none, self.branches, len(self.channels))
+                sizes = np.empty((0, 2), np.int64)
+                layers = empty_layers(sizes, self.branches, len(self.channels))
             elif rows.boxes is None:
                 raise ImageError(
                     "The boxes of these cells are unknown, so they cannot be cut out of the image. "
                     "If you have their masks, run: cellstore ingest masks DIR"
                 )
             else:
-                crops = cut_crops(self._pictures(session, image_id, plate), rows.boxes, rows.labels)
+                pictures = self._pictures(session, image_id, plate)
+                sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(count, label, dtype=np.int64)
-        found = CellCrops(crops, self.scaler.transform(values, plate), labels, rows.cell_ids)
+        scaled = self.scaler.transform(values, plate)
+        found = CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
         with self._lock:
             if self._room and image_id not in self._kept and found.nbytes <= self._room:
                 self._kept[image_id], self._room = found, self._room - found.nbytes
