@@ -180,7 +180,7 @@ class BorrowingFolder(ArtifactFolder):
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Return what tells this machine since it was started, and this container, from others."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -192,7 +192,7 @@ def _machine() -> str:
 
 def part_prefix() -> str:
     """Return how the names of this process begin for what is there until it ends."""
-    return f"{PART}{_machine()}-{os.getpid()}-"
+    return f"{PART}{machine()}-{os.getpid()}-"
 
 
 def sweep(folder: Path) -> None:
@@ -212,7 +212,7 @@ def sweep(folder: Path) -> None:
 def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
     """Whether the command that began a part may still go on."""
     try:
-        if part["machine"] == _machine():
+        if part["machine"] == machine():
             os.kill(int(part["pid"]), 0)
             return True
         changed = entry.stat(follow_symlinks=False).st_mtime

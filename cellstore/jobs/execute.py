@@ -251,22 +251,21 @@ def execute(
             runs[recipe_id].result = done
             if failed and not counter.images:  # so that it is never taken for the latest result
                 runs[recipe_id].error = f"None of the {failed} images could be done."
-    results = []
-    for recipe, counted in zip(recipes, counts, strict=True):
-        did = counters.get(recipe.id)
-        results.append(
-            JobsResult(
-                run_id=did.run_id if did else None,
-                recipe_id=recipe.id,
-                selected=counted.selected,
-                waiting=counted.waiting,
-                done=did.images if did else 0,
-                failures=tuple(did.failures) if did else (),
-                cells=did.cells if did else 0,
-                failed_before=counted.failed,
-            )
+    nothing = RunCounter(0, 0)
+    did = [counters.get(recipe.id, nothing) for recipe in recipes]
+    return [
+        JobsResult(
+            one.run_id or None,
+            recipe.id,
+            counted.selected,
+            counted.waiting,
+            one.images,
+            tuple(one.failures),
+            one.cells,
+            counted.failed,
         )
-    return results
+        for recipe, counted, one in zip(recipes, counts, did, strict=True)
+    ]
 
 
 def forecast(
@@ -289,23 +288,23 @@ def forecast(
             .where(Recipe.stage == spec.stage, Job.status == Status.DONE)
             .order_by(Job.id.desc())
         )
-        per_image, basis = None, "this recipe"
+        per_image = basis = None
         for known in (recipe_id, session.scalar(others.limit(1))):
-            if per_image is None and known is not None:
-                done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
-                last = done.order_by(Job.id.desc()).limit(1000).subquery()
-                per_image = session.scalar(select(func.avg(last.c.seconds)))
+            done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
+            last = done.order_by(Job.id.desc()).limit(1000).subquery()
+            per_image = session.scalar(select(func.avg(last.c.seconds)))
+            if per_image is not None:
                 basis = "this recipe" if known == recipe_id else f"recipe {known}"
+                break
     workers = max(1, resources.workers)
     seconds = None if per_image is None else per_image * todo / workers
-    basis_known = None if per_image is None else basis
     return JobsResult(
         None,
         None,
         counted.selected,
         counted.waiting,
         failed_before=counted.failed,
-        forecast=Forecast(todo, workers, per_image, seconds, basis_known),
+        forecast=Forecast(todo, workers, per_image, seconds, basis),
     )
 
 

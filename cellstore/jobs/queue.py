@@ -8,7 +8,6 @@ caller, who commits.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import socket
@@ -40,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from ..artifacts import machine
 from ..db.bulk import in_lists, insert_new
 from ..db.events import record_runs
 from ..enums import Status
@@ -55,8 +55,11 @@ ALONE = "alone"
 MOST_FAILURES = 3
 """After so many tries whose error might pass (a disk, a memory), a job has failed."""
 
-MOST_DEATHS = 5
-"""After so many workers that died over it, a job has failed; but for the first it was alone."""
+MOST_DEATHS = 4
+"""After so many workers that died while they had it alone in hand, a job has failed.
+
+The first death does not count: others may have been in hand with it, and be to blame.
+"""
 
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
@@ -102,37 +105,27 @@ class Owner:
 
     def is_alive(self) -> bool | None:
         """Whether this process of this machine lives; ``None``: that is not known here."""
-        machine, started = _identity(self.pid)
-        return started == self.started if machine and machine == self.machine else None
+        if self.machine != machine() or not self.started:
+            return None
+        return _began(self.pid) == self.started
 
 
 def new_owner(*, computes: bool = True) -> str:
     """Return a name for this process and call that no other has, as it stands in a job."""
     pid = os.getpid()
-    machine, started = _identity(pid)
     host = socket.gethostname().replace("|", "-")[:150]
     mark = f"{ALONE if computes else 'workers'}-{uuid.uuid4().hex[:8]}"
-    return "|".join((host, str(pid), machine, started or "", mark))
+    return "|".join((host, str(pid), machine(), _began(pid), mark))
 
 
-def _identity(pid: int) -> tuple[str, str | None]:
-    """Tell a process from all others: its machine, and the moment it began, in ticks.
-
-    The machine is this one since it was started, and this container. A number of a process is used
-    again, with another beginning. ``None``: there is no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        space = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:  # not on Linux
-        return "", None
-    machine = hashlib.sha256(f"{boot}{space}".encode()).hexdigest()[:12]
+def _began(pid: int) -> str:
+    """When a process began, in ticks, as numbers come again. Empty: there is none, or no Linux."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return machine, None
+        return ""
     fields = text.rpartition(")")[2].split()
-    return machine, None if fields[0] == "Z" else fields[19]
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def shown_worker(text: str | None) -> str:
@@ -421,14 +414,17 @@ def record_crash(session: Session, owner: str, task: Task) -> bool:
     mine = update(Job).where(Job.worker == owner, Job.status == Status.RUNNING)
     mine = mine.where(Job.id.in_(task.jobs.values()))
     session.execute(mine.values(**_after_crash(session)))
-    return task.deaths + 1 < MOST_DEATHS
+    return task.deaths < MOST_DEATHS
 
 
 def _after_crash(session: Session) -> dict[str, Any]:
     """The values of jobs whose worker died: pending again after a while, failed in the end."""
-    last = Job.deaths + 1 >= MOST_DEATHS
-    reason = f"Its worker died {MOST_DEATHS} times: killed, out of memory, or crashed."
-    waits = {deaths: now(session, FIRST_WAIT * (deaths + 1)) for deaths in range(MOST_DEATHS - 1)}
+    last = Job.deaths >= MOST_DEATHS
+    reason = (
+        f"Its worker died {MOST_DEATHS} times with this image alone: killed, out of memory, or "
+        "crashed."
+    )
+    waits = {deaths: now(session, FIRST_WAIT * (deaths + 1)) for deaths in range(MOST_DEATHS)}
     return {
         "status": case((last, Status.FAILED.value), else_=Status.PENDING.value),
         "error": case((last, reason), else_=Job.error),
