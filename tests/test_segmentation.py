@@ -287,12 +287,6 @@ def test_without_size_model_a_diameter_is_asked_for(untrained):
         load_segmenter(files_of(untrained))
 
 
-@pytest.mark.parametrize("diameter", [0, -3.0, float("nan"), float("inf")])
-def test_an_impossible_diameter_is_refused(untrained, diameter):
-    with pytest.raises(UserInputError, match="above 0"):
-        load_segmenter(files_of(untrained), diameter=diameter)
-
-
 def test_an_unknown_device_is_refused(untrained):
     with pytest.raises(UserInputError, match="auto, cpu or cuda"):
         load_segmenter(files_of(untrained), diameter=20, device="abacus")

@@ -244,11 +244,9 @@ def load_segmenter(
     size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
     ``cpu`` or ``cuda``.
 
-    Raises UserInputError for a file that is no network of the installed Cellpose, for a missing
-    size model, or for parameters out of range.
+    Raises UserInputError for a file that is no network of the installed Cellpose, or for a missing
+    size model.
     """
-    if diameter is not None and not (np.isfinite(diameter) and diameter > 0):
-        raise UserInputError(f"The diameter must be above 0 pixels, not {diameter}.")
     planes, size_model = CHANNELS[0], None
     if installed_generation() == 4:
         planes, diameter = 1, diameter or NATIVE_DIAMETER
@@ -461,24 +459,19 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
         raise UserInputError(f"{path} holds no network weights. Choose another file.")
     # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
     names = {name.removeprefix("module.") for name in state}
-    if installed_generation() == 4:
-        if "W2" not in names:
-            raise UserInputError(
-                f"{path} is not a Cellpose 4 network, and Cellpose 4 is installed. Choose another "
-                "network, such as cpsam; Cellpose 3 networks run where cellstore is installed "
-                "with: pip install 'cellstore[segment]'"
-            )
+    installed, needed = installed_generation(), 4 if "W2" in names else 3
+    if needed != installed:
+        raise UserInputError(
+            f"{path} is not a Cellpose {installed} network, and Cellpose {installed} is installed. "
+            f"Choose another network, or, if it is a Cellpose {needed} network, use it where "
+            f"cellstore is installed with: pip install 'cellstore[{EXTRAS[needed]}]'"
+        )
+    if installed == 4:
         if "encoder.patch_embed.proj.weight" not in names or "encoder.cls_token" in names:
             raise UserInputError(f"{path} is not a Cellpose-SAM network. Choose one such as cpsam.")
     else:
         from cellpose.resnet_torch import CPnet  # not in Cellpose 4
 
-        if "W2" in names:
-            raise UserInputError(
-                f"{path} is a Cellpose 4 network, and Cellpose 3 is installed. Choose another "
-                "network, or use it where cellstore is installed with: "
-                "pip install 'cellstore[segment-sam]'"
-            )
         expected = CPnet(list(CHANNELS), 3, sz=3).state_dict()
         # Networks of before Cellpose 2 do not hold their diameters.
         wanted = {k: v.shape for k, v in expected.items() if not k.startswith("diam_")}
@@ -493,7 +486,7 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
     # Cellpose 4: few CPUs have arithmetic for half precision; the others would be slower with it.
     # Cellpose 3 without mkldnn: plain torch uses oneDNN by itself, and does not convert the
     # network in each call.
-    options = {"use_bfloat16": on_gpu} if installed_generation() == 4 else {"mkldnn": False}
+    options = {"use_bfloat16": on_gpu} if installed == 4 else {"mkldnn": False}
     return CellposeModel(pretrained_model=str(path), device=chosen, gpu=on_gpu, **options)
 
 
