@@ -44,6 +44,7 @@ from .crops import (
     UNKNOWN_LABEL,
     CellBlock,
     CellCrops,
+    Layers,
     Pictures,
     crop_cells,
     cut_crops,
@@ -417,7 +418,8 @@ class CellReader:
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
             plate = plate_of(session, image_id)
             if self.branches == (TABULAR,):
-                sizes, layers = np.zeros((count, 2), np.int64), dict[str, NDArray[Any]]()
+                sizes = np.zeros((count, 2), np.int64)
+                layers: Layers = {}
             elif count == 0:
                 sizes = np.empty((0, 2), np.int64)
                 layers = empty_layers(sizes, self.branches, len(self.channels))

@@ -85,8 +85,12 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # A constant column keeps rounding noise in place of an exact 0.
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
-    mean, scale = (np.where(count > 0, values, None) for values in (mean, scale))
-    return Scale(tuple(mean.tolist()), tuple(scale.tolist()), cells)
+    known = count > 0
+    of_columns = [
+        tuple(value if there else None for value, there in zip(values.tolist(), known, strict=True))
+        for values in (mean, scale)
+    ]
+    return Scale(of_columns[0], of_columns[1], cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -141,7 +145,8 @@ class Scaler:
         if not kept.any():
             raise UserInputError("There are no cells to scale features on; measure images first.")
         columns = (names, found.mean, found.scale)
-        return cls(*(tuple(np.array(values)[kept].tolist()) for values in columns), gaps)
+        known = [tuple(np.array(values)[kept].tolist()) for values in columns]
+        return cls(known[0], known[1], known[2], gaps)
 
     @classmethod
     def fit_plates(
