@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from cellstore.analysis import segmentation
-from cellstore.analysis.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
+from cellstore.analysis.segmentation import ModelFiles, find_model, load_segmenter
+from cellstore.enums import DEFAULT_MODEL
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.report.drawing import OUTLINE_COLOUR, outline_overlay, outlines
 from cellstore.report.segment_preview import CAPTION_HEIGHT, GAP, captioned, contact_sheet, png
@@ -362,7 +363,7 @@ def test_a_few_steps_lower_the_loss_on_their_own_crops(demo_field):
     flows = masks_to_flows(masks.astype(np.int64), device=torch.device("cpu"))
     planes = np.stack([image / image.max(), np.zeros_like(image)]).astype(np.float32)
     target = np.concatenate([masks[None] > 0, flows]).astype(np.float32)
-    batch = [finetuning.Sample(planes, target)] * 2
+    batch = np.stack([planes] * 2), np.stack([target] * 2)
     net = new_network(0)
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
     device = torch.device("cpu")

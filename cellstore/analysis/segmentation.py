@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from ..enums import DEFAULT_MODEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from .regions import find_regions
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     import torch
     from cellpose.models import CellposeModel
     from numpy.typing import NDArray
-
-
-DEFAULT_MODEL = "cellstore-nuclei"
-"""The network that comes with cellstore; its model card lies beside it."""
 
 
 @dataclass(frozen=True)

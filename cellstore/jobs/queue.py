@@ -488,10 +488,8 @@ def close_dead_runs(session: Session) -> None:
     }
     if not gone:
         return
-    in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
-    for number, worker in session.execute(in_hand.where(Job.run_id.in_(gone)).distinct()):
-        if (owner := Owner.parse(worker)) and owner.is_alive() is not False:
-            gone.pop(number, None)
+    for number, _ in at_work(session, gone):
+        gone.pop(number, None)
     # By its process, too: another command may have gone on with the run meanwhile.
     these = (Run.id.in_(gone), Run.process.in_(gone.values()), Run.ended_at.is_(None))
     running = update(Run).where(*these, Run.status == Status.RUNNING).returning(Run.id)
@@ -499,6 +497,17 @@ def close_dead_runs(session: Session) -> None:
     cancelled = update(Run).where(*these).returning(Run.id)
     ended += session.scalars(cancelled.values(ended_at=datetime.now(UTC)))
     record_runs(session, ended)
+
+
+def at_work(session: Session, run_ids: Collection[int]) -> list[tuple[int, str]]:
+    """Return the run and the name of each worker that has its jobs in hand, and is not dead."""
+    in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
+    rows = session.execute(in_hand.where(Job.run_id.in_(run_ids)).distinct())
+    return [
+        (run_id, worker)
+        for run_id, worker in rows
+        if worker and (owner := Owner.parse(worker)) and owner.is_alive() is not False
+    ]
 
 
 def _died() -> dict[str, Any]:

@@ -33,8 +33,8 @@ from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
-from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
-from .queue import Owner, close_dead_runs, new_owner, shown_worker
+from ..models import Artifact, Image, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
+from .queue import at_work, close_dead_runs, new_owner, shown_worker
 
 PACKAGES = (
     *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
@@ -251,8 +251,12 @@ def running(
             if status is Status.DONE:
                 for act in handle.at_end:
                     act(session)
-            elif not alone and (other := _another_at(session, handle.id, owner)) is not None:
-                values = {"process": other}  # who shares the run goes on with it
+            elif not alone:
+                here = owner.split("|")[:2]  # host and process
+                others = [name for _, name in at_work(session, [handle.id])]
+                others = [name for name in others if name.split("|")[:2] != here]
+                if others:  # who shares the run goes on with it
+                    values = {"process": others[0]}
             done: Any = session.execute(mine.values(**values))
             if done.rowcount and "status" in values:
                 record_runs(session, [handle.id])
@@ -344,20 +348,6 @@ def _resume(database: Database, run_id: int, owner: str, device: str, *, alone: 
         record_runs(session, [run.id], opened=True)
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
         run.process = owner
-
-
-def _another_at(session: Session, run_id: int, owner: str) -> str | None:
-    """Another living process that has jobs of a run in hand."""
-    here = Owner.parse(owner)
-    assert here is not None
-    query = select(Job.worker).where(Job.run_id == run_id, Job.status == Status.RUNNING)
-    for text in session.scalars(query.distinct()):
-        other = Owner.parse(text)
-        if other is None or (other.host, other.pid) == (here.host, here.pid):
-            continue
-        if other.is_alive() is not False:
-            return text
-    return None
 
 
 @cache
