@@ -27,8 +27,6 @@ CHUNK = 1 << 20
 PART = ".part-"
 """How the name of a file or folder begins that is there until a command ends."""
 _PART = re.compile(re.escape(PART) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\w+")
-GIVEN_UP_SECONDS = 2 * 24 * 3600
-"""After so long without a change, what a command on another machine began is left over."""
 SEEN = "files_seen"
 """The file in the cache that says which files were there, and by what state of the folders."""
 SETTLED_NS = 1_000_000_000
@@ -220,7 +218,7 @@ def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return time.time() - changed < GIVEN_UP_SECONDS
+    return time.time() - changed < 2 * 24 * 3600  # on another machine: two days
 
 
 @contextmanager

@@ -65,25 +65,14 @@ PUBLISHED_MODELS = {
 EXTRAS = {3: "segment", 4: "segment-sam"}
 """The extra that brings each generation of Cellpose; they exclude each other."""
 
-FLOW_THRESHOLD = 0.7
-CELLPROB_THRESHOLD = -5.0
-
 CHANNELS = [2, 32, 64, 128, 256]
 """Width of each level of the standard network of Cellpose 3; the first is its input planes."""
-
-NATIVE_DIAMETER = 30.0
-"""Pixels; at this diameter Cellpose 4 leaves an image at its own scale, which is its default."""
 
 SMALLEST_DIAMETER = 5.0
 """Pixels; Cellpose's own lower bound of an estimate."""
 
-IMAGES_PER_CALL = 8
-"""On a GPU. On a CPU images go one by one: more would only take more memory."""
-
 TILES = 8
 """Tiles of an image that the network sees at once: Cellpose's own ``batch_size``."""
-
-_DOWNLOAD_TIMEOUT = 30.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -207,7 +196,7 @@ def _fetched(url: str, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.
         with (
-            urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as source,  # noqa: S310 - https
+            urllib.request.urlopen(url, timeout=30.0) as source,  # noqa: S310 - https
             tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
         ):
             partial = Path(file.name)
@@ -228,8 +217,8 @@ def _fetched(url: str, target: Path) -> Path:
 def load_segmenter(
     files: ModelFiles,
     *,
-    flow_threshold: float = FLOW_THRESHOLD,
-    cellprob_threshold: float = CELLPROB_THRESHOLD,
+    flow_threshold: float = 0.7,
+    cellprob_threshold: float = -5.0,
     diameter: float | None = None,
     device: str = "auto",
     sizes_given: bool = False,
@@ -246,7 +235,7 @@ def load_segmenter(
     """
     planes, size_model = CHANNELS[0], None
     if installed_generation() == 4:
-        planes, diameter = 1, diameter or NATIVE_DIAMETER
+        planes, diameter = 1, diameter or 30.0  # at which it leaves an image at its own scale
     elif diameter is None and files.size_model is not None:
         size_model = load_size_model(files.size_model)
     elif diameter is None and not sizes_given:
@@ -265,7 +254,8 @@ def load_segmenter(
             "flow_threshold": float(flow_threshold),
             "cellprob_threshold": float(cellprob_threshold),
         },
-        batches=Batches(IMAGES_PER_CALL if model.device.type == "cuda" else 1),
+        # On a CPU one by one: more would only take more memory.
+        batches=Batches(8 if model.device.type == "cuda" else 1),
     )
 
 

@@ -68,18 +68,11 @@ CHUNK_SECONDS = 2.0
 LARGEST_CHUNK = 128
 CHUNKS = 2
 """Chunks that a worker has: one at work, one that waits behind it."""
-MOST_CONFLICTS = 5
-"""How often rows are written again because another transaction stood in the way."""
-MOST_WRITTEN = 128
-"""Images whose rows are written in one transaction at most, when they come in that fast."""
-MOST_FALSE_STARTS = 10
-"""After so many deaths before it could do anything, a worker is not started again."""
 NO_MEMORY = (
     "This machine has too little memory for this image. Give fewer --workers, or try another "
     "machine, with: cellstore retry"
 )
 ON_LINUX = sys.platform == "linux"
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 # --- what a stage is, and what it returns ---------------------------------------------------------
@@ -576,7 +569,8 @@ class _Loop:
         they are dropped, and the others written anew.
         """
         together = self.stage.images_per_file
-        size = together if together > 1 else MOST_WRITTEN
+        # Images whose rows are written in one transaction at most, when they come in that fast.
+        size = together if together > 1 else 128
         conflicts, alone = 0, 0
         while self.ready and (everything or alone or len(self.ready) >= together):
             piece = self.ready[: 1 if alone else size]
@@ -606,7 +600,7 @@ class _Loop:
                     cells = [self.stage.insert(session, *each) for each in written]
             except ConflictError:
                 conflicts += 1
-                if conflicts >= MOST_CONFLICTS:
+                if conflicts >= 5:  # another transaction stood in the way each time
                     raise
                 continue
             except (StorageError, DatabaseError):
@@ -704,7 +698,7 @@ class Worker:
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
-        if self.false_starts >= MOST_FALSE_STARTS:
+        if self.false_starts >= 10:  # it died each time before it could do anything
             raise StoreError(
                 "Workers die while they start: killed, or out of memory. Free some memory, "
                 "or give fewer --workers. A Python script that asks for workers must do so "
@@ -805,8 +799,8 @@ def start_importing(stage: ImageStage[Any, Any]) -> None:
 
 def set_up_process(threads: int) -> None:
     """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
-    for name in THREADS:
-        os.environ.setdefault(name, str(threads))
+    for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", str(threads))
     # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -48,8 +48,6 @@ from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
-LEASE_SECONDS = 60.0
-SHORTEST_LEASE = 1.0
 ALONE = "alone"
 
 MOST_FAILURES = 3
@@ -62,16 +60,12 @@ The first death does not count: others may have been in hand with it, and be to 
 """
 
 FIRST_WAIT = 1.0
-LONGEST_WAIT = 30.0
 
 UNSEEN = "0" * 64
 """Stands in a job for the bytes of an image that has not been seen."""
 
 CONTENT = func.coalesce(Image.content_sha256, UNSEEN)
 """The bytes of an image as a job names them."""
-
-AT_ONCE = 10_000
-"""Images whose jobs are made in one transaction."""
 
 _AS_IF_NEVER_RESERVED: dict[str, Any] = {
     "status": Status.PENDING,
@@ -183,9 +177,9 @@ def lease_seconds() -> float:
     Raises:
         UserInputError: ``CELLSTORE_LEASE_SECONDS`` is no number of 1 or more.
     """
-    text = os.environ.get(ENV_LEASE) or str(LEASE_SECONDS)
+    text = os.environ.get(ENV_LEASE) or "60"
     with suppress(ValueError):
-        if (seconds := float(text)) >= SHORTEST_LEASE:
+        if (seconds := float(text)) >= 1:
             return seconds
     raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
 
@@ -224,7 +218,7 @@ def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
 
     Returns the last image id looked at; ``None`` when there is none left.
     """
-    piece = scope.images.where(Image.id > after).order_by(Image.id).limit(AT_ONCE).subquery()
+    piece = scope.images.where(Image.id > after).order_by(Image.id).limit(10_000).subquery()
     last = session.scalar(select(func.max(piece.c.id)))
     if last is None:
         return None
@@ -406,7 +400,7 @@ def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: boo
 
 def wait_after(tries: int) -> float:
     """Return the seconds before the next try: 1, 4, 16, ... up to 30, more or less."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+    return min(30.0, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
 def record_crash(session: Session, owner: str, task: Task) -> bool:

@@ -80,9 +80,6 @@ BUFFER_CELLS = 32_768
 BUFFER_BYTES = 2 << 30
 """More than this is not mixed, however few cells it is."""
 
-_FIRST_BATCHES = 4
-"""The buffer starts with as many batches, not to keep an epoch waiting, and grows to its size."""
-
 _BLOCKS, _CELLS = range(2)
 """Keep random numbers apart that come of the same seed and epoch."""
 
@@ -211,7 +208,8 @@ class BlockShuffle:
         pool = _Pool(_generator(self.seed, epoch, _CELLS) if self.shuffle else None)
         blocks = self._read(drawn, ids)
         for number, size in enumerate(batch_sizes):
-            mixed = min(self.buffer_cells, self.batch_size * (_FIRST_BATCHES + number))
+            # It starts with 4 batches, not to keep an epoch waiting, and grows to its size.
+            mixed = min(self.buffer_cells, self.batch_size * (4 + number))
             while pool.cells < size or (
                 self.shuffle and pool.cells < mixed and pool.nbytes < self.buffer_bytes
             ):
@@ -308,16 +306,16 @@ class _Pool:
         return drawn
 
 
-MOST = 64 << 30
-"""No more than this is kept unless asked for: the crops of a plate of 384 wells take some 20 GB."""
-
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def default_memory() -> int:
-    """Bytes of cells to keep between epochs: a quarter of what this process may have."""
-    return min(available_memory() // 4, MOST)
+    """Bytes of cells to keep between epochs: a quarter of what this process may have.
+
+    At most 64 GB: the crops of a plate of 384 wells take some 20.
+    """
+    return min(available_memory() // 4, 64 << 30)
 
 
 def available_memory() -> int:
@@ -455,12 +453,9 @@ class CellReader:
         return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
 
 
-MOST_THREADS = 8
-
-
 def reading_threads() -> int:
     """Threads that read images: half the cores that this process may use, 1 to 8."""
-    return max(1, min(MOST_THREADS, cores() // 2))
+    return max(1, min(8, cores() // 2))
 
 
 class Batches:

@@ -19,15 +19,6 @@ from torch import Tensor
 from ..errors import ImageError, UserInputError
 from .branches import FLOW, IMAGE, MASK
 
-INTENSITY_PERCENTILE = 99.9
-"""The intensity of an image that becomes 1; what is brighter, a few hot pixels, becomes 1 too."""
-
-_SAMPLED = 61
-"""Of so many pixels one is looked at to see where the brightest begin."""
-
-_SAFE_PERCENTILE = 99
-"""Of those, this percentile is nearly always below the one that is wanted; if not, it is seen."""
-
 LIGHT = "light"
 """Layer of intensities inside the cell. The codes of branch ``mask`` are layer ``mask``."""
 
@@ -240,12 +231,14 @@ def _scale(intensities: NDArray[Any], scale: float, out: NDArray[np.float32]) ->
 def image_scale(intensities: NDArray[Any]) -> float:
     """The intensity that becomes 1: the 99.9th percentile, or the maximum if that is 0.
 
-    As ``numpy.percentile`` (linear interpolation), but only the brightest pixels are sorted.
+    What is brighter, a few hot pixels, becomes 1 too. As ``numpy.percentile`` (linear
+    interpolation), but only the brightest pixels are sorted.
     """
     flat = np.ravel(intensities)
-    position = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
+    position = 99.9 / 100 * (flat.size - 1)
     needed = flat.size - int(position)
-    brightest = flat[flat >= np.percentile(flat[::_SAMPLED], _SAFE_PERCENTILE)]
+    # The 99th percentile of a few pixels is nearly always below the one that is wanted.
+    brightest = flat[flat >= np.percentile(flat[::61], 99)]
     if len(brightest) < needed:
         brightest = flat
     brightest = np.sort(brightest)

@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 CROPS_PER_IMAGE = 4
 """Crops of each image in an epoch."""
 
-CELLS_ACROSS = 7.5
-"""Median cells along the side of a crop, once its image is scaled for the network."""
-
 SCALES = (0.5, 0.7, 1.0, 1.4)
 """Sizes at which the size model is shown each image."""
 
@@ -196,8 +193,8 @@ def _batches(examples: Prepared, diam_mean: float) -> Iterator[Batch]:
 
 
 def crop_side(diam_mean: float) -> int:
-    """Pixels of a crop: a multiple of 16, as the levels of the network need."""
-    return 16 * round(CELLS_ACROSS * diam_mean / 16)
+    """Pixels of a crop: 7.5 median cells, and a multiple of 16, as the network needs."""
+    return 16 * round(7.5 * diam_mean / 16)
 
 
 def size_model_of(

@@ -39,8 +39,6 @@ WORKING = (
 
 State = Mapping[str, Tensor]
 
-_CROPS_TRIED = 2
-
 _MANY = "it gives more than one embedding while training"
 _UNFIT = {
     "mnasnet": "its weights need a mark that safetensors files do not keep",
@@ -48,12 +46,6 @@ _UNFIT = {
     "inception": _MANY,
 }
 """The families that cannot be used, by how their names begin."""
-
-_COUNT = "num_batches_tracked"
-"""Absent from the older weight files of torchvision, and of no use to us."""
-
-_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-"""Names in the weight files of DenseNets, from before names could not have dots."""
 
 
 @cache
@@ -84,12 +76,15 @@ def start_from(branch: ImageBranch, state: State) -> None:
     prefix = "features." if branch.backbone.startswith("efficientnet") else ""
     stem = f"{branch.stem}.weight"
     inner = branch[0].state_dict()
-    given = {_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
+    # Weight files of DenseNets are from before names could not have dots.
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+    given = {dotted.sub(r"\1\2", name): value for name, value in state.items()}
     channels = int(inner[stem.removeprefix(prefix)].shape[1])
     try:
         mean = given[stem].mean(dim=1, keepdim=True)
         given[stem] = torch.cat([given[stem], *[mean] * channels], dim=1)[:, :channels]
-        counts = {f"{prefix}{name}": inner[name] for name in inner if name.endswith(_COUNT)}
+        # Older weight files lack these; they are of no use to us.
+        counts = {f"{prefix}{n}": inner[n] for n in inner if n.endswith("num_batches_tracked")}
         body = {**counts, **given}
         branch[0].load_state_dict({name: body[f"{prefix}{name}"] for name in inner})
     except (KeyError, RuntimeError, IndexError) as error:
@@ -105,7 +100,7 @@ def check_crop_size(branch: ImageBranch, channels: int, size: int) -> None:
     Nothing is computed: shapes alone go through the network.
     """
     tensors = {name: value.to("meta") for name, value in branch.state_dict().items()}
-    crops = torch.empty((_CROPS_TRIED, channels, size, size), device="meta")
+    crops = torch.empty((2, channels, size, size), device="meta")
     try:
         functional_call(branch, tensors, (crops,))
     except (RuntimeError, AssertionError, ValueError) as error:

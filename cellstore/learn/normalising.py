@@ -52,9 +52,6 @@ class Scale:
 FEWEST_CONTROLS = 2
 """Control cells that a plate must have: one alone has no deviation."""
 
-IMAGES_LOOKED_AT = 32
-"""Images of a plate whose intensities are looked at."""
-
 
 def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool = False) -> Scale:
     """Return mean and scale of blocks of rows, (N, F) each, of which one at a time is in memory.
@@ -374,7 +371,7 @@ def _intensities(
 ) -> tuple[float, ...]:
     # By content: as good as drawn, and the same on every database.
     query = _images(source, barcode).where(Image.content_sha256.is_not(None))
-    chosen = query.order_by(Image.content_sha256, Image.id).limit(IMAGES_LOOKED_AT)
+    chosen = query.order_by(Image.content_sha256, Image.id).limit(32)
     from .crops import image_scale  # torch loads slowly
 
     of_images, problems = [], []

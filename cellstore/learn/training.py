@@ -41,12 +41,6 @@ from .networks import FusionNet
 
 T = TypeVar("T")
 
-PRECISIONS: Mapping[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-"""What Lightning calls them: mixed precision keeps the weights in 32 bits."""
-
-FOCUS = 2.0
-"""The exponent of the focal loss (Lin et al. 2017)."""
-
 
 def balanced_weights(cells: Sequence[int]) -> tuple[float, ...]:
     """The weight of each class for ``cells`` of it: all cells / (classes * cells of the class).
@@ -75,13 +69,13 @@ class FocalLoss(nn.Module):
     """Cross-entropy in which a class counts less the surer the network is of it.
 
     The mean over cells of sum over k of q_k w_k (1 - p_k) ** 2 (-log p_k): q is the smoothed
-    label, w the weights, p the probabilities. Weighted as torch's ``CrossEntropyLoss`` is, to
-    which it is equal with an exponent of 0.
+    label, w the weights, p the probabilities (Lin et al. 2017). Weighted as torch's
+    ``CrossEntropyLoss`` is, to which it is equal with an exponent, ``focus``, of 0.
     """
 
     weight: Tensor | None
 
-    def __init__(self, smoothing: float, weight: Tensor | None, focus: float = FOCUS) -> None:
+    def __init__(self, smoothing: float, weight: Tensor | None, focus: float = 2.0) -> None:
         super().__init__()
         self.smoothing, self.focus = smoothing, focus
         self.register_buffer("weight", weight)
@@ -141,6 +135,8 @@ class Team(Fabric):
                 f"There are {here} processes on this host already, for as many devices; leave "
                 f"--devices {devices} out."
             )
+        # Mixed precision keeps the weights in 32 bits.
+        kinds: Mapping[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
         try:
             with quiet():
                 team = cls(
@@ -148,7 +144,7 @@ class Team(Fabric):
                     devices=here,
                     num_nodes=hosts,
                     strategy="ddp" if here * hosts > 1 else "auto",
-                    precision=PRECISIONS[precision],
+                    precision=kinds[precision],
                 )
                 team.launch()
         except MisconfigurationException as error:  # for example in a notebook
@@ -483,10 +479,6 @@ def _to_cpu(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
 
 
-_LOG_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
-"""Packages of which one must be there; ``csv`` needs none."""
-
-
 def check_logs(kinds: Sequence[str]) -> None:
     """Refuse a kind of log whose package is not installed.
 
@@ -494,8 +486,10 @@ def check_logs(kinds: Sequence[str]) -> None:
         MissingExtraError
 
     """
+    # One of these must be there; csv needs none.
+    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
     for kind in kinds:
-        packages = _LOG_PACKAGES.get(kind, ())
+        packages = needed.get(kind, ())
         if packages and not any(find_spec(name) for name in packages):
             raise MissingExtraError(
                 f"A log for {kind} needs the package {packages[0]}, which is not installed. "
