@@ -53,7 +53,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the folder is full or read-only; nothing is left behind.
-
         """
         sha256 = hashlib.sha256(data).hexdigest()
         stored = StoredFile(kind, f"{kind.value}/{sha256[:2]}/{sha256}{suffix}", sha256, len(data))
@@ -71,7 +70,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the file is gone, or is not what was written.
-
         """
         target = self.locate(path)
         try:
@@ -100,7 +98,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the file is gone.
-
         """
         found = self.locate(path)
         if not found.is_file():
@@ -230,7 +227,6 @@ def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[Binar
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
-
     """
     temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
     sweep(temporary.parent)

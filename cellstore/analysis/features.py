@@ -30,7 +30,6 @@ def check_plane(regions: Regions, plane: NDArray[Any]) -> NDArray[Any]:
 
     Raises:
         ImageError: it has another shape than the masks, or values that are not finite.
-
     """
     shape = regions.numbered.shape
     if np.shape(plane) != shape:
@@ -327,25 +326,14 @@ _PER_CHANNEL: Mapping[str, Callable[[Regions, NDArray[Any]], Columns]] = {
 def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Columns:
     """Measure every cell of an image: the features of group ``basic``.
 
-    Parameters
-    ----------
-    masks
-        (H, W) integers: 0 is background, each other value one cell. Values need not be
-        consecutive. Or what :func:`find_regions` made of them.
-    intensity
-        (H, W) numbers, the plane on which intensities are measured.
+    ``masks`` (H, W) are integers: 0 is background, each other value one cell; or what
+    :func:`find_regions` made of them. ``intensity`` (H, W) is the plane on which intensities are
+    measured. Returns ``object_number`` (int64) and one float64 column for each of
+    ``FEATURE_NAMES``, a row per cell, by ascending object number.
 
-    Returns
-    -------
-    ``object_number`` (int64) and one float64 column for each of ``FEATURE_NAMES``, a row per cell,
-    by ascending object number. No cell: columns of length 0.
-
-    Raises
-    ------
-    ImageError
-        The arrays are not planes of one shape, masks are not whole numbers from 0, or an
-        intensity is not finite.
-
+    Raises:
+        ImageError: the arrays are not planes of one shape, masks are not whole numbers from 0, or
+            an intensity is not finite.
     """
     regions = masks if isinstance(masks, Regions) else find_regions(masks)
     flat = check_plane(regions, intensity)

@@ -100,7 +100,6 @@ def find_image(session: Session, text: str) -> int:
     Raises:
         UnknownNameError: nothing has that name; similar names are listed.
         UserInputError: several images have it.
-
     """
     text = readable(text)
     found = _images(session, _image_condition(session, text), _LISTED)
@@ -257,7 +256,6 @@ def find_well(session: Session, text: str) -> int:
     Raises:
         UnknownNameError: there is no such plate or well.
         UserInputError: the text names no well, or one on several plates.
-
     """
     text = readable(text)
     parts = _parts(text)
@@ -474,7 +472,6 @@ def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
 
     Raises:
         UnknownNameError: there is none.
-
     """
     recipes = session.scalars(select(Recipe).where(Recipe.stage == stage)).all()
     matches = [item for item in recipes if reference == str(item.id)]
@@ -490,7 +487,6 @@ def find_split(session: Session, name: str | None) -> Split:
 
     Raises:
         UnknownNameError: there is none.
-
     """
     query = select(Split).order_by(Split.id.desc())
     found = session.scalars(query.where(Split.name == name) if name else query).first()

@@ -68,7 +68,6 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
             a file.
         StorageError: the folder cannot be written.
         SchemaError: the database holds a store of another version.
-
     """
     root = root.resolve()
     if root.is_file():
@@ -129,7 +128,6 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
 
     Raises:
         SchemaError: it is newer than this library, or its mark is lost.
-
     """
     before = database.revision()
     migrate.upgrade(database)

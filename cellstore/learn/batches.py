@@ -175,7 +175,6 @@ class BlockShuffle:
     Raises, when called:
         UserInputError: ``share``: a process would have too few cells to fill its batches.
         ImageError: a block has not as many cells as was said.
-
     """
 
     def __init__(
@@ -353,7 +352,6 @@ class CellReader:
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
-
     """
 
     def __init__(
@@ -398,7 +396,6 @@ class CellReader:
 
         Raises:
             ImageError: its pixels or masks cannot be read or do not fit each other.
-
         """
         found = self._kept.get(image_id)
         if found is not None:
@@ -473,7 +470,6 @@ class Batches:
         ImageError: pixels or masks of an image cannot be read, or its cells are not those that
             ``blocks`` counted.
         UserInputError: there are too few images for a ``share``.
-
     """
 
     def __init__(self, reader: CellReader, blocks: Sequence[ImageBlock], **more: Any) -> None:

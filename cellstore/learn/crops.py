@@ -120,11 +120,8 @@ class Pictures:
     (H, W) intensities each. ``intensity_scale``: the intensities that become 1, of the plane and of
     each channel; without it, the 99.9th percentile of each.
 
-    Raises
-    ------
-    ImageError
-        The arrays do not fit each other, or hold values that are not finite.
-
+    Raises:
+        ImageError: the arrays do not fit each other, or hold values that are not finite.
     """
 
     masks: NDArray[Any]
@@ -166,20 +163,12 @@ def cut_crops(
 ) -> tuple[NDArray[np.int64], Layers]:
     """Cut the cells of one image out by their bounding boxes; return sizes and layers.
 
-    Parameters
-    ----------
-    pictures
-        The image. Without ``plane`` there is no branch ``mask``.
-    boxes
-        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
-    object_numbers
-        (N,) the value of each cell in ``masks``.
+    ``boxes`` (N, 4) are integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open;
+    ``object_numbers`` (N,) the value of each cell in the masks. Without a plane of intensities
+    there is no branch ``mask``.
 
-    Raises
-    ------
-    ImageError
-        A box is empty or reaches out of the image, or does not hold its cell.
-
+    Raises:
+        ImageError: a box is empty or reaches out of the image, or does not hold its cell.
     """
     masks, plane, channels = pictures.masks, pictures.plane, pictures.channels
     boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)

@@ -235,7 +235,6 @@ def fit_inputs(
         UnknownNameError: an image has no such channel.
         UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
         ImageError: no image of a plate can be read.
-
     """
     columns, gaps = source.features.columns, source.features.has_gaps
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()

@@ -297,7 +297,6 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
             the feature set is not the one that it was trained on.
         UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
-
     """
     query = (
         select(Artifact)
@@ -363,7 +362,6 @@ def fit_new_plates(
     Raises:
         UserInputError: a plate has no control cells.
         ImageError: no image of a plate can be read.
-
     """
     known, record = found.record.scaler, found.record
     if known.plates is None and known.intensities is None:

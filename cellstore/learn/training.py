@@ -484,7 +484,6 @@ def check_logs(kinds: Sequence[str]) -> None:
 
     Raises:
         MissingExtraError
-
     """
     # One of these must be there; csv needs none.
     needed = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
@@ -505,7 +504,6 @@ class TrainingLogs:
 
     Raises:
         StorageError: the folder cannot be written.
-
     """
 
     def __init__(
