@@ -92,11 +92,6 @@ class SegmentationResult:
     flows: NDArray[np.uint8]
     diameter: float
 
-    @property
-    def count(self) -> int:
-        """Number of cells."""
-        return int(self.masks.max(initial=0))
-
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -141,7 +136,6 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
-        name = DEFAULT_MODEL
         folder = weights_dir or Path(str(resources.files("cellstore.weights")))
         network = folder / f"{DEFAULT_MODEL}.pt"
         if not network.is_file():
@@ -150,13 +144,13 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
             )
     else:
         network = Path(model).expanduser()
-        name = str(network)
         if not network.is_file():
             if network.name != model or network.exists():
                 raise UserInputError(f"There is no network file at {model}. Check the path.")
             raise UnknownNameError.of("model", model, [DEFAULT_MODEL, *PUBLISHED_MODELS])
     stems = (str(network), str(network.with_suffix("")))
     beside = [Path(f"{stem}_size{suffix}") for stem in stems for suffix in (".npz", ".npy")]
+    name = model if model == DEFAULT_MODEL else str(network)
     return describe(name, network, next((path for path in beside if path.is_file()), None))
 
 

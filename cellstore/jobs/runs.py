@@ -126,16 +126,13 @@ def digest_of_images(
 
 def finished_run(session: Session, spec: RecipeSpec, split_id: int | None = None) -> Run | None:
     """Return the latest run of ``spec``, and of a split, that came to its end."""
-    query = (
-        select(Run)
-        .join(Recipe, Recipe.id == Run.recipe_id)
-        .where(Recipe.fingerprint == fingerprint(spec), Recipe.stage == spec.stage)
-        .where(Run.status == Status.DONE)
-        .order_by(Run.id.desc())
-    )
+    recipe = known_recipe(session, spec)
+    if recipe is None:
+        return None
+    query = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
     if split_id is not None:
         query = query.where(Run.split_id == split_id)
-    return session.scalars(query.limit(1)).first()
+    return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
 
 
 def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
@@ -146,18 +143,17 @@ def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
 
 def register(session: Session, spec: RecipeSpec) -> Recipe:
     """Return the recipe of ``spec``, made on its first use."""
-    mark = fingerprint(spec)
     row = {
         "stage": spec.stage,
         "version": spec.version,
         "parameters": {**spec.parameters, **spec.local},
         "weights_sha256": spec.weights_sha256,
-        "fingerprint": mark,
+        "fingerprint": fingerprint(spec),
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    query = select(Recipe).where(Recipe.stage == spec.stage, Recipe.fingerprint == mark)
-    recipe = session.scalars(query).one()
+    recipe = known_recipe(session, spec)
+    assert recipe is not None
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)

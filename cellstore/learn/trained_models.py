@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 from torch import Tensor
 
@@ -27,8 +26,9 @@ from ..config import ImageInput
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
 from ..jobs.lookup import find_channels
+from ..jobs.runs import files_of
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Recipe, Run, RunArtifact
+from ..models import Artifact, Recipe, Run
 from ..query.cells import CellSource, input_of, plane_of
 from ..query.feature_files import find_feature_set, open_set
 from .baselines import BASELINES
@@ -298,12 +298,8 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
     """
-    query = (
-        select(Artifact)
-        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
-    )
-    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
+    found = files_of(session, run.id, ArtifactKind.CHECKPOINT)
+    files = {item.path.endswith(".json"): item for item in found}
     if run.status is not Status.DONE or len(files) < 2:
         raise UserInputError(
             f"Training run {run.id} is {run.status.value} and has no checkpoint. "
