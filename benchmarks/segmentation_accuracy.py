@@ -211,9 +211,9 @@ def write_overlays(
     folder.mkdir(parents=True, exist_ok=True)
     stem, small = f"{name.replace(' ', '-')}_{label}", []
     for picture, result in zip(pictures, results, strict=True):
-        text = f"{picture.name}: {result.masks.max()} cells, diameter {result.diameter:.1f}"
+        text = f"{picture.name}: {result.count} cells, diameter {result.diameter:.1f}"
         large = captioned(outline_overlay(picture.image, result.masks), text)
-        (folder / f"{stem}_{picture.name}_{result.masks.max()}.png").write_bytes(png(large))
+        (folder / f"{stem}_{picture.name}_{result.count}.png").write_bytes(png(large))
         small.append(captioned(outline_overlay(picture.image, result.masks, longest=480), text))
     (folder / f"{stem}_sheet.png").write_bytes(png(contact_sheet(small)))
 

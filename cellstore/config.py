@@ -172,6 +172,9 @@ class Params:
     def __post_init__(self) -> None:
         for item in options_of(type(self)):
             value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
+            if isinstance(value, str) and get_origin(kind) is tuple:  # one name alone
+                value = (value,)
+                object.__setattr__(self, item.name, value)
             choices: Sequence[str] = known["choices"]
             if isinstance(kind, type) and issubclass(kind, StrEnum):
                 choices = [member.value for member in kind]
@@ -378,7 +381,8 @@ class Sources:
 class IngestParams(Params):
     """How to read a source, and what goes with it. ``kind``: images, treatments, features, masks.
 
-    ``channels``: (number or name, name wanted). ``maps``: (old, new) beginnings of folders.
+    ``plate``: the first one is that of a source of one. ``channels``: (number or name, name
+    wanted). ``maps``: (old, new) beginnings of folders.
     """
 
     kind: str | None = None
@@ -398,7 +402,7 @@ class IngestParams(Params):
         "Which image files to read and hash now: those on this machine, also those in object "
         "stores, or none.",
     )
-    plate: tuple[str, ...] | str = option(
+    plate: tuple[str, ...] = option(
         (),
         "The plate, for sources that name none. A plate map may have several, one after another.",
         metavar="BARCODE",
@@ -466,16 +470,6 @@ class IngestParams(Params):
     )
     strict: bool = option(False, "Keep nothing of the source if one of its rows is refused.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.plate, str):
-            object.__setattr__(self, "plate", (self.plate,))
-
-    @property
-    def plates(self) -> tuple[str, ...]:
-        """The plates that were named; the first one is that of a source of one plate."""
-        return (self.plate,) if isinstance(self.plate, str) else self.plate
 
 
 @dataclass(frozen=True)

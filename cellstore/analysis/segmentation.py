@@ -92,6 +92,11 @@ class SegmentationResult:
     flows: NDArray[np.uint8]
     diameter: float
 
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        return int(self.masks.max(initial=0))
+
 
 @dataclass(frozen=True)
 class ModelFiles:

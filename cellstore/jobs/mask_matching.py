@@ -34,6 +34,8 @@ class FoundImage(NamedTuple):
     plate: str
     well: str
     site: int
+    plane: int
+    time_point: int
     shape: tuple[int, int] | None
 
     def __str__(self) -> str:
@@ -147,7 +149,8 @@ def _ids(session: Session, query: Select[Any], plate: str | None) -> Sequence[in
 
 
 def _image(session: Session, image_id: int) -> FoundImage:
-    query = select(Image.content_sha256, Plate.id, Plate.barcode, Well.name, Image.site).where(
+    columns = (Plate.id, Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
+    query = select(Image.content_sha256, *columns).where(
         Image.id == image_id, Well.id == Image.well_id, Plate.id == Well.plate_id
     )
     row = session.execute(query).one()

@@ -152,8 +152,8 @@ def register(session: Session, spec: RecipeSpec) -> Recipe:
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    recipe = known_recipe(session, spec)
-    assert recipe is not None
+    same = (Recipe.stage == spec.stage, Recipe.fingerprint == row["fingerprint"])
+    recipe = session.scalars(select(Recipe).where(*same)).one()
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)

@@ -20,7 +20,7 @@ from torchvision import models
 TABULAR = "tabular"
 
 TRUSTED = ["sklearn.tree._tree.Tree"]
-"""What a file may hold beside what skops trusts by itself; :func:`check_trees` looks at these."""
+"""What a file may hold beside what skops trusts by itself; :func:`check_tree` looks at these."""
 
 
 class Classifier:
@@ -44,7 +44,8 @@ class Classifier:
             import skops.io
 
             self.estimator = skops.io.load(folder / "model.skops", trusted=TRUSTED)
-            check_trees(self.estimator)
+            for item in getattr(self.estimator, "estimators_", ()):
+                check_tree(item.tree_)
 
     def __call__(
         self, crops: Mapping[str, Tensor], features: Tensor, plate: str | None = None
@@ -70,18 +71,17 @@ class Classifier:
         return torch.softmax(scores.double(), dim=1)
 
 
-def check_trees(model: Any) -> None:
+def check_tree(tree: Any) -> None:
     """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
 
     scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
     """
-    for tree in (item.tree_ for item in getattr(model, "estimators_", ())):
-        here, leaf = range(tree.node_count), tree.children_left < 0
-        for child in (tree.children_left, tree.children_right):
-            if not ((child > here) & (child < tree.node_count) | leaf).all():
-                raise ValueError("a node of the forest leads back or out of it")
-        if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
-            raise ValueError("a node of the forest looks at a column that is not there")
+    here, leaf = range(tree.node_count), tree.children_left < 0
+    for child in (tree.children_left, tree.children_right):
+        if not ((child > here) & (child < tree.node_count) | leaf).all():
+            raise ValueError("a node of the forest leads back or out of it")
+    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
+        raise ValueError("a node of the forest looks at a column that is not there")
 
 
 class Scaler:

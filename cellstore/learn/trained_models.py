@@ -35,7 +35,7 @@ from .baselines import BASELINES
 from .batches import CellReader
 from .branches import TABULAR
 from .crops import CROP_MEAN, CROP_STD, CellBlock
-from .exported_classifier import TRUSTED, check_trees
+from .exported_classifier import TRUSTED, check_tree
 from .networks import FusionNet, NetShape, State
 from .normalising import Scaler, add_plates
 
@@ -207,7 +207,8 @@ def load_model(
             import skops.io
 
             estimator = skops.io.loads(data, trusted=TRUSTED)
-            check_trees(estimator)
+            for item in getattr(estimator, "estimators_", ()):
+                check_tree(item.tree_)
             row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
             answer = estimator.predict_proba(row)
             if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
