@@ -345,7 +345,7 @@ def last_with_masks(session: Session) -> Recipe:
                 "No masks are known here, only cells that other tools found. Run: cellstore "
                 f"segment, or train on a feature set with --features: {of_others}"
             )
-    raise UnknownNameError("Nothing has been through 'segment' yet. Run: cellstore segment")
+    raise UnknownNameError("No image was segmented yet. Run: cellstore segment")
 
 
 def input_of(recipe: Recipe, stage: Stage) -> Recipe:

@@ -184,7 +184,7 @@ class FeatureWriter:
         except OSError as error:
             raise StorageError(
                 f"{self._root} cannot be written: {error.strerror or error}. Free some space or "
-                "mend the permissions, then run the same command again."
+                "correct the permissions, then run the same command again."
             ) from error
 
 

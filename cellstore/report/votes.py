@@ -190,5 +190,5 @@ def stale_cells(session: Session, run_id: int) -> tuple[str, ...]:
     if not images:
         return withdrawn
     what = f"{cells:,} cells of {images:,} images come from older bytes of these images"
-    mend = "Find the cells anew: cellstore segment; then measure and predict again."
+    mend = "Find the cells again: cellstore segment; then measure and predict again."
     return (*withdrawn, f"Run {run_id}: {what}. {mend}")

@@ -529,7 +529,7 @@ def _match(
     if twice:
         raise UserInputError(
             f"Images that the tables put in two subsets: {len(twice)}, first {twice[0]}. See what "
-            "the tables share with: cellstore split check --csv FILE, then mend them."
+            "the tables share with: cellstore split check --csv FILE, then correct them."
         )
     if not members and missing_files:
         raise UserInputError(
