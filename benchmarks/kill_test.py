@@ -40,8 +40,8 @@ DESIGN = PlateDesign(
 MOST_TRIES = 20
 STEPS = (
     ("ingest", "{plates}/metadata.csv", "--images", "{plates}/images"),
-    ("segment", "--channels", "DNA", "--diameter", "18", "--workers", "2"),
-    ("measure", "--features", "basic,intensity", "--channels", "DNA", "--workers", "2"),
+    ("segment", "--preset", "published", "--workers", "2"),
+    ("measure", "--features", "basic,intensity", "--channels", "RNA", "--workers", "2"),
     ("qc",),
     ("split", "create", "by-well"),
     ("train", "--split", "by-well", "--baseline", "logistic", "--no-predict"),
