@@ -286,12 +286,12 @@ def verify(
     if common.as_json:
         output.print_json({"ok": result.ok, **output.plain(result)})
     else:
-        _show_verify(result)
+        _show_verify(result, fix=fix)
     if not result.ok:
         raise typer.Exit(1)
 
 
-def _show_verify(result: VerifyResult) -> None:
+def _show_verify(result: VerifyResult, *, fix: bool) -> None:
     output.pairs(
         {
             "files checked": result.files,
@@ -315,12 +315,14 @@ def _show_verify(result: VerifyResult) -> None:
     if result.orphans and not result.removed:
         say("Remove the unknown files with: cellstore verify --fix")
     if result.problems:
+        other = "" if fix else ", once cellstore verify --fix has removed changed ones"
         say(
-            "Put what is damaged back from a backup. Masks and features can be made again: "
-            "cellstore verify --fix removes changed ones and names the commands."
+            "Put what is damaged back from a backup. Masks and features can be made again by "
+            f"commands{other}."
         )
     if result.commands:
-        typer.echo("Files that are gone are made again by:")
+        removed = ", or were changed and are removed now," if fix else ""
+        typer.echo(f"Files that are gone{removed} are made again by:")
         for words in result.commands:
             typer.echo(f"  {output.cell(words)}")
 
