@@ -66,7 +66,7 @@ FACTS = {
     "predictions": "SELECT w.name, i.site, c.object_number, p.rank, l.value, "
     "round(p.probability, 4) FROM predictions AS p JOIN labels AS l ON l.id = p.label_id "
     f"JOIN cells AS c ON c.id = p.cell_id {CELL}",
-    "votes": "SELECT level, vote, plate, well, site, rank, label, round(share, 4) FROM votes",
+    "votes": "SELECT level, vote, plate, well, site, winner, n_cells, round(share, 4) FROM votes",
 }
 
 
