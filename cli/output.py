@@ -43,10 +43,25 @@ SHOWN_ROWS = 1000
 
 
 def say(text: str) -> None:
-    """Tell a person something, beside the data on stdout."""
+    """Tell a person something, beside the data on stdout.
+
+    A line that begins with a space is a command to copy: it stays one line.
+    """
     if sys.stderr.isatty():
-        text = "\n".join(map(filled, text.split("\n")))
+        text = "\n".join(x if x.startswith(" ") else filled(x) for x in text.split("\n"))
     typer.echo(text, err=True)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Tell a person what to know of a result, in lines that fit a terminal, also in a pipe."""
+    for note in notes:
+        say(filled(note))
+
+
+def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
+    """Tell a person that a list goes on, if it does."""
+    if number > 0:
+        typer.echo(f"and {number:,} more{what} ({how})")
 
 
 def plain(value: Any) -> Any:
@@ -234,7 +249,7 @@ def table(
             )
             lines.append((margin + GAP.join(aligned)).rstrip())
     if shown < len(headers):
-        lines.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
+        lines.append(cell(f"Columns not shown: {', '.join(map(cell, headers[shown:]))}", room))
     data = "\n".join([*lines, ""]).encode(errors="replace")
     if file is None:
         typer.echo(data, nl=False)
@@ -295,7 +310,7 @@ class AnswerOptions:
         if self.format is Format.PARQUET and self.output is None:
             raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
         if self.for_spreadsheet and self.format is not Format.CSV:
-            raise UserInputError("Only CSV is opened in spreadsheets: add --format csv.")
+            raise UserInputError("--for-spreadsheet is for CSV only: add --format csv.")
 
 
 def check_output(output: Path, *, replace: bool) -> None:

@@ -709,12 +709,15 @@ def _refuse_if(relying: Sequence[_Relying], refused: str) -> None:
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         commands = dict.fromkeys(item.command for item in relying if item.command)
         last = commands.pop(_EXCLUDE, "") is None
-        advice = f" Take that back first: {'; then '.join(commands)}." if commands else ""
-        advice += f" To let a plate count nowhere: {_EXCLUDE}." if last else ""
-        raise UserInputError(
-            f"{refused}, because later work relies on it: "
-            f"{'; '.join(names[:_NAMED])}{more}. Nothing was changed.{advice}"
-        )
+        lines = [
+            f"{refused}. Nothing was changed. Later work relies on it:",
+            f"{', '.join(names[:_NAMED])}{more}.",
+        ]
+        if commands:
+            lines += ["Take that back first, in this order:", *(f"  {item}" for item in commands)]
+        if last:
+            lines += ["To let a plate count nowhere instead:", f"  {_EXCLUDE}"]
+        raise UserInputError("\n".join(lines))
 
 
 def _undo_of(runs: Iterable[tuple[int, str]]) -> list[_Relying]:

@@ -433,7 +433,7 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
     first, second = (item.run_id for item in maps)
-    refused = rf"run {second} changed P1/A01 again\. .* first: cellstore undo {second}\."
+    refused = rf"run {second} changed P1/A01 again\.\nTake .* order:\n  cellstore undo {second}$"
     with pytest.raises(UserInputError, match=refused):
         store.undo(str(first))
     refused = f"ingest run {first} corrected its wells.* undo {second}; then cellstore undo {first}"
@@ -485,7 +485,7 @@ def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"split main.*count nowhere: cellstore exclude plate"):
+    with pytest.raises(UserInputError, match=r"split main\.\nTo .*:\n  cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))
