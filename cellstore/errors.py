@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 SHOWN_NAMES = 8
 _NUMBER = re.compile(r"^[^\W\d]+0*([1-9]\d*)$")
@@ -122,3 +122,8 @@ class RunCancelledError(CellstoreError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return what ``error`` says first, or what it is if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some_of(names: Sequence[object], most: int = 5) -> str:
+    """Return the first ``names`` with commas between, and ``...`` where there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

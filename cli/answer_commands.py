@@ -13,6 +13,7 @@ import typer
 
 from cellstore.config import VoteOptions, option, option_of
 from cellstore.errors import UserInputError
+from cellstore.settings import check_new_file
 from cellstore.store import Store
 
 from . import output
@@ -309,7 +310,7 @@ def compare(
     """
     form = "json" if common.as_json else form
     if out is not None:
-        output.check_output(out, replace=replace)
+        check_new_file(out, replace=replace)
     if out is not None and form == "text":
         raise UserInputError(
             "Only CSV and JSON can be written to a file: add --format csv or json."

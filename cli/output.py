@@ -23,7 +23,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.settings import Progress, check_not_of_a_store
+from cellstore.settings import Progress, check_new_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -306,26 +306,11 @@ class AnswerOptions:
                 file that is there already, or that has no folder.
         """
         if self.output is not None:
-            check_output(self.output, replace=self.replace)
+            check_new_file(self.output, replace=self.replace)
         if self.format is Format.PARQUET and self.output is None:
             raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
         if self.for_spreadsheet and self.format is not Format.CSV:
             raise UserInputError("--for-spreadsheet is for CSV only: add --format csv.")
-
-
-def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse a file that would replace another, or lie in a folder that is not there.
-
-    Raises:
-        UserInputError: it is so.
-    """
-    check_not_of_a_store(output)
-    if output.is_dir():
-        raise UserInputError(f"{output} is a folder. Name a file in it.")
-    if output.exists() and output.is_file() and not replace:
-        raise UserInputError(f"{output} is there already. Name another file, or add --replace.")
-    if not output.parent.is_dir():
-        raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
 
 
 def write(
