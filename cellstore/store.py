@@ -477,34 +477,21 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         maps: Sequence[str] = (),
     ) -> ReportResult:
-        """Score a predict run, and write the page ``html`` if it is asked for.
-
-        ``compare`` and ``vote_options``: see ``report.scoring.report``. ``maps``: the features on
-        the plate maps of the page.
-        """
-        from .report.report_page import write_report
+        """Score a predict run; see ``report.scoring.report``."""
         from .report.scoring import report
 
-        if html is None:
-            return report(
-                self.workspace, run, compare=compare, vote_options=vote_options, force=force
-            )
-
-        def redo(run_id: int) -> str:
-            return self.repro(str(run_id)).script
-
-        written = write_report(
+        page = None if html is None else Path(html)
+        found = report(
             self.workspace,
             run,
-            Path(html),
             compare=compare,
             vote_options=vote_options,
             force=force,
+            html=page,
             maps=maps,
-            redo=redo,
         )
-        self._wrote(html)
-        return written
+        self._wrote(page)
+        return found
 
     def cells(
         self,
@@ -698,9 +685,8 @@ class Store(AbstractContextManager["Store"]):
 
         See ``report.votes.open_votes``, which does not need all rows in memory.
         """
-        from .report.votes import count_votes
-
-        return count_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options)
+        with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
+            return replace(opened[0], table=opened[1].table())
 
     def open_votes(
         self,

@@ -242,7 +242,8 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
             for item in results
         ],
     )
-    output.say_notes(dict.fromkeys(note for item in results for note in item.notes))
+    notes = dict.fromkeys(note for item in results for note in item.notes)
+    say(*map(output.filled, notes))
 
 
 def _show_contrast(result: ContrastResult) -> None:
