@@ -49,6 +49,7 @@ from ..models import (
     Prediction,
     Run,
     Segmentation,
+    Split,
     SplitMember,
     Well,
 )
