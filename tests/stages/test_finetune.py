@@ -31,6 +31,8 @@ from cellstore.stages.finetune import (  # noqa: E402
 from cellstore.stages.ingest.ingest import ingest  # noqa: E402
 from cellstore.stages.segment import find_network, segment  # noqa: E402
 
+pytestmark = pytest.mark.one_database
+
 SHAPE = (48, 64)
 
 
@@ -181,6 +183,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "FEWEST_FOR_SIZES", 100)
 
 
+@pytest.mark.each_database
 @pytest.mark.heavy
 @pytest.mark.usefixtures("quick")
 def test_the_new_network_is_kept_and_can_be_used(lesson: Lesson) -> None:

@@ -32,6 +32,8 @@ from cellstore.stages.split import create_split
 from cellstore.stages.train_baselines import train_baselines
 from cellstore.stages.verify import seal, verify
 
+pytestmark = pytest.mark.one_database
+
 
 @dataclass(frozen=True)
 class Store:
@@ -160,6 +162,7 @@ def snapshot(store: Store) -> Iterator[None]:
                 owner.execute(insert(table), there)
 
 
+@pytest.mark.each_database
 def test_each_kind_of_tampering_is_found_and_named(store: Store, tmp_path: Path):
     assert store.found() == []
     missed = []
@@ -195,6 +198,7 @@ def test_a_file_that_is_changed_with_its_digest_is_found(store: Store):
     assert f"run {store.predict}: {network}" in said
 
 
+@pytest.mark.each_database
 def test_who_writes_the_chain_anew_is_found_by_a_seal_kept_elsewhere(store: Store, tmp_path: Path):
     kept, other = tmp_path / "elsewhere.json", tmp_path / "other.json"
     seal(store.workspace, kept)
