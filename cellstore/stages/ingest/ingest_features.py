@@ -92,7 +92,7 @@ def ingest_features(
         StorageError: a file cannot be written.
     """
     name = check_set_name(params.name or DEFAULT_NAMES[layout])
-    opened = _READERS[layout](source, next(iter(params.plates), None))
+    opened = _READERS[layout](source, next(iter(params.plate), None))
     accounts = _Accounts(session, account.run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
