@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..query.engine import Questions
 from .drawing import BLUE, GREY, ORANGE, short, svg
-from .scoring import HEADLINE, GroupScore, ReportResult
+from .scoring import HEADLINE, GroupScore, ReportResult, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +37,11 @@ class Dot:
     mark: float | None = None
 
 
-def score_figures(result: ReportResult) -> dict[str, Any]:
-    """The figures of accuracy, confidence and agreement with another run."""
-    best = result.score(*HEADLINE)
-    unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
+def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> dict[str, Any]:
+    """The figures of accuracy, confidence and agreement with another run.
+
+    ``best``: the score of images by hard votes, ``unseen`` without wells seen in training.
+    """
     beside = [Dot(f"run {result.run_id}", best.accuracy, best.low, best.high)]
     if unseen is not None:
         beside.append(Dot("… in unseen wells", unseen.accuracy, unseen.low, unseen.high))

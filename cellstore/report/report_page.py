@@ -77,7 +77,7 @@ def write_page(
         "best": best,
         "unseen": unseen,
         "rival_rows": by_baseline(result.baselines),
-        **score_figures(result),
+        **score_figures(result, best, unseen),
         **class_content(result, hard),
         "map_groups": [
             (
@@ -200,11 +200,7 @@ def _feature_means(
     columns: dict[str, tuple[str, str]] = {}  # a bare name means the newest set
     sets = questions.ask_ours("SELECT name FROM feature_sets ORDER BY id DESC").records()
     for name in (item["name"] for item in sets):
-        try:
-            known = questions.columns(name)
-        except UnknownNameError:  # a set that is hidden by a table of that name
-            continue
-        for column, kind in known:
+        for column, kind in questions.columns(name):
             if kind in NUMBERS and column != "cell_id":
                 columns[f"{name}.{column}"] = (name, column)
                 if group := group_of(name):

@@ -33,8 +33,6 @@ from .votes import SUBSETS, VOTES, stale_cells
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-EVERY_VOTE = VoteOptions()
-
 
 @dataclass(frozen=True)
 class Score:
@@ -219,6 +217,7 @@ class ReportResult:
     leaks: bool
     leak: str
     notes: tuple[str, ...]
+    vote_options: VoteOptions
     scores: tuple[Score, ...]
     html: str | None = None
     qc_run_id: int | None = None
@@ -236,7 +235,6 @@ class ReportResult:
     by_well: tuple[WellScore, ...] = ()
     calibration: tuple[CalibrationBin, ...] = ()
     comparison: Comparison | None = None
-    vote_options: VoteOptions = EVERY_VOTE
 
     def score(self, level: str, vote: str) -> Score:
         """Return the scores of one level and vote."""
@@ -372,12 +370,10 @@ def find_subject(
     with workspace.database.read() as session:
         found = find_predict_run(session, reference)
         run = session.get_one(Run, found.id)
-        parent = session.get(Run, run.parent_id) if run.parent_id else None
-        split_id = run.split_id or (parent.split_id if parent else None)
+        split_id = run.split_id or (run.parent.split_id if run.parent else None)
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
-        recipe = session.get_one(Recipe, run.recipe_id)
-        taught = None if parent is None else session.get_one(Recipe, parent.recipe_id)
+        taught = None if run.parent is None else run.parent.recipe
         options, notes = with_flags(session, vote_options or VoteOptions(), found)
         trained = aliased(Run)
         kind = Recipe.parameters["baseline"].as_string()
@@ -396,7 +392,7 @@ def find_subject(
         return Subject(
             run,
             session.get_one(Split, split_id),
-            recipe.parameters.get("top_k"),
+            run.recipe.parameters.get("top_k"),
             options,
             None if options.exclude_flagged is None else int(options.exclude_flagged),
             notes,
