@@ -208,7 +208,7 @@ class Store(AbstractContextManager["Store"]):
             weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
-        self._wrote(folder)
+        self.wrote(folder)
         return made
 
     def measure(
@@ -265,7 +265,7 @@ class Store(AbstractContextManager["Store"]):
             result = write_page(self.workspace, result, Path(html))
         if plot is not None:
             result = write_picture(self.workspace, result, Path(plot))
-        self._wrote(html, plot)
+        self.wrote(html, plot)
         return result
 
     def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
@@ -499,7 +499,7 @@ class Store(AbstractContextManager["Store"]):
             maps=maps,
             redo=redo,
         )
-        self._wrote(html)
+        self.wrote(html)
         return written
 
     def compare(
@@ -587,7 +587,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.lineage_page import write_lineage
 
         page = write_lineage(self.workspace, audit, Path(html))
-        self._wrote(page)
+        self.wrote(page)
         return page
 
     def log(self, *, plate: str | None = None, run: str | None = None, limit: int = 20) -> EventLog:
@@ -596,8 +596,8 @@ class Store(AbstractContextManager["Store"]):
 
         return read_log(self.workspace, plate=plate, run=run, limit=limit)
 
-    def _wrote(self, *files: str | Path | None) -> None:
-        """Keep in the log that files were written outside the store."""
+    def wrote(self, *files: str | Path | None) -> None:
+        """Keep in the log that files were written outside the store; None: there is none."""
         from .db.events import record_files
 
         paths = [Path(file) for file in files if file is not None]
@@ -740,7 +740,7 @@ class Store(AbstractContextManager["Store"]):
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
-        self._wrote(out)
+        self.wrote(out)
         return made
 
     def rename(
@@ -814,7 +814,7 @@ class Store(AbstractContextManager["Store"]):
         from .stages.backup import backup
 
         made = backup(self.workspace, Path(file), dry_run=dry_run)
-        self._wrote(None if dry_run else file)
+        self.wrote(None if dry_run else file)
         return made
 
     @classmethod
@@ -836,7 +836,7 @@ class Store(AbstractContextManager["Store"]):
         from .stages.export_model import export_model
 
         made = export_model(self.workspace, run, None if output is None else Path(output))
-        self._wrote(made.path)
+        self.wrote(made.path)
         return made
 
     def next_step(self) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ def votes(
                 output.print_json(found)
             else:
                 save(output.json_text(found), answer.output)
+                store.wrote(answer.output)
             return
         # What is not for a person's screen has the summary beside it, not in it.
         show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
@@ -88,6 +89,7 @@ def votes(
             show(note)
         show("")
         output.write(rows, answer, _for_people)
+        store.wrote(answer.output)
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -343,16 +345,17 @@ def compare(
             vote_options=vote_options,
             force=force,
         )
-    if form == "text":
-        _show_comparison(found)
-        return
-    text = output.json_text(found)
-    if form == "csv":
-        text = _as_csv(found, for_spreadsheet=for_spreadsheet)
-    if out is None:
-        typer.echo(text, nl=False)
-    else:
-        save(text, out)
+        if form == "text":
+            _show_comparison(found)
+            return
+        text = output.json_text(found)
+        if form == "csv":
+            text = _as_csv(found, for_spreadsheet=for_spreadsheet)
+        if out is None:
+            typer.echo(text, nl=False)
+        else:
+            save(text, out)
+            store.wrote(out)
 
 
 def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:

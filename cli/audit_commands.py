@@ -229,10 +229,10 @@ def repro(
             found = store.check_run(run, images=images, device=device, weights=weights)
         else:
             script = store.repro(run)
+            _show_script(script, out, common)
+            store.wrote(out)
     if check:
         _show_check(found, common)
-    else:
-        _show_script(script, out, common)
 
 
 def _show_script(result: Repro, out: Path | None, common: Common) -> None:
