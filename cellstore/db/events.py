@@ -181,9 +181,9 @@ DESCRIBING = ("plates", "treatments", "treatment_parts", "perturbations", "annot
 """Tables that ingests and corrections change; their digests stand in the entries of these."""
 
 _OF_PLATES: dict[str, Any] = {
-    "wells": select(
-        Well.plate_id, *(c for c in Well.__table__.c if c.name != "metadata")
-    ).add_columns(cast(Well.metadata_, Text)),
+    "wells": select(Well.plate_id, Well.id, Well.well_row, Well.well_column, Well.name).add_columns(
+        Well.treatment_id, cast(Well.control, Text), cast(Well.metadata_, Text)
+    ),
     "images": select(Well.plate_id, Image.id, Image.well_id, Image.site, Image.plane)
     .add_columns(Image.time_point, Image.core_name, Image.content_sha256)
     .join(Image, Image.well_id == Well.id),
@@ -191,7 +191,7 @@ _OF_PLATES: dict[str, Any] = {
     .add_columns(ImageFile.sha256)
     .join(Image, Image.well_id == Well.id)
     .join(ImageFile, ImageFile.image_id == Image.id)
-    .where(ImageFile.sha256.is_not(None)),  # that were seen: others have decided nothing
+    .where(Image.content_sha256.is_not(None)),  # nothing was made of an image that lacks a file
 }
 """Larger ones: with the plate first, since a digest for each is made anew where it is changed."""
 
@@ -367,8 +367,10 @@ def table_digests(session: Session, plates: Collection[int] | None = None) -> di
             wanted = [query.where(Well.plate_id.in_(some)) for some in in_lists(plates)]
         for some in wanted:
             rows = session.connection().execute(some, execution_options={"yield_per": 10_000})
+            # Of numbers and texts alone: said in half the time, and an ingest waits for it.
+            said = _canonical if query is None else lambda values: repr(values).encode()
             for plate, *values in rows:
-                sums[plate] += int.from_bytes(hashlib.sha256(_canonical(values)).digest())
+                sums[plate] += int.from_bytes(hashlib.sha256(said(values)).digest())
         made = {str(plate): f"{total % MODULUS:064x}" for plate, total in sums.items()}
         found[name] = made["0"] if query is None else made
     return found

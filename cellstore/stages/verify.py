@@ -677,7 +677,7 @@ def check_predictions(workspace: Workspace, which: Any) -> list[Problem]:
     odd: set[tuple[int, int]] = set()
     with database.read(steady=True) as session:
         for run_id, images, table in _by_image(session):
-            written: dict[int, str] = {}
+            written: dict[int, str | None] = {}
             for some in in_lists(set(images.tolist())):
                 mine = jobs.where(Job.run_id == run_id, Job.image_id.in_(some))
                 written |= {image: made for _, image, made in session.execute(mine)}
@@ -697,8 +697,8 @@ def check_predictions(workspace: Workspace, which: Any) -> list[Problem]:
             if number > len(right[run_id]):
                 seen = np.array(right[run_id])
                 mine = wanted.where(Job.run_id == run_id).execution_options(yield_per=BATCH)
-                for some in session.execute(mine).partitions():
-                    images = np.array([image for _, image, _ in some])
+                for part in session.execute(mine).partitions():
+                    images = np.array([image for _, image, _ in part])
                     odd |= {(run_id, image) for image in images[~np.isin(images, seen)].tolist()}
         for run_id, image in sorted(odd):
             rows = session.execute(
