@@ -1,7 +1,6 @@
 """The network against one put together from torch alone, and its weights."""
 
 import dataclasses
-import json
 import pickle
 import urllib.error
 from collections.abc import Mapping
@@ -15,11 +14,13 @@ from torch import nn
 from training_loop import fit
 
 from cellstore.config import TrainParams
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn.augmentation import seed_of
 from cellstore.learn.branches import BRANCHES
 from cellstore.learn.crops import CellBlock
-from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net
+from cellstore.learn.exported_classifier import ImageBranch
+from cellstore.learn.networks import FusionNet, NetShape, build_net, read_state
+from cellstore.learn.training import TrainingState
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -178,7 +179,7 @@ def test_shapes_of_the_published_parts(net: FusionNet) -> None:
     assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Dropout]
     # 4,007,548 parameters of EfficientNet-B0 without its classifier (5,288,548 - 1,281,000),
     # and 32 * 9 more for the fourth channel.
-    assert sum(p.numel() for p in ImageBranch(4).parameters()) == 4_007_548 + 288
+    assert sum(p.numel() for p in ImageBranch(4, "efficientnet_b0").parameters()) == 4_007_548 + 288
 
 
 def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
@@ -230,13 +231,6 @@ def test_branches_are_named_and_ordered() -> None:
     with pytest.raises(UserInputError, match="1 or more"):
         NetShape(2, 0)
     assert NetShape(2, 0, branches=("mask",)).n_features == 0
-    shape = NetShape(2, 2, branches=("mask", "tabular"))
-    record = json.loads(json.dumps(shape.to_json()))
-    assert NetShape.from_json(record) == shape
-    del record["branches"]  # as it was before there was a choice
-    assert NetShape.from_json(record).branches == BRANCHES
-    with pytest.raises(UserInputError):
-        NetShape.from_json({**record, "branches": "mask"})
 
 
 def test_a_network_without_pictures_starts_from_chance(
@@ -270,6 +264,33 @@ def test_weights_of_a_file_start_both_branches(
 class Boom:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was run",))
+
+
+def safetensors(header: bytes) -> bytes:
+    """A file of one number with such a header."""
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 8,  # a header longer than any file
+        safetensors(b"{"),
+        safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}'),
+        safetensors(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'),
+        safetensors(b'{"a":{"dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,4]}}'),
+        safetensors(b'{"__metadata__":7}'),
+        safetensors(b"[" * 100_000),
+    ],
+)
+def test_a_damaged_header_is_a_sentence(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserInputError, match=r"weights.safetensors cannot be read as weights"):
+        read_state(path, "efficientnet_b0")
+    with pytest.raises(StorageError, match="The state of a training is damaged"):
+        TrainingState.from_bytes(data)
 
 
 @pytest.mark.parametrize("what", ["pickle", "noise", "list", "other network", "nothing"])
@@ -311,12 +332,7 @@ def test_imagenet_weights_are_those_of_torchvision(
     assert torch.equal(net.flow_branch[0][0][0].weight[:, :3], imagenet_like["features.0.0.weight"])
 
 
-def test_a_shape_is_its_json_and_nothing_else() -> None:
-    shape = NetShape(5, 2, dropout=0.1)
-    assert NetShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
-    for wrong in ({}, {"n_classes": 2}, {"n_classes": "2", "n_features": 1}, {"color": 1}):
-        with pytest.raises(UserInputError):
-            NetShape.from_json(wrong)
+def test_a_shape_is_of_a_known_backbone_and_has_classes() -> None:
     with pytest.raises(UnknownNameError, match="Known: efficientnet_b7"):
         NetShape(2, 2, backbone="efficientnet_b9")
     with pytest.raises(UserInputError, match="1 or more"):

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +31,10 @@ from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, caller, record_events, record_runs, run_digests
 from ..db.session import Database
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
 from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
-from .queue import Owner, close_dead_runs, new_owner, shown_worker
+from .queue import at_work, close_dead_runs, new_owner, shown_worker
 
 PACKAGES = (
     *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
@@ -43,6 +43,8 @@ PACKAGES = (
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
 
+
+T = TypeVar("T")
 
 MANY_JOBS = 10_000
 """Of a run with more, what it wrote is read before others have to wait for its end."""
@@ -129,16 +131,24 @@ def digest_of_images(
 
 def finished_run(session: Session, spec: RecipeSpec, split_id: int | None = None) -> Run | None:
     """Return the latest run of ``spec``, and of a split, that came to its end."""
-    query = (
-        select(Run)
-        .join(Recipe, Recipe.id == Run.recipe_id)
-        .where(Recipe.fingerprint == fingerprint(spec), Recipe.stage == spec.stage)
-        .where(Run.status == Status.DONE)
-        .order_by(Run.id.desc())
-    )
+    recipe = known_recipe(session, spec)
+    if recipe is None:
+        return None
+    query = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
     if split_id is not None:
         query = query.where(Run.split_id == split_id)
-    return session.scalars(query.limit(1)).first()
+    return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+
+
+def result_of(run: Run, kind: type[T], **more: Any) -> T:
+    """Return what a run kept, as a result of the dataclass ``kind``; ``more``: what it did not."""
+    known: Any = kind
+    kept = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (run.result or {}).items()
+        if name in known.__dataclass_fields__
+    }
+    return kind(**{"run_id": run.id, "recipe_id": run.recipe_id, **kept, **more})
 
 
 def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
@@ -149,18 +159,17 @@ def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
 
 def register(session: Session, spec: RecipeSpec) -> Recipe:
     """Return the recipe of ``spec``, made on its first use."""
-    mark = fingerprint(spec)
     row = {
         "stage": spec.stage,
         "version": spec.version,
         "parameters": {**spec.parameters, **spec.local},
         "weights_sha256": spec.weights_sha256,
-        "fingerprint": mark,
+        "fingerprint": fingerprint(spec),
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    query = select(Recipe).where(Recipe.stage == spec.stage, Recipe.fingerprint == mark)
-    recipe = session.scalars(query).one()
+    same = (Recipe.stage == spec.stage, Recipe.fingerprint == row["fingerprint"])
+    recipe = session.scalars(select(Recipe).where(*same)).one()
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)
@@ -185,7 +194,7 @@ class RunHandle:
 @contextmanager
 def running(
     database: Database,
-    recipe: Recipe,
+    recipe: Recipe | RecipeSpec,
     *,
     parent_id: int | None = None,
     split_id: int | None = None,
@@ -194,12 +203,14 @@ def running(
     resume: int | None = None,
     alone: bool = False,
     device: str = "cpu",
+    origin: Origin = Origin.OBSERVED,
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
-    ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
-    one process at a time; another may go on with it only when it is over. ``device``: where
-    networks compute, as it was asked for.
+    A recipe that is not in the database yet is put there. ``resume`` goes on with an unfinished
+    run instead of starting another. ``alone``: the run is of one process at a time; another may go
+    on with it only when it is over. ``device``: where networks compute, as it was asked for.
+    ``origin``: whether the work is done here.
 
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
@@ -209,10 +220,10 @@ def running(
         user_name, command = caller()
         run = Run(
             stage=Stage(recipe.stage),
-            recipe_id=recipe.id,
             parent_id=parent_id,
             split_id=split_id,
             status=Status.RUNNING,
+            origin=origin,
             seed=seed,
             query=query,
             command=command,
@@ -225,6 +236,8 @@ def running(
         )
         with database.begin() as session:
             close_dead_runs(session)
+            known = register(session, recipe) if isinstance(recipe, RecipeSpec) else recipe
+            run.recipe_id = known.id
             session.add(run)
             session.flush()
             resume = run.id
@@ -259,8 +272,12 @@ def running(
             if status is Status.DONE:
                 for act in handle.at_end:
                     act(session)
-            elif not alone and (other := _another_at(session, handle.id, owner)) is not None:
-                values = {"process": other}  # who shares the run goes on with it
+            elif not alone:
+                here = owner.split("|")[:2]  # host and process
+                others = [name for _, name in at_work(session, [handle.id])]
+                others = [name for name in others if name.split("|")[:2] != here]
+                if others:  # who shares the run goes on with it
+                    values = {"process": others[0]}
             done: Any = session.execute(mine.values(**values))
             if done.rowcount and "status" in values:
                 record_runs(session, [handle.id], written=written)
@@ -283,13 +300,13 @@ def check_still_ours(session: Session, run: RunHandle) -> None:
         raise RunCancelledError(f"Run {run.id} was cancelled.")
 
 
-def attach(session: Session, run_id: int, artifact_id: int) -> None:
-    """Say that a run wrote, or relies on, a file."""
-    insert_new(session, RunArtifact, [{"run_id": run_id, "artifact_id": artifact_id}])
+def keep_files(
+    session: Session, stored: Sequence[StoredFile], run_id: int | None = None
+) -> list[int]:
+    """Return the ids of the artifact rows of files, made where they are new.
 
-
-def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
-    """Return the ids of the artifact rows of files, made where they are new."""
+    ``run_id``: the run that wrote the files, or relies on them.
+    """
     now = datetime.now(UTC)
     insert_new(session, Artifact, [asdict(file) | {"created_at": now} for file in stored])
     known = {}
@@ -297,7 +314,11 @@ def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
         query = select(Artifact.kind, Artifact.sha256, Artifact.id)
         for row in session.execute(query.where(Artifact.sha256.in_(some))):
             known[row.kind, row.sha256] = row.id
-    return [known[file.kind, file.sha256] for file in stored]
+    ids = [known[file.kind, file.sha256] for file in stored]
+    if run_id is not None:
+        links = [{"run_id": run_id, "artifact_id": number} for number in ids]
+        insert_new(session, RunArtifact, links)
+    return ids
 
 
 def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:
@@ -352,20 +373,6 @@ def _resume(database: Database, run_id: int, owner: str, device: str, *, alone: 
         record_runs(session, [run.id], opened=True)
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
         run.process = owner
-
-
-def _another_at(session: Session, run_id: int, owner: str) -> str | None:
-    """Another living process that has jobs of a run in hand."""
-    here = Owner.parse(owner)
-    assert here is not None
-    query = select(Job.worker).where(Job.run_id == run_id, Job.status == Status.RUNNING)
-    for text in session.scalars(query.distinct()):
-        other = Owner.parse(text)
-        if other is None or (other.host, other.pid) == (here.host, here.pid):
-            continue
-        if other.is_alive() is not False:
-            return text
-    return None
 
 
 @cache

@@ -130,7 +130,7 @@ def ingest(
     read = [identity, *map(FileIdentity.of, beside)]
     named = [{"name": file.name, "sha256": file.sha256} for file in read]
     parameters = {"layout": layout.value, "files": named, "options": options}
-    earlier = None
+    earlier, again = None, False
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
         # A map may be for plates that came since, and masks are looked at one by one anyway.
@@ -150,8 +150,12 @@ def ingest(
                     session.scalar(select(func.count()).where(Plate.id.in_(some))) or 0
                     for some in in_lists(result["plates"])
                 )
-                if there < len(result["plates"]):
-                    earlier = None  # a plate of it was deleted
+                if kind is SourceKind.FEATURES and "feature_set" in result:
+                    from .ingest_features import lacks_files  # these are slow to import
+
+                    again = lacks_files(session, workspace.artifacts, result["feature_set"])
+                if again or there < len(result["plates"]):
+                    earlier = None  # a file of features is gone, or a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         labels = {file.sha256 for file in (read if kind is SourceKind.TREATMENTS else read[1:])}
@@ -164,7 +168,7 @@ def ingest(
             elif images is not None:
                 brought = ingest_images(workspace, images, account, identity.lines)
             elif kind is SourceKind.MASKS:
-                from .ingest_masks import ingest_masks  # these are slow to import
+                from .ingest_masks import ingest_masks
 
                 brought = ingest_masks(workspace, source, params, account)
             else:
@@ -175,8 +179,9 @@ def ingest(
                             from .ingest_features import ingest_features
 
                             brought = ingest_features(
-                                workspace, session, source, layout, params, account, identity
-                            )
+                                workspace, session, source, layout, params, account, identity,
+                                again=again,
+                            )  # fmt: skip
                         else:
                             from .ingest_treatments import ingest_treatments
 
@@ -291,7 +296,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
                 f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
                 f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
             )
-        if len(params.plates) > 1:
+        if len(params.plate) > 1:
             raise UserInputError(
                 f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
                 "with --plate; only a plate map may be of several."
@@ -311,8 +316,6 @@ def _read_again(
     result = earlier.result or {}
     plates = result["plates"]
     account.rows, account.refused = result["rows"], result["refused"]
-    if kind is SourceKind.FEATURES:
-        from .ingest_features import check_files  # slow to import
     issue = IngestIssue
     columns = (issue.severity, issue.file, issue.line, issue.reason, issue.detail)
     of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
@@ -329,11 +332,8 @@ def _read_again(
         names = ["run_id", *(column.key for column in columns)]
         session.execute(insert(issue).from_select(names, copied))
         if kind is SourceKind.FEATURES:
-            name = result.get("feature_set")
-            if name is not None:  # a feature set never changes, but its files may be gone
-                check_files(session, workspace.artifacts, name)
             account.unchanged = account.rows - account.refused
-            return Brought(plates, 0, name, result.get("segmentations", ()))
+            return Brought(plates, 0, result.get("feature_set"), result.get("segmentations", ()))
         # Wells that have got another treatment since, and the last run that read another source
         # since and updated rows of these plates.
         changes = wells_changed(Event.run_id > earlier.id).subquery()
