@@ -83,6 +83,7 @@ def test_events_are_a_chain_that_verify_walks(workspace: Workspace) -> None:
     assert f"before event {third} an event was taken out or changed" in reasons
 
 
+@pytest.mark.each_database
 def test_a_reference_that_leads_nowhere_is_found(workspace: Workspace) -> None:
     run = Factory(workspace, closed=True).run(Stage.SEGMENT)
     with as_owner(workspace) as owner:
@@ -123,6 +124,7 @@ NAMED = {
 }
 
 
+@pytest.mark.each_database
 def test_what_guards_the_rows_is_looked_at_and_made_again(workspace: Workspace) -> None:
     database = workspace.database
     kind = database.engine.dialect.name
