@@ -188,8 +188,7 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
             found[sorted_columns.name] = SqliteTable(
                 path, name, sorted_columns, frozenset(texts), columns
             )
-    chosen, note = choose_tables([table.columns for table in found.values()], path.name)
-    source.notes += [note] if note else []
+    chosen = choose_tables(source, [table.columns for table in found.values()], path.name)
     used = [found[columns.name] for columns in chosen]
     check_keys(source, f"{path.name}:{image_table}", tables[image_table])
     for table in used:

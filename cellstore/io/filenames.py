@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UserInputError
-from .tables import LONGEST
+from .tables import LONGEST, RowRefusedError
 
 ROWS, COLUMNS = 32, 48
 """Rows and columns of a 1536-well plate, the largest there is."""
@@ -80,6 +80,28 @@ def join_well(row: str, column: str) -> str:
     """Return the well of a row ('B' or a number) and a column: '002' and '1.0' are numbers, too."""
     row, column = (text.strip().removesuffix(".0").lstrip("0") or "0" for text in (row, column))
     return f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+
+
+def written_well(well: str | None, row: str | None, column: str | None) -> tuple[int, int] | None:
+    """Return the well that a row of a table names: by its name, else by row and column.
+
+    Raises:
+        RowRefusedError: both are there, and differ; or it is no well.
+    """
+    if well is None and row and column:
+        well, row, column = join_well(row, column), None, None
+    try:
+        found = None if well is None else parse_well(well)
+    except UserInputError as error:
+        raise RowRefusedError("not a well", str(error)) from error
+    if found and (row or column):
+        with suppress(UserInputError):  # what is no row or column differs, too
+            if parse_well(join_well(row or str(found[0]), column or str(found[1]))) == found:
+                return found
+        said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
+        detail = f"well {well}, but {' and '.join(said)}"
+        raise RowRefusedError("well and row or column disagree", detail)
+    return found
 
 
 def format_well(row: int, column: int) -> str:

@@ -20,10 +20,10 @@ from .filenames import (
     core_file_name,
     format_well,
     is_safe_name,
-    join_well,
     microscope_name,
     parse_well,
     whole_number,
+    written_well,
 )
 from .image_files import pixel_size
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
@@ -230,11 +230,7 @@ def is_needed(column: str) -> bool:
 
 
 def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
-    """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3.
-
-    Raises:
-        RowRefusedError: it is none.
-    """
+    """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3."""
     column = next((column for column in columns if column in texts), None)
     if column is None:
         return None
@@ -242,34 +238,6 @@ def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | Non
     if number is None:
         raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
     return number
-
-
-def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return the well that the columns of a row name: that of the well, else row and column.
-
-    Raises:
-        RowRefusedError: both are there, and differ; or it is no well.
-    """
-    well, row = first_text(texts, WELLS), first_text(texts, ROWS)
-    column = first_text(texts, COLUMNS)
-    if well is None:
-        well = join_well(row, column) if row and column else None
-    elif row or column:
-        with suppress(UserInputError):  # a text that is no well is refused below
-            expected = parse_well(well)
-            joined = join_well(row or str(expected[0]), column or str(expected[1]))
-            try:
-                differs = parse_well(joined) != expected
-            except UserInputError:
-                differs = True
-            if differs:
-                said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
-                detail = f"well {well}, but {' and '.join(said)}"
-                raise RowRefusedError("well and row or column disagree", detail)
-    try:
-        return None if well is None else parse_well(well)
-    except UserInputError as error:
-        raise RowRefusedError("not a well", str(error)) from error
 
 
 _File = tuple[int, tuple[str, int | None, str], str | None]
@@ -400,7 +368,7 @@ class ImageRows:
 
     def _read_field(self, texts: Mapping[str, str]) -> _Field:
         """Return where an image is, and its files, as the columns and the file names say."""
-        well = _written_well(texts)
+        well = written_well(*(first_text(texts, some) for some in (WELLS, ROWS, COLUMNS)))
         site, plane, time_point = (
             _whole_number(texts, some) for some in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
         )

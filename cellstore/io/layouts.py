@@ -86,7 +86,7 @@ def detect(
     Raises:
         BadTableError: it has none of the known layouts, or several of them; the message says what
             was looked for, the nearest columns, and how to choose.
-        UserInputError: it is not there or may not be read.
+        OSError: it is not there or may not be read.
     """
     if kind is SourceKind.MASKS:
         return Layout.MASKS
@@ -94,13 +94,8 @@ def detect(
     if path.is_dir():
         found = _of_folder(path)
     else:
-        try:
-            with path.open("rb") as stream:
-                head = stream.read(512)
-        except FileNotFoundError as error:
-            raise UserInputError(f"There is no file or folder {path}. Check the path.") from error
-        except OSError as error:
-            raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
+        with path.open("rb") as stream:
+            head = stream.read(512)
         # Each reader is imported where it may be needed: some are slow to import.
         if head.startswith(image_files.SQLITE):
             from .cellprofiler_sqlite import is_cellprofiler_sqlite
@@ -175,8 +170,8 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     meant = MapColumns(columns, ())
     coded = bool(names & {"broad_sample", "JCP2022"})
     described = bool(names & {"pert_iname", "gene", "Symbol"}) or {"Name", "modality"} <= names
-    chemistry = any(meant.column(role) for role in ("target", "gene", "inchikey", "smiles"))
-    named = not coded and meant.column("treatment") is not None and chemistry
+    chemistry = any((role, 0) in meant.by_role for role in ("target", "gene", "inchikey", "smiles"))
+    named = not coded and ("treatment", 0) in meant.by_role and chemistry
     of_splits = {"split", "experiment_type", "Site"}
     measured = bool(names & {"ImageNumber", "ObjectNumber"}) or _profile_columns(columns) > 0
     plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}

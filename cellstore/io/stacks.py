@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import tifffile
 
@@ -69,12 +69,6 @@ class Stack:
         return max(page.time_point for page in self.pages)
 
 
-def is_one_plane(stream: BinaryIO) -> bool:
-    """Whether this is no TIFF, or one of one page and one sample."""
-    pages = list(islice(tiff_pages(stream), 2))
-    return not pages or (len(pages) == 1 and pages[0][1] == 1)
-
-
 def read_stack(path: Path) -> Stack | None:
     """Return what the planes of a TIFF are; None for a file of one plane, and for what is no TIFF.
 
@@ -93,7 +87,8 @@ def read_stack(path: Path) -> Stack | None:
             if head.startswith(PNG_MAGIC) and len(head) == 26 and head[25] in PNG_COLOURS:
                 read_plane(path)  # refuses real colours
             stream.seek(0)
-            is_plain = is_one_plane(stream)
+            pages = list(islice(tiff_pages(stream), 2))
+            is_plain = not pages or (len(pages) == 1 and pages[0][1] == 1)  # or no TIFF
             if is_plain and not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
                 return None
             stream.seek(0)

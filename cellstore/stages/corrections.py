@@ -67,7 +67,7 @@ from ..models import (
     Well,
 )
 from .ingest.account import Account
-from .ingest.write_treatments import PerturbationKey, TreatmentWriter, retarget
+from .ingest.write_treatments import TreatmentWriter, retarget
 
 LONGEST = 255
 _NAMED = 5
@@ -402,8 +402,7 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
                 f"{name} is in the store in several ways: {listed}. Add --dose, for example "
                 '--dose "5 uM", or name one by its identifier.'
             )
-    key = _perturbation_named(session, name, notes)
-    record = TreatmentRecord(key.kind, key.name, identifier=key.identifier)
+    record = _perturbation_named(session, name, notes)
     try:
         record = record if dose is None else record.with_dose(readable(dose))
     except RowRefusedError as error:
@@ -419,8 +418,8 @@ def _has_wells(session: Session, treatment: int) -> bool:
     )
 
 
-def _perturbation_named(session: Session, name: str, notes: list[str]) -> PerturbationKey:
-    """What names the perturbation ``name`` (or of this identifier); a new one is a compound."""
+def _perturbation_named(session: Session, name: str, notes: list[str]) -> TreatmentRecord:
+    """The perturbation ``name`` (or of this identifier); a new one is a compound."""
     columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
     query = select(*columns).where(or_(Perturbation.name == name, Perturbation.identifier == name))
     found = session.execute(query).all()
@@ -433,7 +432,8 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
         listed = ", ".join(sorted(str(row.identifier) for row in found)[:_NAMED])
         raise UserInputError(f"{name} is several samples: {listed}. Name one by its identifier.")
     if found:
-        return PerturbationKey(*found[0])
+        kind, known_as, identifier = found[0]
+        return TreatmentRecord(kind, known_as, identifier=identifier)
     known = session.scalars(select(Perturbation.name).distinct())
     alike = next(
         (other for other in known if normalised_name(other) == normalised_name(name)), None
@@ -445,7 +445,7 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
             f"No table has named the combination {name!r}. Give it in a plate map, and ingest that."
         )
     notes.append(f"{name} is new: no table has named it. It is kept as a compound.")
-    return PerturbationKey(PerturbationKind.COMPOUND, name, None)
+    return TreatmentRecord(PerturbationKind.COMPOUND, name)
 
 
 # ---- Exclude and include ----

@@ -35,7 +35,7 @@ from cellstore.models import (
     Recipe,
     Segmentation,
 )
-from cellstore.stages.ingest.account import Account, Brought, UndoneError
+from cellstore.stages.ingest.account import Account, UndoneError
 from cellstore.stages.ingest.ingest import preview
 from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
 from cellstore.stages.measure import measure
@@ -92,10 +92,11 @@ class Bench:
         tifffile.imwrite(path, masks)
         return path
 
-    def ingest(self, **options: Any) -> Brought:
+    def ingest(self, **options: Any) -> Account:
         run = self.make.run(Stage.INGEST, status=Status.RUNNING)
         self.account = Account(run.id, self.masks.name)
-        return ingest_masks(self.workspace, self.masks, IngestParams(**options), self.account)
+        ingest_masks(self.workspace, self.masks, IngestParams(**options), self.account)
+        return self.account
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
