@@ -953,6 +953,39 @@ class PredictParams(Params):
     )
 
 
+@dataclass(frozen=True)
+class AddedParams(Params):
+    """What is said of predictions that a model outside cellstore made.
+
+    ``model``: the file of its weights, of which the sha256 is kept. ``trained_on``: subsets of the
+    split; ``()``: it has not seen this screen, ``None``: nobody knows.
+    """
+
+    name: str = option("", "What the model is called, for example my-vit.")
+    split: str | None = option(
+        None, "The split that says which images are for training and which for tests."
+    )
+    trained_on: tuple[str, ...] | None = option(
+        None,
+        "The subsets of the split that the model was trained on; none, if on no image of this "
+        "screen. Without it reports say that it is not known.",
+        metavar="A,B",
+        choices=tuple(item.value for item in Subset),
+    )
+    model: Path | None = option(
+        None, "The file with its weights: its sha256 is kept; it is not opened.", metavar="FILE"
+    )
+    segmentation: str | None = option(
+        None, "Whose cells, where the table names them by number or point: a segment recipe."
+    )
+    note: str | None = option(None, "A note to keep with the runs.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.name.strip()) <= 100 or not self.name.isprintable():
+            raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+
+
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
     "published": {
         SegmentParams: {

@@ -20,13 +20,18 @@ class Stage(StrEnum):
 
 
 class Status(StrEnum):
-    """How a run or a job stands. Only runs are cancelled; their open jobs stay pending."""
+    """How a run or a job stands. Only runs are cancelled; their open jobs stay pending.
+
+    A run whose result somebody brought may be withdrawn: its rows stay, and no command takes it
+    by default.
+    """
 
     PENDING = "pending"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    WITHDRAWN = "withdrawn"
 
 
 class Subset(StrEnum):

@@ -10,7 +10,7 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    AddedParams,
     BaselineParams,
     ContrastParams,
     FinetuneParams,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
+    from .learn.datasets import CellDataset
+    from .query.cell_tables import CellTable
     from .query.describe import RelationWords
     from .query.engine import Answer, Questions
     from .query.guard import Limits
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.add_predictions import AddedPredictions
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
@@ -501,6 +505,133 @@ class Store(AbstractContextManager["Store"]):
         )
         self._wrote(html)
         return written
+
+    def cells(
+        self,
+        split: str | None = None,
+        subset: str | None = None,
+        *,
+        features: str | bool = True,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        exclude_flagged: str | None = None,
+    ) -> CellTable:
+        """Return the cells of a split as a table: plate, well, site, label, box, features.
+
+        ``subset``: train, validation or test; ``None``: all. ``features``: the built-in ones
+        (``True``), a feature set by name, or none (``False``). Cells that are excluded are not
+        among them. Centres and boxes are in pixels.
+
+        >>> store.cells("by-well", "train").to_pandas()
+        """
+        from .config import Sources
+        from .query.cell_tables import cell_table
+
+        if subset is not None and subset not in list(Subset):
+            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
+        sources = Sources(split, segmentation, measurement)
+        wanted = None if subset is None else Subset(subset)
+        return cell_table(self.workspace, sources, wanted, features, exclude_flagged)
+
+    def dataset(
+        self,
+        split: str | None = None,
+        subset: str = "train",
+        *,
+        channels: Sequence[str] = (),
+        crop: int = 96,
+        mask: bool = False,
+        features: str | bool = False,
+        sampler: str = "cells",
+        shuffle: bool | None = None,
+        seed: int = 0,
+        intensity: str = "plate",
+        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        exclude_flagged: str | None = None,
+    ) -> CellDataset:
+        """Return the cells of a subset of a split as a data set for torch's ``DataLoader``.
+
+        ``channels``: those of the crops; default: all. ``crop``: their height and width in pixels.
+        ``mask``: also which pixels are of the cell. ``features``: also its measurements, the
+        built-in ones (``True``) or a feature set by name. ``sampler``: each cell once (``cells``),
+        all classes alike (``classes``), or the largest class only as often as the second
+        (``capped``). ``shuffle``: default: the training subset only. ``intensity``: crops are
+        divided by the scale of their plate, or of their image. ``transform`` is called with each
+        item. See ``learn.datasets.CellDataset`` for what an item holds.
+
+        >>> from torch.utils.data import DataLoader
+        >>> cells = store.dataset("by-well", "train", channels=["DNA", "RNA"])
+        >>> loader = DataLoader(cells, batch_size=64, num_workers=2, persistent_workers=True)
+        """
+        from .settings import need
+
+        need("train")
+        from .config import Sources
+        from .learn.datasets import cell_dataset
+
+        if subset not in list(Subset):
+            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
+        return cell_dataset(
+            self.workspace,
+            Sources(split, segmentation, measurement),
+            Subset(subset),
+            channels=channels,
+            crop=crop,
+            mask=mask,
+            features=features,
+            sampler=sampler,
+            shuffle=shuffle,
+            seed=seed,
+            intensity=intensity,
+            transform=transform,
+            exclude_flagged=exclude_flagged,
+        )
+
+    def add_predictions(
+        self,
+        table: Any,
+        name: str,
+        *,
+        split: str | None = None,
+        model: str | Path | None = None,
+        trained_on: Sequence[str] | None = None,
+        segmentation: str | None = None,
+        note: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> AddedPredictions:
+        """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
+
+        ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
+        split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
+        the model are kept with the run. See ``stages.add_predictions.add_predictions``.
+        """
+        import pyarrow as pa
+
+        from .stages.add_predictions import add_predictions
+
+        if isinstance(table, str | Path):
+            source: Any = Path(table)
+        elif hasattr(table, "iloc"):
+            source = pa.Table.from_pandas(table, preserve_index=False)
+        else:
+            source = pa.table(table)
+        params = AddedParams(
+            name,
+            split=split,
+            trained_on=None if trained_on is None else tuple(trained_on),
+            model=None if model is None else Path(model),
+            segmentation=segmentation,
+            note=note,
+        )
+        return add_predictions(self.workspace, source, params, parameters)
+
+    def withdraw_predictions(self, run: str | int, *, reason: str) -> int:
+        """Mark predictions that were added as wrong; see ``stages.add_predictions.withdraw``."""
+        from .stages.add_predictions import withdraw
+
+        return withdraw(self.workspace, str(run), reason)
 
     def compare(
         self,

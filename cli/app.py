@@ -64,6 +64,7 @@ MODULES = {
     "split": "split_commands",
     "train": "train_commands",
     "predict": "train_commands",
+    "predictions": "train_commands",
     "export-model": "train_commands",
     "votes": "answer_commands",
     "report": "answer_commands",

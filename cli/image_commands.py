@@ -146,7 +146,9 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
     if result.failed_before:
         parts.append(f"{result.failed_before:,} failed before")
     if not result.waiting:
-        return f"{', '.join(parts)}."
+        stage = {"segmented": "segment", "measured": "measure"}.get(verb)
+        again = f'\nTo do some again and compare: cellstore repro "latest {stage}" --check'
+        return f"{', '.join(parts)}.{again if stage and there else ''}"
     parts.append(f"{output.count(result.waiting, 'image')} still without files")
     return f"{', '.join(parts)}. Ingest again with --images to fill them in."
 

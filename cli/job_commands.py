@@ -251,7 +251,11 @@ def cancel(
 @command(app, "verify", then=True)
 def verify(
     common: Common,
-    fix: bool = option(False, "Remove files that the database does not know."),
+    fix: bool = option(
+        False,
+        "Remove files that the database does not know, and masks and features that were changed, "
+        "so that their commands make them again.",
+    ),
     older_than: float = option(
         10.0,
         "Keep unknown files that are younger than this: a running command may be writing them.",
@@ -311,7 +315,10 @@ def _show_verify(result: VerifyResult) -> None:
     if result.orphans and not result.removed:
         say("Remove the unknown files with: cellstore verify --fix")
     if result.problems:
-        say("Put what is damaged back from a backup; what is derived can be made again.")
+        say(
+            "Put what is damaged back from a backup. Masks and features can be made again: "
+            "cellstore verify --fix removes changed ones and names the commands."
+        )
     if result.commands:
         typer.echo("Files that are gone are made again by:")
         for words in result.commands:

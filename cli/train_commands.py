@@ -14,6 +14,7 @@ import typer
 from cellstore.config import (
     BASELINES,
     PRESETS,
+    AddedParams,
     BaselineParams,
     ContrastParams,
     PredictParams,
@@ -329,6 +330,7 @@ def predict(
     else:
         if result.done == 0 and not result.failures:
             typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+            typer.echo(f"To do it again and compare: cellstore repro {result.run_id} --check")
         output.pairs(
             {
                 "run": result.run_id,
@@ -347,6 +349,77 @@ def predict(
             list_failures(result.failures)
     if result.failures:
         end_with_failures(result.failures, result.done, "labelled", "the same command")
+
+
+predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")
+app.add_typer(predictions, name="predictions")
+
+
+@command(predictions, "add", then=True)
+def add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and classes.")],
+    params: AddedParams,
+    common: Common,
+) -> None:
+    """Keep the predictions of a model that is not of cellstore, with where they come from.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell and class. A cell is named by cell_id,
+    or by plate, well, site and object_number, or by plate, well, site and a point x, y in pixels.
+    Column label is a class of the split, column probability from 0 to 1; or each class has a
+    column of its own. Every row is checked before anything is written. Then votes, report, compare
+    and audit work as for a network of cellstore, and say what was declared.
+
+    \b
+    Example:
+      cellstore predictions add labels.csv --name my-vit --split by-well --trained-on train
+      cellstore predictions add labels.parquet --name forest --split by-well
+    """
+    with common.open() as store:
+        result = store.add_predictions(file, **asdict(params))
+    if common.as_json:
+        output.print_json(result)
+        return
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these predictions already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "model": f"{result.name} (run {result.train_run_id})",
+            "split": result.split,
+            "trained on": "not known"
+            if result.trained_on is None
+            else ", ".join(result.trained_on) or "none of these images",
+            "images": result.images,
+            "cells": result.cells,
+            "rows": result.rows,
+        }
+    )
+    for note in result.notes:
+        say(note)
+
+
+@command(predictions, "withdraw")
+def withdraw(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The predict run, by number.")],
+    common: Common,
+    reason: str = option("", "Why; it is shown with the run.", metavar="TEXT"),
+) -> None:
+    """Mark predictions that were added as wrong.
+
+    They stay in the store, so that what was published with them is found. No command takes them by
+    default any more, and what is asked of them by number says that they were withdrawn, and why.
+
+    \b
+    Example:
+      cellstore predictions withdraw 12 --reason "the classes were mixed up"
+    """
+    with common.open() as store:
+        number = store.withdraw_predictions(run, reason=reason)
+    if common.as_json:
+        output.print_json({"run_id": number, "status": "withdrawn"})
+        return
+    typer.echo(f"Run {number} is withdrawn.")
+    say("Next: cellstore ask runs")
 
 
 @command(app, "export-model")

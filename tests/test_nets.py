@@ -15,11 +15,12 @@ from torch import nn
 from training_loop import fit
 
 from cellstore.config import TrainParams
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn.augmentation import seed_of
 from cellstore.learn.branches import BRANCHES
 from cellstore.learn.crops import CellBlock
-from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net
+from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net, read_state
+from cellstore.learn.training import TrainingState
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -270,6 +271,33 @@ def test_weights_of_a_file_start_both_branches(
 class Boom:
     def __reduce__(self):
         return (pytest.fail, ("a pickle was run",))
+
+
+def safetensors(header: bytes) -> bytes:
+    """A file of one number with such a header."""
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 8,  # a header longer than any file
+        safetensors(b"{"),
+        safetensors(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}'),
+        safetensors(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'),
+        safetensors(b'{"a":{"dtype":"F32","shape":[18446744073709551615],"data_offsets":[0,4]}}'),
+        safetensors(b'{"__metadata__":7}'),
+        safetensors(b"[" * 100_000),
+    ],
+)
+def test_a_damaged_header_is_a_sentence(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(UserInputError, match=r"weights.safetensors cannot be read as weights"):
+        read_state(path, "efficientnet_b0")
+    with pytest.raises(StorageError, match="The state of a training is damaged"):
+        TrainingState.from_bytes(data)
 
 
 @pytest.mark.parametrize("what", ["pickle", "noise", "list", "other network", "nothing"])

@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    NoResultFound,
     NoSuchModuleError,
     OperationalError,
     ProgrammingError,
@@ -199,6 +200,10 @@ def _translated(database: Database) -> Iterator[None]:
         is_text = type(error) in (JSONDecodeError, UnicodeDecodeError)
         if is_text or "defined enum values" in str(error):
             raise _damaged(database, first_line(error)) from error
+        raise
+    except (AttributeError, NoResultFound) as error:  # of a row that another one names, perhaps
+        if dangling := database.damage(quick=True):
+            raise _damaged(database, dangling[0]) from error
         raise
 
 

@@ -147,7 +147,7 @@ class ImageStage(Generic[Input, Output]):
         """
         raise NotImplementedError
 
-    def digest(self, recipe_id: int, output: Output) -> str:
+    def digest(self, recipe_id: int, output: Output) -> str | None:
         """Return the sha256 of the rows that ``insert`` writes of one image, kept with its job."""
         raise NotImplementedError
 

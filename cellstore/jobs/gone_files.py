@@ -34,8 +34,7 @@ _MAKERS = """
     JOIN segmentations AS s ON a.id IN (s.mask_artifact_id, s.flow_artifact_id)
     WHERE a.path IN :paths
     UNION SELECT a.path, f.run_id FROM artifacts AS a
-    JOIN feature_files AS f ON f.artifact_id = a.id JOIN runs AS r ON r.id = f.run_id
-    WHERE a.path IN :paths AND r.stage <> 'ingest'
+    JOIN feature_files AS f ON f.artifact_id = a.id WHERE a.path IN :paths
 """
 _NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
 _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
@@ -135,8 +134,8 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
 def lost_files(session: Session, artifacts: ArtifactFolder) -> tuple[int, tuple[str, ...]]:
     """Return how many files that commands can make again are gone, and these commands.
 
-    They are masks, flows and files of features. Features that another tool measured are not among
-    them: their file can only be put back.
+    They are masks, flows and files of features; of those that another tool made, the commands are
+    the ingests that brought them.
     """
     made = session.scalars(text(_MADE), execution_options={"yield_per": 10_000})
     gone = sorted(artifacts.missing(made))

@@ -352,7 +352,7 @@ def renew(session: Session, scope: JobScope, owner: str, lease: float) -> bool:
 
 
 def close(
-    session: Session, owner: str, digests: Mapping[int, str], seconds: float
+    session: Session, owner: str, digests: Mapping[int, str | None], seconds: float
 ) -> dict[int, list[int]]:
     """Close jobs as done; return by image those recipes whose jobs were ours, by unchanged bytes.
 

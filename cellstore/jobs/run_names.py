@@ -9,12 +9,12 @@ from typing import NamedTuple
 from sqlalchemy import JSON, column, or_, select, table
 from sqlalchemy.orm import Session
 
-from ..enums import Stage, Status
+from ..enums import Origin, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 
 RUN_WORDS = ("latest", "last")
 
-_RUNS = table("runs", *map(column, ("id", "stage", "status", "parent_id", "recipe_id")))
+_RUNS = table("runs", *map(column, ("id", "stage", "status", "parent_id", "recipe_id", "origin")))
 _RECIPES = table("recipes", column("id"), column("parameters", JSON))
 
 
@@ -32,7 +32,8 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
     The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
 
     Baselines stand behind: they are the latest only where there is nothing else, so that what
-    follows a training by a baseline still means the network.
+    follows a training by a baseline still means the network. So do trainings that were declared,
+    whose networks cannot be opened.
 
     Raises:
         UnknownNameError: there is none.
@@ -65,7 +66,9 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
                 .where(or_(trained.c.id == runs.id, trained.c.id == runs.parent_id))
                 .where(_RECIPES.c.parameters["baseline"].as_string().is_not(None))
             )
-            chosen = chosen.order_by(None).order_by(baseline.exists(), runs.id.desc())
+            behind = (runs.stage == Stage.TRAIN.value) & (runs.origin == Origin.DECLARED.value)
+            chosen = chosen.order_by(None)
+            chosen = chosen.order_by(or_(baseline.exists(), behind), runs.id.desc())
     else:
         number = reference.strip().lstrip("#")
         if not number.isdecimal() or len(number) > 18:

@@ -31,7 +31,7 @@ from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
 from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
 from .queue import Owner, close_dead_runs, new_owner, shown_worker
@@ -191,12 +191,13 @@ def running(
     resume: int | None = None,
     alone: bool = False,
     device: str = "cpu",
+    origin: Origin = Origin.OBSERVED,
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
     ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
     one process at a time; another may go on with it only when it is over. ``device``: where
-    networks compute, as it was asked for.
+    networks compute, as it was asked for. ``origin``: whether the work is done here.
 
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
@@ -210,6 +211,7 @@ def running(
             parent_id=parent_id,
             split_id=split_id,
             status=Status.RUNNING,
+            origin=origin,
             seed=seed,
             query=query,
             command=command,

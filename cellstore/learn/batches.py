@@ -169,7 +169,7 @@ class BlockShuffle:
 
     ``share=(rank, world)``: what the process ``rank`` of ``world`` reads. All have the same
     number of batches, of equal sizes within one cell, and no block in common; all together read
-    what one would.
+    what one would. ``even=False``: batches are full instead, and some may have more of them.
 
     Batches hold cells in the order of their blocks; ``read_all`` yields the cells of blocks in the
     order of the ids it is given.
@@ -190,6 +190,7 @@ class BlockShuffle:
         shuffle: bool = True,
         sampler: str = "cells",
         share: tuple[int, int] = (0, 1),
+        even: bool = True,
         buffer_cells: int = BUFFER_CELLS,
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
@@ -197,7 +198,7 @@ class BlockShuffle:
             raise UserInputError(f"A batch needs 2 cells or more, not {batch_size}.")
         self.blocks, self.read_all = tuple(blocks), read_all
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.sampler, self.share = sampler, share
+        self.sampler, self.share, self.even = sampler, share, even
         self.buffer_cells, self.buffer_bytes = buffer_cells, buffer_bytes
 
     def count(self, epoch: int = 0) -> int:
@@ -234,7 +235,7 @@ class BlockShuffle:
             shares[least].append(block_id)
             totals[least] += drawn.counts[block_id]
         total, batch_size = totals[rank], self.batch_size
-        if world > 1:  # as many batches as all others have
+        if world > 1 and self.even:  # as many batches as all others have
             number = -(-max(totals) // batch_size)
             if min(totals) < number * (2 if self.shuffle else 1):
                 raise UserInputError(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..artifacts import StoredFile
 from ..config import ImageInput
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
 from ..jobs.lookup import find_channels
 from ..jobs.workspace import Workspace
@@ -344,6 +344,11 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
     )
     files = {item.path.endswith(".json"): item for item in session.scalars(query)}
+    if run.origin is Origin.DECLARED:
+        raise UserInputError(
+            f"Run {run.id} is a model of your own, which cellstore cannot open. Label the images "
+            "with it yourself, and bring the table with: cellstore predictions add"
+        )
     if run.status is not Status.DONE or len(files) < 2:
         raise UserInputError(
             f"Training run {run.id} is {run.status.value} and has no checkpoint. "

@@ -363,6 +363,13 @@ class Questions:
         self._full.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}", parameters)
         self._loaded.add(name)
 
+    def bring(self, name: str, rows: pa.RecordBatchReader | pa.Table) -> None:
+        """Keep rows from elsewhere as a table, for such questions about them."""
+        self._full.register("brought", rows)
+        self._full.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS FROM brought")
+        self._full.unregister("brought")
+        self._loaded.add(name)
+
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
 
@@ -406,7 +413,7 @@ class Questions:
             return view(name, self.vote_options).query
         if name == "predictions":
             columns = ", ".join(self._source.columns[name])
-            return f"SELECT {columns} FROM {PREDICTIONS}"  # noqa: S608 - our own names
+            return f"SELECT {columns} FROM {PREDICTIONS} WHERE cell_id IS NOT NULL"  # noqa: S608
         if name in self._source.columns or name not in self._sets:
             return None
         return self._sets[name].query(self._source, self.workspace.artifacts, self._full)

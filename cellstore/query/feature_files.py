@@ -77,7 +77,7 @@ def register_files(
     run_id: int,
     files: Sequence[WrittenFile],
 ) -> None:
-    """Insert the rows of files that are written.
+    """Insert the rows of files that are written, unless they are there: a file was lost.
 
     Raises:
         StorageError: one is gone again.
@@ -89,6 +89,8 @@ def register_files(
                 "command again."
             )
         artifact = keep_files(session, [file.stored])[0]
+        if session.get(FeatureFile, (feature_set_id, artifact)) is not None:
+            continue
         attach(session, run_id, artifact)
         row = FeatureFile(
             feature_set_id=feature_set_id,
@@ -605,10 +607,22 @@ def images_of_lost_files(
     return images
 
 
-def forget_lost_files(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> None:
-    """Delete the rows of the files of features that are gone."""
+def forget_lost_files(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int, made: Integers | None = None
+) -> None:
+    """Delete the rows of the files of features that are gone.
+
+    ``made``: the cells whose features are there again; only files of no others are forgotten.
+    """
     _, lost = _files_of_recipe(session, artifacts, recipe_id)
     ids = [artifact_id for artifact_id, _ in lost]
+    if made is not None:
+        files = select(FeatureFile).where(FeatureFile.artifact_id.in_(ids))
+        ids = [
+            file.artifact_id
+            for file in session.scalars(files)
+            if np.sum((made >= file.first_cell_id) & (made <= file.last_cell_id)) == file.n_rows
+        ]
     for table in (FeatureFile, RunArtifact):
         session.execute(delete(table).where(table.artifact_id.in_(ids)))
     session.execute(delete(Artifact).where(Artifact.id.in_(ids)))

@@ -359,6 +359,11 @@ class Source:
                 f" AND p.cell_id BETWEEN {first} AND {last - 1}"
                 for first, last in pairwise(edges)
             ]
+            if high is None:  # a model that sees whole images, if it said anything
+                said = "(SELECT *, NULL AS cell_id FROM image_predictions) AS p"
+                said += " CROSS JOIN (SELECT NULL AS excluded) AS c"
+                said += " JOIN (SELECT id AS image_id FROM images) AS s ON s.image_id = p.image_id"
+                origins = [f"{said} WHERE p.run_id = {int(ended)}"]
         columns = PREDICTION_COLUMNS
         if ended is None:
             return self.feed(target, statement, columns, _PREDICTION_VALUES, origins)

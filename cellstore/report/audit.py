@@ -21,16 +21,20 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Numeric,
     Row,
     Select,
     Text,
     and_,
     bindparam,
+    case,
     cast,
     func,
+    null,
     or_,
     select,
+    union_all,
 )
 from sqlalchemy.orm import Session
 
@@ -42,6 +46,7 @@ from ..enums import (
     TREATMENT,
     ArtifactKind,
     ExclusionSource,
+    Origin,
     Stage,
     Status,
     Subset,
@@ -71,6 +76,7 @@ image_files, image_flags, images = (T[name] for name in ("image_files", "image_f
 ingest_files, jobs, labels = (T[name] for name in ("ingest_files", "jobs", "labels"))
 perturbations, plates = (T[name] for name in ("perturbations", "plates"))
 predictions, recipe_inputs = (T[name] for name in ("predictions", "recipe_inputs"))
+image_predictions = T["image_predictions"]
 recipes, run_artifacts, runs = (T[name] for name in ("recipes", "run_artifacts", "runs"))
 segmentations, split_members = (T[name] for name in ("segmentations", "split_members"))
 splits, treatment_parts = (T[name] for name in ("splits", "treatment_parts"))
@@ -329,7 +335,7 @@ def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Rec
 
 
 @cache
-def _label_counts() -> Select[Any]:
+def _label_counts() -> CompoundSelect[Any]:
     """How many cells of ``:image`` that count chose which label, by run and segmentation.
 
     Counted as in ``image_label_counts``: probabilities are added as whole numbers, so that their
@@ -344,7 +350,15 @@ def _label_counts() -> Select[Any]:
     query = query.select_from(predictions.join(cells).join(segmentations).join(images))
     query = query.join(labels, labels.c.id == predictions.c.label_id).group_by(*keys)
     of_image = segmentations.c.image_id == bindparam("image")
-    return query.where(of_image, cell_counts(), image_counts())
+    query = query.where(of_image, cell_counts(), image_counts())
+    # Of a model that sees whole images: one vote.
+    whole = cast(func.round(cast(image_predictions.c.probability * EXACT, Numeric)), BigInteger)
+    first = case((image_predictions.c.rank == 1, 1), else_=0)
+    votes = select(image_predictions.c.run_id, image_predictions.c.label_id, label)
+    votes = votes.add_columns(null(), first, whole)
+    votes = votes.join(labels, labels.c.id == image_predictions.c.label_id).join(images)
+    of_image = image_predictions.c.image_id == bindparam("image")
+    return union_all(query, votes.where(of_image, image_counts()))
 
 
 @cache
@@ -363,8 +377,11 @@ def _asked_runs() -> Select[Any]:
             own.c.subset,
             labels.c.value.label("truth"),
         ),
+        *(runs.c.origin, recipes.c.parameters["declared"].as_string().label("model")),
+        recipes.c.parameters["trained_on"].as_string().label("trained_on"),
     )
     query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
+    query = query.outerjoin(recipes, recipes.c.id == parents.c.recipe_id)
     query = query.outerjoin(splits, splits.c.id == split).outerjoin(own, of_image)
     query = query.outerjoin(labels, labels.c.id == own.c.label_id)
     return query.where(runs.c.id.in_(bindparam("runs", expanding=True))).order_by(runs.c.id)
@@ -417,7 +434,14 @@ def _labellings(
         used = {number for row in mine for number in row["segmentations"]}
         seen = [item for item in found if item["id"] in used]
         well_subsets = [s.value for s in Subset if (run["split_id"], s) in in_well]
-        keys = ("run_id", "started_at", "user", "host", "code_version", "train_run_id")
+        learned, known = {Subset.TRAIN.value}, True
+        if run["origin"] == Origin.DECLARED:
+            learned, known = (
+                set((run["trained_on"] or "").split(",")),
+                run["trained_on"] is not None,
+            )
+        keys = ["run_id", "started_at", "user", "host", "code_version", "train_run_id"]
+        keys += ["origin", "model"]
         if (trained := run["train_run_id"]) not in checkpoints:
             checkpoints[trained] = _checkpoints(session, trained)
         labellings.append(
@@ -428,7 +452,7 @@ def _labellings(
                 "protocol": run["protocol"],
                 "subset": run["subset"] or "outside",
                 "well_subsets": well_subsets,
-                "well_in_training": Subset.TRAIN.value in well_subsets,
+                "well_in_training": not learned.isdisjoint(well_subsets) if known else None,
                 "segmentation_ids": [item["id"] for item in seen],
                 "segment_recipes": [item["recipe_id"] for item in seen],
                 "segment_weights": [item["weights_sha256"] or "" for item in seen],

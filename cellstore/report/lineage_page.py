@@ -226,7 +226,8 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
                 graph.add(train, "train", after=[key])
         box = graph.add_run(run, *read)
         truth = {True: "right", False: "wrong", None: "truth unknown"}[run["correct"]]
-        known = f"well was {'' if run['well_in_training'] else 'not '}in training"
+        seen = {True: "", False: "not ", None: "perhaps "}[run["well_in_training"]]
+        known = f"well was {seen}in training"
         most = f"{next(iter(run['votes'].values()))} of {run['n_cells']} cells"
         label = (run["winner"], most, truth, known)
         graph.add(f"label {run['run_id']}", "label", *label, after=[box])

@@ -24,7 +24,7 @@ from ..config import (
     spelled,
     unspeakable,
 )
-from ..enums import FeatureStorage, Stage, Status
+from ..enums import FeatureStorage, Origin, Stage, Status
 from ..jobs.lookup import IN_RECIPES, find_run
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -131,7 +131,7 @@ def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe | None:
 def options_of_run(session: Session, run: Run, recipe: Recipe) -> RunOptions | None:
     """Return what a run was asked to do; none: it is redone by the command that was typed."""
     stored = recipe.parameters
-    if "imported" in stored or "files" in stored:  # segmentations and splits of other tools
+    if {"imported", "files", "declared"} & stored.keys():  # what other tools made
         return None
     doubts: tuple[str, ...] = ()
     segment, measure = (input_of(session, recipe, s) for s in (Stage.SEGMENT, Stage.MEASURE))
@@ -260,7 +260,8 @@ def _renames(session: Session, run: Run) -> list[tuple[datetime, tuple[str, ...]
 
 def _before(session: Session, run: Run) -> list[Run]:
     """The runs before ``run`` that made what it reads."""
-    found = [] if run.parent is None else [run.parent]
+    declared = run.origin is Origin.DECLARED  # one command brought the model and its predictions
+    found = [] if run.parent is None or declared else [run.parent]
     flagged = run.recipe.parameters.get("exclude_flagged")
     if isinstance(flagged, int):
         found.append(session.get_one(Run, flagged))
@@ -285,6 +286,7 @@ def _step_of(session: Session, run: Run) -> Step:
     options = options_of_run(session, run, run.recipe)
     typed = typed_words(run.command)
     usual = ("ingest", "refresh") if run.stage is Stage.INGEST else (run.stage.value,)
+    usual = ("predictions",) if run.origin is Origin.DECLARED else usual
     if typed is not None and typed[:1] not in [(word,) for word in usual]:
         typed = None  # of a command that does much more, such as demo
     if options is None:

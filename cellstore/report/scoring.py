@@ -295,6 +295,11 @@ ABOUT_RUN = """
         ) AS majority
 """
 SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
+DECLARED = """
+    SELECT p.parameters ->> 'declared' AS model, p.parameters ->> 'trained_on' AS trained_on
+    FROM runs AS r JOIN recipes AS p ON p.id = r.recipe_id
+    WHERE r.id = ? AND r.origin = 'declared'
+"""
 TARGETS = """
     SELECT DISTINCT name, target FROM treatments
     WHERE name IS NOT NULL AND target IS NOT NULL
@@ -623,11 +628,20 @@ def score_answers(
             "network learned from other images of the same wells. These scores are for wells that "
             "it knows, not for new ones."
         )
+    for declared in questions.ask_ours(DECLARED, [run.parent_id]).records():
+        leak += f" So it was declared of {declared['model']}."
+        if declared["trained_on"] is None:
+            leak = (
+                f"It is not known which wells {declared['model']} has seen in training: nobody "
+                "declared it. The scores may be for wells that it knows. See: cellstore "
+                "predictions add --help, option --trained-on"
+            )
     flagged = (0, 0)
     if subject.qc_run_id is not None:
         values = [run.id, list(subsets), options.controls]
         (row,) = questions.ask_ours(ALL_IMAGES, values).records()
-        flagged = (row["images"] - images.unit.size, row["cells"] - cells.unit.size)
+        if cells.unit.size:  # not of a model that sees whole images
+            flagged = (row["images"] - images.unit.size, row["cells"] - cells.unit.size)
     parts: list[tuple[Score, ...]] = []
     for masks in (
         {key: ~np.isin(item.well, known) for key, item in answers.items()},

@@ -176,13 +176,17 @@ def open_votes(
 
 
 def stale_cells(session: Session, run_id: int) -> tuple[str, ...]:
-    """Return the sentence on cells of a predict run whose image has other bytes now; or none."""
+    """Return sentences on a predict run: that it was withdrawn; that images have changed since."""
+    withdrawn: tuple[str, ...] = ()
+    run = session.execute(text("SELECT status, error FROM runs WHERE id = :run"), {"run": run_id})
+    if (row := run.one()).status == Status.WITHDRAWN.value:
+        withdrawn = (f"Run {run_id} was withdrawn: {row.error}. Do not rely on it.",)
     images, cells = session.execute(text(STALE), {"run": run_id}).one()
     if not images:
-        return ()
+        return withdrawn
     what = f"{cells:,} cells of {images:,} images come from older bytes of these images"
     mend = "Find the cells anew: cellstore segment; then measure and predict again."
-    return (f"Run {run_id}: {what}. {mend}",)
+    return (*withdrawn, f"Run {run_id}: {what}. {mend}")
 
 
 def count_votes(

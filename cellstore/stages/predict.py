@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,7 @@ from ..models import (
     FeatureFile,
     FeatureSet,
     Image,
+    ImagePrediction,
     Job,
     Label,
     Plate,
@@ -454,6 +455,35 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
     return Embedding(name, spec, features)
 
 
+class PredictionRows(NamedTuple):
+    """Rows of table ``predictions`` about one image, by cell and rank: (N,) each."""
+
+    cell_ids: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    label_ids: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+    def digest(self) -> str:
+        """Return the digest that is kept with the job of the image."""
+        return digest_of_numbers(np.column_stack(self))
+
+
+def insert_predictions(
+    session: Session, run_id: int, images: Iterable[PredictionRows], *, whole: bool = False
+) -> None:
+    """Insert the predictions of some images; ``whole``: about these themselves, not their cells."""
+    table = ImagePrediction if whole else Prediction
+    named = ("run_id", "image_id", *COLUMNS[2:]) if whole else COLUMNS
+    waiting: list[tuple[Any, ...]] = []
+    for rows in images:
+        columns = (column.tolist() for column in rows)
+        waiting += zip(repeat(run_id, len(rows.ranks)), *columns, strict=True)
+        if len(waiting) >= ROWS_AT_ONCE:
+            bulk_insert(session, table, named, waiting)
+            waiting = []
+    bulk_insert(session, table, named, waiting)
+
+
 @dataclass(frozen=True)
 class PredictOutput:
     """The labels of the N cells of an image: K each, the most probable first.
@@ -466,6 +496,17 @@ class PredictOutput:
     label_ids: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     vectors: NDArray[np.float32] | None
+
+    @property
+    def rows(self) -> PredictionRows:
+        """The rows (N * K,)."""
+        cells, kept = self.label_ids.shape
+        return PredictionRows(
+            np.repeat(self.cell_ids, kept),
+            np.tile(np.arange(1, kept + 1), cells),
+            self.label_ids.ravel(),
+            self.probabilities.ravel(),
+        )
 
 
 @dataclass(frozen=True)
@@ -520,14 +561,7 @@ class Predict(ImageStage[int, PredictOutput]):
         """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
         if recipe_id == self.embedding_id and output.vectors is not None:
             return digest_of_numbers(output.vectors)
-        cells, kept = output.label_ids.shape
-        columns: tuple[NDArray[Any], ...] = (
-            np.repeat(output.cell_ids, kept),
-            np.tile(np.arange(1, kept + 1), cells),
-            output.label_ids.ravel(),
-            output.probabilities.ravel(),
-        )
-        return digest_of_numbers(np.column_stack(columns))
+        return output.rows.digest()
 
     def insert(
         self,
@@ -542,19 +576,5 @@ class Predict(ImageStage[int, PredictOutput]):
             assert found is not None
             register_files(session, self.artifacts, found.id, run.run_id, files)
         else:
-            waiting: list[tuple[Any, ...]] = []
-            for _, output in done:
-                cells, kept = output.label_ids.shape
-                waiting += zip(
-                    repeat(run.run_id, cells * kept),
-                    np.repeat(output.cell_ids, kept).tolist(),
-                    np.tile(np.arange(1, kept + 1), cells).tolist(),
-                    output.label_ids.ravel().tolist(),
-                    output.probabilities.ravel().tolist(),
-                    strict=True,
-                )
-                if len(waiting) >= ROWS_AT_ONCE:
-                    bulk_insert(session, Prediction, COLUMNS, waiting)
-                    waiting = []
-            bulk_insert(session, Prediction, COLUMNS, waiting)
+            insert_predictions(session, run.run_id, (output.rows for _, output in done))
         return sum(len(output.cell_ids) for _, output in done)

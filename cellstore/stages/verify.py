@@ -116,6 +116,8 @@ ROWS_AT_ONCE = 200_000
 GRACE_MINUTES = 10.0
 CELL_KEYS = ("id", "segmentation_id")
 CHANGED = "the file is not what was written (sha256 differs)"
+MADE_AGAIN = ("mask/", "flow/", "features/")
+"""How the paths begin of files that a command can make again."""
 
 
 def verify(
@@ -132,7 +134,8 @@ def verify(
     :func:`seal`, whose end of the chain must still be there.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
-    younger than ``minutes`` are left alone, as a running command may be about to name them.
+    younger than ``minutes`` are left alone, as a running command may be about to name them. It also
+    removes masks, flows and features whose bytes have changed: then a command makes them again.
 
     Raises:
         StorageError: an orphan cannot be removed.
@@ -159,15 +162,15 @@ def verify(
     ledger = check_ledger(workspace, head)
     with workspace.database.read() as session:
         gone = tuple(find_gone(session))
-        commands = lost_files(session, folder)[1]
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
         with suppress(FileNotFoundError):
             if (folder.root / path).lstat().st_mtime <= before:
                 old.append(path)
-    if fix and old:
-        for path in old:
+    removed = [*old, *_changed(folder, problems)] if fix else []
+    if removed:
+        for path in removed:
             try:
                 # Not resolved: of a link, the link is removed, never what it points to.
                 (folder.root / path).unlink(missing_ok=True)
@@ -178,8 +181,10 @@ def verify(
                 ) from error
         with workspace.database.begin() as session:
             record_events(
-                session, [Change("artifacts", None, {"path": path}, None) for path in old]
+                session, [Change("artifacts", None, {"path": path}, None) for path in removed]
             )
+    with workspace.database.read() as session:
+        commands = lost_files(session, folder)[1]
     return VerifyResult(
         files=files,
         segmentations=masks,
@@ -239,6 +244,12 @@ def _oldest_running(workspace: Workspace) -> float:
         close_dead_runs(session)
         found = session.scalar(query)
     return (found or now).timestamp()
+
+
+def _changed(folder: ArtifactFolder, problems: Sequence[Problem]) -> list[str]:
+    """The files that a command can make again, and that are not what their own name says."""
+    paths = [p.path for p in problems if p.reason == CHANGED and p.path.startswith(MADE_AGAIN)]
+    return [path for path in paths if sha256_of(folder.locate(path)) != Path(path).stem]
 
 
 def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:

@@ -41,7 +41,9 @@ from cellstore.query import feature_files
 from cellstore.query.engine import open_questions
 from cellstore.query.saved_queries import find_question
 from cellstore.stages.ingest.account import Account, FileIdentity
+from cellstore.stages.ingest.ingest import ingest as ingest_source
 from cellstore.stages.ingest.ingest_features import ingest_features
+from cellstore.stages.verify import verify
 
 HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
 
@@ -244,6 +246,29 @@ def test_the_same_again_creates_nothing(workspace: Workspace, tmp_path: Path) ->
         "P1-A01-1/Cells.csv": (0, 0, 3, 0),
         "P1-A01-2/Cells.csv": (0, 0, 1, 0),
     }
+
+
+@pytest.mark.parametrize("row_group", [2_000, 1])
+def test_a_file_of_features_that_is_gone_comes_again_with_its_table(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_group: int
+) -> None:
+    first, second = site(tmp_path / "first", 1, [10, "nan"]), site(tmp_path / "second", 2, [13])
+    for source in (first, second):
+        ingest_source(workspace, source)
+    before, many = stored(workspace), counts(workspace)
+    files = list(workspace.artifacts.root.glob("features/*/*"))
+    for file in files:
+        file.unlink()
+    monkeypatch.setattr(feature_files, "ROW_GROUP", row_group)  # 1: other bytes, same values
+    done = ingest_source(workspace, first)
+    assert (done.cells, done.refused) == (0, 0)
+    assert "still lacks files" in done.notes[-1]
+    assert verify(workspace).commands
+    assert ingest_source(workspace, second).notes == ()
+    assert (stored(workspace), counts(workspace)) == (before, many)
+    assert all(file.exists() for file in files) == (row_group > 1)
+    assert verify(workspace).problems == ()
+    assert ingest_source(workspace, first).notes == ()
 
 
 @pytest.mark.parametrize("areas", [[10, 99], [10, "nan"], [10, 11, 12]])

@@ -1,5 +1,7 @@
 """Batches as training takes them from a store: the same on any machine, and no cell lost."""
 
+import pickle
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,11 @@ import torch
 from small_training import Opener, pixels
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from torch.utils.data import DataLoader
 
+from cellstore import Store
 from cellstore.analysis.features import FEATURE_NAMES
-from cellstore.errors import ImageError
+from cellstore.errors import ImageError, UnknownNameError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
 from cellstore.learn.batches import Batches, CellReader
@@ -191,3 +195,56 @@ def test_a_quarter_of_the_memory_is_kept_that_a_container_may_have(
     (old / "memory.limit_in_bytes").write_text("80000\n")
     own.write_text("4:cpu:/slurm/job_7\n9:memory:/slurm/job_7\n")
     assert batches_module.default_memory() == 20_000
+
+
+def test_a_data_set_for_loops_of_ones_own(workspace: Workspace) -> None:
+    store = Store(workspace)
+    cells = store.cells(subset="train").to_pandas().set_index("cell_id")
+    data = store.dataset(subset="train", crop=8, mask=True, features=True, seed=3)
+    assert data.classes == tuple(sorted(set(cells.label)))
+    assert len(data) == len(cells)
+    first = list(data)
+    assert [item["cell_id"] for item in first] == [item["cell_id"] for item in data]
+    data.set_epoch(1)
+    assert [item["cell_id"] for item in first] != [item["cell_id"] for item in data]
+    data.set_epoch(0)
+    loaded = list(DataLoader(pickle.loads(pickle.dumps(data)), batch_size=4, num_workers=2))
+    by_id = {item["cell_id"]: item for item in first}
+    ids = [i for batch in loaded for i in batch["cell_id"].tolist()]
+    assert sorted(ids) == sorted(by_id) == sorted(cells.index)  # each cell once
+    for batch in loaded:
+        for at, cell_id in enumerate(batch["cell_id"].tolist()):
+            item = by_id[cell_id]
+            assert data.classes[item["label"]] == cells.label[cell_id]
+            for name in ("image", "mask", "features"):
+                assert torch.equal(batch[name][at], item[name])
+    assert first[0]["image"].shape == (len(data.channels), 8, 8)
+    assert first[0]["mask"].shape == (1, 8, 8)
+    assert first[0]["mask"].min() >= 0
+    assert first[0]["mask"].max() == 1
+    # As train scales them: by mean and standard deviation of the training subset.
+    values = cells.loc[[item["cell_id"] for item in first], list(data.feature_names)].to_numpy()
+    scaled = (values - values.mean(axis=0)) / np.where(values.std(axis=0), values.std(axis=0), 1)
+    assert np.allclose(np.stack([item["features"] for item in first]), scaled, atol=1e-5)
+    twice = store.dataset(subset="train", crop=8, transform=lambda item: {"id": item["cell_id"]})
+    assert sorted(item["id"] for item in twice) == sorted(ids)
+    with pytest.raises(UnknownNameError, match="channel"):
+        store.dataset(channels=["Infrared"])
+
+
+def test_the_examples_for_models_of_ones_own(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "own-models.md").read_text()
+    monkeypatch.setattr(Store, "open", lambda _: Store(workspace))
+    monkeypatch.chdir(tmp_path)
+    values: dict[str, Any] = {}
+    for block in re.findall("```python\n(.*?)```", page, re.DOTALL):
+        exec(block, values)
+    store, run = values["store"], values["added"].run_id
+    assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
+    image = store.votes(str(run)).table.to_pylist()[0]
+    name = f"{image['plate']}/{image['well']}/{image['site']}"
+    last = store.audit(name, "image").record["labellings"][-1]
+    assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
+    assert last["origin"] == "declared"

@@ -23,4 +23,4 @@ JOIN labels AS l ON l.id = p.label_id
 JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
 JOIN wells AS w ON w.id = ri.well_id
 LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
-WHERE p.rank = 1
+WHERE p.rank = 1 AND p.cell_id IS NOT NULL

@@ -2,19 +2,26 @@
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
 -- where the split does not name the image; truth is the split's label, else what its well
 -- has in the split's field, else null. well_in_training: the network was trained on an
--- image of this very well. control: what the well is a control of, else null; of a well that got
+-- image of this very well; null: that was not declared of a model from elsewhere. control: what the well is a control of, else null; of a well that got
 -- another label since the split was made, what the other wells of the split's label are.
 WITH predicting AS (
-    SELECT r.id AS run_id, coalesce(r.split_id, trained.split_id) AS split_id
+    SELECT
+        r.id AS run_id,
+        coalesce(r.split_id, trained.split_id) AS split_id,
+        CASE WHEN trained.origin = 'declared'
+            THEN string_split(recipes.parameters ->> 'trained_on', ',')
+            ELSE ['train']
+        END AS trained_on
     FROM runs AS r
     LEFT JOIN runs AS trained ON trained.id = r.parent_id
+    LEFT JOIN recipes ON recipes.id = trained.recipe_id
     WHERE r.stage = 'predict'
 ),
-training_wells AS (
-    SELECT DISTINCT m.split_id, i.well_id
+subsets AS (
+    SELECT m.split_id, i.well_id, list(DISTINCT m.subset) AS of_well
     FROM split_members AS m
     JOIN images AS i ON i.id = m.image_id
-    WHERE m.subset = 'train'
+    GROUP BY m.split_id, i.well_id
 ),
 labelled AS (
     SELECT
@@ -40,7 +47,7 @@ labelled AS (
                 (pl.metadata ->> s.field)
             )
         END AS present,
-        tw.well_id IS NOT NULL AS well_in_training,
+        list_has_any(coalesce(su.of_well, []), predicting.trained_on) AS well_in_training,
         w.control
     FROM predicting
     CROSS JOIN images AS i
@@ -50,8 +57,8 @@ labelled AS (
     LEFT JOIN splits AS s ON s.id = predicting.split_id
     LEFT JOIN split_members AS m ON m.split_id = predicting.split_id AND m.image_id = i.id
     LEFT JOIN labels AS l ON l.id = m.label_id
-    LEFT JOIN training_wells AS tw
-        ON tw.split_id = predicting.split_id AND tw.well_id = i.well_id
+    LEFT JOIN subsets AS su
+        ON su.split_id = predicting.split_id AND su.well_id = i.well_id
 ),
 frozen_controls AS (
     SELECT run_id, frozen, max(control) AS control

@@ -57,7 +57,7 @@ JOIN labels AS l ON l.id = p.label_id
 JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
 LEFT JOIN cell_truths AS t ON t.run_id = p.run_id AND t.cell_id = p.cell_id
 CROSS JOIN vote_options AS o
-WHERE p.rank = 1 AND ri.truth IS NOT NULL AND (o.controls OR ri.control IS NULL)
+WHERE p.rank = 1 AND p.cell_id IS NOT NULL AND ri.truth IS NOT NULL AND (o.controls OR ri.control IS NULL)
 UNION ALL
 SELECT
     run_id, level, vote, unit_id, plate, well, site,

@@ -138,7 +138,7 @@ def ingest(
     read = [identity, *map(FileIdentity.of, beside)]
     named = [{"name": file.name, "sha256": file.sha256} for file in read]
     parameters = {"layout": layout.value, "files": named, "options": options}
-    earlier = None
+    earlier, again = None, False
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
         # A map may be for plates that came since, and masks are looked at one by one anyway.
@@ -150,9 +150,14 @@ def ingest(
             earlier = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
             result = None if earlier is None else earlier.result
             plates = result["plates"] if result else []
-            there = list(rows_in(session, select(Plate.id), Plate.id, plates))
-            # A plate of it may have been deleted.
-            if not result or len(there) < len(plates) or (params.strict and result["refused"]):
+            if result and result.get("feature_set"):
+                from .ingest_features import lacks_files  # these are slow to import
+
+                again = lacks_files(session, workspace.artifacts, result["feature_set"])
+            # A plate of it may have been deleted, or a file of features is gone.
+            there = rows_in(session, select(Plate.id), Plate.id, plates)
+            lost = again or len(there) < len(plates)
+            if lost or not result or (params.strict and result["refused"]):
                 earlier = None
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
@@ -166,14 +171,14 @@ def ingest(
             elif images is not None:
                 ingest_images(workspace, images, account, identity.lines)
             elif kind is SourceKind.MASKS:
-                from .ingest_masks import ingest_masks  # these are slow to import
+                from .ingest_masks import ingest_masks
 
                 ingest_masks(workspace, source, params, account)
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)
                     with recording_new_rows(session, run.id):
-                        _write(workspace, session, source, layout, params, account, identity)
+                        _write(workspace, session, source, layout, params, account, identity, again)
                     if params.strict:
                         account.check_strict()
         except UndoneError:
@@ -228,6 +233,7 @@ def _write(
     params: IngestParams,
     account: Account,
     identity: FileIdentity | None,
+    again: bool = False,
 ) -> None:
     """Write treatments or features. Without the ``identity`` of the source it is a dry run."""
     if layout.kind is SourceKind.TREATMENTS:
@@ -237,7 +243,8 @@ def _write(
     else:
         from .ingest_features import ingest_features
 
-        ingest_features(workspace, session, source, layout, params, account, identity)
+        how = (workspace, session, source, layout, params, account, identity)
+        ingest_features(*how, again=again)
 
 
 def _first_read(session: Session, digests: set[str]) -> int | None:
@@ -314,8 +321,6 @@ def _read_again(
     result = earlier.result or {}
     account.rows, account.refused = result["rows"], result["refused"]
     account.plates = plates = result["plates"]
-    if kind is SourceKind.FEATURES:
-        from .ingest_features import check_files  # slow to import
     issue = IngestIssue
     columns = (issue.severity, issue.file, issue.line, issue.reason, issue.detail)
     of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
@@ -332,11 +337,8 @@ def _read_again(
         names = ["run_id", *(column.key for column in columns)]
         session.execute(insert(issue).from_select(names, copied))
         if kind is SourceKind.FEATURES:
-            name = result.get("feature_set")
-            if name is not None:  # a feature set never changes, but its files may be gone
-                check_files(session, workspace.artifacts, name)
             account.unchanged = account.rows - account.refused
-            account.feature_set = name
+            account.feature_set = result.get("feature_set")
             account.segmentations = result.get("segmentations", ())
             return
         # Wells that have got another treatment since, and the last run that read another source

@@ -21,8 +21,9 @@ from sqlalchemy.orm import Session
 from ...artifacts import ArtifactFolder
 from ...config import IngestParams
 from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
+from ...db.events import recording_removed
 from ...enums import FeatureStorage, Stage
-from ...errors import BadTableError, StorageError, UserInputError
+from ...errors import BadTableError, UserInputError
 from ...io.cellprofiler_csv import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.image_tables import ImageRecord
@@ -34,7 +35,13 @@ from ...io.tables import LONGEST, Refusal
 from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Cell, FeatureSet, Recipe, RecipeInput, Segmentation
-from ...query.feature_files import FeatureWriter, list_files, register_files, stored_values
+from ...query.feature_files import (
+    FeatureWriter,
+    forget_lost_files,
+    list_files,
+    register_files,
+    stored_values,
+)
 from ...query.source import check_set_name
 from .account import Account, FileIdentity
 from .ingest_images import RowWriter
@@ -62,6 +69,8 @@ def ingest_features(
     params: IngestParams,
     account: Account,
     identity: FileIdentity | None,
+    *,
+    again: bool = False,
 ) -> None:
     """Write the objects and features of ``source`` in the open transaction of ``session``.
 
@@ -69,6 +78,7 @@ def ingest_features(
     The feature set has the name of the tool where ``params`` give none. Files of features are
     written at once, their rows count with the transaction. ``identity`` is that of ``source``; None
     for a dry run: no file is written, and the caller undoes the rows.
+    ``again``: the source is known, and the features of cells whose file is gone are written again.
 
     Raises:
         BadTableError: the source is damaged, or its objects have no numbers.
@@ -105,6 +115,7 @@ def ingest_features(
                 empty,
                 accounts,
                 identity is None,
+                [] if again else None,
             )
             cells.write()
             account.cells, account.feature_set = cells.created, target.name
@@ -123,20 +134,17 @@ def ingest_features(
         account.take_issues(of_file)
     account.notes += opened.notes
     account.plates = sorted(plates)
+    if again and lacks_files(session, workspace.artifacts, name):
+        account.notes.append(
+            f"Feature set {name!r} still lacks files, which came from other tables. See "
+            "which with: cellstore verify"
+        )
 
 
-def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
-    """Check that the files of the feature set ``name`` are there.
-
-    Raises:
-        StorageError: one is missing; the database does not have its values.
-    """
-    for _, path, *_ in list_files(session, FeatureSet.name == name):
-        if not artifacts.locate(path).is_file():
-            raise StorageError(
-                f"The file {path} of feature set {name!r} is missing. Restore it from a backup "
-                "(see cellstore verify), or ingest its source under another --name."
-            )
+def lacks_files(session: Session, artifacts: ArtifactFolder, name: str) -> bool:
+    """Return whether a file of the feature set ``name`` is gone."""
+    paths = sorted(row.path for row in list_files(session, FeatureSet.name == name))
+    return bool(artifacts.missing(paths))
 
 
 class _Accounts:
@@ -224,6 +232,7 @@ class _TargetSet:
     id: int
     name: str
     segment_id: int
+    measure_id: int
     schema: pa.Schema
 
     def conform(self, values: pa.RecordBatch, where: str) -> pa.RecordBatch:
@@ -273,7 +282,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         )
         session.add(row)
         session.flush()
-        return _TargetSet(row.id, name, segment.id, source.schema)
+        return _TargetSet(row.id, name, segment.id, measure.id, source.schema)
 
     if found.storage is not FeatureStorage.FILES:
         raise UserInputError(
@@ -306,7 +315,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
             "Give another --name."
         )
     schema = pa.schema([(column, DTYPES[dtype]) for column, dtype in old.items()])
-    return _TargetSet(found.id, name, segment.id, schema)
+    return _TargetSet(found.id, name, segment.id, found.recipe_id, schema)
 
 
 # ---- The cells ----
@@ -329,6 +338,8 @@ class _CellWriter:
     empty: Mapping[int, int]
     accounts: _Accounts
     dry_run: bool
+    made_again: list[Integers] | None = None
+    """The cells whose features were gone, if these are to be written again."""
     segmentations: dict[int, int] = field(default_factory=dict)
     """By image (id)."""
     files: Sequence[Any] | None = None
@@ -379,11 +390,15 @@ class _CellWriter:
                 end = batch.start + batch.values.num_rows
                 cells = np.arange(batch.start, end)
                 self._create(writer, batch, cells[is_new[batch.start : end]])
-                self._compare(batch, cells[is_known[batch.start : end]])
+                self._compare(writer, batch, cells[is_known[batch.start : end]])
                 self.workspace.progress.advance(len(cells))
             writer.finish()
         finally:
             writer.abandon()
+        if self.made_again:
+            made = np.concatenate(self.made_again)
+            with recording_removed(self.session, ()):
+                forget_lost_files(self.session, artifacts, self.target.measure_id, made)
         register_files(self.session, artifacts, self.target.id, self.run_id, writer.files)
 
     def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
@@ -409,7 +424,7 @@ class _CellWriter:
             account.created += len(lines)
         self.created += len(cells)
 
-    def _compare(self, batch: ObjectBatch, cells: Integers) -> None:
+    def _compare(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
         """Count cells of known images as unchanged, or refuse those that are other ones."""
         if len(cells) == 0:
             return
@@ -426,7 +441,7 @@ class _CellWriter:
         values = self.target.conform(
             _chosen(batch.values, cells[order] - batch.start), self.source.files[0].name
         )
-        same[order] = self._equal(ids[order], values)
+        same[order] = self._equal(writer, ids[order], values)
         for account, lines in self.accounts.rows_of(cells[same]):
             account.unchanged += len(lines)
         detail = (
@@ -435,10 +450,16 @@ class _CellWriter:
         )
         self.accounts.refuse(cells[~same], OTHER_VALUES, detail)
 
-    def _equal(self, ids: Integers, values: pa.RecordBatch) -> Chosen:
-        """Return which of the cells (ascending ids) have these very values in the files."""
+    def _equal(self, writer: FeatureWriter, ids: Integers, values: pa.RecordBatch) -> Chosen:
+        """Return which of the cells (ascending ids) have these very values in the files.
+
+        Or in none, if these are to be written again.
+        """
         if self.files is None:
             self.files = list_files(self.session, FeatureSet.id == self.target.id)
+            if self.made_again is not None:
+                gone = self.workspace.artifacts.missing(sorted(row.path for row in self.files))
+                self.files = [row for row in self.files if row.path not in gone]
         paths = [
             self.workspace.artifacts.locate(path)
             for _, path, _, first, last in self.files
@@ -446,8 +467,12 @@ class _CellWriter:
         ]
         found, table = stored_values(paths, self.target.schema.names, ids)
         equal = np.isin(ids, found)
+        if self.made_again is not None and not equal.all():
+            writer.write(ids[~equal], _chosen(values, np.flatnonzero(~equal)))
+            self.made_again.append(ids[~equal])
+        again = np.full(len(ids), self.made_again is not None) & ~equal
         if table is None:
-            return equal
+            return equal | again
         mine = _chosen(values, np.flatnonzero(equal))
         if not (np.diff(found) > 0).all():
             table = table.take(pa.array(np.argsort(found, kind="stable")))
@@ -459,7 +484,7 @@ class _CellWriter:
                 alike = pc.or_(nulls, pc.fill_null(pc.equal(one, other), False))
                 same &= alike.to_numpy(zero_copy_only=False).astype(bool)
         equal[equal] = same
-        return equal
+        return equal | again
 
 
 def _chosen(values: pa.RecordBatch, rows: Integers) -> pa.RecordBatch:

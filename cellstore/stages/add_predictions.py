@@ -1,0 +1,630 @@
+"""Predictions of a model that is not of cellstore: a table becomes a train and a predict run.
+
+Both runs are *declared*: somebody said what made the labels, cellstore has not seen it. Every row
+is checked before the first is written. Then the rows are written image by image like those of any
+other predict run, so that votes, reports and audits read them as they read the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from sqlalchemy import select
+from sqlalchemy.orm import Session, aliased
+
+from ..artifacts import sha256_of
+from ..config import AddedParams
+from ..db.bulk import in_lists, insert_new
+from ..db.events import Change, record_events, record_runs
+from ..enums import Origin, Stage, Status
+from ..errors import ImageError, StorageError, UserInputError
+from ..io.tables import Refusal, disarmed_name, open_table
+from ..jobs.execute import ImageStage, RunCounter, run_jobs
+from ..jobs.lookup import find_split, readable
+from ..jobs.queue import CONTENT, JobScope, Task
+from ..jobs.run_names import find_predict_run
+from ..jobs.runs import RecipeSpec, finished_run, register, running
+from ..jobs.workspace import Workspace
+from ..models import Image, Job, Label, Recipe, Run, Segmentation, SplitMember
+from ..query.cells import choose_recipes, read_masks
+from ..query.engine import Questions, open_questions
+from ..query.guard import literal, quoted
+from .predict import PredictionRows, insert_predictions
+
+VERSION = 1
+SHOWN = 5
+"""Rows with mistakes that a message names."""
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "cell_id": ("cellid",),
+    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
+    "well": ("well", "wellposition"),
+    "site": ("site", "field", "fieldid", "fov"),
+    "plane": ("plane",),
+    "time_point": ("timepoint", "timeid"),
+    "object_number": ("objectnumber", "object", "objectid"),
+    "y": ("centroidrow", "centroidy", "locationcentery", "y"),
+    "x": ("centroidcol", "centroidx", "locationcenterx", "x"),
+    "label": ("label", "class", "prediction", "predicted", "predictedlabel", "predictedclass"),
+    "probability": ("probability", "confidence", "prob", "score"),
+}
+"""Names of columns, without ``Metadata_``, case, spaces and underscores; the first one counts."""
+
+ADDS_UP = 1e-3
+"""By how much the probabilities of a cell may add up to more than 1."""
+
+_WHOLE = """
+    CASE WHEN TRY_CAST({0} AS BIGINT) = TRY_CAST({0} AS DOUBLE) THEN TRY_CAST({0} AS BIGINT) END
+"""
+_WELL = r"""
+    upper(regexp_extract({0}, '^\s*([A-Za-z]+)', 1))
+        || lpad(CAST(TRY_CAST(regexp_extract({0}, '(\d+)\s*$', 1) AS INT) AS VARCHAR), 2, '0')
+"""
+BY_ID = """
+    SELECT g.*, c.id AS cell, s.image_id, s.recipe_id,
+        s.content_sha256 IS DISTINCT FROM i.content_sha256 AND s.content_sha256 IS NOT NULL AS stale
+    FROM rows_given AS g
+    LEFT JOIN cells AS c ON c.id = g.cell_id
+    LEFT JOIN segmentations AS s ON s.id = c.segmentation_id
+    LEFT JOIN images AS i ON i.id = s.image_id
+"""
+BY_IMAGE = """
+    SELECT g.*, i.image_id AS cell, i.image_id, NULL AS recipe_id, false AS stale
+    FROM rows_given AS g LEFT JOIN images_given AS i ON i.{keys}
+"""
+BY_NUMBER = """
+    SELECT g.*, c.id AS cell, i.image_id, s.recipe_id, false AS stale
+    FROM rows_given AS g
+    LEFT JOIN images_given AS i ON i.{keys}
+    LEFT JOIN segmentations_given AS s ON s.image_id = i.image_id
+    LEFT JOIN cells AS c ON c.segmentation_id = s.id AND c.object_number = g.object_number
+"""
+CHECKED = """
+    SELECT r.*, l.id AS label_id,
+        CASE
+            WHEN {unknown_image} THEN 'no such image'
+            WHEN r.cell IS NULL THEN 'no such cell'
+            WHEN r.stale THEN 'the image has changed since the cell was found'
+            WHEN r.label IS NULL THEN 'no class'
+            WHEN l.id IS NULL THEN 'a class that is not in the split'
+            WHEN r.p IS NULL OR isnan(r.p) OR r.p < 0 OR r.p > 1
+                THEN 'a probability that is not from 0 to 1'
+            WHEN count(*) OVER (PARTITION BY r.cell, r.label) > 1
+                THEN 'the same {unit} and class twice'
+            WHEN sum(r.p) OVER (PARTITION BY r.cell) > {most}
+                THEN 'probabilities of one {unit} that add up to more than 1'
+        END AS problem
+    FROM rows_found AS r
+    LEFT JOIN classes_given AS l ON l.value = r.label
+"""
+ADDED = """
+    SELECT image_id, cell AS cell_id, label_id, p AS probability,
+        row_number() OVER (PARTITION BY cell ORDER BY p DESC, label) AS rank
+    FROM rows_checked ORDER BY image_id, cell_id, rank
+"""
+OF_IMAGES = """
+    SELECT image_id, cell_id, rank, label_id, probability FROM rows_added
+    WHERE image_id BETWEEN $first AND $last AND list_contains($images, image_id)
+    ORDER BY image_id, cell_id, rank
+"""
+
+
+@dataclass(frozen=True)
+class AddedPredictions:
+    """What was added: ``run_id`` is the predict run, ``train_run_id`` that of the model.
+
+    ``rows`` of ``cells`` cells of ``images`` images were written now; none where the same table was
+    added before (``already_done``). ``cells`` is 0 for a model that sees whole images.
+    ``trained_on``: the subsets of the split that were declared.
+    """
+
+    run_id: int
+    train_run_id: int
+    name: str
+    split: str
+    trained_on: tuple[str, ...] | None
+    rows: int
+    cells: int
+    images: int
+    already_done: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AddPredictions(ImageStage[PredictionRows, PredictionRows]):
+    """The stage: the rows of an image are looked up in ``questions``, and written.
+
+    ``whole``: they are about the image itself, whose id stands in the place of those of cells.
+    """
+
+    label = "add predictions"
+
+    questions: Questions
+    whole: bool
+
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, PredictionRows]:
+        """Return the rows about each image."""
+        ids = sorted(task.image_id for task in tasks)
+        values = {"images": ids, "first": ids[0], "last": ids[-1]}
+        found = self.questions.ask_ours(OF_IMAGES, values).arrays()
+        columns = [found[name] for name in ("cell_id", "rank", "label_id", "probability")]
+        ends = np.searchsorted(found["image_id"], ids, side="right").tolist()
+        return {
+            image: PredictionRows(*(column[first:end] for column in columns))
+            for image, first, end in zip(ids, [0, *ends], ends, strict=False)
+        }
+
+    def read(self, task_input: PredictionRows) -> PredictionRows:
+        """Nothing is to be read."""
+        return task_input
+
+    def compute(self, loaded: Sequence[PredictionRows]) -> Sequence[PredictionRows]:
+        """Nothing is to be computed."""
+        return loaded
+
+    def digest(self, recipe_id: int, output: PredictionRows) -> str | None:
+        """Return the digest of the rows of cells; of images the ledger keeps one itself."""
+        return None if self.whole else output.digest()
+
+    def insert(
+        self,
+        session: Session,
+        run: RunCounter,
+        done: Sequence[tuple[Task, PredictionRows]],
+        files: None,
+    ) -> int:
+        """Write the predictions."""
+        insert_predictions(session, run.run_id, (rows for _, rows in done), whole=self.whole)
+        return 0 if self.whole else sum(len(np.unique(rows.cell_ids)) for _, rows in done)
+
+
+def add_predictions(
+    workspace: Workspace,
+    table: Path | pa.Table,
+    params: AddedParams,
+    parameters: Mapping[str, Any] | None = None,
+) -> AddedPredictions:
+    """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
+
+    ``table``: a file (CSV, TSV, Excel, Parquet) or an Arrow table with a row for each cell and
+    class. A cell is named by ``cell_id``, or by plate, well, site and object number, or by plate,
+    well, site and a point in pixels (x, y) that lies in its mask; plate, well and site alone: the
+    model sees whole images, and an image has one vote. The class is one of the split's;
+    a column ``probability`` says how probable it is (without one: 1). Or each class has a column
+    of its own with its probability. ``parameters``: of the model, to be kept with the run.
+
+    The same table again adds nothing; a call that was killed is completed by the same call.
+
+    Raises:
+        UnknownNameError: there is no such split or segmentation.
+        UserInputError: a row cannot be used: then nothing is written; the table names no cells,
+            no classes, or cells of two segmentations.
+        BadTableError, StorageError: a file cannot be read.
+    """
+    source = _TableSource(table)
+    weights = None if params.model is None else _sha256_of_weights(params.model)
+    with workspace.database.read() as session:
+        split = find_split(session, params.split)
+        split_recipe = session.get_one(Recipe, split.recipe_id)
+        query = select(Label.value, Label.id).join(SplitMember, SplitMember.label_id == Label.id)
+        query = query.where(SplitMember.split_id == split.id).distinct()
+        classes: dict[str, int] = dict(sorted(session.execute(query).all()))
+        segment = None
+        if params.segmentation is not None:
+            segment = choose_recipes(session, params.segmentation, None)[0]
+    train = RecipeSpec(
+        Stage.TRAIN,
+        VERSION,
+        {
+            "declared": params.name,
+            "trained_on": params.trained_on and ",".join(params.trained_on),
+            "weights": params.model and params.model.name,
+            "parameters": dict(parameters or {}),
+        },
+        weights,
+        (split_recipe,),
+    )
+    with open_questions(workspace) as questions:
+        columns = source.bring(questions, classes)
+        notes = list(source.notes)
+        segment_id = _find_rows(workspace, questions, columns, classes, segment, source.name)
+        (about,) = questions.ask_ours(
+            "SELECT count(*) AS rows, count(DISTINCT cell_id) AS cells, max(rank) AS top_k "
+            "FROM rows_added"
+        ).records()
+        n_cells = 0 if segment_id is None else int(about["cells"])
+        images = [
+            int(image)
+            for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
+        ]
+        with workspace.database.begin() as session:
+            trained = finished_run(session, train, split.id)
+            trained_recipe = register(session, train)
+            inputs = [trained_recipe]
+            if segment_id is not None:
+                inputs.append(session.get_one(Recipe, segment_id))
+            values = {"declared": params.name, "table": source.sha256, "top_k": int(about["top_k"])}
+            recipe = register(
+                session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
+            )
+            runs = select(Run).where(Run.recipe_id == recipe.id).order_by(Run.id.desc())
+            latest = session.scalars(runs.limit(1)).first()
+        if trained is None:
+            with running(
+                workspace.database, trained_recipe, split_id=split.id, origin=Origin.DECLARED
+            ) as made:
+                made.result = {"labels": list(classes), "note": params.note, **_code_of_caller()}
+            train_run_id = made.id
+        else:
+            train_run_id = trained.id
+        if latest is not None and latest.status is Status.WITHDRAWN:
+            raise UserInputError(
+                f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
+                "right after all, add them with another --name."
+            )
+        done = latest is not None and latest.status is Status.DONE
+        run_id = latest.id if latest is not None else 0
+        if not done:
+            with running(
+                workspace.database,
+                recipe,
+                parent_id=train_run_id,
+                split_id=split.id,
+                resume=None if latest is None else latest.id,
+                origin=Origin.DECLARED,
+            ) as run:
+                run_id = run.id
+                _open_jobs(workspace, recipe.id, run.id, images)
+                job = aliased(Job)  # those of this stage are looked up around it
+                mine = select(Image.id).where(
+                    Image.id.in_(select(job.image_id).where(job.recipe_id == recipe.id))
+                )
+                scope = JobScope({recipe.id: run.id}, mine, unseen=True)
+                whole = segment_id is None
+                did = run_jobs(workspace, AddPredictions(questions, whole), scope)[recipe.id]
+                run.result = {
+                    "images": len(images),
+                    "failed": len(did.failures),
+                    "cells": n_cells,
+                    "note": params.note,
+                    "file": source.name,
+                    **_code_of_caller(),
+                }
+                if did.failures:
+                    run.error = did.failures[0][1]
+    if params.trained_on is None:
+        notes.append(
+            "Nobody said which subset of the split this model was trained on, so reports cannot "
+            "say whether it has seen the wells before. If you know: --trained-on train"
+        )
+    return AddedPredictions(
+        run_id=run_id,
+        train_run_id=train_run_id,
+        name=params.name,
+        split=split.name,
+        trained_on=params.trained_on,
+        rows=0 if done else int(about["rows"]),
+        cells=0 if done else n_cells,
+        images=0 if done else len(images),
+        already_done=done,
+        notes=tuple(notes),
+    )
+
+
+def withdraw(workspace: Workspace, run: str, reason: str) -> int:
+    """Mark added predictions as wrong; return the number of their run.
+
+    The rows stay, since what was published with them must be found; no command takes the run by
+    default any more, and what is asked of it by number says that it was withdrawn, and why.
+
+    Raises:
+        UnknownNameError: there is no such run.
+        UserInputError: it was not added, or is withdrawn; the reason is empty.
+    """
+    if not (reason := readable(reason)):
+        raise UserInputError("Say why: --reason TEXT.")
+    with workspace.database.begin() as session:
+        found = session.get_one(Run, find_predict_run(session, run).id)
+        if found.origin is not Origin.DECLARED:
+            raise UserInputError(
+                f"Run {found.id} was made by cellstore, and is not withdrawn. To leave out images "
+                "or cells that are wrong: cellstore exclude"
+            )
+        if found.status is not Status.DONE:
+            raise UserInputError(f"Run {found.id} is {found.status.value} already.")
+        old, new = ({"status": item.value} for item in (found.status, Status.WITHDRAWN))
+        found.status, found.error = Status.WITHDRAWN, reason
+        session.flush()
+        record_events(session, [Change("runs", found.id, old, new)], reason=reason)
+        record_runs(session, [found.id])
+        return found.id
+
+
+@dataclass
+class _TableSource:
+    """A table that somebody brought; ``sha256`` is that of its file, or of its rows."""
+
+    table: Path | pa.Table
+    name: str = "the table"
+    sha256: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.table, Path):
+            self.text = open_table(self.table)
+            self.name, self.columns = self.table.name, list(self.text.columns)
+            self.sha256 = sha256_of(self.table)
+            self.notes += self.text.notes
+        else:
+            self.columns = list(self.table.column_names)
+            digest = hashlib.sha256(repr(self.columns).encode())
+            for batch in self.table.to_batches():
+                for column in batch.columns:  # the text of a number is the same in every type
+                    digest.update("\0".join(map(str, column.to_pylist())).encode())
+            self.sha256 = digest.hexdigest()
+
+    def bring(self, questions: Questions, classes: Mapping[str, int]) -> set[str]:
+        """Make table ``rows_given`` of what is needed; return what it has of ``NAMES``.
+
+        It has ``line``, keys, ``label`` and ``p``, a row for each cell and class.
+
+        Raises:
+            UserInputError: no column names cells, or classes; a row is damaged.
+        """
+        columns = self.columns
+        plain = [re.sub("[_ ]", "", c.removeprefix("Metadata_")).casefold() for c in columns]
+        found = {
+            key: columns[plain.index(name)]
+            for key, names in NAMES.items()
+            for name in reversed(names)
+            if name in plain
+        }
+        wide = {c: match for c in columns if (match := _class_of(c, classes)) is not None}
+        if "label" in found:
+            wide = {}
+        elif not wide:
+            raise UserInputError(
+                f"{self.name} says no class: it has no column label, and none that is named like "
+                f"a class of the split ({', '.join(list(classes)[:SHOWN])}). It has "
+                f"{', '.join(columns[:12])}."
+            )
+        keys = {"cell_id"} if "cell_id" in found else {"plate", "well", "site"}
+        if "cell_id" not in found and "object_number" in found:
+            keys |= {"object_number"}
+        elif "cell_id" not in found and found.keys() & {"x", "y"}:
+            keys |= {"x", "y"}
+        if lacking := keys - found.keys():
+            raise UserInputError(
+                f"{self.name} does not say what it is about: it lacks "
+                f"{', '.join(sorted(lacking))}. A cell is named by cell_id, or by plate, well, "
+                "site and object_number, or by plate, well, site and a point x, y in pixels; a "
+                "whole image by plate, well and site."
+            )
+        if "cell_id" not in found:
+            keys |= found.keys() & {"plane", "time_point"}
+        wanted = [found[key] for key in sorted(keys | (found.keys() & {"label", "probability"}))]
+        wanted += list(wide)
+        questions.bring("table_given", self._reader(list(dict.fromkeys(wanted))))
+        values = {key: f"CAST({quoted(found[key])} AS VARCHAR)" for key in keys}
+        for key in keys - {"plate", "well"}:
+            made = f"TRY_CAST({quoted(found[key])} AS DOUBLE)"
+            values[key] = made if key in "xy" else _WHOLE.format(quoted(found[key]))
+        if "well" in values:
+            values["well"] = _WELL.format(values["well"])
+        listed = ", ".join(f"{value} AS {key}" for key, value in values.items())
+        if wide:
+            labels = ", ".join(map(literal, wide.values()))
+            numbers = ", ".join(f"TRY_CAST({quoted(c)} AS DOUBLE)" for c in wide)
+            listed += f", unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
+        else:
+            number = "1.0"
+            if "probability" in found:
+                number = f"TRY_CAST({quoted(found['probability'])} AS DOUBLE)"
+            else:
+                self.notes.append("There is no column probability: each label counts with 1.")
+            listed += f", trim(CAST({quoted(found['label'])} AS VARCHAR)) AS label, {number} AS p"
+        questions.keep("rows_given", f"SELECT line, {listed} FROM table_given")  # noqa: S608
+        return keys
+
+    def _reader(self, columns: Sequence[str]) -> pa.RecordBatchReader:
+        """The columns with the line of each row (the header is line 1), in pieces."""
+        if isinstance(self.table, Path):
+            positions = [self.columns.index(name) for name in columns]
+            schema = pa.schema([("line", pa.int64()), *((name, pa.string()) for name in columns)])
+
+            def batches() -> Iterator[pa.RecordBatch]:
+                for batch in self.text.batches(positions):
+                    for refused in batch.refused:
+                        raise UserInputError(_nothing_added(self.name, 1, [refused]))
+                    lines = pa.array(batch.lines, pa.int64())
+                    texts = [column.cast(pa.string()) for column in batch.columns]
+                    yield pa.RecordBatch.from_arrays([lines, *texts], schema=schema)
+
+            return pa.RecordBatchReader.from_batches(schema, batches())
+        lines = pa.array(range(2, self.table.num_rows + 2), pa.int64())
+        return self.table.select(columns).add_column(0, "line", lines).to_reader()
+
+
+def _class_of(column: str, classes: Mapping[str, int]) -> str | None:
+    """The class whose probability a column holds: it is called like it, perhaps with a prefix."""
+    for prefix in ("", "probability_", "prob_", "p_"):
+        if column.startswith(prefix) and column.removeprefix(prefix) in classes:
+            return column.removeprefix(prefix)
+    return None
+
+
+def _find_rows(
+    workspace: Workspace,
+    questions: Questions,
+    keys: set[str],
+    classes: Mapping[str, int],
+    segment: Recipe | None,
+    name: str,
+) -> int | None:
+    """Make table ``rows_added`` of ``rows_given``; return the recipe that found the cells.
+
+    None: the rows are about whole images.
+
+    Raises:
+        UserInputError: some rows cannot be used, or they are about cells of two segmentations.
+    """
+    labels = pa.table({"value": list(classes), "id": pa.array(classes.values(), pa.int64())})
+    questions.bring("classes_given", labels)
+    unknown_image, whole = "false", False
+    if "cell_id" in keys:
+        questions.keep("rows_found", BY_ID)
+    else:
+        whole = keys.isdisjoint({"object_number", "x"})
+        if segment is None and not whole:
+            with workspace.database.read() as session:
+                segment = choose_recipes(session, None, None)[0]
+        unknown_image = "r.image_id IS NULL"
+        of_image = [key for key in ("plate", "well", "site", "plane", "time_point") if key in keys]
+        listed = ", ".join(of_image)
+        questions.keep(
+            "images_given",
+            f"SELECT {listed}, min(image_id) AS image_id, count(*) AS n FROM image_table "  # noqa: S608
+            f"WHERE (plate, well) IN (SELECT plate, well FROM rows_given) GROUP BY {listed}",
+        )
+        several = questions.ask_ours("FROM images_given WHERE n > 1 LIMIT 1").records()
+        if several:
+            where = "/".join(str(several[0][key]) for key in of_image)
+            raise UserInputError(
+                f"There are {several[0]['n']} images of {where}. Add the columns plane and "
+                "time_point to the table."
+            )
+        joined = " AND i.".join(f"{key} = g.{key}" for key in of_image)
+        if segment is None:
+            questions.keep("rows_found", BY_IMAGE.format(keys=joined))
+        else:
+            questions.keep(
+                "segmentations_given",
+                "SELECT s.id, s.image_id, s.recipe_id, s.mask_artifact_id FROM segmentations AS s "
+                "JOIN images AS i ON i.id = s.image_id WHERE s.recipe_id = $recipe "
+                "AND (s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256)",
+                {"recipe": segment.id},
+            )
+            if "object_number" not in keys:
+                _find_points(workspace, questions, joined)
+            questions.keep("rows_found", BY_NUMBER.format(keys=joined))
+    unit = "image" if whole else "cell"
+    checked = CHECKED.format(unknown_image=unknown_image, most=1 + ADDS_UP, unit=unit)
+    questions.keep("rows_checked", checked)
+    problems = "SELECT * FROM rows_checked WHERE problem IS NOT NULL ORDER BY line"
+    ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
+    if wrong:
+        refusals = []
+        for row in questions.ask_ours(f"{problems} LIMIT {SHOWN}").records():
+            about = [key for key in (*NAMES, "p") if row.get(key) is not None]
+            said = ", ".join(f"{'probability' if k == 'p' else k} {row[k]}" for k in about)
+            refusals.append(Refusal(row["line"], row["problem"], said))
+        raise UserInputError(_nothing_added(name, wrong, refusals))
+    recipes: list[Any] = [
+        recipe
+        for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_checked").rows()
+    ]
+    if len(recipes) > 1:
+        raise UserInputError(
+            f"{name} is about cells of {len(recipes)} segmentations (recipes "
+            f"{', '.join(map(str, sorted(recipes)))}), so that some cells would vote twice. Give "
+            "a table for each."
+        )
+    questions.keep("rows_added", ADDED)
+    found: int | None = recipes[0]
+    return found
+
+
+def _find_points(workspace: Workspace, questions: Questions, joined: str) -> None:
+    """Give ``rows_given`` the object numbers of the masks at its points (x, y).
+
+    Raises:
+        UserInputError: the masks of an image are not known, or cannot be read.
+    """
+    points = (
+        "SELECT g.line, g.x, g.y, s.id FROM rows_given AS g "  # noqa: S608 - our own names
+        f"JOIN images_given AS i ON i.{joined} "
+        "JOIN segmentations_given AS s ON s.image_id = i.image_id"
+    )
+    questions.keep("points_given", points)
+    ids = [row[0] for row in questions.ask_ours("SELECT DISTINCT id FROM points_given").rows()]
+    parts = []
+    for segmentation in ids:
+        of_image = "SELECT line, x, y FROM points_given WHERE id = ?"
+        found = questions.ask_ours(of_image, [segmentation]).arrays()
+        with workspace.database.read() as session:
+            row = session.get_one(Segmentation, segmentation)
+            try:
+                masks = read_masks(session, workspace.artifacts, row)
+            except (ImageError, StorageError) as error:
+                raise UserInputError(f"Points cannot be looked up: {error}") from error
+        at = np.floor(np.column_stack([found["y"], found["x"]]) + 0.5)
+        inside = ((at >= 0) & (at < masks.shape)).all(axis=1)
+        rows, columns = np.where(inside[:, None], at, 0).astype(np.int64).T
+        numbers = np.where(inside, masks[rows, columns], 0).astype(np.int64)
+        parts.append(pa.table({"line": found["line"], "object_number": numbers}))
+    schema = pa.schema([("line", pa.int64()), ("object_number", pa.int64())])
+    questions.bring("points_found", pa.concat_tables([schema.empty_table(), *parts]))
+    found_rows = (
+        "SELECT g.*, p.object_number FROM rows_given AS g LEFT JOIN "
+        "(SELECT DISTINCT line, object_number FROM points_found) AS p ON p.line = g.line"
+    )
+    questions.keep("rows_with_numbers", found_rows)
+    questions.keep("rows_given", "SELECT * FROM rows_with_numbers")
+
+
+def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
+    """Say which rows cannot be used, and that nothing was written."""
+    lines = [
+        f"  line {item.line}: {item.reason} ({disarmed_name(item.detail)})" for item in refusals
+    ]
+    more = [f"  and {wrong - len(refusals):,} more"] if wrong > len(refusals) else []
+    head = f"Nothing was added: {wrong:,} rows of {name} cannot be used."
+    return "\n".join([head, *lines, *more])
+
+
+def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequence[int]) -> None:
+    """Make a job for each image that the table is about."""
+    start = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
+    with workspace.database.begin() as session:
+        for some in in_lists(images):
+            rows = session.execute(select(Image.id, CONTENT).where(Image.id.in_(some)))
+            insert_new(
+                session,
+                Job,
+                [
+                    {**start, "image_id": image, "content_sha256": content}
+                    | {"attempts": 0, "deaths": 0}
+                    for image, content in rows
+                ],
+            )
+
+
+def _sha256_of_weights(path: Path) -> str:
+    """The digest of a file of weights, which is not opened: it may hold code.
+
+    Raises:
+        UserInputError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserInputError(f"There is no file {path} with the weights of the model.")
+    return sha256_of(path)
+
+
+def _code_of_caller() -> dict[str, str]:
+    """The commit of the folder that this is called in, if it is a git repository."""
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=.changed"]
+    try:
+        made = subprocess.run(  # noqa: S603 - fixed words, no shell
+            words, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"code_commit": made.stdout.strip()}

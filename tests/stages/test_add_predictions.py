@@ -1,0 +1,244 @@
+"""Predictions of other models: what is read, refused and kept, and what reports make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from screens import small_screen
+from sqlalchemy import update
+
+from cellstore import Store
+from cellstore.enums import ArtifactKind, Origin, Subset
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.runs import keep_files
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import Event, Prediction, Run, Segmentation, Split
+
+EXPORT = """
+    SELECT cell_id, l.value AS label, probability
+    FROM predictions AS p JOIN labels AS l ON l.id = p.label_id
+    WHERE run_id = ? ORDER BY cell_id, rank
+"""
+
+
+@pytest.fixture
+def screen(workspace: Workspace) -> tuple[Store, int]:
+    """A small screen, and its predict run."""
+    return Store(workspace), small_screen(workspace).predict_run.id
+
+
+def rows_of(store: Store, run_id: int) -> list[tuple[Any, ...]]:
+    with store.session() as session:
+        found = session.query(Prediction).filter(Prediction.run_id == run_id).all()
+        return sorted((p.cell_id, p.rank, p.label_id, p.probability) for p in found)
+
+
+def test_own_predictions_brought_back_count_the_same(
+    screen: tuple[Store, int], tmp_path: Path
+) -> None:
+    store, own = screen
+    problems = set(store.verify().problems)
+    table = store.sql(EXPORT, [own])
+    pq.write_table(table, tmp_path / "labels.parquet")
+    added = store.add_predictions(
+        tmp_path / "labels.parquet", "again", trained_on=["train"], parameters={"depth": 12}
+    )
+    assert (added.rows, added.cells, added.images) == (table.num_rows, 8, 4)
+    assert rows_of(store, added.run_id) == rows_of(store, own)
+    before, after = store.report(str(own)), store.report(str(added.run_id))
+    for name in ("scores", "by_class", "by_well", "calibration", "unseen"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.leak == f"{before.leak} So it was declared of again."
+    for level in ("image", "well"):
+        mine, theirs = (
+            store.votes(str(added.run_id), level=level),
+            store.votes(str(own), level=level),
+        )
+        drop = [name for name in theirs.table.column_names if name == "run_id"]
+        assert mine.table.drop(drop).equals(theirs.table.drop(drop))
+    assert set(store.verify().problems) <= problems  # it knows that rows were made by hand
+
+    again = store.add_predictions(
+        tmp_path / "labels.parquet", "again", trained_on=["train"], parameters={"depth": 12}
+    )
+    assert again.already_done
+    assert again.run_id == added.run_id
+    assert again.rows == 0
+    with store.session() as session:
+        run = session.get_one(Run, added.run_id)
+        assert run.origin is run.parent.origin is Origin.DECLARED
+        assert run.parent.recipe.parameters["parameters"] == {"depth": 12}
+        assert session.query(Event).filter(Event.run_id == run.id).count() == 2
+
+
+def test_cells_are_found_by_number_and_in_wide_tables(screen: tuple[Store, int]) -> None:
+    store, own = screen
+    wide = store.sql(
+        """
+        SELECT i.plate AS "Metadata_Plate", 'b' || right(i.well, 1) AS "Metadata_Well",
+            i.site AS "Metadata_Site", c.object_number AS "ObjectNumber",
+            max(p.probability) FILTER (WHERE l.value = 'DMSO') AS "DMSO",
+            max(p.probability) FILTER (WHERE l.value = 'taxol') AS "p_taxol"
+        FROM predictions AS p JOIN labels AS l ON l.id = p.label_id
+        JOIN cells AS c ON c.id = p.cell_id
+        JOIN segmentations AS s ON s.id = c.segmentation_id
+        JOIN image_table AS i ON i.image_id = s.image_id
+        WHERE p.run_id = ? GROUP BY ALL ORDER BY ALL
+        """,
+        [own],
+    ).to_pandas()
+    added = store.add_predictions(wide, "wide", trained_on=[])
+    assert rows_of(store, added.run_id) == rows_of(store, own)
+    assert "None of the" in store.report(str(added.run_id)).leak
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"cell_id": 999}, "line 3: no such cell"),
+        ({"cell_id": 1.5}, "line 3: no such cell"),
+        ({"label": "aspirin"}, "line 3: a class that is not in the split"),
+        ({"label": None}, "line 3: no class"),
+        ({"probability": 1.25}, "line 3: a probability that is not from 0 to 1"),
+        ({"probability": None}, "line 3: a probability that is not from 0 to 1"),
+        ({"label": "DMSO"}, "the same cell and class twice"),
+        ({"probability": 0.9}, "add up to more than 1"),
+    ],
+)
+def test_one_bad_row_and_nothing_is_written(
+    sqlite_workspace: Workspace, change: dict[str, Any], sentence: str
+) -> None:
+    own = small_screen(sqlite_workspace).predict_run.id
+    store = Store(sqlite_workspace)
+    table = store.sql(EXPORT, [own]).to_pandas()
+    table = table.astype({"cell_id": float, "label": object})
+    for name, value in change.items():
+        table.loc[1, name] = value
+    with store.session() as session:
+        before = session.query(Run).count()
+    with pytest.raises(UserInputError, match=sentence):
+        store.add_predictions(table, "bad")
+    with store.session() as session:
+        assert session.query(Run).count() == before
+
+
+def test_what_was_not_declared_is_not_known(screen: tuple[Store, int]) -> None:
+    store, own = screen
+    added = store.add_predictions(store.sql(EXPORT, [own]), "unknown")
+    assert any("--trained-on" in note for note in added.notes)
+    result = store.report(str(added.run_id))
+    assert "It is not known which wells unknown has seen in training" in result.leak
+    image = store.sql("SELECT min(image_id) AS i FROM prediction_table").to_pylist()[0]["i"]
+    known = {item["run_id"]: item for item in store.audit(str(image), "image").record["labellings"]}
+    assert known[own]["well_in_training"] is False
+    assert known[own]["model"] is None
+    assert known[added.run_id]["well_in_training"] is None
+    assert known[added.run_id]["model"] == "unknown"
+    with pytest.raises(UserInputError, match="a model of your own"):
+        store.predict(run=str(added.train_run_id))
+    assert store.sql(
+        "SELECT count(*) FROM run_images WHERE run_id = ? AND well_in_training IS NOT NULL",
+        [added.run_id],
+    ).to_pylist() == [{"count_star()": 0}]
+
+
+def test_a_model_of_whole_images_votes_once_for_each(screen: tuple[Store, int]) -> None:
+    store, own = screen
+    table = pd.DataFrame(
+        {
+            "plate": "BR1",
+            "well": ["B1", "B02", "B03"],
+            "site": 1,
+            "label": ["DMSO", "DMSO", "taxol"],
+            "probability": [0.9, 0.6, 0.7],
+        }
+    )
+    added = store.add_predictions(table, "fields", trained_on=["train"])
+    assert (added.cells, added.images) == (0, 3)
+    votes = store.votes(str(added.run_id)).table.to_pylist()
+    assert [(v["well"], v["winner"], v["truth"], v["share"]) for v in votes] == [
+        ("B01", "DMSO", "DMSO", 1.0),
+        ("B02", "DMSO", "taxol", 1.0),
+        ("B03", "taxol", "taxol", 1.0),
+    ]
+    result = store.report(str(added.run_id))
+    assert {item.level for item in result.scores} == {"image", "well"}
+    assert result.score("image", "hard").accuracy == pytest.approx(2 / 3)
+    assert store.compare(str(own), str(added.run_id)).wells == 3
+    audit = store.audit("BR1/B01/1", "image").record["labellings"]
+    assert [(item["winner"], item["n_cells"]) for item in audit] == [("DMSO", 3), ("DMSO", 1)]
+    with pytest.raises(UserInputError, match="line 3: no such image"):
+        store.add_predictions(table.assign(site=[1, 7, 1]), "gone")
+
+
+def test_a_point_in_a_mask_names_a_cell(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    masks = np.zeros((8, 8), np.uint16)
+    masks[1:4, 1:4], masks[5:7, 2:8] = 1, 3
+    file = workspace.artifacts.write(ArtifactKind.MASK, encode_tiff(masks), ".tif")
+    with workspace.database.begin() as session:
+        (kept,) = keep_files(session, [file])
+        mine = update(Segmentation).where(Segmentation.id == screen.segmentations["B01"].id)
+        session.execute(mine.values(mask_artifact_id=kept))
+    store = Store(workspace)
+    points = {"x": [2.4, 7.0], "y": [3.4, 5.6]}
+    table = pd.DataFrame({"plate": "BR1", "well": "B01", "site": 1, "label": "taxol", **points})
+    added = store.add_predictions(table, "points", trained_on=[])
+    with store.session() as session:
+        said = session.get_one(Run, added.run_id).predictions
+        assert sorted((p.cell.object_number, p.probability) for p in said) == [(1, 1.0), (3, 1.0)]
+    with pytest.raises(UserInputError, match=r"line 3: no such cell"):
+        store.add_predictions(table.assign(x=[2.4, 1.0]), "beside")
+
+
+def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> None:
+    store, own = screen
+    table = store.sql(EXPORT, [own])
+    run = str(store.add_predictions(table, "wrong").run_id)
+    assert str(store.report("latest").run_id) == run
+    problems = set(store.verify().problems)
+    assert store.withdraw_predictions(run, reason="classes mixed up") == int(run)
+    assert store.report("latest").run_id == own
+    assert any("withdrawn: classes mixed up" in note for note in store.report(run).notes)
+    assert len(rows_of(store, int(run))) == table.num_rows
+    assert set(store.verify().problems) == problems
+    with pytest.raises(UserInputError, match="withdrawn"):
+        store.add_predictions(table, "wrong")
+    with pytest.raises(UserInputError, match="made by cellstore"):
+        store.withdraw_predictions(own, reason="a try")
+
+
+def test_the_cells_of_a_split_are_a_table(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with workspace.database.read() as session:
+        recipe = session.get_one(Run, screen.measure_run.id).recipe
+    screen.factory.feature_set(recipe)
+    store = Store(workspace)
+    cells = store.cells("main", "test")
+    table = cells.to_pandas()
+    with store.session() as session:
+        known = {
+            (m.image.well.name, c.id, m.label.value)
+            for m in session.get_one(Split, screen.split.id).members
+            for s in m.image.segmentations
+            for c in s.cells
+            if m.subset is Subset.TEST
+        }
+    assert set(zip(table.well, table.cell_id, table.label, strict=True)) == known
+    assert set(table.area) == {64.0}
+    assert sum(batch.num_rows for batch in cells.batches()) == len(table)
+    assert store.sql(cells.query).equals(cells.to_arrow())
+    out = int(table.cell_id[0])
+    store.exclude("cell", str(out), reason="dust")
+    left = store.cells("main", features=False).to_pandas()
+    assert out not in set(left.cell_id)
+    assert "area" not in left
+    assert {"train", "test"} == set(left.subset)
+    with pytest.raises(UnknownNameError, match="subset"):
+        store.cells("main", "tests")
