@@ -358,8 +358,8 @@ def test_the_plates_of_the_images_are_told(bench: Bench) -> None:
     for name in ("b_mask.tif", "a_mask.tif", "x_mask.tif"):
         bench.save(name)
     plates = (bench.plates["P1"].id, bench.plates["P2"].id)
-    assert bench.ingest().plates == plates
-    assert bench.ingest().plates == plates
+    assert tuple(bench.ingest().plates) == plates
+    assert tuple(bench.ingest().plates) == plates
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Bench:
                 params or IngestParams(),
                 account,
             )
-        self.plates = account.plates
+        self.plates = tuple(account.plates)
         counted = account.created + account.updated + account.unchanged + account.refused
         assert account.rows == counted
         return account
