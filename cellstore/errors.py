@@ -22,9 +22,11 @@ A message is one or two sentences: what is wrong, then what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 SHOWN_NAMES = 8
+_NUMBER = re.compile(r"^[^\W\d]+0*([1-9]\d*)$")
 
 
 class CellstoreError(Exception):
@@ -46,6 +48,9 @@ class UnknownNameError(UserInputError, LookupError):
         names = [str(item) for item in known]
         lower = {item.lower(): item for item in names}
         close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
+        if not close and (number := _NUMBER.search(str(name))):  # w1 or C01 for ch1
+            same = [item for item in lower if re.search(rf"\D0*{number[1]}$", item)]
+            close = same if len(same) == 1 else []
         near = [lower[item] for item in close] or names[:5]
         near = names if len(names) <= SHOWN_NAMES else near
         more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""
@@ -117,3 +122,8 @@ class RunCancelledError(CellstoreError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return what ``error`` says first, or what it is if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def some_of(names: Sequence[object], most: int = 5) -> str:
+    """Return the first ``names`` with commas between, and ``...`` where there are more."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

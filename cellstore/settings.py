@@ -127,6 +127,23 @@ def check_not_of_a_store(path: Path) -> None:
             raise UserInputError(f"{path} is part of the store {root}. Name another file.")
 
 
+def check_new_file(path: Path, *, replace: bool, option: str = "--replace") -> None:
+    """Refuse a file that would replace another, or lie in a folder that is not there.
+
+    ``option`` lets it ``replace`` one; a pipe or a device is no file that is lost.
+
+    Raises:
+        UserInputError: it is so, or ``path`` is part of a store.
+    """
+    check_not_of_a_store(path)
+    if path.is_dir():
+        raise UserInputError(f"{path} is a folder. Name a file in it.")
+    if path.is_file() and not replace:
+        raise UserInputError(f"{path} is there already. Name another file, or add {option}.")
+    if not path.parent.is_dir():
+        raise UserInputError(f"There is no folder {path.parent}. Make it, or name another.")
+
+
 class Progress:
     """A listener: one ``start`` per piece of work, then ``advance``, then ``finish``.
 

@@ -913,18 +913,18 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def exclude(self, kind: str, name: str, *, reason: str, dry_run: bool = False) -> Correction:
-        """Let a plate, well, image or cell count nowhere; see ``stages.corrections.exclude``."""
-        from .stages.corrections import exclude
+        """Let a plate, well, image or cell count nowhere; see ``corrections.set_excluded``."""
+        from .stages.corrections import set_excluded
 
-        return exclude(self.workspace, kind, name, reason=reason, dry_run=dry_run)
+        return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
     def include(
         self, kind: str, name: str, *, reason: str | None = None, dry_run: bool = False
     ) -> Correction:
-        """Let something count again that was excluded; see ``stages.corrections.include``."""
-        from .stages.corrections import include
+        """Let something count again that was excluded; see ``corrections.set_excluded``."""
+        from .stages.corrections import set_excluded
 
-        return include(self.workspace, kind, name, reason=reason, dry_run=dry_run)
+        return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
     def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
         """Take back what an ingest run brought; see ``stages.corrections.undo``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +13,8 @@ import typer
 
 from cellstore.config import VoteOptions, option, option_of
 from cellstore.errors import UserInputError
+from cellstore.settings import check_new_file
+from cellstore.store import Store
 
 from . import output
 from .app import HTML, Common, command
@@ -41,6 +43,7 @@ VOTE = option(
 def votes(
     vote_options: VoteOptions,
     answer: AnswerOptions,
+    store: Store,
     common: Common,
     run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
     level: str = LEVEL,
@@ -60,20 +63,14 @@ def votes(
       cellstore votes --ties --format csv --output ties.csv
     """
     answer.check()
-    with (
-        common.open() as store,
-        store.open_votes(
-            run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
-        ) as (result, rows),
-    ):
+    with store.open_votes(
+        run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
+    ) as (result, rows):
         if common.as_json:
             found = {item.name: getattr(result, item.name) for item in fields(result)}
             found |= {"accuracy": result.accuracy, "votes": rows.records()[: answer.limit]}
             del found["table"]
-            if answer.output is None:
-                output.print_json(found)
-            else:
-                save(output.json_text(found), answer.output)
+            _save(output.json_text(found), answer.output)
             return
         # What is not for a person's screen has the summary beside it, not in it.
         show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
@@ -85,7 +82,7 @@ def votes(
             share = f"{100 * item.accuracy:.2f} %"
             show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
         for note in result.notes:
-            show(note)
+            show(output.filled(note))
         show("")
         output.write(rows, answer, _for_people)
 
@@ -102,43 +99,6 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
         "right": {True: "yes", False: "no", None: ""}[row["correct"]],
         "note": row["abstained"] or ("tie" if row["tie"] else ""),
     }
-
-
-@command(app, "report", then=True)
-def report(
-    vote_options: VoteOptions,
-    common: Common,
-    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
-    compare: str | None = option(
-        None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
-    ),
-    html: Path | None = HTML,
-    maps: tuple[str, ...] = option(
-        (),
-        "A feature on the plate maps of the page, for example area; may be given again.",
-        name="--map",
-        metavar="FEATURE",
-        repeated=True,
-    ),
-    force: bool = option(False, "Also score images that the network was trained on; marked."),
-) -> None:
-    """Score a predict run: majority votes against the truth.
-
-    The cells of an image vote; the winner is compared with the treatment of its well.
-
-    \b
-    Example:
-      cellstore report
-      cellstore report --run 8 --html report.html --map area --map eccentricity
-      cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
-    """
-    if maps and html is None:
-        raise UserInputError("The maps are on the page. Name a file for it too: --html report.html")
-    with common.open() as store:
-        result = store.report(
-            run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
-        )
-    common.show(result, _show_report)
 
 
 def _show_report(result: ReportResult) -> None:
@@ -173,26 +133,22 @@ def _show_report(result: ReportResult) -> None:
         }
     )
     typer.echo("")
-    _show_scores(result.scores)
+    # In two tables, since one would be too wide.
+    no_answer = ["no answer"] if any(score.abstained for score in result.scores) else []
+    _show_scores(result.scores, "n", *no_answer, "right", "accuracy", "95 % interval", "ties")
+    _show_scores(result.scores, "majority", "balanced", "macro F1", "top 5", "log loss", "ECE")
+    missing = [score.log_loss_missing for score in result.scores if score.level == "cell"]
+    if missing and missing[0]:
+        output.wrapped(f"No log loss: {missing[0]}")
+        typer.echo("")
     for title, scores in (
         ("Without the wells that were seen in training", result.unseen),
         ("Without control wells", result.without_controls),
     ):
         if scores:
             typer.echo(f"{title}:")
-            output.table(
-                ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
-                [
-                    (
-                        *(item.level, item.vote, item.n, percent(item.accuracy)),
-                        *(percent(item.low, item.high), percent(item.balanced_accuracy)),
-                        f"{item.macro_f1:.3f}",
-                    )
-                    for item in scores
-                    if item.vote == "hard"
-                ],
-            )
-            typer.echo("")
+            hard = [score for score in scores if score.vote == "hard"]
+            _show_scores(hard, "n", "accuracy", "95 % interval", "balanced", "macro F1")
     if result.baselines:
         rows = []
         for row in by_baseline(result.baselines):
@@ -242,44 +198,32 @@ def _show_report(result: ReportResult) -> None:
         typer.echo("")
     output.wrapped(result.against_nulls)
     output.wrapped(result.leak)
-    for note in result.notes:
-        say(note)
     if result.html:
         typer.echo(f"report: {result.html}")
 
 
-def _show_scores(found: Sequence[Score]) -> None:
-    """Print the scores in two tables, since one would be too wide."""
-    silent = any(score.abstained for score in found)
-    output.table(
-        (
-            *("per", "vote", "n", *(["no answer"] if silent else [])),
-            *("right", "accuracy", "95 % interval", "ties"),
-        ),
-        [
-            (
-                *(score.level, score.vote, score.n, *([score.abstained] if silent else [])),
-                *(score.correct, percent(score.accuracy), percent(score.low, score.high)),
-                score.ties,
-            )
-            for score in found
-        ],
-    )
-    typer.echo("")
-    output.table(
-        ("per", "vote", "majority", "balanced", "macro F1", "top 5", "log loss", "ECE"),
-        [
-            (
-                *(score.level, score.vote, percent(score.majority)),
-                *(percent(score.balanced_accuracy), f"{score.macro_f1:.3f}", percent(score.top_5)),
-                *("-" if score.log_loss is None else f"{score.log_loss:.3f}", f"{score.ece:.3f}"),
-            )
-            for score in found
-        ],
-    )
-    missing = [score.log_loss_missing for score in found if score.level == "cell"]
-    if missing and missing[0]:
-        output.wrapped(f"No log loss: {missing[0]}")
+SCORES: dict[str, Callable[[Score], Any]] = {
+    "per": lambda score: score.level,
+    "vote": lambda score: score.vote,
+    "n": lambda score: score.n,
+    "no answer": lambda score: score.abstained,
+    "right": lambda score: score.correct,
+    "accuracy": lambda score: percent(score.accuracy),
+    "95 % interval": lambda score: percent(score.low, score.high),
+    "ties": lambda score: score.ties,
+    "majority": lambda score: percent(score.majority),
+    "balanced": lambda score: percent(score.balanced_accuracy),
+    "macro F1": lambda score: f"{score.macro_f1:.3f}",
+    "top 5": lambda score: percent(score.top_5),
+    "log loss": lambda score: "-" if score.log_loss is None else f"{score.log_loss:.3f}",
+    "ECE": lambda score: f"{score.ece:.3f}",
+}
+"""Columns of the tables of scores."""
+
+
+def _show_scores(scores: Iterable[Score], *heads: str) -> None:
+    heads = ("per", "vote", *heads)
+    output.table(heads, [[SCORES[head](score) for head in heads] for score in scores])
     typer.echo("")
 
 
@@ -296,6 +240,41 @@ def _show_best_and_worst(heads: Sequence[str], found: Sequence[tuple[Any, ...]])
     typer.echo("")
 
 
+@command(app, "report", _show_report, then=True)
+def report(
+    vote_options: VoteOptions,
+    store: Store,
+    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    compare: str | None = option(
+        None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
+    ),
+    html: Path | None = HTML,
+    maps: tuple[str, ...] = option(
+        (),
+        "A feature on the plate maps of the page, for example area; may be given again.",
+        name="--map",
+        metavar="FEATURE",
+        repeated=True,
+    ),
+    force: bool = option(False, "Also score images that the network was trained on; marked."),
+) -> ReportResult:
+    """Score a predict run: majority votes against the truth.
+
+    The cells of an image vote; the winner is compared with the treatment of its well.
+
+    \b
+    Example:
+      cellstore report
+      cellstore report --run 8 --html report.html --map area --map eccentricity
+      cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
+    """
+    if maps and html is None:
+        raise UserInputError("--map draws on the HTML page: add a file for it: --html report.html")
+    return store.report(
+        run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
+    )
+
+
 @command(app, "compare", then=True)
 def compare(
     first: Annotated[
@@ -303,6 +282,7 @@ def compare(
     ],
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
     vote_options: VoteOptions,
+    store: Store,
     common: Common,
     level: str = LEVEL,
     vote: str = VOTE,
@@ -317,7 +297,7 @@ def compare(
     replace: bool = option_of(AnswerOptions, "replace"),
     for_spreadsheet: bool = option_of(AnswerOptions, "for_spreadsheet"),
 ) -> None:
-    """Say where two predict runs differ, and which of them is right.
+    """Show where two predict runs differ, and which of them is right.
 
     They are compared on the images that both have labelled. McNemar's test takes each well once,
     because images of a well are alike.
@@ -330,29 +310,26 @@ def compare(
     """
     form = "json" if common.as_json else form
     if out is not None:
-        output.check_output(out, replace=replace)
+        check_new_file(out, replace=replace)
     if out is not None and form == "text":
-        raise UserInputError("Text is for reading: choose --format csv or json for a file.")
-    with common.open(quiet=form == "json") as store:
-        found = store.compare(
-            first,
-            second,
-            level=level,
-            vote=vote,
-            limit=SHOWN_DIFFERENCES if limit is None and form == "text" else limit,
-            vote_options=vote_options,
-            force=force,
+        raise UserInputError(
+            "Only CSV and JSON can be written to a file: add --format csv or json."
         )
+    found = store.compare(
+        first,
+        second,
+        level=level,
+        vote=vote,
+        limit=SHOWN_DIFFERENCES if limit is None and form == "text" else limit,
+        vote_options=vote_options,
+        force=force,
+    )
     if form == "text":
         _show_comparison(found)
-        return
-    text = output.json_text(found)
-    if form == "csv":
-        text = _as_csv(found, for_spreadsheet=for_spreadsheet)
-    if out is None:
-        typer.echo(text, nl=False)
+    elif form == "csv":
+        _save(_as_csv(found, for_spreadsheet=for_spreadsheet), out)
     else:
-        save(text, out)
+        _save(output.json_text(found), out)
 
 
 def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
@@ -368,8 +345,11 @@ def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
     return target.getvalue()
 
 
-def save(text: str, path: Path) -> None:
-    """Write a text to a file, all or nothing."""
+def _save(text: str, path: Path | None) -> None:
+    """Print a text, or write it to a file, all or nothing."""
+    if path is None:
+        typer.echo(text, nl=False)
+        return
     from cellstore.artifacts import open_atomically
 
     with open_atomically(path) as file:
@@ -419,9 +399,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
             ("option", f"run {first}", f"run {second}"),
             [(item.what, item.first, item.second) for item in found.recipes[:SHOWN_OPTIONS]],
         )
-        more = len(found.recipes) - SHOWN_OPTIONS
-        if more > 0:
-            typer.echo(f"and {count(more, 'more option')} (all with --json)")
+        output.say_more(len(found.recipes) - SHOWN_OPTIONS, " of the options")
     listed = found.differing[:shown]
     if not listed:
         return
@@ -432,5 +410,4 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         [(item.name, item.truth, item.first, item.second, right[item.right]) for item in listed],
     )
     more = found.n_differing - len(listed)
-    if more > 0:
-        typer.echo(f"and {more:,} more in which they differ (all with --json, or --format csv)")
+    output.say_more(more, " in which they differ", "all with --json, or --format csv")

@@ -17,6 +17,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
@@ -46,58 +47,34 @@ from cellstore.errors import CellstoreError, StoreNotFoundError, UserInputError
 from cellstore.settings import Progress
 from cellstore.store import Store
 
-from .output import Bar, Notes, print_json, say
+from .output import Bar, Notes, filled, print_json, say, say_notes
 
 T = TypeVar("T")
 
 MODULES = {
-    "demo": "setup_commands",
-    "init": "setup_commands",
-    "ingest": "ingest_commands",
-    "refresh": "ingest_commands",
-    "relocate": "ingest_commands",
-    "segment": "image_commands",
-    "finetune": "image_commands",
-    "measure": "image_commands",
-    "qc": "image_commands",
-    "contrast": "train_commands",
-    "split": "split_commands",
-    "train": "train_commands",
-    "predict": "train_commands",
-    "predictions": "train_commands",
-    "export-model": "train_commands",
-    "votes": "answer_commands",
-    "report": "answer_commands",
-    "compare": "answer_commands",
-    "audit": "audit_commands",
-    "log": "audit_commands",
-    "repro": "audit_commands",
-    "rename": "correction_commands",
-    "relabel": "correction_commands",
-    "exclude": "correction_commands",
-    "include": "correction_commands",
-    "undo": "correction_commands",
-    "delete": "correction_commands",
-    "ask": "question_commands",
-    "sql": "question_commands",
-    "schema": "question_commands",
-    "export": "question_commands",
-    "status": "job_commands",
-    "jobs": "job_commands",
-    "retry": "job_commands",
-    "cancel": "job_commands",
-    "verify": "job_commands",
-    "seal": "job_commands",
-    "doctor": "job_commands",
-    "backup": "setup_commands",
-    "restore": "setup_commands",
-    "db": "setup_commands",
+    name: module
+    for module, names in (
+        ("setup_commands", "demo init"),
+        ("ingest_commands", "ingest refresh relocate"),
+        ("image_commands", "segment finetune measure qc"),
+        ("train_commands", "contrast"),
+        ("split_commands", "split"),
+        ("train_commands", "train predict predictions export-model"),
+        ("answer_commands", "votes report compare"),
+        ("audit_commands", "audit log repro"),
+        ("correction_commands", "rename relabel exclude include undo delete"),
+        ("question_commands", "ask sql schema export"),
+        ("job_commands", "status jobs retry cancel verify seal doctor"),
+        ("setup_commands", "backup restore db"),
+    )
+    for name in names.split()
 }
 """Where each command is, in the order in which a screen needs them."""
 
 ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
 """Options by which a command changes nothing."""
 
+STORE_HELP = "The folder of the store. Default: $CELLSTORE_STORE, else this folder or one above it."
 ENV_DEBUG = "CELLSTORE_DEBUG"
 STOPPED = 130
 UNEXPECTED = 70
@@ -170,15 +147,7 @@ app = typer.Typer(
 
 @app.callback()
 def root(
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            "--store",
-            metavar="DIR",
-            help="The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is "
-            "one.",
-        ),
-    ] = None,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help=STORE_HELP)] = None,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Take what stands before the command."""
@@ -214,33 +183,28 @@ def run() -> None:
 class Common:
     """The options of every command. ``typed``: the names of all options that were typed."""
 
-    store: Path | None = option(
-        None,
-        "The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is one.",
-        metavar="DIR",
-    )
+    store: Path | None = option(None, STORE_HELP, metavar="DIR")
     as_json: bool = option(
         False, "Print JSON for programs instead of text for people.", name="--json"
     )
     typed: frozenset[str] = frozenset()
 
-    def open(self, *, quiet: bool = False) -> Store:
-        """Open the store, with a progress bar unless JSON is wanted or it is ``quiet``."""
-        progress = Progress()
-        if not (quiet or self.as_json):
-            progress = Bar() if sys.stderr.isatty() else Notes()
-        store = Store.open(self.store, progress=progress)
+    def open(self) -> Store:
+        """Open the store, with a progress bar unless JSON is wanted."""
+        shown = Bar() if sys.stderr.isatty() else Notes()
+        store = Store.open(self.store, progress=Progress() if self.as_json else shown)
         if store.workspace.settings.root.stat().st_mode & stat.S_IWGRP:
             # People share it: what this command writes is for the others of the group, too.
             os.umask(os.umask(0o077) & ~0o070)
         return store
 
     def show(self, result: T, as_text: Callable[[T], None]) -> None:
-        """Print a result: as JSON, if that is wanted, else by ``as_text``."""
+        """Print a result: as JSON, if that is wanted, else by ``as_text``, and its notes."""
         if self.as_json:
             print_json(result)
-        else:
-            as_text(result)
+            return
+        as_text(result)
+        say_notes(getattr(result, "notes", ()))
 
 
 def _suggest(error: Any) -> None:
@@ -251,33 +215,60 @@ def _suggest(error: Any) -> None:
         error.message += f" Did you mean {near[0]}?"
 
 
+def confirm(question: str) -> None:
+    """Ask before something is deleted; the command ends with 1 at a no."""
+    if not typer.confirm(question, err=True):
+        say("Nothing was deleted.")
+        raise typer.Exit(1)
+
+
 def say_next(steps: Sequence[str], common: Common) -> None:
     """Say what the next useful command is, with the store that was named."""
     named = "" if common.store is None else f" --store {shlex.quote(str(common.store))}"
     for start, step in zip(("Next: ", "  or: "), steps, strict=False):
+        typed, hint, why = step.partition("  (")
         # As one line: two would be two commands to who pastes them.
-        typer.echo(start + step.replace("cellstore", f"cellstore{named}", 1), err=True)
+        typer.echo(start + typed.replace("cellstore", f"cellstore{named}", 1), err=True)
+        if hint:
+            say(filled(f"({why}", " " * len(start)))
 
 
 def command(
-    app: typer.Typer, name: str, *, then: bool = False, **more: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as a command.
+    app: typer.Typer,
+    name: str,
+    show: Callable[[T], None] | None = None,
+    failed: Callable[[T], int] | None = None,
+    *,
+    then: bool = False,
+    **more: Any,
+) -> Callable[[Callable[..., T | None]], Callable[..., T | None]]:
+    """Register a function as a command; ``show`` prints what it returns, if JSON is not wanted.
+
+    ``failed`` returns the exit code for it; 0: all is well.
 
     A parameter whose type is a dataclass becomes an option for each of its fields, and the
     function gets the filled object. One whose default is an ``option`` becomes that option.
     Options that were not typed are filled in by ``--preset``, if the command has that, else by the
-    defaults of the dataclass. ``then``: it ends with the next useful step, which the store knows.
+    defaults of the dataclass. A parameter of type ``Store`` gets the open store. Every command has
+    the options of :class:`Common`. ``then``: it ends with the next useful step, which the store
+    knows.
     """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(name, cls=Sectioned, **more)(_with_options(function, then))
+    def register(function: Callable[..., T | None]) -> Callable[..., T | None]:
+        app.command(name, cls=Sectioned, **more)(_with_options(function, show, failed, then=then))
         return function
 
     return register
 
 
-def _with_options(function: Callable[..., None], then: bool) -> Callable[..., None]:
+def _with_options(
+    function: Callable[..., T | None],
+    show: Callable[[T], None] | None,
+    failed: Callable[[T], int] | None,
+    *,
+    then: bool,
+) -> Callable[..., None]:
+    function.__annotations__.pop("return", None)  # often not imported, but for mypy
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {}
     alone: dict[str, Field] = {}
@@ -289,20 +280,19 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
             item.name, item.type = parameter.name, kind
             alone[parameter.name] = item
             shown[parameter.name] = _parameter(item)
-        elif is_dataclass(kind):
+        elif is_dataclass(kind) and kind is not Store:
             groups[parameter.name] = kind
-        elif kind is not typer.Context:
+        elif kind not in (typer.Context, Store):
             for setting in getattr(kind, "__metadata__", ()):
                 if parameter.default in (None, parameter.empty):
                     setting.show_default = False
             shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
-        for item in options_of(kind) if is_dataclass(kind) and kind is not Common else ():
+        for item in options_of(kind) if parameter.name in groups and kind is not Common else ():
             shown.setdefault(item.name, _parameter(item))
-    if Common in groups.values():  # last in the help
-        shown |= {item.name: _parameter(item) for item in options_of(Common)}
+    shown |= {item.name: _parameter(item) for item in options_of(Common)}  # last in the help
 
     @wraps(function)
-    def filled(context: typer.Context, **values: Any) -> None:
+    def run_command(context: typer.Context, **values: Any) -> None:
         typed = set()
         for name in values:
             source = context.get_parameter_source(name)
@@ -310,14 +300,15 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
                 typed.add(name)
         arguments = {name: value for name, value in values.items() if name in hints}
         arguments |= {"context": context} if "context" in hints else {}
+        folder = values["store"] if "store" in typed else context.find_root().params.get("store")
+        common = Common(folder, values["as_json"], frozenset(typed))
         for name, item in alone.items():
             arguments[name] = typed_value(item, values[name]) if name in typed else item.default
         for name, kind in groups.items():
             mine = [item for item in options_of(kind) if item.name in typed]
             given = {item.name: typed_value(item, values[item.name]) for item in mine}
             if kind is Common:
-                store = given.get("store") or context.find_root().params.get("store")
-                arguments[name] = Common(store, values["as_json"], frozenset(typed))
+                arguments[name] = common
             elif issubclass(kind, Params):
                 params = kind.of(values.get("preset"), **given)
                 open_options = options_of(params)
@@ -329,11 +320,17 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
                 arguments[name] = params
             else:
                 arguments[name] = kind(**given)
-        function(**arguments)
-        common = next((item for item in arguments.values() if isinstance(item, Common)), None)
-        if then and common and not common.as_json and not typed & ONLY_SHOWN:
+        with ExitStack() as stack:
+            if hints.get("store") is Store:
+                arguments["store"] = stack.enter_context(common.open())
+            result = function(**arguments)
+            if result is not None and show is not None:
+                common.show(result, show)
+        if result is not None and failed is not None and (code := failed(result)):
+            raise typer.Exit(int(code))
+        if then and not common.as_json and not typed & ONLY_SHOWN:
             try:
-                with common.open(quiet=True) as store:
+                with common.open() as store:
                     steps = store.next_step()
             except StoreNotFoundError:  # of doctor, which needs none
                 steps = "cellstore init DIR", "cellstore demo"
@@ -344,9 +341,9 @@ def _with_options(function: Callable[..., None], then: bool) -> Callable[..., No
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
     every = [context, *sorted(shown.values(), key=lambda item: item.name != "preset")]
-    filled.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    filled.__annotations__ = {item.name: item.annotation for item in every}
-    return filled
+    run_command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {item.name: item.annotation for item in every}
+    return run_command
 
 
 def _parameter(item: Field) -> inspect.Parameter:

@@ -10,6 +10,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
+from cellstore.store import Store
 
 from . import output
 from .app import DEVICE, HTML, Common, command
@@ -31,6 +32,7 @@ WRAPPED = 20
 
 @command(app, "audit")
 def audit(
+    store: Store,
     common: Common,
     what: Annotated[
         list[str],
@@ -73,9 +75,8 @@ def audit(
         if kind != "run":
             raise UserInputError(f"Name the {kind}: cellstore audit {kind} NAME.")
         name = "latest"
-    with common.open(quiet=True) as store:
-        result = store.audit(name, kind)
-        page = None if html is None else store.lineage_page(result, html)
+    result = store.audit(name, kind)
+    page = None if html is None else store.lineage_page(result, html)
     if common.as_json:
         output.print_json(result.record)
         return
@@ -137,13 +138,31 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
             typer.echo(f"{below}and {len(part) - SHOWN:,} more (all with --json)")
 
 
-@command(app, "log")
+def _show_log(result: EventLog) -> None:
+    for entry in result.entries:
+        role = f" (database role {entry.role})" if entry.role else ""
+        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
+        when = entry.at[:16].replace("T", " ")
+        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
+        lines = [entry.command, *entry.changes]
+        if (number := sum(entry.rows.values())) > len(entry.changes):
+            lines.append(f"and {number - len(entry.changes):,} more changes")
+        lines += [f"why: {entry.reason}"] if entry.reason else []
+        for line in lines:
+            output.wrapped(line, output.GAP)
+    if not result.entries:
+        say("The log has no such command.")
+    if result.more:
+        say("There are older ones. To see more: --limit N")
+
+
+@command(app, "log", _show_log)
 def log(
-    common: Common,
+    store: Store,
     plate: str | None = option(None, "Only what was done to this plate.", metavar="PLATE"),
     run: str | None = option(None, "Only what this run did, and what became of it.", metavar="RUN"),
     limit: int = option(20, "Show at most this many.", metavar="N", min=1),
-) -> None:
+) -> EventLog:
     """Show which commands changed the store: who gave them, when, where and why.
 
     The newest come first. Files that were written for people (exports, reports, backups) are
@@ -154,36 +173,34 @@ def log(
       cellstore log
       cellstore log --plate BR00116991 --limit 100
     """
-    with common.open(quiet=True) as store:
-        result = store.log(plate=plate, run=run, limit=limit)
-    common.show(result, _show_log)
-
-
-def _show_log(result: EventLog) -> None:
-    for entry in result.entries:
-        role = f" (database role {entry.role})" if entry.role else ""
-        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
-        when = entry.at[:16].replace("T", " ")
-        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
-        output.wrapped(entry.command, output.GAP)
-        for change in entry.changes:
-            output.wrapped(change, output.GAP)
-        if (number := sum(entry.rows.values())) > len(entry.changes):
-            typer.echo(f"{output.GAP}and {number - len(entry.changes):,} more changes")
-        if entry.reason:
-            output.wrapped(f"why: {entry.reason}", output.GAP)
-    if not result.entries:
-        say("Nothing of that kind was done.")
-    if result.more:
-        say("There are older ones: see --limit.")
+    return store.log(plate=plate, run=run, limit=limit)
 
 
 CANNOT, SAME = "cannot be redone", "identical"
 EXIT_CODES = {"different": 1, CANNOT: 2}
 
 
-@command(app, "repro")
+def _show_check(result: Check) -> None:
+    rows = {"run": f"{result.run_id}: {result.stage}", "result": result.outcome}
+    if result.outcome != CANNOT:
+        rows["result"] += ", bit for bit" if result.outcome == SAME else ""
+        rows["compared"] = f"{result.compared:,} {result.what}"
+        rows["different"] = f"{result.differ:,}"
+        if result.largest:
+            rows["largest gap"] = f"{result.largest:.3g} (allowed: {result.tolerance:.3g})"
+        rows["recipe"] = "the same" if result.same_recipe else "another"
+        rows["took"] = f"{result.seconds:,.1f} s"
+    output.pairs(rows)
+    for line in result.differences:
+        typer.echo(f"  {output.cell(line)}")
+    lead = "because" if result.outcome == CANNOT else "note"
+    for reason in result.reasons:
+        typer.echo(f"{lead}: {output.cell(reason)}")
+
+
+@command(app, "repro", _show_check, lambda found: EXIT_CODES.get(found.outcome, 0))
 def repro(
+    store: Store,
     common: Common,
     run: Annotated[
         str,
@@ -205,7 +222,7 @@ def repro(
         "not hold it.",
     ),
     device: str = DEVICE,
-) -> None:
+) -> Check | None:
     """Print the commands and versions that redo a run, or redo it and compare.
 
     The script holds every step that the run relies on, from the ingested files (with their
@@ -221,18 +238,13 @@ def repro(
       cellstore repro "latest segment" --check --images 20
     """
     if check and out is not None:
-        raise UserInputError("--output is where the script goes: leave it out with --check.")
+        raise UserInputError("--check writes no script: remove --output.")
     if not check and (images is not None or weights is not None):
-        raise UserInputError("--images and --weights are options of --check: add it.")
-    with common.open(quiet=not check) as store:
-        if check:
-            found = store.check_run(run, images=images, device=device, weights=weights)
-        else:
-            script = store.repro(run)
-    if check:
-        _show_check(found, common)
-    else:
-        _show_script(script, out, common)
+        raise UserInputError("--images and --weights need --check: add it.")
+    if not check:
+        _show_script(store.repro(run), out, common)
+        return None
+    return store.check_run(run, images=images, device=device, weights=weights)
 
 
 def _show_script(result: Repro, out: Path | None, common: Common) -> None:
@@ -249,30 +261,3 @@ def _show_script(result: Repro, out: Path | None, common: Common) -> None:
         typer.echo(result.script, nl=False)
     else:
         say(f"Wrote {out}: {output.count(len(result.steps), 'step')}. Run it: bash {out}")
-
-
-def _show_check(result: Check, common: Common) -> None:
-    if common.as_json:
-        output.print_json(result)
-    else:
-        rows = {"run": f"{result.run_id}: {result.stage}", "result": result.outcome}
-        if result.outcome != CANNOT:
-            rows["result"] += ", bit for bit" if result.outcome == SAME else ""
-            rows |= {
-                "compared": f"{result.compared:,} {result.what}",
-                "different": f"{result.differ:,}",
-            }
-            if result.largest:
-                allowed = f"(allowed: {result.tolerance:.3g})"
-                rows["largest gap"] = f"{result.largest:.3g} {allowed}"
-            rows["recipe"] = "the same" if result.same_recipe else "another"
-            rows["took"] = f"{result.seconds:,.1f} s"
-        output.pairs(rows)
-        for line in result.differences:
-            typer.echo(f"  {output.cell(line)}")
-        lead = "because" if result.outcome == CANNOT else "note"
-        for reason in result.reasons:
-            typer.echo(f"{lead}: {output.cell(reason)}")
-    code = EXIT_CODES.get(result.outcome, 0)
-    if code:
-        raise typer.Exit(code)

@@ -9,9 +9,10 @@ import typer
 from cellstore.config import option
 from cellstore.enums import Control, Level
 from cellstore.errors import UnknownNameError
+from cellstore.store import Store
 
 from . import output
-from .app import Common, command
+from .app import command, confirm
 from .output import say
 
 if TYPE_CHECKING:
@@ -32,160 +33,6 @@ NamesArgument = Annotated[
 ]
 
 
-@command(app, "rename", then=True)
-def rename(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="plate or channel.")],
-    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that it has.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it gets.")],
-    common: Common,
-    plate: str | None = option(None, "Rename the channel on this plate only.", metavar="PLATE"),
-    reason: str | None = REASON,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Give a plate or a channel another name. To undo it, rename it back.
-
-    Tables that name a plate by its old name still find it.
-
-    \b
-    Example:
-      cellstore rename plate "Plate 1" BR00116991
-      cellstore rename channel ch1 DNA
-    """
-    with common.open(quiet=True) as store:
-        done = store.rename(kind, old, new, plate=plate, reason=reason, dry_run=dry_run)
-    common.show(done, _show)
-
-
-@command(app, "relabel", then=True)
-def relabel(
-    well: Annotated[str, typer.Argument(metavar="WELL", help="PLATE/A01.")],
-    common: Common,
-    reason: Annotated[str, NEEDED_REASON],
-    treatment: str | None = option(
-        None, "What the well got; none: it is not known.", metavar="NAME"
-    ),
-    dose: str | None = option(None, 'Its dose with unit, as in "5 uM".', metavar="DOSE"),
-    control: str | None = option(
-        None,
-        "Its role. Default: that of the other wells of the treatment.",
-        choices=(*(item.value for item in Control), "none"),
-    ),
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Correct what a well got. To undo it, relabel it back; audit shows what it had.
-
-    Labels that a split has frozen stay as they are. A table that was read before
-    does not undo this when it is read again.
-
-    \b
-    Example:
-      cellstore relabel BR00116991/A05 --treatment DMSO --reason "map was shifted"
-      cellstore relabel BR00116991/A06 --treatment taxol --dose "5 uM" --reason "page 12"
-    """
-    with common.open(quiet=True) as store:
-        done = store.relabel(
-            well, treatment=treatment, dose=dose, control=control, reason=reason, dry_run=dry_run
-        )
-    common.show(done, _show)
-
-
-@command(app, "exclude", then=True)
-def exclude(
-    kind: KindArgument,
-    name: NamesArgument,
-    common: Common,
-    reason: Annotated[str, NEEDED_REASON],
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Let a plate, well, image or cell count nowhere. It stays visible, with the reason.
-
-    Trainings, splits, votes, reports, contrasts and cell counts leave it out from now on. To
-    undo it: cellstore include.
-
-    \b
-    Example:
-      cellstore exclude well BR00116991/A05 --reason "debris"
-      cellstore exclude cell 4711 --reason "two nuclei"
-    """
-    with common.open(quiet=True) as store:
-        done = store.exclude(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
-    common.show(done, _show)
-
-
-@command(app, "include", then=True)
-def include(
-    kind: KindArgument,
-    name: NamesArgument,
-    common: Common,
-    reason: str | None = REASON,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Let something count again that was excluded.
-
-    \b
-    Example:
-      cellstore include well BR00116991/A05
-    """
-    with common.open(quiet=True) as store:
-        done = store.include(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
-    common.show(done, _show)
-
-
-@command(app, "undo", then=True)
-def undo(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="An ingest run, by its number.")],
-    common: Common,
-    reason: str | None = REASON,
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Take back what an ingest run brought or changed. To undo that, ingest again.
-
-    Nothing is changed if later work relies on it; what does is named. Predictions are never
-    deleted.
-
-    \b
-    Example:
-      cellstore undo 12 --dry-run
-      cellstore undo 12 --reason "wrong map"
-    """
-    with common.open(quiet=True) as store:
-        done = store.undo(run, reason=reason, dry_run=dry_run)
-    common.show(done, _show)
-
-
-@command(app, "delete", then=True)
-def delete(
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="plate. For splits: cellstore split delete.")
-    ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The plate.")],
-    common: Common,
-    reason: str | None = REASON,
-    yes: bool = option(False, "Do not ask."),
-    dry_run: bool = DRY_RUN,
-) -> None:
-    """Delete a plate with all that was made of it. To undo it, ingest it again.
-
-    A plate that predictions or splits rely on stays; they are named. Image files stay where
-    they are.
-
-    \b
-    Example:
-      cellstore delete plate BR00116991 --dry-run
-      cellstore delete plate BR00116991 --reason "test plate" --yes
-    """
-    if kind != "plate":
-        raise UnknownNameError.of("thing to delete", kind, ["plate"])
-    with common.open(quiet=True) as store:
-        if not (yes or dry_run):
-            plan = store.delete_plate(name, reason=reason, dry_run=True)
-            if not typer.confirm(f"Delete plate {name} ({_concerns(plan)})?", err=True):
-                say("Nothing was deleted.")
-                raise typer.Exit(1)
-        done = store.delete_plate(name, reason=reason, dry_run=dry_run)
-    common.show(done, _show)
-
-
 def _show(done: Correction) -> None:
     rows = [
         (change["name"], what, _shown(change["old"], what), _shown(change["new"], what))
@@ -194,11 +41,8 @@ def _show(done: Correction) -> None:
     ]
     if rows:
         output.table(("of", "what", "before", "after"), rows)
-    if len(done.changes) > SHOWN:
-        typer.echo(f"and {len(done.changes) - SHOWN:,} more (all with --json)")
+    output.say_more(len(done.changes) - SHOWN)
     output.pairs([("concerns", _concerns(done))])
-    for note in done.notes:
-        say(note)
     if done.dry_run:
         say("Nothing was changed: this was a dry run.")
 
@@ -213,3 +57,143 @@ def _shown(values: dict[str, Any] | None, what: str) -> Any:
     if isinstance(value, dict):  # metadata
         return ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in value.items()) or "-"
     return "-" if value is None else value
+
+
+@command(app, "rename", _show, then=True)
+def rename(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="plate or channel.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that it has.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it gets.")],
+    store: Store,
+    plate: str | None = option(None, "Rename the channel on this plate only.", metavar="PLATE"),
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Give a plate or a channel another name. To undo it, rename it back.
+
+    Tables that name a plate by its old name still find it.
+
+    \b
+    Example:
+      cellstore rename plate "Plate 1" BR00116991
+      cellstore rename channel ch1 DNA
+    """
+    return store.rename(kind, old, new, plate=plate, reason=reason, dry_run=dry_run)
+
+
+@command(app, "relabel", _show, then=True)
+def relabel(
+    well: Annotated[str, typer.Argument(metavar="WELL", help="PLATE/A01.")],
+    store: Store,
+    reason: Annotated[str, NEEDED_REASON],
+    treatment: str | None = option(
+        None, "What the well got; none: it is not known.", metavar="NAME"
+    ),
+    dose: str | None = option(None, 'Its dose with unit, as in "5 uM".', metavar="DOSE"),
+    control: str | None = option(
+        None,
+        "Its role. Default: that of the other wells of the treatment.",
+        choices=(*(item.value for item in Control), "none"),
+    ),
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Correct what a well got. To undo it, relabel it back; audit shows what it had.
+
+    Labels that a split has frozen stay as they are. A table that was read before
+    does not undo this when it is read again.
+
+    \b
+    Example:
+      cellstore relabel BR00116991/A05 --treatment DMSO --reason "map was shifted"
+      cellstore relabel BR00116991/A06 --treatment taxol --dose "5 uM" --reason "page 12"
+    """
+    return store.relabel(
+        well, treatment=treatment, dose=dose, control=control, reason=reason, dry_run=dry_run
+    )
+
+
+@command(app, "exclude", _show, then=True)
+def exclude(
+    kind: KindArgument,
+    name: NamesArgument,
+    store: Store,
+    reason: Annotated[str, NEEDED_REASON],
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Exclude a plate, well, image or cell: it no longer counts, but stays visible.
+
+    Trainings, splits, votes, reports, contrasts and cell counts leave it out from now on, and
+    audit shows the reason. To undo it: cellstore include.
+
+    \b
+    Example:
+      cellstore exclude well BR00116991/A05 --reason "debris"
+      cellstore exclude cell 4711 --reason "two nuclei"
+    """
+    return store.exclude(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
+
+
+@command(app, "include", _show, then=True)
+def include(
+    kind: KindArgument,
+    name: NamesArgument,
+    store: Store,
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Include a plate, well, image or cell again that was excluded.
+
+    \b
+    Example:
+      cellstore include well BR00116991/A05
+    """
+    return store.include(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
+
+
+@command(app, "undo", _show, then=True)
+def undo(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An ingest run, by its number.")],
+    store: Store,
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Take back what an ingest run brought or changed. To undo that, ingest again.
+
+    Nothing is changed if later work relies on it; what does is named. Predictions are never
+    deleted.
+
+    \b
+    Example:
+      cellstore undo 12 --dry-run
+      cellstore undo 12 --reason "wrong map"
+    """
+    return store.undo(run, reason=reason, dry_run=dry_run)
+
+
+@command(app, "delete", _show, then=True)
+def delete(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="plate. For splits: cellstore split delete.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The plate.")],
+    store: Store,
+    reason: str | None = REASON,
+    yes: bool = option(False, "Do not ask."),
+    dry_run: bool = DRY_RUN,
+) -> Correction:
+    """Delete a plate with all that was made of it. To undo it, ingest it again.
+
+    A plate that predictions or splits rely on stays; they are named. Image files stay where
+    they are.
+
+    \b
+    Example:
+      cellstore delete plate BR00116991 --dry-run
+      cellstore delete plate BR00116991 --reason "test plate" --yes
+    """
+    if kind != "plate":
+        raise UnknownNameError.of("thing to delete", kind, ["plate"])
+    if not (yes or dry_run):
+        plan = store.delete_plate(name, reason=reason, dry_run=True)
+        confirm(f"Delete plate {name} ({_concerns(plan)})?")
+    return store.delete_plate(name, reason=reason, dry_run=dry_run)

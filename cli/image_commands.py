@@ -19,6 +19,7 @@ from cellstore.config import (
     option,
 )
 from cellstore.enums import CellFlagReason, ImageFlagReason
+from cellstore.store import Store
 
 from . import output
 from .app import (
@@ -50,6 +51,7 @@ def segment(
     params: SegmentParams,
     selection: Selection,
     resources: Resources,
+    store: Store,
     common: Common,
     preset: str | None = PRESET,
     preview: int | None = option(
@@ -83,28 +85,12 @@ def segment(
             "--preview looks at a few images in this process. Leave out --dry-run, --workers and "
             "--scheduler."
         )
-    with common.open() as store:
-        if preview is not None:
-            shown = store.preview(
-                params,
-                selection,
-                count=preview,
-                folder=preview_dir,
-                weights_dir=weights_dir,
-                device=device,
-            )
-        else:
-            result = store.segment(
-                params,
-                selection,
-                weights_dir=weights_dir,
-                device=device,
-                resources=resources,
-                dry_run=dry_run,
-            )
+    where: Any = {"weights_dir": weights_dir, "device": device}
     if preview is not None:
+        shown = store.preview(params, selection, count=preview, folder=preview_dir, **where)
         _show_preview(shown, common)
     else:
+        result = store.segment(params, selection, resources=resources, dry_run=dry_run, **where)
         _end_jobs({"": result}, common, "segmented", "cells found")
 
 
@@ -174,6 +160,12 @@ def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str)
     )
 
 
+def _left(result: JobsResult | QcResult) -> dict[str, int]:
+    """Return the numbers of images that were not tried, as far as there are any."""
+    counts = {"images missing files": result.waiting, "failed before": result.failed_before}
+    return {name: number for name, number in counts.items() if number}
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -190,8 +182,7 @@ def list_failures(failures: Sequence[tuple[str, str]], word: str = "failed") -> 
     for reason, failed in list(names.items())[:SHOWN_FAILURES]:
         more = f" and {len(failed) - SHOWN_FAILURES} more" if len(failed) > SHOWN_FAILURES else ""
         output.wrapped(f"{word} {', '.join(failed[:SHOWN_FAILURES])}{more}: {reason}")
-    if len(names) > SHOWN_FAILURES:
-        typer.echo(f"and {len(names) - SHOWN_FAILURES} more: see cellstore jobs --failed")
+    output.say_more(len(names) - SHOWN_FAILURES, how="see: cellstore jobs --failed")
 
 
 def end_with_failures(
@@ -240,15 +231,9 @@ def _end_jobs(
         elif show is not None:
             show()
         else:
-            shown = {
-                "run": result.run_id,
-                "recipe": result.recipe_id,
-                f"images {verb}": result.done,
-                cells: result.cells,
-                "images missing files": result.waiting or None,
-                "failed before": result.failed_before or None,
-            }
-            output.pairs({name: value for name, value in shown.items() if value is not None})
+            shown = {"run": result.run_id, "recipe": result.recipe_id}
+            shown |= {f"images {verb}": result.done, cells: result.cells}
+            output.pairs(shown | _left(result))
         if result.failures and show is None and not are_gone(result.failures):
             list_failures(result.failures)
         if len(results) > 1:
@@ -331,6 +316,7 @@ def qc(
     params: QcParams,
     selection: Selection,
     resources: Resources,
+    store: Store,
     common: Common,
     segmentation: str | None = SEGMENTATION,
     listed: bool = option(False, "List the flagged images with reason and value.", name="--list"),
@@ -353,18 +339,17 @@ def qc(
       cellstore qc --plate BR00116991 --html qc.html
       cellstore qc --outlier 4 --list
     """
-    with common.open() as store:
-        result = store.qc(
-            params,
-            selection,
-            segmentation=segmentation,
-            html=None if dry_run else html,
-            plot=None if dry_run else plot,
-            resources=resources,
-            dry_run=dry_run,
-        )
-        if listed:
-            result = replace(result, flags=store.flagged_images(result))
+    result = store.qc(
+        params,
+        selection,
+        segmentation=segmentation,
+        html=None if dry_run else html,
+        plot=None if dry_run else plot,
+        resources=resources,
+        dry_run=dry_run,
+    )
+    if listed:
+        result = replace(result, flags=store.flagged_images(result))
     _end_jobs({"": result}, common, "looked at", show=lambda: _show_qc(result, listed=listed))
 
 
@@ -372,13 +357,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
     if result.already_done:
         typer.echo(f"Nothing has changed since run {result.run_id}, which found:")
     else:
-        shown = {
-            "run": result.run_id,
-            "images looked at now": result.done,
-            "images missing files": result.waiting or None,
-            "failed before": result.failed_before or None,
-        }
-        output.pairs({name: value for name, value in shown.items() if value is not None})
+        output.pairs({"run": result.run_id, "images looked at now": result.done} | _left(result))
     typer.echo("")
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",
@@ -420,8 +399,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
             for flag in result.flags
         ]
         output.table(["image", "reason", "channel", "value", "usual"], flags)
-    for note in result.notes:
-        say(note)
+    output.say_notes(result.notes)
     list_failures(result.failures)
     for name, path in (("page", result.html), ("picture", result.picture)):
         if path:
@@ -432,41 +410,6 @@ def _numbers(
     found: Mapping[str, int], reasons: Mapping[ImageFlagReason, str] | Mapping[CellFlagReason, str]
 ) -> list[int]:
     return [found.get(reason.value, 0) for reason in reasons]
-
-
-@command(app, "finetune")
-def finetune(
-    masks: Annotated[
-        list[Path],
-        typer.Option(
-            "--masks",
-            metavar="DIR|FILE",
-            help="Corrected label images (TIFF, PNG or NPY), named like their images; may be given "
-            "several times.",
-        ),
-    ],
-    params: FinetuneParams,
-    common: Common,
-    plate: str | None = option(
-        None, "The plate of the masks, where several have images of these names.", metavar="BARCODE"
-    ),
-    weights_dir: Path | None = WEIGHTS_DIR,
-    device: str = DEVICE,
-) -> None:
-    """Teach a Cellpose network with masks that you corrected.
-
-    The masks are matched to images by name, as in 'cellstore ingest'. Some wells are not learned
-    from: the average precision (IoU 0.5) on them, before and after, shows whether the new network
-    is better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
-
-    \b
-    Example:
-      cellstore finetune --masks corrected/ --channels DNA
-      cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
-    """
-    with common.open() as store:
-        result = store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)
-    common.show(result, _show_finetune)
 
 
 def _show_finetune(result: FinetuneResult) -> None:
@@ -487,11 +430,43 @@ def _show_finetune(result: FinetuneResult) -> None:
     )
     for item in result.refused[:SHOWN_FAILURES]:
         say(f"Not used: {item['file']}: {item['reason']}")
-    if len(result.refused) > SHOWN_FAILURES:
-        say(f"and {len(result.refused) - SHOWN_FAILURES} more files.")
+    output.say_more(len(result.refused) - SHOWN_FAILURES, " files")
     if before is None or after is None:
         say("No image was held out, so nobody knows whether the new network is better.")
     elif after < before:
         say("The new network is worse on the held-out images. More masks, or fewer --epochs, help.")
     size = "" if error is not None else " --diameter PIXELS"
     say(f"Next: cellstore segment --model {result.model}{size} --preview 6")
+
+
+@command(app, "finetune", _show_finetune)
+def finetune(
+    masks: Annotated[
+        list[Path],
+        typer.Option(
+            "--masks",
+            metavar="DIR|FILE",
+            help="Corrected label images (TIFF, PNG or NPY), named like their images; may be given "
+            "several times.",
+        ),
+    ],
+    params: FinetuneParams,
+    store: Store,
+    plate: str | None = option(
+        None, "The plate of the masks, where several have images of these names.", metavar="BARCODE"
+    ),
+    weights_dir: Path | None = WEIGHTS_DIR,
+    device: str = DEVICE,
+) -> FinetuneResult:
+    """Teach a Cellpose network with masks that you corrected.
+
+    The masks are matched to images by name, as in 'cellstore ingest'. Some wells are not learned
+    from: the average precision (IoU 0.5) on them, before and after, shows whether the new network
+    is better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
+
+    \b
+    Example:
+      cellstore finetune --masks corrected/ --channels DNA
+      cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
+    """
+    return store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)

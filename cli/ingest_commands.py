@@ -13,6 +13,7 @@ import typer
 from cellstore.config import IngestParams, Selection, option
 from cellstore.enums import Look, Severity
 from cellstore.errors import StoreNotFoundError, UserInputError
+from cellstore.store import Store
 
 from . import output
 from .app import Common, command
@@ -20,7 +21,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import RelocateResult
+    from cellstore.stages.ingest.ingest import RefreshResult, RelocateResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -111,8 +112,7 @@ def ingest(
     if common.as_json:
         output.print_json(result)
     else:
-        for note in result.notes:
-            say(note)
+        output.say_notes(result.notes)
         names = ("rows", "created", "updated", "unchanged", "refused")
         shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
         if result.cells:
@@ -157,7 +157,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
     with ExitStack() as stack:
         workspace = None
         try:  # compared with what a store has
-            workspace = stack.enter_context(common.open(quiet=True)).workspace
+            workspace = stack.enter_context(common.open()).workspace
         except StoreNotFoundError:
             if common.store is not None or choose_layout(source, params).kind.value != "images":
                 raise
@@ -165,8 +165,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
     if common.as_json:
         output.print_json(found)
     else:
-        for note in found.notes:
-            say(note)
+        output.say_notes(found.notes)
         kind = Layout(found.layout).kind.value
         numbers = sorted(found.channels.items())
         channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
@@ -201,8 +200,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         groups = found.columns.most_common()
         if groups:
             output.table(["columns that begin with", "number"], groups[:SHOWN_FILES])
-        if len(groups) > SHOWN_FILES:
-            say(f"and {len(groups) - SHOWN_FILES:,} more; --json shows all")
+            output.say_more(len(groups) - SHOWN_FILES)
         rows = [
             ["" if (value := getattr(row, name)) is None else value for name in columns]
             for row in found.files[:SHOWN_FILES]
@@ -212,8 +210,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         if found.treated:
             wells = [[w.plate, w.well, w.treatment, w.control, w.change] for w in found.treated]
             output.table(["plate", "well", "treatment", "control", "change"], wells[:SHOWN_WELLS])
-            if len(found.wells) > SHOWN_WELLS:
-                say(f"and {len(found.wells) - SHOWN_WELLS:,} more wells; --json shows more")
+            output.say_more(len(found.wells) - SHOWN_WELLS, " wells", "more with --json")
         _show_issues(found.issues)
         say("Nothing was written: this was a dry run.")
     if found.refused:
@@ -232,8 +229,22 @@ def _show_issues(issues: Sequence[Issue]) -> None:
             output.grouped([(where, item.reason, item.detail) for where, item in found])
 
 
-@command(app, "refresh", then=True)
-def refresh(selection: Selection, common: Common) -> None:
+def _show_refresh(result: RefreshResult) -> None:
+    output.pairs(
+        {
+            "run": result.run_id,
+            "images looked at": result.images,
+            "changed": result.changed,
+            "problems": result.n_problems,
+        }
+    )
+    _show_issues(result.problems)
+    if result.changed:
+        say("See what is out of date with: cellstore status")
+
+
+@command(app, "refresh", _show_refresh, lambda result: result.n_problems > 0, then=True)
+def refresh(selection: Selection, store: Store) -> RefreshResult:
     """Look again at the image files that the store knows, and find which have changed.
 
     Files whose size or time has changed are read again. What was made from a file that has
@@ -245,35 +256,29 @@ def refresh(selection: Selection, common: Common) -> None:
       cellstore refresh
       cellstore refresh --plate BR00116991
     """
-    with common.open() as store:
-        result = store.refresh(selection)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        output.pairs(
-            {
-                "run": result.run_id,
-                "images looked at": result.images,
-                "changed": result.changed,
-                "problems": result.n_problems,
-            }
-        )
-        _show_issues(result.problems)
-        if result.changed:
-            say("See what is out of date with: cellstore status")
-    if result.n_problems:
-        raise typer.Exit(1)
+    return store.refresh(selection)
 
 
-@command(app, "relocate", then=True)
+def _show_relocate(result: RelocateResult) -> None:
+    verb = "would be read" if result.dry_run else "are now read"
+    for before, after, files in result.folders[:SHOWN_FILES]:
+        typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
+    output.say_more(len(result.folders) - SHOWN_FILES, " folders")
+    if result.missing:
+        say(f"{output.count(result.missing, 'file')} are in neither folder.")
+    if result.dry_run:
+        say("Nothing was written: this was a dry run.")
+
+
+@command(app, "relocate", _show_relocate, then=True)
 def relocate(
     old: Annotated[str, typer.Argument(metavar="OLD", help="The folder where the files were.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The folder where they are now.")],
-    common: Common,
+    store: Store,
     check: bool = option(False, "Read every file, also those of the same size and time."),
     reason: str | None = option(None, "Why; it is kept with the change.", metavar="TEXT"),
     dry_run: bool = option(False, "Only look whether the files are there."),
-) -> None:
+) -> RelocateResult:
     """Tell the store that image files were moved or copied to another folder.
 
     All folders whose names begin with OLD begin with NEW from now on. Each file must be there: of
@@ -284,18 +289,4 @@ def relocate(
       cellstore relocate /data/plate1 /archive/plate1
       cellstore relocate /mnt/old /mnt/new --dry-run
     """
-    with common.open() as store:
-        result = store.relocate(old, new, check=check, dry_run=dry_run, reason=reason)
-    common.show(result, _show_relocate)
-
-
-def _show_relocate(result: RelocateResult) -> None:
-    verb = "would be read" if result.dry_run else "are now read"
-    for before, after, files in result.folders[:SHOWN_FILES]:
-        typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
-    if len(result.folders) > SHOWN_FILES:
-        typer.echo(f"and {len(result.folders) - SHOWN_FILES:,} more folders (all with --json)")
-    if result.missing:
-        say(f"{output.count(result.missing, 'file')} of them in neither place.")
-    if result.dry_run:
-        say("Nothing was written: this was a dry run.")
+    return store.relocate(old, new, check=check, dry_run=dry_run, reason=reason)

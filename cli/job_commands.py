@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import option
+from cellstore.store import Store
 
 from . import output
 from .app import Common, command, say_next
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.manage_jobs import JobsList
+    from cellstore.stages.manage_jobs import JobsList, RetryResult
     from cellstore.stages.status import RecipeStatus, StatusResult
     from cellstore.stages.verify import VerifyResult
 
@@ -30,16 +31,14 @@ IMAGE = option(
 
 
 @command(app, "status")
-def status(common: Common) -> None:
+def status(store: Store, common: Common) -> None:
     """Show what is in the store, what is done, what is out of date, and what failed.
 
     \b
     Example:
       cellstore status
     """
-    with common.open(quiet=True) as store:
-        result = store.status()
-    common.show(result, lambda found: _show_status(found, common))
+    common.show(store.status(), lambda found: _show_status(found, common))
 
 
 def _show_status(result: StatusResult, common: Common) -> None:
@@ -103,6 +102,7 @@ def _relations(recipe: RecipeStatus) -> str:
 
 @command(app, "jobs")
 def jobs(
+    store: Store,
     common: Common,
     failed: bool = option(False, "List the images that failed, and why."),
     running: bool = option(False, "List what is being worked on, and by whom."),
@@ -132,14 +132,8 @@ def jobs(
     if len(chosen) > 1:
         raise typer.BadParameter("Choose one of --failed, --running and --pending.")
     state = chosen[0] if chosen else None
-    with common.open(quiet=True) as store:
-        result = store.jobs(
-            stage=stage,
-            status=state,
-            recipe=recipe,
-            image=image,
-            limit=limit if state or common.as_json else 0,
-        )
+    shown = limit if state or common.as_json else 0
+    result = store.jobs(stage=stage, status=state, recipe=recipe, image=image, limit=shown)
     if common.as_json:
         output.print_json(result)
     elif state is None:
@@ -185,18 +179,29 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
             ("job", "stage", "image", "tries", "next try in s", "last error"),
             [(j.job_id, j.stage, j.image, j.attempts, j.wait, j.reason) for j in result.jobs],
         )
-    if result.more:
-        typer.echo(f"and {result.more:,} more (see --limit)")
+    output.say_more(result.more, how="see --limit")
 
 
-@command(app, "retry")
+def _show_retry(result: RetryResult) -> None:
+    if not result.jobs and not result.lost_files:
+        typer.echo("No image has failed.")
+        return
+    lost = output.count(result.lost_files, "file is gone.", "files are gone.")
+    opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
+    found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
+    typer.echo(f"{' '.join(found)} Now run:")
+    for words in result.commands:
+        typer.echo(f"  {output.cell(words)}")
+
+
+@command(app, "retry", _show_retry)
 def retry(
-    common: Common,
+    store: Store,
     stage: str | None = STAGE,
     run: str | None = option(None, "Only what failed in this run.", metavar="RUN"),
     image: str | None = IMAGE,
-) -> None:
-    """Give images that failed another try.
+) -> RetryResult:
+    """Try images again that failed.
 
     It opens their jobs again, also those of masks and feature files that are gone, and shows the
     command that does them.
@@ -206,28 +211,21 @@ def retry(
       cellstore retry
       cellstore retry --stage segment --image P1/A01/2
     """
-    with common.open(quiet=True) as store:
-        result = store.retry(stage=stage, run=run, image=image)
-    if common.as_json:
-        output.print_json(result)
-    elif not result.jobs and not result.lost_files:
-        typer.echo("No image has failed.")
-    else:
-        lost = output.count(result.lost_files, "file is gone.", "files are gone.")
-        opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
-        found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
-        typer.echo(f"{' '.join(found)} Now run:")
-        for words in result.commands:
-            typer.echo(f"  {output.cell(words)}")
+    return store.retry(stage=stage, run=run, image=image)
 
 
-@command(app, "cancel", then=True)
+def _show_cancelled(done: dict[str, Any]) -> None:
+    runs = ", ".join(map(str, done["cancelled"]))
+    typer.echo(f"Cancelled: run {runs}" if runs else "Nothing is running.")
+
+
+@command(app, "cancel", _show_cancelled, then=True)
 def cancel(
-    common: Common,
+    store: Store,
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="The run. Default: all that are running.")
     ] = None,
-) -> None:
+) -> dict[str, Any]:
     """Ask running commands to end, here or on other machines.
 
     They finish their present images, begin no new ones, and end. A training ends
@@ -238,18 +236,12 @@ def cancel(
       cellstore cancel
       cellstore cancel 12
     """
-    with common.open(quiet=True) as store:
-        runs = store.cancel(run)
-    if common.as_json:
-        output.print_json({"cancelled": runs})
-    elif runs:
-        typer.echo(f"Cancelled: run {', '.join(map(str, runs))}")
-    else:
-        typer.echo("Nothing is running.")
+    return {"cancelled": store.cancel(run)}
 
 
 @command(app, "verify", then=True)
 def verify(
+    store: Store,
     common: Common,
     fix: bool = option(
         False,
@@ -281,8 +273,7 @@ def verify(
       cellstore verify --fix
       cellstore verify --against seal.json
     """
-    with common.open() as store:
-        result = store.verify(fix=fix, minutes=older_than, against=against)
+    result = store.verify(fix=fix, minutes=older_than, against=against)
     if common.as_json:
         output.print_json({"ok": result.ok, **output.plain(result)})
     else:
@@ -327,6 +318,7 @@ def _show_verify(result: VerifyResult) -> None:
 
 @command(app, "seal")
 def seal(
+    store: Store,
     common: Common,
     file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
 ) -> None:
@@ -340,8 +332,7 @@ def seal(
       cellstore seal seal.json
       cellstore verify --against seal.json
     """
-    with common.open() as store:
-        head = store.seal(file)
+    head = store.seal(file)
     if common.as_json:
         output.print_json(head)
     else:
@@ -379,6 +370,10 @@ def doctor(common: Common) -> None:
             line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
             typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
         broken = sum(found.state == "broken" for found in result.findings)
-        say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
+        say(
+            f"{output.count(broken, 'thing is', 'things are')} broken."
+            if broken
+            else "Everything works."
+        )
     if not result.ok:
         raise typer.Exit(1)

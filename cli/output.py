@@ -23,7 +23,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.settings import Progress, check_not_of_a_store
+from cellstore.settings import Progress, check_new_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,10 +43,25 @@ SHOWN_ROWS = 1000
 
 
 def say(text: str) -> None:
-    """Tell a person something, beside the data on stdout."""
+    """Tell a person something, beside the data on stdout.
+
+    A line that begins with a space is a command to copy: it stays one line.
+    """
     if sys.stderr.isatty():
-        text = "\n".join(map(filled, text.split("\n")))
+        text = "\n".join(x if x.startswith(" ") else filled(x) for x in text.split("\n"))
     typer.echo(text, err=True)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Tell a person what to know of a result, in lines that fit a terminal, also in a pipe."""
+    for note in notes:
+        say(filled(note))
+
+
+def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
+    """Tell a person that a list goes on, if it does."""
+    if number > 0:
+        typer.echo(f"and {number:,} more{what} ({how})")
 
 
 def plain(value: Any) -> Any:
@@ -234,7 +249,7 @@ def table(
             )
             lines.append((margin + GAP.join(aligned)).rstrip())
     if shown < len(headers):
-        lines.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
+        lines.append(cell(f"Columns not shown: {', '.join(map(cell, headers[shown:]))}", room))
     data = "\n".join([*lines, ""]).encode(errors="replace")
     if file is None:
         typer.echo(data, nl=False)
@@ -291,26 +306,11 @@ class AnswerOptions:
                 file that is there already, or that has no folder.
         """
         if self.output is not None:
-            check_output(self.output, replace=self.replace)
+            check_new_file(self.output, replace=self.replace)
         if self.format is Format.PARQUET and self.output is None:
             raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
         if self.for_spreadsheet and self.format is not Format.CSV:
-            raise UserInputError("Only CSV is opened in spreadsheets: add --format csv.")
-
-
-def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse a file that would replace another, or lie in a folder that is not there.
-
-    Raises:
-        UserInputError: it is so.
-    """
-    check_not_of_a_store(output)
-    if output.is_dir():
-        raise UserInputError(f"{output} is a folder. Name a file in it.")
-    if output.exists() and output.is_file() and not replace:
-        raise UserInputError(f"{output} is there already. Name another file, or add --replace.")
-    if not output.parent.is_dir():
-        raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
+            raise UserInputError("--for-spreadsheet is for CSV only: add --format csv.")
 
 
 def write(

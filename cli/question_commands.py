@@ -18,6 +18,7 @@ import typer
 from cellstore.artifacts import part_prefix
 from cellstore.config import Selection, option, option_of
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.store import Store
 
 from . import output
 from .app import MEASUREMENT, SEGMENTATION, Common, command
@@ -26,7 +27,7 @@ from .output import AnswerOptions, Format, say
 if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
     from cellstore.query.guard import Limits
-    from cellstore.store import Store
+    from cellstore.stages.export import ExportResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -97,6 +98,7 @@ def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
 @command(app, "sql")
 def sql(
     answer: AnswerOptions,
+    store: Store,
     common: Common,
     query: Annotated[
         str | None, typer.Argument(metavar="[QUERY]", help="The question; '-' reads it from stdin.")
@@ -132,13 +134,11 @@ def sql(
     parameters = dict(map(_parameter, param or ()))
     limits = Limits(seconds=seconds, memory_mb=memory)
     question = _question(query, file)
-    with common.open(quiet=True) as store:
+    with confined(store, limits), store.open_questions(limits) as questions:
         if explain:
-            with store.open_questions(limits) as questions:
-                typer.echo(questions.plan(question, parameters))
+            typer.echo(questions.plan(question, parameters))
         else:
-            with confined(store, limits), store.open_questions(limits) as questions:
-                output.write(questions.ask(question, parameters), answer)
+            output.write(questions.ask(question, parameters), answer)
 
 
 def _question(query: str | None, file: Path | None) -> str:
@@ -176,6 +176,7 @@ def _parameter(text: str) -> tuple[str, object]:
 def ask(
     context: typer.Context,
     answer: AnswerOptions,
+    store: Store,
     common: Common,
     words: Annotated[
         list[str] | None,
@@ -205,20 +206,19 @@ def ask(
 
     name, given = _name_and_values([*(words or ()), *context.args])
     answer = _checked(answer, common)
-    with common.open(quiet=True) as store:
-        if name is None:
-            _list_questions(store, common)
-            return
-        question = store.question(name)
-        if show_sql:
-            typer.echo(question.text.rstrip("\n"))
-            return
-        if question.replaces:
-            say(f"This is your own question, {question.path}, instead of the one of cellstore.")
-        values = store.question_values(question, given)
-        limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
-        with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
-            output.write(questions.ask(question.query, values), answer)
+    if name is None:
+        _list_questions(store, common)
+        return
+    question = store.question(name)
+    if show_sql:
+        typer.echo(question.text.rstrip("\n"))
+        return
+    if question.replaces:
+        say(f"This is your own question, {question.path}, instead of the one of cellstore.")
+    values = store.question_values(question, given)
+    limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
+    with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
+        output.write(questions.ask(question.query, values), answer)
 
 
 def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -268,6 +268,7 @@ def _first_sentence(words: str) -> str:
 
 @command(app, "schema")
 def schema(
+    store: Store,
     common: Common,
     table: Annotated[
         str | None,
@@ -279,7 +280,7 @@ def schema(
         "text", "mermaid: a diagram of the tables and of what refers to what.", name="--format"
     ),
 ) -> None:
-    """Say what every table, view and column is, in words.
+    """Explain every table, view and column.
 
     \b
     Example:
@@ -287,11 +288,8 @@ def schema(
       cellstore schema cells
       cellstore schema --format mermaid
     """
-    with common.open(quiet=True) as store:
-        every = store.schema()
-    chosen = every
-    if table is not None:
-        chosen = [item for item in every if item.name.lower() == table.lower()]
+    every = store.schema()
+    chosen = [item for item in every if table is None or item.name.lower() == table.lower()]
     if not chosen:
         raise UnknownNameError.of("table", table, [item.name for item in every])
     if common.as_json or form == "json":
@@ -345,10 +343,25 @@ def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
 ENDINGS = {".csv": "csv", ".h5ad": "anndata", ".parquet": "parquet", ".pq": "parquet"}
 
 
-@command(app, "export", then=True)
+def _show_export(result: ExportResult) -> None:
+    output.pairs(
+        {
+            "written": result.path,
+            "format": result.format,
+            "cells": result.cells,
+            "excluded": f"{result.excluded:,} cells left out",
+            "features": f"{result.features:,} of {', '.join(result.feature_sets) or 'basic'}",
+            "recipes": f"segment {result.segment_recipe}, measure "
+            + ", ".join(map(str, result.measure_recipes)),
+            "plates": result.plates,
+        }
+    )
+
+
+@command(app, "export", _show_export, then=True)
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
-    common: Common,
+    store: Store,
     form: str | None = option(
         None,
         "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.",
@@ -372,7 +385,7 @@ def export(
         "table no longer reads back as it was.",
     ),
     force: bool = option(False, "Replace OUT if it is there."),
-) -> None:
+) -> ExportResult:
     """Write a table with a row per cell, for pycytominer and other tools.
 
     Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
@@ -390,30 +403,14 @@ def export(
             f"The ending of {out.name} is none of {', '.join(ENDINGS)}. Choose a format with "
             "--format."
         )
-    with common.open() as store:
-        result = store.export(
-            out,
-            format=written,
-            features=features,
-            segmentation=segmentation,
-            measurement=measurement,
-            plates=plates,
-            include_excluded=include_excluded,
-            for_spreadsheet=for_spreadsheet,
-            force=force,
-        )
-    if common.as_json:
-        output.print_json(result)
-        return
-    output.pairs(
-        {
-            "written": result.path,
-            "format": result.format,
-            "cells": result.cells,
-            "excluded": f"{result.excluded:,} cells left out",
-            "features": f"{result.features:,} of {', '.join(result.feature_sets) or 'basic'}",
-            "recipes": f"segment {result.segment_recipe}, measure "
-            + ", ".join(map(str, result.measure_recipes)),
-            "plates": result.plates,
-        }
+    return store.export(
+        out,
+        format=written,
+        features=features,
+        segmentation=segmentation,
+        measurement=measurement,
+        plates=plates,
+        include_excluded=include_excluded,
+        for_spreadsheet=for_spreadsheet,
+        force=force,
     )

@@ -18,7 +18,6 @@ from .app import Common, command, say_next
 from .output import Bar, say
 
 if TYPE_CHECKING:
-    from cellstore.jobs.workspace import Workspace
     from cellstore.stages.backup import Backup
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -67,12 +66,29 @@ def init(
         return
     typer.echo(f"{'Made the store' if created else 'There is already a store:'} {root}")
     output.pairs({"database": shown})
-    with replace(common, store=folder or common.store).open(quiet=True) as store:
-        say_next(store.next_step(), replace(common, store=folder or common.store))
+    here = replace(common, store=folder or common.store)
+    with here.open() as store:
+        say_next(store.next_step(), here)
+
+
+def _show_backup(result: Backup) -> None:
+    output.pairs(
+        {
+            "backup": result.file,
+            "made at": result.made_at,
+            "size": f"{result.size_bytes / 1e6:,.1f} MB",
+            "rows": result.rows,
+            "files": result.artifacts,
+        }
+    )
+    if result.missing:
+        some = ", ".join(result.missing[:3]) + (", ..." if len(result.missing) > 3 else "")
+        say(f"Not in it, because they are gone or have changed: {some}. See: cellstore verify")
 
 
 @command(app, "backup")
 def backup(
+    store: Store,
     common: Common,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to, for example screen.tar.")],
     dry_run: bool = option(False, "Only say what would go in, and how large it would be."),
@@ -87,8 +103,7 @@ def backup(
       cellstore backup /backups/screen-2026-03-04.tar --dry-run
       cellstore backup /backups/screen-2026-03-04.tar
     """
-    with common.open() as store:
-        result = store.backup(file, dry_run=dry_run)
+    result = store.backup(file, dry_run=dry_run)
     common.show(result, _show_backup)
     if not common.as_json:
         if dry_run:
@@ -129,28 +144,13 @@ def restore(
             say_next(("cellstore verify",), replace(common, store=folder))
 
 
-def _show_backup(result: Backup) -> None:
-    output.pairs(
-        {
-            "backup": result.file,
-            "made at": result.made_at,
-            "size": f"{result.size_bytes / 1e6:,.1f} MB",
-            "rows": result.rows,
-            "files": result.artifacts,
-        }
-    )
-    if result.missing:
-        some = ", ".join(result.missing[:3]) + (", ..." if len(result.missing) > 3 else "")
-        say(f"Not in it, because they are gone or have changed: {some}. See: cellstore verify")
-
-
-@command(app, "demo")
+@app.command("demo")
 def demo(
     context: typer.Context,
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where the demo goes; a new folder.")
     ] = Path("cellstore-demo"),
-    seed: int = option(1, "Same seed, same plates.", min=0),
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same plates.")] = 1,
 ) -> None:
     """Render a small screen and run every stage on it.
 
@@ -190,15 +190,17 @@ def db_upgrade(common: Common) -> None:
     Example:
       cellstore db upgrade
     """
-    from cellstore.jobs.workspace import upgrade_schema
+    from cellstore.jobs.workspace import open_workspace, upgrade_schema
+    from cellstore.settings import find_store
 
-    before, after = upgrade_schema(_connected(common).database)
+    database = open_workspace(find_store(common.store), any_schema=True).database
+    before, after = upgrade_schema(database)
     say("The schema was up to date." if before == after else f"Upgraded from {before}.")
     typer.echo(after)
 
 
 @command(db, "check")
-def db_check(common: Common) -> None:
+def db_check(store: Store) -> None:
     """Compare the tables of the store with what cellstore needs.
 
     Ends with 1 if they differ, and lists how.
@@ -209,33 +211,10 @@ def db_check(common: Common) -> None:
     """
     from cellstore.db import migrate
 
-    with common.open(quiet=True) as store:
-        found = migrate.differences(store.workspace.database)
+    found = migrate.differences(store.workspace.database)
     for difference in found:
         typer.echo(difference)
     if found:
         say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
         raise typer.Exit(1)
-    typer.echo("The schema is as it should be.")
-
-
-@command(db, "current")
-def db_current(common: Common) -> None:
-    """Print the schema revision of the store and of cellstore.
-
-    \b
-    Example:
-      cellstore db current
-    """
-    from cellstore.db import migrate
-
-    current = _connected(common).database.revision()
-    output.pairs({"store": current or "none", "cellstore": migrate.HEAD})
-
-
-def _connected(common: Common) -> Workspace:
-    """Open a store whatever its schema."""
-    from cellstore.jobs.workspace import open_workspace
-    from cellstore.settings import find_store
-
-    return open_workspace(find_store(common.store), any_schema=True)
+    typer.echo(f"The schema is as it should be (revision {migrate.HEAD}).")

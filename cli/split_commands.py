@@ -11,13 +11,14 @@ import typer
 from cellstore.config import SplitParams, option, option_of
 from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
+from cellstore.store import Store
 
 from . import output
-from .app import PRESET, Common, command
+from .app import PRESET, Common, command, confirm
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.split import CheckResult, SplitResult
+    from cellstore.stages.split import CheckResult, Deleted, SplitLine, SplitResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 split = typer.Typer(
@@ -35,149 +36,6 @@ SHOWN_CLASSES = 5
 """How many of the excluded classes are named; --json lists all."""
 MARGIN = 9
 """Width of the column of severities: ``warning`` and a gap."""
-
-
-@command(split, "create", then=True)
-def create(
-    name: NewNameArgument, params: SplitParams, common: Common, preset: str | None = PRESET
-) -> None:
-    """Assign the images to train, validation and test.
-
-    No well (with --group: no plate, no perturbation) is in two subsets. The split is kept under
-    its name, and once a run has used it, nobody can change it.
-
-    \b
-    Example:
-      cellstore split create by-well --where "batch = '2026_03'" --min-images 6
-      cellstore split create by-plate --group plate --test-plates P7,P8
-      cellstore split create new-drugs --group perturbation --field target
-      cellstore split create five --folds 5 --downsample DMSO=median
-      cellstore split create as-published --preset published --allow-missing
-    """
-    with common.open() as store:
-        if params.folds is None:
-            made: tuple[SplitResult, ...] = (store.create_split(name, params),)
-        else:
-            made = store.create_folds(name, params)
-    if common.as_json:
-        output.print_json(made if params.folds else made[0])
-    elif params.folds:
-        _show_folds(name, made)
-    else:
-        _show_split(made[0])
-    _say_if_there(made, common)
-
-
-@command(split, "import", then=True)
-def import_(
-    name: NewNameArgument,
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE",
-            help="Tables with a column split, and tables that say which wells they mean.",
-        ),
-    ],
-    common: Common,
-    field: str = option_of(SplitParams, "field"),
-    group: GroupLevel = option(
-        GroupLevel.IMAGE, "What the split keeps in one subset. image: nothing is known of wells."
-    ),
-    allow_missing: bool = option_of(SplitParams, "allow_missing"),
-) -> None:
-    """Take over a split that others made, from tables.
-
-    A row gives the subset (train, validation, test) of images: by plate, well and site, or by
-    treatment (broad_sample, pert_iname). JUMP-CP's datasplits name treatments with their cell line
-    and time point; give the table that lists those wells as a further FILE. Rows without
-    an image in the store are counted.
-
-    \b
-    Example:
-      cellstore split import theirs split.csv
-      cellstore split import jump split_example_1.csv cpjump1_metadata.csv.gz
-    """
-    with common.open() as store:
-        result = store.import_split(
-            name, files, field=field, group_level=group, allow_missing=allow_missing
-        )
-    common.show(result, _show_split)
-    _say_if_there((result,), common)
-
-
-@command(split, "list")
-def list_(common: Common) -> None:
-    """List all splits, with the images of each subset and the runs that rely on them.
-
-    \b
-    Example:
-      cellstore split list
-    """
-    with common.open(quiet=True) as store:
-        lines = store.list_splits()
-    if common.as_json:
-        output.print_json(lines)
-        return
-    if not lines:
-        typer.echo("There is no split yet. Make one with: cellstore split create NAME")
-        return
-    rows = [
-        (
-            line.name,
-            f"by {line.group_level}" if line.protocol == "grouped" else line.protocol,
-            *(line.field, line.train, line.validation, line.test, line.runs),
-            "yes" if line.frozen else "no",
-        )
-        for line in lines
-    ]
-    headers = ("split", "how", "predicts", "train", "validation", "test", "runs", "frozen")
-    output.table(headers, rows)
-
-
-@command(split, "show", then=True)
-def show(common: Common, name: NameArgument = None) -> None:
-    """Show the subsets of a split, and what was excluded.
-
-    \b
-    Example:
-      cellstore split show by-well
-    """
-    with common.open(quiet=True) as store:
-        result = store.show_split(name)
-    common.show(result, _show_split)
-
-
-@command(split, "delete", then=True)
-def delete(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The split, or the name that its folds share.")
-    ],
-    common: Common,
-    yes: bool = option(False, "Do not ask."),
-) -> None:
-    """Delete a split that no run uses. One that a run relies on stays.
-
-    \b
-    Example:
-      cellstore split delete by-well
-    """
-    with common.open(quiet=True) as store:
-        found = store.delete_split(name, dry_run=True)
-        words = f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
-        if not yes and not typer.confirm(f"Delete {words}?", err=True):
-            say("Nothing was deleted.")
-            raise typer.Exit(1)
-        result = store.delete_split(name)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        typer.echo(f"Deleted {words}. The images themselves are as they were.")
-
-
-def _say_if_there(made: Sequence[SplitResult], common: Common) -> None:
-    if not common.as_json and not any(result.created for result in made):
-        were = "This split was" if len(made) == 1 else "These splits were"
-        say(f"{were} there already; nothing has changed.")
 
 
 def _show_split(result: SplitResult) -> None:
@@ -210,6 +68,16 @@ def _show_split(result: SplitResult) -> None:
     _warn([result])
 
 
+def _show_new_split(result: SplitResult) -> None:
+    _show_split(result)
+    _say_if_there([result])
+
+
+def _say_if_there(made: Sequence[SplitResult]) -> None:
+    if not any(result.created for result in made):
+        say("This was there already; nothing has changed.")
+
+
 def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
     """Print the folds of a cross-validation: what they share, then a line for each."""
     first = results[0]
@@ -228,6 +96,7 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
         [(r.name, *r.counts.values(), r.wells_in_both_subsets) for r in results],
     )
     _warn(results)
+    _say_if_there(results)
 
 
 def _warn(results: Sequence[SplitResult]) -> None:
@@ -277,6 +146,133 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
+@command(split, "create", then=True)
+def create(
+    name: NewNameArgument,
+    params: SplitParams,
+    store: Store,
+    common: Common,
+    preset: str | None = PRESET,
+) -> None:
+    """Assign the images to train, validation and test.
+
+    No well (with --group: no plate, no perturbation) is in two subsets. The split is kept under
+    its name, and once a run has used it, nobody can change it.
+
+    \b
+    Example:
+      cellstore split create by-well --where "batch = '2026_03'" --min-images 6
+      cellstore split create by-plate --group plate --test-plates P7,P8
+      cellstore split create new-drugs --group perturbation --field target
+      cellstore split create five --folds 5 --downsample DMSO=median
+      cellstore split create as-published --preset published --allow-missing
+    """
+    if params.folds is None:
+        common.show(store.create_split(name, params), _show_new_split)
+    else:
+        common.show(store.create_folds(name, params), lambda made: _show_folds(name, made))
+
+
+@command(split, "import", _show_new_split, then=True)
+def import_(
+    name: NewNameArgument,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Tables with a column split, and tables that say which wells they mean.",
+        ),
+    ],
+    store: Store,
+    field: str = option_of(SplitParams, "field"),
+    group: GroupLevel = option(
+        GroupLevel.IMAGE, "What the split keeps in one subset. image: nothing is known of wells."
+    ),
+    allow_missing: bool = option_of(SplitParams, "allow_missing"),
+) -> SplitResult:
+    """Take over a split that others made, from tables.
+
+    A row gives the subset (train, validation, test) of images: by plate, well and site, or by
+    treatment (broad_sample, pert_iname). JUMP-CP's datasplits name treatments with their cell line
+    and time point; give the table that lists those wells as a further FILE. Rows without
+    an image in the store are counted.
+
+    \b
+    Example:
+      cellstore split import theirs split.csv
+      cellstore split import jump split_example_1.csv cpjump1_metadata.csv.gz
+    """
+    return store.import_split(
+        name, files, field=field, group_level=group, allow_missing=allow_missing
+    )
+
+
+def _show_list(lines: Sequence[SplitLine]) -> None:
+    if not lines:
+        typer.echo("There is no split yet. Make one with: cellstore split create NAME")
+        return
+    rows = [
+        (
+            line.name,
+            f"by {line.group_level}" if line.protocol == "grouped" else line.protocol,
+            *(line.field, line.train, line.validation, line.test, line.runs),
+            "yes" if line.frozen else "no",
+        )
+        for line in lines
+    ]
+    headers = ("split", "how", "predicts", "train", "validation", "test", "runs", "frozen")
+    output.table(headers, rows)
+
+
+@command(split, "list", _show_list)
+def list_(store: Store) -> Sequence[SplitLine]:
+    """List all splits, with the images of each subset and the runs that rely on them.
+
+    \b
+    Example:
+      cellstore split list
+    """
+    return store.list_splits()
+
+
+@command(split, "show", _show_split, then=True)
+def show(store: Store, name: NameArgument = None) -> SplitResult:
+    """Show the subsets of a split, and what was excluded.
+
+    \b
+    Example:
+      cellstore split show by-well
+    """
+    return store.show_split(name)
+
+
+def _in_words(found: Deleted) -> str:
+    return f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
+
+
+def _show_deleted(found: Deleted) -> None:
+    typer.echo(f"Deleted {_in_words(found)}. The images themselves are as they were.")
+
+
+@command(split, "delete", _show_deleted, then=True)
+def delete(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The split, or the name that its folds share.")
+    ],
+    store: Store,
+    yes: bool = option(False, "Do not ask."),
+) -> Deleted:
+    """Delete a split that no run uses. One that a run relies on stays.
+
+    \b
+    Example:
+      cellstore split delete by-well
+    """
+    if not yes:
+        confirm(f"Delete {_in_words(store.delete_split(name, dry_run=True))}?")
+    return store.delete_split(name)
+
+
 @command(split, "check", then=True)
 def check(
     common: Common,
@@ -316,7 +312,7 @@ def check(
     else:
         if field or group:
             raise UserInputError("--field and --group are for tables: add --csv FILE.")
-        with common.open(quiet=True) as store:
+        with common.open() as store:
             result = store.check_split(name)
     common.show(result, _show_check)
     if result.leaks or (strict and result.warnings):

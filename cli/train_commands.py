@@ -25,6 +25,7 @@ from cellstore.config import (
     options_of,
 )
 from cellstore.errors import UserInputError
+from cellstore.store import Store
 
 from . import output
 from .app import (
@@ -39,7 +40,10 @@ from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.stages.add_predictions import AddedPredictions
     from cellstore.stages.contrast import ContrastResult, ContrastRow
+    from cellstore.stages.export_model import ExportedModel
+    from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
 
@@ -213,8 +217,6 @@ def _show_train(result: TrainResult) -> None:
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
         output.table(list(EPOCH_COLUMNS.values()), whole)
-    for note in result.notes:
-        say(note)
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
@@ -240,38 +242,7 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
             for item in results
         ],
     )
-    for note in dict.fromkeys(note for item in results for note in item.notes):
-        say(note)
-
-
-@command(app, "contrast", then=True)
-def contrast(
-    params: ContrastParams,
-    common: Common,
-    segmentation: str | None = SEGMENTATION,
-    measurement: str | None = MEASUREMENT,
-    force: bool = option(False, "Compare again, even if nothing has changed."),
-) -> None:
-    """Show which treatments change the cells at all, compared with control wells.
-
-    A logistic regression learns to distinguish cells of a treatment from as many control cells of
-    the same plates, by their measurements. It is trained on some wells and tested on other wells.
-    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
-    always recognised. The last rows compare control wells with other control wells: they show
-    what chance looks like.
-
-    \b
-    Example:
-      cellstore contrast
-      cellstore contrast --treatment taxol --control DMSO
-      cellstore contrast --field perturbation
-      cellstore contrast --pooled
-    """
-    with common.open() as store:
-        result = store.contrast(
-            params, segmentation=segmentation, measurement=measurement, force=force
-        )
-    common.show(result, _show_contrast)
+    output.say_notes(dict.fromkeys(note for item in results for note in item.notes))
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -301,13 +272,58 @@ def _show_contrast(result: ContrastResult) -> None:
     for row in result.rows:
         if row.note:
             typer.echo(f"{row.treatment}: {row.note}")
-    for note in result.notes:
-        say(note)
+
+
+@command(app, "contrast", _show_contrast, then=True)
+def contrast(
+    params: ContrastParams,
+    store: Store,
+    segmentation: str | None = SEGMENTATION,
+    measurement: str | None = MEASUREMENT,
+    force: bool = option(False, "Compare again, even if nothing has changed."),
+) -> ContrastResult:
+    """Show which treatments change the cells at all, compared with control wells.
+
+    A logistic regression learns to distinguish cells of a treatment from as many control cells of
+    the same plates, by their measurements. It is trained on some wells and tested on other wells.
+    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
+    always recognised. The last rows compare control wells with other control wells: they show
+    what chance looks like.
+
+    \b
+    Example:
+      cellstore contrast
+      cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --field perturbation
+      cellstore contrast --pooled
+    """
+    return store.contrast(params, segmentation=segmentation, measurement=measurement, force=force)
+
+
+def _show_predict(result: PredictResult) -> None:
+    if result.done == 0 and not result.failures:
+        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+        typer.echo(f"To do it again and compare: cellstore repro {result.run_id} --check")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "trained in run": result.train_run_id,
+            "split": result.split,
+            "images labelled": result.done,
+            "labelled before": result.earlier,
+            "without measured cells": result.waiting,
+            "cells labelled": result.cells,
+            **({"feature set": result.feature_set} if result.feature_set else {}),
+        }
+    )
+    if result.failures and not are_gone(result.failures):
+        list_failures(result.failures)
 
 
 @command(app, "predict", then=True)
 def predict(
     params: PredictParams,
+    store: Store,
     common: Common,
     run: str = option("latest", "The train run, by number, or 'latest'.", metavar="RUN"),
     device: str = DEVICE,
@@ -323,30 +339,8 @@ def predict(
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
       cellstore predict --subset all --where "treatment = 'DMSO'" --all-probabilities
     """
-    with common.open() as store:
-        result = store.predict(params, run=run, device=device)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        if result.done == 0 and not result.failures:
-            typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
-            typer.echo(f"To do it again and compare: cellstore repro {result.run_id} --check")
-        output.pairs(
-            {
-                "run": result.run_id,
-                "trained in run": result.train_run_id,
-                "split": result.split,
-                "images labelled": result.done,
-                "labelled before": result.earlier,
-                "without measured cells": result.waiting,
-                "cells labelled": result.cells,
-                **({"feature set": result.feature_set} if result.feature_set else {}),
-            }
-        )
-        for note in result.notes:
-            say(note)
-        if result.failures and not are_gone(result.failures):
-            list_failures(result.failures)
+    result = store.predict(params, run=run, device=device)
+    common.show(result, _show_predict)
     if result.failures:
         end_with_failures(result.failures, result.done, "labelled", "the same command")
 
@@ -355,12 +349,31 @@ predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of y
 app.add_typer(predictions, name="predictions")
 
 
-@command(predictions, "add", then=True)
+def _show_added(result: AddedPredictions) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these predictions already.")
+    trained_on = "not known"
+    if result.trained_on is not None:
+        trained_on = ", ".join(result.trained_on) or "none of these images"
+    output.pairs(
+        {
+            "run": result.run_id,
+            "model": f"{result.name} (run {result.train_run_id})",
+            "split": result.split,
+            "trained on": trained_on,
+            "images": result.images,
+            "cells": result.cells,
+            "rows": result.rows,
+        }
+    )
+
+
+@command(predictions, "add", _show_added, then=True)
 def add(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and classes.")],
     params: AddedParams,
-    common: Common,
-) -> None:
+    store: Store,
+) -> AddedPredictions:
     """Keep the predictions of a model that is not of cellstore, with where they come from.
 
     FILE (CSV, TSV, Excel, Parquet) has a row for each cell and class. A cell is named by cell_id,
@@ -371,39 +384,23 @@ def add(
 
     \b
     Example:
-      cellstore predictions add labels.csv --name my-vit --split by-well --trained-on train
+      cellstore predictions add labels.csv --name vit --split by-well --trained-on train
       cellstore predictions add labels.parquet --name forest --split by-well
     """
-    with common.open() as store:
-        result = store.add_predictions(file, **asdict(params))
-    if common.as_json:
-        output.print_json(result)
-        return
-    if result.already_done:
-        typer.echo(f"Nothing to do: run {result.run_id} holds these predictions already.")
-    output.pairs(
-        {
-            "run": result.run_id,
-            "model": f"{result.name} (run {result.train_run_id})",
-            "split": result.split,
-            "trained on": "not known"
-            if result.trained_on is None
-            else ", ".join(result.trained_on) or "none of these images",
-            "images": result.images,
-            "cells": result.cells,
-            "rows": result.rows,
-        }
-    )
-    for note in result.notes:
-        say(note)
+    return store.add_predictions(file, **asdict(params))
 
 
-@command(predictions, "withdraw")
+def _show_withdrawn(done: dict[str, Any]) -> None:
+    typer.echo(f"Run {done['run_id']} is withdrawn.")
+    say("Next: cellstore ask runs")
+
+
+@command(predictions, "withdraw", _show_withdrawn)
 def withdraw(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The predict run, by number.")],
-    common: Common,
+    store: Store,
     reason: str = option("", "Why; it is shown with the run.", metavar="TEXT"),
-) -> None:
+) -> dict[str, Any]:
     """Mark predictions that were added as wrong.
 
     They stay in the store, so that what was published with them is found. No command takes them by
@@ -413,18 +410,25 @@ def withdraw(
     Example:
       cellstore predictions withdraw 12 --reason "the classes were mixed up"
     """
-    with common.open() as store:
-        number = store.withdraw_predictions(run, reason=reason)
-    if common.as_json:
-        output.print_json({"run_id": number, "status": "withdrawn"})
-        return
-    typer.echo(f"Run {number} is withdrawn.")
-    say("Next: cellstore ask runs")
+    return {"run_id": store.withdraw_predictions(run, reason=reason), "status": "withdrawn"}
 
 
-@command(app, "export-model")
+def _show_model(result: ExportedModel) -> None:
+    output.pairs(
+        {
+            "written": result.path,
+            "trained in run": result.train_run_id,
+            "model": result.model,
+            "classes": result.classes,
+            "files": ", ".join(result.files),
+        }
+    )
+    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
+
+
+@command(app, "export-model", _show_model)
 def export_model(
-    common: Common,
+    store: Store,
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
     ] = "latest",
@@ -434,7 +438,7 @@ def export_model(
         name="--output",
         metavar="DIR",
     ),
-) -> None:
+) -> ExportedModel:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 
     The folder holds the trained model (model.safetensors of a network, model.skops of a
@@ -447,20 +451,4 @@ def export_model(
       cellstore export-model 7 --output my-model
       cd my-model && python example.py
     """
-    with common.open() as store:
-        result = store.export_model(run, folder)
-    if common.as_json:
-        output.print_json(result)
-        return
-    output.pairs(
-        {
-            "written": result.path,
-            "trained in run": result.train_run_id,
-            "model": result.model,
-            "classes": result.classes,
-            "files": ", ".join(result.files),
-        }
-    )
-    for note in result.notes:
-        say(note)
-    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
+    return store.export_model(run, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from pytest_socket import socket_allow_hosts
+from screens import SmallScreen, small_screen
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 
 from cellstore.db import migrate
@@ -120,14 +121,42 @@ def postgres_workspace(tmp_path: Path, postgres_server: PostgresServer) -> Itera
     yield from _opened(tmp_path / "store", postgres_server.migrated_database())
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take away what asks the second database a question that no database answers."""
+    items[:] = [item for item in items if not _is_needless(item)]
+
+
+def _is_needless(item: pytest.Item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    marks = (mark.name for mark in item.iter_markers() if mark.name.endswith("_database"))
+    return params.get("workspace") == "postgres" and next(marks, None) == "one_database"
+
+
+BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=BOTH)
 def workspace(request: pytest.FixtureRequest) -> Workspace:
     """An empty store, once on each database."""
     found: Workspace = request.getfixturevalue(f"{request.param}_workspace")
     return found
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+@pytest.fixture(scope="session", params=BOTH)
+def read_screen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SmallScreen]:
+    """The small screen, once on each database: for tests that change nothing in it."""
+    root = tmp_path_factory.mktemp("read") / "store"
+    if request.param == "sqlite":
+        root.mkdir()
+        shutil.copy(request.getfixturevalue("_sqlite_template"), root / "cellstore.db")
+    server = request.param == "postgres" and request.getfixturevalue("postgres_server")
+    for workspace in _opened(root, server.migrated_database() if server else None):
+        yield small_screen(workspace)
+
+
+@pytest.fixture(params=BOTH)
 def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     """Return what makes the URL of a database without tables, once on each kind."""
     if request.param == "sqlite":

@@ -1,7 +1,8 @@
 """A segmentation that can be killed at any moment: a store to segment, a program that does it with
-two processes, and one that kills them.
+some processes, and one that kills them.
 
-``python tests/killing.py STORE SECONDS`` is the program; SECONDS is what an image takes.
+``python tests/killing.py STORE SECONDS WORKERS`` is the program; SECONDS is what an image takes. It
+imports little, since it is started often.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import func, select
-from threshold import ThresholdSegmenter
 
 from cellstore.analysis.segmentation import ModelFiles, SegmentationResult
 from cellstore.config import IngestParams, Resources, SegmentParams
@@ -31,7 +31,6 @@ from cellstore.jobs.lookup import images_of
 from cellstore.jobs.runs import RecipeSpec, register
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, Image, Job, Segmentation
-from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import Segment
 from cellstore.store import Store
 
@@ -41,13 +40,17 @@ HEADER = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"
 
 @dataclass(frozen=True)
 class SlowSegmenter:
-    """The threshold, after a while."""
+    """Finds the blocks of :func:`_plane`, after a while."""
 
     seconds: float
 
     def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
         time.sleep(self.seconds)
-        return ThresholdSegmenter().segment(image)
+        block_of_row = (np.arange(len(image)) + 5) // 7
+        masks = np.where(image > 100, block_of_row[:, None], 0).astype(np.uint16)
+        flows = np.zeros((*image.shape, 4), np.uint8)
+        flows[..., 3] = np.where(masks > 0, 255, 0)
+        return SegmentationResult(masks, flows, 30.0)
 
     def segment_batch(
         self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
@@ -82,6 +85,8 @@ def segment_slowly(
 
 def fill(workspace: Workspace, folder: Path, images: int) -> None:
     """Write and ingest small images: bright blocks, each image its own."""
+    from cellstore.stages.ingest.ingest import ingest
+
     folder.mkdir(exist_ok=True)
     lines = [HEADER]
     for number in range(images):
@@ -147,9 +152,11 @@ def counts_of(workspace: Workspace) -> tuple[int, int, int]:
     return found[0] or 0, found[1] or 0, found[2] or 0
 
 
-def start(root: Path, seconds: float) -> subprocess.Popen[bytes]:
-    words = [sys.executable, str(PROGRAM), str(root), str(seconds)]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
+def start(
+    root: Path, seconds: float, workers: int = 2, stderr: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    words = [sys.executable, str(PROGRAM), str(root), str(seconds), str(workers)]
+    return subprocess.Popen(words, stderr=stderr, start_new_session=True)
 
 
 def kill_often(
@@ -189,7 +196,7 @@ def children(pid: int) -> Sequence[int]:
 
 def main() -> None:
     with Store.open(sys.argv[1]) as store:
-        segment_slowly(store.workspace, float(sys.argv[2]), Resources(workers=2))
+        segment_slowly(store.workspace, float(sys.argv[2]), Resources(workers=int(sys.argv[3])))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from factories import MOMENT, Factory, sha
-from screens import small_screen
+from screens import SmallScreen, small_screen
 from sqlalchemy import event, text
 from unguarded import unguarded
 
@@ -21,6 +21,8 @@ from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import Audit, audit
 from cellstore_cli.audit_commands import show_audit
+
+pytestmark = pytest.mark.one_database
 
 audit_image = partial(audit, kind="image")
 audit_well = partial(audit, kind="well")
@@ -44,8 +46,9 @@ def _values(value: Any) -> Any:
     return Values(value) if isinstance(value, dict) else value
 
 
-def test_an_image_with_everything(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+@pytest.mark.each_database
+def test_an_image_with_everything(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     found = Values(audit_image(workspace, "BR1/B02/1").record)
     assert (found.plate, found.well, found.site, found.core_name) == ("BR1", "B02", 1, "r02c02f01")
     assert (found.treatment, found.target, found.control) == ("taxol", "TUBB", None)
@@ -75,6 +78,7 @@ def test_an_image_with_everything(workspace: Workspace) -> None:
     json.dumps(found.record, allow_nan=False)
 
 
+@pytest.mark.each_database
 def test_every_run_that_labelled_the_image_is_listed(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -209,6 +213,7 @@ def test_an_ingest_names_its_files_and_the_wells_it_changed(workspace: Workspace
     json.dumps(found.record, allow_nan=False)
 
 
+@pytest.mark.each_database
 def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -228,8 +233,8 @@ def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) ->
     assert found.frozen_labels[1].since.run_id == change.run_id
 
 
-def test_a_well(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_a_well(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     found = Values(audit_well(workspace, "BR1/b2").record)
     assert (found.plate, found.well, found.corrections) == ("BR1", "B02", ())
     assert found.images == (screen.images["B02"].id,)
@@ -244,6 +249,7 @@ def test_a_well(workspace: Workspace) -> None:
             audit_well(workspace, text_)
 
 
+@pytest.mark.each_database
 def test_what_another_tool_found(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -295,8 +301,9 @@ def test_flags_are_those_of_finished_runs(workspace: Workspace) -> None:
     assert f"{third.id} touches the border" in words(audit_cell(workspace, str(cell.id)))
 
 
-def test_audits_and_views_agree(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+@pytest.mark.each_database
+def test_audits_and_views_agree(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     with open_questions(workspace) as questions:
         rows = questions.ask("SELECT * FROM votes WHERE level = 'image'").records()
     for image in screen.images.values():
@@ -319,8 +326,8 @@ def test_names_that_fit_nothing_or_several(workspace: Workspace) -> None:
             audit_image(workspace, text_)
 
 
-def test_a_cell(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_a_cell(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     cell = screen.factory.cells_of(screen.segmentations["B01"])[2]
     found = Values(audit_cell(workspace, str(cell.id)).record)
     assert (found.image, found.object_number, found.excluded) == ("BR1/r02c01f01", 3, None)
@@ -335,6 +342,7 @@ def test_a_cell(workspace: Workspace) -> None:
         audit_cell(workspace, "10001")
 
 
+@pytest.mark.each_database
 def test_a_run_walks_both_ways(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.job(screen.predict_run, screen.images["B01"])
@@ -354,8 +362,9 @@ def test_a_run_walks_both_ways(workspace: Workspace) -> None:
         audit_run(workspace, "77")
 
 
-def test_votes_are_found_by_index(workspace: Workspace) -> None:
-    small_screen(workspace)
+@pytest.mark.each_database
+def test_votes_are_found_by_index(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     asked: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
@@ -420,8 +429,8 @@ def test_a_well_and_site_on_several_plates_are_listed(workspace: Workspace) -> N
     assert audit_image(workspace, "P2/E05/2").record["plate"] == "P2"
 
 
-def test_a_plate_or_a_well_that_is_misspelt_is_named(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_a_plate_or_a_well_that_is_misspelt_is_named(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     for name, meant in (("BR2", "'BR2'. Known: BR1. Did you"), ("BR1/B99", "of plate BR1 'B99'")):
         with pytest.raises(UnknownNameError, match=meant):
             audit(workspace, name)

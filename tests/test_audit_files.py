@@ -60,15 +60,15 @@ TYPED = (
 )
 
 
-def test_an_image_by_what_people_type(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_an_image_by_what_people_type(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     with workspace.database.read() as session:
         for name in TYPED:
             assert find_image(session, name) == screen.images["B02"].id, name
 
 
-def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_an_image_by_the_start_of_a_sha256(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     image = screen.images["B02"]
     of_file = sha(f"file {image.id} DNA")
     with workspace.database.read() as session:
@@ -79,8 +79,8 @@ def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
             find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
 
 
-def test_what_is_not_there_is_answered_with_what_is_near(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_what_is_not_there_is_answered_with_what_is_near(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     with workspace.database.read() as session:
         for name, hint in (
             ("r02c03f02", "r02c03f01"),
@@ -118,8 +118,8 @@ def test_a_well_by_what_people_type(workspace: Workspace) -> None:
         find_well(session, "B02")
 
 
-def test_a_run_by_what_people_type(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_a_run_by_what_people_type(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     train, predict = screen.train_run.id, screen.predict_run.id
     with workspace.database.read() as session:
         for name, wanted in (
@@ -138,8 +138,8 @@ def test_a_run_by_what_people_type(workspace: Workspace) -> None:
 HARM = ["'; DROP TABLE images; --", "a\0b", "\udcff", "%", "_" * 500, "x" * 5000, "../" * 9]
 
 
-def test_names_that_mean_harm_are_unknown(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_names_that_mean_harm_are_unknown(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     for asked, name in product((audit_image, audit_artifact, audit, audit_well), HARM):
         with pytest.raises(UserInputError):
             asked(workspace, name)
@@ -161,8 +161,8 @@ def test_a_checkpoint_and_what_came_of_it(workspace: Workspace) -> None:
     json.dumps(found.record, allow_nan=False)
 
 
-def test_a_mask_and_an_image_file(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_a_mask_and_an_image_file(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     image = screen.images["B01"]
     file = audit_artifact(workspace, "r02c01f01-DNA.tiff").record["known"][0]
     assert (file["kind"], file["about"]) == (
@@ -188,8 +188,8 @@ def test_a_mask_and_an_image_file(workspace: Workspace) -> None:
     assert known["downstream"] == file["downstream"]
 
 
-def test_weights_and_all_that_was_made_with_them(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_weights_and_all_that_was_made_with_them(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     (known,) = audit_artifact(workspace, sha("cellpose weights")[:8]).record["known"]
     assert (known["kind"], known["name"]) == ("weights", "test")
     assert [run["run_id"] for run in known["runs"]] == [screen.segment_run.id]
@@ -267,8 +267,8 @@ def test_the_same_digits_of_two_files_list_both(workspace: Workspace) -> None:
         audit_artifact(workspace, row.sha256[:10])
 
 
-def test_a_name_without_a_kind(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_a_name_without_a_kind(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     for name, kind in (
         *(("BR1/B02/1", "image"), ("r02c02f01", "image"), ("BR1/B02", "well")),
         *(("latest train", "run"), (f"#{screen.train_run.id}", "run")),
@@ -370,8 +370,8 @@ def _plain(values: Any) -> Any:
     return dict(values) if values and isinstance(values[0], tuple) else values
 
 
-def test_the_watch_over_plans_sees_a_scan(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_the_watch_over_plans_sees_a_scan(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     scans = scans_of_sqlite if workspace.database.is_sqlite else scans_of_postgres
     values: Any = () if workspace.database.is_sqlite else None
     for bad in (

@@ -25,6 +25,8 @@ from cellstore.query.cells import (
 )
 from cellstore.query.feature_files import find_feature_set, open_set
 
+pytestmark = pytest.mark.one_database
+
 UNKNOWN = {"content_sha256": None, "diameter": None, "flow_artifact_id": None}
 
 
@@ -64,6 +66,7 @@ def screen_of(workspace: Workspace, **known: object) -> Screen:
     return Screen(make, segment, images, cells, split.id)
 
 
+@pytest.mark.each_database
 def test_an_image_gets_the_values_of_its_cells(workspace: Workspace) -> None:
     screen = screen_of(workspace)
     columns = {
@@ -152,6 +155,7 @@ def test_images_of_unknown_bytes_are_segmented(workspace: Workspace) -> None:
     assert sorted(ready) == [image.id for image in screen.images]
 
 
+@pytest.mark.each_database
 @pytest.mark.parametrize(
     ("known", "branches"),
     [
@@ -203,6 +207,7 @@ def test_masks_are_of_no_use_where_the_pixels_are_not_there(workspace: Workspace
         assert choose_branches(session, source, None)[0] == ("tabular",)
 
 
+@pytest.mark.each_database
 def test_a_set_names_its_recipes(workspace: Workspace) -> None:
     screen = screen_of(workspace)
     screen.make.feature_files("cp", screen.cells, {"a": [1.0] * 6}, screen.segment)

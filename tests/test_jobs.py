@@ -33,6 +33,8 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Job
 from cellstore.stages.manage_jobs import list_jobs, retry
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +42,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
 
 
+@pytest.mark.each_database
 def test_each_image_is_done_once(workspace: Workspace):
     fill(workspace)
     assert left(workspace) == 3
@@ -60,6 +63,7 @@ def test_an_image_without_its_files_waits(workspace: Workspace):
     assert (left(workspace), go(workspace).images) == (0, 0)
 
 
+@pytest.mark.each_database
 def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
     fill(workspace)
 
@@ -110,6 +114,7 @@ def test_an_image_too_large_for_the_memory_fails_alone_with_a_sentence(workspace
     assert "too little memory" in (failed.reason or "")
 
 
+@pytest.mark.each_database
 def test_rows_of_a_failing_write_are_undone(workspace: Workspace):
     fill(workspace, 1)
 
@@ -189,6 +194,7 @@ def test_results_are_written_together_before_the_transaction(workspace: Workspac
     assert [len(pack) for pack in PACKS] == [2, 2, 1]
 
 
+@pytest.mark.each_database
 def test_what_was_written_with_a_lost_job_is_written_anew_without_it(workspace: Workspace):
     images = fill(workspace, 2)
     PACKS.clear()
@@ -236,6 +242,7 @@ class TwoRecipes(Tiny):
         return len(done)
 
 
+@pytest.mark.each_database
 def test_two_recipes_are_done_in_one_pass(workspace: Workspace):
     fill(workspace, 3)
     seen: Counter[str] = Counter()
@@ -274,6 +281,7 @@ def test_an_image_whose_bytes_change_is_open_again(workspace: Workspace):
     assert left(workspace) == 1
 
 
+@pytest.mark.each_database
 def test_a_result_of_old_bytes_is_dropped(workspace: Workspace):
     image = fill(workspace, 1)[0]
 
@@ -296,6 +304,7 @@ def test_another_recipe_starts_anew(workspace: Workspace):
         assert count_images(session, other.id, select(Image.id)).todo == 1
 
 
+@pytest.mark.each_database
 def test_jobs_are_found_by_index_and_never_by_walking_all_of_them(workspace: Workspace):
     fill(workspace, 5)
     asked: list[tuple[str, Any]] = []

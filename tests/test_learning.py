@@ -31,7 +31,7 @@ PLATES = PlateDesign(
     n_channels=3,
 )
 NETWORK = TrainParams.of(
-    "published", branches=("tabular",), epochs=60, patience=20, batch_size=64, learning_rate=3e-3
+    "published", branches=("tabular",), epochs=60, patience=20, batch_size=256, learning_rate=6e-3
 )
 
 
@@ -66,11 +66,11 @@ def interval(workspace: Workspace, params: TrainParams, level: GroupLevel) -> tu
 def test_treatments_are_told_apart_on_plates_never_seen(
     sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
-    params = fill(sqlite_workspace, tmp_path / "set")
+    params = fill(sqlite_workspace, tmp_path / "set", size=160)
     by_plate = split(sqlite_workspace, GroupLevel.PLATE)
     trained = train(sqlite_workspace, params, split=by_plate, device="cpu")
     score = image_score(sqlite_workspace, trained.run_id)
-    assert score.accuracy >= 0.9
+    assert score.accuracy >= 0.8
     baselines = train_baselines(sqlite_workspace, NULLS, split=by_plate)
     found = {item.baseline: image_score(sqlite_workspace, item.run_id) for item in baselines}
     assert found.keys() == {"majority", "shuffled", "cellcount", "position"}

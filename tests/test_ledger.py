@@ -11,9 +11,11 @@ from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_recipe, find_run
 from cellstore.jobs.queue import close_dead_runs, new_owner
-from cellstore.jobs.runs import RecipeSpec, RunHandle, attach, keep_files, register, running
+from cellstore.jobs.runs import RecipeSpec, RunHandle, keep_files, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Job, Recipe, Run, RunArtifact
+
+pytestmark = pytest.mark.one_database
 
 ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
@@ -28,6 +30,7 @@ def run_of(workspace: Workspace) -> Run:
         return session.scalars(select(Run)).one()
 
 
+@pytest.mark.each_database
 def test_a_run_is_there_while_it_runs_and_done_afterwards(workspace: Workspace):
     with running(workspace.database, recipe_of(workspace), seed=7, query="SELECT 1") as run:
         under_way = run_of(workspace)
@@ -67,6 +70,7 @@ def test_a_run_that_fails_is_closed_with_the_reason(workspace: Workspace, error,
     assert after.ended_at is not None
 
 
+@pytest.mark.each_database
 def test_who_leaves_a_run_that_others_share_does_not_end_it(workspace: Workspace):
     make = Factory(workspace)
     image = make.image(make.well(make.plate("P1"), 1, 1))
@@ -158,12 +162,13 @@ def test_a_url_inside_a_question_is_masked_and_the_rest_kept():
     assert masked == "SELECT 'postgresql://me:***@host/x' AS a, 'b@c' AS d"
 
 
+@pytest.mark.each_database
 def test_a_file_is_kept_once_and_linked_to_its_runs(workspace: Workspace):
     stored = workspace.artifacts.write(ArtifactKind.CHECKPOINT, b"weights", ".bin")
     recipe = recipe_of(workspace)
     for _ in range(2):
         with running(workspace.database, recipe) as run, workspace.database.begin() as session:
-            attach(session, run.id, keep_files(session, [stored])[0])
+            keep_files(session, [stored], run.id)
     with workspace.database.read() as session:
         assert session.scalar(select(func.count()).select_from(Artifact)) == 1
         assert session.scalar(select(func.count()).select_from(RunArtifact)) == 2

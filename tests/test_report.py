@@ -38,8 +38,8 @@ def move(screen: SmallScreen, wells: str, side: Subset) -> None:
         )
 
 
-def test_scores_of_the_small_screen(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_scores_of_the_small_screen(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     found = report(workspace)
     assert (found.run_id, found.train_run_id) == (screen.predict_run.id, screen.train_run.id)
     assert (found.cells, found.images, found.wells, found.classes) == (7, 3, 3, 2)

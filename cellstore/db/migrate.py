@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 HEAD = "0011"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
 
-BEFORE_THE_FIRST = ("0001", "0002", "0003", "0004", "0005", "0006", "0010")
-"""Revisions from before the first release; their tables cannot be brought over. No new one takes
-such a number: a store keeps the number, not the tables it stood for."""
-
 
 def upgrade(database: Database, revision: str = "head") -> None:
     """Bring the schema to ``revision``, all or nothing.
 
     Raises:
-        SchemaError: it is newer than this library, or its mark is lost.
+        SchemaError: this library does not know it, or its mark is lost.
 
     """
     from alembic import command
@@ -42,7 +38,7 @@ def downgrade(database: Database, revision: str) -> None:
     """Take the schema back to ``revision`` (``base``: no tables; all rows are lost).
 
     Raises:
-        SchemaError: it is newer than this library, or its mark is lost.
+        SchemaError: this library does not know it, or its mark is lost.
 
     """
     from alembic import command
@@ -88,16 +84,12 @@ def _refuse_unknown(database: Database) -> None:
             f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
             "of their schema. Restore it from a backup, or use a database without tables."
         )
-    if found in BEFORE_THE_FIRST:
-        raise SchemaError(
-            f"The store {database.shown} was made by a cellstore from before the first release "
-            f"(schema {found}) and cannot be brought up to date. Make a new one with cellstore "
-            "init, and ingest your data again."
-        )
     if found is not None and not _knows(found):
         raise SchemaError(
-            f"The store has the schema {found}, which is newer than this cellstore ({HEAD}). "
-            "Update cellstore with: pip install --upgrade cellstore"
+            f"The store {database.shown} has the schema {found}, which this cellstore ({HEAD}) "
+            "does not know. If it is newer than this cellstore: pip install --upgrade cellstore. "
+            "If it is from before the first release: make a new store with cellstore init, and "
+            "ingest your data again."
         )
 
 

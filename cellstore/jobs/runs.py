@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ PACKAGES = (
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
 
+
+T = TypeVar("T")
 
 LOCAL = ("exclude_flagged",)
 """Parameters that are row numbers of this store where they do not count."""
@@ -138,6 +140,17 @@ def finished_run(session: Session, spec: RecipeSpec, split_id: int | None = None
     return session.scalars(query.limit(1)).first()
 
 
+def result_of(run: Run, kind: type[T], **more: Any) -> T:
+    """Return what a run kept, as a result of the dataclass ``kind``; ``more``: what it did not."""
+    known: Any = kind
+    kept = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in (run.result or {}).items()
+        if name in known.__dataclass_fields__
+    }
+    return kind(**{"run_id": run.id, "recipe_id": run.recipe_id, **kept, **more})
+
+
 def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
     """Return the recipe of ``spec``, if it was ever used."""
     query = select(Recipe).where(Recipe.stage == spec.stage)
@@ -182,7 +195,7 @@ class RunHandle:
 @contextmanager
 def running(
     database: Database,
-    recipe: Recipe,
+    recipe: Recipe | RecipeSpec,
     *,
     parent_id: int | None = None,
     split_id: int | None = None,
@@ -195,9 +208,10 @@ def running(
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
-    ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
-    one process at a time; another may go on with it only when it is over. ``device``: where
-    networks compute, as it was asked for. ``origin``: whether the work is done here.
+    A recipe that is not in the database yet is put there. ``resume`` goes on with an unfinished
+    run instead of starting another. ``alone``: the run is of one process at a time; another may go
+    on with it only when it is over. ``device``: where networks compute, as it was asked for.
+    ``origin``: whether the work is done here.
 
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
@@ -207,7 +221,6 @@ def running(
         user_name, command = caller()
         run = Run(
             stage=Stage(recipe.stage),
-            recipe_id=recipe.id,
             parent_id=parent_id,
             split_id=split_id,
             status=Status.RUNNING,
@@ -224,6 +237,8 @@ def running(
         )
         with database.begin() as session:
             close_dead_runs(session)
+            known = register(session, recipe) if isinstance(recipe, RecipeSpec) else recipe
+            run.recipe_id = known.id
             session.add(run)
             session.flush()
             resume = run.id
@@ -277,13 +292,13 @@ def check_still_ours(session: Session, run: RunHandle) -> None:
         raise RunCancelledError(f"Run {run.id} was cancelled.")
 
 
-def attach(session: Session, run_id: int, artifact_id: int) -> None:
-    """Say that a run wrote, or relies on, a file."""
-    insert_new(session, RunArtifact, [{"run_id": run_id, "artifact_id": artifact_id}])
+def keep_files(
+    session: Session, stored: Sequence[StoredFile], run_id: int | None = None
+) -> list[int]:
+    """Return the ids of the artifact rows of files, made where they are new.
 
-
-def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
-    """Return the ids of the artifact rows of files, made where they are new."""
+    ``run_id``: the run that wrote the files, or relies on them.
+    """
     now = datetime.now(UTC)
     insert_new(session, Artifact, [asdict(file) | {"created_at": now} for file in stored])
     known = {}
@@ -291,7 +306,11 @@ def keep_files(session: Session, stored: Sequence[StoredFile]) -> list[int]:
         query = select(Artifact.kind, Artifact.sha256, Artifact.id)
         for row in session.execute(query.where(Artifact.sha256.in_(some))):
             known[row.kind, row.sha256] = row.id
-    return [known[file.kind, file.sha256] for file in stored]
+    ids = [known[file.kind, file.sha256] for file in stored]
+    if run_id is not None:
+        links = [{"run_id": run_id, "artifact_id": number} for number in ids]
+        insert_new(session, RunArtifact, links)
+    return ids
 
 
 def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:

@@ -130,7 +130,7 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
     """Bring the schema up to date; return its revision before and after.
 
     Raises:
-        SchemaError: it is newer than this library, or its mark is lost.
+        SchemaError: this library does not know it, or its mark is lost.
 
     """
     before = database.revision()

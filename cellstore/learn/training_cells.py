@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from sqlalchemy.orm import Session
 
 from ..config import BaselineParams, Sources, TrainParams
 from ..enums import Subset
+from ..errors import UserInputError
 from ..jobs.lookup import find_split
-from ..jobs.runs import digest_of_images
+from ..jobs.runs import RecipeSpec, digest_of_images, fingerprint
 from ..jobs.workspace import Workspace
-from ..models import Label, Recipe, Run, Split, SplitMember
+from ..models import Label, Recipe, Split, SplitMember
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -59,14 +60,55 @@ class TrainingCells:
     local: dict[str, Any]
     inputs: tuple[Recipe, ...]
 
-    def fingerprints(self, trained: Recipe) -> dict[str, str]:
+    def fingerprints(self, trained: RecipeSpec) -> dict[str, str]:
         """Return what a model comes from, for the record beside it."""
         return {
-            "train": trained.fingerprint,
+            "train": fingerprint(trained),
             "split": self.split.fingerprint,
             "segment": self.segment.fingerprint,
             "measure": self.measure.fingerprint,
         }
+
+    def check(self, labels: Collection[str], *subsets: Subset) -> None:
+        """Refuse to learn from one class, or from a subset that has no measured cells.
+
+        Raises:
+            UserInputError: with what is to be done first.
+
+        """
+        name = repr(self.split.name)
+        if len(labels) == 1:
+            raise UserInputError(
+                f"The training subset of split {name} is of one class only, {next(iter(labels))}: "
+                "there is nothing to learn. Make another split."
+            )
+        for subset in subsets:
+            called = "training" if subset is Subset.TRAIN else subset.value
+            if self.blocks[subset]:
+                continue
+            members = self.members.get(subset, 0)
+            if members == 0:
+                raise UserInputError(
+                    f"Split {name} has no image in its {called} subset. Make another split: "
+                    "classes with three wells or more give one, or ask for another validation size."
+                )
+            features, group = self.source.features, self.measure.parameters.get("group")
+            what = f"cells in feature set {features.name!r}. "
+            if self.flagged is not None and self.flagged.images:
+                what = (
+                    f"a measured cell that quality-control run {self.flagged.run_id} has not "
+                    "flagged. Train without --exclude-flagged, or make quality control less "
+                    "strict: cellstore qc --help"
+                )
+            elif not features.has_gaps:
+                what = "measured cells. Run: cellstore segment, then: cellstore measure"
+            elif group is not None:
+                what += f"Run: cellstore measure --features {group}"
+            else:
+                what += "Ingest features of these images too."
+            raise UserInputError(
+                f"None of the {members} images in the {called} subset of split {name} has {what}"
+            )
 
 
 def validation_subset(split: Split) -> Subset:
@@ -153,11 +195,3 @@ def excluded_columns(features: Sequence[str], kept: Sequence[str]) -> tuple[list
         return [], []
     what = f"{len(gone)} columns of the feature set have no value in the training subset"
     return gone, [f"{what} and were excluded: {', '.join(gone[:5])}."]
-
-
-def result_from(run: Run, session: Session, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a finished training run kept, as the fields of its result; ``known`` of them."""
-    kept = {name: value for name, value in (run.result or {}).items() if name in known}
-    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
-    split = session.scalars(select(Split.name).where(Split.id == run.split_id)).one()
-    return {"run_id": run.id, "recipe_id": run.recipe_id, "split": split, **kept}

@@ -39,7 +39,7 @@ from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
 from ..jobs.lookup import IS_CURRENT, has_results
-from ..jobs.runs import attach, keep_files
+from ..jobs.runs import keep_files
 from ..models import (
     Artifact,
     Cell,
@@ -88,10 +88,10 @@ def register_files(
                 f"The file {file.stored.path} was removed while it was written. Run the same "
                 "command again."
             )
-        artifact = keep_files(session, [file.stored])[0]
+        (artifact,) = keep_files(session, [file.stored])
         if session.get(FeatureFile, (feature_set_id, artifact)) is not None:
             continue
-        attach(session, run_id, artifact)
+        keep_files(session, [file.stored], run_id)
         row = FeatureFile(
             feature_set_id=feature_set_id,
             artifact_id=artifact,

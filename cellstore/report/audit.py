@@ -53,6 +53,7 @@ from ..enums import (
 )
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
+    channels_now,
     find_cell,
     find_image,
     find_plate,
@@ -290,6 +291,11 @@ def _image(session: Session, image_id: int) -> Audit:
     ).join(runs, runs.c.id == image_flags.c.run_id)
     flags = flags.where(image_flags.c.image_id == image_id, runs.c.status == Status.DONE)
     flags = flags.order_by(image_flags.c.run_id, image_flags.c.reason, image_flags.c.channel)
+    now = channels_now(session, record["plate"])
+    flagged = [
+        flag | {"channel": now.get(flag["channel"], flag["channel"])}
+        for flag in _rows(session, flags)
+    ]
     found = _segmentations(session, segmentations.c.image_id == image_id)
     downstream = _downstream_of_images(session, one)
     labelled = any(item["what"] == "labelled cells" for item in downstream)
@@ -304,7 +310,7 @@ def _image(session: Session, image_id: int) -> Audit:
             session, ("images", image_id), ("wells", well_id), ("plates", plate_id), *moved
         ),
         "frozen_labels": frozen,
-        "flags": _rows(session, flags),
+        "flags": flagged,
         "files": files,
         "segmentations": found,
         "labellings": _labellings(session, image_id, well_id, found) if labelled else [],

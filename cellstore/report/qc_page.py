@@ -129,8 +129,6 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
         more = sum(1 for _ in flags)
         odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
         factor, unit = _area_unit(session, plate_id)
-        now = channels_now(session, barcode)
-        listed = [replace(flag, channel=now.get(flag.channel, flag.channel)) for flag in listed]
 
     def scaled(flag: FlaggedImage) -> FlaggedImage:
         if flag.reason != ImageFlagReason.CELL_AREA.value:

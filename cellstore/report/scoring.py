@@ -932,7 +932,7 @@ def judge(
         reason = f"{seen_by_one:,} of {test.wells:,} wells were seen in training by one of the two"
     elif test.wells < FEWEST_WELLS:
         some = f"{test.wells} well{'' if test.wells == 1 else 's'}"
-        reason = f"too few wells ({some} scored by both, {FEWEST_WELLS} are the least)"
+        reason = f"too few wells ({some} scored by both; {FEWEST_WELLS} or more are needed)"
     better = 0 if test.p_value >= SIGNIFICANT else 1 if gain > 0 else -1
     return PairedComparison(gain, test, None if reason else better, reason)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import and_, func, select
+from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis import contrasts
@@ -21,7 +21,7 @@ from ..db.fields import field_column
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import images_of
-from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
+from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, result_of, running
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Run, Treatment, Well
 from ..query.cells import (
@@ -35,7 +35,7 @@ from ..query.cells import (
     trainings_of_features,
 )
 from ..query.feature_files import open_set
-from ..settings import need
+from ..settings import need, track
 
 VERSION = 4
 """2: the negative controls are wells, not all wells of their treatments. 3: no interval. 4: chance
@@ -100,27 +100,16 @@ class ContrastResult:
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared: a name, the ids of its treatments, and its plates that have controls.
+    """What is compared: a name, a condition on its wells, and its plates that have controls.
 
-    ``lost``: plates of it without control wells. ``excluding``: it is all treatments but these.
-    ``negative``: it is the negative control wells, whatever they got, or only other wells.
+    ``n_wells``: how many wells it has. ``lost``: plates of it without control wells.
     """
 
     name: str
-    treatment_ids: tuple[int, ...]
+    which: ColumnElement[bool]
     plate_ids: tuple[int, ...]
     n_wells: int
     lost: int = 0
-    excluding: bool = False
-    negative: bool | None = None
-
-    @classmethod
-    def of(cls, name: str, wells: Sequence[Any], negative: bool | None) -> Group:
-        """The group of rows: plate, treatment, how many wells have it there."""
-        treatments, plates = ({w.treatment_id for w in wells}, {w.plate_id for w in wells})
-        number = sum(some.number for some in wells)
-        ids = tuple(sorted(treatments - {None}))
-        return cls(name, ids, tuple(sorted(plates)), number, negative=negative)
 
 
 @dataclass(frozen=True)
@@ -194,12 +183,10 @@ def contrast(
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
-            return _result(earlier, already_done=True)
+            return _result(earlier)
         training = next(trainings_of_features(session, measure), None)
-    with workspace.database.begin() as session:
-        recipe = register(session, spec)
     query = as_text(cells_query(source))
-    with running(workspace.database, recipe, seed=params.seed, query=query) as run:
+    with running(workspace.database, spec, seed=params.seed, query=query) as run:
         run.result = _Comparison(workspace, params, source, control).result(groups)
         if training is not None:
             note = (
@@ -209,14 +196,12 @@ def contrast(
             )
             run.result["notes"].insert(0, note)
     with workspace.database.read() as session:
-        return _result(session.get_one(Run, run.id), already_done=False)
+        return replace(_result(session.get_one(Run, run.id)), already_done=False)
 
 
-def _result(run: Run, *, already_done: bool) -> ContrastResult:
-    kept: Mapping[str, Any] = run.result or {}
-    rows = tuple(ContrastRow(**row) for row in kept["rows"])
-    more = {**kept, "rows": rows, "notes": tuple(kept["notes"])}
-    return ContrastResult(run_id=run.id, recipe_id=run.recipe_id, already_done=already_done, **more)
+def _result(run: Run) -> ContrastResult:
+    rows = tuple(ContrastRow(**row) for row in (run.result or {})["rows"])
+    return result_of(run, ContrastResult, already_done=True, rows=rows)
 
 
 def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tuple[Group, ...]]:
@@ -249,9 +234,17 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
         )
     if not controls:
         raise UnknownNameError.of("treatment", params.control, sorted({w.name for w in others}))
+
+    def group(name: str, rows: Sequence[Any], which: ColumnElement[bool] | None = None) -> Group:
+        """The group of some rows of ``wells``; by default the wells with their treatments."""
+        if which is None:
+            which = Well.treatment_id.in_(sorted({row.treatment_id for row in rows} - {None}))
+        plates = tuple(sorted({row.plate_id for row in rows}))
+        return Group(name, which, plates, sum(row.number for row in rows))
+
+    negative = Well.control == Control.NEGATIVE
     names = sorted({w.name or "no treatment" for w in controls})
-    control = Group.of(", ".join(names), controls, True if by_mark else None)
-    negative = False if by_mark else None
+    control = group(", ".join(names), controls, negative if by_mark else None)
     named: dict[str, set[str]] = defaultdict(set)  # a name without dose means all its doses
     for well in others:
         if well.label is not None:
@@ -267,21 +260,24 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
         raise UserInputError(f"No treated well has a {params.field}. Choose another --field.")
     if params.pooled:
         pooled = [w for w in others if not params.treatments or w.label in chosen]
-        pool = Group.of(POOLED, pooled, negative)
+        every: ColumnElement[bool] | None = None
         if not params.treatments:  # there may be more than a database takes one by one
-            known = () if by_mark else control.treatment_ids
-            pool = replace(pool, treatment_ids=known, excluding=True)
-        groups = [pool]
+            every = Well.treatment_id.is_not(None)
+            every = every if by_mark else and_(every, ~control.which)
+        groups = [group(POOLED, pooled, every)]
     else:
         by_name: dict[str, list[Any]] = {name: [] for name in chosen}
         for well in others:
             by_name.get(well.label, []).append(well)
-        groups = [Group.of(name, some, negative) for name, some in by_name.items()]
+        groups = [group(name, some) for name, some in by_name.items()]
     matched = []
-    for group in groups:
-        shared = tuple(plate for plate in group.plate_ids if plate in set(control.plate_ids))
-        lost = len(group.plate_ids) - len(shared)
-        matched.append(replace(group, plate_ids=shared, lost=lost))
+    for found in groups:
+        shared = tuple(plate for plate in found.plate_ids if plate in set(control.plate_ids))
+        which = found.which
+        if by_mark:  # a treatment may have wells that are controls, and others
+            which = and_(which, Well.control.is_distinct_from(Control.NEGATIVE))
+        lost = len(found.plate_ids) - len(shared)
+        matched.append(replace(found, which=which, plate_ids=shared, lost=lost))
     # Those of the same plates follow each other, so that their controls are read once.
     return control, tuple(sorted(matched, key=lambda group: (group.plate_ids, group.name)))
 
@@ -323,15 +319,8 @@ class _Comparison:
 
     def result(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Return what the run keeps."""
-        progress = self.workspace.progress
-        progress.start("contrast", len(groups))
-        rows = []
-        try:
-            for group in groups:
-                rows.append(self._row(group))
-                progress.advance()
-        finally:
-            progress.finish()
+        each = track(self.workspace.progress, "contrast", len(groups), groups)
+        rows = [self._row(group) for group in each]
         rows.sort(key=lambda row: (row.auc is None, -(row.auc or 0), row.treatment))
         tested = [row for row in rows if row.auc is not None]
         chance = []
@@ -370,31 +359,30 @@ class _Comparison:
             self.areas = {}
         pool = self.pool[1]
         treated = self._read(group, most)
-        plates = len(np.intersect1d(treated.plates, pool.plates))
+        row = ContrastRow(
+            treatment=group.name,
+            different=Difference.TOO_FEW.value,
+            wells=treated.n_wells,
+            control_wells=pool.n_wells,
+            plates=len(np.intersect1d(treated.plates, pool.plates)),
+            cells=len(treated),
+            control_cells=len(pool),
+        )
         found = self._compare(treated, pool)
         if found is None:
             short, what = treated.n_wells, "well"
             if short >= contrasts.FEWEST_WELLS:
                 short, what = pool.n_wells, "control well"
-            return ContrastRow(
-                treatment=group.name,
-                different=Difference.TOO_FEW.value,
-                wells=treated.n_wells,
-                control_wells=pool.n_wells,
-                plates=plates,
-                cells=len(treated),
-                control_cells=len(pool),
-                note=f"{short} {what}{'' if short == 1 else 's'} with cells on plates that have "
-                "both: none can be held out",
-            )
+            wells = f"{short} {what}{'' if short == 1 else 's'}"
+            note = f"{wells} with cells on plates that have both: none can be held out"
+            return replace(row, note=note)
         areas = self._chance(pool, found.treated_wells)
         many = "plate of it has" if group.lost == 1 else "plates of it have"
-        return ContrastRow(
-            treatment=group.name,
+        return replace(
+            row,
             different=contrasts.judge(found.auc, areas).value,
             wells=found.treated_wells,
             control_wells=found.control_wells,
-            plates=plates,
             cells=found.treated_cells,
             control_cells=found.control_cells,
             accuracy=found.accuracy,
@@ -408,14 +396,7 @@ class _Comparison:
         """Draw at most ``most`` cells of a group, evenly over its wells; read their features."""
         source, columns = self.source, self.source.features.columns
         query = cells_query(replace(source, plates=())).join(Well, Well.id == Image.well_id)
-        named: Any = Well.treatment_id.in_(group.treatment_ids)
-        if group.excluding:
-            named = and_(Well.treatment_id.is_not(None), ~named)
-        if group.negative:
-            named = Well.control == Control.NEGATIVE
-        elif group.negative is False:
-            named = and_(named, Well.control.is_distinct_from(Control.NEGATIVE))
-        query = query.where(named, Well.plate_id.in_(group.plate_ids))
+        query = query.where(group.which, Well.plate_id.in_(group.plate_ids))
         # Ids to keep of a well while all are looked at: room for wells with more than others.
         of_well = min(most, max(20, 4 * most // max(1, group.n_wells)))
         lowest = Lowest(of_well, self.params.seed)

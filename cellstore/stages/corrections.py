@@ -8,19 +8,19 @@ takes the transaction back.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, update
+from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, union, update
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
 from ..db.fields import field_column, plates, treatments, wells
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.tables import MISSING, RowRefusedError
 from ..io.treatments import TreatmentRecord, normalised_name
 from ..jobs.lookup import (
@@ -40,18 +40,15 @@ from ..models import (
     METADATA,
     Annotation,
     Artifact,
+    Base,
     Cell,
-    CellFeatures,
-    CellFlag,
     Event,
     FeatureFile,
     FeatureSet,
     Image,
     ImageFile,
-    ImageFlag,
     ImagePrediction,
     ImageQuality,
-    Job,
     Label,
     Perturbation,
     Plate,
@@ -72,6 +69,10 @@ from .ingest.write_treatments import TreatmentWriter, retarget
 LONGEST = 255
 _NAMED = 5
 """Things that a message names."""
+_CLASSES: dict[str, Any] = {
+    mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers
+}
+"""The classes of all tables, by the names of these."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,16 @@ Act = Callable[[Session], tuple[Correction, list[Change]]]
 """Changes rows in a transaction; returns what it did, and its events."""
 
 
-def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act) -> Correction:
+def _carry_out(
+    workspace: Workspace,
+    reason: str | None,
+    dry_run: bool,
+    act: Act,
+    files: Sequence[str] = (),
+) -> Correction:
     """Do ``act`` in one transaction, which a dry run takes back.
+
+    ``files``: where ``act`` puts the paths of files that are needed no more.
 
     Raises:
         UserInputError: the reason is empty.
@@ -116,6 +125,8 @@ def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act
             record_events(session, [left, *changes], reason=reason)
             undone = [item.row_id for item in changes if item.table_name == "runs"]
             record_runs(session, [number for number in undone if number])
+    for path in () if dry_run else files:
+        workspace.artifacts.remove(path)
     return replace(done, reason=reason, dry_run=dry_run)
 
 
@@ -145,30 +156,32 @@ def _images_of(level: Level, row_id: int) -> Select[Any]:
     return query.where(Image.id.in_(of_cell.where(Cell.id == row_id)))
 
 
-def _name_of(session: Session, level: Level, row_id: int) -> str:
-    """What a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``."""
-    if level is Level.PLATE:
-        return session.get_one(Plate, row_id).barcode
-    if level is Level.WELL:
-        well = session.get_one(Well, row_id)
-        return f"{well.plate.barcode}/{well.name}"
-    if level is Level.IMAGE:
-        image = session.get_one(Image, row_id)
-        return f"{image.well.plate.barcode}/{image.well.name}/{image.site}"
-    image_id = session.get_one(Cell, row_id).segmentation.image_id
-    return f"cell {row_id} of {_name_of(session, Level.IMAGE, image_id)}"
+def _name_of(session: Session, table: str, row_id: int | None) -> str:
+    """What a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``.
+
+    One that is gone has its number, and one without a name the name of its table.
+    """
+    if row_id is None:
+        return table
+    row = session.get(_CLASSES[table], row_id)
+    return f"{table[:-1]} {row_id}" if row is None else _called(row) or table
 
 
-def _find(session: Session, level: Level, name: str) -> int:
-    """The id of what is named, as in ``audit``."""
-    match level:
-        case Level.PLATE:
-            return find_plate(session, readable(name))
-        case Level.WELL:
-            return find_well(session, name)
-        case Level.IMAGE:
-            return find_image(session, name)
-    return find_cell(session, readable(name))[0]
+def _called(row: Any) -> str:
+    match row:
+        case Plate():
+            return row.barcode
+        case Perturbation():
+            return row.name
+        case Well():
+            return f"{row.plate.barcode}/{row.name}"
+        case Image():
+            return f"{_called(row.well)}/{row.site}"
+        case ImageFile():
+            return f"channel {row.channel} of {_called(row.image)}"
+        case Cell():
+            return f"cell {row.id} of {_called(row.segmentation.image)}"
+    return ""
 
 
 # ---- Rename ----
@@ -251,7 +264,7 @@ def _rename_channel(
     both = session.scalar(images.where(ImageFile.image_id.in_(files(new))).limit(1))
     if both is not None:
         raise UserInputError(
-            f"Image {_name_of(session, Level.IMAGE, both)} has a channel {new} already. To swap "
+            f"Image {_name_of(session, 'images', both)} has a channel {new} already. To swap "
             "two channels, rename one of them to a third name first."
         )
     concerned = _concerned(session, images)
@@ -317,7 +330,7 @@ def relabel(
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         row = session.get_one(Well, find_well(session, well))
-        name = _name_of(session, Level.WELL, row.id)
+        name = _called(row)
         before = _label_of(session, row)
         notes: list[str] = []
         if treatment is not None:
@@ -345,10 +358,10 @@ def relabel(
                     f"Split {split} keeps the label {label} of this well. A new split has "
                     "the new one."
                 )
-        shown = {"name": name, "old": _without_id(old), "new": _without_id(new)}
+        change = Change("wells", row.id, old, new)
+        shown = (_shown_change(session, change),)
         concerned = _concerned(session, _images_of(Level.WELL, row.id))
-        found = Correction("relabel", name, (shown,), **concerned, notes=tuple(notes))
-        return found, [Change("wells", row.id, old, new)]
+        return Correction("relabel", name, shown, **concerned, notes=tuple(notes)), [change]
 
     return _carry_out(workspace, reason, dry_run, act)
 
@@ -360,10 +373,6 @@ def _label_of(session: Session, well: Well) -> dict[str, Any]:
         "treatment": found and found.name_with_dose,
         "control": well.control and Control(well.control).value,
     }
-
-
-def _without_id(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "treatment_id"}
 
 
 def _usual_control(session: Session, well: Well) -> Control | None:
@@ -388,16 +397,16 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     if not 1 <= len(name) <= LONGEST or not name.isprintable():
         raise UserInputError(f"A treatment needs a name of 1 to {LONGEST} printable characters.")
     if dose is None:
-        query = select(Treatment.id, Treatment.name_with_dose).order_by(Treatment.id)
-        same = session.execute(query.where(Treatment.name_with_dose == name)).all()
-        same = same or session.execute(query.where(Treatment.name == name)).all()
-        if len(same) == 1:
-            return int(same[0].id)
-        used = [row for row in same if _has_wells(session, row.id)]
+        has_wells = exists().where(Well.treatment_id == Treatment.id)
+        query = select(Treatment.id, Treatment.name_with_dose, has_wells.label("used"))
+        for named in (Treatment.name_with_dose, Treatment.name):
+            if same := session.execute(query.where(named == name)).all():
+                break
+        used = same if len(same) == 1 else [row for row in same if row.used]
         if len(used) == 1:
             return int(used[0].id)
-        if len(same) > 1:
-            listed = ", ".join(sorted({row.name_with_dose for row in same})[:_NAMED])
+        if same:
+            listed = some_of(sorted({row.name_with_dose for row in same}))
             raise UserInputError(
                 f"{name} is in the store in several ways: {listed}. Add --dose, for example "
                 '--dose "5 uM", or name one by its identifier.'
@@ -412,12 +421,6 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     return TreatmentWriter(session, Account(0, "")).ids([record])[record]
 
 
-def _has_wells(session: Session, treatment: int) -> bool:
-    return (
-        session.scalar(select(Well.id).where(Well.treatment_id == treatment).limit(1)) is not None
-    )
-
-
 def _perturbation_named(session: Session, name: str, notes: list[str]) -> TreatmentRecord:
     """The perturbation ``name`` (or of this identifier); a new one is a compound."""
     columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
@@ -429,7 +432,7 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Treatm
         )
         found = session.execute(query.where(Perturbation.id.in_(used))).all() or found
     if len(found) > 1:
-        listed = ", ".join(sorted(str(row.identifier) for row in found)[:_NAMED])
+        listed = some_of(sorted(str(row.identifier) for row in found))
         raise UserInputError(f"{name} is several samples: {listed}. Name one by its identifier.")
     if found:
         kind, known_as, identifier = found[0]
@@ -451,86 +454,77 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Treatm
 # ---- Exclude and include ----
 
 
-def exclude(
-    workspace: Workspace, level: str, name: str, *, reason: str, dry_run: bool = False
-) -> Correction:
-    """Let a plate, well, image or cell count nowhere; it stays visible.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: it is excluded already.
-    """
-    return _set_excluded(workspace, level, name, reason, dry_run, excluded=True)
-
-
-def include(
+def set_excluded(
     workspace: Workspace,
     level: str,
     name: str,
+    excluded: bool,
     *,
     reason: str | None = None,
     dry_run: bool = False,
 ) -> Correction:
-    """Let something count again that a person excluded.
+    """Let a plate, well, image or cell count nowhere, with a reason; or let it count again.
+
+    It stays visible. Only what a person excluded can be included again.
 
     Raises:
         UnknownNameError: nothing has that name.
-        UserInputError: nobody excluded it.
+        UserInputError: it is excluded already, or nobody excluded it.
     """
-    return _set_excluded(workspace, level, name, reason, dry_run, excluded=False)
-
-
-def _set_excluded(
-    workspace: Workspace,
-    level: str,
-    name: str,
-    reason: str | None,
-    dry_run: bool,
-    *,
-    excluded: bool,
-) -> Correction:
     if level not in list(Level):
         raise UnknownNameError.of("kind", level, [item.value for item in Level])
     of = Level(level)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
-        row_id = _find(session, of, name)
-        called = _name_of(session, of, row_id)
+        row_id = _FINDERS[of](session, readable(name))
+        called = _name_of(session, f"{of.value}s", row_id)
         found = EXCLUSIONS.c
         mine = and_(found.level == of.value, found.id == row_id)
-        by_person = found.source == ExclusionSource.ANNOTATION.value
-        query = select(found.reason, found.annotation_id).where(mine, by_person)
+        query = select(found.reason, found.annotation_id).where(mine, _BY_PERSON)
         present = session.execute(query.order_by(found.annotation_id)).all()
-        user_name, _ = caller()
-        values = {
-            "level": of,
-            "row_id": row_id,
-            "kind": AnnotationKind.EXCLUSION,
-            "reason": reason and readable(reason),
-            "user_name": user_name[:LONGEST],
-            "created_at": datetime.now(UTC),
-        }
+        why = reason and readable(reason)
         if excluded:
             if present:
                 raise UserInputError(f"{called} is excluded already: {present[0].reason}.")
-            session.add(Annotation(**values))
-            old, new = {"excluded": None}, {"excluded": values["reason"]}
+            session.add(_annotation(of, row_id, why))
+            old, new = {"excluded": None}, {"excluded": why}
         else:
             if not present:
                 raise UserInputError(_why_not_included(session, of, row_id, called))
             for row in present:
-                session.add(Annotation(**values, undoes_id=row.annotation_id))
+                session.add(_annotation(of, row_id, why, undoes_id=row.annotation_id))
             old, new = {"excluded": present[0].reason}, {"excluded": None}
         session.flush()
         change = Change(f"{of.value}s", row_id, old, new)
-        shown = {"name": called, "old": old, "new": new}
-        concerned = _concerned(
-            session, _images_of(of, row_id), row_id if of is Level.CELL else None
-        )
-        verb = "exclude" if excluded else "include"
-        return Correction(f"{verb} {of.value}", called, (shown,), **concerned), [change]
+        shown = (_shown_change(session, change),)
+        cell = row_id if of is Level.CELL else None
+        concerned = _concerned(session, _images_of(of, row_id), cell)
+        verb = f"{'exclude' if excluded else 'include'} {of.value}"
+        return Correction(verb, called, shown, **concerned), [change]
 
     return _carry_out(workspace, reason, dry_run, act)
+
+
+_FINDERS: dict[Level, Callable[[Session, str], int]] = {
+    Level.PLATE: find_plate,
+    Level.WELL: find_well,
+    Level.IMAGE: find_image,
+    Level.CELL: lambda session, number: find_cell(session, number)[0],
+}
+_BY_PERSON = EXCLUSIONS.c.source == ExclusionSource.ANNOTATION.value
+
+
+def _annotation(level: Level, row_id: int, reason: str | None, **more: Any) -> Annotation:
+    """An exclusion that the person at this computer says now; ``undoes_id``: or takes back."""
+    return Annotation(
+        level=level,
+        row_id=row_id,
+        kind=AnnotationKind.EXCLUSION,
+        reason=reason,
+        user_name=caller()[0][:LONGEST],
+        created_at=datetime.now(UTC),
+        **more,
+    )
 
 
 def _why_not_included(session: Session, level: Level, row_id: int, called: str) -> str:
@@ -541,30 +535,28 @@ def _why_not_included(session: Session, level: Level, row_id: int, called: str) 
     query = select(Image.id, Image.well_id, Well.plate_id).join(Well, Well.id == Image.well_id)
     image = session.execute(query.where(Image.id.in_(_images_of(level, row_id))).limit(1)).first()
     found = EXCLUSIONS.c
-    of_person = select(found.id).where(found.source == ExclusionSource.ANNOTATION.value)
+    of_person = select(found.id).where(_BY_PERSON)
     for higher, number in zip((Level.IMAGE, Level.WELL, Level.PLATE), image or (), strict=False):
         named = of_person.where(found.level == higher.value, found.id == number).limit(1)
         is_above = list(Level).index(higher) < list(Level).index(level)
         if is_above and session.scalar(named) is not None:
             return (
                 f"Not {called} itself is excluded, but its {higher.value}. To include that: "
-                f"cellstore include {higher.value} {_name_of(session, higher, number)}"
+                f"cellstore include {higher.value} {_name_of(session, f'{higher.value}s', number)}"
             )
     return f"{begin} is not excluded, so there is nothing to include."
 
 
 # ---- Undo and delete ----
 
-_RANGED: dict[str, Any] = {
-    "image_files": ImageFile,
-    "images": Image,
-    "wells": Well,
-    "plates": Plate,
-    "treatments": Treatment,
-    "perturbations": Perturbation,
-}
+_BROUGHT = ("image_files", "images", "wells", "plates", "treatments", "perturbations")
 """The tables of which an ingest records the new rows; those that refer to others come first."""
-_NAMES_OF = {"plates": Level.PLATE, "wells": Level.WELL, "images": Level.IMAGE}
+
+_STAYING = (Prediction, ImagePrediction, SplitMember)
+"""What is never deleted with an image or a cell: these are not deleted while they have it."""
+
+Ranges = Mapping[str, Sequence[tuple[int, int]]]
+"""By table the first and the last id of new rows."""
 
 
 def undo(
@@ -585,19 +577,13 @@ def undo(
         found = find_run(session, run)
         ranges = _check_undoable(session, found)
         images = select(Image.id).where(_within(Image.id, ranges["images"]))
-        own = select(Segmentation.id).where(Segmentation.run_id == found.id)
-        segmentations = select(Segmentation.id).where(
-            or_(Segmentation.id.in_(own), Segmentation.image_id.in_(images))
-        )
-        restored = _restorable(session, found.id)
-        relying = [
-            *_relying(session, images, segmentations, found.id),
-            *_relying_on_rows(session, found.id, ranges),
-            *restored.later,
-        ]
+        mine = or_(Segmentation.run_id == found.id, Segmentation.image_id.in_(images))
+        restored, later, notes = _restorable(session, found.id)
+        relying = _relying(session, images, select(Segmentation.id).where(mine), found.id)
+        relying |= _relying_on_rows(session, found.id, ranges) | later
         _refuse_if(relying, f"Run {found.id} cannot be undone")
         wells = select(Well.id).where(_within(Well.id, ranges["wells"]))
-        notes = (*_corrected_by_hand(session, wells, images), *restored.notes)
+        notes = [*_corrected_by_hand(session, wells, images), *notes]
         # A file that was not seen has no part in the content of its image, unless that is null.
         completed = (
             select(ImageFile.image_id)
@@ -606,48 +592,84 @@ def undo(
             .where(or_(ImageFile.sha256.is_not(None), Image.content_sha256.is_(None)))
         )
         partly = set(session.scalars(completed.distinct()))
-        deleted = _concerned(session, images)
-        if not deleted["images"]:
-            deleted = _concerned(
-                session,
-                select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
-            )
-        if not deleted["images"]:  # a plate map
-            of_run = select(Event.row_id).where(Event.run_id == found.id, Event.old.is_not(None))
-            labelled = of_run.where(Event.table_name == "wells")
-            deleted = _concerned(session, select(Image.id).where(Image.well_id.in_(labelled)))
-        features, paths = _delete_features(session, FeatureFile.run_id == found.id, with_sets=True)
-        files.extend(paths)
-        changes = _delete_segmentations(session, segmentations, files)
-        changes += _delete_images(session, images)
-        session.execute(delete(ImageFile).where(_within(ImageFile.id, ranges["image_files"])))
+        segmented = select(Segmentation.image_id).where(Segmentation.run_id == found.id)
+        of_run = select(Event.row_id).where(Event.run_id == found.id, Event.old.is_not(None))
+        labelled = of_run.where(Event.table_name == "wells")  # by a plate map
+        for about in (
+            images,
+            segmented.distinct(),
+            select(Image.id).where(Image.well_id.in_(labelled)),
+        ):
+            concerned = _concerned(session, about)
+            if concerned["images"]:
+                break
+        deletion = _Deletion(session)
+        features = deletion.of_files(FeatureFile.run_id == found.id, with_sets=True)
+        deletion.of(Segmentation, mine)
+        deletion.of(Image, _within(Image.id, ranges["images"]))
+        deletion.of(ImageFile, _within(ImageFile.id, ranges["image_files"]))
         if partly:
             from .ingest.ingest_images import write_contents  # it reads images: slow to import
 
             for some in in_lists(partly):
                 write_contents(session, some)
-        for table in ("wells", "plates"):
-            changes += _delete_rows(session, _RANGED[table], ranges[table])
-        changes += restored.write(session)
+        deletion.of(Well, _within(Well.id, ranges["wells"]))
+        deletion.of(Plate, _within(Plate.id, ranges["plates"]))
+        changes = [*deletion.changes, *_restore(session, restored)]
         changes += _delete_unused_treatments(session, ranges)
+        files.extend(deletion.unused_files())
         before, found.status = Status(found.status), Status.CANCELLED
         found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
         status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
         rows = [_shown_change(session, change) for change in changes]
-        done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted, notes=notes)
-        return done, [*changes, status]
+        return Correction(
+            "undo", f"run {found.id}", (*rows, *features), **concerned, notes=tuple(notes)
+        ), [*changes, status]
 
-    done = _carry_out(workspace, reason, dry_run, act)
-    if not dry_run:
-        for path in files:
-            workspace.artifacts.remove(path)
-    return done
+    return _carry_out(workspace, reason, dry_run, act, files)
+
+
+def delete_plate(
+    workspace: Workspace, name: str, *, reason: str | None = None, dry_run: bool = False
+) -> Correction:
+    """Delete a plate with its wells, images, cells and measurements; to undo it, ingest it again.
+
+    Image files stay where they are. Measurements in files that hold other plates, too, stay there.
+
+    Raises:
+        UnknownNameError: there is no such plate.
+        UserInputError: predictions or splits rely on it; the message names them.
+    """
+    files: list[str] = []
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        plate = find_plate(session, readable(name))
+        images = _images_of(Level.PLATE, plate)
+        segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
+        _refuse_if(
+            _relying(session, images, segmentations, None), f"Plate {name} cannot be deleted"
+        )
+        notes = _corrected_by_hand(session, select(Well.id).where(Well.plate_id == plate), images)
+        concerned = _concerned(session, images)
+        deletion = _Deletion(session)
+        with recording_removed(session, [images]):
+            deletion.of(Plate, Plate.id == plate)
+            # Measured sets stay: the next plate is measured into them.
+            deletion.of_files(_of_deleted_cells(deletion.changes))
+        files.extend(deletion.unused_files())
+        *changes, own = deletion.changes
+        changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
+        shown = tuple(_shown_change(session, change) for change in changes)
+        done = Correction("delete plate", name, shown, **concerned, notes=tuple(notes))
+        return done, changes
+
+    return _carry_out(workspace, reason, dry_run, act, files)
 
 
 _UNDONE = "Undone."
 
 
-def _check_undoable(session: Session, run: Run) -> dict[str, list[tuple[int, int]]]:
+def _check_undoable(session: Session, run: Run) -> Ranges:
     """Return the new rows of an ingest run by table, as ranges of ids.
 
     Raises:
@@ -663,8 +685,8 @@ def _check_undoable(session: Session, run: Run) -> dict[str, list[tuple[int, int
     if (run.error or "").startswith(_UNDONE):
         raise UserInputError(f"Run {run.id} was undone already.")
     query = select(Event.table_name, Event.new).where(Event.run_id == run.id, Event.old.is_(None))
-    ranges: dict[str, list[tuple[int, int]]] = {table: [] for table in _RANGED}
-    for table, new in session.execute(query.where(Event.table_name.in_(_RANGED))):
+    ranges: dict[str, list[tuple[int, int]]] = {table: [] for table in _BROUGHT}
+    for table, new in session.execute(query.where(Event.table_name.in_(_BROUGHT))):
         if new and "first_id" in new:
             ranges[table].append((new["first_id"], new["last_id"]))
     return ranges
@@ -674,9 +696,7 @@ def _within(column: Any, ranges: Sequence[tuple[int, int]]) -> Any:
     return or_(false(), *(column.between(first, last) for first, last in ranges))
 
 
-def _corrected_by_hand(
-    session: Session, wells: Select[Any], images: Select[Any]
-) -> tuple[str, ...]:
+def _corrected_by_hand(session: Session, wells: Select[Any], images: Select[Any]) -> list[str]:
     """A note of the wells that people corrected, themselves or an image: that is lost with them."""
     of_image = select(Image.well_id).join(Event, Event.row_id == Image.id)
     of_image = of_image.where(Event.table_name == "images", Image.id.in_(images))
@@ -685,90 +705,91 @@ def _corrected_by_hand(
     by_hand = (Event.run_id.is_(None), Event.old.is_not(None), Event.new.is_not(None))
     found = session.scalars(of_well.where(*by_hand).union(of_image.where(*by_hand))).all()
     if not found:
-        return ()
-    names = [_name_of(session, Level.WELL, number) for number in sorted(found)[:_NAMED]]
-    more = ", ..." if len(found) > _NAMED else ""
-    were = "was" if len(found) == 1 else "were"
-    note = f"{', '.join(names)}{more} {were} corrected or excluded by hand"
-    return (f"{note}: do that again if the images come back.",)
+        return []
+    names = some_of([_name_of(session, "wells", number) for number in sorted(found)])
+    return [f"Corrected or excluded by hand: {names}. Do that again if the images come back."]
 
 
-class _Relying(NamedTuple):
-    """Later work that relies on something, and the command that takes it back, if there is one."""
-
-    name: str
-    command: str | None = None
-
+Relying = dict[str, str]
+"""Later work that relies on something, with the command that takes it back, if there is one."""
 
 _EXCLUDE = "cellstore exclude plate PLATE --reason TEXT"
 
 
-def _refuse_if(relying: Sequence[_Relying], refused: str) -> None:
+def _refuse_if(relying: Relying, refused: str) -> None:
     if relying:
-        names = [item.name for item in relying]
+        names = list(relying)
         more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        commands = dict.fromkeys(item.command for item in relying if item.command)
+        commands = dict.fromkeys(command for command in relying.values() if command)
         last = commands.pop(_EXCLUDE, "") is None
-        advice = f" Take that back first: {'; then '.join(commands)}." if commands else ""
-        advice += f" To let a plate count nowhere: {_EXCLUDE}." if last else ""
-        raise UserInputError(
-            f"{refused}, because later work relies on it: "
-            f"{'; '.join(names[:_NAMED])}{more}. Nothing was changed.{advice}"
-        )
+        lines = [
+            f"{refused}. Nothing was changed. Later work relies on it:",
+            f"{', '.join(names[:_NAMED])}{more}.",
+        ]
+        if commands:
+            lines += ["Take that back first, in this order:", *(f"  {item}" for item in commands)]
+        if last:
+            lines += ["To let a plate count nowhere instead:", f"  {_EXCLUDE}"]
+        raise UserInputError("\n".join(lines))
 
 
-def _undo_of(runs: Iterable[tuple[int, str]]) -> list[_Relying]:
+def _undo_of(runs: Iterable[tuple[int, str]]) -> Relying:
     """What runs did, the last first: so they have to be undone."""
-    return [
-        _Relying(text, f"cellstore undo {number}")
-        for number, text in sorted(runs, key=lambda item: -item[0])
-    ]
+    by_run = sorted(runs, key=lambda item: -item[0])
+    return {text: f"cellstore undo {number}" for number, text in by_run}
+
+
+def _references(table: Any) -> Iterator[Any]:
+    """The columns of all tables that refer to rows of a table, both as the classes have them."""
+    for other in _CLASSES.values():
+        for key in other.__table__.foreign_keys:
+            if key.column.table is table.__table__:
+                yield getattr(other, key.parent.name)
 
 
 def _relying(
     session: Session, images: Select[Any], segmentations: Select[Any], run_id: int | None
-) -> list[_Relying]:
+) -> Relying:
     """What relies on images and segmentations: predictions, splits, and other runs than ``run_id``.
 
     Without ``run_id`` only predictions and splits: the rest can be made again.
     """
     cells = select(Cell.id).where(Cell.segmentation_id.in_(segmentations))
-    labelled = (
-        select(Prediction.run_id)
-        .where(Prediction.cell_id.in_(cells))
-        .union(select(ImagePrediction.run_id).where(ImagePrediction.image_id.in_(images)))
-    )
-    runs = sorted(session.scalars(labelled))
-    found = [_Relying(f"predictions of run {number}", _EXCLUDE) for number in runs]
+    made_by = {
+        column.class_: select(column.class_.run_id).where(column.in_(ids))
+        for table, ids in ((Image, images), (Cell, cells))
+        for column in _references(table)
+        if hasattr(column.class_, "run_id")
+    }
+    predicted = union(*(made_by.pop(table) for table in (Prediction, ImagePrediction)))
+    runs = sorted(session.scalars(predicted))
+    found = {f"predictions of run {number}": _EXCLUDE for number in runs}
     splits = select(Split.name, Split.frozen_at)
     splits = splits.join(SplitMember, SplitMember.split_id == Split.id)
     splits = splits.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.name)
     for name, frozen_at in session.execute(splits):
         free = f"cellstore split delete {shlex.quote(name)}"
-        found.append(_Relying(f"split {name}", _EXCLUDE if frozen_at else free))
+        found[f"split {name}"] = _EXCLUDE if frozen_at else free
     if run_id is None:
         return found
     recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
     first, last = session.execute(
         select(func.min(Cell.id), func.max(Cell.id)).where(Cell.id.in_(cells))
     ).one()
-    made_by: tuple[Any, ...] = (
-        select(Segmentation.run_id).where(Segmentation.image_id.in_(images)),
-        select(Job.run_id).where(Job.image_id.in_(images)),
-        select(ImageQuality.run_id).where(ImageQuality.image_id.in_(images)),
-        select(ImageFlag.run_id).where(ImageFlag.image_id.in_(images)),
-        select(CellFeatures.run_id).where(CellFeatures.cell_id.in_(cells)),
-        select(CellFlag.run_id).where(CellFlag.cell_id.in_(cells)),
+    in_files = (
         select(FeatureFile.run_id)  # each is of cells that one ingest has brought
         .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
         .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
         .where(RecipeInput.input_id.in_(recipes))
-        .where(FeatureFile.first_cell_id <= (last or 0), FeatureFile.last_cell_id >= (first or 0)),
+        .where(FeatureFile.first_cell_id <= (last or 0), FeatureFile.last_cell_id >= (first or 0))
+    )
+    of_recipes = (
         select(Run.id)
         .join(RecipeInput, RecipeInput.recipe_id == Run.recipe_id)
-        .where(RecipeInput.input_id.in_(recipes), Run.id > run_id),
+        .where(RecipeInput.input_id.in_(recipes), Run.id > run_id)
     )
-    numbers = {number for query in made_by for number in session.scalars(query.distinct())}
+    queries: list[Any] = [*made_by.values(), in_files, of_recipes]
+    numbers = {number for query in queries for number in session.scalars(query.distinct())}
     stages = select(Run.id, Run.stage).where(Run.id.in_(numbers - {run_id})).order_by(Run.id)
     plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
     plates = plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
@@ -779,32 +800,27 @@ def _relying(
     for number, stage in session.execute(stages):
         name = f"{Stage(stage).value} run {number}"
         if stage is Stage.INGEST:
-            found += _undo_of([(number, name)])
+            found |= _undo_of([(number, name)])
         else:  # what it made goes with its plates
-            found.append(_Relying(name, "; ".join(gone)))
+            found[name] = "; ".join(gone)
     return found
 
 
-def _relying_on_rows(
-    session: Session, run_id: int, ranges: Mapping[str, Sequence[tuple[int, int]]]
-) -> list[_Relying]:
+def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> Relying:
     """Which other ingests put files to images, images into wells, or wells onto plates of a run."""
-    files = select(ImageFile.id).where(
-        _within(ImageFile.image_id, ranges["images"]), ~_within(ImageFile.id, ranges["image_files"])
-    )
-    images = select(Image.id).where(
-        _within(Image.well_id, ranges["wells"]), ~_within(Image.id, ranges["images"])
-    )
-    wells = select(Well.id).where(
-        _within(Well.plate_id, ranges["plates"]), ~_within(Well.id, ranges["wells"])
-    )
     found = list[tuple[int, str]]()
-    for table, query in (("image_files", files), ("images", images), ("wells", wells)):
-        row_id = session.scalar(query.limit(1))
+    of: Any
+    for of in (ImageFile.image_id, Image.well_id, Well.plate_id):
+        table, (key,) = of.class_, of.expression.foreign_keys
+        mine = _within(of, ranges[key.column.table.name])
+        theirs = ~_within(table.id, ranges[table.__tablename__])
+        row_id = session.scalar(select(table.id).where(mine, theirs).limit(1))
         if row_id is not None:
-            made = select(Event.run_id).where(Event.table_name == table, Event.row_id >= row_id)
+            made = select(Event.run_id).where(
+                Event.table_name == table.__tablename__, Event.row_id >= row_id
+            )
             by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
-            name = _named(session, table, row_id)
+            name = _name_of(session, table.__tablename__, row_id)
             found.append((by or 0, f"ingest run {by} brought {name}"))
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
@@ -818,33 +834,11 @@ def _relying_on_rows(
     return _undo_of(found)
 
 
-@dataclass(frozen=True)
-class _Restored:
-    """The events of a run whose old values come back, the last first.
+def _restorable(session: Session, run_id: int) -> tuple[list[Change], Relying, list[str]]:
+    """What a run changed of rows that were there before it: its events, the last first.
 
-    ``later``: the runs that changed them since; ``notes``: what people corrected since, and keep.
+    Returns also the runs that changed the same since, and a note of what people corrected since.
     """
-
-    changes: tuple[Change, ...]
-    later: tuple[_Relying, ...]
-    notes: tuple[str, ...]
-
-    def write(self, session: Session) -> list[Change]:
-        """Put the old values back; return the events of that."""
-        for change in self.changes:
-            old = change.old or {}
-            table = METADATA.tables[change.table_name]
-            values = {name: value for name, value in old.items() if name in table.c}
-            ids = old["ids"] if change.row_id is None else [change.row_id]
-            for some in in_lists(ids):
-                session.execute(update(table).where(table.c.id.in_(some)).values(values))
-            if change.table_name == "perturbations" and "target" in old:
-                retarget(session, change.row_id or 0)
-        return [replace(c, old=c.new, new=c.old, line=None) for c in self.changes]
-
-
-def _restorable(session: Session, run_id: int) -> _Restored:
-    """What a run changed of rows that were there before it."""
     query = select(Event).where(Event.run_id == run_id, Event.old.is_not(None))
     query = query.where(Event.new.is_not(None), Event.table_name != "runs")
     changes, later, kept = [], dict[tuple[int, str], None](), dict[str, None]()
@@ -871,7 +865,7 @@ def _restorable(session: Session, run_id: int) -> _Restored:
             since = since.where(Event.id > row.id, Run.status != Status.CANCELLED)
             found = session.execute(since.order_by(Event.id.desc()))
             by = next((run for run, values in found if name in (values or {})), None)
-            called = _named(session, row.table_name, row.row_id)
+            called = _name_of(session, row.table_name, row.row_id)
             if by is None:
                 by_hand.add(name)
                 kept[called] = None
@@ -884,120 +878,121 @@ def _restorable(session: Session, run_id: int) -> _Restored:
         if old or new:
             changes.append(replace(change, old=old, new=new))
         present[key] |= row.old or {}
-    names = sorted(kept)
-    notes: tuple[str, ...] = ()
-    if names:
-        more = ", ..." if len(names) > _NAMED else ""
-        were = "was corrected by hand since, and keeps its correction"
-        if len(names) > 1:
-            were = "were corrected by hand since, and keep their corrections"
-        notes = (f"{', '.join(names[:_NAMED])}{more} {were}.",)
-    return _Restored(tuple(changes), tuple(_undo_of(later)), notes)
+    notes = [f"Corrected by hand since, and kept: {some_of(sorted(kept))}."] if kept else []
+    return changes, _undo_of(later), notes
 
 
-def _delete_unused_treatments(
-    session: Session, ranges: Mapping[str, Sequence[tuple[int, int]]]
-) -> list[Change]:
+def _restore(session: Session, changes: Sequence[Change]) -> list[Change]:
+    """Put the old values of events back; return the events of that."""
+    for change in changes:
+        old, table = change.old or {}, METADATA.tables[change.table_name]
+        values = {name: value for name, value in old.items() if name in table.c}
+        ids = old["ids"] if change.row_id is None else [change.row_id]
+        for some in in_lists(ids):
+            session.execute(update(table).where(table.c.id.in_(some)).values(values))
+        if change.table_name == "perturbations" and "target" in old:
+            retarget(session, change.row_id or 0)
+    return [replace(c, old=c.new, new=c.old, line=None) for c in changes]
+
+
+def _delete_unused_treatments(session: Session, ranges: Ranges) -> list[Change]:
     """Delete the treatments and perturbations of a run that nothing has; return the events."""
+    deletion = _Deletion(session)
     has_well = exists().where(Well.treatment_id == Treatment.id)
-    unused = select(Treatment.id).where(_within(Treatment.id, ranges["treatments"]), ~has_well)
-    _delete_where(session, TreatmentPart, TreatmentPart.treatment_id.in_(unused))
-    changes = _delete_rows(session, Treatment, query=unused)
+    deletion.of(Treatment, and_(_within(Treatment.id, ranges["treatments"]), ~has_well))
     has_part = exists().where(TreatmentPart.perturbation_id == Perturbation.id)
     described = exists().where(Event.table_name == "perturbations", Event.row_id == Perturbation.id)
     mine = _within(Perturbation.id, ranges["perturbations"])
-    alone = select(Perturbation.id).where(mine, ~has_part, ~described)
-    changes += _delete_rows(session, Perturbation, query=alone)
-    return [replace(change, row_id=None) for change in changes]
-
-
-def _named(session: Session, table: str, row_id: int | None) -> str:
-    if table in _NAMES_OF and row_id is not None:
-        row = session.get(_RANGED[table], row_id)
-        return (
-            f"{table[:-1]} {row_id}" if row is None else _name_of(session, _NAMES_OF[table], row_id)
-        )
-    if table == "image_files" and row_id is not None:
-        file = session.get_one(ImageFile, row_id)
-        return f"channel {file.channel} of {_name_of(session, Level.IMAGE, file.image_id)}"
-    if table == "perturbations" and row_id is not None:
-        return session.get_one(Perturbation, row_id).name
-    return table
+    deletion.of(Perturbation, and_(mine, ~has_part, ~described))
+    return [replace(change, row_id=None) for change in deletion.changes]
 
 
 def _shown_change(session: Session, change: Change) -> dict[str, Any]:
     """A change as people see it: the name of the row, or how many rows are deleted."""
-    if change.new is None:
-        unsaid = ("first_id", "ids")
-        rows = {key: value for key, value in (change.old or {}).items() if key not in unsaid}
-        return {"name": change.table_name, "old": rows, "new": None}
-    values = (_without_id(change.old or {}), _without_id(change.new))
-    old, new = ({k: v for k, v in item.items() if k != "ids"} for item in values)
-    return {"name": _named(session, change.table_name, change.row_id), "old": old, "new": new}
-
-
-def _delete_rows(
-    session: Session, table: Any, ranges: Sequence[tuple[int, int]] = (), query: Any = None
-) -> list[Change]:
-    """Delete rows in ranges of ids, or of a query of ids; return the event of it.
-
-    Annotations of them that exclude are undone.
-    """
-    which = _within(table.id, ranges) if query is None else table.id.in_(query)
-    counted = select(func.count(), func.min(table.id), func.max(table.id)).where(which)
-    number, first, last = session.execute(counted).one()
-    if not number:
-        return []
-    name = table.__tablename__
-    user_name, _ = caller()
-    found = EXCLUSIONS.c
-    excluded = select(found.annotation_id, found.id).where(
-        found.source == ExclusionSource.ANNOTATION.value,
-        found.level == name[:-1],
-        found.id.in_(select(table.id).where(which)),
+    hidden = ("first_id", "ids", "treatment_id")
+    old, new = (
+        None if values is None else {k: v for k, v in values.items() if k not in hidden}
+        for values in (change.old, change.new)
     )
-    for annotation, row_id in session.execute(excluded).all():
-        session.add(
-            Annotation(
-                level=Level(name[:-1]),
-                row_id=row_id,
-                kind=AnnotationKind.EXCLUSION,
-                reason="deleted",
-                user_name=user_name[:LONGEST],
-                created_at=datetime.now(UTC),
-                undoes_id=annotation,
-            )
+    row_id = None if new is None else change.row_id
+    return {"name": _name_of(session, change.table_name, row_id), "old": old, "new": new}
+
+
+class _Deletion:
+    """Deletes rows, with all rows that belong to them.
+
+    ``changes`` are the events of it. What was written for them is named by :meth:`unused_files`.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.changes: list[Change] = []
+        self.artifacts: set[int] = set()
+
+    def of(self, table: Any, which: Any) -> None:
+        """Delete the rows of a table that meet a condition."""
+        for column in _references(table):
+            if not column.expression.nullable and column.class_ not in _STAYING:
+                self.of(column.class_, column.in_(select(table.id).where(which)))
+        for column in _references(Artifact):
+            if column.class_ is table:
+                found = self.session.scalars(select(column).where(which).distinct())
+                self.artifacts |= {number for number in found if number is not None}
+        if table is Cell or table.__tablename__ in _BROUGHT[1:]:
+            self._record(table, which)
+        options = {"synchronize_session": False}
+        self.session.execute(delete(table).where(which), execution_options=options)
+
+    def _record(self, table: Any, which: Any) -> None:
+        """Keep the event of a deletion, and undo the exclusions of the rows by people."""
+        session, name = self.session, table.__tablename__
+        counted = select(func.count(), func.min(table.id), func.max(table.id)).where(which)
+        number, first, last = session.execute(counted).one()
+        if not number:
+            return
+        level, found = name[:-1], EXCLUSIONS.c
+        mine = (found.level == level, found.id.in_(select(table.id).where(which)))
+        excluded = select(found.annotation_id, found.id).where(_BY_PERSON, *mine)
+        for annotation, row_id in session.execute(excluded).all():
+            session.add(_annotation(Level(level), row_id, "deleted", undoes_id=annotation))
+        session.flush()
+        old = {"rows": number, "first_id": first}
+        if table is Cell:  # files of measurements may keep these, and cells of others lie between
+            order = (table.id - func.row_number().over(order_by=table.id)).label("island")
+            each = select(table.id, order).where(which).subquery()
+            bounds = select(func.min(each.c.id), func.max(each.c.id)).group_by(each.c.island)
+            old["ids"] = sorted([*row] for row in session.execute(bounds))
+        self.changes.append(Change(name, last, old, None))
+
+    def of_files(self, which: Any, *, with_sets: bool = False) -> list[dict[str, Any]]:
+        """Delete feature files; ``with_sets``: the sets, too, that have no other file, returned."""
+        session, shown = self.session, []
+        of_file = and_(
+            FeatureFile.artifact_id == RunArtifact.artifact_id,
+            FeatureFile.run_id == RunArtifact.run_id,
         )
-    session.flush()
-    islands = {}
-    if table is Cell:  # files of measurements may keep these, and cells of others lie between
-        order = (table.id - func.row_number().over(order_by=table.id)).label("island")
-        each = select(table.id, order).where(which).subquery()
-        bounds = select(func.min(each.c.id), func.max(each.c.id)).group_by(each.c.island)
-        islands = {"ids": sorted([*row] for row in session.execute(bounds))}
-    session.execute(delete(table).where(which), execution_options={"synchronize_session": False})
-    return [Change(name, last, {"rows": number, "first_id": first, **islands}, None)]
-
-
-def _delete_features(
-    session: Session, which: Any, *, with_sets: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Delete feature files (a condition); ``with_sets``: the sets, too, that have no other file."""
-    query = select(FeatureFile.artifact_id, FeatureFile.feature_set_id, FeatureFile.run_id)
-    rows = session.execute(query.where(which)).all()
-    for row in rows:
-        for table in (FeatureFile, RunArtifact):
-            mine = and_(table.artifact_id == row.artifact_id, table.run_id == row.run_id)
-            _delete_where(session, table, mine)
-    shown = []
-    for number in {row.feature_set_id for row in rows} if with_sets else ():
-        others = select(FeatureFile.run_id).where(FeatureFile.feature_set_id == number).limit(1)
-        if session.scalar(others) is None:
-            kept = session.get_one(FeatureSet, number)
+        query = select(FeatureSet).join(FeatureFile).where(which).distinct()
+        sets = session.scalars(query.with_only_columns(FeatureSet.id)).all() if with_sets else ()
+        self.of(RunArtifact, exists().where(of_file, which))
+        self.of(FeatureFile, which)
+        others = exists().where(FeatureFile.feature_set_id == FeatureSet.id)
+        for kept in session.scalars(select(FeatureSet).where(FeatureSet.id.in_(sets), ~others)):
             shown.append({"name": "feature_sets", "old": {"name": kept.name}, "new": None})
             session.delete(kept)
-    session.flush()
-    return shown, _delete_artifacts(session, [row.artifact_id for row in rows])
+        session.flush()
+        return shown
+
+    def unused_files(self) -> list[str]:
+        """Delete the artifacts of what was deleted that nothing names any more; their paths."""
+        paths: list[str] = []
+        named = or_(*(exists().where(column == Artifact.id) for column in _references(Artifact)))
+        for some in in_lists(self.artifacts):
+            query = select(Artifact.id, Artifact.path).where(Artifact.id.in_(some), ~named)
+            unused = self.session.execute(query).all()
+            ids = [row.id for row in unused]
+            self.session.execute(delete(Artifact).where(Artifact.id.in_(ids)))
+            paths += [row.path for row in unused]
+        return paths
 
 
 def _of_deleted_cells(changes: Sequence[Change]) -> Any:
@@ -1020,87 +1015,3 @@ def _of_deleted_cells(changes: Sequence[Change]) -> Any:
         if change.table_name == "cells"
     )
     return and_(or_(false(), *touched), ~left)
-
-
-def _delete_artifacts(session: Session, ids: Sequence[int]) -> list[str]:
-    """Delete those artifacts that nothing names any more; return their paths."""
-    paths: list[str] = []
-    for some in in_lists(set(ids)):
-        named = or_(
-            exists().where(Segmentation.mask_artifact_id == Artifact.id),
-            exists().where(Segmentation.flow_artifact_id == Artifact.id),
-            exists().where(RunArtifact.artifact_id == Artifact.id),
-            exists().where(FeatureFile.artifact_id == Artifact.id),
-        )
-        query = select(Artifact.id, Artifact.path).where(Artifact.id.in_(some), ~named)
-        unused = session.execute(query).all()
-        session.execute(delete(Artifact).where(Artifact.id.in_([row.id for row in unused])))
-        paths += [row.path for row in unused]
-    return paths
-
-
-def _delete_segmentations(session: Session, of: Select[Any], files: list[str]) -> list[Change]:
-    """Delete segmentations (a query of ids) with their cells; ``files`` gets what they wrote."""
-    written = select(Segmentation.mask_artifact_id, Segmentation.flow_artifact_id)
-    rows = session.execute(written.where(Segmentation.id.in_(of)))
-    artifacts = [number for row in rows for number in row if number is not None]
-    cells = select(Cell.id).where(Cell.segmentation_id.in_(of))
-    for table in (CellFlag, CellFeatures):
-        _delete_where(session, table, table.cell_id.in_(cells))
-    changes = _delete_rows(session, Cell, query=cells)
-    _delete_where(session, Segmentation, Segmentation.id.in_(of))
-    files += _delete_artifacts(session, artifacts)
-    return changes
-
-
-def _delete_images(session: Session, images: Select[Any]) -> list[Change]:
-    """Delete images (a query of ids) that have no segmentations any more."""
-    for table in (ImageFlag, ImageQuality, Job, ImageFile):
-        _delete_where(session, table, table.image_id.in_(images))
-    return _delete_rows(session, Image, query=images)
-
-
-def _delete_where(session: Session, table: Any, condition: Any) -> None:
-    options = {"synchronize_session": False}
-    session.execute(delete(table).where(condition), execution_options=options)
-
-
-def delete_plate(
-    workspace: Workspace, name: str, *, reason: str | None = None, dry_run: bool = False
-) -> Correction:
-    """Delete a plate with its wells, images, cells and measurements; to undo it, ingest it again.
-
-    Image files stay where they are. Measurements in files that hold other plates, too, stay there.
-
-    Raises:
-        UnknownNameError: there is no such plate.
-        UserInputError: predictions or splits rely on it; the message names them.
-    """
-    files: list[str] = []
-
-    def act(session: Session) -> tuple[Correction, list[Change]]:
-        plate = find_plate(session, readable(name))
-        images = _images_of(Level.PLATE, plate)
-        segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
-        _refuse_if(
-            _relying(session, images, segmentations, None), f"Plate {name} cannot be deleted"
-        )
-        wells = select(Well.id).where(Well.plate_id == plate)
-        notes = _corrected_by_hand(session, wells, images)
-        done = Correction("delete plate", name, (), **_concerned(session, images), notes=notes)
-        with recording_removed(session, [images]):
-            changes = _delete_segmentations(session, segmentations, files)
-            # Measured sets stay: the next plate is measured into them.
-            files.extend(_delete_features(session, _of_deleted_cells(changes), with_sets=False)[1])
-            changes += _delete_images(session, images)
-            changes += _delete_rows(session, Well, query=wells)
-        (own,) = _delete_rows(session, Plate, [(plate, plate)])
-        changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
-        shown = tuple(_shown_change(session, change) for change in changes)
-        return replace(done, changes=shown), changes
-
-    done = _carry_out(workspace, reason, dry_run, act)
-    if not dry_run:
-        for path in files:
-            workspace.artifacts.remove(path)
-    return done

@@ -31,7 +31,7 @@ from ..query.cells import choose_recipes, input_of
 from ..query.engine import open_questions
 from ..query.guard import literal, quoted
 from ..query.source import group_of
-from ..settings import need
+from ..settings import check_new_file, need
 
 PREFIX, TEXT_PREFIX = "Cells_", "Text_"
 """Before the name of a feature: pycytominer takes what begins with a compartment for numbers."""
@@ -212,12 +212,7 @@ def export(
         need("anndata")
     if for_spreadsheet and format is not ExportFormat.CSV:
         raise UserInputError("Only CSV is opened in spreadsheets: give --format csv, too.")
-    if out.is_dir():
-        raise UserInputError(f"{out} is a folder. Give the name of a file.")
-    if not out.parent.is_dir():
-        raise UserInputError(f"There is no folder {out.parent}. Make it, or name another one.")
-    if out.exists() and not force:
-        raise UserInputError(f"{out} exists. Name another file, or replace it with --force.")
+    check_new_file(out, replace=force, option="--force")
     with workspace.database.read() as session:
         segment, measures = _choose(session, features, segmentation, measurement)
         sets = [(measure, measure.feature_set) for measure in measures]

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Subset
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import ImageError, StorageError, UserInputError, some_of
 from ..jobs.lookup import IS_CURRENT, find_run
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
@@ -84,7 +84,7 @@ def readme(record: Mapping[str, Any]) -> str:
     return f"""# A classifier of cells
 
 Kind: {record["model"]}. It tells {len(labels)} classes ({record["field"]}) apart:
-{", ".join(labels[:10])}{", ..." if len(labels) > 10 else ""}.
+{some_of(labels, 10)}.
 
 Trained by cellstore {lineage["code_version"]} in run {lineage["train_run"]}, on the training
 subset of split {split["name"]!r} ({split["protocol"]}, grouped by {split["group_level"]}). What it

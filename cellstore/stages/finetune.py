@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sqlalchemy import select
@@ -25,7 +25,7 @@ from ..io.mask_files import mask_files
 from ..jobs.lookup import find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import choose_channels, read_image
-from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
+from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
 from ..settings import need, track
@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 
 
 VERSION = 1
-
-
-class Refused(NamedTuple):
-    """A file of masks that is not learned from, and why."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -59,20 +52,11 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """What the network learns from, and what it is judged by; and what could not be used."""
-
-    training: tuple[Example, ...]
-    held_out: tuple[Example, ...]
-    refused: tuple[Refused, ...]
-
-
-@dataclass(frozen=True)
 class Opened:
     """Examples as the network sees them, opened one by one, as often as they are asked for."""
 
     workspace: Workspace
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     planes: tuple[ImageInput, ...]
 
     def __iter__(self) -> Iterator[Corrected]:
@@ -149,45 +133,54 @@ def finetune(
             find_plate(session, plate)
         nuclei = choose_channels(session, params.nuclei)
         params = replace(params, channels=choose_channels(session, params.channels), nuclei=nuclei)
-    examples = find_examples(workspace, masks, params, plate)
+    examples, refused = find_examples(workspace, masks, params, plate)
+    training, held_out = divide(examples, params.held_out, params.seed)
     parameters = asdict(params) | {
         "model": Path(start.name).name,
-        "training": _digest(examples.training),
-        "judged_by": _digest(examples.held_out),
+        "training": _digest(training),
+        "judged_by": _digest(held_out),
     }
     spec = RecipeSpec(Stage.FINETUNE, VERSION, parameters, start.sha256)
-    with workspace.database.begin() as session:
+    with workspace.database.read() as session:
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
-            return _result(session, earlier, already_done=True)
-        recipe = register(session, spec)
+            return _result(session, earlier)
     with running(
-        workspace.database, recipe, parent_id=start.run_id, seed=params.seed, device=device
+        workspace.database, spec, parent_id=start.run_id, seed=params.seed, device=device
     ) as run:
-        run.result = _train(workspace, run.id, params, start, examples, device)
+        run.result = {
+            "start": start.name,
+            "images": len(training),
+            "cells": sum(example.cells for example in training),
+            "held_out": len(held_out),
+            **_train(workspace, run.id, params, start, training, held_out, device),
+            "refused": refused,
+        }
     with workspace.database.read() as session:
-        return _result(session, session.get_one(Run, run.id), already_done=False)
+        return replace(_result(session, session.get_one(Run, run.id)), already_done=False)
 
 
 def find_examples(
     workspace: Workspace, paths: Sequence[Path], params: FinetuneParams, plate: str | None
-) -> Examples:
-    """Match files of masks to images, keep them as artifacts, and divide them.
+) -> tuple[list[Example], list[dict[str, str]]]:
+    """Match files of masks to images, and keep them as artifacts.
+
+    Returns also the files that are not learned from, and why.
 
     Raises:
         UserInputError: no such file or folder, or none that can be learned from.
     """
     examples: list[Example] = []
-    refused: list[Refused] = []
+    refused: list[dict[str, str]] = []
     masks = mask_files(paths)
     for mask in track(workspace.progress, "read masks", len(masks), masks):
         found = read_masks_of(workspace.database, mask, plate=plate, binary=params.binary)
         if isinstance(found, NoMatch):
-            refused.append(Refused(mask.name, f"{found.reason}: {found.detail}"))
+            why = f"{found.reason}: {found.detail}"
         elif not found.labels.any():
-            refused.append(Refused(mask.name, "it has no cells, so their size is not known"))
+            why = "it has no cells, so their size is not known"
         elif found.image.id in {example.image_id for example in examples}:
-            refused.append(Refused(mask.name, f"other masks of {found.image} were read before it"))
+            why = f"other masks of {found.image} were read before it"
         else:
             image, tiff = found.image, encode_tiff(found.labels)
             examples.append(
@@ -200,12 +193,12 @@ def find_examples(
                     workspace.artifacts.write(ArtifactKind.MASK, tiff, ".tif"),
                 )
             )
+            continue
+        refused.append({"file": mask.name, "reason": why})
     if not examples:
-        reasons = "; ".join(f"{item.file}: {item.reason}" for item in refused[:3])
+        reasons = "; ".join(f"{item['file']}: {item['reason']}" for item in refused[:3])
         raise UserInputError(f"None of the masks can be used for training. {reasons}")
-    examples.sort(key=lambda example: example.image_id)
-    training, held_out = divide(examples, params.held_out, params.seed)
-    return Examples(tuple(training), tuple(held_out), tuple(refused))
+    return sorted(examples, key=lambda example: example.image_id), refused
 
 
 def divide(
@@ -238,24 +231,22 @@ def _train(
     run_id: int,
     params: FinetuneParams,
     start: ModelFiles,
-    examples: Examples,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
     device: str,
 ) -> dict[str, Any]:
-    """Train, judge and keep a network; return what the run keeps."""
+    """Train, judge and keep a network; return how good it is, for the run."""
     from ..analysis.segmentation import save_size_model
     from ..learn import finetuning
 
-    training, held_out = (
-        Opened(workspace, some, params.planes) for some in (examples.training, examples.held_out)
-    )
+    lessons, tests = (Opened(workspace, some, params.planes) for some in (training, held_out))
 
     def judged(network: Path) -> float | None:
-        return finetuning.precision(network, held_out, device) if examples.held_out else None
+        return finetuning.precision(network, tests, device) if held_out else None
 
     def keep(*files: StoredFile) -> None:
         with workspace.database.begin() as session:
-            for file in files:
-                attach(session, run_id, keep_files(session, [file])[0])
+            keep_files(session, files, run_id)
 
     def on_epoch(epoch: int, loss: float) -> None:
         with workspace.database.begin() as session:
@@ -265,7 +256,7 @@ def _train(
     before = judged(start.network)
     with tempfile.TemporaryDirectory(prefix="cellstore-finetune-") as folder:
         prepared = finetuning.Prepared(Path(folder))
-        for example in training:
+        for example in lessons:
             prepared.add(example)
         workspace.progress.start("finetune", params.epochs)
         try:
@@ -276,36 +267,24 @@ def _train(
     keep(network)
     path, size_error = workspace.artifacts.locate(network.path), None
     after = judged(path)
-    found = finetuning.size_model_of(path, training, device)
+    found = finetuning.size_model_of(path, lessons, device)
     if found is not None:  # there are images enough
         model, error = found
         buffer, size_error = io.BytesIO(), math.expm1(error)
         save_size_model(buffer, model)
         keep(workspace.artifacts.write(ArtifactKind.NETWORK, buffer.getvalue(), SIZE_MODEL))
-    keep(*(example.masks for example in (*examples.training, *examples.held_out)))
+    keep(*(example.masks for example in (*training, *held_out)))
     return {
-        "start": start.name,
-        "images": len(examples.training),
-        "cells": sum(example.cells for example in examples.training),
-        "held_out": len(examples.held_out),
         "before": before,
         "after": after,
         "size_error": size_error,
         "network_sha256": network.sha256,
-        "refused": [item._asdict() for item in examples.refused],
     }
 
 
-def _result(session: Session, run: Run, *, already_done: bool) -> FinetuneResult:
-    kept = dict(run.result or {})
-    kept.pop("network_sha256")
+def _result(session: Session, run: Run) -> FinetuneResult:
     losses = select(RunMetric.value).where(RunMetric.run_id == run.id, RunMetric.name == "loss")
     values = session.scalars(losses.order_by(RunMetric.epoch))
-    return FinetuneResult(
-        run_id=run.id,
-        recipe_id=run.recipe_id,
-        model=f"{OF_A_RUN}{run.id}",
-        already_done=already_done,
-        losses=tuple(math.nan if value is None else value for value in values),
-        **(kept | {"refused": tuple(kept["refused"])}),
-    )
+    found = tuple(math.nan if value is None else value for value in values)
+    model = f"{OF_A_RUN}{run.id}"
+    return result_of(run, FinetuneResult, model=model, already_done=True, losses=found)

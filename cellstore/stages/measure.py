@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -50,7 +50,7 @@ from ..models import (
     ImageFile,
     Segmentation,
 )
-from ..query.cells import current_segmentation, last_with_masks, plane_of
+from ..query.cells import current_segmentation, last_with_masks, plane_of, read_masks
 from ..query.feature_files import (
     ROWS_OF_FILE,
     WrittenFile,
@@ -173,8 +173,7 @@ def measure(
         results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
-            **{field.name: getattr(result, field.name) for field in fields(JobsResult)}
-            | {"lacking": lacking},
+            **vars(result) | {"lacking": lacking},
             group=group.group.name,
             feature_set=group.feature_set,
         )
@@ -277,7 +276,11 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         found: dict[int, MeasureInput | CellstoreError] = {}
         for task in tasks:
             if task.image_id not in masks:
-                found[task.image_id] = self._why_no_masks(session, task.image_id)
+                try:
+                    now = current_segmentation(session, self.segment_id, task.image_id)
+                    read_masks(session, self.artifacts, now)
+                except ImageError as error:  # it has changed, or its masks are unknown
+                    found[task.image_id] = error
                 continue
             number, mask = masks[task.image_id]
             rows = session.execute(cells, {"segmentation": number}).all()
@@ -295,16 +298,6 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
                 continue
             found[task.image_id] = MeasureInput(task.name, mask, table[:, 0], table[:, 1], chosen)
         return found
-
-    def _why_no_masks(self, session: Session, image_id: int) -> CellstoreError:
-        try:
-            current_segmentation(session, self.segment_id, image_id)
-        except ImageError as error:
-            return error
-        return ImageError(
-            "Another tool found these cells and their masks are unknown. "
-            "If you have them, run: cellstore ingest masks DIR"
-        )
 
     def read(
         self, task_input: MeasureInput

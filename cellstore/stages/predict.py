@@ -27,7 +27,6 @@ from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
 from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
 from ..jobs.runs import (
     RecipeSpec,
-    attach,
     digest_of_images,
     digest_of_numbers,
     keep_files,
@@ -221,18 +220,18 @@ def predict(
         counted = count_images(session, recipe.id, images, unseen=unseen)
         todo, recipes, per_file, again = counted.todo + counted.failed, [recipe.id], 1, 0
         if embedding is not None:
-            embedding_id = embedding.register(session)
-            recipes.append(embedding_id)
+            embedding = replace(embedding, recipe_id=embedding.register(session))
+            recipes.append(embedding.recipe_id)
             most = min(ROWS_OF_FILE, MOST_ROWS // top_k)
             per_file = images_per_file(session, model.segment.id, most)
             # A job is believed to be done of its file as well as of its row.
-            lost = images_of_lost_files(session, workspace.artifacts, embedding_id)
+            lost = images_of_lost_files(session, workspace.artifacts, embedding.recipe_id)
             if lost is not None:
                 with recording_removed(session, list(in_lists(lost))):
-                    for some in in_lists(done_jobs(session, embedding_id, lost)):
+                    for some in in_lists(done_jobs(session, embedding.recipe_id, lost)):
                         requeue(session, Job.id.in_(some), status=Status.DONE)
-                    forget_lost_files(session, workspace.artifacts, embedding_id)
-            embedded = count_images(session, embedding_id, images, unseen=unseen)
+                    forget_lost_files(session, workspace.artifacts, embedding.recipe_id)
+            embedded = count_images(session, embedding.recipe_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
         runs = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
         latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
@@ -247,7 +246,6 @@ def predict(
             label_ids=np.array([labels[value] for value in record.labels], dtype=np.int64),
             top_k=top_k,
             embedding=embedding,
-            embedding_id=embedding_id if embedding is not None else None,
             images_per_file=per_file,
         )
         with running(
@@ -263,7 +261,7 @@ def predict(
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    attach(session, current.id, keep_files(session, [file])[0])
+                    keep_files(session, [file], current.id)
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.
@@ -364,12 +362,10 @@ def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]
 
 def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
     if selected == 0:
-        split = "the run's split" if params.split is None else f"split {params.split!r}"
-        where = "in the store" if params.subset is None and params.split is None else f"in {split}"
-        subset = "" if params.subset is None else f" in the {params.subset} subset"
+        subset = "" if params.subset is None else f" of the {params.subset} subset"
         return (
-            f"There is no image{subset} {where} to label that meets every condition. Choose "
-            "another subset, or other plates, wells or conditions."
+            f"No image{subset} meets every condition. Choose another subset, or other plates, "
+            "wells or conditions."
         )
     return (
         f"None of the {selected} images has cells measured by the recipes of training run "
@@ -381,12 +377,14 @@ def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
 class Embedding:
     """A feature set of ``width`` columns, filled by the network of one training run.
 
-    Images that another predict run has embedded with the same network are not embedded again.
+    ``recipe_id``: of ``spec``, once it is in the database. Images that another predict run has
+    embedded with the same network are not embedded again.
     """
 
     name: str
     spec: RecipeSpec
     features: tuple[Feature, ...]
+    recipe_id: int = 0
 
     @property
     def schema(self) -> pa.Schema:
@@ -513,7 +511,7 @@ class PredictOutput:
 class Predict(ImageStage[int, PredictOutput]):
     """The stage: it runs in this process. ``label_ids``: of the classes of ``model``.
 
-    ``embedding``: what else is made; its jobs are those of the recipe ``embedding_id``.
+    ``embedding``: what else is made, by jobs of its own recipe.
     """
 
     label = "predict"
@@ -523,7 +521,6 @@ class Predict(ImageStage[int, PredictOutput]):
     label_ids: NDArray[np.int64]
     top_k: int
     embedding: Embedding | None = None
-    embedding_id: int | None = None
     images_per_file: int = 1
 
     def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, int]:
@@ -551,7 +548,7 @@ class Predict(ImageStage[int, PredictOutput]):
         self, run: RunCounter, done: Sequence[tuple[Task, PredictOutput]]
     ) -> Sequence[WrittenFile]:
         """Write the embeddings of some images."""
-        if self.embedding is None or run.recipe_id != self.embedding_id:
+        if self.embedding is None or run.recipe_id != self.embedding.recipe_id:
             return ()
         ids = [output.cell_ids for _, output in done]
         vectors = [output.vectors.T for _, output in done if output.vectors is not None]
@@ -559,7 +556,7 @@ class Predict(ImageStage[int, PredictOutput]):
 
     def digest(self, recipe_id: int, output: PredictOutput) -> str:
         """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
-        if recipe_id == self.embedding_id and output.vectors is not None:
+        if self.embedding and recipe_id == self.embedding.recipe_id and output.vectors is not None:
             return digest_of_numbers(output.vectors)
         return output.rows.digest()
 
@@ -571,7 +568,7 @@ class Predict(ImageStage[int, PredictOutput]):
         files: Sequence[WrittenFile],
     ) -> int:
         """Write the predictions; of the embeddings, whose they are."""
-        if run.recipe_id == self.embedding_id:
+        if self.embedding and run.recipe_id == self.embedding.recipe_id:
             found = set_of_recipe(session, run.recipe_id)
             assert found is not None
             register_files(session, self.artifacts, found.id, run.run_id, files)

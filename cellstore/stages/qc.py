@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,11 @@ from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_qu
 from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection
 from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
-from ..errors import ImageError, UnknownNameError, UserInputError
+from ..errors import ImageError, UnknownNameError, UserInputError, some_of
 from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
 from ..jobs.lookup import IS_CURRENT, channels_now, find_recipe, images_of
 from ..jobs.planes import ChannelFile, channel_files, open_file
-from ..jobs.queue import ImageCounts, JobScope, Task, count_images
+from ..jobs.queue import JobScope, Task, count_images
 from ..jobs.runs import RecipeSpec, digest, register, running
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -78,14 +78,14 @@ class PlateSummary:
     """
 
     plate: str
-    images: int
-    seen: int
-    flagged: int
-    by_reason: Mapping[str, int]
-    cells: int
-    excluded: int
-    cells_flagged: int
-    cells_by_reason: Mapping[str, int]
+    images: int = 0
+    seen: int = 0
+    flagged: int = 0
+    by_reason: Mapping[str, int] = field(default_factory=dict)
+    cells: int = 0
+    excluded: int = 0
+    cells_flagged: int = 0
+    cells_by_reason: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,82 +163,67 @@ def qc(
         images = images_of(session, selection)
     if dry_run:
         found = forecast(workspace, MeasureQuality(), quality_spec(), images, resources)
-        return QcResult(
-            None,
-            False,
-            None,
-            None,
-            found.selected,
-            found.waiting,
-            failed_before=found.failed_before,
-            forecast=found.forecast,
-        )
+        result = QcResult(None, False, None, None, found.selected, found.waiting)
+        return replace(result, failed_before=found.failed_before, forecast=found.forecast)
     with workspace.database.begin() as session:
-        plan = _plan(session, params, images, segmentation)
-        earlier = _earlier(session, plan)
-    if not plan.plates:
-        return QcResult(None, False, None, None, plan.state.selected, plan.state.waiting)
-    did = RunCounter(earlier or 0, plan.quality.id)
-    if earlier is not None:
-        return replace(_result(workspace, earlier, plan, did), already_done=True)
-    with running(workspace.database, plan.flagging) as run:
-        if plan.state.todo:
-            scope = JobScope({plan.quality.id: run.id}, plan.images)
-            did = run_jobs(workspace, MeasureQuality(), scope, resources)[plan.quality.id]
-        failed = len(did.failures)
-        run.result = {"images": did.images, "failed": failed, "plates": plan.plates}
-        with workspace.database.read() as session:
-            flagging = flagging_of(session, run.id)
-            rows = select(Plate.id).where(Plate.barcode.in_(plan.plates)).order_by(Plate.barcode)
-            plate_ids = session.scalars(rows).all()
-            run.result["state"] = _state(session, flagging, plan.plates)
-        for plate_id in track(workspace.progress, "flag", len(plate_ids), plate_ids):
-            with workspace.database.begin() as session:
-                flag_plate(session, flagging, plate_id)
-        if failed and not did.images and not plan.state.done:  # never the latest, then
-            run.error = f"None of the {failed} images could be looked at."
-    return _result(workspace, run.id, plan, did)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be looked at: images, their plates, and by which recipes."""
-
-    images: Select[int]
-    plates: tuple[str, ...]
-    quality: Recipe
-    flagging: Recipe
-    state: ImageCounts
-
-
-def _plan(
-    session: Session, params: QcParams, images: Select[int], segmentation: str | None
-) -> _Plan:
-    quality = register(session, quality_spec())
-    segment: Recipe | None
-    if segmentation is not None:
-        segment = find_recipe(session, Stage.SEGMENT, segmentation)
-    else:
-        try:
-            segment = last_with_masks(session)
-        except UnknownNameError:  # then the cells that came last from another tool, if any
-            last = select(Recipe).join(Segmentation, Segmentation.recipe_id == Recipe.id)
-            segment = session.scalars(last.order_by(Segmentation.id.desc()).limit(1)).first()
-    inputs = [quality]
-    if segment is not None:
-        measure = _measure_of(session, segment)
-        inputs += [segment] if measure is None else [segment, measure]
-    spec = RecipeSpec(Stage.QC, VERSION, asdict(params), None, tuple(inputs))
-    seen = images.where(Image.content_sha256.is_not(None))
-    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
-    plates = session.scalars(on_plates.where(Image.id.in_(seen)).distinct())
-    return _Plan(
-        images,
-        tuple(sorted(plates)),
-        quality,
-        register(session, spec),
-        count_images(session, quality.id, images),
+        quality = register(session, quality_spec())
+        segment = _segment_of(session, segmentation)
+        measure = None if segment is None else _measure_of(session, segment)
+        inputs = tuple(source for source in (quality, segment, measure) if source is not None)
+        recipe = register(session, RecipeSpec(Stage.QC, VERSION, asdict(params), None, inputs))
+        state = count_images(session, quality.id, images)
+        seen = images.where(Image.content_sha256.is_not(None))
+        on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
+        plates = sorted(session.scalars(on_plates.where(Image.id.in_(seen)).distinct()))
+        earlier = None if state.todo else _earlier(session, recipe, plates)
+    result = QcResult(None, False, None, None, state.selected, state.waiting)
+    if not plates:
+        return result
+    did, run_id = RunCounter(0, quality.id), earlier
+    if run_id is None:
+        with running(workspace.database, recipe) as run:
+            if state.todo:
+                scope = JobScope({quality.id: run.id}, images)
+                did = run_jobs(workspace, MeasureQuality(), scope, resources)[quality.id]
+            failed = len(did.failures)
+            run.result = {"images": did.images, "failed": failed, "plates": plates}
+            with workspace.database.read() as session:
+                flagging = flagging_of(session, run.id)
+                rows = select(Plate.id).where(Plate.barcode.in_(plates)).order_by(Plate.barcode)
+                plate_ids = session.scalars(rows).all()
+                run.result["state"] = _state(session, flagging, plates)
+            for plate_id in track(workspace.progress, "flag", len(plate_ids), plate_ids):
+                with workspace.database.begin() as session:
+                    flag_plate(session, flagging, plate_id)
+            if failed and not did.images and not state.done:  # never the latest, then
+                run.error = f"None of the {failed} images could be looked at."
+        run_id = run.id
+    with workspace.database.read() as session:
+        flagging = flagging_of(session, run_id)
+        found_on = summaries(session, flagging, plates)
+    return replace(
+        result,
+        run_id=run_id,
+        already_done=earlier is not None,
+        segment_recipe=flagging.segment_id,
+        measure_recipe=flagging.measure_id,
+        done=did.images,
+        failures=tuple(did.failures),
+        failed_before=state.failed,
+        plates=found_on,
+        notes=_notes(flagging, found_on),
     )
+
+
+def _segment_of(session: Session, segmentation: str | None) -> Recipe | None:
+    """The segment recipe of this name; else the one used last, if there is any."""
+    if segmentation is not None:
+        return find_recipe(session, Stage.SEGMENT, segmentation)
+    try:
+        return last_with_masks(session)
+    except UnknownNameError:  # then the cells that came last from another tool, if any
+        last = select(Recipe).join(Segmentation, Segmentation.recipe_id == Recipe.id)
+        return session.scalars(last.order_by(Segmentation.id.desc()).limit(1)).first()
 
 
 def _measure_of(session: Session, segment: Recipe) -> Recipe | None:
@@ -254,19 +239,14 @@ def _measure_of(session: Session, segment: Recipe) -> Recipe | None:
     return session.scalars(query.limit(1)).first()
 
 
-def _earlier(session: Session, plan: _Plan) -> int | None:
+def _earlier(session: Session, recipe: Recipe, plates: Sequence[str]) -> int | None:
     """The newest finished run of these limits, if it saw these plates as they are now."""
-    if plan.state.todo:
-        return None
-    query = select(Run).where(Run.recipe_id == plan.flagging.id, Run.status == Status.DONE)
+    query = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
     run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    if run is None or run.result is None:
+    if run is None or run.result is None or not set(plates) <= set(run.result["plates"]):
         return None
-    plates = run.result["plates"]
-    if not set(plan.plates) <= set(plates):
-        return None
-    same = run.result["state"] == _state(session, flagging_of(session, run.id), plates)
-    return run.id if same else None
+    now = _state(session, flagging_of(session, run.id), run.result["plates"])
+    return run.id if run.result["state"] == now else None
 
 
 def _state(session: Session, flagging: Flagging, plates: Sequence[str]) -> str:
@@ -292,33 +272,13 @@ def _done(recipe_id: int | None) -> Any:
     return job.where(Job.content_sha256 == Image.content_sha256, Job.status == Status.DONE)
 
 
-def _result(workspace: Workspace, run_id: int, plan: _Plan, did: RunCounter) -> QcResult:
-    with workspace.database.read() as session:
-        flagging = flagging_of(session, run_id)
-        found = summaries(session, flagging, plan.plates)
-    return QcResult(
-        run_id=run_id,
-        already_done=False,
-        segment_recipe=flagging.segment_id,
-        measure_recipe=flagging.measure_id,
-        selected=plan.state.selected,
-        waiting=plan.state.waiting,
-        done=did.images,
-        failures=tuple(did.failures),
-        failed_before=plan.state.failed,
-        plates=found,
-        notes=_notes(flagging, found),
-    )
-
-
 def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
     notes = []
     few = [plate.plate for plate in plates if plate.seen < flagging.params.min_images]
     if few:
-        some = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
         notes.append(
-            f"Too few images to say what is usual on {some}: only saturated and empty images are "
-            f"flagged there. See --min-images, now {flagging.params.min_images}."
+            f"Too few images to say what is usual on {some_of(few)}: only saturated and empty "
+            f"images are flagged there. See --min-images, now {flagging.params.min_images}."
         )
     if flagging.segment_id is None:
         notes.append("No cells yet, so only pixels were looked at. Run: cellstore segment")
@@ -332,7 +292,7 @@ def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
 
 def quality_spec() -> RecipeSpec:
     """Return the recipe of the numbers; limits are another's, so that they may change."""
-    names = [field.name for field in fields(PlaneQuality)]
+    names = [item.name for item in fields(PlaneQuality)]
     return RecipeSpec(Stage.QC, PIXELS_VERSION, {"measures": names})
 
 
@@ -414,7 +374,7 @@ def flagging_of(session: Session, run_id: int) -> Flagging:
     query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
     inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
     ids = {Stage(source.stage): source.id for source in inputs}
-    known = {field.name for field in fields(QcParams)} & recipe.parameters.keys()
+    known = {item.name for item in fields(QcParams)} & recipe.parameters.keys()
     params = QcParams(**{name: recipe.parameters[name] for name in known})
     return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
 
@@ -617,49 +577,35 @@ def summaries(
     """Return what a run found on each of some plates."""
     images = select(Plate.barcode).select_from(Image).join(Well, Well.id == Image.well_id)
     images = images.join(Plate, Plate.id == Well.plate_id).where(Plate.barcode.in_(barcodes))
-
-    def count(query: Select[Any], what: Any, reason: Any = None) -> dict[Any, Any]:
-        """How many there are, by plate; with a ``reason``, by that too."""
-        keys = (Plate.barcode,) if reason is None else (Plate.barcode, reason)
-        counted = query.with_only_columns(*keys, func.count(what.distinct())).group_by(*keys)
-        found: dict[Any, Any] = {}
-        for barcode, *rest, number in session.execute(counted):
-            if rest:
-                found.setdefault(barcode, {})[rest[0].value] = number
-            else:
-                found[barcode] = number
-        return found
-
     of_run = and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == flagging.run_id)
     flags = images.join(ImageFlag, of_run)
-    found = {
-        "images": count(images.where(Image.content_sha256.is_not(None)), Image.id),
-        "seen": count(images.join(ImageQuality, looked_at(flagging.quality_id)), Image.id),
-        "flagged": count(flags, Image.id),
-        "by_reason": count(flags, Image.id, ImageFlag.reason),
+    counts: dict[str, tuple[Any, ...]] = {
+        "images": (images.where(Image.content_sha256.is_not(None)), Image.id),
+        "seen": (images.join(ImageQuality, looked_at(flagging.quality_id)), Image.id),
+        "flagged": (flags, Image.id),
+        "by_reason": (flags, Image.id, ImageFlag.reason),
     }
     if flagging.segment_id is not None:
         cells = images.join(Segmentation, IS_CURRENT)
         cells = cells.where(Segmentation.recipe_id == flagging.segment_id)
         cells = cells.join(Cell, Cell.segmentation_id == Segmentation.id)
         mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
-        flags = cells.join(CellFlag, mine)
-        found |= {
-            "cells": count(cells.where(image_counts(), cell_counts()), Cell.id),
-            "excluded": count(cells.where(~and_(image_counts(), cell_counts())), Cell.id),
-            "cells_flagged": count(flags, Cell.id),
-            "cells_by_reason": count(flags, Cell.id, CellFlag.reason),
+        counts |= {
+            "cells": (cells.where(image_counts(), cell_counts()), Cell.id),
+            "excluded": (cells.where(~and_(image_counts(), cell_counts())), Cell.id),
+            "cells_flagged": (cells.join(CellFlag, mine), Cell.id),
+            "cells_by_reason": (cells.join(CellFlag, mine), Cell.id, CellFlag.reason),
         }
-    numbers = ("images", "seen", "flagged", "cells", "excluded", "cells_flagged")
-    reasons = ("by_reason", "cells_by_reason")
-    return tuple(
-        PlateSummary(
-            plate=name,
-            **{key: found.get(key, {}).get(name, 0) for key in numbers},
-            **{key: found.get(key, {}).get(name, {}) for key in reasons},
-        )
-        for name in barcodes
-    )
+    found: dict[str, dict[str, Any]] = {name: {} for name in barcodes}
+    for name, (query, what, *reason) in counts.items():
+        keys = (Plate.barcode, *reason)
+        counted = query.with_only_columns(*keys, func.count(what.distinct())).group_by(*keys)
+        for barcode, *reasons, number in session.execute(counted):
+            if reasons:
+                found[barcode].setdefault(name, {})[reasons[0].value] = number
+            else:
+                found[barcode][name] = number
+    return tuple(PlateSummary(plate, **numbers) for plate, numbers in found.items())
 
 
 def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ...]:
@@ -668,17 +614,17 @@ def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ..
         return ()
     plates = [plate.plate for plate in result.plates]
     with workspace.database.read() as session:
-        now = {plate: channels_now(session, plate) for plate in plates}
-        return tuple(
-            replace(flag, channel=now[flag.plate].get(flag.channel, flag.channel))
-            for flag in flagged_images(session, result.run_id, plates)
-        )
+        return tuple(flagged_images(session, result.run_id, plates))
 
 
 def flagged_images(
     session: Session, run_id: int, barcodes: Sequence[str]
 ) -> Iterator[FlaggedImage]:
-    """Yield the flags of a run on some plates, in the order of plate, well and site."""
+    """Yield the flags of a run on some plates, in the order of plate, well and site.
+
+    Channels have the names that they have now.
+    """
+    now = {plate: channels_now(session, plate) for plate in barcodes}
     query = (
         select(
             *(Image.id, Plate.barcode, Well.name, Image.site, Image.core_name),
@@ -699,5 +645,6 @@ def flagged_images(
         .order_by(Image.id, ImageFlag.reason, ImageFlag.channel)
     )
     for row in session.execute(query.execution_options(yield_per=1_000)):
-        field, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
-        yield FlaggedImage(row.id, row.barcode, *field, row.reason.value, row.channel, *limits)
+        image, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
+        channel = now[row.barcode].get(row.channel, row.channel)
+        yield FlaggedImage(row.id, row.barcode, *image, row.reason.value, channel, *limits)

@@ -30,7 +30,7 @@ from ..config import (
 )
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, Stage
-from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
+from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError, some_of
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import IS_CURRENT, find_recipe, find_run, images_of
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 VERSION = 1
 GPU_BATCH = 8
 """Images that a GPU is given at once; halved when its memory does not hold them."""
-_SHOWN_PLATES = 3
 OF_A_RUN = "run:"
 """How a network of this store is named: ``run:12``, or ``run:latest``."""
 
@@ -249,12 +248,10 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         rows = session.execute(plates.order_by(Plate.id)).all()
         unknown = [row.barcode for row in rows if self._diameter(session, row.id) is None]
         if unknown:
-            more = ", ..." if len(unknown) > _SHOWN_PLATES else ""
-            shown = ", ".join(unknown[:_SHOWN_PLATES]) + more
             raise UserInputError(
                 f"Recipe {self.diameters_of} has found no cells on {len(unknown)} of the plates "
-                f"({shown}), so their diameter is not known. Segment some images of each with that "
-                "recipe first."
+                f"({some_of(unknown)}), so their diameter is not known. Segment some images of "
+                "each with that recipe first."
             )
 
     def _diameter(self, session: Session, plate_id: int) -> float | None:

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, and_, delete, func, select
+from sqlalchemy import Select, and_, delete, func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from ..analysis.leaks import Compound, Finding, Member, SameCompounds, leaks
+from ..analysis.leaks import Compound, Member, SameCompounds, SplitCheck, leaks
 from ..analysis.splitting import (
     Assignment,
     Cut,
@@ -33,7 +33,7 @@ from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
 from ..io.treatments import normalised_name
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
@@ -122,8 +122,8 @@ class Deleted:
 
 
 @dataclass(frozen=True)
-class CheckResult:
-    """What a split gives away. ``findings`` is empty where nothing was found.
+class CheckResult(SplitCheck):
+    """What a split gives away.
 
     ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
     their rows that were, ``refused`` the lines that could not be used, and ``images`` is 0.
@@ -134,15 +134,6 @@ class CheckResult:
     split: str
     protocol: str
     group_level: str
-    images: int
-    wells: int
-    wells_in_both_subsets: int
-    labels: int
-    labels_in_both_subsets: int
-    plates_in_both_subsets: int
-    leaks: int
-    warnings: int
-    findings: tuple[Finding, ...]
     unseen: int = 0
     rows: int = 0
     refused: int = 0
@@ -165,10 +156,10 @@ class Candidate:
     cells: int = 0
 
     @classmethod
-    def of(cls, row: Any) -> Candidate:
-        """The image of a row of :func:`_images`."""
+    def of(cls, row: Any, *more: Any) -> Candidate:
+        """The image of a row of :func:`_images`; ``more``: its compound and its cells."""
         key = (row.barcode, row.well_row, row.well_column, row.site, row.plane, row.time_point)
-        return cls(row.image_id, key, row.well, row.label or "")
+        return cls(row.image_id, key, row.well, row.label or "", *more)
 
     def group(self, level: GroupLevel) -> str:
         """Return the name of what it must stay with."""
@@ -221,7 +212,7 @@ def create_split(workspace: Workspace, name: str, params: SplitParams | None = N
     params = params or SplitParams()
     if params.folds is not None:
         raise UserInputError("Folds are several splits: make them with create_folds.")
-    (result,) = _create(workspace, params, [_checked_name(name)], None)
+    (result,) = create_folds(workspace, name, params)
     return result
 
 
@@ -229,7 +220,8 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
     """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
 
     Their test subsets partition the images; of each, the next fold's test subset validates. They
-    are one family, and share the images, the classes and what is excluded.
+    are one family, and share the images, the classes and what is excluded. Without
+    ``params.folds`` one split is made, of that very name.
 
     Raises:
         UserInputError: a name is taken by another split, or the images cannot be split so.
@@ -237,24 +229,10 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         MissingExtraError: groups that hold several classes need scikit-learn.
 
     """
-    name = _checked_name(name, more=5)
-    if params.folds is None:
-        raise UserInputError("Say how many folds there are.")
-    names = [f"{name}-{number}" for number in range(1, params.folds + 1)]
-    return _create(workspace, params, names, name)
-
-
-def _checked_name(name: str, more: int = 0) -> str:
-    """Return the name of a split, to which ``more`` characters can be added."""
-    if not name.strip() or len(name) + more > 255 or not name.isprintable():
-        raise UserInputError("A split needs a name of 1 to 255 printable characters.")
-    return name.strip()
-
-
-def _create(
-    workspace: Workspace, params: SplitParams, names: Sequence[str], family: str | None
-) -> tuple[SplitResult, ...]:
-    """Find the images, assign them, and write the splits; ``family``: they are its folds."""
+    names, family = [_checked_name(name)], None
+    if params.folds is not None:
+        family = _checked_name(name, more=5)
+        names = [f"{family}-{number}" for number in range(1, params.folds + 1)]
     with workspace.database.read() as session:
         params = replace(params, field=check_field(session, params.field))
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
@@ -266,14 +244,19 @@ def _create(
         if params.downsample_by == "cell":
             segment = last_with_masks(session)
         query = _candidates(params, qc)
-        found = [Candidate.of(row) for row in session.execute(query)]
-        excluded = _count_excluded(session, chosen, params, qc, len(found))
-        if not found:
+        rows = session.execute(query.add_columns(Treatment.id.label("treatment_id"))).all()
+        excluded = _count_excluded(session, chosen, params, qc, len(rows))
+        if not rows:
             raise UserInputError(_nothing_to_split(params, excluded))
+        compounds, cells = dict[int, str](), dict[int, int]()
         if params.group_level is GroupLevel.PERTURBATION:
-            found = _with_compounds(session, query, found)
+            compounds = _compounds(session, query)
         if segment is not None:
-            found = _with_cells(session, query, found, segment.id)
+            cells = _cells(session, query, segment.id, len(rows))
+        found = (
+            Candidate.of(row, compounds.get(row.treatment_id, ""), cells.get(row.image_id, 0))
+            for row in rows
+        )
         # Not by id, so that every store draws alike.
         candidates = sorted(found, key=lambda item: item.key)
         digest = hashlib.sha256()
@@ -319,6 +302,13 @@ def _create(
             )
         )
     return _keep(workspace, new, spec)
+
+
+def _checked_name(name: str, more: int = 0) -> str:
+    """Return the name of a split, to which ``more`` characters can be added."""
+    if not name.strip() or len(name) + more > 255 or not name.isprintable():
+        raise UserInputError("A split needs a name of 1 to 255 printable characters.")
+    return name.strip()
 
 
 def _images(field: str, *columns: Any) -> Select[Any]:
@@ -373,26 +363,17 @@ def _count_excluded(
 
 
 def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
-    if excluded["missing_files"]:
-        return (
-            f"All {excluded['missing_files']} images with a {params.field} lack their files. "
-            "Ingest again with --images, or split without the pixels with --allow-missing."
-        )
-    if excluded.get("flagged"):
-        return (
-            f"All {excluded['flagged']} images are flagged by quality-control run "
-            f"{excluded['qc_run']}. Split without --exclude-flagged."
-        )
-    if excluded["annotated"]:
-        return (
-            f"All {excluded['annotated']} images are excluded by annotations. Undo some of these, "
-            "or choose other images."
-        )
-    if excluded["without_label"]:
-        return (
-            f"None of the {excluded['without_label']} images has a {params.field}. Ingest a "
-            "table that has it, or choose another --field."
-        )
+    for reason, why in {
+        "missing_files": f"with a {params.field} lack their files. Ingest again with --images, or "
+        "split without the pixels with --allow-missing.",
+        "flagged": f"are flagged by quality-control run {excluded.get('qc_run')}. Split without "
+        "--exclude-flagged.",
+        "annotated": "are excluded by annotations. Undo some of these, or choose other images.",
+        "without_label": f"have no {params.field}. Ingest a table that has it, or choose another "
+        "--field.",
+    }.items():
+        if excluded.get(reason):
+            return f"All {excluded[reason]} images {why}"
     if params.where is not None:
         return "No image meets the condition of --where. Try it with: cellstore segment --dry-run"
     return "There are no images to split. Run: cellstore ingest"
@@ -413,32 +394,27 @@ def _compound(row: Any) -> Compound:
     return Compound(row.name, row.identifier, row.inchikey, row.smiles, spelling)
 
 
-def _with_compounds(
-    session: Session, query: Select[Any], found: Iterable[Candidate]
-) -> list[Candidate]:
+def _compounds(session: Session, query: Select[Any]) -> dict[int, str]:
+    """What all treatments share that are the same compound, by the ids of the treatments."""
     used = query.with_only_columns(Treatment.id).distinct()
     rows = session.execute(select(Treatment.id, *_COMPOUND).where(Treatment.id.in_(used)))
     compounds = {row.id: _compound(row) for row in rows}
     same = SameCompounds(compounds.values())
-    names = {key: same.group(compound) or "" for key, compound in compounds.items()}
-    treatments = dict(session.execute(query.with_only_columns(Image.id, Treatment.id)).all())
-    return [replace(item, compound=names[treatments[item.image_id]]) for item in found]
+    return {key: same.group(compound) or "" for key, compound in compounds.items()}
 
 
-def _with_cells(
-    session: Session, query: Select[Any], found: Sequence[Candidate], segment_id: int
-) -> list[Candidate]:
+def _cells(session: Session, query: Select[Any], segment_id: int, images: int) -> dict[int, int]:
+    """How many cells a segment recipe found, by the ids of the images, all of which it needs."""
     counted = query.with_only_columns(Image.id, Segmentation.n_cells).join(
         Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == segment_id)
     )
     cells = dict(session.execute(counted).all())
-    missing = sum(item.image_id not in cells for item in found)
-    if missing:
+    if missing := images - len(cells):
         raise UserInputError(
-            f"{missing} of {len(found)} images have no cells of segment recipe {segment_id} to "
+            f"{missing} of {images} images have no cells of segment recipe {segment_id} to "
             "count. Run: cellstore segment, or use --downsample-by image."
         )
-    return [replace(item, cells=cells[item.image_id]) for item in found]
+    return cells
 
 
 def _assign(
@@ -683,13 +659,11 @@ def _keep(
                     insert_new(session, Label, rows)
                     known_labels = select(Label.value, Label.id).where(Label.field == split.field)
                     ids = dict(session.execute(known_labels).all())
-                    keys = ("split_id", "image_id", "subset", "label_id")
-                    chosen = (
-                        (split.id, item.image_id, subset, ids[item.label]) for item, subset in some
-                    )
-                    insert_new(
-                        session, SplitMember, [dict(zip(keys, row, strict=True)) for row in chosen]
-                    )
+                    chosen = [
+                        {"image_id": item.image_id, "subset": subset, "label_id": ids[item.label]}
+                        for item, subset in some
+                    ]
+                    insert_new(session, SplitMember, [{"split_id": split.id, **c} for c in chosen])
         except IntegrityError as error:
             raise UserInputError(
                 "Another program made a split of this name at this moment. Choose another name."
@@ -730,32 +704,36 @@ def _result(session: Session, split: Split) -> SplitResult:
     )
     shared = session.scalar(select(func.count()).select_from(several.subquery())) or 0
     return SplitResult(
-        name=split.name,
-        protocol=split.protocol,
-        field=split.field,
-        group_level=split.group_level.value,
+        **_kept(split),
         seed=split.seed,
         fingerprint=split.fingerprint,
         created=False,
-        frozen=split.frozen_at is not None,
         leaking=shared > 0,
         classes=session.scalar(classes) or 0,
         images=sum(counts.values()),
-        counts={subset.value: counts[subset] for subset in Subset},
+        counts=counts,
         validation_classes=session.scalar(validating) or 0,
         wells_in_both_subsets=shared,
         excluded=split.excluded,
         query=split.query,
-        family=split.family,
-        fold=split.fold,
     )
 
 
-def _images_by_subset(session: Session, split_id: int) -> dict[Subset, int]:
+def _kept(split: Split) -> dict[str, Any]:
+    """What is shown of every split."""
+    names = ("name", "protocol", "field", "family", "fold")
+    return {
+        **{name: getattr(split, name) for name in names},
+        "group_level": split.group_level.value,
+        "frozen": split.frozen_at is not None,
+    }
+
+
+def _images_by_subset(session: Session, split_id: int) -> dict[str, Any]:
     """Count the images of each subset; by the primary key, so only this split's rows are read."""
     query = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split_id)
     found = dict(session.execute(query.group_by(SplitMember.subset)).all())
-    return {subset: found.get(subset, 0) for subset in Subset}
+    return {subset.value: found.get(subset, 0) for subset in Subset}
 
 
 def list_splits(workspace: Workspace) -> tuple[SplitLine, ...]:
@@ -765,15 +743,9 @@ def list_splits(workspace: Workspace) -> tuple[SplitLine, ...]:
         used = dict(session.execute(runs.group_by(Run.split_id)).all())
         return tuple(
             SplitLine(
-                name=split.name,
-                protocol=split.protocol,
-                group_level=split.group_level.value,
-                field=split.field,
+                **_kept(split),
                 runs=used.get(split.id, 0),
-                frozen=split.frozen_at is not None,
                 created_at=split.created_at,
-                family=split.family,
-                fold=split.fold,
                 **_images_by_subset(session, split.id),
             )
             for split in session.scalars(select(Split).order_by(Split.id)).all()
@@ -791,47 +763,38 @@ def delete_split(workspace: Workspace, name: str, *, dry_run: bool = False) -> D
 
     """
     with workspace.database.begin() as session:
-        result, splits = _deletable(session, name)
+        named = or_(Split.name == name, Split.family == name)
+        splits = session.scalars(select(Split).where(named).order_by(Split.id)).all()
+        if not splits:
+            known = session.scalars(select(Split.name).order_by(Split.id.desc()))
+            raise UnknownNameError.of("split", name, known)
+        for split in splits:
+            query = select(Run.id).where(Run.split_id == split.id).order_by(Run.id)
+            runs = session.scalars(query).all()
+            if runs:
+                raise UserInputError(
+                    f"The split {split.name!r} stays: it is used by run {some_of(runs)}, and what "
+                    "a network was trained and tested on must be known as long as the network is."
+                )
+            if split.frozen_at is not None:
+                raise UserInputError(
+                    f"The split {split.name!r} stays: it was frozen for a run on "
+                    f"{split.frozen_at:%Y-%m-%d}. Make a new one with: cellstore split create NAME"
+                )
+        ids = [split.id for split in splits]
+        images = select(func.count()).select_from(SplitMember).where(SplitMember.split_id.in_(ids))
+        result = Deleted(tuple(split.name for split in splits), session.scalar(images) or 0)
         if dry_run:
             return result
         gone = [
             Change("splits", split.id, {"name": split.name, "fingerprint": split.fingerprint}, None)
             for split in splits
         ]
-        ids = [split.id for split in splits]
         for table in (SplitMember, SplitGroup):
             session.execute(delete(table).where(table.split_id.in_(ids)))
         session.execute(delete(Split).where(Split.id.in_(ids)))
         record_events(session, gone)
         return result
-
-
-def _deletable(session: Session, name: str) -> tuple[Deleted, Sequence[Split]]:
-    for named in (Split.name == name, Split.family == name):
-        splits = session.scalars(select(Split).where(named).order_by(Split.id)).all()
-        if splits:
-            break
-    else:
-        known = session.scalars(select(Split.name).order_by(Split.id.desc()))
-        raise UnknownNameError.of("split", name, known)
-    for split in splits:
-        query = select(Run.id).where(Run.split_id == split.id).order_by(Run.id)
-        runs = session.scalars(query).all()
-        if runs:
-            shown = ", ".join(map(str, runs[:5])) + (", ..." if len(runs) > 5 else "")
-            who = f"run {shown} relies" if len(runs) == 1 else f"runs {shown} rely"
-            raise UserInputError(
-                f"The split {split.name!r} stays: {who} on it, and what a network was "
-                "trained and tested on must be known as long as the network is."
-            )
-        if split.frozen_at is not None:
-            raise UserInputError(
-                f"The split {split.name!r} stays: it was frozen for a run on "
-                f"{split.frozen_at:%Y-%m-%d}. Make a new one with: cellstore split create NAME"
-            )
-    ids = [split.id for split in splits]
-    images = select(func.count()).select_from(SplitMember).where(SplitMember.split_id.in_(ids))
-    return Deleted(tuple(split.name for split in splits), session.scalar(images) or 0), splits
 
 
 def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:

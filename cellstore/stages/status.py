@@ -5,6 +5,7 @@ Counted in plain SQL: this command is asked often, and the classes of the tables
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from datetime import UTC
 
@@ -278,7 +279,7 @@ NEXT = {
     "cells": ("cellstore segment",),
     "features": ("cellstore measure",),
     "treatments": (PLATEMAP,),
-    "splits": ("cellstore split create NAME", "cellstore contrast"),
+    "splits": ("cellstore split create by-well", "cellstore contrast"),
     "networks": ("cellstore train",),
     "predictions": ("cellstore predict",),
 }
@@ -331,7 +332,11 @@ def next_step(session: Session) -> tuple[str, ...]:
         found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
         names = list(found)
         listed = f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
-        segment = f"cellstore segment --channels NAME  (the one of the nuclei: {listed})"
+        first = shlex.quote(names[0])
+        segment = (
+            f"cellstore segment --preview 6 --channels {first}  "
+            f"(the channel of the nuclei: of {listed})"
+        )
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
 

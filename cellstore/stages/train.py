@@ -39,14 +39,13 @@ from ..jobs.run_names import RUN_WORDS
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
-    attach,
     check_still_ours,
     files_of,
     fingerprint,
     finished_run,
     forget_files,
     keep_files,
-    register,
+    result_of,
     running,
 )
 from ..jobs.workspace import Workspace
@@ -55,12 +54,10 @@ from ..learn.training_cells import (
     TrainingCells,
     excluded_columns,
     find_training_cells,
-    result_from,
     validation_subset,
 )
-from ..models import Recipe, Run, RunMetric, Split
+from ..models import Recipe, Run, RunMetric
 from ..query.cells import as_text, cells_query, input_of, plane_of
-from ..query.feature_files import set_of_recipe
 from ..settings import Progress, need
 
 if TYPE_CHECKING:
@@ -178,13 +175,13 @@ def train(
     sources = Sources(split, segmentation, measurement)
     unfinished, weights_sha256 = None, None
     if resume is not None:
-        unfinished, begun, params, sources = find_unfinished(workspace, resume)
-        weights_sha256 = begun.weights_sha256  # the file is not needed any more
+        unfinished, params, sources = find_unfinished(workspace, resume)
+        weights_sha256 = unfinished.recipe.weights_sha256  # the file is not needed any more
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
     plan = make_plan(workspace, params, sources, weights_sha256)
-    if unfinished is not None and fingerprint(plan.spec) != begun.fingerprint:
-        now, then = plan.spec.parameters, begun.parameters
+    if unfinished is not None and fingerprint(plan.spec) != unfinished.recipe.fingerprint:
+        now, then = plan.spec.parameters, unfinished.recipe.parameters
         what = "This cellstore trains in another way than the one that began it"
         if now.get("feature_files") != then.get("feature_files"):
             what = f"Feature set {plan.cells.source.features.name!r} has changed since"
@@ -204,7 +201,13 @@ def train(
                 done, run_id = team.of_first(lambda: find_earlier(workspace, plan))
                 if done is not None:
                     return done
-            check_subsets(plan)
+            if plan.unknown and not plan.cells.blocks[plan.validation]:
+                raise UserInputError(
+                    f"No class in the {plan.validation.value} subset of split "
+                    f"{plan.cells.split.name!r} is in its training subset, too. Make another "
+                    "split, without --allow-missing."
+                )
+            plan.cells.check(plan.cells.labels, Subset.TRAIN, plan.validation)
             state = None if run_id is None else read_state(workspace, run_id)
             if unfinished is not None and state is None and params.weights == FROM_FILE:
                 raise UserInputError(
@@ -232,25 +235,18 @@ def train(
             training = make_training(plan, len(scaler.names), state, setup, team)
             batches = make_batches(workspace, plan, scaler, team)
 
-            def registered() -> Recipe:
-                with workspace.database.begin() as session:
-                    return register(session, plan.spec)
-
-            recipe = team.of_first(registered)
-            with as_run(workspace, plan, recipe, run_id, training, team) as run:
+            forgotten: list[str] = []
+            with as_run(workspace, plan, run_id, training, team) as run:
                 learn(workspace, plan, scaler, training, batches, setup, run)
-                forgotten = (
-                    []
-                    if run is None
-                    else keep_model(workspace, plan, scaler, training, recipe, run, state)
-                )
+                if run is not None:
+                    forgotten = keep_model(workspace, plan, scaler, training, run, state)
             for path in forgotten:
                 workspace.artifacts.remove(path)
 
             def ended() -> TrainResult:
                 assert run is not None
                 with workspace.database.read() as session:
-                    found = result_of(session, session.get_one(Run, run.id))
+                    found = trained(session, session.get_one(Run, run.id))
                 return replace(found, already_done=False)
 
             return team.of_first(ended)
@@ -361,10 +357,24 @@ def learn(
             check_still_ours(session, run)
 
     def keep(epoch: EpochMetrics) -> None:
+        """Write the metrics of an epoch, and the state at its end in the place of the last one."""
         assert run is not None
-        waited = train_batches.waited + validation_batches.waited
+        values = {name: float(value) for name, value in asdict(epoch).items() if name != "epoch"}
+        values["waited"] = train_batches.waited + validation_batches.waited  # in seconds, for cells
+        # With the number of the run in it, so that its file is that of no other run.
         state = training.state(run=run.id, scaler=scaler.to_json())
-        logs.write(epoch.epoch, keep_epoch(workspace, run, epoch, waited, state))
+        file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
+        with workspace.database.begin() as session:
+            check_still_ours(session, run)
+            session.add_all(
+                RunMetric(run_id=run.id, epoch=epoch.epoch, name=name, value=value)
+                for name, value in values.items()
+            )
+            old = forget_files(session, run.id, STATE)
+            keep_files(session, [file], run.id)
+        for path in old:
+            workspace.artifacts.remove(path)
+        logs.write(epoch.epoch, values)
         progress.finish()
         progress.note(
             f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation "
@@ -391,7 +401,6 @@ def keep_model(
     plan: Plan,
     scaler: Scaler,
     training: Training,
-    recipe: Recipe,
     run: RunHandle,
     state: TrainingState | None,
 ) -> list[str]:
@@ -408,7 +417,7 @@ def keep_model(
         labels=tuple(cells.labels),
         field=cells.split.field,
         scaler=scaler,
-        fingerprints=cells.fingerprints(recipe),
+        fingerprints=cells.fingerprints(plan.spec),
         feature_set=cells.source.features.name,
         shape=training.net.shape,
         crop_size=plan.params.crop_size,
@@ -428,8 +437,7 @@ def keep_model(
 
     def close(session: Session) -> None:
         check_still_ours(session, run)
-        for file in files:
-            attach(session, run.id, keep_files(session, [file])[0])
+        keep_files(session, files, run.id)
         forgotten.extend(forget_files(session, run.id, STATE))
 
     run.at_end.append(close)
@@ -481,48 +489,6 @@ def make_plan(
     )
 
 
-def check_subsets(plan: Plan) -> None:
-    """Refuse a split of one class, or without measured cells in a subset that is needed."""
-    cells, name = plan.cells, repr(plan.cells.split.name)
-    if len(cells.labels) == 1:
-        raise UserInputError(
-            f"All images in the training subset of split {name} are of one class, "
-            f"{next(iter(cells.labels))!r}: there is nothing to learn. Make another split."
-        )
-    for subset, called in ((Subset.TRAIN, "training"), (plan.validation, plan.validation.value)):
-        if cells.blocks[subset]:
-            continue
-        if subset is plan.validation and plan.unknown:
-            raise UserInputError(
-                f"No class in the {called} subset of split {name} is in its training subset, too. "
-                "Make another split, without --allow-missing."
-            )
-        members = cells.members.get(subset, 0)
-        if members == 0:
-            raise UserInputError(
-                f"Split {name} has no image in its {called} subset. Make another split: classes "
-                "with three wells or more give one, or ask for another validation size."
-            )
-        features, group = cells.source.features, cells.measure.parameters.get("group")
-        if cells.flagged is not None and cells.flagged.images:
-            what = (
-                f"a measured cell that quality-control run {cells.flagged.run_id} has not flagged. "
-                "Train without --exclude-flagged, or make quality control less strict: "
-                "cellstore qc --help"
-            )
-        elif not features.has_gaps:
-            what = "measured cells. Run: cellstore segment, then: cellstore measure"
-        elif group is not None:
-            what = (
-                f"cells in feature set {features.name!r}. Run: cellstore measure --features {group}"
-            )
-        else:
-            what = f"cells in feature set {features.name!r}. Ingest features of these images too."
-        raise UserInputError(
-            f"None of the {members} images in the {called} subset of split {name} has {what}"
-        )
-
-
 def share_of_batch(cells: int, size: int) -> int:
     """Return how many cells of a batch each of ``size`` processes reads.
 
@@ -559,20 +525,14 @@ def ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals
         return
-
-    def stop(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(
-    workspace: Workspace, reference: str
-) -> tuple[Run, Recipe, TrainParams, Sources]:
+def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, TrainParams, Sources]:
     """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
 
     Raises:
@@ -585,14 +545,13 @@ def find_unfinished(
     with workspace.database.read() as session:
         if reference in RUN_WORDS:
             query = select(Run).where(Run.stage == Stage.TRAIN, Run.status != Status.DONE)
-            found = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-            if found is None:
+            last = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+            if last is None:
                 raise UserInputError("Every training is finished: there is nothing to resume.")
-            run = found
+            run = last
         else:
             run = find_run(session, reference, Stage.TRAIN)
-        recipe = session.get_one(Recipe, run.recipe_id)
-        stored = recipe.parameters
+        stored = run.recipe.parameters
         if "baseline" in stored:
             raise UserInputError(f"Run {run.id} is a baseline, trained in one go. Train it again.")
         if run.status is Status.DONE:
@@ -602,18 +561,16 @@ def find_unfinished(
             )
         if run.status is Status.RUNNING:
             raise UserInputError(f"{_is_running(run)}, or resume it when it is over.")
-        measure = input_of(session, recipe, Stage.MEASURE)
-        segment = input_of(session, recipe, Stage.SEGMENT)
-        features = set_of_recipe(session, measure.id)
-        in_files = features is not None and features.storage is FeatureStorage.FILES
-        qc = stored["exclude_flagged"]
+        measure = input_of(session, run.recipe, Stage.MEASURE)
+        segment = input_of(session, run.recipe, Stage.SEGMENT)
+        found, qc = measure.feature_set, stored["exclude_flagged"]
         params = TrainParams.from_recipe(
             stored,
-            features=features.name if features is not None and in_files else None,
+            features=found.name if found and found.storage is FeatureStorage.FILES else None,
             exclude_flagged=None if qc is None else str(qc),
         )
-        split = session.get_one(Split, run.split_id)
-        return run, recipe, params, Sources(split.name, str(segment.id), str(measure.id))
+        assert run.split is not None
+        return run, params, Sources(run.split.name, str(segment.id), str(measure.id))
 
 
 def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, int | None]:
@@ -626,7 +583,7 @@ def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, 
     with workspace.database.begin() as session:
         done = finished_run(session, plan.spec, plan.cells.split.id)
         if done is not None:
-            return result_of(session, done), None
+            return trained(session, done), None
         close_dead_runs(session)
         query = (
             select(Run)
@@ -675,7 +632,6 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
 def as_run(
     workspace: Workspace,
     plan: Plan,
-    recipe: Recipe,
     run_id: int | None,
     training: Training,
     team: Team,
@@ -694,7 +650,7 @@ def as_run(
         return
     with running(
         workspace.database,
-        recipe,
+        plan.spec,
         split_id=plan.cells.split.id,
         seed=plan.params.seed,
         query=as_text(cells_query(plan.cells.source)),
@@ -721,36 +677,6 @@ def as_run(
                 "Another process of this training has ended, so it cannot go on. "
                 f"Resume it with: cellstore train --resume {run.id}"
             ) from error
-
-
-def keep_epoch(
-    workspace: Workspace, run: RunHandle, epoch: EpochMetrics, waited: float, state: TrainingState
-) -> dict[str, float]:
-    """Write the metrics of an epoch and the state at its end; return the metrics by name.
-
-    ``waited``: the seconds in which the network waited for cells. ``state`` has the number of the
-    run in it, so that its file is that of no other run.
-
-    Raises:
-        RunCancelledError: the run was cancelled.
-        StoreError: another process has resumed it.
-        StorageError: the disk is full.
-
-    """
-    values = {name: float(value) for name, value in asdict(epoch).items() if name != "epoch"}
-    values["waited"] = waited
-    file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
-    with workspace.database.begin() as session:
-        check_still_ours(session, run)
-        session.add_all(
-            RunMetric(run_id=run.id, epoch=epoch.epoch, name=name, value=value)
-            for name, value in values.items()
-        )
-        old = forget_files(session, run.id, STATE)
-        attach(session, run.id, keep_files(session, [file])[0])
-    for path in old:
-        workspace.artifacts.remove(path)
-    return values
 
 
 def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
@@ -819,10 +745,11 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     return kept
 
 
-def result_of(session: Session, run: Run) -> TrainResult:
+def trained(session: Session, run: Run) -> TrainResult:
     """Return the result of a finished training run."""
-    kept = result_from(run, session, TrainResult.__dataclass_fields__)
-    return TrainResult(already_done=True, metrics=metrics_of(session, run.id), **kept)
+    assert run.split is not None
+    metrics = metrics_of(session, run.id)
+    return result_of(run, TrainResult, split=run.split.name, already_done=True, metrics=metrics)
 
 
 def metrics_of(session: Session, run_id: int) -> tuple[dict[str, float], ...]:

@@ -10,23 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from ..analysis import draws
 from ..config import BaselineParams, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
-from ..jobs.runs import RecipeSpec, attach, finished_run, keep_files, register, running
+from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
 from ..learn.branches import TABULAR
-from ..learn.training_cells import (
-    TrainingCells,
-    excluded_columns,
-    find_training_cells,
-    result_from,
-)
+from ..learn.training_cells import TrainingCells, excluded_columns, find_training_cells
 from ..models import Image, Run, SplitMember, Well
 from ..query.cells import (
     as_text,
@@ -35,7 +29,7 @@ from ..query.cells import (
     read_drawn,
     stream_groups,
 )
-from ..settings import need
+from ..settings import need, track
 
 VERSION = 1
 USED = {
@@ -109,21 +103,16 @@ def train_baselines(
         cells = find_training_cells(session, workspace, sources, params)
     fitting = Fitting(workspace, params, cells)
     results = []
-    workspace.progress.start("train", len(chosen))
-    try:
-        for kind in chosen:
-            used = {name: getattr(params, name) for name in USED[kind]}
-            parameters = {"baseline": kind, **used, **cells.parameters}
-            if kind in ON_FEATURES:
-                parameters["normalise"] = params.normalise
-            spec = RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
-            with workspace.database.read() as session:
-                found = None if force else finished_run(session, spec, cells.split.id)
-                earlier = None if found is None else _result(session, found)
-            results.append(earlier or _train(workspace, fitting, kind, spec))
-            workspace.progress.advance()
-    finally:
-        workspace.progress.finish()
+    for kind in track(workspace.progress, "train", len(chosen), chosen):
+        used = {name: getattr(params, name) for name in USED[kind]}
+        parameters = {"baseline": kind, **used, **cells.parameters}
+        if kind in ON_FEATURES:
+            parameters["normalise"] = params.normalise
+        spec = RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
+        with workspace.database.read() as session:
+            found = None if force else finished_run(session, spec, cells.split.id)
+            earlier = None if found is None else _result(found)
+        results.append(earlier or _train(workspace, fitting, kind, spec))
     return tuple(results)
 
 
@@ -132,11 +121,9 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
     from ..learn.trained_models import ModelRecord, write_model
 
     cells = fitting.cells
-    with workspace.database.begin() as session:
-        recipe = register(session, spec)
     with running(
         workspace.database,
-        recipe,
+        spec,
         split_id=cells.split.id,
         seed=fitting.params.seed,
         query=as_text(cells_query(replace(cells.source, subset=Subset.TRAIN))),
@@ -147,13 +134,12 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
             labels=tuple(fitting.labels),
             field=cells.split.field,
             scaler=scaler,
-            fingerprints=cells.fingerprints(recipe),
+            fingerprints=cells.fingerprints(spec),
             feature_set=cells.source.features.name,
         )
         files = write_model(workspace, estimator, record, {"rows": rows})
         with workspace.database.begin() as session:
-            for file in files:
-                attach(session, run.id, keep_files(session, [file])[0])
+            keep_files(session, files, run.id)
         columns = cells.source.features.columns if kind in ON_FEATURES else ()
         excluded, column_notes = excluded_columns(columns, scaler.names)
         notes = [*cells.notes, *fit_notes, *describe_plates(scaler)]
@@ -176,12 +162,12 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
             "checkpoint_sha256": files[0].sha256,
         }
     with workspace.database.read() as session:
-        return replace(_result(session, session.get_one(Run, run.id)), already_done=False)
+        return replace(_result(session.get_one(Run, run.id)), already_done=False)
 
 
-def _result(session: Session, run: Run) -> BaselineResult:
-    kept = result_from(run, session, BaselineResult.__dataclass_fields__)
-    return BaselineResult(already_done=True, **kept)
+def _result(run: Run) -> BaselineResult:
+    assert run.split is not None
+    return result_of(run, BaselineResult, split=run.split.name, already_done=True)
 
 
 class Fitting:
@@ -204,22 +190,7 @@ class Fitting:
         self.without = [value for value in cells.labels if value not in self.labels]
         self.class_of = {label_id: index for index, label_id in enumerate(self.labels.values())}
         self.drawn: tuple[Any, NDArray[np.float32], Ids, Ids] | None = None
-        name = repr(cells.split.name)
-        if not self.blocks:
-            features = cells.source.features
-            what = "measured cells"
-            if features.has_gaps:
-                what = f"cells in feature set {features.name!r}"
-            raise UserInputError(
-                f"No image in the training subset of split {name} has {what}. Run: cellstore "
-                "segment, then: cellstore measure; or name another split with --split."
-            )
-        if len(self.labels) < 2:
-            raise UserInputError(
-                f"The training subset of split {name} has cells of one class only "
-                f"({next(iter(self.labels))}), so there is nothing to learn. Make another "
-                "split."
-            )
+        cells.check(self.labels, Subset.TRAIN)
         if params.max_cells < len(self.labels):
             raise UserInputError(
                 f"{params.max_cells} cells cannot be of all {len(self.labels)} classes. Give more "

@@ -20,21 +20,423 @@ branch_labels = None
 depends_on = None
 
 BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+INT = sa.Integer()
 FLOAT = sa.Float(precision=53)
 MOMENT = sa.DateTime(timezone=True)
+JSON = sa.JSON()
+TEXT = sa.Text()
 NAME = sa.String(length=255)
 SHA256 = sa.String(length=64)
 WORD = sa.String(length=20)
 
+SCHEMA = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_N_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
 
-def refers(table: str, column: str, other: str, *, nullable: bool = False) -> sa.Column[int]:
-    key = sa.ForeignKey(f"{other}.id", name=f"fk_{table}_{column}_{other}")
-    return sa.Column(column, BIG_ID, key, nullable=nullable)
+Columns = list[sa.Column[Any]]
+
+
+def given(kind: sa.types.TypeEngine[Any], *names: str, **options: Any) -> Columns:
+    """Return columns that always have a value."""
+    return [sa.Column(name, kind, nullable=False, **options) for name in names]
+
+
+def maybe(kind: sa.types.TypeEngine[Any], *names: str, **options: Any) -> Columns:
+    """Return columns that may be null."""
+    return [sa.Column(name, kind, **options) for name in names]
+
+
+def identity() -> Columns:
+    return given(BIG_ID, "id", primary_key=True)
+
+
+def refers(column: str, other: str, *, nullable: bool = False, **options: Any) -> Columns:
+    return [sa.Column(column, BIG_ID, sa.ForeignKey(f"{other}.id"), nullable=nullable, **options)]
 
 
 def only(condition: str) -> dict[str, Any]:
     """Make an index one of those rows alone that meet ``condition``."""
     return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
+
+
+def table(name: str, *parts: Columns | sa.Constraint | sa.Index) -> None:
+    flat: list[Any] = []
+    for part in parts:
+        flat += part if isinstance(part, list) else [part]
+    sa.Table(name, SCHEMA, *flat)
+
+
+table(
+    "annotations",
+    identity(),
+    given(WORD, "level"),
+    given(BIG_ID, "row_id"),
+    given(WORD, "kind"),
+    maybe(NAME, "field"),
+    maybe(TEXT, "value", "reason"),
+    given(NAME, "user_name"),
+    given(MOMENT, "created_at"),
+    refers("undoes_id", "annotations", nullable=True, index=True),
+    sa.Index(None, "level", "row_id"),
+)
+table(
+    "artifacts",
+    identity(),
+    given(WORD, "kind"),
+    given(TEXT, "path"),
+    given(SHA256, "sha256"),
+    given(BIG_ID, "size_bytes"),
+    given(MOMENT, "created_at"),
+    sa.UniqueConstraint("path"),
+    sa.UniqueConstraint("sha256", "kind"),
+)
+table("folders", identity(), given(TEXT, "uri"), sa.UniqueConstraint("uri"))
+table(
+    "labels",
+    identity(),
+    given(NAME, "field"),
+    given(TEXT, "value"),
+    sa.UniqueConstraint("field", "value"),
+)
+table(
+    "perturbations",
+    identity(),
+    given(WORD, "kind"),
+    given(NAME, "name", index=True),
+    maybe(NAME, "identifier", index=True),
+    maybe(TEXT, "target"),
+    maybe(NAME, "inchikey"),
+    maybe(TEXT, "smiles"),
+    maybe(NAME, "pubchem_cid"),
+    sa.UniqueConstraint("kind", "name", "identifier"),
+    sa.Index(
+        "uq_perturbations_without_identifier",
+        "kind",
+        "name",
+        unique=True,
+        **only("identifier IS NULL"),
+    ),
+)
+table(
+    "plates",
+    identity(),
+    given(NAME, "barcode"),
+    maybe(NAME, "batch", "cell_line", "time_point"),
+    maybe(JSON, "metadata"),
+    sa.UniqueConstraint("barcode"),
+)
+table(
+    "recipes",
+    identity(),
+    given(WORD, "stage"),
+    given(INT, "version"),
+    given(JSON, "parameters"),
+    maybe(SHA256, "weights_sha256"),
+    given(SHA256, "fingerprint"),
+    given(MOMENT, "created_at"),
+    sa.UniqueConstraint("stage", "fingerprint"),
+)
+table(
+    "treatments",
+    identity(),
+    given(TEXT, "identity"),
+    given(TEXT, "name", index=True),
+    given(TEXT, "name_with_dose"),
+    maybe(TEXT, "target"),
+    given(sa.BigInteger(), "perturbations_key"),
+    sa.UniqueConstraint("identity"),
+)
+table(
+    "feature_sets",
+    identity(),
+    given(NAME, "name"),
+    refers("recipe_id", "recipes"),
+    given(JSON, "columns"),
+    given(WORD, "storage"),
+    sa.UniqueConstraint("name"),
+    sa.UniqueConstraint("recipe_id"),
+)
+table(
+    "recipe_inputs",
+    refers("recipe_id", "recipes", primary_key=True),
+    refers("input_id", "recipes", primary_key=True, index=True),
+)
+table(
+    "splits",
+    identity(),
+    given(NAME, "name"),
+    refers("recipe_id", "recipes"),
+    given(NAME, "protocol", "field"),
+    given(WORD, "group_level"),
+    given(INT, "seed"),
+    given(TEXT, "query"),
+    given(SHA256, "fingerprint"),
+    given(JSON, "excluded"),
+    given(MOMENT, "created_at"),
+    maybe(MOMENT, "frozen_at"),
+    maybe(NAME, "family"),
+    maybe(INT, "fold"),
+    sa.UniqueConstraint("name"),
+)
+table(
+    "treatment_parts",
+    refers("treatment_id", "treatments", primary_key=True),
+    given(INT, "position", primary_key=True, autoincrement=False),
+    refers("perturbation_id", "perturbations", index=True),
+    maybe(FLOAT, "dose"),
+    maybe(NAME, "dose_unit", "dose_original"),
+)
+table(
+    "wells",
+    identity(),
+    refers("plate_id", "plates"),
+    given(INT, "well_row", "well_column"),
+    given(NAME, "name"),
+    refers("treatment_id", "treatments", nullable=True, index=True),
+    maybe(WORD, "control"),
+    maybe(JSON, "metadata"),
+    sa.UniqueConstraint("plate_id", "well_row", "well_column"),
+)
+table(
+    "images",
+    identity(),
+    refers("well_id", "wells"),
+    given(INT, "site", "plane", "time_point"),
+    given(NAME, "core_name", index=True),
+    maybe(SHA256, "content_sha256"),
+    maybe(FLOAT, "pixel_size"),
+    sa.UniqueConstraint("well_id", "site", "plane", "time_point"),
+    sa.Index(None, "content_sha256", **only("content_sha256 IS NOT NULL")),
+)
+table(
+    "runs",
+    identity(),
+    given(WORD, "stage"),
+    refers("recipe_id", "recipes"),
+    refers("parent_id", "runs", nullable=True, index=True),
+    refers("split_id", "splits", nullable=True, index=True),
+    given(WORD, "status", "origin"),
+    maybe(INT, "seed"),
+    given(TEXT, "command"),
+    maybe(TEXT, "query"),
+    given(NAME, "code_version"),
+    given(JSON, "environment"),
+    given(NAME, "host", "user_name"),
+    maybe(NAME, "process"),
+    given(MOMENT, "started_at"),
+    maybe(MOMENT, "ended_at"),
+    maybe(JSON, "result"),
+    maybe(TEXT, "error"),
+    given(BIG_ID, "changed_rows", server_default="0"),
+    sa.Index(None, "stage", "recipe_id"),
+)
+table(
+    "split_groups",
+    refers("split_id", "splits", primary_key=True),
+    given(BIG_ID, "group_id", primary_key=True, autoincrement=False),
+    given(WORD, "subset"),
+)
+table(
+    "events",
+    identity(),
+    given(MOMENT, "created_at"),
+    given(NAME, "user_name", "host"),
+    maybe(NAME, "role"),
+    given(TEXT, "command"),
+    refers("run_id", "runs", nullable=True, index=True),
+    maybe(TEXT, "reason", "file"),
+    maybe(BIG_ID, "line"),
+    given(NAME, "table_name"),
+    maybe(BIG_ID, "row_id"),
+    maybe(JSON, "old", "new"),
+    maybe(SHA256, "previous_sha256"),
+    given(SHA256, "sha256"),
+    sa.Index(None, "table_name", "row_id"),
+)
+table(
+    "feature_files",
+    refers("feature_set_id", "feature_sets", primary_key=True),
+    refers("artifact_id", "artifacts", primary_key=True, index=True),
+    refers("run_id", "runs", index=True),
+    given(INT, "n_rows"),
+    given(BIG_ID, "first_cell_id", "last_cell_id"),
+)
+table(
+    "image_files",
+    identity(),
+    refers("image_id", "images"),
+    given(NAME, "channel"),
+    given(INT, "position"),
+    given(NAME, "name", index=True),
+    refers("folder_id", "folders", nullable=True),
+    maybe(SHA256, "sha256"),
+    maybe(BIG_ID, "size_bytes", "modified_ns"),
+    maybe(INT, "height", "width"),
+    maybe(NAME, "dtype"),
+    sa.UniqueConstraint("image_id", "channel"),
+    sa.Index(None, "sha256", **only("sha256 IS NOT NULL")),
+)
+table(
+    "image_flags",
+    refers("run_id", "runs", primary_key=True),
+    refers("image_id", "images", primary_key=True, index=True),
+    given(WORD, "reason", primary_key=True),
+    given(NAME, "channel", primary_key=True),
+    given(FLOAT, "value"),
+    maybe(FLOAT, "low", "high"),
+)
+table(
+    "image_predictions",
+    refers("run_id", "runs", primary_key=True),
+    refers("image_id", "images", primary_key=True, index=True),
+    given(INT, "rank", primary_key=True, autoincrement=False),
+    refers("label_id", "labels"),
+    given(FLOAT, "probability"),
+    sa.CheckConstraint("probability >= 0 AND probability <= 1", name="probability"),
+    sa.CheckConstraint("rank >= 1", name="rank"),
+)
+table(
+    "image_quality",
+    refers("image_id", "images", primary_key=True),
+    refers("recipe_id", "recipes", primary_key=True),
+    given(SHA256, "content_sha256", primary_key=True),
+    given(NAME, "channel", primary_key=True),
+    refers("run_id", "runs", index=True),
+    maybe(FLOAT, "power_log_log_slope", "sharpness"),
+    given(FLOAT, "saturated", "maximal", "background", "median", "mean", "std"),
+)
+table(
+    "ingest_files",
+    identity(),
+    refers("run_id", "runs", index=True),
+    given(TEXT, "name", index=True),
+    given(SHA256, "sha256", index=True),
+    given(BIG_ID, "size_bytes"),
+    given(NAME, "layout"),
+    given(BIG_ID, "n_rows", "n_created", "n_updated", "n_unchanged", "n_refused"),
+)
+table(
+    "ingest_issues",
+    identity(),
+    refers("run_id", "runs", index=True),
+    given(WORD, "severity"),
+    given(TEXT, "file"),
+    maybe(BIG_ID, "line"),
+    given(NAME, "reason"),
+    given(TEXT, "detail"),
+)
+table(
+    "jobs",
+    identity(),
+    refers("recipe_id", "recipes"),
+    refers("image_id", "images", index=True),
+    given(SHA256, "content_sha256"),
+    refers("run_id", "runs", index=True),
+    given(WORD, "status"),
+    given(INT, "attempts", "deaths"),
+    maybe(NAME, "worker"),
+    maybe(MOMENT, "lease_until", "not_before"),
+    maybe(FLOAT, "seconds"),
+    maybe(SHA256, "digest"),
+    maybe(TEXT, "error"),
+    sa.UniqueConstraint("recipe_id", "image_id", "content_sha256"),
+    sa.Index(None, "recipe_id", "status", "id"),
+)
+table(
+    "run_artifacts",
+    refers("run_id", "runs", primary_key=True),
+    refers("artifact_id", "artifacts", primary_key=True, index=True),
+)
+table(
+    "run_metrics",
+    refers("run_id", "runs", primary_key=True),
+    given(INT, "epoch", primary_key=True, autoincrement=False),
+    given(NAME, "name", primary_key=True),
+    maybe(FLOAT, "value"),
+)
+table(
+    "segmentations",
+    identity(),
+    refers("image_id", "images"),
+    refers("recipe_id", "recipes", index=True),
+    maybe(SHA256, "content_sha256"),
+    refers("run_id", "runs", index=True),
+    given(INT, "n_cells"),
+    maybe(FLOAT, "diameter"),
+    refers("mask_artifact_id", "artifacts", nullable=True, index=True),
+    refers("flow_artifact_id", "artifacts", nullable=True, index=True),
+    given(MOMENT, "created_at"),
+    sa.UniqueConstraint("image_id", "recipe_id", "content_sha256"),
+    sa.Index(
+        "uq_segmentations_of_unknown_bytes",
+        "image_id",
+        "recipe_id",
+        unique=True,
+        **only("content_sha256 IS NULL"),
+    ),
+)
+table(
+    "split_members",
+    refers("split_id", "splits", primary_key=True),
+    refers("image_id", "images", primary_key=True, index=True),
+    given(WORD, "subset"),
+    refers("label_id", "labels"),
+)
+table(
+    "cells",
+    identity(),
+    refers("segmentation_id", "segmentations"),
+    given(INT, "object_number"),
+    maybe(INT, "min_row", "min_col", "max_row", "max_col"),
+    maybe(FLOAT, "centroid_row", "centroid_col"),
+    maybe(NAME, "excluded"),
+    sa.UniqueConstraint("segmentation_id", "object_number"),
+    sa.Index(None, "id", "excluded", **only("excluded IS NOT NULL")),
+)
+table(
+    "cell_flags",
+    refers("run_id", "runs", primary_key=True),
+    refers("cell_id", "cells", primary_key=True, index=True),
+    given(WORD, "reason", primary_key=True),
+    maybe(FLOAT, "value"),
+)
+table(
+    "features",
+    refers("cell_id", "cells", primary_key=True),
+    refers("recipe_id", "recipes", primary_key=True),
+    refers("run_id", "runs", index=True),
+    maybe(
+        FLOAT,
+        "area",
+        "convex_area",
+        "perimeter",
+        "eccentricity",
+        "mean_intensity",
+        "min_intensity",
+        "max_intensity",
+        "major_axis_length",
+        "minor_axis_length",
+        "orientation",
+        "solidity",
+        "extent",
+    ),
+)
+table(
+    "predictions",
+    refers("run_id", "runs", primary_key=True),
+    refers("cell_id", "cells", primary_key=True, index=True),
+    given(INT, "rank", primary_key=True, autoincrement=False),
+    refers("label_id", "labels"),
+    given(FLOAT, "probability"),
+    sa.CheckConstraint("probability >= 0 AND probability <= 1", name="probability"),
+    sa.CheckConstraint("rank >= 1", name="rank"),
+)
 
 
 # What was once said stays, whoever holds the connection.
@@ -464,504 +866,7 @@ def unguard() -> None:
 
 
 def upgrade() -> None:
-    op.create_table(
-        "annotations",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("level", WORD, nullable=False),
-        sa.Column("row_id", BIG_ID, nullable=False),
-        sa.Column("kind", WORD, nullable=False),
-        sa.Column("field", NAME),
-        sa.Column("value", sa.Text()),
-        sa.Column("reason", sa.Text()),
-        sa.Column("user_name", NAME, nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        refers("annotations", "undoes_id", "annotations", nullable=True),
-        sa.PrimaryKeyConstraint("id", name="pk_annotations"),
-    )
-    op.create_index("ix_annotations_level_annotations_row_id", "annotations", ["level", "row_id"])
-    op.create_index("ix_annotations_undoes_id", "annotations", ["undoes_id"])
-    op.create_table(
-        "artifacts",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("kind", WORD, nullable=False),
-        sa.Column("path", sa.Text(), nullable=False),
-        sa.Column("sha256", SHA256, nullable=False),
-        sa.Column("size_bytes", BIG_ID, nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_artifacts"),
-        sa.UniqueConstraint("path", name="uq_artifacts_path"),
-        sa.UniqueConstraint("sha256", "kind", name="uq_artifacts_sha256_kind"),
-    )
-    op.create_table(
-        "folders",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("uri", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_folders"),
-        sa.UniqueConstraint("uri", name="uq_folders_uri"),
-    )
-    op.create_table(
-        "labels",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("field", NAME, nullable=False),
-        sa.Column("value", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_labels"),
-        sa.UniqueConstraint("field", "value", name="uq_labels_field_value"),
-    )
-    op.create_table(
-        "perturbations",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("kind", WORD, nullable=False),
-        sa.Column("name", NAME, nullable=False),
-        sa.Column("identifier", NAME),
-        sa.Column("target", sa.Text()),
-        sa.Column("inchikey", NAME),
-        sa.Column("smiles", sa.Text()),
-        sa.Column("pubchem_cid", NAME),
-        sa.PrimaryKeyConstraint("id", name="pk_perturbations"),
-        sa.UniqueConstraint(
-            "kind", "name", "identifier", name="uq_perturbations_kind_name_identifier"
-        ),
-    )
-    op.create_index("ix_perturbations_identifier", "perturbations", ["identifier"])
-    op.create_index("ix_perturbations_name", "perturbations", ["name"])
-    op.create_index(
-        "uq_perturbations_without_identifier",
-        "perturbations",
-        ["kind", "name"],
-        unique=True,
-        **only("identifier IS NULL"),
-    )
-    op.create_table(
-        "plates",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("barcode", NAME, nullable=False),
-        sa.Column("batch", NAME),
-        sa.Column("cell_line", NAME),
-        sa.Column("time_point", NAME),
-        sa.Column("metadata", sa.JSON()),
-        sa.PrimaryKeyConstraint("id", name="pk_plates"),
-        sa.UniqueConstraint("barcode", name="uq_plates_barcode"),
-    )
-    op.create_table(
-        "recipes",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("stage", WORD, nullable=False),
-        sa.Column("version", sa.Integer(), nullable=False),
-        sa.Column("parameters", sa.JSON(), nullable=False),
-        sa.Column("weights_sha256", SHA256),
-        sa.Column("fingerprint", SHA256, nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_recipes"),
-        sa.UniqueConstraint("stage", "fingerprint", name="uq_recipes_stage_fingerprint"),
-    )
-    op.create_table(
-        "treatments",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("identity", sa.Text(), nullable=False),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("name_with_dose", sa.Text(), nullable=False),
-        sa.Column("target", sa.Text()),
-        sa.Column("perturbations_key", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_treatments"),
-        sa.UniqueConstraint("identity", name="uq_treatments_identity"),
-    )
-    op.create_index("ix_treatments_name", "treatments", ["name"])
-    op.create_table(
-        "feature_sets",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("name", NAME, nullable=False),
-        refers("feature_sets", "recipe_id", "recipes"),
-        sa.Column("columns", sa.JSON(), nullable=False),
-        sa.Column("storage", WORD, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_feature_sets"),
-        sa.UniqueConstraint("name", name="uq_feature_sets_name"),
-        sa.UniqueConstraint("recipe_id", name="uq_feature_sets_recipe_id"),
-    )
-    op.create_table(
-        "recipe_inputs",
-        refers("recipe_inputs", "recipe_id", "recipes"),
-        refers("recipe_inputs", "input_id", "recipes"),
-        sa.PrimaryKeyConstraint("recipe_id", "input_id", name="pk_recipe_inputs"),
-    )
-    op.create_index("ix_recipe_inputs_input_id", "recipe_inputs", ["input_id"])
-    op.create_table(
-        "splits",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("name", NAME, nullable=False),
-        refers("splits", "recipe_id", "recipes"),
-        sa.Column("protocol", NAME, nullable=False),
-        sa.Column("field", NAME, nullable=False),
-        sa.Column("group_level", WORD, nullable=False),
-        sa.Column("seed", sa.Integer(), nullable=False),
-        sa.Column("query", sa.Text(), nullable=False),
-        sa.Column("fingerprint", SHA256, nullable=False),
-        sa.Column("excluded", sa.JSON(), nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.Column("frozen_at", MOMENT),
-        sa.Column("family", NAME),
-        sa.Column("fold", sa.Integer()),
-        sa.PrimaryKeyConstraint("id", name="pk_splits"),
-        sa.UniqueConstraint("name", name="uq_splits_name"),
-    )
-    op.create_table(
-        "treatment_parts",
-        refers("treatment_parts", "treatment_id", "treatments"),
-        sa.Column("position", sa.Integer(), nullable=False, autoincrement=False),
-        refers("treatment_parts", "perturbation_id", "perturbations"),
-        sa.Column("dose", FLOAT),
-        sa.Column("dose_unit", NAME),
-        sa.Column("dose_original", NAME),
-        sa.PrimaryKeyConstraint("treatment_id", "position", name="pk_treatment_parts"),
-    )
-    op.create_index("ix_treatment_parts_perturbation_id", "treatment_parts", ["perturbation_id"])
-    op.create_table(
-        "wells",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("wells", "plate_id", "plates"),
-        sa.Column("well_row", sa.Integer(), nullable=False),
-        sa.Column("well_column", sa.Integer(), nullable=False),
-        sa.Column("name", NAME, nullable=False),
-        refers("wells", "treatment_id", "treatments", nullable=True),
-        sa.Column("control", WORD),
-        sa.Column("metadata", sa.JSON()),
-        sa.PrimaryKeyConstraint("id", name="pk_wells"),
-        sa.UniqueConstraint(
-            "plate_id", "well_row", "well_column", name="uq_wells_plate_id_well_row_well_column"
-        ),
-    )
-    op.create_index("ix_wells_treatment_id", "wells", ["treatment_id"])
-    op.create_table(
-        "images",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("images", "well_id", "wells"),
-        sa.Column("site", sa.Integer(), nullable=False),
-        sa.Column("plane", sa.Integer(), nullable=False),
-        sa.Column("time_point", sa.Integer(), nullable=False),
-        sa.Column("core_name", NAME, nullable=False),
-        sa.Column("content_sha256", SHA256),
-        sa.Column("pixel_size", FLOAT),
-        sa.PrimaryKeyConstraint("id", name="pk_images"),
-        sa.UniqueConstraint(
-            "well_id", "site", "plane", "time_point", name="uq_images_well_id_site_plane_time_point"
-        ),
-    )
-    op.create_index(
-        "ix_images_content_sha256",
-        "images",
-        ["content_sha256"],
-        **only("content_sha256 IS NOT NULL"),
-    )
-    op.create_index("ix_images_core_name", "images", ["core_name"])
-    op.create_table(
-        "runs",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("stage", WORD, nullable=False),
-        refers("runs", "recipe_id", "recipes"),
-        refers("runs", "parent_id", "runs", nullable=True),
-        refers("runs", "split_id", "splits", nullable=True),
-        sa.Column("status", WORD, nullable=False),
-        sa.Column("origin", WORD, nullable=False),
-        sa.Column("seed", sa.Integer()),
-        sa.Column("command", sa.Text(), nullable=False),
-        sa.Column("query", sa.Text()),
-        sa.Column("code_version", NAME, nullable=False),
-        sa.Column("environment", sa.JSON(), nullable=False),
-        sa.Column("host", NAME, nullable=False),
-        sa.Column("user_name", NAME, nullable=False),
-        sa.Column("process", NAME),
-        sa.Column("started_at", MOMENT, nullable=False),
-        sa.Column("ended_at", MOMENT),
-        sa.Column("result", sa.JSON()),
-        sa.Column("error", sa.Text()),
-        sa.Column("changed_rows", BIG_ID, nullable=False, server_default="0"),
-        sa.PrimaryKeyConstraint("id", name="pk_runs"),
-    )
-    op.create_index("ix_runs_parent_id", "runs", ["parent_id"])
-    op.create_index("ix_runs_split_id", "runs", ["split_id"])
-    op.create_index("ix_runs_stage_runs_recipe_id", "runs", ["stage", "recipe_id"])
-    op.create_table(
-        "split_groups",
-        refers("split_groups", "split_id", "splits"),
-        sa.Column("group_id", BIG_ID, nullable=False, autoincrement=False),
-        sa.Column("subset", WORD, nullable=False),
-        sa.PrimaryKeyConstraint("split_id", "group_id", name="pk_split_groups"),
-    )
-    op.create_table(
-        "events",
-        sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.Column("user_name", NAME, nullable=False),
-        sa.Column("host", NAME, nullable=False),
-        sa.Column("role", NAME),
-        sa.Column("command", sa.Text(), nullable=False),
-        refers("events", "run_id", "runs", nullable=True),
-        sa.Column("reason", sa.Text()),
-        sa.Column("file", sa.Text()),
-        sa.Column("line", BIG_ID),
-        sa.Column("table_name", NAME, nullable=False),
-        sa.Column("row_id", BIG_ID),
-        sa.Column("old", sa.JSON()),
-        sa.Column("new", sa.JSON()),
-        sa.Column("previous_sha256", SHA256),
-        sa.Column("sha256", SHA256, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_events"),
-    )
-    op.create_index("ix_events_run_id", "events", ["run_id"])
-    op.create_index("ix_events_table_name_events_row_id", "events", ["table_name", "row_id"])
-    op.create_table(
-        "feature_files",
-        refers("feature_files", "feature_set_id", "feature_sets"),
-        refers("feature_files", "artifact_id", "artifacts"),
-        refers("feature_files", "run_id", "runs"),
-        sa.Column("n_rows", sa.Integer(), nullable=False),
-        sa.Column("first_cell_id", BIG_ID, nullable=False),
-        sa.Column("last_cell_id", BIG_ID, nullable=False),
-        sa.PrimaryKeyConstraint("feature_set_id", "artifact_id", name="pk_feature_files"),
-    )
-    op.create_index("ix_feature_files_artifact_id", "feature_files", ["artifact_id"])
-    op.create_index("ix_feature_files_run_id", "feature_files", ["run_id"])
-    op.create_table(
-        "image_files",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("image_files", "image_id", "images"),
-        sa.Column("channel", NAME, nullable=False),
-        sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("name", NAME, nullable=False),
-        refers("image_files", "folder_id", "folders", nullable=True),
-        sa.Column("sha256", SHA256),
-        sa.Column("size_bytes", BIG_ID),
-        sa.Column("modified_ns", BIG_ID),
-        sa.Column("height", sa.Integer()),
-        sa.Column("width", sa.Integer()),
-        sa.Column("dtype", NAME),
-        sa.PrimaryKeyConstraint("id", name="pk_image_files"),
-        sa.UniqueConstraint("image_id", "channel", name="uq_image_files_image_id_channel"),
-    )
-    op.create_index("ix_image_files_name", "image_files", ["name"])
-    op.create_index(
-        "ix_image_files_sha256", "image_files", ["sha256"], **only("sha256 IS NOT NULL")
-    )
-    op.create_table(
-        "image_flags",
-        refers("image_flags", "run_id", "runs"),
-        refers("image_flags", "image_id", "images"),
-        sa.Column("reason", WORD, nullable=False),
-        sa.Column("channel", NAME, nullable=False),
-        sa.Column("value", FLOAT, nullable=False),
-        sa.Column("low", FLOAT),
-        sa.Column("high", FLOAT),
-        sa.PrimaryKeyConstraint("run_id", "image_id", "reason", "channel", name="pk_image_flags"),
-    )
-    op.create_index("ix_image_flags_image_id", "image_flags", ["image_id"])
-    op.create_table(
-        "image_predictions",
-        refers("image_predictions", "run_id", "runs"),
-        refers("image_predictions", "image_id", "images"),
-        sa.Column("rank", sa.Integer(), nullable=False, autoincrement=False),
-        refers("image_predictions", "label_id", "labels"),
-        sa.Column("probability", FLOAT, nullable=False),
-        sa.PrimaryKeyConstraint("run_id", "image_id", "rank", name="pk_image_predictions"),
-        sa.CheckConstraint(
-            "probability >= 0 AND probability <= 1", name=op.f("ck_image_predictions_probability")
-        ),
-        sa.CheckConstraint("rank >= 1", name=op.f("ck_image_predictions_rank")),
-    )
-    op.create_index("ix_image_predictions_image_id", "image_predictions", ["image_id"])
-    op.create_table(
-        "image_quality",
-        refers("image_quality", "image_id", "images"),
-        refers("image_quality", "recipe_id", "recipes"),
-        sa.Column("content_sha256", SHA256, nullable=False),
-        sa.Column("channel", NAME, nullable=False),
-        refers("image_quality", "run_id", "runs"),
-        sa.Column("power_log_log_slope", FLOAT),
-        sa.Column("sharpness", FLOAT),
-        sa.Column("saturated", FLOAT, nullable=False),
-        sa.Column("maximal", FLOAT, nullable=False),
-        sa.Column("background", FLOAT, nullable=False),
-        sa.Column("median", FLOAT, nullable=False),
-        sa.Column("mean", FLOAT, nullable=False),
-        sa.Column("std", FLOAT, nullable=False),
-        sa.PrimaryKeyConstraint(
-            "image_id", "recipe_id", "content_sha256", "channel", name="pk_image_quality"
-        ),
-    )
-    op.create_index("ix_image_quality_run_id", "image_quality", ["run_id"])
-    op.create_table(
-        "ingest_files",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("ingest_files", "run_id", "runs"),
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("sha256", SHA256, nullable=False),
-        sa.Column("size_bytes", BIG_ID, nullable=False),
-        sa.Column("layout", NAME, nullable=False),
-        sa.Column("n_rows", BIG_ID, nullable=False),
-        sa.Column("n_created", BIG_ID, nullable=False),
-        sa.Column("n_updated", BIG_ID, nullable=False),
-        sa.Column("n_unchanged", BIG_ID, nullable=False),
-        sa.Column("n_refused", BIG_ID, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_ingest_files"),
-    )
-    op.create_index("ix_ingest_files_name", "ingest_files", ["name"])
-    op.create_index("ix_ingest_files_run_id", "ingest_files", ["run_id"])
-    op.create_index("ix_ingest_files_sha256", "ingest_files", ["sha256"])
-    op.create_table(
-        "ingest_issues",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("ingest_issues", "run_id", "runs"),
-        sa.Column("severity", WORD, nullable=False),
-        sa.Column("file", sa.Text(), nullable=False),
-        sa.Column("line", BIG_ID),
-        sa.Column("reason", NAME, nullable=False),
-        sa.Column("detail", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_ingest_issues"),
-    )
-    op.create_index("ix_ingest_issues_run_id", "ingest_issues", ["run_id"])
-    op.create_table(
-        "jobs",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("jobs", "recipe_id", "recipes"),
-        refers("jobs", "image_id", "images"),
-        sa.Column("content_sha256", SHA256, nullable=False),
-        refers("jobs", "run_id", "runs"),
-        sa.Column("status", WORD, nullable=False),
-        sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("deaths", sa.Integer(), nullable=False),
-        sa.Column("worker", NAME),
-        sa.Column("lease_until", MOMENT),
-        sa.Column("not_before", MOMENT),
-        sa.Column("seconds", FLOAT),
-        sa.Column("digest", SHA256),
-        sa.Column("error", sa.Text()),
-        sa.PrimaryKeyConstraint("id", name="pk_jobs"),
-        sa.UniqueConstraint(
-            "recipe_id",
-            "image_id",
-            "content_sha256",
-            name="uq_jobs_recipe_id_image_id_content_sha256",
-        ),
-    )
-    op.create_index("ix_jobs_image_id", "jobs", ["image_id"])
-    op.create_index("ix_jobs_recipe_id_jobs_status_jobs_id", "jobs", ["recipe_id", "status", "id"])
-    op.create_index("ix_jobs_run_id", "jobs", ["run_id"])
-    op.create_table(
-        "run_artifacts",
-        refers("run_artifacts", "run_id", "runs"),
-        refers("run_artifacts", "artifact_id", "artifacts"),
-        sa.PrimaryKeyConstraint("run_id", "artifact_id", name="pk_run_artifacts"),
-    )
-    op.create_index("ix_run_artifacts_artifact_id", "run_artifacts", ["artifact_id"])
-    op.create_table(
-        "run_metrics",
-        refers("run_metrics", "run_id", "runs"),
-        sa.Column("epoch", sa.Integer(), nullable=False, autoincrement=False),
-        sa.Column("name", NAME, nullable=False),
-        sa.Column("value", FLOAT),
-        sa.PrimaryKeyConstraint("run_id", "epoch", "name", name="pk_run_metrics"),
-    )
-    op.create_table(
-        "segmentations",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("segmentations", "image_id", "images"),
-        refers("segmentations", "recipe_id", "recipes"),
-        sa.Column("content_sha256", SHA256),
-        refers("segmentations", "run_id", "runs"),
-        sa.Column("n_cells", sa.Integer(), nullable=False),
-        sa.Column("diameter", FLOAT),
-        refers("segmentations", "mask_artifact_id", "artifacts", nullable=True),
-        refers("segmentations", "flow_artifact_id", "artifacts", nullable=True),
-        sa.Column("created_at", MOMENT, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_segmentations"),
-        sa.UniqueConstraint(
-            "image_id",
-            "recipe_id",
-            "content_sha256",
-            name="uq_segmentations_image_id_recipe_id_content_sha256",
-        ),
-    )
-    op.create_index("ix_segmentations_flow_artifact_id", "segmentations", ["flow_artifact_id"])
-    op.create_index("ix_segmentations_mask_artifact_id", "segmentations", ["mask_artifact_id"])
-    op.create_index("ix_segmentations_recipe_id", "segmentations", ["recipe_id"])
-    op.create_index("ix_segmentations_run_id", "segmentations", ["run_id"])
-    op.create_index(
-        "uq_segmentations_of_unknown_bytes",
-        "segmentations",
-        ["image_id", "recipe_id"],
-        unique=True,
-        **only("content_sha256 IS NULL"),
-    )
-    op.create_table(
-        "split_members",
-        refers("split_members", "split_id", "splits"),
-        refers("split_members", "image_id", "images"),
-        sa.Column("subset", WORD, nullable=False),
-        refers("split_members", "label_id", "labels"),
-        sa.PrimaryKeyConstraint("split_id", "image_id", name="pk_split_members"),
-    )
-    op.create_index("ix_split_members_image_id", "split_members", ["image_id"])
-    op.create_table(
-        "cells",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("cells", "segmentation_id", "segmentations"),
-        sa.Column("object_number", sa.Integer(), nullable=False),
-        sa.Column("min_row", sa.Integer()),
-        sa.Column("min_col", sa.Integer()),
-        sa.Column("max_row", sa.Integer()),
-        sa.Column("max_col", sa.Integer()),
-        sa.Column("centroid_row", FLOAT),
-        sa.Column("centroid_col", FLOAT),
-        sa.Column("excluded", NAME),
-        sa.PrimaryKeyConstraint("id", name="pk_cells"),
-        sa.UniqueConstraint(
-            "segmentation_id", "object_number", name="uq_cells_segmentation_id_object_number"
-        ),
-    )
-    op.create_index(
-        "ix_cells_id_cells_excluded", "cells", ["id", "excluded"], **only("excluded IS NOT NULL")
-    )
-    op.create_table(
-        "cell_flags",
-        refers("cell_flags", "run_id", "runs"),
-        refers("cell_flags", "cell_id", "cells"),
-        sa.Column("reason", WORD, nullable=False),
-        sa.Column("value", FLOAT),
-        sa.PrimaryKeyConstraint("run_id", "cell_id", "reason", name="pk_cell_flags"),
-    )
-    op.create_index("ix_cell_flags_cell_id", "cell_flags", ["cell_id"])
-    op.create_table(
-        "features",
-        refers("features", "cell_id", "cells"),
-        refers("features", "recipe_id", "recipes"),
-        refers("features", "run_id", "runs"),
-        sa.Column("area", FLOAT),
-        sa.Column("convex_area", FLOAT),
-        sa.Column("perimeter", FLOAT),
-        sa.Column("eccentricity", FLOAT),
-        sa.Column("mean_intensity", FLOAT),
-        sa.Column("min_intensity", FLOAT),
-        sa.Column("max_intensity", FLOAT),
-        sa.Column("major_axis_length", FLOAT),
-        sa.Column("minor_axis_length", FLOAT),
-        sa.Column("orientation", FLOAT),
-        sa.Column("solidity", FLOAT),
-        sa.Column("extent", FLOAT),
-        sa.PrimaryKeyConstraint("cell_id", "recipe_id", name="pk_features"),
-    )
-    op.create_index("ix_features_run_id", "features", ["run_id"])
-    op.create_table(
-        "predictions",
-        refers("predictions", "run_id", "runs"),
-        refers("predictions", "cell_id", "cells"),
-        sa.Column("rank", sa.Integer(), nullable=False, autoincrement=False),
-        refers("predictions", "label_id", "labels"),
-        sa.Column("probability", FLOAT, nullable=False),
-        sa.PrimaryKeyConstraint("run_id", "cell_id", "rank", name="pk_predictions"),
-        sa.CheckConstraint(
-            "probability >= 0 AND probability <= 1", name=op.f("ck_predictions_probability")
-        ),
-        sa.CheckConstraint("rank >= 1", name=op.f("ck_predictions_rank")),
-    )
-    op.create_index("ix_predictions_cell_id", "predictions", ["cell_id"])
+    SCHEMA.create_all(op.get_bind(), checkfirst=False)
     op.execute(EXCLUSIONS)
     guard()
 
@@ -969,42 +874,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     unguard()
     op.execute("DROP VIEW exclusions")
-    for table in reversed(TABLES):
-        op.drop_table(table)
-
-
-TABLES = (
-    "annotations",
-    "artifacts",
-    "folders",
-    "labels",
-    "perturbations",
-    "plates",
-    "recipes",
-    "treatments",
-    "feature_sets",
-    "recipe_inputs",
-    "splits",
-    "treatment_parts",
-    "wells",
-    "images",
-    "runs",
-    "split_groups",
-    "events",
-    "feature_files",
-    "image_files",
-    "image_flags",
-    "image_predictions",
-    "image_quality",
-    "ingest_files",
-    "ingest_issues",
-    "jobs",
-    "run_artifacts",
-    "run_metrics",
-    "segmentations",
-    "split_members",
-    "cells",
-    "cell_flags",
-    "features",
-    "predictions",
-)
+    SCHEMA.drop_all(op.get_bind(), checkfirst=False)

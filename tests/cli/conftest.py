@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from foreign_cells import add_foreign_cells, by_id
 from typer.testing import CliRunner
 
+from cellstore.config import IngestParams
 from cellstore.io.image_files import encode_tiff
+from cellstore.store import Store
 from cellstore_cli.app import app
 
 
@@ -72,19 +75,36 @@ def write_screen(folder: Path, treatments: Sequence[str], sites: int = 2) -> Pat
     return folder / "metadata.csv"
 
 
+WELLS = ["DMSO", "DMSO", "aspirin", "aspirin", "taxol", "taxol"]
+
+
 @pytest.fixture
 def screen(tmp_path: Path) -> Path:
-    """The table of a small screen: 6 wells, 3 treatments, 12 images."""
-    return write_screen(
-        tmp_path / "screen", ["DMSO", "DMSO", "aspirin", "aspirin", "taxol", "taxol"]
-    )
+    """The table of a small screen: 6 wells, 3 treatments, 12 images, which a test may change."""
+    return write_screen(tmp_path / "screen", WELLS)
+
+
+@pytest.fixture(scope="session")
+def _ingested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of a small screen that no test changes."""
+    folder = tmp_path_factory.mktemp("shared")
+    table = write_screen(folder / "screen", WELLS)
+    with Store.create(folder / "store") as made:
+        made.ingest(table, IngestParams(images=table.parent / "images"))
+    return folder / "store"
 
 
 @pytest.fixture
-def store(cellstore: Cellstore, screen: Path) -> Path:
-    """A store that holds the small screen."""
-    cellstore("init", "store")
-    cellstore("--store", "store", "ingest", screen, "--images", screen.parent / "images")
+def store(
+    request: pytest.FixtureRequest, cellstore: Cellstore, tmp_path: Path, _ingested: Path
+) -> Path:
+    """A store that holds the small screen: that of fixture ``screen`` where a test has it."""
+    if "screen" in request.fixturenames:
+        screen: Path = request.getfixturevalue("screen")
+        cellstore("init", "store")
+        cellstore("--store", "store", "ingest", screen, "--images", screen.parent / "images")
+    else:
+        shutil.copytree(_ingested, tmp_path / "store")
     return Path("store")
 
 

@@ -205,5 +205,5 @@ def told(store: Path) -> str:
     from cellstore_cli.question_commands import sql
 
     with pytest.raises(UserInputError) as error:
-        sql(AnswerOptions(), Common(store), None, None, (), False, 1.0, 64)
+        sql(AnswerOptions(), None, Common(store), None, None, (), False, 1.0, 64)
     return str(error.value)

@@ -1,8 +1,9 @@
-"""The command report: what it says before it looks at a store."""
+"""The command report: which options go together."""
 
 from __future__ import annotations
 
 
 def test_maps_need_a_page_to_be_on(cellstore):
-    said = cellstore("report", "--map", "area", code=2)
-    assert "Name a file for it too: --html report.html" in said.err
+    cellstore("init", "store")
+    said = cellstore("report", "--map", "area", "--store", "store", code=2)
+    assert "add a file for it: --html report.html" in said.err

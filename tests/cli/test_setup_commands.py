@@ -271,8 +271,7 @@ def test_a_table_that_cannot_be_read_writes_nothing(cellstore, store, tmp_path, 
 
 
 def test_db_commands(cellstore, store):
-    assert "as it should be" in cellstore("db", "check", "--store", store).out
-    assert "0011" in cellstore("db", "current", "--store", store).out
+    assert "as it should be (revision 0011)" in cellstore("db", "check", "--store", store).out
     assert "up to date" in cellstore("db", "upgrade", "--store", store).err
 
 
@@ -288,8 +287,9 @@ def test_a_newer_store_is_refused_with_the_command(cellstore, store):
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
     for words in (("status",), ("db", "upgrade"), ("db", "check"), ("init", store)):
-        assert "pip install --upgrade" in cellstore(*words, "--store", store, code=2).err
-    assert "9999" in cellstore("db", "current", "--store", store).out
+        said = cellstore(*words, "--store", store, code=2).err
+        assert "9999" in said
+        assert "pip install --upgrade" in said
 
 
 def test_a_lost_mark_of_the_schema_is_one_sentence(cellstore, store):

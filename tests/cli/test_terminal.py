@@ -102,7 +102,7 @@ def test_no_line_is_longer_than_the_terminal(root: str) -> None:
 def test_columns_are_dropped_before_names_become_the_same(root: str) -> None:
     query = "SELECT p.barcode, r.* FROM plates AS p CROSS JOIN runs AS r ORDER BY r.id, p.id"
     _, lines = on_terminal(["--store", root, "sql", query])
-    assert any(line.startswith("No room for: ") for line in lines)
+    assert any(line.startswith("Columns not shown: ") for line in lines)
     ways = pairwise(lines)
     shown = {a.split()[0] + b.split()[0] for a, b in ways if a.startswith("BR0")}
     assert shown == set(LONG)

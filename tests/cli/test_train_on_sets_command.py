@@ -15,7 +15,7 @@ def test_a_network_without_pictures_is_said_to_be_one(cellstore, with_set: Path)
     said = cellstore("train", "--features", "cp", *SMALL)
     facts = dict(line.split(None, 1) for line in said.out.splitlines() if line.startswith("branch"))
     assert facts == {"branches": "tabular"}
-    assert "So the network looks at: tabular." in said.err
+    assert "So the network looks at: tabular." in " ".join(said.err.split())
     again = cellstore("train", "--features", "cp", "--branches", "tabular", "--json", *SMALL)
     assert again.json["already_done"]
     assert (again.json["feature_set"], again.json["branches"]) == ("cp", ["tabular"])

@@ -33,20 +33,14 @@ def test_ids_that_were_taken_are_not_given_again(workspace: Workspace) -> None:
     assert len({plate.id, *ids, later.id}) == 4
 
 
-@pytest.mark.parametrize("wrong", [(9_999, 1), (None, 1)])
-def test_a_row_that_leads_nowhere_is_refused(
-    workspace: Workspace, wrong: tuple[int | None, int]
-) -> None:
-    plate = Factory(workspace).plate()
-    rows = [(1, plate.id, 1, 1, "A01"), (2, wrong[0], 1, wrong[1] + 1, "A02")]
-    with pytest.raises(IntegrityError), workspace.database.begin() as session:
-        bulk_insert(session, Well, COLUMNS, rows)
-    with workspace.database.read() as session:
-        assert session.scalars(select(Well.id)).all() == []
-
-
-def test_a_row_that_is_there_is_refused(workspace: Workspace) -> None:
+def test_a_row_that_leads_nowhere_or_is_there_is_refused(workspace: Workspace) -> None:
     plate = Factory(workspace).plate("P1")
+    for wrong in (9_999, None):
+        rows = [(1, plate.id, 1, 1, "A01"), (2, wrong, 1, 2, "A02")]
+        with pytest.raises(IntegrityError), workspace.database.begin() as session:
+            bulk_insert(session, Well, COLUMNS, rows)
+        with workspace.database.read() as session:
+            assert session.scalars(select(Well.id)).all() == []
     with pytest.raises(IntegrityError), workspace.database.begin() as session:
         bulk_insert(session, Plate, ("id", "barcode"), [(plate.id + 1, "P1")])
 

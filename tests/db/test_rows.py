@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from factories import MOMENT, Factory
 from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
+from sqlalchemy.orm import Session
 from unguarded import unguarded
 
 from cellstore.db.bulk import insert_new
@@ -177,13 +179,9 @@ def test_the_list_is_of_all_tables():
     assert {table.__tablename__ for table in TABLES} == set(METADATA.tables)
 
 
-def test_every_table_writes_and_reads(workspace: Workspace):
+def test_a_row_comes_to_every_table_and_writing_it_twice_is_harmless(workspace: Workspace):
     rows = fill(workspace)
     assert set(rows) == set(TABLES)
-
-
-def test_writing_a_row_twice_is_harmless(workspace: Workspace):
-    rows = fill(workspace)
     for table, row in rows.items():
         with workspace.database.begin() as session:
             before = session.scalar(select(func.count()).select_from(table))
@@ -210,12 +208,25 @@ NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("table", NATURAL_KEYS, ids=lambda table: table.__name__)
-def test_the_natural_key_is_unique_whatever_the_id(workspace: Workspace, table: type[Base]):
-    values = values_of(fill(workspace)[table])
-    values["id"] = 1_000
-    with pytest.raises(IntegrityError), workspace.database.begin() as session:
-        session.execute(insert(table.__table__).values(**values))
+def test_the_natural_key_is_unique_whatever_the_id(workspace: Workspace):
+    rows = fill(workspace)
+    for table in NATURAL_KEYS:
+        with refusal(workspace, table.__name__) as session:
+            session.execute(
+                insert(table.__table__).values(**values_of(rows[table]) | {"id": 1_000})
+            )
+
+
+@contextmanager
+def refusal(workspace: Workspace, name: str, *, guarded: bool = False) -> Iterator[Session]:
+    """A transaction that the database has to refuse; ``guarded``: no trigger may do so first."""
+    opened = unguarded(workspace) if guarded else workspace.database.begin()
+    try:
+        with opened as session:
+            yield session
+    except IntegrityError:
+        return
+    pytest.fail(f"accepted: {name}")
 
 
 def test_tables_without_an_id_have_a_natural_primary_key():
@@ -246,15 +257,15 @@ LINKS = [
     (table, column.name)
     for table in TABLES
     for column in table.__table__.columns
-    if column.foreign_keys and not column.primary_key
+    if column.foreign_keys
 ]
 
 
-@pytest.mark.parametrize(
-    ("table", "column"), LINKS, ids=lambda item: getattr(item, "__name__", item)
-)
-def test_lineage_must_lead_to_a_row(sqlite_workspace, table: type[Base], column: str):
-    refuses_a_dangling(sqlite_workspace, fill(sqlite_workspace), table, column)
+def test_lineage_must_lead_to_a_row(sqlite_workspace: Workspace):
+    rows = fill(sqlite_workspace)
+    for table, column in LINKS:
+        if not table.__table__.columns[column].primary_key:
+            refuses_a_dangling(sqlite_workspace, rows, table, column)
 
 
 @pytest.mark.postgres
@@ -271,13 +282,7 @@ def test_lineage_must_lead_to_a_row_on_postgres(postgres_workspace):
                 )
             )
         }
-    wanted = {
-        (table.__tablename__, column.name)
-        for table in TABLES
-        for column in table.__table__.columns
-        if column.foreign_keys
-    }
-    assert found == wanted
+    assert found == {(table.__tablename__, column) for table, column in LINKS}
     refuses_a_dangling(postgres_workspace, rows, Segmentation, "image_id")
 
 
@@ -298,32 +303,21 @@ def refuses_a_dangling(
         )
     # A frozen split, or a run, would refuse before the foreign key is looked at.
     guarded = table in (Split, SplitMember, Image, Well, Run)
-    opened = unguarded(workspace) if guarded else workspace.database.begin()
-    with pytest.raises(IntegrityError), opened as session:
+    with refusal(workspace, f"{table.__name__}.{column}", guarded=guarded) as session:
         action(session)
 
 
-@pytest.mark.parametrize("action", [update(Prediction).values(rank=3), delete(Prediction)])
-def test_predictions_are_append_only(workspace: Workspace, action):
-    fill(workspace)
-    with pytest.raises(DBAPIError, match="append"), workspace.database.begin() as session:
-        session.execute(action)
+def test_predictions_are_in_range_and_append_only(workspace: Workspace):
+    values = values_of(fill(workspace)[Prediction]) | {"rank": 2}
+    for wrong in ({"probability": 1.01}, {"probability": -0.01}, {"rank": 0}):
+        with refusal(workspace, str(wrong)) as session:
+            session.add(Prediction(**values | wrong))
+    for action in (update(Prediction).values(rank=3), delete(Prediction)):
+        with pytest.raises(DBAPIError, match="append"), workspace.database.begin() as session:
+            session.execute(action)
     with workspace.database.read() as session:
         assert session.scalars(select(Prediction.rank)).all() == [1]
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"probability": 1.01}, {"probability": -0.01}, {"rank": 0}], ids=str
-)
-def test_a_prediction_is_in_range(workspace: Workspace, wrong: dict[str, Any]):
-    values = values_of(fill(workspace)[Prediction]) | {"rank": 2} | wrong
-    with pytest.raises(IntegrityError), workspace.database.begin() as session:
-        session.add(Prediction(**values))
-
-
-def test_enums_are_kept_by_value(workspace: Workspace):
-    fill(workspace)
-    with workspace.database.read() as session:
+        # Enums are kept by value.
         stages = set(session.scalars(text("SELECT stage FROM runs")))
         sides = set(session.scalars(text("SELECT subset FROM split_members")))
         fields = set(session.scalars(text("SELECT field FROM labels")))

@@ -242,8 +242,7 @@ def test_a_split_is_not_frozen_while_members_come_in(postgres_workspace: Workspa
 
 
 def test_a_member_costs_no_more_in_a_large_group(workspace: Workspace) -> None:
-    # A plate of 6,000 images. A guard that looked at the other images of the plate would look
-    # 18 million times; benchmarks/split_guards.py has the true numbers.
+    # A plate of 6,000 images: a guard that looked at the other images would look 18 million times.
     make = Factory(workspace)
     plate, label = make.plate(), make.label("a")
     with workspace.database.begin() as session:

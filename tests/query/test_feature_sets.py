@@ -17,6 +17,8 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
 from cellstore.query.engine import open_questions
 
+pytestmark = pytest.mark.one_database
+
 NOT_KNOWN = {"content_sha256": None, "mask_artifact_id": None, "flow_artifact_id": None}
 
 
@@ -47,6 +49,7 @@ def ask(workspace: Workspace, sql: str, parameters: Any = None) -> list[dict[str
     return rows
 
 
+@pytest.mark.each_database
 def test_a_set_in_files_is_asked_by_its_name(workspace: Workspace, imported: Imported) -> None:
     columns = {
         "Area": [1.0, 2.0, None, 4.0, 5.0],
@@ -154,6 +157,7 @@ def test_a_set_without_files_has_no_rows(workspace: Workspace, imported: Importe
     assert (answer.num_rows, answer.schema.types) == (0, [pa.int64(), pa.int64()])
 
 
+@pytest.mark.each_database
 def test_cells_of_other_tools_are_among_the_cells(workspace: Workspace, imported: Imported) -> None:
     assert ask(workspace, "SELECT count(*) AS n FROM cells") == [{"n": 5}]
     assert ask(workspace, "SELECT count(*) AS n FROM cells") == [{"n": 5}]  # from the copy
@@ -179,6 +183,7 @@ def test_a_segmentation_of_unknown_bytes_is_current(workspace: Workspace) -> Non
     }
 
 
+@pytest.mark.each_database
 def test_where_the_files_of_images_are(workspace: Workspace, imported: Imported) -> None:
     make = imported.make
     seen = make.image(make.well(make.plate("P2"), 1, 1))

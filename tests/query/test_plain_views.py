@@ -12,7 +12,7 @@ from factories import Factory
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from plain_views import plain_views
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from cellstore.config import VoteOptions
 from cellstore.enums import (
@@ -26,7 +26,7 @@ from cellstore.enums import (
     Subset,
 )
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Image, Label, Run
+from cellstore.models import Image, Label, Plate, Run
 from cellstore.query import engine
 from cellstore.query.engine import open_questions
 from cellstore.query.source import VIEWS
@@ -56,20 +56,24 @@ def test_every_view_equals_plain_sql_on_the_database(
     # The store grows with every example: what was copied in the last one is read again.
     flags = add_plate(Factory(workspace), labels, random)
     vote_options = random_rules(random, flags)
-    with open_questions(workspace, vote_options=vote_options) as questions:
-        ours = {name: questions.ask(f"SELECT * FROM {name}").table() for name in VIEWS}
+    # Every second time views of many rows are not made once, as tables.
+    few = engine.FEW if len(plates(workspace)) % 2 else -1
     with (
-        patch.object(engine, "FEW", -1),  # views of many rows are not made once, as tables
+        patch.object(engine, "FEW", few),
         open_questions(workspace, vote_options=vote_options) as questions,
     ):
-        of_many = {name: questions.ask(f"SELECT * FROM {name}").table() for name in VIEWS}
+        ours = {name: questions.ask(f"SELECT * FROM {name}").table() for name in VIEWS}
     with plain_views(workspace, vote_options) as database:
         for name in VIEWS:
             columns = ", ".join(f'"{column}"' for column in ours[name].column_names)
             rows = database.execute(text(f"SELECT {columns} FROM {name}")).all()
-            for answer in (ours[name], of_many[name]):
-                told = [tuple(row.values()) for row in answer.to_pylist()]
-                alike(told, [tuple(row) for row in rows], name)
+            told = [tuple(row.values()) for row in ours[name].to_pylist()]
+            alike(told, [tuple(row) for row in rows], name)
+
+
+def plates(workspace: Workspace) -> list[int]:
+    with workspace.database.read() as session:
+        return list(session.scalars(select(Plate.id)))
 
 
 def random_rules(random: Random, flags: Run) -> VoteOptions:

@@ -174,14 +174,12 @@ def test_an_own_question_can_only_read_either(sqlite_workspace: Workspace) -> No
         store.ask("evil")
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "a/b", "..", "", "A", "x\0y", "a.sql"]
-)
-def test_names_lead_nowhere_else(sqlite_workspace: Workspace, name: str) -> None:
+def test_names_lead_nowhere_else(sqlite_workspace: Workspace) -> None:
     store = Store(sqlite_workspace)
     (sqlite_workspace.settings.root / "secret.sql").write_text("-- Secret.\nSELECT 42")
-    with pytest.raises(UnknownNameError):
-        store.ask(name)
+    for name in ("../secret", "/etc/passwd", "a/b", "..", "", "A", "x\0y", "a.sql"):
+        with pytest.raises(UnknownNameError):
+            store.ask(name)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(sqlite_workspace: Workspace) -> None:

@@ -36,9 +36,9 @@ def by_well(screen: SmallScreen, rows: list[dict[str, Any]], vote: str) -> dict[
 
 
 def test_hard_votes_count_cells_and_break_ties_by_probability_then_label(
-    workspace: Workspace,
+    read_screen: SmallScreen,
 ) -> None:
-    screen = small_screen(workspace)
+    screen, workspace = read_screen, read_screen.workspace
     hard = by_well(screen, ask(workspace, VOTES), "hard")
     names = ("winner", "votes", "runner_up", "runner_up_votes", "n_cells", "tie", "correct")
     assert {well: tuple(row[name] for name in names) for well, row in hard.items()} == {
@@ -53,8 +53,8 @@ def test_hard_votes_count_cells_and_break_ties_by_probability_then_label(
     assert [scored[well]["truth_rank"] for well in ("B01", "B02", "B03")] == [1, 1, 2]
 
 
-def test_soft_votes_add_up_probabilities_of_every_rank(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_soft_votes_add_up_probabilities_of_every_rank(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     soft = by_well(screen, ask(workspace, VOTES), "soft")
     found = {well: (row["winner"], row["tie"]) for well, row in soft.items()}
     assert found == {
@@ -92,8 +92,8 @@ def test_median_votes_count_a_choice_that_was_not_stored_as_none(workspace: Work
     assert [(row["label"], row["votes"]) for row in rows] == [("DMSO", 0.0), ("taxol", 0.6)]
 
 
-def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_truth_is_the_split_or_else_the_treatment(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     rows = by_well(screen, ask(workspace, VOTES), "hard")
     found = {well: (row["subset"], row["truth"]) for well, row in rows.items()}
     assert found == {
@@ -104,8 +104,8 @@ def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
     }
 
 
-def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_an_image_abstains_with_few_cells_or_a_close_vote(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     query = VOTES
     with open_questions(
         workspace, vote_options=VoteOptions(min_cells=2, min_margin=0.3)
@@ -215,8 +215,8 @@ def test_well_votes_join_the_cells_of_all_images_of_a_side(workspace: Workspace)
     assert seen == [{"well_in_training": True, "split": "main"}]
 
 
-def test_accuracy_per_level_and_vote(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_accuracy_per_level_and_vote(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     rows = ask(workspace, "SELECT * FROM accuracy WHERE subset = 'test'")
     found = {(row["level"], row["vote"]): (row["n"], row["correct"]) for row in rows}
     assert found == {
@@ -231,8 +231,8 @@ def test_accuracy_per_level_and_vote(workspace: Workspace) -> None:
     assert all(row["accuracy"] == pytest.approx(row["correct"] / row["n"]) for row in rows)
 
 
-def test_confusion_and_class_report(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_confusion_and_class_report(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     where = "WHERE subset = 'test' AND level = 'cell'"
     rows = ask(workspace, f"SELECT truth, predicted, n FROM confusion {where} ORDER BY ALL")
     assert [tuple(row.values()) for row in rows] == [
@@ -260,8 +260,8 @@ def test_a_class_never_true_has_no_recall(workspace: Workspace) -> None:
     assert ask(workspace, f"{query} AND vote = 'hard'") == [{"recall": None, "precision": 0.0}]
 
 
-def test_lineage_names_every_step(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
+def test_lineage_names_every_step(read_screen: SmallScreen) -> None:
+    screen, workspace = read_screen, read_screen.workspace
     rows = ask(workspace, "SELECT * FROM lineage ORDER BY image_id")
     assert len(rows) == 4
     row = rows[0]
@@ -324,8 +324,8 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
         assert row["tie"] == ties
 
 
-def test_kept_votes_are_those_that_are_counted_anew(workspace: Workspace) -> None:
-    small_screen(workspace)
+def test_kept_votes_are_those_that_are_counted_anew(read_screen: SmallScreen) -> None:
+    workspace = read_screen.workspace
     vote_options = VoteOptions(min_cells=2, min_margin=0.3)
     for rule in (VoteOptions(), vote_options):
         with open_questions(workspace, vote_options=rule, only_image_votes=True) as questions:

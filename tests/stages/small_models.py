@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import ArtifactKind, Stage
-from cellstore.jobs.runs import RecipeSpec, attach, keep_files, register, running
+from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import FusionNet, NetShape, build_net
@@ -74,8 +74,7 @@ def craft(
         kept = made.to_json() | {"model_sha256": file.sha256} | (record or {})
         text = write(ArtifactKind.CHECKPOINT, json.dumps(kept).encode(), ".json")
         with workspace.database.begin() as session:
-            for one in (file, text):
-                attach(session, run.id, keep_files(session, [one])[0])
+            keep_files(session, [file, text], run.id)
         run.result = {"validation_subset": "validation", "best_epoch": 1}
     return run.id
 

@@ -47,7 +47,13 @@ from cellstore.stages.train import TrainResult, train
 SIZE = 32
 BOXES = ((2, 2, 8, 8), (2, 14, 9, 22), (16, 3, 23, 12), (18, 18, 28, 27))
 TINY = TrainParams.of(
-    "published", branches=None, crop_size=32, batch_size=8, epochs=2, learning_rate=1e-3
+    "published",
+    branches=None,
+    backbone="shufflenet_v2_x0_5",  # the smallest: its checkpoint is copied by every test
+    crop_size=32,
+    batch_size=8,
+    epochs=2,
+    learning_rate=1e-3,
 )
 WELLS = 3
 """Wells of each of two treatments, one image each: one to train, to validate and to test."""

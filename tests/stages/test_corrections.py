@@ -34,6 +34,8 @@ from cellstore.stages.ingest.ingest import IngestResult, preview
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
+pytestmark = pytest.mark.one_database
+
 __all__ = ["bench", "cells"]
 
 VIEWS = ("well_table", "image_table", "cell_table", "prediction_table", "votes")
@@ -67,6 +69,7 @@ def store(workspace: Workspace) -> Store:
     return Store(workspace)
 
 
+@pytest.mark.each_database
 def test_a_plate_is_renamed_and_back(store: Store, screen: SmallScreen) -> None:
     before = answers(store)
     done = store.rename("plate", "BR1", "BR9", reason="typing error")
@@ -128,6 +131,7 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
     assert first["new"] == {"channel": "Hoechst", "in_recipes": "DNA"}
 
 
+@pytest.mark.each_database
 def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> None:
     before = answers(store)
     with store.session() as session:
@@ -194,33 +198,32 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
     store.relabel("BR1/B01", treatment="drug 2 uM", reason="this one")
 
 
-@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.each_database
 def test_what_is_excluded_counts_nowhere_until_it_is_included(
-    store: Store, screen: SmallScreen, level: Level
+    store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)  # copies of the run are made here
     cell = screen.factory.cells_of(screen.segmentations["B01"])[0]
-    name = {
-        Level.PLATE: "BR1",
-        Level.WELL: "BR1/B01",
-        Level.IMAGE: "BR1/B01/1",
-        Level.CELL: str(cell.id),
-    }[level]
-    gone = {Level.PLATE: 8, Level.WELL: 3, Level.IMAGE: 3, Level.CELL: 1}[level]
-    done = store.exclude(level.value, name, reason="debris")
-    assert done.predictions == gone
-    after = answers(store)
-    assert len(after["prediction_table"]) == len(before["prediction_table"]) - gone
-    assert len(after["cell_table"]) == len(before["cell_table"])  # it stays visible
-    record = store.audit(name, level.value).record
-    assert record["excluded"] == "debris"
-    assert record["corrections"][-1]["new"] == {"excluded": "debris"}
-    with pytest.raises(UserInputError, match=r"excluded already: debris"):
-        store.exclude(level.value, name, reason="again")
-    store.include(level.value, name, reason="it was not")
-    assert answers(store) == before
-    with pytest.raises(UserInputError, match="nothing to include"):
-        store.include(level.value, name)
+    for level, name, gone in (
+        (Level.PLATE, "BR1", 8),
+        (Level.WELL, "BR1/B01", 3),
+        (Level.IMAGE, "BR1/B01/1", 3),
+        (Level.CELL, str(cell.id), 1),
+    ):
+        done = store.exclude(level.value, name, reason="debris")
+        assert done.predictions == gone
+        after = answers(store)
+        assert len(after["prediction_table"]) == len(before["prediction_table"]) - gone
+        assert len(after["cell_table"]) == len(before["cell_table"])  # it stays visible
+        record = store.audit(name, level.value).record
+        assert record["excluded"] == "debris"
+        assert record["corrections"][-1]["new"] == {"excluded": "debris"}
+        with pytest.raises(UserInputError, match=r"excluded already: debris"):
+            store.exclude(level.value, name, reason="again")
+        store.include(level.value, name, reason="it was not")
+        assert answers(store) == before
+        with pytest.raises(UserInputError, match="nothing to include"):
+            store.include(level.value, name)
 
 
 def test_what_is_excluded_with_something_larger_names_it(store: Store, screen: SmallScreen) -> None:
@@ -269,6 +272,7 @@ def test_an_error_in_the_middle_leaves_nothing_half_changed(
     assert n_events(store) == events
 
 
+@pytest.mark.each_database
 def test_the_log_says_who_did_what_and_why(
     store: Store, screen: SmallScreen, tmp_path: Path
 ) -> None:
@@ -389,6 +393,7 @@ EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "ima
 EVERYTHING += ("treatments", "treatment_parts", "perturbations")
 
 
+@pytest.mark.each_database
 def test_an_ingest_is_undone_and_done_again(store: Store, tmp_path: Path) -> None:
     empty = answers(store, *EVERYTHING)
     table = loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1")
@@ -410,6 +415,7 @@ def test_an_ingest_is_undone_and_done_again(store: Store, tmp_path: Path) -> Non
     assert answers(store, *EVERYTHING) == empty
 
 
+@pytest.mark.each_database
 def test_what_an_ingest_changed_comes_back(store: Store, tmp_path: Path) -> None:
     store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1"))
     read_map(store, tmp_path / "m1.txt", {"A01": "DMSO", "A02": "taxol"})
@@ -433,7 +439,7 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
     first, second = (item.run_id for item in maps)
-    refused = rf"run {second} changed P1/A01 again\. .* first: cellstore undo {second}\."
+    refused = rf"run {second} changed P1/A01 again\.\nTake .* order:\n  cellstore undo {second}$"
     with pytest.raises(UserInputError, match=refused):
         store.undo(str(first))
     refused = f"ingest run {first} corrected its wells.* undo {second}; then cellstore undo {first}"
@@ -449,7 +455,7 @@ def test_what_was_relabelled_since_keeps_its_correction(store: Store, tmp_path: 
     store.relabel("P1/A01", treatment="mitotane", reason="lab book")
     store.relabel("P1/A02", control="positive", reason="lab book")
     done = store.undo(str(run))
-    assert "P1/A01, P1/A02 were corrected by hand since, and keep their corrections." in done.notes
+    assert "Corrected by hand since, and kept: P1/A01, P1/A02." in done.notes
     found = "SELECT well, treatment, control FROM well_table ORDER BY well"
     assert [tuple(row.values()) for row in store.sql(found).to_pylist()] == [
         ("A01", "mitotane", None),
@@ -475,23 +481,25 @@ def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
     store.relabel("P1/A01", treatment="taxol", reason="it was")
     store.exclude("image", "P1/A02/1", reason="blurred")
     for plan in (store.undo(str(images), dry_run=True), store.delete_plate("P1", dry_run=True)):
-        assert plan.notes[0].startswith("P1/A01, P1/A02 were corrected or excluded by hand")
+        assert plan.notes[0].startswith("Corrected or excluded by hand: P1/A01, P1/A02.")
     assert store.undo(str(images)).notes
     store.ingest(tmp_path / "a.csv")
     assert store.delete_plate("P1").notes == ()
 
 
+@pytest.mark.each_database
 def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"split main.*count nowhere: cellstore exclude plate"):
+    with pytest.raises(UserInputError, match=r"split main\.\nTo .*:\n  cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))
     assert answers(store) == before
 
 
+@pytest.mark.each_database
 def test_a_plate_is_deleted_with_all_that_was_made_of_it(
     store: Store, workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -580,6 +588,7 @@ def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path:
     assert answers(store, *EVERYTHING[:-3]) == {name: before[name] for name in EVERYTHING[:-3]}
 
 
+@pytest.mark.each_database
 def test_an_undo_that_breaks_off_leaves_all_as_it_was(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

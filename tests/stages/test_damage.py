@@ -33,6 +33,8 @@ from cellstore.stages.segment import segment
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 
+pytestmark = pytest.mark.one_database
+
 
 def change(workspace: Workspace, statement: str, table: str | None = None) -> None:
     """Change a store behind the back of the triggers that keep ``table`` as it is."""
@@ -68,6 +70,7 @@ def test_rows_that_are_not_what_a_job_wrote_are_found(trained: Trained, opened: 
     assert sorted(reason.split()[2] for reason in reasons) == ["measure", "predict", "qc"]
 
 
+@pytest.mark.each_database
 def test_events_are_a_chain_that_verify_walks(workspace: Workspace) -> None:
     with workspace.database.begin() as session:
         for number in (1, 2, 3):
@@ -186,6 +189,7 @@ def test_a_folder_is_relocated_to_the_old_name_of_one_within_it(bench: Bench) ->
         relocate(workspace, str(inner), str(bench.images))
 
 
+@pytest.mark.each_database
 def test_files_that_were_moved_are_noticed_and_relocated(bench: Bench, tmp_path: Path) -> None:
     workspace = bench.workspace
     segment(workspace, bench.params)
@@ -269,6 +273,7 @@ def test_a_file_that_is_gone_from_its_folder_is_named(bench: Bench) -> None:
     assert (gone.files, gone.seen, gone.first) == (1, 6, bench.file(3, 2).name)
 
 
+@pytest.mark.each_database
 def test_folders_in_one_that_is_gone_are_one_line(workspace: Workspace, tmp_path: Path) -> None:
     make = Factory(workspace)
     image = make.image(make.well(make.plate(), 1, 1))

@@ -37,6 +37,8 @@ from cellstore.query.feature_files import find_feature_set
 from cellstore.stages import export as reading
 from cellstore.stages.export import ExportFormat, export
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.fixture
 def screen(workspace: Workspace) -> SmallScreen:
@@ -69,6 +71,7 @@ def test_a_row_per_cell_in_the_order_of_wells(screen: SmallScreen, tmp_path: Pat
     assert [row["Metadata_ImageNumber"] for row in rows] == [1, 2, 3, 3, 3, 4, 4, 5, 5, 6]
 
 
+@pytest.mark.each_database
 def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
     make = Factory(workspace)
     treatment = make.treatment(
@@ -129,6 +132,7 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.each_database
 def test_doses_and_metadata_come_back_as_they_came(workspace: Workspace, tmp_path: Path) -> None:
     make = Factory(workspace)
     treatment = make.treatment("taxol")
@@ -199,6 +203,7 @@ def test_when_all_cells_are_excluded_no_file_is_written(
     assert not (tmp_path / "cells.csv").exists()
 
 
+@pytest.mark.each_database
 def test_all_sets_of_the_cells_are_joined_and_one_is_named_by_its_group(
     screen: SmallScreen, tmp_path: Path
 ) -> None:
@@ -249,6 +254,7 @@ def test_cells_of_other_bytes_are_not_exported(screen: SmallScreen, tmp_path: Pa
     assert wells == {"A01", "A02", "B02", "B03", "B04"}
 
 
+@pytest.mark.each_database
 def test_batches_do_not_change_what_is_written(
     screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,8 @@ from cellstore.stages.finetune import (  # noqa: E402
 from cellstore.stages.ingest.ingest import ingest  # noqa: E402
 from cellstore.stages.segment import find_network, segment  # noqa: E402
 
+pytestmark = pytest.mark.one_database
+
 SHAPE = (48, 64)
 
 
@@ -82,9 +84,10 @@ def lesson(workspace: Workspace, tmp_path: Path) -> Lesson:
 
 def test_masks_are_matched_to_images_by_name(lesson: Lesson) -> None:
     lesson.correct(1, 2, 3, 4)
-    examples = find_examples(lesson.workspace, [lesson.masks], FinetuneParams(), None)
-    assert (len(examples.training), len(examples.held_out), examples.refused) == (3, 1, ())
-    assert {example.cells for example in examples.training} == {3}
+    examples, refused = find_examples(lesson.workspace, [lesson.masks], FinetuneParams(), None)
+    training, held_out = divide(examples, 0.2, seed=0)
+    assert (len(training), len(held_out), refused) == (3, 1, [])
+    assert {example.cells for example in examples} == {3}
 
 
 def test_files_that_cannot_be_used_say_why(lesson: Lesson) -> None:
@@ -93,9 +96,11 @@ def test_files_that_cannot_be_used_say_why(lesson: Lesson) -> None:
     (lesson.masks / "r01c02f02_masks.tif").write_bytes(encode_tiff(labels(1)[:-2]))
     (lesson.masks / "r01c02f03_masks.tif").write_bytes(encode_tiff(np.zeros(SHAPE, np.uint16)))
     again = lesson.masks / "r01c02f01_masks.tif"
-    examples = find_examples(lesson.workspace, [lesson.masks, again], FinetuneParams(), None)
-    assert [example.file for example in examples.training] == ["r01c02f01_masks.tif"]
-    reasons = {item.file: item.reason.split(":")[0] for item in examples.refused}
+    examples, refused = find_examples(
+        lesson.workspace, [lesson.masks, again], FinetuneParams(), None
+    )
+    assert [example.file for example in examples] == ["r01c02f01_masks.tif"]
+    reasons = {item["file"]: item["reason"].split(":")[0] for item in refused}
     assert reasons == {
         "r09c09f01_masks.tif": "no such image",
         "r01c02f02_masks.tif": "another shape than the image",
@@ -178,6 +183,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "FEWEST_FOR_SIZES", 100)
 
 
+@pytest.mark.each_database
 @pytest.mark.heavy
 @pytest.mark.usefixtures("quick")
 def test_the_new_network_is_kept_and_can_be_used(lesson: Lesson) -> None:

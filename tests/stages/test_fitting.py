@@ -26,6 +26,8 @@ from cellstore.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, 
 from cellstore.query.cells import CellSource
 from cellstore.query.feature_files import open_set
 
+pytestmark = pytest.mark.one_database
+
 VALUES = {
     # plate, well: treatment, side, the value of each cell
     ("P1", 1): ("DMSO", Subset.TRAIN, (1.0, 3.0)),
@@ -76,6 +78,7 @@ def plates(workspace: Workspace) -> Plates:
     return Plates(workspace, segment, make.split(members).id, measured)
 
 
+@pytest.mark.each_database
 def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in_it(
     plates: Plates,
 ) -> None:

@@ -31,6 +31,8 @@ from cellstore.models import (
 )
 from cellstore.stages.ingest.ingest import ingest, preview
 
+pytestmark = pytest.mark.one_database
+
 CHANNELS = ("RNA", "DNA")
 
 
@@ -84,6 +86,7 @@ def dump(workspace: Workspace) -> dict[str, list[tuple[object, ...]]]:
         }
 
 
+@pytest.mark.each_database
 def test_rows_become_plates_wells_treatments_images_files(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -99,6 +102,7 @@ def test_rows_become_plates_wells_treatments_images_files(
         assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff") == image.id
 
 
+@pytest.mark.each_database
 def test_a_second_ingest_changes_nothing_and_is_recorded(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -137,6 +141,7 @@ def test_missing_files_are_filled_in_by_a_later_ingest(
     assert (without.unchanged, without.missing_images) == (2, 1)
 
 
+@pytest.mark.each_database
 def test_changed_bytes_are_noticed(workspace: Workspace, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1)])
     folder = tmp_path / "images"
@@ -184,6 +189,7 @@ def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
     ]
 
 
+@pytest.mark.each_database
 def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -225,21 +231,18 @@ def test_an_unreadable_image_stays_missing_and_is_named(
     assert "ch2" in problem.detail
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
+def test_a_useless_table_is_one_sentence_and_writes_nothing(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    table = tmp_path / "t.csv"
+    for content, words in (
         ("", "is empty"),
         ("a,b\n1,2\n", "FileName_Orig"),
         ("FileName_OrigRNA,Metadata_pert_iname\n", "no rows"),
-    ],
-)
-def test_a_useless_table_is_one_sentence_and_writes_nothing(
-    sqlite_workspace: Workspace, tmp_path: Path, content: str, words: str
-) -> None:
-    table = tmp_path / "t.csv"
-    table.write_text(content)
-    with pytest.raises(BadTableError, match=words):
-        ingest(sqlite_workspace, table, IngestParams(plate="P"))
+    ):
+        table.write_text(content)
+        with pytest.raises(BadTableError, match=words):
+            ingest(sqlite_workspace, table, IngestParams(plate="P"))
     assert count(sqlite_workspace, Plate) == count(sqlite_workspace, IngestFile) == 0
     with sqlite_workspace.database.read() as session:
         assert set(session.scalars(select(Run.status))) <= {Status.FAILED}

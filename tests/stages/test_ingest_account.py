@@ -35,6 +35,8 @@ from cellstore.models import (
 from cellstore.stages.ingest.account import FileIdentity, UndoneError
 from cellstore.stages.ingest.ingest import IngestResult, ingest, preview
 
+pytestmark = pytest.mark.one_database
+
 
 def balanced(result: IngestResult) -> bool:
     """Whether every row that was read is accounted for."""
@@ -45,6 +47,7 @@ def bad_row(site: int) -> dict[str, str]:
     return {**loaddata(site), "Metadata_Well": "Z99"}
 
 
+@pytest.mark.each_database
 def test_every_issue_is_a_row_to_ask_for(workspace: Workspace, tmp_path: Path) -> None:
     rows = [loaddata(1), bad_row(2), loaddata(3), bad_row(4)]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
@@ -97,6 +100,7 @@ def test_an_unchanged_file_says_its_refusals_again(workspace: Workspace, tmp_pat
         ]
 
 
+@pytest.mark.each_database
 def test_strict_writes_nothing_but_why(workspace: Workspace, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
     with pytest.raises(UndoneError, match=r"1 of its 2 rows.*--strict") as caught:
@@ -154,6 +158,7 @@ def test_folders_are_kept_once_and_without_secrets(workspace: Workspace, tmp_pat
     assert "secret" not in recipes
 
 
+@pytest.mark.each_database
 def test_a_name_that_no_database_holds_is_refused(workspace: Workspace, tmp_path: Path) -> None:
     rows = [loaddata(1), loaddata(2, plate="P" * 300), {**loaddata(3), "Metadata_Batch": "B" * 300}]
     rows = [{"Metadata_Batch": "", **row} for row in rows]
@@ -162,6 +167,7 @@ def test_a_name_that_no_database_holds_is_refused(workspace: Workspace, tmp_path
     assert balanced(result)
 
 
+@pytest.mark.each_database
 def test_a_batch_that_the_database_refuses_loses_only_its_bad_rows(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -435,6 +441,7 @@ def test_the_size_of_a_pixel_comes_from_the_table_the_file_or_the_user(
         ingest(workspace, table, IngestParams(pixel_size=-1.0))
 
 
+@pytest.mark.each_database
 def test_metadata_columns_are_kept_with_the_plate_or_the_well(
     workspace: Workspace, tmp_path: Path
 ) -> None:

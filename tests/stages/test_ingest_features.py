@@ -45,6 +45,8 @@ from cellstore.stages.ingest.ingest import ingest as ingest_source
 from cellstore.stages.ingest.ingest_features import ingest_features
 from cellstore.stages.verify import verify
 
+pytestmark = pytest.mark.one_database
+
 HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
 
 
@@ -167,6 +169,7 @@ def n_columns(workspace: Workspace) -> int:
         return len(session.scalars(select(FeatureSet)).one().columns)
 
 
+@pytest.mark.each_database
 def test_folders_become_images_cells_and_files(workspace: Workspace, tmp_path: Path) -> None:
     site(tmp_path / "cp", 1, [10, 11.5])
     site(tmp_path / "cp", 2, ["nan"])
@@ -209,6 +212,7 @@ def test_segmentations_of_others_have_no_masks_and_unknown_bytes(
         assert measure.parameters["imported"] == "CellProfiler"
 
 
+@pytest.mark.each_database
 def test_every_row_of_every_file_is_in_the_ledger(workspace: Workspace, tmp_path: Path) -> None:
     site(tmp_path, 1, [10, 11])
     _write(tmp_path / "P1-A01-1" / "Nuclei.csv", [HEADER, [1, 2, 5], [1, 7, 6], [9, 1, 7]])
@@ -233,6 +237,7 @@ def test_every_row_of_every_file_is_in_the_ledger(workspace: Workspace, tmp_path
         }
 
 
+@pytest.mark.each_database
 def test_the_same_again_creates_nothing(workspace: Workspace, tmp_path: Path) -> None:
     source = site(site(tmp_path, 1, [10, "nan", 12]), 2, [13])
     ingest(workspace, source)
@@ -271,22 +276,21 @@ def test_a_file_of_features_that_is_gone_comes_again_with_its_table(
     assert ingest_source(workspace, first).notes == ()
 
 
-@pytest.mark.parametrize("areas", [[10, 99], [10, "nan"], [10, 11, 12]])
-def test_other_values_for_an_image_are_refused(
-    workspace: Workspace, tmp_path: Path, areas: list[Any]
-) -> None:
+def test_other_values_for_an_image_are_refused(workspace: Workspace, tmp_path: Path) -> None:
     ingest(workspace, site(tmp_path, 1, [10, 11]))
     before = stored(workspace)
-    done = ingest(workspace, site(tmp_path, 1, areas))
-    (counted,) = [item for name, item in done.accounts.items() if name.endswith("Cells.csv")]
-    assert (counted[0], counted[3]) == (0, 1)
-    (issue,) = done.account.shown
-    assert (issue.line, issue.reason) == (1 + len(areas), "other values than before")
-    assert "--name" in issue.detail
-    assert stored(workspace) == before
-    other = ingest(workspace, tmp_path, name="second")
-    assert other.cells == len(areas)
-    assert stored(workspace) == before
+    wrong: tuple[list[Any], ...] = ([10, 99], [10, "nan"], [10, 11, 12])
+    for number, areas in enumerate(wrong):
+        done = ingest(workspace, site(tmp_path, 1, areas))
+        (counted,) = [item for name, item in done.accounts.items() if name.endswith("Cells.csv")]
+        assert (counted[0], counted[3]) == (0, 1)
+        (issue,) = done.account.shown
+        assert (issue.line, issue.reason) == (1 + len(areas), "other values than before")
+        assert "--name" in issue.detail
+        assert stored(workspace) == before
+        other = ingest(workspace, tmp_path, name=f"other{number}")
+        assert other.cells == len(areas)
+        assert stored(workspace) == before
 
 
 def test_new_images_come_in_further_files(workspace: Workspace, tmp_path: Path) -> None:
@@ -317,15 +321,13 @@ def test_the_order_of_columns_does_not_matter(workspace: Workspace, tmp_path: Pa
     assert [item.values for item in stored(workspace)] == [(1.0, 2.0), (3.0, 4.0)]
 
 
-@pytest.mark.parametrize("name", ["Cells", "1st", "a b", "", "cells", "features", "x" * 64])
-def test_names_that_cannot_be(sqlite_workspace: Workspace, tmp_path: Path, name: str) -> None:
+def test_names_that_cannot_be(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     source = site(tmp_path, 1, [1])
-    if name == "":
-        assert ingest(sqlite_workspace, source, name=name).feature_set == "cellprofiler"
-        return
-    with pytest.raises(UserInputError, match="--name"):
-        ingest(sqlite_workspace, source, name=name)
-    assert counts(sqlite_workspace)["images"] == 0
+    for name in ("Cells", "1st", "a b", "cells", "features", "x" * 64):
+        with pytest.raises(UserInputError, match="--name"):
+            ingest(sqlite_workspace, source, name=name)
+        assert counts(sqlite_workspace)["images"] == 0
+    assert ingest(sqlite_workspace, source, name="").feature_set == "cellprofiler"
 
 
 def test_two_rows_of_one_field_have_one_set_of_cells(workspace: Workspace, tmp_path: Path) -> None:
@@ -379,6 +381,7 @@ def sqlite_source(path: Path, cells: int, images: int = 2) -> Path:
     return path
 
 
+@pytest.mark.each_database
 def test_many_batches_and_files(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +427,7 @@ def test_a_full_disk_leaves_nothing(
     assert list(workspace.artifacts.walk()) == []
 
 
+@pytest.mark.each_database
 def test_a_source_that_breaks_in_the_middle_leaves_nothing(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

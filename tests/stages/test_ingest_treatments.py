@@ -23,6 +23,8 @@ from cellstore.models import Base, Event, IngestIssue, Perturbation, Plate, Trea
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
+pytestmark = pytest.mark.one_database
+
 COMPOUNDS = (
     "broad_sample,pert_iname,gene,control_type\n"
     "BRD-1,AMG900,AURKA,poscon_cp\n"
@@ -129,6 +131,7 @@ def bench(workspace: Workspace, tmp_path: Path) -> Bench:
     return Bench(workspace, tmp_path)
 
 
+@pytest.mark.each_database
 def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench) -> None:
     assert counts(bench.map()) == (1, 2, 0, 0)
     assert bench.plates == (bench.plate.id,)
@@ -143,6 +146,7 @@ def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench
     ]
 
 
+@pytest.mark.each_database
 def test_other_columns_of_a_map_are_metadata_of_the_wells(bench: Bench) -> None:
     text = "well_position,broad_sample,solvent,Metadata_lot\nA1,BRD-1,DMSO,5\nB1,,water,\n"
     assert counts(bench.map(text=text)) == (1, 1, 0, 0)
@@ -338,6 +342,7 @@ def random_table(dice: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.each_database
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_came_before_a_table_once_more_changes_nothing(bench: Bench, seed: int) -> None:
     dice = random.Random(seed)
@@ -480,6 +485,7 @@ def map_of(bench: Bench, text: str, **options: Any) -> Account:
     return bench.ingest(bench.file("long.csv", text), Layout.PLATEMAP, params)
 
 
+@pytest.mark.each_database
 def test_doses_are_parts_of_treatments(bench: Bench) -> None:
     assert counts(map_of(bench, LONG)) == (0, 2, 0, 0)
     assert parts(bench) == {
@@ -606,6 +612,7 @@ def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
     )
 
 
+@pytest.mark.each_database
 def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:
     from cellstore.stages.ingest.ingest import PreviewWell, preview
 

@@ -40,6 +40,8 @@ from cellstore.stages.measure import Measure, MeasureResult, measure
 from cellstore.stages.segment import segment
 from cellstore.stages.verify import verify
 
+pytestmark = pytest.mark.one_database
+
 __all__ = ["bench"]
 
 INTENSITY = MeasureParams(features=("intensity",))
@@ -85,6 +87,7 @@ def plane_of(cells: Bench, image_id: int, channel: str) -> np.ndarray[Any, Any]:
     return decode_tiff(cells.images / name)
 
 
+@pytest.mark.each_database
 def test_each_group_is_a_recipe_a_run_and_a_feature_set(cells: Bench) -> None:
     result = measure(cells.workspace, ALL)
     results = (result, *result.others)
@@ -220,6 +223,7 @@ def test_what_the_first_group_had_done_is_left_for_the_second(cells: Bench) -> N
     assert cells.count(Job, Job.recipe_id == texture.recipe_id, Job.status == Status.DONE) == 3
 
 
+@pytest.mark.each_database
 def test_an_image_that_another_process_measured_meanwhile_is_not_written_twice(
     cells: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +352,7 @@ def test_a_disk_that_is_full_breaks_nothing(cells: Bench, monkeypatch: pytest.Mo
     assert [one.done for one in (result, *result.others)] == [3, 3, 3]
 
 
+@pytest.mark.each_database
 def test_new_bytes_are_measured_anew_beside_the_old(cells: Bench) -> None:
     measure(cells.workspace, INTENSITY)
     path = cells.file(1, 1)
@@ -370,6 +375,7 @@ def masks_of_newest(cells: Bench, image_id: int) -> np.ndarray[Any, Any]:
         return decode_tiff(cells.workspace.artifacts.read(mask.path, mask.sha256))
 
 
+@pytest.mark.each_database
 @pytest.mark.heavy
 def test_workers_in_other_processes_give_the_same(cells: Bench, tmp_path: Path) -> None:
     alone = measure(cells.workspace, ALL)

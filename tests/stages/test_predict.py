@@ -48,9 +48,9 @@ from cellstore.models import (
     SplitMember,
 )
 from cellstore.query.cells import CellSource, as_text, cells_query
-from cellstore.stages.predict import PredictResult, predict
+from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
-from cellstore.stages.train import TrainResult, train
+from cellstore.stages.train import train
 
 
 def test_predictions_rank_the_classes_of_the_chosen_side(trained: Trained, opened: Opener) -> None:
@@ -219,45 +219,39 @@ def test_a_damaged_checkpoint_is_not_used(trained: Trained, opened: Opener) -> N
         assert session.scalars(select(Run).where(Run.stage == Stage.PREDICT)).all() == []
 
 
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda w: train(w, split="nope"), UnknownNameError, "Unknown split 'nope'. Known: by-we"),
-        (lambda w: train(w, segmentation="99"), UnknownNameError, "Unknown segment recipe '99'"),
-        (lambda w: train(w, measurement="99"), UnknownNameError, "Unknown measure recipe '99'"),
-        (lambda w: train(w, replace(TINY, weights="/no/file")), UserInputError, "no file of weig"),
-        (
-            lambda w: train(w, replace(TINY, epochs=0)),
-            UserInputError,
-            "--epochs must be at least 1",
-        ),
-        (
-            lambda w: train(w, replace(TINY, crop_size=0)),
-            UserInputError,
-            "--crop-size must be at least 1",
-        ),
-        (lambda w: train(w, TINY, device="tpu"), UserInputError, "Unknown device 'tpu'"),
-        (lambda w: predict(w, run="99"), UnknownNameError, "Unknown train run '99'"),
-        (lambda w: predict(w, run="x"), UserInputError, "named by its number, 'latest'"),
-        (lambda w: predict(w, PredictParams(plates=("P9",))), UnknownNameError, "plate 'P9'"),
-        (
-            lambda w: predict(w, PredictParams(top_k=0)),
-            UserInputError,
-            "--top-k must be at least 1",
-        ),
-        (lambda w: predict(w, device="tpu"), UserInputError, "Unknown device 'tpu'"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_leave_no_run(
-    trained: Trained,
-    opened: Opener,
-    call: Callable[[Workspace], TrainResult | PredictResult],
-    error: type[Exception],
-    message: str,
-) -> None:
+MISTAKES: list[tuple[Callable[[Workspace], object], type[Exception], str]] = [
+    (lambda w: train(w, split="nope"), UnknownNameError, "Unknown split 'nope'. Known: by-we"),
+    (lambda w: train(w, segmentation="99"), UnknownNameError, "Unknown segment recipe '99'"),
+    (lambda w: train(w, measurement="99"), UnknownNameError, "Unknown measure recipe '99'"),
+    (lambda w: train(w, replace(TINY, weights="/no/file")), UserInputError, "no file of weig"),
+    (
+        lambda w: train(w, replace(TINY, epochs=0)),
+        UserInputError,
+        "--epochs must be at least 1",
+    ),
+    (
+        lambda w: train(w, replace(TINY, crop_size=0)),
+        UserInputError,
+        "--crop-size must be at least 1",
+    ),
+    (lambda w: train(w, TINY, device="tpu"), UserInputError, "Unknown device 'tpu'"),
+    (lambda w: predict(w, run="99"), UnknownNameError, "Unknown train run '99'"),
+    (lambda w: predict(w, run="x"), UserInputError, "named by its number, 'latest'"),
+    (lambda w: predict(w, PredictParams(plates=("P9",))), UnknownNameError, "plate 'P9'"),
+    (
+        lambda w: predict(w, PredictParams(top_k=0)),
+        UserInputError,
+        "--top-k must be at least 1",
+    ),
+    (lambda w: predict(w, device="tpu"), UserInputError, "Unknown device 'tpu'"),
+]
+
+
+def test_mistakes_are_one_sentence_and_leave_no_run(trained: Trained, opened: Opener) -> None:
     workspace = opened(trained.root)
-    with pytest.raises(error, match=message):
-        call(workspace)
+    for call, error, message in MISTAKES:
+        with pytest.raises(error, match=message):
+            call(workspace)
     with workspace.database.read() as session:
         last = session.scalar(select(func.max(Run.id)))
     assert last == trained.result.run_id

@@ -25,6 +25,8 @@ from cellstore.models import (
 )
 from cellstore.stages.qc import Flagging, flag_plate
 
+pytestmark = pytest.mark.one_database
+
 PARAMS = QcParams(min_images=5)
 
 
@@ -76,6 +78,7 @@ class Bench:
                 self.make.features([cell], self.measure, area=float(area))
 
 
+@pytest.mark.each_database
 def test_blurred_bright_and_saturated_images_are_flagged_by_channel(workspace: Workspace) -> None:
     bench = Bench(workspace)
     odd: list[dict[str, float]] = [
@@ -170,6 +173,7 @@ def test_empty_crowded_and_sparse_fields(workspace: Workspace) -> None:
     ]
 
 
+@pytest.mark.each_database
 def test_cells_and_fields_of_an_odd_area(workspace: Workspace) -> None:
     bench = Bench(workspace)
     bench.cells([8] * 9, areas=[90.0, 100.0, 110.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -52,13 +51,12 @@ def check_equal(workspace: Workspace, undisturbed: killing.Rows, images: int) ->
     assert (found.ok, found.problems, found.orphans) == (True, (), ())
 
 
-@pytest.mark.parametrize("seed", [1])
 def test_killed_at_random_moments_and_gone_on_with(
-    workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows, seed: int
+    workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):
     killing.fill(workspace, tmp_path / "images", 40)
     root = workspace.settings.root
-    killed, _ = killing.kill_often(root, 0.15, 6, (0.5, 1.7), seed)
+    killed, _ = killing.kill_often(root, 0.15, 6, (0.5, 1.7), seed=1)
     assert killed > 2
     killing.segment_slowly(workspace, 0.0)
     check_equal(workspace, undisturbed, 40)
@@ -95,8 +93,10 @@ def several_at_once(
     workspace: Workspace, folder: Path, undisturbed: killing.Rows, number: int
 ) -> None:
     killing.fill(workspace, folder / "images", 60)
-    words = [sys.executable, str(killing.PROGRAM), str(workspace.settings.root), "0.05"]
-    processes = [subprocess.Popen(words, stderr=subprocess.PIPE) for _ in range(number)]
+    root = workspace.settings.root
+    processes = [
+        killing.start(root, 0.05, workers=1, stderr=subprocess.PIPE) for _ in range(number)
+    ]
     for process in processes:
         _, said = process.communicate(timeout=240)
         assert (process.returncode, said) == (0, b"")

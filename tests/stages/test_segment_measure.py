@@ -33,6 +33,8 @@ from cellstore.stages.segment import segment
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 
+pytestmark = pytest.mark.one_database
+
 SHAPE = (40, 50)
 
 
@@ -84,6 +86,7 @@ def bench(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return made
 
 
+@pytest.mark.each_database
 def test_cells_become_rows_and_masks_become_files(bench: Bench) -> None:
     result = segment(bench.workspace, bench.params)
     assert (result.done, result.failures, result.cells) == (3, (), 9)
@@ -211,6 +214,7 @@ def test_where_the_network_lies_does_not_change_the_recipe(bench: Bench, tmp_pat
     assert segment(bench.workspace, SegmentParams.of("published", model=str(moved))).done == 3
 
 
+@pytest.mark.each_database
 def test_a_truncated_image_fails_alone_and_is_tried_again(bench: Bench) -> None:
     path = bench.file(2, 1)
     whole = path.read_bytes()
@@ -239,6 +243,7 @@ def test_channels_of_different_shapes_fail_with_both_shapes(bench: Bench) -> Non
     assert "39x50" in result.failures[0][1]
 
 
+@pytest.mark.each_database
 def test_changed_bytes_make_the_image_open_again_and_keep_the_old_cells(bench: Bench) -> None:
     segment(bench.workspace, bench.params)
     bench.file(3, 1).write_bytes(encode_tiff(field(37)))
@@ -328,6 +333,7 @@ def _refuse_after(patch: pytest.MonkeyPatch, allowed: int, number: int) -> None:
     patch.setattr(artifacts.os, "fsync", fsync)
 
 
+@pytest.mark.each_database
 def test_an_interrupted_run_gives_its_job_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,21 +349,14 @@ def test_an_interrupted_run_gives_its_job_back(
     assert segment(bench.workspace, bench.params).done == 3
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model": "cyto9"}, "cyto"),
-        ({"channels": ("Mito",)}, "DNA, RNA"),
-    ],
-)
-def test_unknown_names_are_refused_before_any_row(
-    bench: Bench, change: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(UserInputError, match=words):
-        segment(
-            bench.workspace,
-            SegmentParams.of("published", **{"model": bench.params.model, **change}),
-        )
+def test_unknown_names_are_refused_before_any_row(bench: Bench) -> None:
+    wrong: dict[str, dict[str, Any]] = {
+        "cyto": {"model": "cyto9"},
+        "DNA, RNA": {"channels": ("Mito",)},
+    }
+    for words, change in wrong.items():
+        with pytest.raises(UserInputError, match=words):
+            segment(bench.workspace, replace(bench.params, **change))
     assert bench.count(Recipe, Recipe.stage == Stage.SEGMENT) == 0
 
 
@@ -415,6 +414,7 @@ def test_measure_before_segment_says_what_to_run(bench: Bench) -> None:
         measure(bench.workspace)
 
 
+@pytest.mark.each_database
 def test_verify_compares_rows_with_what_their_jobs_wrote(bench: Bench) -> None:
     segment(bench.workspace, bench.params)
     measure(bench.workspace)

@@ -25,6 +25,8 @@ from cellstore.report.segment_preview import CAPTION_HEIGHT, SHEET, preview, spr
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import segment
 
+pytestmark = pytest.mark.one_database
+
 SHAPE = (40, 50)
 PLATES = ("P1", "P2")
 SITES = (1, 2, 3)
@@ -121,6 +123,7 @@ def test_a_channel_of_nuclei_that_is_not_there_is_refused(screen: Screen) -> Non
 # --- diameters of another recipe ---------------------------------------------------------------
 
 
+@pytest.mark.each_database
 def test_every_plate_gets_the_median_of_its_own_diameters(screen: Screen) -> None:
     source = segment(screen.workspace, screen.params).recipe_id
     assert source is not None
@@ -196,6 +199,7 @@ def picture(path: str) -> np.ndarray[Any, Any]:
     return np.asarray(imagecodecs.png_decode(Path(path).read_bytes()))
 
 
+@pytest.mark.each_database
 def test_a_preview_draws_what_it_finds_and_keeps_nothing(screen: Screen, tmp_path: Path) -> None:
     before = [screen.count(table) for table in (Run, Recipe, Job, Segmentation, Artifact)]
     folder = tmp_path / "pictures"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from factories import Factory
@@ -34,7 +35,10 @@ from cellstore.stages.split import (
     list_splits,
 )
 
+pytestmark = pytest.mark.one_database
 
+
+@pytest.mark.each_database
 def test_a_compound_is_on_one_side_under_all_its_names(workspace: Workspace) -> None:
     one = {"aspirin": "BSYNRYMUTXBXSQ-UHFFFAOYSA-N", "ASA": "BSYNRYMUTXBXSQ-UHFFFAOYSA-N"}
     fill(workspace, f"{DRUGS} ASA Taxol", f"{DRUGS} ASA Taxol", names=one)
@@ -107,6 +111,7 @@ def test_plates_are_named(workspace: Workspace) -> None:
     }
 
 
+@pytest.mark.each_database
 def test_folds_are_a_family_all_or_none(workspace: Workspace) -> None:
     fill(workspace, *["aspirin taxol"] * 4)
     params = SplitParams(folds=4)
@@ -134,6 +139,7 @@ def test_folds_are_a_family_all_or_none(workspace: Workspace) -> None:
     assert len(list_splits(workspace)) == 5
 
 
+@pytest.mark.each_database
 def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> None:
     fill(workspace, "aspirin taxol DMSO", "aspirin taxol DMSO", "aspirin taxol DMSO")
     condition = "batch = 'B1' AND perturbation <> 'DMSO' OR plate = 'P3' AND well_column <= 2"
@@ -148,6 +154,7 @@ def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> Non
         create_split(workspace, "none", SplitParams(where="plate = 'P9'"))
 
 
+@pytest.mark.each_database
 def test_a_pattern_chooses_the_same_images_on_both_databases(workspace: Workspace) -> None:
     fill(workspace, *["Taxol taxol taxotere aspirin"] * 2)
     params = SplitParams(where="perturbation LIKE 'tax%'", validation_size=0)
@@ -170,6 +177,7 @@ def test_the_recipe_of_a_split_holds_every_parameter(sqlite_workspace: Workspace
     assert len(recipe.parameters["images"]) == 64
 
 
+@pytest.mark.each_database
 def test_the_same_on_both_databases_and_for_ever(workspace: Workspace) -> None:
     # Golden: written down when these kinds of splits were made.
     fill(workspace, *[f"{DRUGS} DMSO DMSO DMSO"] * 5)
@@ -221,6 +229,7 @@ def test_classes_are_cut_and_left_out(workspace: Workspace) -> None:
     assert sorted(wells.values()) == [1, 1, 1, 1, 2]
 
 
+@pytest.mark.each_database
 def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> None:
     fill(workspace, "DMSO DMSO DMSO DMSO aspirin aspirin taxol taxol")
     params = SplitParams(downsample_by="cell", validation_size=0)
@@ -244,9 +253,9 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         assert recipe.parameters["downsample_by"] == "cell"
 
 
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
+def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) -> None:
+    fill(sqlite_workspace, "aspirin aspirin taxol taxol")
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"downsample": (("DMSO", "few"),)}, "Cut 'DMSO' to 'few'"),
         ({"downsample": (("DMSO", "0"),)}, "Cut 'DMSO' to '0'"),
         ({"downsample_by": "pixel"}, "Unknown downsample by 'pixel'"),
@@ -261,17 +270,15 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         ({"folds": 3}, "create_folds"),
         ({"where": "colour = 'red'"}, "Unknown column 'colour'"),
         ({"min_images": 99}, "have 99 images or more"),
-    ],
-    ids=str,
-)
-def test_what_contradicts_itself_is_one_sentence(sqlite_workspace, params, message) -> None:
-    fill(sqlite_workspace, "aspirin aspirin taxol taxol")
-    with pytest.raises(UserInputError, match=message):
-        create_split(sqlite_workspace, "s", SplitParams(**params))
+    ]
+    for params, message in wrong:
+        with pytest.raises(UserInputError, match=message):
+            create_split(sqlite_workspace, "s", SplitParams(**params))
     with sqlite_workspace.database.read() as session:
         assert session.scalars(select(Run.id)).all() == []
 
 
+@pytest.mark.each_database
 def test_splits_are_listed_and_those_unused_deleted(workspace: Workspace) -> None:
     fill(workspace, *["aspirin taxol"] * 3)
     create_split(workspace, "used")
@@ -284,7 +291,7 @@ def test_splits_are_listed_and_those_unused_deleted(workspace: Workspace) -> Non
     first = list_splits(workspace)[0]
     assert (first.name, first.train, first.validation, first.test) == ("used", 4, 4, 4)
     assert (first.runs, first.frozen) == (1, True)
-    with pytest.raises(UserInputError, match=rf"'used' stays: run {run.id} relies on it"):
+    with pytest.raises(UserInputError, match=rf"'used' stays: it is used by run {run.id},"):
         delete_split(workspace, "used", dry_run=True)
     assert delete_split(workspace, "unused", dry_run=True).names == ("unused",)
     assert delete_split(workspace, "unused").names == ("unused",)

@@ -30,6 +30,8 @@ from cellstore.stages.manage_jobs import retry
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 
+pytestmark = pytest.mark.one_database
+
 
 @pytest.fixture(autouse=True)
 def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +39,7 @@ def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cellstore.stages.verify.check_ledger", lambda *_: [])
 
 
+@pytest.mark.each_database
 def test_the_counts_are_those_of_the_tables(workspace: Workspace):
     small_screen(workspace)
     found = status(workspace)
@@ -49,6 +52,7 @@ def test_the_counts_are_those_of_the_tables(workspace: Workspace):
     assert found.cells > 0
 
 
+@pytest.mark.each_database
 def test_a_recipe_counts_its_images_by_how_they_stand(workspace: Workspace):
     make = Factory(workspace)
     plate = make.plate()
@@ -156,6 +160,7 @@ def test_whole_features_of_cells_without_masks_are_fine(workspace: Workspace):
     assert (found.files, found.feature_files, found.segmentations) == (2, 2, 0)
 
 
+@pytest.mark.each_database
 def test_features_that_are_not_what_was_written_are_told(workspace: Workspace):
     other_tools(workspace)
     with workspace.database.begin() as session:
@@ -171,6 +176,7 @@ def test_features_that_are_not_what_was_written_are_told(workspace: Workspace):
     assert (found.commands, retry(workspace).lost_files) == ((ingests[0],), 1)
 
 
+@pytest.mark.each_database
 def test_features_and_their_rows_must_agree(workspace: Workspace):
     _, cells = other_tools(workspace)
     with workspace.database.begin() as session:
@@ -243,7 +249,7 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
         session.execute(update(ImageFile).values(channel="ch1"))
         session.execute(update(ImageFile).where(ImageFile.id == one).values(channel="ch2"))
     assert status(workspace).next == (
-        "cellstore segment --channels NAME  (the one of the nuclei: ch1, ch2)",
+        "cellstore segment --preview 6 --channels ch1  (the channel of the nuclei: of ch1, ch2)",
     )
     segment = make.run(Stage.SEGMENT)
     found = make.segmentation(image, segment, 2)

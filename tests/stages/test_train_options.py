@@ -248,4 +248,4 @@ def test_classes_that_cannot_be_learned_are_told(built: Path, opened: Opener) ->
 def test_a_training_subset_of_one_class_is_refused(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     relabel(workspace, Subset.TRAIN, "DMSO")
-    refused(workspace, "of one class, 'DMSO': there is nothing to learn", CellstoreError)
+    refused(workspace, "of one class only, DMSO: there is nothing to learn", CellstoreError)

@@ -84,7 +84,9 @@ def test_a_killed_training_ends_as_one_that_was_not(
         raise OSError("the power is out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "attach", fail)  # after the file of epoch 3, before its rows
+        patched.setattr(
+            train_module, "keep_files", fail
+        )  # after the file of epoch 3, before its rows
         with pytest.raises(OSError, match="power"):
             train(workspace, resume=str(killed.id), device="cpu")
     assert run_of(workspace, killed.id).status is Status.FAILED

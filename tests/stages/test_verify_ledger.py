@@ -26,11 +26,13 @@ from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact, RunMetric
 from cellstore.stages import verify as verify_step
-from cellstore.stages.corrections import exclude
+from cellstore.stages.corrections import set_excluded
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train_baselines import train_baselines
 from cellstore.stages.verify import seal, verify
+
+pytestmark = pytest.mark.one_database
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def store(workspace: Workspace, tmp_path: Path) -> Store:
     create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
     (trained,) = train_baselines(workspace, ["logistic"])
     predicted = predict(workspace, PredictParams(subset=None), run=str(trained.run_id))
-    exclude(workspace, Level.WELL, "P1/A06", reason="bubble")
+    set_excluded(workspace, Level.WELL, "P1/A06", True, reason="bubble")
     return Store(workspace, trained.run_id, predicted.run_id)
 
 
@@ -160,6 +162,7 @@ def snapshot(store: Store) -> Iterator[None]:
                 owner.execute(insert(table), there)
 
 
+@pytest.mark.each_database
 def test_each_kind_of_tampering_is_found_and_named(store: Store, tmp_path: Path):
     assert store.found() == []
     missed = []
@@ -195,10 +198,11 @@ def test_a_file_that_is_changed_with_its_digest_is_found(store: Store):
     assert f"run {store.predict}: {network}" in said
 
 
+@pytest.mark.each_database
 def test_who_writes_the_chain_anew_is_found_by_a_seal_kept_elsewhere(store: Store, tmp_path: Path):
     kept, other = tmp_path / "elsewhere.json", tmp_path / "other.json"
     seal(store.workspace, kept)
-    exclude(store.workspace, Level.WELL, "P1/A05", reason="bubble")  # work goes on
+    set_excluded(store.workspace, Level.WELL, "P1/A05", True, reason="bubble")  # work goes on
     assert store.found(against=kept) == []
     with as_owner(store.workspace) as owner:
         owner.execute(text("UPDATE runs SET user_name = 'eve'"))
