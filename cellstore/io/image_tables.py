@@ -175,29 +175,6 @@ class _Channel(NamedTuple):
     series: str
 
 
-def _find_channels(columns: Iterable[str]) -> list[_Channel]:
-    """Return the channels in the order of the columns.
-
-    Where there are ``FileName_Orig*`` columns, only these are images; flat fields and drawings
-    never are. A URL stands in for a file name that is not there, or has no folder.
-    """
-    found = dict.fromkeys(
-        name.removeprefix(prefix)
-        for prefix in (FILE_PREFIX, URL_PREFIX)
-        for name in columns
-        if name.startswith(prefix) and not _DRAWN.search(name)
-    )
-    channels = []
-    for suffix in [name for name in found if name.startswith(_ORIGINAL)] or found:
-        file, url, folder, frame, series = (prefix + suffix for prefix in _OF_FILES)
-        if url in columns and (file not in columns or folder not in columns):
-            file = url
-        channels.append(
-            _Channel(suffix.removeprefix(_ORIGINAL) or suffix, file, folder, frame, series)
-        )
-    return channels
-
-
 class _Cells:
     """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once.
 
@@ -289,7 +266,20 @@ class ImageRows:
         self._plate, self._strict = plate, strict
         self._renaming = channels
         self._folder = _SITE_FOLDER.fullmatch(folder)
-        self.channels = _find_channels(columns)
+        # Where there are FileName_Orig* columns, only these are images; flat fields and drawings
+        # never are. A URL stands in for a file name that is not there, or has no folder.
+        found = dict.fromkeys(
+            name.removeprefix(prefix)
+            for prefix in (FILE_PREFIX, URL_PREFIX)
+            for name in columns
+            if name.startswith(prefix) and not _DRAWN.search(name)
+        )
+        self.channels: list[_Channel] = []
+        for suffix in [name for name in found if name.startswith(_ORIGINAL)] or found:
+            file, url, *others = (prefix + suffix for prefix in _OF_FILES)
+            if url in columns and (file not in columns or others[0] not in columns):
+                file = url
+            self.channels.append(_Channel(suffix.removeprefix(_ORIGINAL) or suffix, file, *others))
         of_files = [name for item in self.channels for name in (item.file, item.frame, item.series)]
         doses = dose_columns(tuple(columns))
         known = _KNOWN.union(doses) - {*[name for name in PLATES if name in columns][1:]}

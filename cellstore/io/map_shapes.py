@@ -462,10 +462,9 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
     if not blocks:
         return None
     notes: list[str] = []
-    names: list[str | None] = []
-    for block in blocks:
-        is_chosen = block.title in chosen.values()
-        names.append(block.title if is_chosen else _column_of(block))
+    names = [
+        block.title if block.title in chosen.values() else _column_of(block) for block in blocks
+    ]
     meant = [header_of(name) if name else None for name in names]
     if "treatment" not in chosen and not any(h and h.role in NAMING for h in meant):
         # A title of several words may tell of cells or times, and not of what is in the grid.

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from math import prod
@@ -51,22 +50,11 @@ class StackPage(NamedTuple):
     time_point: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(NamedTuple):
     """The pages of a file, and the names of its channels where it gives them."""
 
     pages: tuple[StackPage, ...]
     channel_names: tuple[str | None, ...]
-
-    @property
-    def planes(self) -> int:
-        """How many planes each channel has."""
-        return max(page.plane for page in self.pages)
-
-    @property
-    def time_points(self) -> int:
-        """How many time points each plane has."""
-        return max(page.time_point for page in self.pages)
 
 
 def read_stack(path: Path) -> Stack | None:
