@@ -287,12 +287,12 @@ def mixing(batches: Sequence[np.ndarray], seed: int = 0) -> float:
 def mixed(images: int, buffer_cells: int) -> Iterator[np.ndarray]:
     """The image of each cell, batch by batch."""
     from cellstore.learn.batches import Block, BlockShuffle
-    from cellstore.learn.crops import CellCrops, PackedCrops
+    from cellstore.learn.crops import CellCrops
 
     def cells(image: int) -> CellCrops:
         one = np.full(CELLS, image)
-        nothing = PackedCrops(np.zeros((CELLS, 2), np.int64), {})
-        return CellCrops(nothing, np.zeros((CELLS, 0), np.float32), one, one)
+        nothing = np.zeros((CELLS, 2), np.int64)
+        return CellCrops(nothing, {}, np.zeros((CELLS, 0), np.float32), one, one)
 
     blocks = [Block(image, 0, CELLS) for image in range(images)]
     shuffle = BlockShuffle(blocks, lambda ids: map(cells, ids), 512, buffer_cells=buffer_cells)

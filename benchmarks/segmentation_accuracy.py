@@ -43,11 +43,11 @@ from training_fields import render_nuclei
 
 from cellstore.analysis.rendering import PlateDesign, render_field
 from cellstore.analysis.segmentation import (
-    DEFAULT_MODEL,
     SegmentationResult,
     find_model,
     load_segmenter,
 )
+from cellstore.enums import DEFAULT_MODEL
 from cellstore.report.drawing import outline_overlay
 from cellstore.report.segment_preview import captioned, contact_sheet, png
 

@@ -37,7 +37,7 @@ from cellstore.analysis.segmentation import (
     pick_device,
     save_size_model,
 )
-from cellstore.learn.finetuning import Sample, half_precision, train_step
+from cellstore.learn.finetuning import half_precision, train_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,7 +116,8 @@ def optimise(
     )
     started = time.monotonic()
     for step, batch in enumerate(itertools.islice(batches(params), last), start=1):
-        loss = train_step(net, optimiser, batch, device)
+        both = np.stack([s.image for s in batch]), np.stack([s.target for s in batch])
+        loss = train_step(net, optimiser, both, device)
         schedule.step()
         log.info("step %d loss %.4f (%.0f s)", step, loss, time.monotonic() - started)
         if step % save_every == 0 or step == last:
@@ -127,6 +128,14 @@ def new_network(seed: int) -> CPnet:
     """An untrained standard network, made on the CPU so that the seed fixes it everywhere."""
     torch.manual_seed(seed)
     return CPnet(list(CHANNELS), 3, sz=3, diam_mean=DIAM_MEAN)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``image``: (2, H, W) float32. ``target``: (3, H, W) float32: cell or not, flow y, flow x."""
+
+    image: NDArray[np.float32]
+    target: NDArray[np.float32]
 
 
 def batches(params: TrainingParams) -> Iterator[list[Sample]]:

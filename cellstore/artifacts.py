@@ -27,8 +27,6 @@ CHUNK = 1 << 20
 PART = ".part-"
 """How the name of a file or folder begins that is there until a command ends."""
 _PART = re.compile(re.escape(PART) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\w+")
-GIVEN_UP_SECONDS = 2 * 24 * 3600
-"""After so long without a change, what a command on another machine began is left over."""
 SEEN = "files_seen"
 """The file in the cache that says which files were there, and by what state of the folders."""
 SETTLED_NS = 1_000_000_000
@@ -55,7 +53,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the folder is full or read-only; nothing is left behind.
-
         """
         sha256 = hashlib.sha256(data).hexdigest()
         stored = StoredFile(kind, f"{kind.value}/{sha256[:2]}/{sha256}{suffix}", sha256, len(data))
@@ -73,7 +70,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the file is gone, or is not what was written.
-
         """
         target = self.locate(path)
         try:
@@ -102,7 +98,6 @@ class ArtifactFolder:
 
         Raises:
             StorageError: the file is gone.
-
         """
         found = self.locate(path)
         if not found.is_file():
@@ -180,7 +175,7 @@ class BorrowingFolder(ArtifactFolder):
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Return what tells this machine since it was started, and this container, from others."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -192,7 +187,7 @@ def _machine() -> str:
 
 def part_prefix() -> str:
     """Return how the names of this process begin for what is there until it ends."""
-    return f"{PART}{_machine()}-{os.getpid()}-"
+    return f"{PART}{machine()}-{os.getpid()}-"
 
 
 def sweep(folder: Path) -> None:
@@ -212,7 +207,7 @@ def sweep(folder: Path) -> None:
 def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
     """Whether the command that began a part may still go on."""
     try:
-        if part["machine"] == _machine():
+        if part["machine"] == machine():
             os.kill(int(part["pid"]), 0)
             return True
         changed = entry.stat(follow_symlinks=False).st_mtime
@@ -220,7 +215,7 @@ def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return time.time() - changed < GIVEN_UP_SECONDS
+    return time.time() - changed < 2 * 24 * 3600  # on another machine: two days
 
 
 @contextmanager
@@ -232,7 +227,6 @@ def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[Binar
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
-
     """
     temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
     sweep(temporary.parent)

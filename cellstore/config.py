@@ -18,12 +18,19 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from .enums import PERTURBATION, TARGET, TREATMENT, GroupLevel, Look, Projection, Subset
+from .enums import (
+    DEFAULT_MODEL,
+    PERTURBATION,
+    TARGET,
+    TREATMENT,
+    GroupLevel,
+    Look,
+    Projection,
+    Subset,
+)
 from .errors import UnknownNameError, UserInputError
 
 Field = dataclasses.Field[Any]
-
-DEFAULT_MODEL = "cellstore-nuclei"
 
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "FILE", tuple[str, ...]: "A,B,..."}
 """How the help shows the value of an option of a type."""
@@ -165,6 +172,9 @@ class Params:
     def __post_init__(self) -> None:
         for item in options_of(type(self)):
             value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
+            if isinstance(value, str) and get_origin(kind) is tuple:  # one name alone
+                value = (value,)
+                object.__setattr__(self, item.name, value)
             choices: Sequence[str] = known["choices"]
             if isinstance(kind, type) and issubclass(kind, StrEnum):
                 choices = [member.value for member in kind]
@@ -294,15 +304,6 @@ _normalise = partial(
     "plate.",
     choices=("train", "plate-controls"),
 )
-_channels = partial(
-    option,
-    None,
-    "Channels that show the cells, by name or number, with commas between; first-three: the first "
-    "three. "
-    "Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
-    empty="first-three",
-)
-_projection = partial(option, Projection.MEDIAN, "How several channels become one picture.")
 _binary = partial(
     option,
     False,
@@ -380,7 +381,8 @@ class Sources:
 class IngestParams(Params):
     """How to read a source, and what goes with it. ``kind``: images, treatments, features, masks.
 
-    ``channels``: (number or name, name wanted). ``maps``: (old, new) beginnings of folders.
+    ``plate``: the first one is that of a source of one. ``channels``: (number or name, name
+    wanted). ``maps``: (old, new) beginnings of folders.
     """
 
     kind: str | None = None
@@ -400,7 +402,7 @@ class IngestParams(Params):
         "Which image files to read and hash now: those on this machine, also those in object "
         "stores, or none.",
     )
-    plate: tuple[str, ...] | str = option(
+    plate: tuple[str, ...] = option(
         (),
         "The plate, for sources that name none. A plate map may have several, one after another.",
         metavar="BARCODE",
@@ -469,23 +471,27 @@ class IngestParams(Params):
     strict: bool = option(False, "Keep nothing of the source if one of its rows is refused.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.plate, str):
-            object.__setattr__(self, "plate", (self.plate,))
 
-    @property
-    def plates(self) -> tuple[str, ...]:
-        """The plates that were named; the first one is that of a source of one plate."""
-        return (self.plate,) if isinstance(self.plate, str) else self.plate
-
-
+@dataclass(frozen=True)
 class CellPlanes(Params):
-    """Parameters that say which planes of an image show its cells."""
+    """Which planes of an image show its cells.
 
-    channels: tuple[str, ...] | None
-    projection: Projection
-    nuclei: tuple[str, ...]
+    ``channels``: ``None`` becomes the channel of the nuclei; none: see :class:`ImageInput`.
+    ``nuclei``: channels of a second plane, for networks that look at two.
+    """
+
+    channels: tuple[str, ...] | None = option(
+        None,
+        "Channels that show the cells, by name or number, with commas between; first-three: the "
+        "first three. Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
+        empty="first-three",
+    )
+    projection: Projection = option(Projection.MEDIAN, "How several channels become one picture.")
+    nuclei: tuple[str, ...] = option(
+        (),
+        "Channels of the nuclei, a second picture for networks that look at two (cyto, cyto2, "
+        "cyto3, cpsam). Default: none.",
+    )
 
     @property
     def planes(self) -> tuple[ImageInput, ...]:
@@ -498,9 +504,8 @@ class CellPlanes(Params):
 class SegmentParams(CellPlanes):
     """Cellpose, on one plane of each image or on two.
 
-    ``channels``: ``None`` becomes the channel of the nuclei; none: see :class:`ImageInput`.
-    ``nuclei``: channels of a second plane, for networks that look at two. ``diameter_from``: every
-    image gets the median of the diameters that this segmentation used on the image's plate.
+    ``diameter_from``: every image gets the median of the diameters that this segmentation used on
+    the image's plate.
     """
 
     model: str = option(DEFAULT_MODEL, f"The network: {_MODEL}", metavar="NAME|FILE|run:N")
@@ -517,18 +522,11 @@ class SegmentParams(CellPlanes):
         "number or start of the fingerprint, as 'cellstore status' lists them.",
         metavar="RECIPE",
     )
-    channels: tuple[str, ...] | None = _channels()
-    projection: Projection = _projection()
-    nuclei: tuple[str, ...] = option(
-        (),
-        "Channels of the nuclei, a second picture for networks that look at two (cyto, cyto2, "
-        "cyto3, cpsam). Default: none.",
-    )
 
 
 @dataclass(frozen=True)
 class FinetuneParams(CellPlanes):
-    """A network that learns from corrected masks. The planes are as for :class:`SegmentParams`."""
+    """A network that learns from corrected masks."""
 
     model: str = option(
         DEFAULT_MODEL,
@@ -543,9 +541,6 @@ class FinetuneParams(CellPlanes):
         min=0.0,
         max=0.9,
     )
-    channels: tuple[str, ...] | None = _channels()
-    projection: Projection = _projection()
-    nuclei: tuple[str, ...] = option((), "Channels of the nuclei, a second picture. Default: none.")
     binary: bool = _binary()
     seed: int = option(0, "Same seed, same network.", min=0)
 

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from .analysis.rendering import PlateDesign
 
 METADATA = "metadata.csv"
-CROP_SIZE = 40
-BATCH_SIZE = 32
-EPOCHS = 6
-LEARNING_RATE = 1e-3
 SPLIT = "by-well"
 
 
@@ -29,29 +25,24 @@ SPLIT = "by-well"
 class DemoPlates:
     """Where the rendered plates lie. ``truth`` holds the true masks, one per field."""
 
-    folder: Path
     metadata: Path
     images: Path
     truth: Path
     store: Path
     report: Path
-    fields: int
 
 
 def render_plates(
     folder: Path,
     *,
     seed: int = 1,
-    effect: float = 1.0,
-    classes: int | None = None,
     design: PlateDesign | None = None,
     progress: Progress | None = None,
 ) -> DemoPlates:
     """Render the demo's plates into ``folder``: images, LoadData table, true masks.
 
-    ``effect`` scales what the treatments do; at 0 they do nothing. ``classes`` takes only the
-    first so many treatments. ``design``: another plate set than the demo's. The same arguments
-    give the same bytes; what is there already is left alone.
+    ``design``: another plate set than the demo's. The same arguments give the same bytes; what is
+    there already is left alone.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -59,21 +50,18 @@ def render_plates(
         StorageError: the folder cannot be written.
     """
     need("segment")
-    from .analysis.rendering import DEMO_TREATMENTS, PlateDesign, render_field
+    from .analysis.rendering import PlateDesign, render_field
 
-    treatments = DEMO_TREATMENTS[:classes]
-    design = design or PlateDesign(seed=seed, effect=effect, treatments=treatments)
+    design = design or PlateDesign(seed=seed)
     folder = folder.resolve()
     plates = DemoPlates(
-        folder=folder,
         metadata=folder / METADATA,
         images=folder / "images",
         truth=folder / "truth",
         store=folder / "store",
         report=folder / "report.html",
-        fields=len(design),
     )
-    table = _table(design, plates).encode()
+    table = _table(design, plates.images.name).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:
         raise UserInputError(
             f"{folder} holds a demo with other settings. Name another folder, or remove it."
@@ -99,10 +87,14 @@ def commands(plates: DemoPlates) -> list[list[str]]:
     """Return what a user would type, one list of words for each command, without the program."""
     store = ["--store", str(plates.store)]
     training = [
-        *("--crop-size", str(CROP_SIZE)),
-        *("--batch-size", str(BATCH_SIZE)),
-        *("--epochs", str(EPOCHS)),
-        *("--learning-rate", str(LEARNING_RATE)),
+        "--crop-size",
+        "40",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "6",
+        "--learning-rate",
+        "0.001",
     ]
     return [
         ["init", str(plates.store)],
@@ -128,8 +120,8 @@ def audit_command(plates: DemoPlates) -> list[str]:
     return ["audit", "image", str(found["image"][0]), "--store", str(plates.store)]
 
 
-def _table(design: PlateDesign, plates: DemoPlates) -> str:
-    """Return the LoadData table of all plates."""
+def _table(design: PlateDesign, images: str) -> str:
+    """Return the LoadData table of all plates, whose files are in the folder ``images``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     channels = design.channel_names
@@ -145,7 +137,7 @@ def _table(design: PlateDesign, plates: DemoPlates) -> str:
         writer.writerow(
             [
                 *(spec.file_name(channel) for channel in range(1, len(channels) + 1)),
-                *[f"{plates.images.name}/{spec.plate}"] * len(channels),
+                *[f"{images}/{spec.plate}"] * len(channels),
                 *(spec.plate, spec.well, spec.site),
                 *(spec.treatment.pert_iname, spec.treatment.target),
                 "" if spec.treatment.target else "negcon",

@@ -171,3 +171,6 @@ EXCLUDED_NO_PERIMETER = "perimeter is 0"
 
 PERTURBATION, TREATMENT, TARGET = "perturbation", "treatment", "target"
 """Label fields that every store has; any metadata column of plates or wells is one too."""
+
+DEFAULT_MODEL = "cellstore-nuclei"
+"""The network that comes with cellstore; its model card lies beside it."""

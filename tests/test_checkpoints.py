@@ -84,9 +84,14 @@ def test_a_damaged_record_is_refused(key: str) -> None:
 
 
 def test_labels_and_features_must_fit_the_network() -> None:
-    with pytest.raises(UserInputError, match="3 classes"):
-        ModelRecord.from_json(meta(labels=("a", "b")).to_json())
-    with pytest.raises(UserInputError, match="3 classes"):
-        ModelRecord.from_json(meta(labels=("a", "b", "b")).to_json())
-    with pytest.raises(UserInputError, match="14 features"):
-        ModelRecord.from_json(meta(scaler=Scaler(("x",), (0.0,), (1.0,))).to_json())
+    for wrong in (
+        {"labels": ("a", "b")},
+        {"labels": ("a", "b", "b")},
+        {"scaler": Scaler(("x",), (0.0,), (1.0,))},
+    ):
+        with pytest.raises(UserInputError, match="3 classes and 14 features"):
+            ModelRecord.from_json(meta(**wrong).to_json())
+    shape = dataclasses.asdict(SHAPE)
+    for odd in ({}, {"n_classes": 3}, shape | {"n_classes": "3"}, shape | {"color": 1}):
+        with pytest.raises(UserInputError, match="does not describe"):
+            ModelRecord.from_json(meta().to_json() | {"shape": odd})

@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import resize
 
 from cellstore.errors import ImageError
 from cellstore.learn import crops as crops_module
-from cellstore.learn.crops import PackedCrops, Pictures, cut_crops, image_scale, resized
+from cellstore.learn.crops import CellCrops, Pictures, cut_crops, image_scale, resized
 
 
 def image() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -27,7 +27,13 @@ BOXES = np.array([[2, 3, 12, 10], [4, 9, 15, 26], [20, 30, 30, 40]])
 
 
 def cell_crops(masks, flows, projection, boxes, labels, size) -> dict[str, torch.Tensor]:
-    return resized(cut_crops(Pictures(masks, flows, projection), boxes, labels), size)
+    return resized(cut(Pictures(masks, flows, projection), boxes, labels), size)
+
+
+def cut(pictures: Pictures, boxes: np.ndarray, labels: np.ndarray) -> CellCrops:
+    sizes, layers = cut_crops(pictures, boxes, labels)
+    ids = np.arange(len(sizes))
+    return CellCrops(sizes, layers, np.empty((len(ids), 0), np.float32), ids, ids)
 
 
 def naive(masks, flows, projection, box, label, size) -> torch.Tensor:
@@ -53,9 +59,9 @@ def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def packed(**more) -> PackedCrops:
+def packed(**more) -> CellCrops:
     masks, flows, projection = image()
-    return cut_crops(Pictures(masks, flows, projection, **more), BOXES, LABELS)
+    return cut(Pictures(masks, flows, projection, **more), BOXES, LABELS)
 
 
 @pytest.mark.parametrize("size", [4, 10, 32, 120])
@@ -89,10 +95,10 @@ def test_crops_can_be_gathered() -> None:
     all_of_them = packed()
     index = np.array([2, 0, 2])
     parts = [index[:1], index[:0], index[1:]]
-    again = PackedCrops.gather([(all_of_them, part) for part in parts])
+    again = CellCrops.gather([(all_of_them, part) for part in parts])
     for name, crops in resized(again, 10).items():
         assert torch.equal(crops, resized(all_of_them, 10)[name][index])
-    assert again.nbytes == (100 + 70 + 100) * (1 + 4 + 4)
+    assert again.nbytes == (100 + 70 + 100) * (1 + 4 + 4) + 3 * (8 + 8)
 
 
 def test_channels_of_the_image_are_not_masked() -> None:

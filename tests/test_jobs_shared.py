@@ -255,23 +255,29 @@ def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: W
     assert (again.status, again.attempts, again.deaths) == (Status.DONE, 1, 0)
 
 
-def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace):
-    image = fill(workspace, 1)[0]
+def test_a_job_over_which_workers_die_alone_has_failed_in_the_end(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    """Not before: in the first death the image may have only waited in line."""
+    images = fill(workspace, 2)
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    Factory(workspace).job(
-        dead,
-        image,
-        Status.RUNNING,
-        worker="dead",
-        lease_until=soon(-1),
-        attempts=queue.MOST_DEATHS,
-        deaths=queue.MOST_DEATHS - 1,
-    )
-    assert go(workspace).images == 0
+    for image, alone in zip(images, (queue.MOST_DEATHS - 1, queue.MOST_DEATHS - 2), strict=True):
+        Factory(workspace).job(
+            dead,
+            image,
+            Status.RUNNING,
+            worker="dead",
+            lease_until=soon(-1),
+            attempts=alone + 2,
+            deaths=alone + 1,
+        )
+    monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
+    assert go(workspace).images == 1
     (failed,) = list_jobs(workspace, status="failed").jobs
-    assert "died 5 times" in (failed.reason or "")
+    assert (failed.image, failed.deaths) == ("P1/r01c01f01", queue.MOST_DEATHS + 1)
+    assert "died 4 times with this image alone" in (failed.reason or "")
 
 
 @pytest.mark.parametrize("images_per_file", [1, 3])
@@ -363,13 +369,13 @@ def die_over_the_second(task: Task) -> str:
 
 @pytest.mark.heavy
 def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(queue, "MOST_DEATHS", 2)
+    monkeypatch.setattr(queue, "MOST_DEATHS", 1)
     fill(workspace, 6)
     outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
     assert (outcome.images, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert (failed.image, failed.deaths) == ("P1/r01c02f01", 2)
-    assert "died 2 times" in (failed.reason or "")
+    assert "died 1 times" in (failed.reason or "")
 
 
 @pytest.mark.heavy

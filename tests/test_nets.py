@@ -1,7 +1,6 @@
 """The network against one put together from torch alone, and its weights."""
 
 import dataclasses
-import json
 import pickle
 import urllib.error
 from collections.abc import Mapping
@@ -19,7 +18,8 @@ from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn.augmentation import seed_of
 from cellstore.learn.branches import BRANCHES
 from cellstore.learn.crops import CellBlock
-from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net, read_state
+from cellstore.learn.exported_classifier import ImageBranch
+from cellstore.learn.networks import FusionNet, NetShape, build_net, read_state
 from cellstore.learn.training import TrainingState
 
 SHAPE = NetShape(n_classes=3, n_features=14)
@@ -179,7 +179,7 @@ def test_shapes_of_the_published_parts(net: FusionNet) -> None:
     assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Dropout]
     # 4,007,548 parameters of EfficientNet-B0 without its classifier (5,288,548 - 1,281,000),
     # and 32 * 9 more for the fourth channel.
-    assert sum(p.numel() for p in ImageBranch(4).parameters()) == 4_007_548 + 288
+    assert sum(p.numel() for p in ImageBranch(4, "efficientnet_b0").parameters()) == 4_007_548 + 288
 
 
 def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
@@ -231,13 +231,6 @@ def test_branches_are_named_and_ordered() -> None:
     with pytest.raises(UserInputError, match="1 or more"):
         NetShape(2, 0)
     assert NetShape(2, 0, branches=("mask",)).n_features == 0
-    shape = NetShape(2, 2, branches=("mask", "tabular"))
-    record = json.loads(json.dumps(shape.to_json()))
-    assert NetShape.from_json(record) == shape
-    del record["branches"]  # as it was before there was a choice
-    assert NetShape.from_json(record).branches == BRANCHES
-    with pytest.raises(UserInputError):
-        NetShape.from_json({**record, "branches": "mask"})
 
 
 def test_a_network_without_pictures_starts_from_chance(
@@ -339,12 +332,7 @@ def test_imagenet_weights_are_those_of_torchvision(
     assert torch.equal(net.flow_branch[0][0][0].weight[:, :3], imagenet_like["features.0.0.weight"])
 
 
-def test_a_shape_is_its_json_and_nothing_else() -> None:
-    shape = NetShape(5, 2, dropout=0.1)
-    assert NetShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
-    for wrong in ({}, {"n_classes": 2}, {"n_classes": "2", "n_features": 1}, {"color": 1}):
-        with pytest.raises(UserInputError):
-            NetShape.from_json(wrong)
+def test_a_shape_is_of_a_known_backbone_and_has_classes() -> None:
     with pytest.raises(UnknownNameError, match="Known: efficientnet_b7"):
         NetShape(2, 2, backbone="efficientnet_b9")
     with pytest.raises(UserInputError, match="1 or more"):

@@ -67,7 +67,10 @@ def test_blocks_of_controls_are_as_one() -> None:
     whole = fit_scale(NAMES, [rows])
     pieces = fit_scale(NAMES, [rows[:1], rows[1:1], rows[1:20], rows[20:]])
     for found, expected, of_pieces in zip(
-        whole[:2], (rows.mean(axis=0), rows.std(axis=0)), pieces[:2], strict=True
+        (whole.mean, whole.scale),
+        (rows.mean(axis=0), rows.std(axis=0)),
+        (pieces.mean, pieces.scale),
+        strict=True,
     ):
         assert found == pytest.approx(expected)
         assert of_pieces == pytest.approx(found)
@@ -76,7 +79,7 @@ def test_blocks_of_controls_are_as_one() -> None:
 
 def test_a_feature_in_which_the_controls_do_not_vary_is_only_shifted() -> None:
     scaler = fitted({"P1": ([[0.1, 1], [0.1, 2]], [[0.1, 1], [2.1, 2], [4.1, 3]])})
-    assert scaler.plates["P1"][1] == (1.0, 0.5)
+    assert scaler.plates["P1"].scale == (1.0, 0.5)
     assert scaler.mean[0] == pytest.approx(2.0)
 
 

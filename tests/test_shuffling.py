@@ -9,14 +9,14 @@ import pytest
 
 from cellstore.errors import ImageError, UserInputError
 from cellstore.learn.batches import Block, BlockShuffle, Drawn, quotas
-from cellstore.learn.crops import CellCrops, PackedCrops
+from cellstore.learn.crops import CellCrops
 
 
 def cells(ids: range) -> CellCrops:
     """Cells of one pixel that is the id, as the features and the label are."""
     index = np.array(ids, dtype=np.int64)
-    crops = PackedCrops(np.ones((len(ids), 2), np.int64), {"mask": index[None].astype(np.uint8)})
-    return CellCrops(crops, index[:, None].astype(np.float32), index % 3, index)
+    sizes, layers = np.ones((len(ids), 2), np.int64), {"mask": index[None].astype(np.uint8)}
+    return CellCrops(sizes, layers, index[:, None].astype(np.float32), index % 3, index)
 
 
 def made(sizes: list[int]) -> dict[int, CellCrops]:
@@ -50,7 +50,7 @@ def test_every_cell_comes_once_and_batches_are_full(sizes: list[int], shuffled: 
 
 def test_fields_of_a_cell_stay_together() -> None:
     for batch in shuffle(made([6, 6, 6]), 5)(3):
-        assert (batch.crops.layers["mask"][0] == batch.cell_ids).all()
+        assert (batch.layers["mask"][0] == batch.cell_ids).all()
         assert (batch.features[:, 0] == batch.cell_ids).all()
         assert (batch.labels == batch.cell_ids % 3).all()
 

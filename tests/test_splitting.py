@@ -92,7 +92,7 @@ def test_a_drawn_split_stays_as_it_was_first_drawn() -> None:
 
 def test_labels_with_one_image_are_named() -> None:
     images = [*plate({"a": 2, "b": 2}), SplitImage(90, "lonely", "x"), SplitImage(91, "alone", "y")]
-    with pytest.raises(UserInputError, match=r"single image: 'alone', 'lonely'\."):
+    with pytest.raises(UserInputError, match=r"both subsets: 'alone', 'lonely'\."):
         published_split(images, seed=0)
 
 
@@ -108,7 +108,7 @@ def test_unusable_questions_are_refused() -> None:
         published_split(plate({"a": 3}), seed=0)
     with pytest.raises(UserInputError, match="at least two classes"):
         published_split([], seed=0)
-    with pytest.raises(UserInputError, match="all of 3 classes"):
+    with pytest.raises(UserInputError, match="both subsets: 'a', 'b', 'c'"):
         published_split(plate({"a": 1, "b": 1, "c": 1}), seed=0, test_size=0.1)
 
 

@@ -28,8 +28,6 @@ FEWEST_WELLS = 2
 FEWEST_NULLS = 19
 """Comparisons among controls: chance exceeds the largest of fewer more often than once in 20."""
 
-FOLDS = 5
-
 
 class Difference(StrEnum):
     """Whether a treatment looks different from control."""
@@ -62,7 +60,7 @@ def contrast(
     wells: Ids,
     plates: NDArray[Any] | None = None,
     *,
-    folds: int = FOLDS,
+    folds: int = 5,
     seed: int = 0,
 ) -> Contrast:
     """Cross-validate a logistic regression of ``treated`` (N,) on ``rows`` (N, F) by well.

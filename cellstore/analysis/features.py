@@ -8,8 +8,10 @@ published study.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from math import cos, pi, sin
 from typing import Any, Literal
 
@@ -28,7 +30,6 @@ def check_plane(regions: Regions, plane: NDArray[Any]) -> NDArray[Any]:
 
     Raises:
         ImageError: it has another shape than the masks, or values that are not finite.
-
     """
     shape = regions.numbered.shape
     if np.shape(plane) != shape:
@@ -142,10 +143,6 @@ def _quantile(ordered: Floats, quarter: int) -> float:
     return low + (float(ordered[index + 1]) - low) * part / 4 if part else low
 
 
-_REGIONPROPS = "skimage.measure.regionprops"
-_CELLPROFILER = "CellProfiler MeasureObjectIntensity"
-_GLCM = "skimage.feature.graycomatrix, graycoprops"
-
 _PAIRS = (
     "p: share of the grey levels i, j among pairs of pixels of the cell {} apart, in either order, "
     "mean over 0, 45, 90 and 135 degrees. 32 grey levels from its lowest to its highest intensity."
@@ -190,226 +187,46 @@ class FeatureGroup:
         )
 
 
-def _registry_basic(name: str, unit: str, source: str, formula: str, description: str) -> Feature:
-    return Feature(name, "float64", unit, f"{_REGIONPROPS}: {source}", formula, description)
+def _registry() -> dict[str, FeatureGroup]:
+    """Every group by name, with its features as ``features.csv`` describes them.
+
+    Those of group ``texture`` are measured for each of ``TEXTURE_DISTANCES``.
+    """
+    groups = {
+        "basic": "Shape, and intensity of one plane; what networks read by default.",
+        "intensity": "Distribution of the intensity of each channel.",
+        "texture": "Grey levels of neighbouring pixels of each channel.",
+    }
+    found: dict[str, list[Feature]] = {name: [] for name in groups}
+    with files(__package__).joinpath("features.csv").open(encoding="utf-8") as table:
+        for row in csv.DictReader(table):
+            feature = Feature(dtype="float64", **{item: row[item] for item in _WRITTEN})
+            distances = TEXTURE_DISTANCES if row["group"] == "texture" else ()
+            found[row["group"]] += [
+                replace(
+                    feature,
+                    name=f"{feature.name}_d{distance}",
+                    description=f"{feature.description} {_PAIRS.format(distance)}",
+                )
+                for distance in distances
+            ] or [feature]
+    return {
+        name: FeatureGroup(name, tuple(found[name]), name != "basic", description)
+        for name, description in groups.items()
+    }
 
 
-def _intensity(name: str, source: str, formula: str, description: str) -> Feature:
-    return Feature(name, "float64", "intensity", source, formula, description)
+_WRITTEN = ("name", "unit", "source", "formula", "description")
 
+GROUPS = _registry()
+"""The registry: every group by name.
 
-def _texture(prop: str, formula: str, description: str) -> tuple[Feature, ...]:
-    return tuple(
-        Feature(
-            f"{prop}_d{distance}",
-            "float64",
-            "1",
-            f"{_GLCM}: {prop}",
-            formula,
-            f"{description} {_PAIRS.format(distance)}",
-        )
-        for distance in TEXTURE_DISTANCES
-    )
+The order of group ``basic`` is that in which a network reads it. A feature of ``texture`` is the
+mean over the directions that have pairs of pixels; a cell without any has none.
+"""
 
-
-FEATURES: tuple[Feature, ...] = (
-    _registry_basic("area", "pixel^2", "area", "n", "Number of pixels of the cell."),
-    _registry_basic(
-        "convex_area",
-        "pixel^2",
-        "area_convex",
-        "pixels on or in the hull of all (r +- 1/2, c), (r, c +- 1/2)",
-        "Number of pixels of its convex hull.",
-    ),
-    _registry_basic(
-        "perimeter",
-        "pixel",
-        "perimeter",
-        "n1 + sqrt(2) n2 + (1 + sqrt(2))/2 n3 of outline pixels by neighbours (Benkrid, Crookes)",
-        "Length of its outline, 4-connected (Benkrid).",
-    ),
-    _registry_basic(
-        "eccentricity",
-        "1",
-        "eccentricity",
-        "sqrt(1 - l2/l1), l1 >= l2 eigenvalues of the inertia tensor",
-        "Eccentricity of the ellipse of equal moments; 0: disc.",
-    ),
-    _registry_basic(
-        "mean_intensity",
-        "intensity",
-        "intensity_mean",
-        "sum(I)/n, in 64 bits",
-        "Mean intensity inside the cell.",
-    ),
-    _registry_basic(
-        "min_intensity",
-        "intensity",
-        "intensity_min",
-        "min(I)",
-        "Lowest intensity inside the cell.",
-    ),
-    _registry_basic(
-        "max_intensity",
-        "intensity",
-        "intensity_max",
-        "max(I)",
-        "Highest intensity inside the cell.",
-    ),
-    _registry_basic(
-        "major_axis_length",
-        "pixel",
-        "axis_major_length",
-        "4 sqrt(l1)",
-        "Long axis of the ellipse of equal moments.",
-    ),
-    _registry_basic(
-        "minor_axis_length",
-        "pixel",
-        "axis_minor_length",
-        "4 sqrt(l2)",
-        "Short axis of the ellipse of equal moments.",
-    ),
-    _registry_basic(
-        "orientation",
-        "radian",
-        "orientation",
-        "atan2(2 mu11, mu20 - mu02)/2",
-        "Angle from the row axis to the long axis, -pi/2..pi/2.",
-    ),
-    _registry_basic(
-        "solidity",
-        "1",
-        "solidity",
-        "area/convex_area",
-        "Area divided by the area of the convex hull.",
-    ),
-    _registry_basic(
-        "extent",
-        "1",
-        "extent",
-        "area/(height width)",
-        "Area divided by the area of the bounding box.",
-    ),
-    _registry_basic("centroid_y", "pixel", "centroid-0", "sum(r)/n", "Row of the centroid."),
-    _registry_basic("centroid_x", "pixel", "centroid-1", "sum(c)/n", "Column of the centroid."),
-)
-"""The built-in measurements, in the order in which a network reads them."""
-
-FEATURE_NAMES: tuple[str, ...] = tuple(feature.name for feature in FEATURES)
-
-INTENSITY: tuple[Feature, ...] = (
-    _intensity(
-        "mean_intensity",
-        f"{_REGIONPROPS}: intensity_mean",
-        "sum(I)/n",
-        "Mean intensity inside the cell.",
-    ),
-    _intensity(
-        "std_intensity",
-        f"{_REGIONPROPS}: intensity_std",
-        "sqrt(sum((I - mean)^2)/n)",
-        "Standard deviation of the intensities inside the cell.",
-    ),
-    _intensity(
-        "min_intensity",
-        f"{_REGIONPROPS}: intensity_min",
-        "min(I)",
-        "Lowest intensity inside the cell.",
-    ),
-    _intensity(
-        "max_intensity",
-        f"{_REGIONPROPS}: intensity_max",
-        "max(I)",
-        "Highest intensity inside the cell.",
-    ),
-    _intensity(
-        "lower_quartile_intensity",
-        f"numpy.quantile, linear; {_CELLPROFILER}: LowerQuartileIntensity",
-        "quantile(I, 1/4)",
-        "A quarter of the pixels is darker.",
-    ),
-    _intensity(
-        "median_intensity",
-        f"{_REGIONPROPS}: intensity_median",
-        "median(I)",
-        "Half of the pixels are darker.",
-    ),
-    _intensity(
-        "upper_quartile_intensity",
-        f"numpy.quantile, linear; {_CELLPROFILER}: UpperQuartileIntensity",
-        "quantile(I, 3/4)",
-        "A quarter of the pixels is brighter.",
-    ),
-    _intensity(
-        "mad_intensity",
-        f"{_CELLPROFILER}: MADIntensity",
-        "median(|I - median(I)|)",
-        "Median absolute deviation from the median, not scaled.",
-    ),
-    _intensity(
-        "integrated_intensity",
-        f"{_CELLPROFILER}: IntegratedIntensity",
-        "sum(I)",
-        "All intensity inside the cell.",
-    ),
-    Feature(
-        "mass_displacement",
-        "float64",
-        "pixel",
-        f"{_CELLPROFILER}: MassDisplacement",
-        "|sum(I (r, c))/sum(I) - sum((r, c))/n|",
-        "Distance of the centre of the light from the centroid; none where sum(I) is 0.",
-    ),
-    *(
-        _intensity(
-            f"edge_{name}_intensity",
-            f"{_CELLPROFILER}: {source}IntensityEdge",
-            f"{formula} at the edge",
-            f"{description} (skimage.segmentation.find_boundaries, inner); none without one.",
-        )
-        for name, source, formula, description in (
-            ("mean", "Mean", "sum(I)/n", "Mean intensity of the pixels at the cell's edge"),
-            ("std", "Std", "sqrt(sum((I - mean)^2)/n)", "Standard deviation at the cell's edge"),
-            ("min", "Min", "min(I)", "Lowest intensity at the cell's edge"),
-            ("max", "Max", "max(I)", "Highest intensity at the cell's edge"),
-            ("integrated", "Integrated", "sum(I)", "All intensity at the cell's edge"),
-        )
-    ),
-)
-"""What is measured on each channel by group ``intensity``."""
-
-TEXTURE: tuple[Feature, ...] = (
-    *_texture("contrast", "sum(p (i - j)^2)", "Differences of grey level, squared."),
-    *_texture("dissimilarity", "sum(p |i - j|)", "Differences of grey level."),
-    *_texture("homogeneity", "sum(p/(1 + (i - j)^2))", "Near 1 where pixels are alike."),
-    *_texture("energy", "sqrt(sum(p^2))", "1 where all pairs are the same."),
-    *_texture(
-        "correlation",
-        "sum(p (i - m)(j - m))/s^2",
-        "Of the grey levels of a pair; 1 for a cell of one grey level.",
-    ),
-    *_texture("entropy", "-sum(p ln p)", "High where all pairs are equally frequent."),
-)
-"""What is measured on each channel by group ``texture``: the mean over the directions that have
-pairs of pixels; a cell without any has none."""
-
-BASIC_GROUP = FeatureGroup(
-    "basic", FEATURES, False, "Shape, and intensity of one plane; what networks read by default."
-)
-GROUPS: dict[str, FeatureGroup] = {
-    group.name: group
-    for group in (
-        BASIC_GROUP,
-        FeatureGroup(
-            "intensity", INTENSITY, True, "Distribution of the intensity of each channel."
-        ),
-        FeatureGroup(
-            "texture", TEXTURE, True, "Grey levels of neighbouring pixels of each channel."
-        ),
-    )
-}
-"""The registry: every group by name."""
+BASIC_GROUP = GROUPS["basic"]
+FEATURE_NAMES: tuple[str, ...] = tuple(feature.name for feature in BASIC_GROUP.features)
 
 
 LEVELS = 32
@@ -509,25 +326,14 @@ _PER_CHANNEL: Mapping[str, Callable[[Regions, NDArray[Any]], Columns]] = {
 def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Columns:
     """Measure every cell of an image: the features of group ``basic``.
 
-    Parameters
-    ----------
-    masks
-        (H, W) integers: 0 is background, each other value one cell. Values need not be
-        consecutive. Or what :func:`find_regions` made of them.
-    intensity
-        (H, W) numbers, the plane on which intensities are measured.
+    ``masks`` (H, W) are integers: 0 is background, each other value one cell; or what
+    :func:`find_regions` made of them. ``intensity`` (H, W) is the plane on which intensities are
+    measured. Returns ``object_number`` (int64) and one float64 column for each of
+    ``FEATURE_NAMES``, a row per cell, by ascending object number.
 
-    Returns
-    -------
-    ``object_number`` (int64) and one float64 column for each of ``FEATURES``, a row per cell, by
-    ascending object number. No cell: columns of length 0.
-
-    Raises
-    ------
-    ImageError
-        The arrays are not planes of one shape, masks are not whole numbers from 0, or an
-        intensity is not finite.
-
+    Raises:
+        ImageError: the arrays are not planes of one shape, masks are not whole numbers from 0, or
+            an intensity is not finite.
     """
     regions = masks if isinstance(masks, Regions) else find_regions(masks)
     flat = check_plane(regions, intensity)

@@ -16,15 +16,8 @@ from numpy.typing import NDArray
 WHITE_LEVELS = tuple(2**bits - 1 for bits in (8, 10, 12, 14, 16))
 """Highest values of cameras and files; 8-bit data in a 16-bit file is still full at 255."""
 
-BACKGROUND_PERCENTILE = 1.0
-"""A field that is full of cells still has so much between them; a few dead pixels are less."""
-
 SQUARE = 4
 """Pixels along the squares that :func:`sharpness` averages first: noise would pass for detail."""
-
-MAD_TO_SIGMA = 1.4826
-MEAN_DEVIATION_TO_SIGMA = 1.2533
-"""A normal distribution's standard deviation over its median and its mean absolute deviation."""
 
 _ROUNDING = 1e-9
 """Relative: equal values must not leave limits that went through a logarithm and back."""
@@ -65,7 +58,8 @@ def plane_quality(plane: Plane) -> PlaneQuality:
     if pixels.size == 0:
         raise ValueError("a plane without pixels has no quality")
     whole = pixels.size == plane.size
-    background, median = np.percentile(pixels, [BACKGROUND_PERCENTILE, 50])
+    # A field full of cells still has so much, 1 %, between them; a few dead pixels are less.
+    background, median = np.percentile(pixels, [1.0, 50])
     return PlaneQuality(
         power_log_log_slope=power_log_log_slope(plane) if whole else None,
         sharpness=sharpness(plane) if whole else None,
@@ -176,8 +170,9 @@ def robust_limits(values: NDArray[np.float64], width: float, *, log: bool = Fals
         return None
     middle = float(np.median(known))
     deviations = np.abs(known - middle)
-    sigma = MAD_TO_SIGMA * float(np.median(deviations))
-    reach = width * (sigma or MEAN_DEVIATION_TO_SIGMA * float(deviations.mean()))
+    # A normal distribution's standard deviation over its median and its mean absolute deviation.
+    sigma = 1.4826 * float(np.median(deviations))
+    reach = width * (sigma or 1.2533 * float(deviations.mean()))
     low, high = middle - reach, middle + reach
     if log:
         return Limits(float(np.exp(low - _ROUNDING)), float(np.exp(high + _ROUNDING)))

@@ -59,7 +59,6 @@ def find_regions(masks: NDArray[Any]) -> Regions:
 
     Raises:
         ImageError: it is not one plane, or holds something else than whole numbers from 0.
-
     """
     masks = np.ascontiguousarray(masks)
     if masks.ndim != 2:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
-from ..errors import UserInputError
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -75,9 +73,8 @@ def lay_cells(rng: np.random.Generator, shape: tuple[int, int], population: Popu
         np.zeros(shape, np.uint16), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     )
     for _ in range(3 * population.count):
-        if cells.count >= population.count:
-            break
-        _try_cell(rng, cells, population)
+        if cells.count < population.count:
+            _try_cell(rng, cells, population)
     return cells
 
 
@@ -297,14 +294,6 @@ class PlateDesign:
     well_effect: float = 1.0
     """Scales what wells and plates do to their cells, whatever the treatment."""
 
-    def __post_init__(self) -> None:
-        if not 3 <= self.n_channels <= len(CHANNELS):
-            raise UserInputError(f"A plate is rendered with 3 to {len(CHANNELS)} channels.")
-        if self.size < 64 or min(self.control_wells, self.treated_wells, self.sites) < 1:
-            raise UserInputError("A plate needs fields of 64 pixels, and a well and site of each.")
-        if len(self.treatments) * max(self.treated_wells, self.control_wells) > 24 * 14:
-            raise UserInputError("That is more wells than a 384-well plate has inside its border.")
-
     @property
     def channel_names(self) -> tuple[str, ...]:
         """Dyes, ``ch1`` first."""
@@ -341,17 +330,6 @@ class RenderedField:
     masks: NDArray[np.uint16]
 
 
-@dataclass(frozen=True)
-class _Conditions:
-    """What a well and its plate do to every cell in it, treatment or not."""
-
-    diameter: float
-    count: float
-    brightness: float
-    background: float
-    focus: float
-
-
 OFFSET, FULL = 300.0, 6000.0
 """Camera counts of no light, and of a typical cell above that."""
 
@@ -366,11 +344,16 @@ def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
     """Render one field; equal arguments give equal pixels."""
     rng = _rng(design.seed, spec.plate, spec.row, spec.column, spec.site)
     effect = spec.treatment.effect.scaled(design.effect)
-    conditions = _conditions(design, spec)
+    # What the plate and the well do to every cell in it, treatment or not.
+    of_plate = _rng(design.seed, spec.plate, "plate").standard_normal(5)
+    of_well = _rng(design.seed, spec.plate, spec.row, spec.column).standard_normal(5)
+    spread = design.well_effect * np.array([0.02, 0.08, 0.10, 0.20, 0.10])
+    factors = np.exp(spread * (of_plate + of_well)).tolist()
+    diameter, count, light, background, focus = factors
     room = (design.size / 208) ** 2
     population = Population(
-        count=max(3, round(CELLS * room * effect.count * conditions.count)),
-        diameter=DIAMETER * effect.diameter * conditions.diameter,
+        count=max(3, round(CELLS * room * effect.count * count)),
+        diameter=DIAMETER * effect.diameter * diameter,
         elongation=1.2 * effect.elongation,
         irregularity=0.035 * effect.irregularity,
         crowding=0.4,
@@ -378,24 +361,17 @@ def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
     )
     cells = lay_cells(rng, (design.size, design.size), population)
     brightness = np.exp(0.2 * rng.standard_normal(cells.count + 1)).astype(np.float32)
-    brightness *= effect.brightness * conditions.brightness
+    brightness *= effect.brightness * light
     brightness[0] = 0
     lit = brightness[cells.masks] * (1 + 0.3 * cells.behind)
     vignette = 1 + 0.08 * smooth_noise(rng, lit.shape, 0.5 * design.size)
     planes = [
-        _camera(rng, lit * _dye(rng, cells, channel, effect) * vignette, conditions)
+        _camera(
+            rng, lit * _dye(rng, cells, channel, effect) * vignette, 0.08 * background, 0.8 * focus
+        )
         for channel in CHANNELS[: design.n_channels]
     ]
     return RenderedField(np.stack(planes), cells.masks)
-
-
-def _conditions(design: PlateDesign, spec: FieldSpec) -> _Conditions:
-    plate = _rng(design.seed, spec.plate, "plate")
-    well = _rng(design.seed, spec.plate, spec.row, spec.column)
-    spread = design.well_effect * np.array([0.02, 0.08, 0.10, 0.20, 0.10])
-    shift = spread * (plate.standard_normal(5) + well.standard_normal(5))
-    diameter, count, brightness, background, focus = (float(v) for v in np.exp(shift))
-    return _Conditions(diameter, count, brightness, 0.08 * background, 0.8 * focus)
 
 
 def _dye(
@@ -414,13 +390,13 @@ def _dye(
 
 
 def _camera(
-    rng: np.random.Generator, light: NDArray[np.float32], conditions: _Conditions
+    rng: np.random.Generator, light: NDArray[np.float32], background: float, focus: float
 ) -> NDArray[np.uint16]:
     """Background, haze, focus, photons, read noise, camera counts."""
     waves = smooth_noise(rng, light.shape, 0.3 * light.shape[0])
     light = light + 0.12 * blurred(light, DIAMETER * 0.6)
-    light = light + conditions.background * np.clip(1 + 0.2 * waves, 0.2, None)
-    light = blurred(light.astype(np.float32), conditions.focus)
+    light = light + background * np.clip(1 + 0.2 * waves, 0.2, None)
+    light = blurred(light.astype(np.float32), focus)
     photons = 250.0
     counted = rng.poisson(np.maximum(light, 0) * photons) / photons
     counts = OFFSET + FULL * counted + 30 * rng.standard_normal(light.shape)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from ..enums import DEFAULT_MODEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from .regions import find_regions
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     import torch
     from cellpose.models import CellposeModel
     from numpy.typing import NDArray
-
-
-DEFAULT_MODEL = "cellstore-nuclei"
-"""The network that comes with cellstore; its model card lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +65,14 @@ PUBLISHED_MODELS = {
 EXTRAS = {3: "segment", 4: "segment-sam"}
 """The extra that brings each generation of Cellpose; they exclude each other."""
 
-FLOW_THRESHOLD = 0.7
-CELLPROB_THRESHOLD = -5.0
-
 CHANNELS = [2, 32, 64, 128, 256]
 """Width of each level of the standard network of Cellpose 3; the first is its input planes."""
-
-NATIVE_DIAMETER = 30.0
-"""Pixels; at this diameter Cellpose 4 leaves an image at its own scale, which is its default."""
 
 SMALLEST_DIAMETER = 5.0
 """Pixels; Cellpose's own lower bound of an estimate."""
 
-IMAGES_PER_CALL = 8
-"""On a GPU. On a CPU images go one by one: more would only take more memory."""
-
 TILES = 8
 """Tiles of an image that the network sees at once: Cellpose's own ``batch_size``."""
-
-_DOWNLOAD_TIMEOUT = 30.0
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -155,7 +141,6 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
-        name = DEFAULT_MODEL
         folder = weights_dir or Path(str(resources.files("cellstore.weights")))
         network = folder / f"{DEFAULT_MODEL}.pt"
         if not network.is_file():
@@ -164,13 +149,13 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
             )
     else:
         network = Path(model).expanduser()
-        name = str(network)
         if not network.is_file():
             if network.name != model or network.exists():
                 raise UserInputError(f"There is no network file at {model}. Check the path.")
             raise UnknownNameError.of("model", model, [DEFAULT_MODEL, *PUBLISHED_MODELS])
     stems = (str(network), str(network.with_suffix("")))
     beside = [Path(f"{stem}_size{suffix}") for stem in stems for suffix in (".npz", ".npy")]
+    name = model if model == DEFAULT_MODEL else str(network)
     return describe(name, network, next((path for path in beside if path.is_file()), None))
 
 
@@ -210,7 +195,7 @@ def _fetched(url: str, target: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.
         with (
-            urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as source,  # noqa: S310 - https
+            urllib.request.urlopen(url, timeout=30.0) as source,  # noqa: S310 - https
             tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
         ):
             partial = Path(file.name)
@@ -231,8 +216,8 @@ def _fetched(url: str, target: Path) -> Path:
 def load_segmenter(
     files: ModelFiles,
     *,
-    flow_threshold: float = FLOW_THRESHOLD,
-    cellprob_threshold: float = CELLPROB_THRESHOLD,
+    flow_threshold: float = 0.7,
+    cellprob_threshold: float = -5.0,
     diameter: float | None = None,
     device: str = "auto",
     sizes_given: bool = False,
@@ -244,14 +229,12 @@ def load_segmenter(
     size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
     ``cpu`` or ``cuda``.
 
-    Raises UserInputError for a file that is no network of the installed Cellpose, for a missing
-    size model, or for parameters out of range.
+    Raises UserInputError for a file that is no network of the installed Cellpose, or for a missing
+    size model.
     """
-    if diameter is not None and not (np.isfinite(diameter) and diameter > 0):
-        raise UserInputError(f"The diameter must be above 0 pixels, not {diameter}.")
     planes, size_model = CHANNELS[0], None
     if installed_generation() == 4:
-        planes, diameter = 1, diameter or NATIVE_DIAMETER
+        planes, diameter = 1, diameter or 30.0  # at which it leaves an image at its own scale
     elif diameter is None and files.size_model is not None:
         size_model = load_size_model(files.size_model)
     elif diameter is None and not sizes_given:
@@ -270,7 +253,8 @@ def load_segmenter(
             "flow_threshold": float(flow_threshold),
             "cellprob_threshold": float(cellprob_threshold),
         },
-        batches=Batches(IMAGES_PER_CALL if model.device.type == "cuda" else 1),
+        # On a CPU one by one: more would only take more memory.
+        batches=Batches(8 if model.device.type == "cuda" else 1),
     )
 
 
@@ -461,24 +445,19 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
         raise UserInputError(f"{path} holds no network weights. Choose another file.")
     # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
     names = {name.removeprefix("module.") for name in state}
-    if installed_generation() == 4:
-        if "W2" not in names:
-            raise UserInputError(
-                f"{path} is not a Cellpose 4 network, and Cellpose 4 is installed. Choose another "
-                "network, such as cpsam; Cellpose 3 networks run where cellstore is installed "
-                "with: pip install 'cellstore[segment]'"
-            )
+    installed, needed = installed_generation(), 4 if "W2" in names else 3
+    if needed != installed:
+        raise UserInputError(
+            f"{path} is not a Cellpose {installed} network, and Cellpose {installed} is installed. "
+            f"Choose another network, or, if it is a Cellpose {needed} network, use it where "
+            f"cellstore is installed with: pip install 'cellstore[{EXTRAS[needed]}]'"
+        )
+    if installed == 4:
         if "encoder.patch_embed.proj.weight" not in names or "encoder.cls_token" in names:
             raise UserInputError(f"{path} is not a Cellpose-SAM network. Choose one such as cpsam.")
     else:
         from cellpose.resnet_torch import CPnet  # not in Cellpose 4
 
-        if "W2" in names:
-            raise UserInputError(
-                f"{path} is a Cellpose 4 network, and Cellpose 3 is installed. Choose another "
-                "network, or use it where cellstore is installed with: "
-                "pip install 'cellstore[segment-sam]'"
-            )
         expected = CPnet(list(CHANNELS), 3, sz=3).state_dict()
         # Networks of before Cellpose 2 do not hold their diameters.
         wanted = {k: v.shape for k, v in expected.items() if not k.startswith("diam_")}
@@ -493,7 +472,7 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
     # Cellpose 4: few CPUs have arithmetic for half precision; the others would be slower with it.
     # Cellpose 3 without mkldnn: plain torch uses oneDNN by itself, and does not convert the
     # network in each call.
-    options = {"use_bfloat16": on_gpu} if installed_generation() == 4 else {"mkldnn": False}
+    options = {"use_bfloat16": on_gpu} if installed == 4 else {"mkldnn": False}
     return CellposeModel(pretrained_model=str(path), device=chosen, gpu=on_gpu, **options)
 
 

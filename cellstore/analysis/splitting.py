@@ -481,12 +481,6 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
             f"A split needs images of at least two classes, there are {len(counts)}. "
             "Ingest more treatments or choose another label field."
         )
-    single = sorted(label for label, count in counts.items() if count == 1)
-    if single:
-        raise UserInputError(
-            "A class needs two images or more to train and to test. These have a single image: "
-            f"{quoted(single)}. Ingest more of them, or split by well, which excludes them."
-        )
     (largest, before), (_, after) = counts.most_common(2)
     if before > after:
         order = sorted(
@@ -496,23 +490,23 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
         dropped = {image.image_id for image in order[after:]}
         pool = [image for image in pool if image.image_id not in dropped]
     n_test = math.ceil(len(pool) * test_size)
-    if min(n_test, len(pool) - n_test) < len(counts):
-        raise UserInputError(
-            f"{len(pool)} images with a test share of {test_size:g} cannot have all of "
-            f"{len(counts)} classes in both subsets. Ingest more images or exclude classes."
-        )
-    labels = [image.label for image in pool]
-    splitter = StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
-    _, tested = next(splitter.split(labels, labels))
+    absent = sorted(label for label, count in counts.items() if count < 2)
+    if not absent and min(n_test, len(pool) - n_test) < len(counts):
+        absent = sorted(counts)
     subsets = {image.image_id: Subset.TRAIN for image in pool}
-    subsets |= {pool[position].image_id: Subset.TEST for position in tested}
-    pairs = {(image.label, subsets[image.image_id]) for image in pool}
-    in_both = Counter(label for label, _ in pairs)
-    absent = sorted(label for label, number in in_both.items() if number < 2)
+    if not absent:
+        labels = [image.label for image in pool]
+        splitter = StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
+        _, tested = next(splitter.split(labels, labels))
+        subsets |= {pool[position].image_id: Subset.TEST for position in tested}
+        pairs = {(image.label, subsets[image.image_id]) for image in pool}
+        in_both = Counter(label for label, _ in pairs)
+        absent = sorted(label for label, number in in_both.items() if number < 2)
     if absent:
         raise UserInputError(
             f"Too few images to be in both subsets: {quoted(absent)}. Exclude them with "
-            "--min-images, ingest more of them, or ask for a larger test share."
+            "--min-images, ingest more of them, ask for a larger test share, or split by well, "
+            "which excludes classes with a single one."
         )
     downsampled = {largest: (before, after)} if before > after else {}
     return Assignment(subsets, downsampled=downsampled)

@@ -16,8 +16,6 @@ from .execute import CHUNKS, Worker
 from .queue import Task
 
 CONNECT_SECONDS = 10
-DESERTED_SECONDS = 60
-"""How long a Dask cluster may be without any worker."""
 
 
 @dataclass
@@ -60,7 +58,7 @@ class DaskCluster(Worker):
             self.deserted = None
         else:
             self.deserted = self.deserted or time.monotonic()
-            if time.monotonic() - self.deserted > DESERTED_SECONDS:
+            if time.monotonic() - self.deserted > 60:
                 raise StoreError(
                     f"The Dask scheduler at {self.address} has no workers. Start some with: "
                     f"dask worker {self.address}"

@@ -68,18 +68,11 @@ CHUNK_SECONDS = 2.0
 LARGEST_CHUNK = 128
 CHUNKS = 2
 """Chunks that a worker has: one at work, one that waits behind it."""
-MOST_CONFLICTS = 5
-"""How often rows are written again because another transaction stood in the way."""
-MOST_WRITTEN = 128
-"""Images whose rows are written in one transaction at most, when they come in that fast."""
-MOST_FALSE_STARTS = 10
-"""After so many deaths before it could do anything, a worker is not started again."""
 NO_MEMORY = (
     "This machine has too little memory for this image. Give fewer --workers, or try another "
     "machine, with: cellstore retry"
 )
 ON_LINUX = sys.platform == "linux"
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 # --- what a stage is, and what it returns ---------------------------------------------------------
@@ -251,22 +244,21 @@ def execute(
             runs[recipe_id].result = done
             if failed and not counter.images:  # so that it is never taken for the latest result
                 runs[recipe_id].error = f"None of the {failed} images could be done."
-    results = []
-    for recipe, counted in zip(recipes, counts, strict=True):
-        did = counters.get(recipe.id)
-        results.append(
-            JobsResult(
-                run_id=did.run_id if did else None,
-                recipe_id=recipe.id,
-                selected=counted.selected,
-                waiting=counted.waiting,
-                done=did.images if did else 0,
-                failures=tuple(did.failures) if did else (),
-                cells=did.cells if did else 0,
-                failed_before=counted.failed,
-            )
+    nothing = RunCounter(0, 0)
+    did = [counters.get(recipe.id, nothing) for recipe in recipes]
+    return [
+        JobsResult(
+            one.run_id or None,
+            recipe.id,
+            counted.selected,
+            counted.waiting,
+            one.images,
+            tuple(one.failures),
+            one.cells,
+            counted.failed,
         )
-    return results
+        for recipe, counted, one in zip(recipes, counts, did, strict=True)
+    ]
 
 
 def forecast(
@@ -289,23 +281,23 @@ def forecast(
             .where(Recipe.stage == spec.stage, Job.status == Status.DONE)
             .order_by(Job.id.desc())
         )
-        per_image, basis = None, "this recipe"
+        per_image = basis = None
         for known in (recipe_id, session.scalar(others.limit(1))):
-            if per_image is None and known is not None:
-                done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
-                last = done.order_by(Job.id.desc()).limit(1000).subquery()
-                per_image = session.scalar(select(func.avg(last.c.seconds)))
+            done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
+            last = done.order_by(Job.id.desc()).limit(1000).subquery()
+            per_image = session.scalar(select(func.avg(last.c.seconds)))
+            if per_image is not None:
                 basis = "this recipe" if known == recipe_id else f"recipe {known}"
+                break
     workers = max(1, resources.workers)
     seconds = None if per_image is None else per_image * todo / workers
-    basis_known = None if per_image is None else basis
     return JobsResult(
         None,
         None,
         counted.selected,
         counted.waiting,
         failed_before=counted.failed,
-        forecast=Forecast(todo, workers, per_image, seconds, basis_known),
+        forecast=Forecast(todo, workers, per_image, seconds, basis),
     )
 
 
@@ -577,7 +569,8 @@ class _Loop:
         they are dropped, and the others written anew.
         """
         together = self.stage.images_per_file
-        size = together if together > 1 else MOST_WRITTEN
+        # Images whose rows are written in one transaction at most, when they come in that fast.
+        size = together if together > 1 else 128
         conflicts, alone = 0, 0
         while self.ready and (everything or alone or len(self.ready) >= together):
             piece = self.ready[: 1 if alone else size]
@@ -607,7 +600,7 @@ class _Loop:
                     cells = [self.stage.insert(session, *each) for each in written]
             except ConflictError:
                 conflicts += 1
-                if conflicts >= MOST_CONFLICTS:
+                if conflicts >= 5:  # another transaction stood in the way each time
                     raise
                 continue
             except (StorageError, DatabaseError):
@@ -705,7 +698,7 @@ class Worker:
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
-        if self.false_starts >= MOST_FALSE_STARTS:
+        if self.false_starts >= 10:  # it died each time before it could do anything
             raise StoreError(
                 "Workers die while they start: killed, or out of memory. Free some memory, "
                 "or give fewer --workers. A Python script that asks for workers must do so "
@@ -806,8 +799,8 @@ def start_importing(stage: ImageStage[Any, Any]) -> None:
 
 def set_up_process(threads: int) -> None:
     """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
-    for name in THREADS:
-        os.environ.setdefault(name, str(threads))
+    for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", str(threads))
     # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
@@ -100,7 +100,6 @@ def find_image(session: Session, text: str) -> int:
     Raises:
         UnknownNameError: nothing has that name; similar names are listed.
         UserInputError: several images have it.
-
     """
     text = readable(text)
     found = _images(session, _image_condition(session, text), _LISTED)
@@ -137,11 +136,11 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
     for named in _conditions(session, text):
         if _images(session, named, 1):
             return named
-    words = _typed(session, text)
-    if words is not None and words.barcode is not None and words.position() is not None:
-        name, well = _well_named(session, words)
+    words = _words(session, text)
+    if words is not None and _position(words[1]) is not None:
+        name, well = _well_named(session, *words[:2])
         sites = session.scalars(select(images.c.site).where(images.c.well_id == well).distinct())
-        raise UnknownNameError.of(f"site of well {words.barcode}/{name}", words.site, sites)
+        raise UnknownNameError.of(f"site of well {words[0]}/{name}", words[2], sites)
     parts = _parts(text) or [text]
     if len(parts) == 2:
         of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == parts[0])
@@ -155,19 +154,12 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
     )
 
 
-class _Typed(NamedTuple):
-    """``PLATE/A01/1`` taken apart."""
-
-    barcode: str | None
-    well: str
-    site: str | None = None
-
-    def position(self) -> tuple[int, int] | None:
-        """Row and column, if the well is written like one."""
-        try:
-            return parse_well(self.well)
-        except UserInputError:
-            return None
+def _position(text: str) -> tuple[int, int] | None:
+    """Row and column, if a text is written like a well."""
+    try:
+        return parse_well(text)
+    except UserInputError:
+        return None
 
 
 def _parts(text: str) -> list[str]:
@@ -179,19 +171,17 @@ def _is_site(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def _typed(session: Session, text: str) -> _Typed | None:
+def _words(session: Session, text: str) -> tuple[str, str, str] | None:
     """The plate, the well and the site of a text; a plate that is not named is the only one."""
     parts = _parts(text)
-    if len(parts) == 3 and _is_site(parts[2]):
-        return _Typed(*parts)
     if len(parts) == 2 and _is_site(parts[1]) and (barcode := _only_plate(session)) is not None:
-        return _Typed(barcode, *parts)
-    return None
+        parts = [barcode, *parts]
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 and _is_site(parts[2]) else None
 
 
 def _as_well(text: str) -> tuple[int, int] | None:
     """Row and column of a text; not of ``0101``, which is as likely an id."""
-    return None if text.isdecimal() else _Typed(None, text).position()
+    return None if text.isdecimal() else _position(text)
 
 
 def _images(session: Session, named: ColumnElement[bool], limit: int) -> list[Row[Any]]:
@@ -214,16 +204,16 @@ def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
     def has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
         return images.c.id.in_(select(image_files.c.image_id).where(condition))
 
-    parts, words = _parts(text), _typed(session, text)
+    parts, words = _parts(text), _words(session, text)
     if text.isdecimal() and len(text) < 19:
         yield images.c.id == int(text)
-    if words is not None and (well := words.position()) is not None and words.site is not None:
+    if words is not None and (well := _position(words[1])) is not None:
         of_well = and_(
-            plates.c.barcode == words.barcode,
+            plates.c.barcode == words[0],
             wells.c.well_row == well[0],
             wells.c.well_column == well[1],
         )
-        yield and_(of_well, images.c.site == int(words.site))
+        yield and_(of_well, images.c.site == int(words[2]))
     if len(parts) == 2:
         yield and_(plates.c.barcode == parts[0], images.c.core_name == parts[1])
         if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
@@ -266,13 +256,12 @@ def find_well(session: Session, text: str) -> int:
     Raises:
         UnknownNameError: there is no such plate or well.
         UserInputError: the text names no well, or one on several plates.
-
     """
     text = readable(text)
     parts = _parts(text)
     if len(parts) == 1 and (position := _as_well(parts[0])) is not None:
         if (barcode := _only_plate(session)) is not None:
-            return _well_named(session, _Typed(barcode, parts[0]))[1]
+            return _well_named(session, barcode, parts[0])[1]
         on = select(plates.c.barcode).join(wells, wells.c.plate_id == plates.c.id)
         on = on.where(wells.c.well_row == position[0], wells.c.well_column == position[1])
         found = session.scalars(on.order_by(plates.c.id).limit(_LISTED))
@@ -281,7 +270,7 @@ def find_well(session: Session, text: str) -> int:
             raise UnknownNameError(f"No plate has a well {parts[0]!r} with images.")
         raise UserInputError(f"Well {parts[0]!r} of which plate? Name one: {', '.join(names)}.")
     if len(parts) == 2 and not _is_site(parts[1]) and _as_well(parts[1]) is not None:
-        return _well_named(session, _Typed(parts[0], parts[1]))[1]
+        return _well_named(session, *parts)[1]
     # Not by number: that of an image says nothing about wells.
     for condition in () if text.isdecimal() else _conditions(session, text):
         of_images = _images(session, condition, 2)
@@ -454,16 +443,16 @@ def find_cell(session: Session, number: str) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-def _well_named(session: Session, words: _Typed) -> tuple[str, int]:
+def _well_named(session: Session, barcode: str, well: str) -> tuple[str, int]:
     """The name and the id of a well."""
-    plate = find_plate(session, words.barcode)
-    row, column = parse_well(words.well)
+    plate = find_plate(session, barcode)
+    row, column = parse_well(well)
     query = select(wells.c.name, wells.c.id).where(wells.c.plate_id == plate)
     at = (wells.c.well_row == row, wells.c.well_column == column)
     found = session.execute(query.where(*at)).first()
     if found is None:
         known = session.scalars(select(wells.c.name).where(wells.c.plate_id == plate).limit(1536))
-        raise UnknownNameError.of("well", words.well, known)
+        raise UnknownNameError.of("well", well, known)
     return found[0], found[1]
 
 
@@ -483,7 +472,6 @@ def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
 
     Raises:
         UnknownNameError: there is none.
-
     """
     recipes = session.scalars(select(Recipe).where(Recipe.stage == stage)).all()
     matches = [item for item in recipes if reference == str(item.id)]
@@ -499,7 +487,6 @@ def find_split(session: Session, name: str | None) -> Split:
 
     Raises:
         UnknownNameError: there is none.
-
     """
     query = select(Split).order_by(Split.id.desc())
     found = session.scalars(query.where(Split.name == name) if name else query).first()

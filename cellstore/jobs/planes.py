@@ -26,9 +26,6 @@ from .lookup import find_channels, image_name, in_recipes, recipe_channels
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""
 
-DEFAULT_CHANNELS = 3
-"""The published pipeline looks at the median of the first three channels."""
-
 
 class ChannelFile(NamedTuple):
     """A file of an image as it was ingested: where it is, and what shows that it is the same.
@@ -94,7 +91,7 @@ def choose_files(files: Sequence[ChannelFile], wanted: ImageInput) -> list[Chann
                 raise UnknownNameError.of("channel", name, [file.channel for file in files])
         return [by_name[name.lower()] for name in wanted.channels]
     projected = [file for file in files if file.channel == PROJECTION_CHANNEL]
-    return projected or list(files)[:DEFAULT_CHANNELS]
+    return projected or list(files)[:3]  # as the published pipeline
 
 
 def open_file(file: ChannelFile) -> NDArray[np.generic]:

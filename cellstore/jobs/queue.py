@@ -8,7 +8,6 @@ caller, who commits.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import socket
@@ -40,6 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from ..artifacts import machine
 from ..db.bulk import in_lists, insert_new
 from ..db.events import record_runs
 from ..enums import Status
@@ -48,27 +48,24 @@ from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
-LEASE_SECONDS = 60.0
-SHORTEST_LEASE = 1.0
 ALONE = "alone"
 
 MOST_FAILURES = 3
 """After so many tries whose error might pass (a disk, a memory), a job has failed."""
 
-MOST_DEATHS = 5
-"""After so many workers that died over it, a job has failed; but for the first it was alone."""
+MOST_DEATHS = 4
+"""After so many workers that died while they had it alone in hand, a job has failed.
+
+The first death does not count: others may have been in hand with it, and be to blame.
+"""
 
 FIRST_WAIT = 1.0
-LONGEST_WAIT = 30.0
 
 UNSEEN = "0" * 64
 """Stands in a job for the bytes of an image that has not been seen."""
 
 CONTENT = func.coalesce(Image.content_sha256, UNSEEN)
 """The bytes of an image as a job names them."""
-
-AT_ONCE = 10_000
-"""Images whose jobs are made in one transaction."""
 
 _AS_IF_NEVER_RESERVED: dict[str, Any] = {
     "status": Status.PENDING,
@@ -102,37 +99,27 @@ class Owner:
 
     def is_alive(self) -> bool | None:
         """Whether this process of this machine lives; ``None``: that is not known here."""
-        machine, started = _identity(self.pid)
-        return started == self.started if machine and machine == self.machine else None
+        if self.machine != machine() or not self.started:
+            return None
+        return _began(self.pid) == self.started
 
 
 def new_owner(*, computes: bool = True) -> str:
     """Return a name for this process and call that no other has, as it stands in a job."""
     pid = os.getpid()
-    machine, started = _identity(pid)
     host = socket.gethostname().replace("|", "-")[:150]
     mark = f"{ALONE if computes else 'workers'}-{uuid.uuid4().hex[:8]}"
-    return "|".join((host, str(pid), machine, started or "", mark))
+    return "|".join((host, str(pid), machine(), _began(pid), mark))
 
 
-def _identity(pid: int) -> tuple[str, str | None]:
-    """Tell a process from all others: its machine, and the moment it began, in ticks.
-
-    The machine is this one since it was started, and this container. A number of a process is used
-    again, with another beginning. ``None``: there is no such process.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        space = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:  # not on Linux
-        return "", None
-    machine = hashlib.sha256(f"{boot}{space}".encode()).hexdigest()[:12]
+def _began(pid: int) -> str:
+    """When a process began, in ticks, as numbers come again. Empty: there is none, or no Linux."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return machine, None
+        return ""
     fields = text.rpartition(")")[2].split()
-    return machine, None if fields[0] == "Z" else fields[19]
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def shown_worker(text: str | None) -> str:
@@ -190,9 +177,9 @@ def lease_seconds() -> float:
     Raises:
         UserInputError: ``CELLSTORE_LEASE_SECONDS`` is no number of 1 or more.
     """
-    text = os.environ.get(ENV_LEASE) or str(LEASE_SECONDS)
+    text = os.environ.get(ENV_LEASE) or "60"
     with suppress(ValueError):
-        if (seconds := float(text)) >= SHORTEST_LEASE:
+        if (seconds := float(text)) >= 1:
             return seconds
     raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
 
@@ -231,7 +218,7 @@ def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
 
     Returns the last image id looked at; ``None`` when there is none left.
     """
-    piece = scope.images.where(Image.id > after).order_by(Image.id).limit(AT_ONCE).subquery()
+    piece = scope.images.where(Image.id > after).order_by(Image.id).limit(10_000).subquery()
     last = session.scalar(select(func.max(piece.c.id)))
     if last is None:
         return None
@@ -413,7 +400,7 @@ def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: boo
 
 def wait_after(tries: int) -> float:
     """Return the seconds before the next try: 1, 4, 16, ... up to 30, more or less."""
-    return min(LONGEST_WAIT, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+    return min(30.0, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
 def record_crash(session: Session, owner: str, task: Task) -> bool:
@@ -421,14 +408,17 @@ def record_crash(session: Session, owner: str, task: Task) -> bool:
     mine = update(Job).where(Job.worker == owner, Job.status == Status.RUNNING)
     mine = mine.where(Job.id.in_(task.jobs.values()))
     session.execute(mine.values(**_after_crash(session)))
-    return task.deaths + 1 < MOST_DEATHS
+    return task.deaths < MOST_DEATHS
 
 
 def _after_crash(session: Session) -> dict[str, Any]:
     """The values of jobs whose worker died: pending again after a while, failed in the end."""
-    last = Job.deaths + 1 >= MOST_DEATHS
-    reason = f"Its worker died {MOST_DEATHS} times: killed, out of memory, or crashed."
-    waits = {deaths: now(session, FIRST_WAIT * (deaths + 1)) for deaths in range(MOST_DEATHS - 1)}
+    last = Job.deaths >= MOST_DEATHS
+    reason = (
+        f"Its worker died {MOST_DEATHS} times with this image alone: killed, out of memory, or "
+        "crashed."
+    )
+    waits = {deaths: now(session, FIRST_WAIT * (deaths + 1)) for deaths in range(MOST_DEATHS)}
     return {
         "status": case((last, Status.FAILED.value), else_=Status.PENDING.value),
         "error": case((last, reason), else_=Job.error),
@@ -492,10 +482,8 @@ def close_dead_runs(session: Session) -> None:
     }
     if not gone:
         return
-    in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
-    for number, worker in session.execute(in_hand.where(Job.run_id.in_(gone)).distinct()):
-        if (owner := Owner.parse(worker)) and owner.is_alive() is not False:
-            gone.pop(number, None)
+    for number, _ in at_work(session, gone):
+        gone.pop(number, None)
     # By its process, too: another command may have gone on with the run meanwhile.
     these = (Run.id.in_(gone), Run.process.in_(gone.values()), Run.ended_at.is_(None))
     running = update(Run).where(*these, Run.status == Status.RUNNING).returning(Run.id)
@@ -503,6 +491,17 @@ def close_dead_runs(session: Session) -> None:
     cancelled = update(Run).where(*these).returning(Run.id)
     ended += session.scalars(cancelled.values(ended_at=datetime.now(UTC)))
     record_runs(session, ended)
+
+
+def at_work(session: Session, run_ids: Collection[int]) -> list[tuple[int, str]]:
+    """Return the run and the name of each worker that has its jobs in hand, and is not dead."""
+    in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
+    rows = session.execute(in_hand.where(Job.run_id.in_(run_ids)).distinct())
+    return [
+        (run_id, worker)
+        for run_id, worker in rows
+        if worker and (owner := Owner.parse(worker)) and owner.is_alive() is not False
+    ]
 
 
 def _died() -> dict[str, Any]:

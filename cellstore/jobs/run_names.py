@@ -38,7 +38,6 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
     Raises:
         UnknownNameError: there is none.
         UserInputError: it is no number, or a run of another stage is wanted.
-
     """
     words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
     words = [word for word in words if word not in ("run", "the")]

@@ -33,8 +33,8 @@ from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
-from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
-from .queue import Owner, close_dead_runs, new_owner, shown_worker
+from ..models import Artifact, Image, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
+from .queue import at_work, close_dead_runs, new_owner, shown_worker
 
 PACKAGES = (
     *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
@@ -128,16 +128,13 @@ def digest_of_images(
 
 def finished_run(session: Session, spec: RecipeSpec, split_id: int | None = None) -> Run | None:
     """Return the latest run of ``spec``, and of a split, that came to its end."""
-    query = (
-        select(Run)
-        .join(Recipe, Recipe.id == Run.recipe_id)
-        .where(Recipe.fingerprint == fingerprint(spec), Recipe.stage == spec.stage)
-        .where(Run.status == Status.DONE)
-        .order_by(Run.id.desc())
-    )
+    recipe = known_recipe(session, spec)
+    if recipe is None:
+        return None
+    query = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
     if split_id is not None:
         query = query.where(Run.split_id == split_id)
-    return session.scalars(query.limit(1)).first()
+    return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
 
 
 def result_of(run: Run, kind: type[T], **more: Any) -> T:
@@ -159,18 +156,17 @@ def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
 
 def register(session: Session, spec: RecipeSpec) -> Recipe:
     """Return the recipe of ``spec``, made on its first use."""
-    mark = fingerprint(spec)
     row = {
         "stage": spec.stage,
         "version": spec.version,
         "parameters": {**spec.parameters, **spec.local},
         "weights_sha256": spec.weights_sha256,
-        "fingerprint": mark,
+        "fingerprint": fingerprint(spec),
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    query = select(Recipe).where(Recipe.stage == spec.stage, Recipe.fingerprint == mark)
-    recipe = session.scalars(query).one()
+    same = (Recipe.stage == spec.stage, Recipe.fingerprint == row["fingerprint"])
+    recipe = session.scalars(select(Recipe).where(*same)).one()
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)
@@ -268,8 +264,12 @@ def running(
             if status is Status.DONE:
                 for act in handle.at_end:
                     act(session)
-            elif not alone and (other := _another_at(session, handle.id, owner)) is not None:
-                values = {"process": other}  # who shares the run goes on with it
+            elif not alone:
+                here = owner.split("|")[:2]  # host and process
+                others = [name for _, name in at_work(session, [handle.id])]
+                others = [name for name in others if name.split("|")[:2] != here]
+                if others:  # who shares the run goes on with it
+                    values = {"process": others[0]}
             done: Any = session.execute(mine.values(**values))
             if done.rowcount and "status" in values:
                 record_runs(session, [handle.id])
@@ -365,20 +365,6 @@ def _resume(database: Database, run_id: int, owner: str, device: str, *, alone: 
         record_runs(session, [run.id], opened=True)
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
         run.process = owner
-
-
-def _another_at(session: Session, run_id: int, owner: str) -> str | None:
-    """Another living process that has jobs of a run in hand."""
-    here = Owner.parse(owner)
-    assert here is not None
-    query = select(Job.worker).where(Job.run_id == run_id, Job.status == Status.RUNNING)
-    for text in session.scalars(query.distinct()):
-        other = Owner.parse(text)
-        if other is None or (other.host, other.pid) == (here.host, here.pid):
-            continue
-        if other.is_alive() is not False:
-            return text
-    return None
 
 
 @cache

@@ -14,8 +14,6 @@ from ..db.session import VERSION_TABLE, Database, connect, parse_url, without_se
 from ..errors import StoreError, UserInputError
 from ..settings import ENV_DATABASE, MARKER, Progress, StoreSettings, find_store
 
-SQLITE_PAGE = 4096  # bytes, of a new database
-
 
 @dataclass(frozen=True)
 class Workspace:
@@ -70,7 +68,6 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
             a file.
         StorageError: the folder cannot be written.
         SchemaError: the database holds a store of another version.
-
     """
     root = root.resolve()
     if root.is_file():
@@ -115,9 +112,9 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
         with suppress(OSError):
             if is_new:
                 (root / MARKER).unlink(missing_ok=True)
-                # A table has a page of its own, after the first page with the list of tables.
+                # A table has a page of its own, after the first one (4,096 bytes) with their list.
                 wal = sqlite.with_name(f"{sqlite.name}-wal")
-                is_empty = sqlite.is_file() and sqlite.stat().st_size <= SQLITE_PAGE
+                is_empty = sqlite.is_file() and sqlite.stat().st_size <= 4096
                 if is_empty and not had_sqlite and not wal.exists():
                     sqlite.unlink()
                 for folder in made:
@@ -131,7 +128,6 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
 
     Raises:
         SchemaError: this library does not know it, or its mark is lost.
-
     """
     before = database.revision()
     migrate.upgrade(database)

@@ -16,17 +16,11 @@ from .crops import CROP_MEAN, CROP_STD, CellBlock
 BRIGHTEST = 1.25
 """Grey values are multiplied by a factor from 1 / 1.25 to 1.25, evenly drawn on a log scale."""
 
-_MASK_INTENSITY = 3
-"""The channel of the mask crop that holds grey values."""
-
 Move = tuple[bool, bool, bool]
 """Whether a picture is transposed, then mirrored top-bottom, then left-right."""
 
 MOVES: tuple[Move, ...] = tuple((t, u, m) for t, u, m in product((False, True), repeat=3))
 """The eight symmetries of a square; those that do not transpose come first."""
-
-_TURNS: Sequence[int] = (0, 5, 3, 6)
-"""Positions in ``MOVES`` of no turn and of turns by 90, 180 and 270 degrees clockwise."""
 
 
 def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) -> CellBlock:
@@ -41,7 +35,8 @@ def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) ->
     crops = dict(cells.crops)
     usable: Sequence[int] = range(len(MOVES)) if "rotations" in kinds else range(len(MOVES) // 2)
     if "flips" not in kinds:
-        usable = _TURNS if "rotations" in kinds else range(0)
+        # No turn, and turns by 90, 180 and 270 degrees clockwise.
+        usable = (0, 5, 3, 6) if "rotations" in kinds else ()
     if usable:
         drawn = torch.randint(len(usable), (len(cells),), generator=generator)
         moves = torch.tensor(usable)[drawn]
@@ -55,7 +50,7 @@ def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) ->
     for name, stack in crops.items() if "intensity" in kinds else ():
         if name in (MASK, IMAGE):
             # Grey values times a factor of the cell; of branch image times one of the channel, too.
-            first = 0 if name == IMAGE else _MASK_INTENSITY
+            first = 0 if name == IMAGE else 3  # only the last channel of the mask crop has some
             grey = stack[:, first:]
             shares = torch.rand((*grey.shape[:2], 1, 1), generator=generator)
             factors = torch.exp((2 * shares - 1) * math.log(BRIGHTEST)).to(stack)

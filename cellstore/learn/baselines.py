@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -94,32 +93,29 @@ def fit_logistic(
     return model, not any(issubclass(item.category, ConvergenceWarning) for item in caught)
 
 
-@dataclass(frozen=True)
-class ForestConfig:
-    """``trees`` of at most ``depth`` levels, whose leaves hold ``smallest_leaf`` rows or more.
+def fit_forest(
+    rows: ArrayLike,
+    classes: NDArray[np.int64],
+    seed: int,
+    trees: int = 100,
+    depth: int | None = 16,
+    smallest_leaf: int = 5,
+    *,
+    all_columns: bool = False,
+) -> Any:
+    """Return a random forest; ``rows`` and ``classes`` as for :func:`fit_logistic`.
 
+    It has ``trees`` of at most ``depth`` levels, whose leaves hold ``smallest_leaf`` rows or more.
     ``all_columns``: each split looks at all columns, else at the root of their number (Breiman
     2001, as in scikit-learn).
     """
-
-    trees: int = 100
-    depth: int | None = 16
-    smallest_leaf: int = 5
-    all_columns: bool = False
-
-
-def fit_forest(
-    rows: ArrayLike, classes: NDArray[np.int64], seed: int, config: ForestConfig | None = None
-) -> Any:
-    """Return a random forest; ``rows`` and ``classes`` as for :func:`fit_logistic`."""
     from sklearn.ensemble import RandomForestClassifier
 
-    config = config or ForestConfig()
     model = RandomForestClassifier(
-        n_estimators=config.trees,
-        max_depth=config.depth,
-        min_samples_leaf=config.smallest_leaf,
-        max_features=None if config.all_columns else "sqrt",
+        n_estimators=trees,
+        max_depth=depth,
+        min_samples_leaf=smallest_leaf,
+        max_features=None if all_columns else "sqrt",
         random_state=seed,
         n_jobs=-1,
     )

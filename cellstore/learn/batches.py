@@ -44,10 +44,11 @@ from .crops import (
     UNKNOWN_LABEL,
     CellBlock,
     CellCrops,
-    PackedCrops,
+    Layers,
     Pictures,
     crop_cells,
     cut_crops,
+    empty_layers,
 )
 from .normalising import Scaler
 
@@ -78,9 +79,6 @@ BUFFER_CELLS = 32_768
 
 BUFFER_BYTES = 2 << 30
 """More than this is not mixed, however few cells it is."""
-
-_FIRST_BATCHES = 4
-"""The buffer starts with as many batches, not to keep an epoch waiting, and grows to its size."""
 
 _BLOCKS, _CELLS = range(2)
 """Keep random numbers apart that come of the same seed and epoch."""
@@ -177,7 +175,6 @@ class BlockShuffle:
     Raises, when called:
         UserInputError: ``share``: a process would have too few cells to fill its batches.
         ImageError: a block has not as many cells as was said.
-
     """
 
     def __init__(
@@ -211,7 +208,8 @@ class BlockShuffle:
         pool = _Pool(_generator(self.seed, epoch, _CELLS) if self.shuffle else None)
         blocks = self._read(drawn, ids)
         for number, size in enumerate(batch_sizes):
-            mixed = min(self.buffer_cells, self.batch_size * (_FIRST_BATCHES + number))
+            # It starts with 4 batches, not to keep an epoch waiting, and grows to its size.
+            mixed = min(self.buffer_cells, self.batch_size * (4 + number))
             while pool.cells < size or (
                 self.shuffle and pool.cells < mixed and pool.nbytes < self.buffer_bytes
             ):
@@ -308,16 +306,16 @@ class _Pool:
         return drawn
 
 
-MOST = 64 << 30
-"""No more than this is kept unless asked for: the crops of a plate of 384 wells take some 20 GB."""
-
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def default_memory() -> int:
-    """Bytes of cells to keep between epochs: a quarter of what this process may have."""
-    return min(available_memory() // 4, MOST)
+    """Bytes of cells to keep between epochs: a quarter of what this process may have.
+
+    At most 64 GB: the crops of a plate of 384 wells take some 20.
+    """
+    return min(available_memory() // 4, 64 << 30)
 
 
 def available_memory() -> int:
@@ -355,7 +353,6 @@ class CellReader:
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
-
     """
 
     def __init__(
@@ -400,7 +397,6 @@ class CellReader:
 
         Raises:
             ImageError: its pixels or masks cannot be read or do not fit each other.
-
         """
         found = self._kept.get(image_id)
         if found is not None:
@@ -418,20 +414,23 @@ class CellReader:
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
             plate = plate_of(session, image_id)
             if self.branches == (TABULAR,):
-                crops = PackedCrops(np.zeros((count, 2), np.int64), {})
+                sizes = np.zeros((count, 2), np.int64)
+                layers: Layers = {}
             elif count == 0:
-                none = np.empty((0, 2), np.int64)
-                crops = PackedCrops.empty(none, self.branches, len(self.channels))
+                sizes = np.empty((0, 2), np.int64)
+                layers = empty_layers(sizes, self.branches, len(self.channels))
             elif rows.boxes is None:
                 raise ImageError(
                     "The boxes of these cells are unknown, so they cannot be cut out of the image. "
                     "If you have their masks, run: cellstore ingest masks DIR"
                 )
             else:
-                crops = cut_crops(self._pictures(session, image_id, plate), rows.boxes, rows.labels)
+                pictures = self._pictures(session, image_id, plate)
+                sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(count, label, dtype=np.int64)
-        found = CellCrops(crops, self.scaler.transform(values, plate), labels, rows.cell_ids)
+        scaled = self.scaler.transform(values, plate)
+        found = CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
         with self._lock:
             if self._room and image_id not in self._kept and found.nbytes <= self._room:
                 self._kept[image_id], self._room = found, self._room - found.nbytes
@@ -452,12 +451,9 @@ class CellReader:
         return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
 
 
-MOST_THREADS = 8
-
-
 def reading_threads() -> int:
     """Threads that read images: half the cores that this process may use, 1 to 8."""
-    return max(1, min(MOST_THREADS, cores() // 2))
+    return max(1, min(8, cores() // 2))
 
 
 class Batches:
@@ -475,7 +471,6 @@ class Batches:
         ImageError: pixels or masks of an image cannot be read, or its cells are not those that
             ``blocks`` counted.
         UserInputError: there are too few images for a ``share``.
-
     """
 
     def __init__(self, reader: CellReader, blocks: Sequence[ImageBlock], **more: Any) -> None:

@@ -33,7 +33,6 @@ def choose_branches(
 
     Raises:
         UserInputError: a branch that is wanted cannot be fed.
-
     """
     has_masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
     has_flows = and_(has_masks, Segmentation.flow_artifact_id.is_not(None))
@@ -64,7 +63,6 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
     Raises:
         UnknownNameError: no image of the split has such a channel.
         UserInputError: some images do not have it, or it is named twice.
-
     """
     images = _images_with_cells(source)
     number = session.scalar(images.with_only_columns(func.count())) or 0

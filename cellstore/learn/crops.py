@@ -19,102 +19,55 @@ from torch import Tensor
 from ..errors import ImageError, UserInputError
 from .branches import FLOW, IMAGE, MASK
 
-INTENSITY_PERCENTILE = 99.9
-"""The intensity of an image that becomes 1; what is brighter, a few hot pixels, becomes 1 too."""
-
-_SAMPLED = 61
-"""Of so many pixels one is looked at to see where the brightest begin."""
-
-_SAFE_PERCENTILE = 99
-"""Of those, this percentile is nearly always below the one that is wanted; if not, it is seen."""
-
 LIGHT = "light"
 """Layer of intensities inside the cell. The codes of branch ``mask`` are layer ``mask``."""
 
 EDGE_BIT, OWN_BIT = 1, 2
 """Bits of a code: a pixel of the outline of a cell, of the cell of this crop; bit 0: of any."""
 
-Flat = NDArray[Any]
+Layers = Mapping[str, NDArray[Any]]
+"""(K, P) by name, those that the branches need: the crops of N cells as they were cut, each of its
+own size, end to end, P pixels in all. ``mask`` uint8 codes, ``light`` float32 from 0 to 1, ``flow``
+uint8 (K = 4), ``image`` float32 from 0 to 1 (K channels)."""
 
 
-@dataclass(frozen=True)
-class PackedCrops:
-    """The crops of N cells as they were cut, each of its own size, end to end: P pixels in all.
+def empty_layers(
+    sizes: NDArray[np.int64], branches: Sequence[str], n_channels: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Return room for crops of ``sizes`` (N, 2): rows and columns; in one piece of memory."""
+    pixels = int(sizes.prod(axis=1).sum())
+    kinds: list[tuple[str, str, int, Any]] = [  # the widest numbers first
+        (IMAGE, IMAGE, n_channels, np.float32),
+        (MASK, LIGHT, 1, np.float32),
+        (FLOW, FLOW, 4, np.uint8),
+        (MASK, MASK, 1, np.uint8),
+    ]
+    kinds = [kind for kind in kinds if kind[0] in branches]
+    lengths = [channels * pixels * np.dtype(kind).itemsize for *_, channels, kind in kinds]
+    pieces = np.split(np.empty(sum(lengths), np.uint8), np.cumsum(lengths)[:-1])
+    return {
+        name: piece.view(kind).reshape(channels, pixels)
+        for piece, (_, name, channels, kind) in zip(pieces, kinds, strict=False)
+    }
 
-    ``sizes`` (N, 2) int64 are rows and columns of each; ``layers`` (K, P) by name, those that the
-    branches need: ``mask`` uint8 codes, ``light`` float32 from 0 to 1, ``flow`` uint8 (K = 4),
-    ``image`` float32 from 0 to 1 (K channels).
-    """
 
-    sizes: NDArray[np.int64]
-    layers: Mapping[str, Flat]
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    @cached_property
-    def ends(self) -> NDArray[np.int64]:
-        """(N,) the pixel after the last one of each cell."""
-        ends: NDArray[np.int64] = np.cumsum(self.sizes.prod(axis=1))
-        return ends
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """(N,) the first pixel of each cell."""
-        starts: NDArray[np.int64] = self.ends - self.sizes.prod(axis=1)
-        return starts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all pixels."""
-        return sum(layer.nbytes for layer in self.layers.values())
-
-    @classmethod
-    def empty(
-        cls, sizes: NDArray[np.int64], branches: Sequence[str], n_channels: int = 0
-    ) -> PackedCrops:
-        """Room for crops of some sizes, with the layers of ``branches``, in one piece of memory."""
-        pixels = int(sizes.prod(axis=1).sum())
-        kinds: list[tuple[str, str, int, Any]] = [  # the widest numbers first
-            (IMAGE, IMAGE, n_channels, np.float32),
-            (MASK, LIGHT, 1, np.float32),
-            (FLOW, FLOW, 4, np.uint8),
-            (MASK, MASK, 1, np.uint8),
-        ]
-        kinds = [kind for kind in kinds if kind[0] in branches]
-        lengths = [channels * pixels * np.dtype(kind).itemsize for *_, channels, kind in kinds]
-        pieces = np.split(np.empty(sum(lengths), np.uint8), np.cumsum(lengths)[:-1])
-        layers = {
-            name: piece.view(kind).reshape(channels, pixels)
-            for piece, (_, name, channels, kind) in zip(pieces, kinds, strict=False)
-        }
-        return cls(sizes, layers)
-
-    @classmethod
-    def gather(cls, parts: Sequence[tuple[PackedCrops, NDArray[np.int64]]]) -> PackedCrops:
-        """The cells at some positions, (M,), of each of one or more packs, as a copy."""
-        chosen = [
-            (packed, start, end)
-            for packed, index in parts
-            for start, end in zip(
-                packed.starts[index].tolist(), packed.ends[index].tolist(), strict=True
-            )
-        ]
-        layers = {
-            name: np.concatenate([empty[:, :0], *(p.layers[name][:, a:b] for p, a, b in chosen)], 1)
-            for name, empty in parts[0][0].layers.items()
-        }
-        return cls(np.concatenate([packed.sizes[index] for packed, index in parts]), layers)
+def spans_of(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (N, 2): the first pixel of each cell, and the one after its last."""
+    pixels = sizes.prod(axis=1)
+    ends = np.cumsum(pixels)
+    return np.stack([ends - pixels, ends], axis=1)
 
 
 @dataclass(frozen=True)
 class CellCrops:
     """N cells whose crops are not resized yet, as numpy arrays.
 
+    ``sizes`` (N, 2) int64 are rows and columns of each crop, ``layers`` their pixels;
     ``features`` (N, F) float32, ``labels`` (N,) int64 class indices, ``cell_ids`` (N,) int64.
     """
 
-    crops: PackedCrops
+    sizes: NDArray[np.int64]
+    layers: Layers
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
@@ -122,11 +75,16 @@ class CellCrops:
     def __len__(self) -> int:
         return len(self.cell_ids)
 
+    @cached_property
+    def spans(self) -> NDArray[np.int64]:
+        """(N, 2) the first pixel of each cell, and the one after its last."""
+        return spans_of(self.sizes)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        few = self.features.nbytes + self.labels.nbytes + self.cell_ids.nbytes
-        return self.crops.nbytes + few
+        """Bytes of all arrays but the sizes."""
+        arrays = (*self.layers.values(), self.features, self.labels, self.cell_ids)
+        return sum(array.nbytes for array in arrays)
 
     def take(self, index: NDArray[np.int64]) -> CellCrops:
         """The cells at the positions ``index``, (M,), as a copy."""
@@ -135,11 +93,21 @@ class CellCrops:
     @classmethod
     def gather(cls, parts: Sequence[tuple[CellCrops, NDArray[np.int64]]]) -> CellCrops:
         """The cells at some positions, (M,), of each of one or more blocks, as a copy."""
+        chosen = [
+            (cells.layers, start, end)
+            for cells, index in parts
+            for start, end in cells.spans[index].tolist()
+        ]
+        layers = {
+            name: np.concatenate([empty[:, :0], *(some[name][:, a:b] for some, a, b in chosen)], 1)
+            for name, empty in parts[0][0].layers.items()
+        }
         return cls(
-            PackedCrops.gather([(block.crops, index) for block, index in parts]),
-            np.concatenate([block.features[index] for block, index in parts]),
-            np.concatenate([block.labels[index] for block, index in parts]),
-            np.concatenate([block.cell_ids[index] for block, index in parts]),
+            np.concatenate([cells.sizes[index] for cells, index in parts]),
+            layers,
+            np.concatenate([cells.features[index] for cells, index in parts]),
+            np.concatenate([cells.labels[index] for cells, index in parts]),
+            np.concatenate([cells.cell_ids[index] for cells, index in parts]),
         )
 
 
@@ -152,11 +120,8 @@ class Pictures:
     (H, W) intensities each. ``intensity_scale``: the intensities that become 1, of the plane and of
     each channel; without it, the 99.9th percentile of each.
 
-    Raises
-    ------
-    ImageError
-        The arrays do not fit each other, or hold values that are not finite.
-
+    Raises:
+        ImageError: the arrays do not fit each other, or hold values that are not finite.
     """
 
     masks: NDArray[Any]
@@ -193,23 +158,17 @@ class Pictures:
             )
 
 
-def cut_crops(pictures: Pictures, boxes: NDArray[Any], object_numbers: NDArray[Any]) -> PackedCrops:
-    """Cut the cells of one image out by their bounding boxes.
+def cut_crops(
+    pictures: Pictures, boxes: NDArray[Any], object_numbers: NDArray[Any]
+) -> tuple[NDArray[np.int64], Layers]:
+    """Cut the cells of one image out by their bounding boxes; return sizes and layers.
 
-    Parameters
-    ----------
-    pictures
-        The image. Without ``plane`` there is no branch ``mask``.
-    boxes
-        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
-    object_numbers
-        (N,) the value of each cell in ``masks``.
+    ``boxes`` (N, 4) are integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open;
+    ``object_numbers`` (N,) the value of each cell in the masks. Without a plane of intensities
+    there is no branch ``mask``.
 
-    Raises
-    ------
-    ImageError
-        A box is empty or reaches out of the image, or does not hold its cell.
-
+    Raises:
+        ImageError: a box is empty or reaches out of the image, or does not hold its cell.
     """
     masks, plane, channels = pictures.masks, pictures.plane, pictures.channels
     boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
@@ -226,16 +185,17 @@ def cut_crops(pictures: Pictures, boxes: NDArray[Any], object_numbers: NDArray[A
         scales = tuple(0.0 if p is None else image_scale(p) for p in (plane, *channels))
     looked_at = ((MASK, plane), (FLOW, pictures.flows), (IMAGE, channels or None))
     branches = [name for name, given in looked_at if given is not None]
-    cut = PackedCrops.empty(boxes[:, 2:] - boxes[:, :2], branches, len(channels))
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    layers = empty_layers(sizes, branches, len(channels))
     codes = _cells_and_edges(masks)
-    spans = zip(boxes.tolist(), cut.starts.tolist(), cut.ends.tolist(), object_numbers, strict=True)
-    for (top, left, bottom, right), start, end, number in spans:
+    spans = zip(boxes.tolist(), spans_of(sizes).tolist(), object_numbers, strict=True)
+    for (top, left, bottom, right), (start, end), number in spans:
         box = np.s_[top:bottom, left:right]
         own = masks[box] == number
         if not own.any():
             raise ImageError(f"Cell {number} is not in its box; segment this image again.")
         shape = (-1, *own.shape)
-        out = {name: layer[:, start:end].reshape(shape) for name, layer in cut.layers.items()}
+        out = {name: layer[:, start:end].reshape(shape) for name, layer in layers.items()}
         if plane is not None:
             np.left_shift(own, OWN_BIT, out=out[MASK][0], dtype=np.uint8, casting="unsafe")
             out[MASK][0] |= codes[box]
@@ -245,7 +205,7 @@ def cut_crops(pictures: Pictures, boxes: NDArray[Any], object_numbers: NDArray[A
             out[FLOW][...] = pictures.flows[box].transpose(2, 0, 1)
         for channel, scale, target in zip(channels, scales[1:], out.get(IMAGE, ()), strict=True):
             _scale(channel[box], scale, target)
-    return cut
+    return sizes, layers
 
 
 def _scale(intensities: NDArray[Any], scale: float, out: NDArray[np.float32]) -> None:
@@ -260,12 +220,14 @@ def _scale(intensities: NDArray[Any], scale: float, out: NDArray[np.float32]) ->
 def image_scale(intensities: NDArray[Any]) -> float:
     """The intensity that becomes 1: the 99.9th percentile, or the maximum if that is 0.
 
-    As ``numpy.percentile`` (linear interpolation), but only the brightest pixels are sorted.
+    What is brighter, a few hot pixels, becomes 1 too. As ``numpy.percentile`` (linear
+    interpolation), but only the brightest pixels are sorted.
     """
     flat = np.ravel(intensities)
-    position = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
+    position = 99.9 / 100 * (flat.size - 1)
     needed = flat.size - int(position)
-    brightest = flat[flat >= np.percentile(flat[::_SAMPLED], _SAFE_PERCENTILE)]
+    # The 99th percentile of a few pixels is nearly always below the one that is wanted.
+    brightest = flat[flat >= np.percentile(flat[::61], 99)]
     if len(brightest) < needed:
         brightest = flat
     brightest = np.sort(brightest)
@@ -308,12 +270,8 @@ PADDED_AT_ONCE = 1 << 26
 _COLUMNS, _ROWS = 32, 56
 """New pixels of a band; with fewer, calls cost more than what they save."""
 
-Spans = list[tuple[int, int]]
 
-
-def resized(
-    packed: PackedCrops, size: int, device: torch.device | str = "cpu"
-) -> dict[str, Tensor]:
+def resized(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Return crops by image branch, (N, C, size, size) float32 from -1 to 1, on ``device``.
 
     The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
@@ -324,18 +282,17 @@ def resized(
     if size < 1:
         raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
     if torch.device(device).type != "cpu":
-        return resized_at_once(packed, size, device)
-    channels = _channels(packed.layers)
+        return resized_at_once(cells, size, device)
+    channels = _channels(cells.layers)
     # numpy asks for huge pages, torch does not: a third of the time goes with fresh memory.
     made = {
-        name: torch.from_numpy(np.empty((len(packed), len(own), size, size), np.float32))
+        name: torch.from_numpy(np.empty((len(cells), len(own), size, size), np.float32))
         for name, own in channels.items()
     }
-    spans = list(zip(packed.starts.tolist(), packed.ends.tolist(), strict=True))
-    sizes = packed.sizes.tolist()
+    spans, sizes = cells.spans.tolist(), cells.sizes.tolist()
     for first, last in _runs(spans) if channels else ():
         start, end = spans[first][0], spans[last - 1][1]
-        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in packed.layers.items()})
+        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in cells.layers.items()})
         for cell in range(first, last):
             (rows, columns), (a, b) = sizes[cell], spans[cell]
             lines = flat[:, a - start : b - start].reshape(-1, columns)
@@ -351,23 +308,21 @@ def resized(
     return made
 
 
-def resized_at_once(
-    packed: PackedCrops, size: int, device: torch.device | str
-) -> dict[str, Tensor]:
+def resized_at_once(cells: CellCrops, size: int, device: torch.device | str) -> dict[str, Tensor]:
     """As :func:`resized`, with cells of like sizes padded to one size, for accelerators."""
-    channels = _channels(packed.layers)
-    shape = (len(packed), size, size)
+    channels = _channels(cells.layers)
+    shape = (len(cells), size, size)
     made = {
         name: torch.empty((shape[0], len(own), *shape[1:]), device=device)
         for name, own in channels.items()
     }
     if not channels:
         return made
-    flat = _floats({name: _sent(layer, device) for name, layer in packed.layers.items()})
-    sizes, starts = (_sent(part, device) for part in (packed.sizes, packed.starts))
-    for group in _of_like_sizes(packed.sizes, len(flat)):
+    flat = _floats({name: _sent(layer, device) for name, layer in cells.layers.items()})
+    sizes, starts = (_sent(part, device) for part in (cells.sizes, cells.spans[:, 0].copy()))
+    for group in _of_like_sizes(cells.sizes, len(flat)):
         index = _sent(group, device)
-        lengths, (rows, columns) = sizes[index], packed.sizes[group].max(axis=0).tolist()
+        lengths, (rows, columns) = sizes[index], cells.sizes[group].max(axis=0).tolist()
         # (N, rows, columns): where the pixels of each crop are in (P,).
         down = torch.arange(rows, device=starts.device)[:, None] * lengths[:, 1, None, None]
         across = torch.arange(columns, device=starts.device)
@@ -415,7 +370,7 @@ def _channels(layers: Mapping[str, Sized]) -> dict[str, range]:
     return found
 
 
-def _runs(spans: Spans) -> Iterator[tuple[int, int]]:
+def _runs(spans: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     """First cell and the one after the last of runs of at most ``PIXELS_AT_ONCE`` pixels."""
     first = 0
     for last in range(1, len(spans) + 1):
@@ -523,5 +478,5 @@ class CellBlock:
 def crop_cells(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> CellBlock:
     """Resize the crops of ``cells`` to ``size`` pixels, on ``device``."""
     few = (torch.from_numpy(part) for part in (cells.features, cells.labels, cells.cell_ids))
-    crops = resized(cells.crops, size, device) if cells.crops.layers else {}
+    crops = resized(cells, size, device) if cells.layers else {}
     return CellBlock(crops, *(part.to(device, non_blocking=True) for part in few))

@@ -20,7 +20,7 @@ from torchvision import models
 TABULAR = "tabular"
 
 TRUSTED = ["sklearn.tree._tree.Tree"]
-"""What skops does not trust by itself. scikit-learn follows the numbers in it without a look."""
+"""What a file may hold beside what skops trusts by itself; :func:`check_tree` looks at these."""
 
 
 class Classifier:
@@ -44,13 +44,8 @@ class Classifier:
             import skops.io
 
             self.estimator = skops.io.load(folder / "model.skops", trusted=TRUSTED)
-            for tree in (item.tree_ for item in getattr(self.estimator, "estimators_", ())):
-                here, leaf = range(tree.node_count), tree.children_left < 0
-                for child in (tree.children_left, tree.children_right):
-                    if not ((child > here) & (child < tree.node_count) | leaf).all():
-                        raise ValueError("The trees of this model are damaged. Do not use it.")
-                if not ((tree.feature < len(self.features)) & (tree.feature >= 0) | leaf).all():
-                    raise ValueError("The trees of this model are damaged. Do not use it.")
+            for item in getattr(self.estimator, "estimators_", ()):
+                check_tree(item.tree_)
 
     def __call__(
         self, crops: Mapping[str, Tensor], features: Tensor, plate: str | None = None
@@ -74,6 +69,19 @@ class Classifier:
         with torch.inference_mode():
             scores: Tensor = self.network(normal, scaled)
         return torch.softmax(scores.double(), dim=1)
+
+
+def check_tree(tree: Any) -> None:
+    """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
+
+    scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
+    """
+    here, leaf = range(tree.node_count), tree.children_left < 0
+    for child in (tree.children_left, tree.children_right):
+        if not ((child > here) & (child < tree.node_count) | leaf).all():
+            raise ValueError("a node of the forest leads back or out of it")
+    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
+        raise ValueError("a node of the forest looks at a column that is not there")
 
 
 class Scaler:
@@ -105,15 +113,26 @@ def _numbers(values: list[float | None]) -> Tensor:
 
 
 class Network(nn.Module):
-    """A branch for each kind of crop and one for measurements, weighted, projected, classified."""
+    """A branch for each kind of crop and one for measurements, weighted, projected, classified.
+
+    The branches are the modules ``mask_branch``, ``flow_branch``, ``image_branch`` and
+    ``tabular_branch``, those of them that ``shape["branches"]`` names.
+    """
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         super().__init__()
         self.branches = tuple(shape["branches"])
         fused = 0
         for name in self.branches:
-            branch, width = _tabular(shape) if name == TABULAR else _pictures(shape, name)
-            self.add_module(f"{name}_branch", branch)
+            if name == TABULAR:
+                width = shape["tabular_width"]
+                layers = nn.Linear(shape["n_features"], width), nn.ReLU(), nn.BatchNorm1d(width)
+                made: nn.Module = nn.Sequential(*layers, nn.Dropout(shape["dropout"]))
+            else:
+                channels = shape["plane_channels" if name == "image" else "image_channels"]
+                made = ImageBranch(channels, shape["backbone"])
+                width = made.width
+            self.add_module(f"{name}_branch", made)
             fused += width
         inner, width = shape["attention_width"], shape["projection_width"]
         self.attention = nn.Sequential(
@@ -123,7 +142,12 @@ class Network(nn.Module):
         self.classifier = nn.Linear(width, shape["n_classes"])
 
     def forward(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        """Return scores before softmax, (N, K) float32."""
+        """Return scores before softmax, (N, K) float32.
+
+        ``crops`` of each branch are (N, channels, S, S), ``features`` (N, F); all float32,
+        normalised. What no branch looks at may be absent, or of any shape. While training, N must
+        be 2 or more (batch normalisation).
+        """
         given = {**crops, TABULAR: features}
         seen = [self.get_submodule(f"{name}_branch")(given[name]) for name in self.branches]
         fused = torch.cat(seen, dim=1)
@@ -131,30 +155,32 @@ class Network(nn.Module):
         return scores
 
 
-def _tabular(shape: Mapping[str, Any]) -> tuple[nn.Module, int]:
-    width = shape["tabular_width"]
-    layers = nn.Linear(shape["n_features"], width), nn.ReLU(), nn.BatchNorm1d(width)
-    return nn.Sequential(*layers, nn.Dropout(shape["dropout"])), width
+class ImageBranch(nn.Sequential):
+    """Crops (N, channels, S, S) to embeddings (N, ``width``) float32.
 
+    A classifier of torchvision without its head, the last linear layer; its first convolution,
+    ``stem``, is made to fit. Of EfficientNets only the features, pooled: without the dropout before
+    their head, as published.
+    """
 
-def _pictures(shape: Mapping[str, Any], name: str) -> tuple[nn.Module, int]:
-    """A classifier of torchvision without its head, its first convolution made to fit."""
-    channels = shape["plane_channels" if name == "image" else "image_channels"]
-    whole = models.get_model(shape["backbone"], weights=None)
-    layers = list(whole.named_modules())
-    stem, old = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
-    head, last = [(n, m) for n, m in layers if isinstance(m, nn.Linear)][-1]
-    new = nn.Conv2d(
-        channels,
-        old.out_channels,
-        kernel_size=old.kernel_size,  # type: ignore[arg-type]
-        stride=old.stride,  # type: ignore[arg-type]
-        padding=old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
-    whole.set_submodule(stem, new)
-    whole.set_submodule(head, nn.Identity())
-    if shape["backbone"].startswith("efficientnet"):
-        pooled = nn.Sequential(whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return pooled, last.in_features
-    return nn.Sequential(whole), last.in_features
+    def __init__(self, channels: int, backbone: str) -> None:
+        whole = models.get_model(backbone, weights=None)
+        layers = list(whole.named_modules())
+        stem, old = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
+        head, last = [(n, m) for n, m in layers if isinstance(m, nn.Linear)][-1]
+        new = nn.Conv2d(
+            channels,
+            old.out_channels,
+            kernel_size=old.kernel_size,  # type: ignore[arg-type]
+            stride=old.stride,  # type: ignore[arg-type]
+            padding=old.padding,  # type: ignore[arg-type]
+            bias=old.bias is not None,
+        )
+        nn.init.kaiming_normal_(new.weight, mode="fan_out")
+        whole.set_submodule(stem, new)
+        whole.set_submodule(head, nn.Identity())
+        pooled = backbone.startswith("efficientnet")
+        super().__init__(
+            *((whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pooled else (whole,))
+        )
+        self.backbone, self.stem, self.width = backbone, stem, last.in_features

@@ -22,6 +22,7 @@ from cellpose.metrics import average_precision
 from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize_img, random_rotate_and_resize
 from cellpose.utils import diameters
+from numpy.typing import NDArray
 
 from ..analysis.regions import find_regions
 from ..analysis.segmentation import (
@@ -35,14 +36,10 @@ from ..config import FinetuneParams
 
 if TYPE_CHECKING:
     from cellpose.models import CellposeModel
-    from numpy.typing import NDArray
 
 
 CROPS_PER_IMAGE = 4
 """Crops of each image in an epoch."""
-
-CELLS_ACROSS = 7.5
-"""Median cells along the side of a crop, once its image is scaled for the network."""
 
 SCALES = (0.5, 0.7, 1.0, 1.4)
 """Sizes at which the size model is shown each image."""
@@ -56,12 +53,8 @@ RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1)
 """Penalties tried for the size model; few images need strong ones."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """``image``: (2, H, W) float32. ``target``: (3, H, W) float32: cell or not, flow y, flow x."""
-
-    image: NDArray[np.float32]
-    target: NDArray[np.float32]
+Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Images (N, 2, H, W), and targets (N, 3, H, W): cell or not, flow y, flow x."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +130,11 @@ def finetune(
 
 
 def train_step(
-    net: CPnet, optimiser: torch.optim.Optimizer, batch: list[Sample], device: torch.device
+    net: CPnet, optimiser: torch.optim.Optimizer, batch: Batch, device: torch.device
 ) -> float:
     """One update of ``net``; returns the loss."""
     net.train()
-    image = torch.from_numpy(np.stack([s.image for s in batch])).to(device)
-    target = torch.from_numpy(np.stack([s.target for s in batch])).to(device)
+    image, target = (torch.from_numpy(part).to(device) for part in batch)
     predicted = net(image)[0]
     flow = torch.nn.functional.mse_loss(predicted[:, :2], 5 * target[:, 1:]) / 2
     cell = torch.nn.functional.binary_cross_entropy_with_logits(predicted[:, 2], target[:, 0])
@@ -183,7 +175,7 @@ def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
     }
 
 
-def _batches(examples: Prepared, diam_mean: float) -> Iterator[list[Sample]]:
+def _batches(examples: Prepared, diam_mean: float) -> Iterator[Batch]:
     """Crops of every image, ``CROPS_PER_IMAGE`` times, in a new order."""
     order = np.random.permutation(np.repeat(np.arange(len(examples)), CROPS_PER_IMAGE))
     length = crop_side(diam_mean)
@@ -197,12 +189,12 @@ def _batches(examples: Prepared, diam_mean: float) -> Iterator[list[Sample]]:
             scale_range=0.5,
             xy=(length, length),
         )
-        yield [Sample(image, target) for image, target in zip(planes, labels, strict=True)]
+        yield planes, labels
 
 
 def crop_side(diam_mean: float) -> int:
-    """Pixels of a crop: a multiple of 16, as the levels of the network need."""
-    return 16 * round(CELLS_ACROSS * diam_mean / 16)
+    """Pixels of a crop: 7.5 median cells, and a multiple of 16, as the network needs."""
+    return 16 * round(7.5 * diam_mean / 16)
 
 
 def size_model_of(

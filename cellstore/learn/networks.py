@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torchvision import models
 
 from ..errors import UnknownNameError, UserInputError, first_line
 from ..io.uris import plain_file
 from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR
+from .exported_classifier import ImageBranch, Network
 
 EFFICIENTNET_B0 = "efficientnet_b0"
 """What the published network has."""
@@ -38,13 +39,13 @@ WORKING = (
 
 State = Mapping[str, Tensor]
 
-_CROPS_TRIED = 2
-
-_COUNT = "num_batches_tracked"
-"""Absent from the older weight files of torchvision, and of no use to us."""
-
-_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
-"""Names in the weight files of DenseNets, from before names could not have dots."""
+_MANY = "it gives more than one embedding while training"
+_UNFIT = {
+    "mnasnet": "its weights need a mark that safetensors files do not keep",
+    "googlenet": _MANY,
+    "inception": _MANY,
+}
+"""The families that cannot be used, by how their names begin."""
 
 
 @cache
@@ -54,76 +55,43 @@ def backbones() -> tuple[str, ...]:
 
 
 def check_backbone(name: str) -> None:
-    """Raise ``UnknownNameError`` if torchvision has no classifier of this name."""
+    """Refuse a name that torchvision does not have, or a network that cannot be used here.
+
+    Raises:
+        UnknownNameError, UserInputError
+    """
     if name not in backbones():
         raise UnknownNameError.of("backbone", name, backbones())
+    for family, why in _UNFIT.items():
+        if name.startswith(family):
+            raise _unfit(name, why)
 
 
-class ImageBranch(nn.Sequential):
-    """Crops (N, channels, S, S) to embeddings (N, ``width``) float32.
+def start_from(branch: ImageBranch, state: State) -> None:
+    """Take over the weights of a torchvision network; ``state`` is its state dict.
 
-    EfficientNets are their features, pooled, as published: without the dropout before their head.
-    All others are the whole of torchvision's network but its last linear layer.
-
-    Raises ``UnknownNameError`` for a name that torchvision does not have, ``UserInputError`` for
-    one whose first convolution and head cannot be replaced.
+    The first convolution is made to fit: the filters of red, green and blue come first, each
+    further channel gets their mean. Raises ``UserInputError`` if they are of another network.
     """
-
-    def __init__(self, channels: int, backbone: str = EFFICIENTNET_B0) -> None:
-        check_backbone(backbone)
-        if backbone.startswith("mnasnet"):
-            raise _unfit(backbone, "its weights need a mark that safetensors files do not keep")
-        # Said, so that torchvision does not warn that its default will change.
-        old = {"init_weights": True} if backbone in ("googlenet", "inception_v3") else {}
-        whole = models.get_model(backbone, weights=None, **old)
-        layers = list(whole.named_modules())
-        stems = [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d)]
-        if not stems:
-            raise _unfit(backbone, "it has no convolution")
-        heads = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
-        if not heads:
-            raise _unfit(backbone, "its head is no linear layer")
-        (stem, first), (head, last) = stems[0], heads[-1]
-        self.width = last.in_features
-        made = nn.Conv2d(
-            channels,
-            first.out_channels,
-            kernel_size=first.kernel_size,  # type: ignore[arg-type]
-            stride=first.stride,  # type: ignore[arg-type]
-            padding=first.padding,  # type: ignore[arg-type]
-            bias=first.bias is not None,
-        )
-        nn.init.kaiming_normal_(made.weight, mode="fan_out")
-        whole.set_submodule(stem, made)
-        whole.set_submodule(head, nn.Identity())
-        if backbone.startswith("efficientnet"):
-            super().__init__(whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        else:
-            super().__init__(whole)
-        self.backbone, self._stem_name = backbone, stem
-
-    def start_from(self, state: State) -> None:
-        """Take over the weights of a torchvision network; ``state`` is its state dict.
-
-        The first convolution is made to fit: the filters of red, green and blue come first, each
-        further channel gets their mean. Raises ``UserInputError`` if they are of another network.
-        """
-        prefix = "features." if self.backbone.startswith("efficientnet") else ""
-        stem = f"{self._stem_name}.weight"
-        inner = self[0].state_dict()
-        given = {_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
-        channels = int(inner[stem.removeprefix(prefix)].shape[1])
-        try:
-            mean = given[stem].mean(dim=1, keepdim=True)
-            given[stem] = torch.cat([given[stem], *[mean] * channels], dim=1)[:, :channels]
-            counts = {f"{prefix}{name}": inner[name] for name in inner if name.endswith(_COUNT)}
-            body = {**counts, **given}
-            self[0].load_state_dict({name: body[f"{prefix}{name}"] for name in inner})
-        except (KeyError, RuntimeError, IndexError) as error:
-            raise UserInputError(
-                f"These are not the weights of torchvision's {self.backbone} "
-                f"({first_line(error)}). Give a state dict of that network."
-            ) from error
+    prefix = "features." if branch.backbone.startswith("efficientnet") else ""
+    stem = f"{branch.stem}.weight"
+    inner = branch[0].state_dict()
+    # Weight files of DenseNets are from before names could not have dots.
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+    given = {dotted.sub(r"\1\2", name): value for name, value in state.items()}
+    channels = int(inner[stem.removeprefix(prefix)].shape[1])
+    try:
+        mean = given[stem].mean(dim=1, keepdim=True)
+        given[stem] = torch.cat([given[stem], *[mean] * channels], dim=1)[:, :channels]
+        # Older weight files lack these; they are of no use to us.
+        counts = {f"{prefix}{n}": inner[n] for n in inner if n.endswith("num_batches_tracked")}
+        body = {**counts, **given}
+        branch[0].load_state_dict({name: body[f"{prefix}{name}"] for name in inner})
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise UserInputError(
+            f"These are not the weights of torchvision's {branch.backbone} "
+            f"({first_line(error)}). Give a state dict of that network."
+        ) from error
 
 
 def check_crop_size(branch: ImageBranch, channels: int, size: int) -> None:
@@ -132,14 +100,12 @@ def check_crop_size(branch: ImageBranch, channels: int, size: int) -> None:
     Nothing is computed: shapes alone go through the network.
     """
     tensors = {name: value.to("meta") for name, value in branch.state_dict().items()}
-    crops = torch.empty((_CROPS_TRIED, channels, size, size), device="meta")
+    crops = torch.empty((2, channels, size, size), device="meta")
     try:
-        made = functional_call(branch, tensors, (crops,))
+        functional_call(branch, tensors, (crops,))
     except (RuntimeError, AssertionError, ValueError) as error:
         why = f"it takes no crops of {size} pixels: {first_line(error).rstrip('.')}"
         raise _unfit(branch.backbone, why) from error
-    if not isinstance(made, Tensor) or made.shape != (_CROPS_TRIED, branch.width):
-        raise _unfit(branch.backbone, "it gives more than one embedding while training")
 
 
 def _unfit(backbone: str, why: str) -> UserInputError:
@@ -189,14 +155,6 @@ def read_state(path: Path, backbone: str) -> State:
 
 IMAGENET = "imagenet"
 
-_KINDS: dict[str, Any] = {
-    "int": int,
-    "float": (int, float),
-    "str": str,
-    "tuple[str, ...]": (list, tuple),
-}
-"""What JSON makes of the types of a shape's fields."""
-
 
 @dataclass(frozen=True)
 class NetShape:
@@ -243,82 +201,20 @@ class NetShape:
             if name != TABULAR
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self) | {"branches": list(self.branches)}
 
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> NetShape:
-        """The shape that :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
-        known = {item.name: str(item.type) for item in fields(cls)}
-        wrong = [
-            name
-            for name, value in record.items()
-            if name not in known or not isinstance(value, _KINDS[known[name]])
-        ]
-        if wrong or not {"n_classes", "n_features"} <= record.keys():
-            raise UserInputError(f"This does not describe a network: look at {wrong or record}.")
-        branches = tuple(str(name) for name in record.get("branches", BRANCHES))
-        return cls(**{**record, "branches": branches})
-
-
-class FusionNet(nn.Module):
+class FusionNet(Network):
     """The published network, or one of other branches; see the module's description.
 
-    The branches are the modules ``mask_branch``, ``flow_branch``, ``image_branch`` and
-    ``tabular_branch``, those of them that ``shape.branches`` names.
+    Raises ``UserInputError`` for a backbone whose first convolution or head cannot be replaced.
     """
 
     def __init__(self, shape: NetShape) -> None:
-        super().__init__()
+        try:
+            super().__init__(asdict(shape))
+        except (StopIteration, IndexError) as error:
+            why = "it has no convolution, or its head is no linear layer"
+            raise _unfit(shape.backbone, why) from error
         self.shape = shape
-        fused = 0
-        for name in shape.branches:
-            channels = shape.pictures.get(name)
-            made = ImageBranch(channels, shape.backbone) if channels else tabular_branch(shape)
-            fused += made.width if isinstance(made, ImageBranch) else shape.tabular_width
-            self.add_module(_module(name), made)
-        self.attention = nn.Sequential(
-            nn.Linear(fused, shape.attention_width),
-            nn.ReLU(),
-            nn.Linear(shape.attention_width, fused),
-            nn.Sigmoid(),
-        )
-        self.projection = nn.Sequential(nn.Linear(fused, shape.projection_width), nn.ReLU())
-        self.classifier = nn.Linear(shape.projection_width, shape.n_classes)
-
-    def forward(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        """Class scores before softmax, (N, n_classes) float32.
-
-        ``crops`` of each branch are (N, channels, S, S), with the channels that ``shape.pictures``
-        says, ``features`` (N, n_features); all float32, normalised. What no branch of the network
-        looks at may be absent, or of any shape. While training, N must be 2 or more (batch
-        normalisation).
-        """
-        given = {**crops, TABULAR: features}
-        seen = [self.get_submodule(_module(name))(given[name]) for name in self.shape.branches]
-        fused = torch.cat(seen, dim=1)
-        scores: Tensor = self.classifier(self.projection(fused * self.attention(fused)))
-        return scores
-
-    def image_branches(self) -> dict[str, ImageBranch]:
-        """The branches that look at crops, by name."""
-        modules = {name: self.get_submodule(_module(name)) for name in self.shape.pictures}
-        return {name: made for name, made in modules.items() if isinstance(made, ImageBranch)}
-
-
-def _module(branch: str) -> str:
-    return f"{branch}_branch"
-
-
-def tabular_branch(shape: NetShape) -> nn.Sequential:
-    """(N, n_features) to (N, tabular_width)."""
-    return nn.Sequential(
-        nn.Linear(shape.n_features, shape.tabular_width),
-        nn.ReLU(),
-        nn.BatchNorm1d(shape.tabular_width),
-        nn.Dropout(shape.dropout),
-    )
 
 
 def build_net(
@@ -343,7 +239,9 @@ def build_net(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FusionNet(shape)
-    branches = net.image_branches()
+    branches: dict[str, Any] = {
+        name: net.get_submodule(f"{name}_branch") for name in shape.pictures
+    }
     for name, branch in branches.items():
         if crop_size is not None:
             check_crop_size(branch, shape.pictures[name], crop_size)
@@ -353,5 +251,5 @@ def build_net(
         else:
             state = read_state(Path(weights), shape.backbone)
         for branch in branches.values():
-            branch.start_from(state)
+            start_from(branch, state)
     return net

@@ -8,8 +8,8 @@ no label of any treated cell. :func:`describe_plates` says so.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,11 +29,12 @@ from ..query.exclusions import image_counts
 Numbers = NDArray[np.float64]
 
 
-class Scale(NamedTuple):
-    """Mean and scale of each column, over so many cells; NaN for a column without a value."""
+@dataclass(frozen=True)
+class Scale:
+    """Mean and scale of each column, over so many cells; ``None`` for a column without a value."""
 
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
+    mean: tuple[float | None, ...]
+    scale: tuple[float | None, ...]
     cells: int
 
     def of_columns(self, kept: NDArray[np.bool_]) -> Scale:
@@ -43,15 +44,13 @@ class Scale(NamedTuple):
 
     def apply(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """``(x - mean) / scale``, (N, F)."""
-        scaled: NDArray[np.float64] = (rows - np.array(self.mean)) / np.array(self.scale)
+        mean, scale = (np.array(v, dtype=np.float64) for v in (self.mean, self.scale))
+        scaled: NDArray[np.float64] = (rows - mean) / scale
         return scaled
 
 
 FEWEST_CONTROLS = 2
 """Control cells that a plate must have: one alone has no deviation."""
-
-IMAGES_LOOKED_AT = 32
-"""Images of a plate whose intensities are looked at."""
 
 
 def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool = False) -> Scale:
@@ -83,8 +82,12 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # A constant column keeps rounding noise in place of an exact 0.
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
-    mean, scale = (np.where(count > 0, values, np.nan) for values in (mean, scale))
-    return Scale(tuple(mean.tolist()), tuple(scale.tolist()), cells)
+    known = count > 0
+    of_columns = [
+        tuple(value if there else None for value, there in zip(values.tolist(), known, strict=True))
+        for values in (mean, scale)
+    ]
+    return Scale(of_columns[0], of_columns[1], cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -135,11 +138,12 @@ class Scaler:
         Raises ``UserInputError`` where there is no row or no column with a value, too.
         """
         found = fit_scale(names, blocks, gaps=gaps)
-        kept = np.isfinite(found.mean)
+        kept = np.isfinite(np.array(found.mean, dtype=np.float64))
         if not kept.any():
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        found = found.of_columns(kept)
-        return cls(tuple(np.array(names)[kept].tolist()), found.mean, found.scale, gaps)
+        columns = (names, found.mean, found.scale)
+        known = [tuple(np.array(values)[kept].tolist()) for values in columns]
+        return cls(known[0], known[1], known[2], gaps)
 
     @classmethod
     def fit_plates(
@@ -177,60 +181,35 @@ class Scaler:
         return np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain lists, null for NaN."""
-        plates = intensities = None
-        if self.plates is not None:
-            plates = {
-                plate: {
-                    "mean": [None if np.isnan(v) else v for v in found.mean],
-                    "scale": [None if np.isnan(v) else v for v in found.scale],
-                    "cells": found.cells,
-                }
-                for plate, found in self.plates.items()
-            }
-        if self.intensities is not None:
-            intensities = {plate: list(values) for plate, values in self.intensities.items()}
-        lists = {name: list(getattr(self, name)) for name in ("names", "mean", "scale", "own")}
-        return {**lists, "gaps": self.gaps, "plates": plates, "intensities": intensities}
+        """Return a record that ``json.dumps`` takes as it is."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Scaler:
         """Return what :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
         try:
-            names, own = (tuple(str(text) for text in record[key]) for key in ("names", "own"))
-            # numpy makes NaN of null
-            mean, scale = (
-                tuple(np.array(record[key], dtype=np.float64).tolist()) for key in ("mean", "scale")
-            )
             plates, intensities = record["plates"], record["intensities"]
             if plates is not None:
                 plates = {
-                    str(plate): Scale(
-                        tuple(np.array(found["mean"], dtype=np.float64).tolist()),
-                        tuple(np.array(found["scale"], dtype=np.float64).tolist()),
-                        int(found["cells"]),
-                    )
-                    for plate, found in plates.items()
+                    plate: Scale(tuple(one["mean"]), tuple(one["scale"]), one["cells"])
+                    for plate, one in plates.items()
                 }
             if intensities is not None:
-                intensities = {
-                    str(plate): tuple(float(value) for value in values)
-                    for plate, values in intensities.items()
-                }
-            gaps = bool(record["gaps"])
+                intensities = {plate: tuple(values) for plate, values in intensities.items()}
+            lists = {name: tuple(record[name]) for name in ("names", "mean", "scale", "own")}
+            found = cls(**lists, gaps=record["gaps"], plates=plates, intensities=intensities)
+            for one in (found, *(plates or {}).values()):
+                numbers = np.array([one.mean, one.scale], dtype=np.float64)  # NaN of null
+                odd = np.isinf(numbers) if isinstance(one, Scale) else ~np.isfinite(numbers)
+                if numbers.shape[1] != len(found.names) or odd.any() or (numbers[1] <= 0).any():
+                    raise ValueError("it needs one finite mean and one scale above 0 per name")
+            if not np.isfinite(
+                [v for values in (intensities or {}).values() for v in values]
+            ).all():
+                raise ValueError("an intensity scale is not a finite number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
-        scales = [Scale(mean, scale, 0), *(plates or {}).values()]
-        whole = np.isfinite([*mean, *scale]).all() and all(
-            len(values) == len(names) and not np.isinf(values).any()
-            for one in scales
-            for values in (one.mean, one.scale)
-        )
-        if not whole or any(value <= 0 for one in scales for value in one.scale):
-            raise UserInputError("The scaler needs one finite mean and one scale above 0 per name.")
-        if not np.isfinite([v for values in (intensities or {}).values() for v in values]).all():
-            raise UserInputError("An intensity scale is not a finite number.")
-        return cls(names, mean, scale, gaps, plates, intensities, own)
+        return found
 
 
 def fit_inputs(
@@ -256,7 +235,6 @@ def fit_inputs(
         UnknownNameError: an image has no such channel.
         UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
         ImageError: no image of a plate can be read.
-
     """
     columns, gaps = source.features.columns, source.features.has_gaps
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()
@@ -392,7 +370,7 @@ def _intensities(
 ) -> tuple[float, ...]:
     # By content: as good as drawn, and the same on every database.
     query = _images(source, barcode).where(Image.content_sha256.is_not(None))
-    chosen = query.order_by(Image.content_sha256, Image.id).limit(IMAGES_LOOKED_AT)
+    chosen = query.order_by(Image.content_sha256, Image.id).limit(32)
     from .crops import image_scale  # torch loads slowly
 
     of_images, problems = [], []

@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 from torch import Tensor
 
@@ -27,14 +26,16 @@ from ..config import ImageInput
 from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
 from ..jobs.lookup import find_channels
+from ..jobs.runs import files_of
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Recipe, Run, RunArtifact
+from ..models import Artifact, Recipe, Run
 from ..query.cells import CellSource, input_of, plane_of
 from ..query.feature_files import find_feature_set, open_set
-from .baselines import BASELINES, CELLCOUNT, FOREST, LOGISTIC, MAJORITY, POSITION, SHUFFLED
+from .baselines import BASELINES
 from .batches import CellReader
 from .branches import TABULAR
 from .crops import CROP_MEAN, CROP_STD, CellBlock
+from .exported_classifier import TRUSTED, check_tree
 from .networks import FusionNet, NetShape, State
 from .normalising import Scaler, add_plates
 
@@ -46,20 +47,6 @@ CELLS_PER_STEP = 128
 A constant, since the answer of a network for a cell differs in the sixth digit with how many others
 are in the batch: the same image always makes the same batches, so its rows are the same.
 """
-
-ESTIMATORS = {
-    MAJORITY: "DummyClassifier",
-    SHUFFLED: "LogisticRegression",
-    CELLCOUNT: "LogisticRegression",
-    POSITION: "RandomForestClassifier",
-    LOGISTIC: "LogisticRegression",
-    FOREST: "RandomForestClassifier",
-}
-"""What each is, in scikit-learn."""
-
-TRUSTED = ["sklearn.tree._tree.Tree"]
-"""What a file may hold beside what skops trusts by itself; :func:`check_trees` looks at these."""
-
 
 Numbers = NDArray[np.float64]
 
@@ -102,7 +89,7 @@ class ModelRecord:
         }
         if self.shape is not None:
             record |= {
-                "shape": self.shape.to_json(),
+                "shape": asdict(self.shape),
                 "crop": {"size": self.crop_size, "mean": CROP_MEAN, "std": CROP_STD},
                 "channels": list(self.channels),
             }
@@ -126,18 +113,15 @@ class ModelRecord:
             labels = tuple(str(label) for label in record["labels"])
             scaler, more = Scaler.from_json(record["scaler"]), dict[str, Any]()
             if model == NETWORK:
-                more["shape"] = shape = NetShape.from_json(record["shape"])
+                branches = tuple(record["shape"]["branches"])
+                more["shape"] = shape = NetShape(**{**record["shape"], "branches": branches})
                 more["crop_size"] = int(record["crop"]["size"])
                 more["channels"] = tuple(str(name) for name in record["channels"])
-                if len(labels) != shape.n_classes or len(set(labels)) < len(labels):
+                sizes = (len(labels), len(set(labels)), len(scaler.names))
+                if sizes != (shape.n_classes, shape.n_classes, shape.n_features):
                     raise UserInputError(
-                        f"A network of {shape.n_classes} classes needs as many different labels, "
-                        f"there are {len(set(labels))}."
-                    )
-                if len(scaler.names) != shape.n_features:
-                    raise UserInputError(
-                        f"A network of {shape.n_features} features cannot use a scaler of "
-                        f"{len(scaler.names)}."
+                        f"A network of {shape.n_classes} classes and {shape.n_features} features "
+                        f"cannot have {len(set(labels))} labels and {len(scaler.names)} scales."
                     )
             fingerprints = {str(k): str(v) for k, v in record["fingerprints"].items()}
             field, feature_set = str(record["field"]), record["feature_set"]
@@ -220,7 +204,11 @@ def load_model(
             net = FusionNet(meta.shape)
             net.load_state_dict(load_tensors(data))
         else:
-            estimator = load_estimator(data, meta.model)
+            import skops.io
+
+            estimator = skops.io.loads(data, trusted=TRUSTED)
+            for item in getattr(estimator, "estimators_", ()):
+                check_tree(item.tree_)
             row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
             answer = estimator.predict_proba(row)
             if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
@@ -269,32 +257,6 @@ def save_estimator(model: Any) -> bytes:
     return buffer.getvalue()
 
 
-def load_estimator(data: bytes, baseline: str) -> Any:
-    """Return the estimator of a skops file. Damaged bytes end in errors of many kinds."""
-    import skops.io
-
-    model = skops.io.loads(data, trusted=TRUSTED)
-    if type(model).__name__ != ESTIMATORS[baseline]:
-        raise ValueError(f"it holds a {type(model).__name__}")
-    for tree in getattr(model, "estimators_", ()):
-        check_trees(tree.tree_)
-    return model
-
-
-def check_trees(tree: Any) -> None:
-    """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
-
-    scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
-    """
-    here, leaf = np.arange(tree.node_count), tree.children_left < 0
-    for child in (tree.children_left, tree.children_right):
-        inside = (child > here) & (child < tree.node_count)
-        if not (inside | leaf).all():
-            raise ValueError("a node of the forest leads back or out of it")
-    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
-        raise ValueError("a node of the forest looks at a column that is not there")
-
-
 def write_model(
     workspace: Workspace, learned: State | Any, record: ModelRecord, more: Mapping[str, Any]
 ) -> tuple[StoredFile, StoredFile]:
@@ -336,14 +298,9 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
             the feature set is not the one that it was trained on.
         UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
-
     """
-    query = (
-        select(Artifact)
-        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
-    )
-    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
+    found = files_of(session, run.id, ArtifactKind.CHECKPOINT)
+    files = {item.path.endswith(".json"): item for item in found}
     if run.origin is Origin.DECLARED:
         raise UserInputError(
             f"Run {run.id} is a model of your own, which cellstore cannot open. Label the images "
@@ -407,7 +364,6 @@ def fit_new_plates(
     Raises:
         UserInputError: a plate has no control cells.
         ImageError: no image of a plate can be read.
-
     """
     known, record = found.record.scaler, found.record
     if known.plates is None and known.intensities is None:

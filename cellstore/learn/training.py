@@ -41,12 +41,6 @@ from .networks import FusionNet
 
 T = TypeVar("T")
 
-PRECISIONS: Mapping[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-"""What Lightning calls them: mixed precision keeps the weights in 32 bits."""
-
-FOCUS = 2.0
-"""The exponent of the focal loss (Lin et al. 2017)."""
-
 
 def balanced_weights(cells: Sequence[int]) -> tuple[float, ...]:
     """The weight of each class for ``cells`` of it: all cells / (classes * cells of the class).
@@ -75,13 +69,13 @@ class FocalLoss(nn.Module):
     """Cross-entropy in which a class counts less the surer the network is of it.
 
     The mean over cells of sum over k of q_k w_k (1 - p_k) ** 2 (-log p_k): q is the smoothed
-    label, w the weights, p the probabilities. Weighted as torch's ``CrossEntropyLoss`` is, to
-    which it is equal with an exponent of 0.
+    label, w the weights, p the probabilities (Lin et al. 2017). Weighted as torch's
+    ``CrossEntropyLoss`` is, to which it is equal with an exponent, ``focus``, of 0.
     """
 
     weight: Tensor | None
 
-    def __init__(self, smoothing: float, weight: Tensor | None, focus: float = FOCUS) -> None:
+    def __init__(self, smoothing: float, weight: Tensor | None, focus: float = 2.0) -> None:
         super().__init__()
         self.smoothing, self.focus = smoothing, focus
         self.register_buffer("weight", weight)
@@ -114,11 +108,8 @@ def rate_factor(params: TrainParams, epoch: int) -> float:
     return rise
 
 
-@dataclass(frozen=True)
-class Team:
+class Team(Fabric):
     """The processes that train one network together; of most trainings, this one alone."""
-
-    fabric: Fabric
 
     @classmethod
     def open(cls, device: str, precision: str = "32", devices: int = 1) -> Team:
@@ -144,46 +135,28 @@ class Team:
                 f"There are {here} processes on this host already, for as many devices; leave "
                 f"--devices {devices} out."
             )
+        # Mixed precision keeps the weights in 32 bits.
+        kinds: Mapping[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
         try:
             with quiet():
-                fabric = Fabric(
+                team = cls(
                     accelerator=pick_device(device).type,
                     devices=here,
                     num_nodes=hosts,
                     strategy="ddp" if here * hosts > 1 else "auto",
-                    precision=PRECISIONS[precision],
+                    precision=kinds[precision],
                 )
-                fabric.launch()
+                team.launch()
         except MisconfigurationException as error:  # for example in a notebook
             raise UserInputError(
                 f"{here * hosts} processes cannot train together here ({first_line(error)}). Run "
                 "the command cellstore train, or a script, or use one device."
             ) from error
-        return cls(fabric)
-
-    @property
-    def size(self) -> int:
-        """How many there are, on all hosts."""
-        return self.fabric.world_size
-
-    @property
-    def rank(self) -> int:
-        """The number of this one, from 0."""
-        return self.fabric.global_rank
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this one writes what is written."""
-        return self.rank == 0
-
-    @property
-    def device(self) -> str:
-        """Where this one computes, as torch names it."""
-        return str(self.fabric.device)
+        return team
 
     def leave(self) -> None:
         """End the connection to the others."""
-        if self.size > 1 and torch.distributed.is_initialized():
+        if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def of_first(self, make: Callable[[], T]) -> T:
@@ -191,16 +164,16 @@ class Team:
 
         Raises ``RunCancelledError`` on the others when the first fails.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return make()
         made: T | None = None
         error: BaseException | None = None
-        if self.is_first:
+        if self.is_global_zero:
             try:
                 made = make()
             except BaseException as raised:
                 error = raised
-        sent: Any = self.fabric.broadcast((made, error and (str(error) or "it stopped")))
+        sent: Any = self.broadcast((made, error and (str(error) or "it stopped")))
         if error is not None:
             raise error
         if sent[1] is not None:
@@ -324,9 +297,9 @@ class Training:
         )
         module: Any = torch.compile(net) if compiled else net
         with quiet():
-            self.wrapped, self.optimizer = team.fabric.setup(module, self.adam)
+            self.wrapped, self.optimizer = team.setup(module, self.adam)
         self.loss = make_loss(params.loss, params.label_smoothing, class_weights)
-        self.loss.to(team.fabric.device)
+        self.loss.to(team.device)
         self.epochs: list[EpochMetrics] = []
         self.best, self.best_state = 0, dict[str, Tensor]()
         self.steps = 0
@@ -349,7 +322,7 @@ class Training:
         Raises ``UserInputError`` for a subset without cells, a batch of one cell or of cells
         without a label, a loss that is no longer finite, or a network that cannot be compiled.
         """
-        fabric, params, rank = self.team.fabric, self.params, self.team.rank
+        team, params, rank = self.team, self.params, self.team.global_rank
         # Running statistics of batch normalisation start at 0 and 1 and are moving averages of
         # rate 0.1. In a deep network what is left of the start multiplies over the layers, so that
         # for a hundred steps evaluation is at chance however well the network has learned. A rate
@@ -357,7 +330,7 @@ class Training:
         # does. Training itself does not read these statistics.
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
         norms = [(m, m.momentum or 0.0) for m in self.net.modules() if isinstance(m, kinds)]
-        on_gpu: list[Any] = [fabric.device] if fabric.device.type == "cuda" else []
+        on_gpu: list[Any] = [team.device] if team.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=on_gpu):
                 while len(self.epochs) < params.epochs and not self.stopped_early:
@@ -368,14 +341,14 @@ class Training:
                         group["lr"] = rate
 
                     self.wrapped.train()
-                    sums = torch.zeros(5, dtype=torch.float64, device=fabric.device)
+                    sums = torch.zeros(5, dtype=torch.float64, device=team.device)
                     for step, cells in enumerate(train_batches(number)):
                         if len(cells) < 2:
                             raise UserInputError(
                                 "A training batch holds one cell; training needs two or more."
                             )
                         seen = augmented(
-                            cells.to(fabric.device),
+                            cells.to(team.device),
                             params.augment,
                             (params.seed, number, step, rank),
                         )
@@ -384,24 +357,24 @@ class Training:
                             layer.momentum = max(1 / self.steps, usual)
                         self.optimizer.zero_grad()
                         loss, counts = self._loss(self.wrapped, seen)
-                        fabric.backward(loss)
+                        team.backward(loss)
                         self.optimizer.step()
                         sums += counts
                         on_step(number, step)
                     trained = self._mean(sums, "training")
 
-                    if self.team.size > 1:  # all keep the running statistics of the first process
+                    if team.world_size > 1:  # all keep the running statistics of the first process
                         for value in self.net.buffers():
                             torch.distributed.broadcast(value, 0)
                     self.wrapped.eval()
                     # Wrapped for several processes, a network waits for the others at each batch,
                     # and they may have fewer.
-                    alone = self.team.size == 1
+                    alone = team.world_size == 1
                     net = self.wrapped if alone else self.net
-                    sums = torch.zeros(5, dtype=torch.float64, device=fabric.device)
-                    with torch.no_grad(), nullcontext() if alone else fabric.autocast():
+                    sums = torch.zeros(5, dtype=torch.float64, device=team.device)
+                    with torch.no_grad(), nullcontext() if alone else team.autocast():
                         for cells in validation_batches(number):
-                            sums += self._loss(net, cells.to(fabric.device))[1]
+                            sums += self._loss(net, cells.to(team.device))[1]
                     validated = self._mean(sums, "validation")
 
                     seconds = time.perf_counter() - began
@@ -445,7 +418,7 @@ class Training:
 
     def _mean(self, sums: Tensor, subset: str) -> tuple[float, float]:
         """Loss and accuracy per cell over all batches of all processes."""
-        if self.team.size > 1:
+        if self.team.world_size > 1:
             torch.distributed.all_reduce(sums)
         loss, weight, right, cells, unknown = sums.tolist()
         if unknown:
@@ -473,7 +446,7 @@ class Training:
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
             "steps": self.steps,
-            "precision": self.team.fabric.strategy.precision.state_dict(),
+            "precision": self.team.strategy.precision.state_dict(),
         }
         return TrainingState(tensors, record | more)
 
@@ -489,7 +462,7 @@ class Training:
             self.adam.load_state_dict({"state": moments, "param_groups": groups})
             self.epochs = [EpochMetrics(**epoch) for epoch in state.record["epochs"]]
             self.best, self.steps = state.record["best"], state.record["steps"]
-            self.team.fabric.strategy.precision.load_state_dict(state.record["precision"])
+            self.team.strategy.precision.load_state_dict(state.record["precision"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The state of a training is of another network ({first_line(error)}). Train "
@@ -506,19 +479,16 @@ def _to_cpu(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
 
 
-_LOG_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
-"""Packages of which one must be there; ``csv`` needs none."""
-
-
 def check_logs(kinds: Sequence[str]) -> None:
     """Refuse a kind of log whose package is not installed.
 
     Raises:
         MissingExtraError
-
     """
+    # One of these must be there; csv needs none.
+    needed = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
     for kind in kinds:
-        packages = _LOG_PACKAGES.get(kind, ())
+        packages = needed.get(kind, ())
         if packages and not any(find_spec(name) for name in packages):
             raise MissingExtraError(
                 f"A log for {kind} needs the package {packages[0]}, which is not installed. "
@@ -534,7 +504,6 @@ class TrainingLogs:
 
     Raises:
         StorageError: the folder cannot be written.
-
     """
 
     def __init__(

@@ -131,7 +131,6 @@ def find_training_cells(
         UnknownNameError: no such split, recipe, feature set or quality-control run.
         UserInputError: the recipes do not belong together, or quality control has not looked at
             these plates or these cells.
-
     """
     split = find_split(session, sources.split)
     recipes = (sources.segmentation, sources.measurement)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from ..enums import DEFAULT_MODEL
 from ..errors import CellstoreError, first_line
 from ..jobs.workspace import open_workspace
 from ..settings import EXTRAS, StoreSettings
@@ -95,7 +96,6 @@ def _device() -> Iterator[Finding]:
 
 def _weights() -> Iterator[Finding]:
     from ..analysis.segmentation import (
-        DEFAULT_MODEL,
         PUBLISHED_MODELS,
         cellpose_folder,
         find_model,

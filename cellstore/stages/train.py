@@ -192,7 +192,7 @@ def train(
     team = Team.open(device, params.precision, setup.devices)
     try:
         with ended_by_sigterm():
-            share_of_batch(params.batch_size, team.size)
+            share_of_batch(params.batch_size, team.world_size)
             check_agreed(team, plan.spec)
 
             # Where to begin: it is done, is resumed in an unfinished run, or is new.
@@ -300,16 +300,16 @@ def make_batches(
         {label_id: index for index, label_id in enumerate(cells.labels.values())},
         branches=plan.branches,
         channels=plan.channels,
-        kept_bytes=default_memory() // team.size,  # as if all processes were on one host
-        device=team.device,
+        kept_bytes=default_memory() // team.world_size,  # as if all processes were on one host
+        device=str(team.device),
     )
     train, validation = (
         Batches(
             reader,
             cells.blocks[subset],
-            batch_size=share_of_batch(params.batch_size, team.size),
+            batch_size=share_of_batch(params.batch_size, team.world_size),
             seed=params.seed,
-            share=(team.rank, team.size),
+            share=(team.global_rank, team.world_size),
             shuffle=subset is Subset.TRAIN,
             sampler=params.sampler if subset is Subset.TRAIN else "cells",
         )
@@ -350,7 +350,7 @@ def learn(
             progress.start(f"epoch {epoch + 1}", train_batches.count(epoch))
         progress.advance()
         # Among several processes only the end of an epoch is where all can stop.
-        if run is None or team.size > 1 or time.monotonic() - checked < LISTEN_SECONDS:
+        if run is None or team.world_size > 1 or time.monotonic() - checked < LISTEN_SECONDS:
             return
         checked = time.monotonic()
         with workspace.database.read() as session:
@@ -645,7 +645,7 @@ def as_run(
         TeamError: another process of this training has ended.
 
     """
-    if not team.is_first:
+    if not team.is_global_zero:
         yield None
         return
     with running(
@@ -656,7 +656,7 @@ def as_run(
         query=as_text(cells_query(plan.cells.source)),
         resume=run_id,
         alone=True,
-        device=team.device,
+        device=str(team.device),
     ) as run:
         known = select(func.count(RunMetric.epoch.distinct())).where(RunMetric.run_id == run.id)
         with workspace.database.read() as session:
@@ -671,7 +671,7 @@ def as_run(
             workspace.progress.note(f"Resume it with: cellstore train --resume {run.id}")
             raise
         except RuntimeError as error:
-            if team.size == 1 or isinstance(error, CellstoreError):
+            if team.world_size == 1 or isinstance(error, CellstoreError):
                 raise
             raise TeamError(
                 "Another process of this training has ended, so it cannot go on. "

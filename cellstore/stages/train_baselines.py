@@ -18,7 +18,7 @@ from ..errors import UserInputError
 from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
-from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
+from ..learn.baselines import NULLS, ON_FEATURES, choose
 from ..learn.branches import TABULAR
 from ..learn.training_cells import TrainingCells, excluded_columns, find_training_cells
 from ..models import Image, Run, SplitMember, Well
@@ -215,8 +215,9 @@ class Fitting:
             classes = self._classes([wells[i][0] for i in chosen])
             # By heart: what always is in a well is to be known there, which small leaves alone can
             # say.
-            config = ForestConfig(params.trees, depth=None, smallest_leaf=1, all_columns=True)
-            model = baselines.fit_forest(rows, classes, params.seed, config)
+            model = baselines.fit_forest(
+                rows, classes, params.seed, params.trees, None, 1, all_columns=True
+            )
             scaler = Scaler(baselines.POSITION_COLUMNS, (0.0, 0.0), (1.0, 1.0))
             return model, scaler, len(rows), ()
         notes: tuple[str, ...] = ()
@@ -237,8 +238,8 @@ class Fitting:
             if kind == baselines.SHUFFLED:
                 classes, notes = self._shuffled(wells_of)
         if kind == baselines.FOREST:
-            config = ForestConfig(params.trees, params.depth, params.smallest_leaf)
-            model = baselines.fit_forest(rows, classes, params.seed, config)
+            sizes = (params.trees, params.depth, params.smallest_leaf)
+            model = baselines.fit_forest(rows, classes, params.seed, *sizes)
             return model, scaler, len(rows), notes
         model, converged = baselines.fit_logistic(rows, classes, params.strength)
         if not converged:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,7 @@ def test_the_network_of_the_folder_is_that_of_cellstore(backbone: str) -> None:
     branches = ("mask", "image", TABULAR)
     shape = NetShape(3, 2, backbone=backbone, branches=branches, plane_channels=2)
     ours = awake(build_net(shape, seed=3), 64)
-    theirs = Network(shape.to_json()).eval()
+    theirs = Network(asdict(shape)).eval()
     theirs.load_state_dict(ours.state_dict())
     generator = torch.Generator().manual_seed(0)
     crops = {

@@ -147,7 +147,7 @@ def test_channels_have_the_intensity_scale_of_their_plate(workspace: Workspace) 
     scaler = replace(own.scaler, intensities=scale)
     reader, _ = reader_of(workspace, **more, scaler=scaler)
     cells = reader.cut(blocks[0].image_id)
-    rows, columns = cells.crops.sizes[0]
+    rows, columns = cells.sizes[0]
     with workspace.database.read() as session:
         cell = session.get_one(Cell, int(cells.cell_ids[0]))
         name = session.get_one(Image, blocks[0].image_id).core_name
@@ -157,7 +157,7 @@ def test_channels_have_the_intensity_scale_of_their_plate(workspace: Workspace) 
         (1000, cells),
         (np.percentile(light, 99.9), own.cut(blocks[0].image_id)),
     ):
-        layer = found.crops.layers["image"][0, : rows * columns].reshape(rows, columns)
+        layer = found.layers["image"][0, : rows * columns].reshape(rows, columns)
         np.testing.assert_allclose(layer, np.minimum(window / white, 1), rtol=1e-6)
     assert reader(blocks[0].image_id).crops.keys() == {"mask", "image"}
 

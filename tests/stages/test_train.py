@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from small_training import (
     TINY,
     WELLS,
@@ -88,7 +87,7 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
-    from cellstore.learn.crops import CellBlock, Pictures, cut_crops, resized
+    from cellstore.learn.crops import CellCrops, Pictures, crop_cells, cut_crops
     from cellstore.learn.trained_models import load_model, predict_batch
 
     workspace = opened(trained.root)
@@ -106,7 +105,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
                 .order_by(Cell.id)
             ).all()
             flow = session.get_one(Artifact, found.flow_artifact_id)
-            packed = cut_crops(
+            sizes, layers = cut_crops(
                 Pictures(
                     masks(),
                     decode_tiff(workspace.artifacts.read(flow.path, flow.sha256)),
@@ -115,15 +114,14 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
                 np.array([[c.min_row, c.min_col, c.max_row, c.max_col] for c in cells]),
                 np.array([cell.object_number for cell in cells]),
             )
-            crops = resized(packed, meta.crop_size)
-            ids = torch.tensor([cell.id for cell in cells])
+            ids = np.array([cell.id for cell in cells])
             values = [
                 session.scalars(select(CellFeatures).where(CellFeatures.cell_id == cell.id)).one()
                 for cell in cells
             ]
             table = [[getattr(row, name) for name in meta.scaler.names] for row in values]
-            scaled = torch.from_numpy(meta.scaler.transform(table))
-            chances = predict_batch(model.net, CellBlock(crops, scaled, ids, ids))
+            whole = CellCrops(sizes, layers, meta.scaler.transform(table), ids, ids)
+            chances = predict_batch(model.net, crop_cells(whole, meta.crop_size))
             expected |= {cell.id: row for cell, row in zip(cells, chances, strict=True)}
     rows = said(workspace, result.run_id)
     assert len(rows) == 2 * 8

@@ -300,7 +300,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
             f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
             f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
         )
-    if len(params.plates) > 1 and layout is not Layout.PLATEMAP:
+    if len(params.plate) > 1 and layout is not Layout.PLATEMAP:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
             "with --plate; only a plate map may be of several."

@@ -87,7 +87,7 @@ def ingest_features(
     """
     default_name, open_source = _READERS[layout]
     name = check_set_name(params.name or default_name)
-    opened = open_source(source, next(iter(params.plates), None))
+    opened = open_source(source, next(iter(params.plate), None))
     accounts = _Accounts(session, account.run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress

@@ -133,7 +133,7 @@ class ImageSource:
         Raises:
             BadTableError: the source is unreadable, or turns out to be.
         """
-        plate, channels = next(iter(self.params.plates), None), dict(self.params.channels)
+        plate, channels = next(iter(self.params.plate), None), dict(self.params.channels)
         rows: Iterator[ImageRecord | Refusal]
         if self.layout is Layout.HARMONY:
             rows = read_harmony(self.path, plate, channels)

@@ -117,13 +117,13 @@ class MaskReader:
         with workspace.database.read() as session:
             named = in_recipes(session, find_channels(session, self._plane.channels))
             self._plane = ImageInput(named)
-            for plate in params.plates[:1]:
+            for plate in params.plate[:1]:
                 find_plate(session, plate)
 
     def read(self, file: MaskFile) -> FoundMasks:
         """Find the image of a file, read the file, and compare the two."""
         params = self._params
-        plate = next(iter(params.plates), None)
+        plate = next(iter(params.plate), None)
         found = read_masks_of(self._workspace.database, file, plate=plate, binary=params.binary)
         if isinstance(found, NoMatch):
             return FoundMasks(file, found)

@@ -171,7 +171,7 @@ def _ingest_maps(
     options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
     annotation = read_annotation(source, params.compounds, params.barcodes, options)
     account.notes += annotation.notes
-    plates = _plates_of_maps(session, source, annotation, params.plates, account)
+    plates = _plates_of_maps(session, source, annotation, params.plate, account)
     map_files = {found.path for found in annotation.maps.values()}
     for path, refusal in annotation.issues:
         if path in map_files:
