@@ -139,19 +139,14 @@ _CORRECTION = re.compile(r"[DS]C_.+_C(?:AM|H)[0-9]+\.(?:tiff?|png)", re.IGNORECA
 """Dark and bright fields that Yokogawa puts beside its images, like DC_sCMOS_#1_CAM1.tif."""
 _DURATION = re.compile(r"([0-9]{2})d([0-9]{2})h([0-9]{2})m", re.ASCII)
 _GROUPS = {
-    "plate": "plate",
-    "well": "well",
-    "row": "row",
-    "col": "column",
-    "column": "column",
-    "site": "site",
-    "field": "site",
-    "channel": "channel",
-    "stain": "stain",
+    **{name: name for name in ("plate", "well", "row", "column", "site", "channel", "stain")},
     "plane": "plane",
-    "z": "plane",
     "time": "time",
+    "col": "column",
+    "field": "site",
+    "z": "plane",
 }
+"""The groups that a pattern may have, and what each is."""
 
 
 class ImageName(NamedTuple):
