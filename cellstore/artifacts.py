@@ -252,8 +252,8 @@ def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[Binar
                 "Name another folder, or move that file away; then run the same command again."
             ) from error
         raise StorageError(
-            f"{target} cannot be written: {error.strerror or error}. Free some space or mend the "
-            "permissions, then run the same command again; what is done stays done."
+            f"{target} cannot be written: {error.strerror or error}. Free some space or correct "
+            "the permissions, then run the same command again; what is done stays done."
         ) from error
 
 

@@ -47,7 +47,7 @@ from cellstore.errors import CellstoreError, StoreNotFoundError, UserInputError
 from cellstore.settings import Progress
 from cellstore.store import Store
 
-from .output import Bar, Notes, filled, print_json, say, say_notes
+from .output import Bar, Notes, filled, print_json, say
 
 T = TypeVar("T")
 
@@ -204,7 +204,9 @@ class Common:
             print_json(result)
             return
         as_text(result)
-        say_notes(getattr(result, "notes", ()))
+        say(*map(filled, getattr(result, "notes", ())))
+        if getattr(result, "dry_run", False):
+            say("Nothing was written: this was a dry run.")
 
 
 def _suggest(error: Any) -> None:
@@ -249,9 +251,8 @@ def command(
     A parameter whose type is a dataclass becomes an option for each of its fields, and the
     function gets the filled object. One whose default is an ``option`` becomes that option.
     Options that were not typed are filled in by ``--preset``, if the command has that, else by the
-    defaults of the dataclass. A parameter of type ``Store`` gets the open store. Every command has
-    the options of :class:`Common`. ``then``: it ends with the next useful step, which the store
-    knows.
+    defaults of the dataclass. A parameter of type ``Store`` gets the open store, and every command
+    has the options of :class:`Common`. ``then``: it ends with the next useful step.
     """
 
     def register(function: Callable[..., T | None]) -> Callable[..., T | None]:
@@ -280,15 +281,17 @@ def _with_options(
             item.name, item.type = parameter.name, kind
             alone[parameter.name] = item
             shown[parameter.name] = _parameter(item)
-        elif is_dataclass(kind) and kind is not Store:
+        elif kind in (typer.Context, Common, Store):
+            continue
+        elif is_dataclass(kind):
             groups[parameter.name] = kind
-        elif kind not in (typer.Context, Store):
+            for item in options_of(kind):
+                shown.setdefault(item.name, _parameter(item))
+        else:
             for setting in getattr(kind, "__metadata__", ()):
                 if parameter.default in (None, parameter.empty):
                     setting.show_default = False
             shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
-        for item in options_of(kind) if parameter.name in groups and kind is not Common else ():
-            shown.setdefault(item.name, _parameter(item))
     shown |= {item.name: _parameter(item) for item in options_of(Common)}  # last in the help
 
     @wraps(function)
@@ -299,7 +302,6 @@ def _with_options(
             if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
                 typed.add(name)
         arguments = {name: value for name, value in values.items() if name in hints}
-        arguments |= {"context": context} if "context" in hints else {}
         folder = values["store"] if "store" in typed else context.find_root().params.get("store")
         common = Common(folder, values["as_json"], frozenset(typed))
         for name, item in alone.items():
@@ -307,9 +309,7 @@ def _with_options(
         for name, kind in groups.items():
             mine = [item for item in options_of(kind) if item.name in typed]
             given = {item.name: typed_value(item, values[item.name]) for item in mine}
-            if kind is Common:
-                arguments[name] = common
-            elif issubclass(kind, Params):
+            if issubclass(kind, Params):
                 params = kind.of(values.get("preset"), **given)
                 open_options = options_of(params)
                 settled = [flag(item) for item in mine if item not in open_options]
@@ -321,8 +321,13 @@ def _with_options(
             else:
                 arguments[name] = kind(**given)
         with ExitStack() as stack:
-            if hints.get("store") is Store:
-                arguments["store"] = stack.enter_context(common.open())
+            for name, kind in hints.items():
+                if kind is typer.Context:
+                    arguments[name] = context
+                elif kind is Common:
+                    arguments[name] = common
+                elif kind is Store:
+                    arguments[name] = stack.enter_context(common.open())
             result = function(**arguments)
             if result is not None and show is not None:
                 common.show(result, show)

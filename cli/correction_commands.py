@@ -13,7 +13,6 @@ from cellstore.store import Store
 
 from . import output
 from .app import command, confirm
-from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.corrections import Correction
@@ -43,8 +42,6 @@ def _show(done: Correction) -> None:
         output.table(("of", "what", "before", "after"), rows)
     output.say_more(len(done.changes) - SHOWN)
     output.pairs([("concerns", _concerns(done))])
-    if done.dry_run:
-        say("Nothing was changed: this was a dry run.")
 
 
 def _concerns(done: Correction) -> str:

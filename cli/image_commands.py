@@ -141,7 +141,7 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
 
 def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str) -> None:
     """Print how many images there are to do, and how long that may take."""
-    time = "unknown: no image has been through this stage yet. Try some with --limit 5"
+    time = "unknown: no image was done yet. Try a few: --limit 5"
     if forecast.seconds is not None and forecast.per_image is not None:
         time = (
             f"about {_duration(forecast.seconds)} with {output.count(forecast.workers, 'worker')} "
@@ -158,12 +158,6 @@ def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str)
             "time": time,
         }
     )
-
-
-def _left(result: JobsResult | QcResult) -> dict[str, int]:
-    """Return the numbers of images that were not tried, as far as there are any."""
-    counts = {"images missing files": result.waiting, "failed before": result.failed_before}
-    return {name: number for name, number in counts.items() if number}
 
 
 def _duration(seconds: float) -> str:
@@ -211,12 +205,12 @@ def _end_jobs(
     common: Common,
     verb: str,
     cells: str = "",
-    show: Callable[[], None] | None = None,
+    show: Callable[[dict[str, int]], None] | None = None,
 ) -> None:
     """Print what runs over the same images did, or would do; by title, if there are several.
 
-    ``results``: of type ``JobsResult``; or a ``QcResult``, which ``show`` prints. Ends with 1 if
-    images failed, now or before.
+    ``results``: of type ``JobsResult``; or a ``QcResult``, which ``show`` prints, with the numbers
+    of images that were not tried. Ends with 1 if images failed, now or before.
     """
     found = list(results.values())
     if common.as_json:
@@ -224,22 +218,24 @@ def _end_jobs(
     for title, result in () if common.as_json else results.items():
         if len(results) > 1:
             typer.echo(title)
+        left = {"images missing files": result.waiting, "failed before": result.failed_before}
+        left = {name: number for name, number in left.items() if number}
         if result.forecast is not None:
             _show_forecast(result, result.forecast, verb)
         elif result.run_id is None:
             typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
         elif show is not None:
-            show()
+            show(left)
         else:
             shown = {"run": result.run_id, "recipe": result.recipe_id}
             shown |= {f"images {verb}": result.done, cells: result.cells}
-            output.pairs(shown | _left(result))
+            output.pairs(shown | left)
         if result.failures and show is None and not are_gone(result.failures):
             list_failures(result.failures)
         if len(results) > 1:
             typer.echo()
     lacking = getattr(found[0], "lacking", ())
-    if not common.as_json:
+    if lacking and not common.as_json:
         list_failures(lacking, "left out:")
     if any(result.forecast is not None for result in found):
         return
@@ -350,14 +346,16 @@ def qc(
     )
     if listed:
         result = replace(result, flags=store.flagged_images(result))
-    _end_jobs({"": result}, common, "looked at", show=lambda: _show_qc(result, listed=listed))
+    _end_jobs(
+        {"": result}, common, "looked at", show=lambda left: _show_qc(result, left, listed=listed)
+    )
 
 
-def _show_qc(result: QcResult, *, listed: bool) -> None:
+def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
     if result.already_done:
         typer.echo(f"Nothing has changed since run {result.run_id}, which found:")
     else:
-        output.pairs({"run": result.run_id, "images looked at now": result.done} | _left(result))
+        output.pairs({"run": result.run_id, "images looked at now": result.done} | left)
     typer.echo("")
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",
@@ -399,7 +397,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
             for flag in result.flags
         ]
         output.table(["image", "reason", "channel", "value", "usual"], flags)
-    output.say_notes(result.notes)
+    say(*map(output.filled, result.notes))
     list_failures(result.failures)
     for name, path in (("page", result.html), ("picture", result.picture)):
         if path:

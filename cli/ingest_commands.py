@@ -112,7 +112,7 @@ def ingest(
     if common.as_json:
         output.print_json(result)
     else:
-        output.say_notes(result.notes)
+        say(*map(output.filled, result.notes))
         names = ("rows", "created", "updated", "unchanged", "refused")
         shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
         if result.cells:
@@ -165,7 +165,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
     if common.as_json:
         output.print_json(found)
     else:
-        output.say_notes(found.notes)
+        say(*map(output.filled, found.notes))
         kind = Layout(found.layout).kind.value
         numbers = sorted(found.channels.items())
         channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
@@ -266,8 +266,6 @@ def _show_relocate(result: RelocateResult) -> None:
     output.say_more(len(result.folders) - SHOWN_FILES, " folders")
     if result.missing:
         say(f"{output.count(result.missing, 'file')} are in neither folder.")
-    if result.dry_run:
-        say("Nothing was written: this was a dry run.")
 
 
 @command(app, "relocate", _show_relocate, then=True)

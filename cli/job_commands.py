@@ -15,6 +15,7 @@ from .app import Common, command, say_next
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.stages.doctor import DoctorResult
     from cellstore.stages.manage_jobs import JobsList, RetryResult
     from cellstore.stages.status import RecipeStatus, StatusResult
     from cellstore.stages.verify import VerifyResult
@@ -239,49 +240,6 @@ def cancel(
     return {"cancelled": store.cancel(run)}
 
 
-@command(app, "verify", then=True)
-def verify(
-    store: Store,
-    common: Common,
-    fix: bool = option(
-        False,
-        "Remove files that the database does not know, and masks and features that were changed, "
-        "so that their commands make them again.",
-    ),
-    older_than: float = option(
-        10.0,
-        "Keep unknown files that are younger than this: a running command may be writing them.",
-        metavar="MINUTES",
-        min=0.0,
-    ),
-    against: Path | None = option(
-        None,
-        "A file of cellstore seal: what was done before it was written must be as it was.",
-        metavar="FILE",
-    ),
-) -> None:
-    """Look for damage in the store: its database, and all files that it knows.
-
-    Every file is read and compared with its sha256, every mask with the cells found in it, the
-    rows of every job with what it wrote, and runs, splits, recipes and treatments with the ledger
-    of events, each of which names the one before it. See docs/provenance.md for what this proves.
-    Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
-
-    \b
-    Example:
-      cellstore verify
-      cellstore verify --fix
-      cellstore verify --against seal.json
-    """
-    result = store.verify(fix=fix, minutes=older_than, against=against)
-    if common.as_json:
-        output.print_json({"ok": result.ok, **output.plain(result)})
-    else:
-        _show_verify(result)
-    if not result.ok:
-        raise typer.Exit(1)
-
-
 def _show_verify(result: VerifyResult) -> None:
     output.pairs(
         {
@@ -316,6 +274,42 @@ def _show_verify(result: VerifyResult) -> None:
             typer.echo(f"  {output.cell(words)}")
 
 
+@command(app, "verify", _show_verify, lambda result: not result.ok, then=True)
+def verify(
+    store: Store,
+    fix: bool = option(
+        False,
+        "Remove files that the database does not know, and masks and features that were changed, "
+        "so that their commands make them again.",
+    ),
+    older_than: float = option(
+        10.0,
+        "Keep unknown files that are younger than this: a running command may be writing them.",
+        metavar="MINUTES",
+        min=0.0,
+    ),
+    against: Path | None = option(
+        None,
+        "A file of cellstore seal: what was done before it was written must be as it was.",
+        metavar="FILE",
+    ),
+) -> VerifyResult:
+    """Look for damage in the store: its database, and all files that it knows.
+
+    Every file is read and compared with its sha256, every mask with the cells found in it, the
+    rows of every job with what it wrote, and runs, splits, recipes and treatments with the ledger
+    of events, each of which names the one before it. See docs/provenance.md for what this proves.
+    Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
+
+    \b
+    Example:
+      cellstore verify
+      cellstore verify --fix
+      cellstore verify --against seal.json
+    """
+    return store.verify(fix=fix, minutes=older_than, against=against)
+
+
 @command(app, "seal")
 def seal(
     store: Store,
@@ -340,8 +334,17 @@ def seal(
         say(f"Keep {file} where nobody can change it, then: cellstore verify --against {file}")
 
 
-@command(app, "doctor", then=True)
-def doctor(common: Common) -> None:
+def _show_doctor(result: DoctorResult) -> None:
+    for found in result.findings:
+        line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
+        typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
+    broken = sum(found.state == "broken" for found in result.findings)
+    words = f"{output.count(broken, 'thing is', 'things are')} broken."
+    say(words if broken else "Everything works.")
+
+
+@command(app, "doctor", _show_doctor, lambda result: not result.ok, then=True)
+def doctor(common: Common) -> DoctorResult:
     """Check the installation, and the store if there is one.
 
     Packages (each is really imported), device, networks, and whether the database answers.
@@ -362,18 +365,4 @@ def doctor(common: Common) -> None:
     except StoreNotFoundError:
         if common.store is not None:
             raise
-    result = examine(settings)
-    if common.as_json:
-        output.print_json({"ok": result.ok, **output.plain(result)})
-    else:
-        for found in result.findings:
-            line = output.cell(f"{found.topic}: {found.name}  {found.detail}")
-            typer.echo(output.filled(line, " " * 8, f"{found.state:<8}"))
-        broken = sum(found.state == "broken" for found in result.findings)
-        say(
-            f"{output.count(broken, 'thing is', 'things are')} broken."
-            if broken
-            else "Everything works."
-        )
-    if not result.ok:
-        raise typer.Exit(1)
+    return examine(settings)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -42,20 +43,16 @@ _QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
-def say(text: str) -> None:
+def say(*texts: str) -> None:
     """Tell a person something, beside the data on stdout.
 
     A line that begins with a space is a command to copy: it stays one line.
     """
-    if sys.stderr.isatty():
-        text = "\n".join(x if x.startswith(" ") else filled(x) for x in text.split("\n"))
-    typer.echo(text, err=True)
-
-
-def say_notes(notes: Iterable[str]) -> None:
-    """Tell a person what to know of a result, in lines that fit a terminal, also in a pipe."""
-    for note in notes:
-        say(filled(note))
+    for text in texts:
+        lines = text.split("\n")
+        if sys.stderr.isatty():
+            lines = [line if line.startswith(" ") else filled(line) for line in lines]
+        typer.echo("\n".join(lines), err=True)
 
 
 def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
@@ -65,10 +62,14 @@ def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return ``value`` as what JSON knows; NaN and infinities become null."""
+    """Return ``value`` as what JSON knows; NaN and infinities become null.
+
+    Of a result: its fields, after whether all is well (``ok``), if it says that.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         # Not asdict: it spoils a Counter, of which it makes one that counts pairs.
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        found = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return {"ok": value.ok, **found} if hasattr(value, "ok") else found
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, Mapping):
@@ -468,11 +469,15 @@ class Bar(Progress):
     """A bar on stderr: what is done, how much is left, and how long that will take."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
         self._progress: Any = None
         self._tasks: list[Any] = []
+
+    @cached_property
+    def console(self) -> Any:
+        """The terminal; made when something is shown, since rich loads slowly."""
+        from rich.console import Console
+
+        return Console(stderr=True)
 
     def start(self, label: str, total: int | None) -> None:
         """Show a bar for ``total`` steps; work inside other work gets a bar below it."""

@@ -105,13 +105,15 @@ def backup(
     """
     result = store.backup(file, dry_run=dry_run)
     common.show(result, _show_backup)
-    if not common.as_json:
-        if dry_run:
-            say("Nothing was written: this was a dry run.")
-        else:
-            say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
+    if not (common.as_json or dry_run):
+        say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
     if result.missing:
         raise typer.Exit(1)
+
+
+def _show_restored(result: Backup) -> None:
+    _show_backup(result)
+    say("The backup is whole.")
 
 
 @command(app, "restore")
@@ -136,12 +138,9 @@ def restore(
       cellstore restore /backups/screen-2026-03-04.tar screen
     """
     result = Store.restore(file, folder, database=database, dry_run=dry_run)
-    common.show(result, _show_backup)
-    if not common.as_json:
-        if dry_run:
-            say("The backup is whole. Nothing was written: this was a dry run.")
-        else:
-            say_next(("cellstore verify",), replace(common, store=folder))
+    common.show(result, _show_restored)
+    if not (common.as_json or dry_run):
+        say_next(("cellstore verify",), replace(common, store=folder))
 
 
 @app.command("demo")
@@ -180,8 +179,14 @@ def demo(
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
-@command(db, "upgrade", then=True)
-def db_upgrade(common: Common) -> None:
+def _show_upgrade(done: dict[str, str | None]) -> None:
+    before, after = done["before"], done["after"]
+    say("The schema was up to date." if before == after else f"Upgraded from {before}.")
+    typer.echo(after)
+
+
+@command(db, "upgrade", _show_upgrade, then=True)
+def db_upgrade(common: Common) -> dict[str, str | None]:
     """Bring the schema of the store up to date.
 
     Back the database up first. All or nothing: an upgrade that fails changes nothing.
@@ -195,12 +200,22 @@ def db_upgrade(common: Common) -> None:
 
     database = open_workspace(find_store(common.store), any_schema=True).database
     before, after = upgrade_schema(database)
-    say("The schema was up to date." if before == after else f"Upgraded from {before}.")
-    typer.echo(after)
+    return {"before": before, "after": after}
 
 
-@command(db, "check")
-def db_check(store: Store) -> None:
+def _show_differences(found: list[str]) -> None:
+    from cellstore.db import migrate
+
+    for difference in found:
+        typer.echo(difference)
+    if found:
+        say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
+    else:
+        typer.echo(f"The schema is as it should be (revision {migrate.HEAD}).")
+
+
+@command(db, "check", _show_differences, bool)
+def db_check(store: Store) -> list[str]:
     """Compare the tables of the store with what cellstore needs.
 
     Ends with 1 if they differ, and lists how.
@@ -211,10 +226,4 @@ def db_check(store: Store) -> None:
     """
     from cellstore.db import migrate
 
-    found = migrate.differences(store.workspace.database)
-    for difference in found:
-        typer.echo(difference)
-    if found:
-        say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
-        raise typer.Exit(1)
-    typer.echo(f"The schema is as it should be (revision {migrate.HEAD}).")
+    return migrate.differences(store.workspace.database)

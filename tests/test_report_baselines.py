@@ -15,7 +15,6 @@ from cellstore.jobs.lookup import find_run
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Recipe, Run
 from cellstore.report.comparison import compare
-from cellstore.report.report_page import write_report
 from cellstore.report.scoring import BaselineScore, against_nulls, report
 
 DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
@@ -215,7 +214,7 @@ def test_the_page_shows_what_a_score_has_to_beat(
     screen = small_screen(sqlite_workspace)
     add_baseline(screen, "majority", DMSO_EVERYWHERE)
     page = tmp_path / "page.html"
-    write_report(sqlite_workspace, "latest", page)
+    report(sqlite_workspace, html=page)
     text = page.read_text()
     assert "What a score has to beat" in text
     assert "Cannot say whether these labels are better than the null baselines" in text

@@ -78,11 +78,11 @@ REFUSALS = {
         f"The protocol and the group level of a split never change. {_NEW}"
     ),
     "split says what it is about": (
-        "A split names what is changed here (an image's well, a well's plate, a class), or a run "
-        f"relies on it; what a split is about does not change. {_NEW}"
+        "A split relies on what would change here (the well of an image, the plate of a well, a "
+        f"class, or the split of a run), so it stays as it is. {_NEW}"
     ),
     "run has ended": (
-        "This run has ended, so no row can come to it any more. Run the command of its stage "
+        "This run has ended, so no row can be added to it. Run the command of its stage "
         "again: that makes a new run."
     ),
     "run stays as it began": "Who began a run, when, where and by which recipe does not change.",
@@ -227,11 +227,12 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
     if UNWRITABLE.search(lowered) or getattr(error.orig, "sqlstate", None) in READ_ONLY:
         return StorageError(
             f"The database {database.shown} cannot be written: {text}. "
-            "Free some space or mend the permissions, then run the same command again."
+            "Free some space or correct the permissions, then run the same command again."
         )
     if getattr(error.orig, "sqlstate", None) in CONFLICTS:
         return ConflictError(
-            f"Another command stood in the way of this one in {database.shown}. Run it again."
+            f"Another command changed the same rows of {database.shown} at the same time. "
+            "Run this one again."
         )
     if "locked" in lowered:
         return DatabaseError(

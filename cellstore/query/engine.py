@@ -616,7 +616,7 @@ class Questions:
                 raise
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise StorageError(
-                f"The cache {self._copies} cannot be written: {reason}. Free some space or mend "
+                f"The cache {self._copies} cannot be written: {reason}. Free some space or correct "
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
 

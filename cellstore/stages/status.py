@@ -331,11 +331,11 @@ def next_step(session: Session) -> tuple[str, ...]:
     except UserInputError:  # no name of a channel says DNA
         found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
         names = list(found)
-        listed = f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
+        others = f"{', '.join(names[1:8])}{', ...' if names[8:] else ''}"
         first = shlex.quote(names[0])
         segment = (
             f"cellstore segment --preview 6 --channels {first}  "
-            f"(the channel of the nuclei: of {listed})"
+            f"(or another one that shows the nuclei: {others})"
         )
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 

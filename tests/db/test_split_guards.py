@@ -280,7 +280,7 @@ def test_what_a_split_is_about_stays(plates: Plates, frozen_at: datetime | None)
     run = plates.make.run(Stage.TRAIN, split_id=split.id)
     member, other = plates.images[0]
     here, there = plates.wells[0], plates.wells[1]
-    stays = "does not change.*cellstore split create NAME"
+    stays = "stays as it is.*cellstore split create NAME"
     for statement, number in (
         (f"UPDATE images SET well_id = {there.id} WHERE id = :id", member.id),
         (f"UPDATE wells SET plate_id = {plates.wells[3].plate_id} WHERE id = :id", here.id),

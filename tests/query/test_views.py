@@ -412,7 +412,7 @@ def test_cells_of_older_bytes_are_named(workspace: Workspace) -> None:
         for name in ("B01", "B03", "A01"):
             session.get_one(Image, screen.images[name].id).content_sha256 = sha("other")
     line = (
-        "Run {}: 5 cells of 2 images come from older bytes of these images. Find the cells anew: "
+        "Run {}: 5 cells of 2 images come from older bytes of these images. Find the cells again: "
         "cellstore segment; then measure and predict again."
     )
     assert told() == [

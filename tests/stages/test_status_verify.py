@@ -249,7 +249,7 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
         session.execute(update(ImageFile).values(channel="ch1"))
         session.execute(update(ImageFile).where(ImageFile.id == one).values(channel="ch2"))
     assert status(workspace).next == (
-        "cellstore segment --preview 6 --channels ch1  (the channel of the nuclei: of ch1, ch2)",
+        "cellstore segment --preview 6 --channels ch1  (or another one that shows the nuclei: ch2)",
     )
     segment = make.run(Stage.SEGMENT)
     found = make.segmentation(image, segment, 2)
