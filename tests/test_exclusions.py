@@ -108,6 +108,7 @@ def test_votes_and_report_leave_out_what_is_excluded(workspace: Workspace) -> No
     assert report(workspace).cells == 7
 
 
+@pytest.mark.one_database
 def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.exclude(Level.WELL, screen.images["B01"].well_id)
@@ -118,6 +119,7 @@ def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
     assert audit(workspace, "BR1/B01/1", "image").record["labellings"] == []
 
 
+@pytest.mark.one_database
 def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     source = source_of(screen)
@@ -135,6 +137,7 @@ def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Wo
     assert images_read(workspace, source) == before
 
 
+@pytest.mark.one_database
 def test_flags_count_beside_annotations_where_they_are_asked_for(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -180,6 +183,7 @@ def test_a_split_names_no_excluded_image_and_says_how_many(workspace: Workspace)
         create_split(workspace, "none", SplitParams())
 
 
+@pytest.mark.one_database
 def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: Path) -> None:
     screen = small_screen(workspace)
     make = screen.factory

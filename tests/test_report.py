@@ -83,6 +83,7 @@ def test_the_interval_is_over_wells(sqlite_workspace: Workspace) -> None:
     assert not any("too few for an interval" in note for note in found.notes)
 
 
+@pytest.mark.one_database
 def test_top_5_needs_more_than_five_classes_and_five_choices(workspace: Workspace) -> None:
     make = Factory(workspace)
     labels = [make.label(name) for name in "abcdefg"]
@@ -280,6 +281,7 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
         )
 
 
+@pytest.mark.one_database
 def test_the_page_shows_images_and_says_which_are_missing(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -350,6 +352,7 @@ def test_plate_layouts_fit_the_wells(wells: list[tuple[int, int]], layout: tuple
     assert plate_layout(wells) == layout
 
 
+@pytest.mark.one_database
 def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
     """A compound that empties its wells must not raise the score unsaid."""
     make = Factory(workspace)

@@ -43,6 +43,7 @@ def add_baseline(
     return run
 
 
+@pytest.mark.one_database
 def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     before = report(workspace)
@@ -150,6 +151,7 @@ def test_a_run_beats_a_baseline_by_the_test_with_which_runs_are_compared(
         assert (compared.better == run.id) is by_kind[kind].beaten
 
 
+@pytest.mark.one_database
 def test_the_latest_run_is_that_of_a_network(workspace: Workspace) -> None:
     make = Factory(workspace)
     baseline = make.run(Stage.TRAIN, baseline_recipe(make))

@@ -64,6 +64,7 @@ class Plate:
         self.images = [self.make.image(well) for well in wells]
 
 
+@pytest.mark.one_database
 def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspace) -> None:
     plate = Plate(workspace)
     run = qc_run(plate.make, ["P1"])
@@ -85,6 +86,7 @@ def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspa
     assert f"run_id = {run.id}" in split.query
 
 
+@pytest.mark.one_database
 def test_unasked_a_split_is_as_it_always_was(workspace: Workspace) -> None:
     plate = Plate(workspace)
     before = create_split(workspace, "a")
@@ -112,6 +114,7 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
         create_split(sqlite_workspace, "c", SplitParams(exclude_flagged=str(unfinished.id)))
 
 
+@pytest.mark.one_database
 def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Workspace) -> None:
     plate = Plate(workspace)
     run = qc_run(plate.make, ["P1"])
@@ -152,6 +155,7 @@ def flagged_screen(workspace: Workspace) -> tuple[SmallScreen, Run]:
     return screen, run
 
 
+@pytest.mark.one_database
 def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
     screen, run = flagged_screen(workspace)
     look_at(screen.factory, run, [screen.images[name] for name in ("B01", "B02", "B03")])
