@@ -230,7 +230,7 @@ class TreatmentWriter:
             connection.exec_driver_sql(statement, rows)
         old_wells = [well for well in targets if well not in new_wells]
         used = {row[0] for well in old_wells for row in (self._wells[well], targets[well])}
-        for some in in_lists(used - self._records.keys() - {None}):
+        for some in in_lists({number for number in used if number} - self._records.keys()):
             self._records |= records_of(session, Treatment.id.in_(some))
         named: dict[int | None, dict[str, Any]] = {}
         for treatment in used:
