@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
-    from .stages.add_predictions import AddedPredictions
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
+    from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
@@ -477,34 +477,21 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         maps: Sequence[str] = (),
     ) -> ReportResult:
-        """Score a predict run, and write the page ``html`` if it is asked for.
-
-        ``compare`` and ``vote_options``: see ``report.scoring.report``. ``maps``: the features on
-        the plate maps of the page.
-        """
-        from .report.report_page import write_report
+        """Score a predict run; see ``report.scoring.report``."""
         from .report.scoring import report
 
-        if html is None:
-            return report(
-                self.workspace, run, compare=compare, vote_options=vote_options, force=force
-            )
-
-        def redo(run_id: int) -> str:
-            return self.repro(str(run_id)).script
-
-        written = write_report(
+        page = None if html is None else Path(html)
+        found = report(
             self.workspace,
             run,
-            Path(html),
             compare=compare,
             vote_options=vote_options,
             force=force,
+            html=page,
             maps=maps,
-            redo=redo,
         )
-        self._wrote(html)
-        return written
+        self._wrote(page)
+        return found
 
     def cells(
         self,
@@ -605,18 +592,10 @@ class Store(AbstractContextManager["Store"]):
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run. See ``stages.add_predictions.add_predictions``.
+        the model are kept with the run. See ``stages.own_models.add_predictions``.
         """
-        import pyarrow as pa
+        from .stages.own_models import add_predictions
 
-        from .stages.add_predictions import add_predictions
-
-        if isinstance(table, str | Path):
-            source: Any = Path(table)
-        elif hasattr(table, "iloc"):
-            source = pa.Table.from_pandas(table, preserve_index=False)
-        else:
-            source = pa.table(table)
         params = AddedParams(
             name,
             split=split,
@@ -625,11 +604,47 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             note=note,
         )
-        return add_predictions(self.workspace, source, params, parameters)
+        return add_predictions(self.workspace, _table_of(table), params, parameters)
+
+    def add_embeddings(
+        self,
+        table: Any,
+        name: str,
+        *,
+        cell_ids: Sequence[int] | None = None,
+        model: str | Path | None = None,
+        segmentation: str | None = None,
+        note: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> AddedEmbeddings:
+        """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+
+        ``table``: a file, a table of pandas, polars or Arrow with a row for each cell, or an array
+        (N, D) with the ``cell_ids`` (N,) of its rows. See ``stages.own_models.add_embeddings``.
+        """
+        import pyarrow as pa
+
+        from .stages.own_models import add_embeddings
+
+        if cell_ids is None:
+            source = _table_of(table)
+        else:
+            names = [f"embedding_{index:03d}" for index in range(table.shape[1])]
+            columns = [pa.array(cell_ids, pa.int64()), *(pa.array(c) for c in table.T)]
+            source = pa.table(columns, names=["cell_id", *names])
+        return add_embeddings(
+            self.workspace,
+            source,
+            name,
+            model=None if model is None else Path(model),
+            segmentation=segmentation,
+            note=note,
+            parameters=parameters,
+        )
 
     def withdraw_predictions(self, run: str | int, *, reason: str) -> int:
-        """Mark predictions that were added as wrong; see ``stages.add_predictions.withdraw``."""
-        from .stages.add_predictions import withdraw
+        """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
+        from .stages.own_models import withdraw
 
         return withdraw(self.workspace, str(run), reason)
 
@@ -670,9 +685,8 @@ class Store(AbstractContextManager["Store"]):
 
         See ``report.votes.open_votes``, which does not need all rows in memory.
         """
-        from .report.votes import count_votes
-
-        return count_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options)
+        with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
+            return replace(opened[0], table=opened[1].table())
 
     def open_votes(
         self,
@@ -996,6 +1010,17 @@ class Store(AbstractContextManager["Store"]):
         from .stages.verify import seal
 
         return seal(self.workspace, file)
+
+
+def _table_of(given: Any) -> Any:
+    """The path of a file, or the Arrow table of a table of pandas, polars or Arrow."""
+    import pyarrow as pa
+
+    if isinstance(given, str | Path):
+        return Path(given)
+    if hasattr(given, "iloc"):
+        return pa.Table.from_pandas(given, preserve_index=False)
+    return pa.table(given)
 
 
 def _carry_out(

@@ -40,9 +40,9 @@ from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.add_predictions import AddedPredictions
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
+    from cellstore.stages.own_models import AddedPredictions
     from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult

@@ -92,6 +92,7 @@ def test_what_is_not_there_is_answered_with_what_is_near(read_screen: SmallScree
                 find_image(session, name)
 
 
+@pytest.mark.one_database
 def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -105,6 +106,7 @@ def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> No
         assert find_image(session, str(deeper.id)) == deeper.id
 
 
+@pytest.mark.one_database
 def test_a_well_by_what_people_type(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:
@@ -145,6 +147,7 @@ def test_names_that_mean_harm_are_unknown(read_screen: SmallScreen) -> None:
             asked(workspace, name)
 
 
+@pytest.mark.one_database
 def test_a_checkpoint_and_what_came_of_it(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.job(screen.predict_run, screen.images["B01"])
@@ -222,6 +225,7 @@ def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> Non
         audit_artifact(workspace, "map.csv")
 
 
+@pytest.mark.one_database
 def test_a_file_of_features(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cells = screen.factory.cells_of(screen.segmentations["B01"])
@@ -238,6 +242,7 @@ def test_a_file_of_features(workspace: Workspace) -> None:
     assert [run["stage"] for run in known["runs"]] == ["ingest"]
 
 
+@pytest.mark.one_database
 def test_a_file_on_disk_is_looked_up_by_its_bytes(workspace: Workspace, tmp_path: Path) -> None:
     screen = small_screen(workspace)
     table = table_of(screen, digest="the bytes")
@@ -251,6 +256,7 @@ def test_a_file_on_disk_is_looked_up_by_its_bytes(workspace: Workspace, tmp_path
         audit_artifact(workspace, str(changed))
 
 
+@pytest.mark.one_database
 def test_the_same_digits_of_two_files_list_both(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     row = screen.factory.artifact(ArtifactKind.REPORT)
@@ -382,6 +388,7 @@ def test_the_watch_over_plans_sees_a_scan(read_screen: SmallScreen) -> None:
         assert scans(workspace, bad, values), bad
 
 
+@pytest.mark.one_database
 def test_counts_are_those_of_what_was_asked_for(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = Factory(workspace)

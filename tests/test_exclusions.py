@@ -28,7 +28,6 @@ from cellstore.query.cells import CellSource, list_blocks, read_cells
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit
 from cellstore.report.scoring import report
-from cellstore.report.votes import count_votes
 from cellstore.stages.export import export
 from cellstore.stages.split import create_split
 from cellstore.stages.status import status
@@ -87,38 +86,40 @@ def test_votes_and_report_leave_out_what_is_excluded(workspace: Workspace) -> No
     screen = small_screen(workspace)
     image = screen.images["B01"]
     cells = screen.factory.cells_of(screen.segmentations["B01"])
-    before, scored = count_votes(workspace), report(workspace)  # copies of the run are made here
+    before, scored = Store(workspace).votes(), report(workspace)  # copies of the run are made here
     assert (before.units, scored.cells) == (4, 7)
     with excluded(screen.factory, Level.PLATE, screen.plate.id):
-        assert count_votes(workspace).units == 0
+        assert Store(workspace).votes().units == 0
         with pytest.raises(UserInputError):
             report(workspace)
     levels = {Level.WELL: image.well_id, Level.IMAGE: image.id, Level.CELL: cells[0].id}
     for level, number in levels.items():
         with excluded(screen.factory, level, number):
             gone = 1 if level is Level.CELL else 3
-            votes, found = count_votes(workspace), report(workspace)
+            votes, found = Store(workspace).votes(), report(workspace)
             assert votes.units == (4 if gone == 1 else 3)
             assert found.cells == 7 - gone
             assert any(f"no vote: 1 {level.value}." in note for note in found.notes)
             assert rows(workspace, "SELECT count(*) AS n FROM prediction_table")[0]["n"] == 8 - gone
-            by_well = count_votes(workspace, level="well", vote="median")
+            by_well = Store(workspace).votes(level="well", vote="median")
             assert by_well.units == votes.units
-    after = count_votes(workspace)
+    after = Store(workspace).votes()
     assert after.table.equals(before.table)
     assert report(workspace).cells == 7
 
 
+@pytest.mark.one_database
 def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.exclude(Level.WELL, screen.images["B01"].well_id)
-    first = count_votes(workspace).table
+    first = Store(workspace).votes().table
     for path in (workspace.settings.cache / "snapshots").iterdir():
         path.unlink()
-    assert count_votes(workspace).table.equals(first)
+    assert Store(workspace).votes().table.equals(first)
     assert audit(workspace, "BR1/B01/1", "image").record["labellings"] == []
 
 
+@pytest.mark.one_database
 def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     source = source_of(screen)
@@ -136,6 +137,7 @@ def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Wo
     assert images_read(workspace, source) == before
 
 
+@pytest.mark.one_database
 def test_flags_count_beside_annotations_where_they_are_asked_for(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
@@ -146,13 +148,13 @@ def test_flags_count_beside_annotations_where_they_are_asked_for(workspace: Work
     )
     make.flag_image(qc, screen.images["B02"], ImageFlagReason.CELL_COUNT)
     with excluded(make, Level.IMAGE, screen.images["B01"].id):
-        assert count_votes(workspace).units == 3
+        assert Store(workspace).votes().units == 3
         options = VoteOptions(exclude_flagged=str(qc.id))
-        assert count_votes(workspace, vote_options=options).units == 2
+        assert Store(workspace).votes(vote_options=options).units == 2
         assert len(images_read(workspace, source_of(screen, unflagged_by=qc.id))) == 3
         found = report(workspace, vote_options=options)
         assert (found.images_flagged, found.cells_flagged) == (1, 2)
-    assert count_votes(workspace, vote_options=options).units == 3
+    assert Store(workspace).votes(vote_options=options).units == 3
 
 
 def segment_recipe(screen: SmallScreen) -> Any:
@@ -181,6 +183,7 @@ def test_a_split_names_no_excluded_image_and_says_how_many(workspace: Workspace)
         create_split(workspace, "none", SplitParams())
 
 
+@pytest.mark.one_database
 def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: Path) -> None:
     screen = small_screen(workspace)
     make = screen.factory

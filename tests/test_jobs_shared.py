@@ -280,6 +280,7 @@ def test_a_job_over_which_workers_die_alone_has_failed_in_the_end(
     assert "died 4 times with this image alone" in (failed.reason or "")
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("images_per_file", [1, 3])
 def test_after_a_death_each_image_comes_last_and_is_in_hand_alone(
     workspace: Workspace, images_per_file: int
@@ -367,6 +368,7 @@ def die_over_the_second(task: Task) -> str:
     return task.name
 
 
+@pytest.mark.one_database
 @pytest.mark.heavy
 def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkeypatch):
     monkeypatch.setattr(queue, "MOST_DEATHS", 1)

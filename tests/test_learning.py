@@ -93,15 +93,8 @@ def test_a_split_by_image_scores_the_wells_it_has_seen(
     sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
     """Wells differ, treatments do not: only who has seen a well knows what it got."""
-    network = fill(
-        sqlite_workspace,
-        tmp_path / "set",
-        effect=0.0,
-        well_effect=6.0,
-        sites=4,
-        size=128,
-        n_channels=5,
-    )
+    changes = {"effect": 0.0, "well_effect": 6.0, "sites": 3, "size": 128}
+    network = fill(sqlite_workspace, tmp_path / "set", **changes)
     # A forest knows by heart what it has seen, with as few wells as there are.
     params = BaselineParams(features=network.features)
     found = {}

@@ -23,9 +23,7 @@ from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
-from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report
-from cellstore.report.votes import count_votes
 from cellstore.store import Store
 
 
@@ -85,6 +83,7 @@ def test_the_interval_is_over_wells(sqlite_workspace: Workspace) -> None:
     assert not any("too few for an interval" in note for note in found.notes)
 
 
+@pytest.mark.one_database
 def test_top_5_needs_more_than_five_classes_and_five_choices(workspace: Workspace) -> None:
     make = Factory(workspace)
     labels = [make.label(name) for name in "abcdefg"]
@@ -188,7 +187,7 @@ def test_a_well_in_two_subsets_counts_once_by_what_tests(sqlite_workspace: Works
     )
     assert found["B02", 1].predicted == "taxol"
     assert (whole.wells, whole.score("well", "hard").n, whole.score("image", "hard").n) == (4, 4, 5)
-    votes = count_votes(sqlite_workspace, level="well")
+    votes = Store(sqlite_workspace).votes(level="well")
     assert (votes.units, votes.ties, votes.table.num_rows if votes.table else 0) == (4, 2, 5)
     rows = Store(sqlite_workspace).ask("replicate-agreement").to_pylist()
     # DMSO: B01 alone. taxol: B02 to B04, of which B03 says DMSO.
@@ -282,13 +281,14 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
         )
 
 
+@pytest.mark.one_database
 def test_the_page_shows_images_and_says_which_are_missing(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     screen = small_screen(workspace)
     with_pixels(screen, tmp_path, "B01")
     target = tmp_path / "report.html"
-    write_report(workspace, "latest", target)
+    report(workspace, html=target)
     page = Page(target.read_text(encoding="utf-8"))
     pictures = [link for link in page.links if link.startswith("data:image/jpeg")]
     assert len(pictures) == 3  # one example, and the sample bare and outlined
@@ -308,7 +308,7 @@ def test_cells_whose_masks_are_unknown_have_no_picture_and_a_sentence(
     with sqlite_workspace.database.begin() as session:
         session.execute(update(Segmentation).values(mask_artifact_id=None))
     target = tmp_path / "report.html"
-    write_report(sqlite_workspace, "latest", target)
+    report(sqlite_workspace, html=target)
     shown = " ".join("".join(Page(target.read_text(encoding="utf-8")).text).split())
     assert shown.count("their masks are unknown") == 3
     assert "66.7 %" in shown
@@ -318,7 +318,7 @@ def test_the_same_store_gives_the_same_page(sqlite_workspace: Workspace, tmp_pat
     small_screen(sqlite_workspace)
     pages = []
     for name in ("a.html", "b.html"):
-        write_report(sqlite_workspace, "latest", tmp_path / name)
+        report(sqlite_workspace, html=tmp_path / name)
         pages.append((tmp_path / name).read_bytes())
     assert pages[0] == pages[1]
 
@@ -330,7 +330,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
-        write_report(sqlite_workspace, "latest", blocked / "report.html")
+        report(sqlite_workspace, html=blocked / "report.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "store"]
 
 
@@ -341,7 +341,7 @@ def test_the_numbers_need_no_extra_but_the_page_does(
     monkeypatch.setattr(settings, "find_spec", lambda _name: None)
     assert report(sqlite_workspace).images == 3
     with pytest.raises(MissingExtraError, match=r"cellstore\[report\]"):
-        write_report(sqlite_workspace, "latest", tmp_path / "report.html")
+        report(sqlite_workspace, html=tmp_path / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,7 @@ def test_plate_layouts_fit_the_wells(wells: list[tuple[int, int]], layout: tuple
     assert plate_layout(wells) == layout
 
 
+@pytest.mark.one_database
 def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
     """A compound that empties its wells must not raise the score unsaid."""
     make = Factory(workspace)

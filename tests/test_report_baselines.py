@@ -15,7 +15,6 @@ from cellstore.jobs.lookup import find_run
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Recipe, Run
 from cellstore.report.comparison import compare
-from cellstore.report.report_page import write_report
 from cellstore.report.scoring import BaselineScore, against_nulls, report
 
 DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
@@ -44,6 +43,7 @@ def add_baseline(
     return run
 
 
+@pytest.mark.one_database
 def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     before = report(workspace)
@@ -151,6 +151,7 @@ def test_a_run_beats_a_baseline_by_the_test_with_which_runs_are_compared(
         assert (compared.better == run.id) is by_kind[kind].beaten
 
 
+@pytest.mark.one_database
 def test_the_latest_run_is_that_of_a_network(workspace: Workspace) -> None:
     make = Factory(workspace)
     baseline = make.run(Stage.TRAIN, baseline_recipe(make))
@@ -215,7 +216,7 @@ def test_the_page_shows_what_a_score_has_to_beat(
     screen = small_screen(sqlite_workspace)
     add_baseline(screen, "majority", DMSO_EVERYWHERE)
     page = tmp_path / "page.html"
-    write_report(sqlite_workspace, "latest", page)
+    report(sqlite_workspace, html=page)
     text = page.read_text()
     assert "What a score has to beat" in text
     assert "Cannot say whether these labels are better than the null baselines" in text

@@ -30,7 +30,8 @@ from cellstore.query.engine import open_questions
 from cellstore.report import report_figures
 from cellstore.report.drawing import plain, short, svg
 from cellstore.report.report_figures import confusion_figures
-from cellstore.report.report_page import pictures, plate_maps, write_report
+from cellstore.report.report_page import pictures, plate_maps
+from cellstore.report.scoring import report
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -73,7 +74,7 @@ class Page(HTMLParser):
 
 def write(workspace: Workspace, path: Path, **more: object) -> Page:
     target = path / "page.html"
-    write_report(workspace, "latest", target, **more)  # type: ignore[arg-type]
+    report(workspace, html=target, **more)  # type: ignore[arg-type]
     return Page(target)
 
 
@@ -201,8 +202,8 @@ def test_mistakes_within_a_gene_are_told_apart() -> None:
     assert found.labels == ("d", "c", "a", "b")  # without a gene first, then gene by gene
     assert found.counts.tolist() == [[4, 0, 0, 0], [0, 0, 1, 0], [0, 0, 3, 2], [1, 0, 0, 0]]
     assert (found.wrong, found.same_gene, found.grouped) == (4, 2, True)
-    assert found.mix_ups[0] == report_figures.MixUp("a", "b", 2, "G2")
-    assert [item.gene for item in found.mix_ups[1:]] == [None, None]
+    assert found.mix_ups[0] == ("a", "b", 2, "G2")
+    assert [gene for *_, gene in found.mix_ups[1:]] == [None, None]
     genes = report_figures.by_gene(found)
     assert genes.labels == ("d", "G1", "G2")
     assert genes.counts.tolist() == [[4, 0, 0], [0, 0, 1], [1, 0, 5]]

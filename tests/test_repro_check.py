@@ -25,7 +25,6 @@ from cellstore.report.redo import (
     IDENTICAL,
     IMPOSSIBLE,
     Check,
-    Wanted,
     check,
     scratch_store,
 )
@@ -153,16 +152,11 @@ def test_what_is_not_redone(workspace: Workspace) -> None:
 
 def test_a_scratch_store_holds_what_is_wanted_and_no_more(workspace: Workspace) -> None:
     screen = labelled_screen(workspace)
-    recipe, measure = screen.segment_run.recipe_id, screen.measure_run.recipe_id
     image = screen.images["B01"].id
     for moment in (MOMENT, MOMENT + timedelta(days=1)):
         screen.factory.exclude(Level.IMAGE, image, created_at=moment)
-    wanted = Wanted(
-        [image], MOMENT, segmented=[recipe], with_cells=[recipe], measured=[measure],
-        files_of=[screen.train_run.id],
-    )  # fmt: skip
     before = everything(workspace)
-    with scratch_store(workspace, wanted) as made:
+    with scratch_store(workspace, screen.predict_run.id, [image]) as made:
         assert made.database.is_sqlite
         found = everything(made)
         root = made.settings.root
@@ -182,10 +176,10 @@ def test_a_scratch_store_holds_what_is_wanted_and_no_more(workspace: Workspace) 
 def test_the_environment_does_not_lead_a_redo_to_the_real_database(
     postgres_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labelled_screen(postgres_workspace)
+    screen = labelled_screen(postgres_workspace)
     url = postgres_workspace.database.engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("CELLSTORE_DATABASE_URL", url)
-    with scratch_store(postgres_workspace, Wanted([], MOMENT)) as made:
+    with scratch_store(postgres_workspace, screen.predict_run.id, []) as made:
         assert made.database.is_sqlite
 
 

@@ -327,8 +327,8 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     data = workspace.artifacts.read(file.path, file.sha256)
     model, record = load_model(data, written, device)
     recipe = session.get_one(Recipe, run.recipe_id)
-    segment = input_of(session, recipe, Stage.SEGMENT)
-    measure = input_of(session, recipe, Stage.MEASURE)
+    segment = input_of(recipe, Stage.SEGMENT)
+    measure = input_of(recipe, Stage.MEASURE)
     name, features = record.feature_set, open_set(session, workspace.artifacts, measure.id)
     if name is not None and features.name != name:
         find_feature_set(session, name)  # it may be gone

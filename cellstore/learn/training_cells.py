@@ -23,7 +23,7 @@ from ..query.cells import (
     feature_leak,
     list_blocks,
 )
-from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
+from ..query.exclusions import qc_run_for, unseen_notes
 from ..query.feature_files import open_set
 
 
@@ -141,11 +141,8 @@ def find_training_cells(
     inputs = [session.get_one(Recipe, split.recipe_id), segment, measure]
     if params.exclude_flagged is not None:
         members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-        qc = find_qc_run(session, params.exclude_flagged)
-        check_plates(session, qc, members)
-        check_cells(session, qc, segment.id)
-        unseen = count_unseen(session, qc, members)
-        notes += [unseen_note(qc, unseen)] if unseen else []
+        qc, unseen = qc_run_for(session, params.exclude_flagged, members, [segment.id])
+        notes += unseen_notes(qc, unseen)
         inputs.append(session.get_one(Recipe, qc.recipe_id))
         source = replace(source, unflagged_by=qc.id)
     leak = feature_leak(session, measure, split.id)

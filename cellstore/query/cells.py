@@ -272,55 +272,52 @@ def choose_recipes(
     if features is not None:
         asked = find_recipe(session, Stage.SEGMENT, segmentation).id if segmentation else None
         measure = session.get_one(Recipe, find_feature_set(session, features, asked).recipe_id)
-        segment = input_of(session, measure, Stage.SEGMENT)
-        for reference, recipe in ((segmentation, segment), (measurement, measure)):
-            if reference and find_recipe(session, recipe.stage, reference).id != recipe.id:
-                raise UserInputError(
-                    f"Feature set {features!r} belongs to {recipe.stage.value} recipe {recipe.id}, "
-                    f"not to {reference}. Name the feature set alone."
-                )
-        return segment, measure
-    if measurement is None:
-        segment = (
-            find_recipe(session, Stage.SEGMENT, segmentation)
-            if segmentation
-            else last_with_masks(session)
-        )
-        # The built-in measurements used last; sets in files are asked for by name.
-        in_files = select(FeatureSet).where(FeatureSet.storage == FeatureStorage.FILES)
-        of_segment = (
-            select(Recipe)
-            .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
-            .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
-        )
-        built_in = (
-            of_segment.join(Run, Run.recipe_id == Recipe.id)
-            .where(Recipe.id.not_in(in_files.with_only_columns(FeatureSet.recipe_id)))
-            .where(has_results())
-            .order_by(Run.id.desc())
-        )
-        if (last := session.scalars(built_in.limit(1)).first()) is not None:
-            return segment, last
-        mine = in_files.where(
-            FeatureSet.recipe_id.in_(of_segment.with_only_columns(Recipe.id))
-        ).order_by(FeatureSet.id)
-        names = ", ".join(found.name for found in session.scalars(mine))
-        other = f", or name one of its feature sets with --features: {names}" if names else ""
-        raise UserInputError(
-            f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
-            f"{other}"
-        )
-    measure = find_recipe(session, Stage.MEASURE, measurement)
-    segment = input_of(session, measure, Stage.SEGMENT)
-    if segmentation is not None:
-        named = find_recipe(session, Stage.SEGMENT, segmentation)
-        if named.id != segment.id:
+        found, cure = f"Feature set {features!r}", "Name the feature set alone."
+    elif measurement is not None:
+        measure = find_recipe(session, Stage.MEASURE, measurement)
+        found = f"Measure recipe {measure.id}"
+        cure = f"Name one of the two, or run: cellstore measure --segmentation {segmentation}"
+    else:
+        return _measured_last(session, segmentation)
+    segment = input_of(measure, Stage.SEGMENT)
+    for reference, recipe in ((segmentation, segment), (measurement, measure)):
+        if reference and find_recipe(session, recipe.stage, reference).id != recipe.id:
             raise UserInputError(
-                f"Measure recipe {measure.id} did not read the cells of segment recipe {named.id}. "
-                "Leave one of the two away, or run: cellstore measure --segmentation "
-                f"{named.id}"
+                f"{found} belongs to {recipe.stage.value} recipe {recipe.id}, not to {reference}. "
+                f"{cure}"
             )
     return segment, measure
+
+
+def _measured_last(session: Session, segmentation: str | None) -> tuple[Recipe, Recipe]:
+    """The recipe of some cells, and the built-in measurements of them that were made last."""
+    segment = (
+        find_recipe(session, Stage.SEGMENT, segmentation)
+        if segmentation
+        else last_with_masks(session)
+    )
+    # Sets in files are asked for by name.
+    in_files = select(FeatureSet).where(FeatureSet.storage == FeatureStorage.FILES)
+    of_segment = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
+        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
+    )
+    built_in = (
+        of_segment.join(Run, Run.recipe_id == Recipe.id)
+        .where(Recipe.id.not_in(in_files.with_only_columns(FeatureSet.recipe_id)))
+        .where(has_results())
+        .order_by(Run.id.desc())
+    )
+    if (last := session.scalars(built_in.limit(1)).first()) is not None:
+        return segment, last
+    mine = in_files.where(FeatureSet.recipe_id.in_(of_segment.with_only_columns(Recipe.id)))
+    names = ", ".join(found.name for found in session.scalars(mine.order_by(FeatureSet.id)))
+    other = f", or name one of its feature sets with --features: {names}" if names else ""
+    raise UserInputError(
+        f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
+        f"{other}"
+    )
 
 
 def last_with_masks(session: Session) -> Recipe:
@@ -351,12 +348,9 @@ def last_with_masks(session: Session) -> Recipe:
     raise UnknownNameError("No image was segmented yet. Run: cellstore segment")
 
 
-def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:
+def input_of(recipe: Recipe, stage: Stage) -> Recipe:
     """Return the recipe of ``stage`` whose results ``recipe`` reads."""
-    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-    return session.scalars(
-        query.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == stage)
-    ).one()
+    return next(item for item in recipe.inputs if item.stage is stage)
 
 
 def trainings_of_features(session: Session, recipe: Recipe) -> Iterator[Run]:
@@ -364,12 +358,9 @@ def trainings_of_features(session: Session, recipe: Recipe) -> Iterator[Run]:
 
     First the one that made these features, then the one that made what its network has read.
     """
-    measure: Recipe | None = recipe
     while True:
-        if recipe.stage is not Stage.MEASURE:
-            read = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-            read = read.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == Stage.MEASURE)
-            measure = session.scalars(read).one_or_none()
+        read = [recipe, *recipe.inputs]
+        measure = next((item for item in read if item.stage is Stage.MEASURE), None)
         if measure is None or "embedding" not in measure.parameters:
             return
         query = (

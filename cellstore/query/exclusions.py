@@ -69,28 +69,31 @@ def with_flags(
     """
     if options.exclude_flagged is None:
         return options, ()
-    qc = find_qc_run(session, options.exclude_flagged)
     labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
     seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
     seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
+    segment_ids = session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct())
     images = seen.with_only_columns(Segmentation.image_id)
-    check_plates(session, qc, images)
-    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
-        check_cells(session, qc, segment_id)
-    unseen = count_unseen(session, qc, images)
-    notes = (unseen_note(qc, unseen),) if unseen else ()
-    return replace(options, exclude_flagged=str(qc.id)), notes
+    qc, unseen = qc_run_for(session, options.exclude_flagged, images, segment_ids.all())
+    return replace(options, exclude_flagged=str(qc.id)), unseen_notes(qc, unseen)
 
 
-def check_plates(session: Session, run: Run, images: Select[int]) -> None:
-    """Refuse a quality-control run that has not looked at every plate of ``images``.
+def qc_run_for(
+    session: Session, reference: str, images: Select[int], segment_ids: Sequence[int] = ()
+) -> tuple[Run, int]:
+    """Return a quality-control run that has looked at every plate of ``images``, and at the cells.
+
+    ``segment_ids``: the recipes that found the cells. The number counts those of ``images`` that it
+    knew nothing of, so flagged none.
 
     Raises:
-        UserInputError: with the plates that it has not looked at.
+        UnknownNameError: there is no such run.
+        UserInputError: it is not finished, or has not looked at these plates or cells.
     """
+    run = find_qc_run(session, reference)
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
-    wanted = session.scalars(on_plates.where(Image.id.in_(images)).distinct())
-    seen, names = set(plates_of(run)), set(wanted)
+    names = set(session.scalars(on_plates.where(Image.id.in_(images)).distinct()))
+    seen = set((run.result or {}).get("plates", ()))
     seen |= {now for _, now in renamed_plates(session, seen - names).values()}
     missing = sorted(names - seen)
     if missing:
@@ -98,10 +101,14 @@ def check_plates(session: Session, run: Run, images: Select[int]) -> None:
             f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
             f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
         )
-
-
-def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
-    """Return how many of ``images`` a quality-control run knew nothing of, so flagged none."""
+    of = next((item.id for item in run.recipe.inputs if item.stage is Stage.SEGMENT), None)
+    for segment_id in segment_ids:
+        if segment_id != of:
+            what = "no cells" if of is None else f"the cells of segment recipe {of}"
+            raise UserInputError(
+                f"Quality-control run {run.id} looked at {what}, not at those of segment recipe "
+                f"{segment_id}. Run: cellstore qc --segmentation {segment_id}"
+            )
     looked_at = (
         select(Job.id)
         .join(Recipe, Recipe.id == Job.recipe_id)
@@ -111,38 +118,16 @@ def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
         .where(Job.content_sha256 == Image.content_sha256)
     )
     query = select(func.count()).select_from(Image).where(Image.id.in_(images))
-    return session.scalar(query.where(~looked_at.exists())) or 0
+    return run, session.scalar(query.where(~looked_at.exists())) or 0
 
 
-def unseen_note(run: Run, unseen: int) -> str:
-    """Return the sentence on images that a quality-control run knew nothing of."""
-    return (
+def unseen_notes(run: Run, unseen: int) -> tuple[str, ...]:
+    """Return the sentence on images that a quality-control run knew nothing of, if any."""
+    sentence = (
         f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
         "was excluded. Run: cellstore qc"
     )
-
-
-def check_cells(session: Session, run: Run, segment_id: int) -> None:
-    """Refuse a quality-control run that has looked at the cells of another segmentation, or none.
-
-    Raises:
-        UserInputError: with the command that looks at them.
-    """
-    query = select(RecipeInput.input_id).join(Recipe, Recipe.id == RecipeInput.input_id)
-    query = query.where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.SEGMENT)
-    seen = session.scalar(query)
-    if seen == segment_id:
-        return
-    what = "no cells" if seen is None else f"the cells of segment recipe {seen}"
-    raise UserInputError(
-        f"Quality-control run {run.id} looked at {what}, not at those of segment recipe "
-        f"{segment_id}. Run: cellstore qc --segmentation {segment_id}"
-    )
-
-
-def plates_of(run: Run) -> Sequence[str]:
-    """Return the barcodes of the plates that a quality-control run looked at."""
-    return tuple((run.result or {}).get("plates", ()))
+    return (sentence,) if unseen else ()
 
 
 def image_counts(qc_run: int | None = None) -> ColumnElement[bool]:

@@ -300,8 +300,7 @@ def open_set(
         StorageError: a file of the set is gone.
 
     """
-    of_recipe = select(FeatureSet).where(FeatureSet.recipe_id == recipe_id)
-    found = session.scalars(of_recipe).one_or_none()
+    found = set_of_recipe(session, recipe_id)
     if found is None or found.storage is FeatureStorage.TABLE:
         return ReadableSet(name=found.name if found else name)
     columns = tuple(
@@ -484,23 +483,6 @@ class _OpenFile:
                 f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
                 "See what is wrong with: cellstore verify"
             ) from error
-
-
-@dataclass(frozen=True)
-class FileContent:
-    """How many rows a file of a feature set has, and its first and last cell."""
-
-    rows: int
-    first_cell_id: int
-    last_cell_id: int
-
-    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileContent:
-        """Return the content after more rows."""
-        first = self.first_cell_id if self.rows else int(cell_ids[0])
-        return FileContent(self.rows + len(cell_ids), first, int(cell_ids[-1]))
-
-    def __str__(self) -> str:
-        return f"{self.rows} rows of cells {self.first_cell_id} to {self.last_cell_id}"
 
 
 def stream_ids(path: Path) -> Iterator[NDArray[np.int64]]:

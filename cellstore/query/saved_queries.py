@@ -27,20 +27,9 @@ KINDS = (
 NOTHING = "nothing"
 """The default of a parameter that may be left out: null."""
 
-RESERVED = frozenset(
-    [
-        "sql",
-        "format",
-        "output",
-        "json",
-        "store",
-        "seconds",
-        "memory",
-        "limit",
-        "explain",
-        "help",
-        "for_spreadsheet",
-    ]
+RESERVED = (
+    *("sql", "format", "output", "json", "store", "seconds", "memory", "limit", "explain", "help"),
+    "for_spreadsheet",
 )
 """Options of ``cellstore ask`` itself."""
 

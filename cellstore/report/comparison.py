@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from ..analysis.statistics import well_interval
 from ..config import VoteOptions
 from ..enums import Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions, open_questions
-from .scoring import CLASS_NAMES, SEEN, Subject, find_subject, judge
-from .votes import LEVELS, SUBSETS, VOTES
+from .scoring import SEEN, Answers, Subject, ask_answers, class_names, find_subject, judge
+from .votes import SUBSETS, check_vote
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ LONGEST = 60
 
 # The level is written out, so that DuckDB skips the parts of the view that are not asked for.
 ANSWERS = f"""
-    SELECT v.unit_id, v.well_id, list_position({list(SUBSETS)}, v.subset) - 1 AS subset,
-        t.code AS truth, w.code AS answer, v.abstained IS NOT NULL AS abstained
+    SELECT v.unit_id AS unit, v.well_id AS well,
+        list_position({list(SUBSETS)}, v.subset) - 1 AS subset, t.code AS truth,
+        w.code AS answer, v.abstained IS NOT NULL AS abstained
     FROM votes AS v
     JOIN class_names AS t ON t.value = v.truth
     JOIN class_names AS w ON w.value = v.winner
@@ -149,13 +150,12 @@ NAMES = {
     ORDER BY p.barcode, w.well_row, w.well_column
     """,
 }
-RECIPES = """
+RECIPES_BEHIND = """
     WITH RECURSIVE above(id) AS (
-        SELECT recipe_id FROM runs WHERE id = ?
+        SELECT recipe_id FROM runs WHERE list_contains(?, id)
         UNION SELECT input_id FROM recipe_inputs JOIN above ON recipe_inputs.recipe_id = above.id
     )
-    SELECT r.id, r.stage, r.version, r.parameters, r.weights_sha256
-    FROM recipes AS r JOIN above ON above.id = r.id ORDER BY r.id
+    SELECT recipes.* FROM recipes JOIN above ON above.id = recipes.id ORDER BY recipes.id
 """
 RUNS = """
     SELECT p.code_version AS predicted_by, t.code_version AS trained_by, t.seed, s.name AS split
@@ -188,10 +188,7 @@ def compare(
         UserInputError: both are the same run; they have answered nothing in common; or they answer
             other questions (compounds and genes).
     """
-    if level not in LEVELS:
-        raise UnknownNameError.of("level", level, LEVELS)
-    if vote not in VOTES:
-        raise UnknownNameError.of("vote", vote, VOTES)
+    check_vote(level, vote)
     one = find_subject(workspace, first, vote_options)
     other = find_subject(workspace, second, vote_options)
     about = {one.run.id, other.run.id}
@@ -221,30 +218,29 @@ def compare_subjects(
             "labels are of different kinds and cannot be compared."
         )
     run_ids = [first.run.id, second.run.id]
-    questions.keep("class_names", CLASS_NAMES, [run_ids])
-    names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
-    labels = [value for (value,) in names]
+    labels = class_names(questions, run_ids)
     query = ANSWERS.format(level=level)
-    answers = [questions.ask_ours(query, [run_id, vote]).arrays() for run_id in run_ids]
+    answers = [ask_answers(questions, query, [run_id, vote]) for run_id in run_ids]
     one_split = first.split.id == second.split.id
-    pair = common_answers(*answers, one_split=one_split, force=force)
-    if not pair.unit.size and pair.other_truth:
+    pair, n_other_truth = common_answers(*answers, one_split=one_split, force=force)
+    one, other = pair
+    if not one.size and n_other_truth:
         raise UserInputError(
             f"Split {first.split.name} and split {second.split.name} have different true labels "
             f"for every {level} that both runs have labelled."
         )
-    if not pair.unit.size:
+    if not one.size:
         raise UserInputError(
             f"Runs {first.run.id} and {second.run.id} have answered no {level} in common that "
             "neither was trained on (--force compares them on those, too). Label the same images "
             "with both: cellstore predict --run RUN"
         )
     seen, compared = [], []
-    right = (pair.truth == pair.first, pair.truth == pair.second)
+    right = (one.answer == one.truth, other.answer == other.truth)
     for subject, correct in zip((first, second), right, strict=True):
         known = questions.ask_ours(SEEN, [subject.run.id]).arrays()["well_id"]
-        seen.append(np.intersect1d(pair.well, known.astype(np.int64)))
-        low, high = well_interval(correct, pair.well) or (None, None)
+        seen.append(np.intersect1d(one.well, known.astype(np.int64)))
+        low, high = well_interval(correct, one.well) or (None, None)
         compared.append(
             ComparedRun(
                 run_id=subject.run.id,
@@ -257,9 +253,9 @@ def compare_subjects(
                 wells_seen=seen[-1].size,
             )
         )
-    judged = judge(*right, pair.well, np.setxor1d(*seen).size)
+    judged = judge(*right, one.well, np.setxor1d(*seen).size)
     test = judged.test
-    bounds = well_interval(right[0], pair.well, minus=right[1]) or (None, None)
+    bounds = well_interval(right[0], one.well, minus=right[1]) or (None, None)
     better = {1: first.run.id, -1: second.run.id}.get(judged.better or 0)
     wells = (
         f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
@@ -271,19 +267,19 @@ def compare_subjects(
     elif better is not None:
         worse = second.run.id if judged.better == 1 else first.run.id
         conclusion = f"Run {better} is better than run {worse}: {wells}."
-    differs = np.flatnonzero(pair.first != pair.second)
+    differs = one.answer != other.answer
     return Comparison(
         level=level,
         vote=vote,
-        n=pair.unit.size,
-        wells=np.unique(pair.well).size,
+        n=one.size,
+        wells=np.unique(one.well).size,
         first=compared[0],
         second=compared[1],
         both_right=int((right[0] & right[1]).sum()),
         only_first=int((right[0] & ~right[1]).sum()),
         only_second=int((~right[0] & right[1]).sum()),
         both_wrong=int((~right[0] & ~right[1]).sum()),
-        same=pair.unit.size - differs.size,
+        same=one.size - int(differs.sum()),
         difference=judged.difference,
         difference_low=bounds[0],
         difference_high=bounds[1],
@@ -297,88 +293,52 @@ def compare_subjects(
         better=better,
         conclusion=conclusion,
         cannot_say=judged.cannot_say,
-        not_compared=pair.not_compared,
+        not_compared=np.union1d(answers[0].unit, answers[1].unit).size - one.size,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
-        warnings=_warnings(questions, (first, second), seen, pair, level),
-        n_differing=differs.size,
-        differing=_differences(questions, pair, differs, labels, level, limit),
+        warnings=_warnings(questions, (first, second), seen, pair, n_other_truth, level),
+        n_differing=int(differs.sum()),
+        differing=_differences(questions, one[differs], other[differs], labels, level, limit),
     )
-
-
-@dataclass(frozen=True)
-class CommonAnswers:
-    """What two runs answered for the same N units: (N,) ids, and (N,) numbers of labels.
-
-    ``subsets`` of a split that any of the units is in. ``not_compared`` counts the units that only
-    one of them has answered or that may not be compared, ``other_truth`` those of them whose truth
-    is not the same for both.
-    """
-
-    unit: NDArray[np.int64]
-    well: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
-    subsets: frozenset[str]
-    not_compared: int
-    other_truth: int
 
 
 def common_answers(
-    first: Mapping[str, NDArray[Any]],
-    second: Mapping[str, NDArray[Any]],
-    *,
-    one_split: bool,
-    force: bool,
-) -> CommonAnswers:
-    """Return what both have answered, of the best subset in which there is any.
+    first: Answers, second: Answers, *, one_split: bool, force: bool
+) -> tuple[tuple[Answers, Answers], int]:
+    """Return what both have answered of the same N units, (N,) records of ``ANSWERS`` of each.
 
-    That is the test subset, else what a report would score in its place. What one split tests may
-    well be outside of another one, which is as new to its run. ``first`` and ``second``: the
-    columns of ``ANSWERS``.
+    They are of the best subset in which there is any: the test subset, else what a report would
+    score in its place. What one split tests may well be outside of another one, which is as new to
+    its run. The number counts the units whose truth is not the same for both.
     """
-    every = np.union1d(first["unit_id"], second["unit_id"]).size
     found, keys = [], []
     for answers in (first, second):
-        numbers = {name: answers[name].astype(np.int64) for name in answers}
-        chosen = numbers["abstained"] == 0
-        key = numbers["unit_id"]
-        if one_split:  # a well in two subsets has an answer in each
-            key = key * len(SUBSETS) + numbers["subset"]
-        else:  # of a well with two answers it cannot be said which one is meant
-            ids, counts = np.unique(key[chosen], return_counts=True)
-            chosen &= np.isin(key, ids[counts == 1])
-        found.append({name: values[chosen] for name, values in numbers.items()})
-        keys.append(key[chosen])
+        given = answers[~answers.abstained]
+        key = (
+            given.unit * len(SUBSETS) + given.subset
+        )  # a well in two subsets has an answer in each
+        if not one_split:  # of a well with two answers it cannot be said which one is meant
+            ids, counts = np.unique(given.unit, return_counts=True)
+            given = given[np.isin(given.unit, ids[counts == 1])]
+            key = given.unit
+        found.append(given)
+        keys.append(key)
     _, in_first, in_second = np.intersect1d(
         keys[0], keys[1], assume_unique=True, return_indices=True
     )
-    one = {name: values[in_first] for name, values in found[0].items()}
-    other = {name: values[in_second] for name, values in found[1].items()}
-    chosen = one["truth"] == other["truth"]
+    one, other = found[0][in_first], found[1][in_second]
+    chosen = one.truth == other.truth
     other_truth = int((~chosen).sum())
     if chosen.any() and not force:
-        rank = np.maximum(one["subset"], other["subset"])
+        rank = np.maximum(one.subset, other.subset)
         if not one_split:
             rank[rank == SUBSETS.index("outside")] = SUBSETS.index(Subset.TEST.value)
         best = min(int(rank[chosen].min()), SUBSETS.index(Subset.VALIDATION.value))
         chosen &= rank == best
     # A well in several subsets counts once, by the first of SUBSETS.
     rows = np.flatnonzero(chosen)
-    order = rows[np.lexsort((one["subset"][rows], one["unit_id"][rows]))]
-    chosen = order[np.unique(one["unit_id"][order], return_index=True)[1]]
-    unit = one["unit_id"][chosen]
-    subsets = np.union1d(one["subset"][chosen], other["subset"][chosen])
-    return CommonAnswers(
-        unit=unit,
-        well=one["well_id"][chosen],
-        truth=one["truth"][chosen],
-        first=one["answer"][chosen],
-        second=other["answer"][chosen],
-        subsets=frozenset(SUBSETS[code] for code in subsets),
-        not_compared=every - unit.size,
-        other_truth=other_truth,
-    )
+    order = rows[np.lexsort((one.subset[rows], one.unit[rows]))]
+    chosen = order[np.unique(one.unit[order], return_index=True)[1]]
+    return (one[chosen], other[chosen]), other_truth
 
 
 def recipes_apart(questions: Questions, first: int, second: int) -> tuple[RecipeDifference, ...]:
@@ -412,7 +372,7 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
     add("train.code", row["trained_by"])
     add("predict.code", row["predicted_by"])
     numbers: dict[str, int] = {}
-    for recipe in questions.ask_ours(RECIPES, [run]).records():
+    for recipe in questions.ask_ours(RECIPES_BEHIND, [[run]]).records():
         stage = recipe["stage"]
         numbers[stage] = number = numbers.get(stage, 0) + 1
         name = stage if number == 1 else f"{stage}{number}"
@@ -427,7 +387,8 @@ def _warnings(
     questions: Questions,
     subjects: tuple[Subject, Subject],
     seen: list[NDArray[np.int64]],
-    pair: CommonAnswers,
+    pair: tuple[Answers, Answers],
+    other_truth: int,
     level: str,
 ) -> tuple[str, ...]:
     """Say why the runs may not be comparable."""
@@ -454,34 +415,34 @@ def _warnings(
     if names[0] != names[1]:
         wells = ", so a well may have other images in each" if level == "well" else ""
         found.append(f"They learned from different splits: {names[0]} and {names[1]}{wells}.")
-    if Subset.TRAIN.value in pair.subsets:
+    subsets = {SUBSETS[code] for answers in pair for code in np.unique(answers.subset)}
+    if Subset.TRAIN.value in subsets:
         found.append("Forced: images that a run was trained on are among those compared.")
-    if Subset.VALIDATION.value in pair.subsets:
+    if Subset.VALIDATION.value in subsets:
         found.append("Validation images are compared, and they decided when a training stopped.")
-    if pair.other_truth:
+    if other_truth:
         found.append(
-            f"Excluded: {pair.other_truth:,} {level}s whose true label is not the same in both "
-            "splits."
+            f"Excluded: {other_truth:,} {level}s whose true label is not the same in both splits."
         )
     return tuple(found)
 
 
 def _differences(
     questions: Questions,
-    pair: CommonAnswers,
-    differs: NDArray[np.int64],
+    one: Answers,
+    other: Answers,
     labels: Sequence[str],
     level: str,
     limit: int | None,
 ) -> tuple[Difference, ...]:
     """Return the units in which the labels differ, in order of plate, row and column."""
-    index_of = dict(zip(pair.unit[differs].tolist(), differs.tolist(), strict=True))
+    index_of = {unit: index for index, unit in enumerate(one.unit.tolist())}
     rows = questions.ask_ours(NAMES[level], [list(index_of)]).records() if index_of else []
     found = []
     for row in rows[:limit]:
         index = index_of[row["id"]]
         truth, first, second = (
-            labels[int(codes[index])] for codes in (pair.truth, pair.first, pair.second)
+            labels[codes[index]] for codes in (one.truth, one.answer, other.answer)
         )
         right = "first" if first == truth else "second" if second == truth else "neither"
         found.append(Difference(row["id"], row["name"], truth, first, second, right))

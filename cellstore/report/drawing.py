@@ -10,10 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..artifacts import open_atomically
+from ..settings import check_not_of_a_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -355,10 +359,13 @@ def brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def render(
-    name: str, content: dict[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
-) -> str:
-    """Return the page of the template ``name``, with more ``filters``.
+def write_html(
+    path: Path,
+    name: str,
+    content: dict[str, Any],
+    filters: Mapping[str, Callable[..., str]] | None = None,
+) -> None:
+    """Write the page of the template ``name``, with more ``filters``; raises StorageError.
 
     It may include and import other templates. Every text is escaped but figures
     (filter ``svg``) and the common look (``css``); what cannot be seen in a text is written out.
@@ -384,4 +391,7 @@ def render(
     environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
     environment.filters.update(filters or {})
     css = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704 - ours
-    return environment.get_template(name).render(css=css, **content)
+    page = environment.get_template(name).render(css=css, **content)
+    check_not_of_a_store(path)
+    with open_atomically(path) as file:
+        file.write(page.encode("utf-8", "replace"))

@@ -162,22 +162,19 @@ def _text(value: Any) -> str:
 
 def _name(session: Session, table: str, row_id: int | None) -> str:
     """What a row is called now, else its table."""
-    of_well = select(Plate.barcode + "/" + Well.name).select_from(Well)
-    of_well = of_well.join(Plate, Plate.id == Well.plate_id)
-    query = None
-    match table:
-        case "plates":
-            query = select(Plate.barcode).where(Plate.id == row_id)
-        case "wells":
-            query = of_well.where(Well.id == row_id)
-        case "images":
-            query = of_well.join(Image, Image.well_id == Well.id).where(Image.id == row_id)
-        case "cells":
-            query = of_well.join(Image, Image.well_id == Well.id)
-            query = query.join(Segmentation, Segmentation.image_id == Image.id)
-            query = query.join(Cell, Cell.segmentation_id == Segmentation.id)
-            query = query.where(Cell.id == row_id)
-    found = None if query is None or row_id is None else session.scalar(query)
+    ways: dict[str, tuple[Any, ...]] = {
+        "plates": (Plate,),
+        "wells": (Plate, Well),
+        "images": (Plate, Well, Image),
+        "cells": (Plate, Well, Image, Segmentation, Cell),
+    }
+    found = None
+    if row_id is not None and (way := ways.get(table)):
+        query = select(Plate.barcode if table == "plates" else Plate.barcode + "/" + Well.name)
+        query = query.select_from(Plate)
+        for joined in way[1:]:
+            query = query.join(joined)
+        found = session.scalar(query.where(way[-1].id == row_id))
     if table == "plates" and row_id is None:
         return "plates that come later"
     singular = table.removesuffix("s") if table in METADATA.tables else table

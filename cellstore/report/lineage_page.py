@@ -12,11 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts import open_atomically
 from ..jobs.workspace import Workspace
-from ..settings import check_not_of_a_store, need
+from ..settings import need
 from .audit import Audit, is_part, shown
-from .drawing import BLUE, GREY, INK, ORANGE, render, short, svg
+from .drawing import BLUE, GREY, INK, ORANGE, short, svg, write_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +67,7 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
         "database": workspace.database.shown,
     }
     path = path.resolve()
-    check_not_of_a_store(path)
-    with open_atomically(path) as file:
-        file.write(render("lineage.html.j2", content).encode("utf-8", "replace"))
+    write_html(path, "lineage.html.j2", content)
     return path
 
 

@@ -43,7 +43,7 @@ from .drawing import (
     grey_limits,
     plate_map_svg,
     plate_maps_png,
-    render,
+    write_html,
 )
 
 SHOWN_PLATES = 8
@@ -62,9 +62,8 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
         StorageError: the file cannot be written.
         UserInputError: nothing was looked at.
     """
-    flagging = _flagging(workspace, result)
-    check_not_of_a_store(path)
     need("report")
+    flagging = _flagging(workspace, result)
     with workspace.database.read() as session:
         run = session.get_one(Run, flagging.run_id)
         fingerprint = session.get_one(Recipe, run.recipe_id).fingerprint
@@ -83,9 +82,7 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
         "plates": [_plate(workspace, flagging, plate.plate) for plate in shown],
         "more_plates": len(result.plates) > len(shown),
     }
-    page = render("qc.html.j2", content, {"brief": brief, "usual": _usual})
-    with open_atomically(path) as file:
-        file.write(page.encode())
+    write_html(path, "qc.html.j2", content, {"brief": brief, "usual": _usual})
     return replace(result, html=str(path))
 
 

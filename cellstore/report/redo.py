@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from itertools import compress
+from heapq import merge
+from itertools import compress, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ from ..models import (
 )
 from ..query.feature_files import BUILT_IN, SetReader, open_set
 from ..settings import StoreSettings
-from .repro import FROM_FILE, RunOptions, input_of, options_of_run
+from .repro import FROM_FILE, RunOptions, options_of_run
 
 ROWS = 5_000
 """Rows that are copied or compared at once."""
@@ -147,17 +148,11 @@ class Check:
         self, named: str, then: Iterable[Value], now: Iterable[Value], *, relative: bool = False
     ) -> None:
         """Compare two series that ascend by key; ``named`` is filled with the key."""
-        olds, news = iter(then), iter(now)
-        old, new = next(olds, None), next(news, None)
-        while old is not None or new is not None:
-            only_old = new is None or (old is not None and old[0] < new[0])
-            only_new = old is None or (new is not None and new[0] < old[0])
-            first, second = None if only_new else old, None if only_old else new
-            key = (first or second or ("",))[0]
+        old, new = ((row[0], 0, row) for row in then), ((row[0], 1, row) for row in now)
+        for key, found in groupby(merge(old, new, key=itemgetter(0, 1)), itemgetter(0)):
+            pair = {side: row for _, side, row in found}
             parts = key if isinstance(key, tuple) else (key,)
-            self.count(named.format(*parts), first, second, relative=relative)
-            old = old if only_new else next(olds, None)
-            new = new if only_old else next(news, None)
+            self.count(named.format(*parts), pair.get(0), pair.get(1), relative=relative)
 
 
 CarryOut = Callable[
@@ -194,8 +189,7 @@ def check(
             raise UserInputError(
                 f"Run {run.id} is {run.status.value}: only a finished run is redone."
             )
-        recipe = session.get_one(Recipe, run.recipe_id)
-        options = options_of_run(session, run, recipe)
+        options = options_of_run(session, run)
         if options is None:
             raise UserInputError(
                 f"A run of stage {run.stage.value} like run {run.id} is not redone beside the "
@@ -204,7 +198,7 @@ def check(
             )
         if weights is not None:
             options = _with_weights(options, weights)
-        wanted, chosen, sampled = _needs(session, run, recipe, images)
+        every, chosen, sampled = _images_of(session, run, images)
     where = f"image_id IN ({', '.join(map(str, chosen))})" if sampled else None
     if where is not None and isinstance(options.params, PredictParams):
         asked = options.params.where
@@ -212,16 +206,16 @@ def check(
         options = replace(options, params=replace(options.params, where=asked, limit=None))
     found = Check(run.id, run.stage.value)
     try:
-        with scratch_store(workspace, wanted) as redone:
+        with scratch_store(workspace, run.id, every) as redone:
             new_id, failures = carry_out(redone, options, where)
             if failures:
-                of = len(chosen if sampled else wanted.images)
+                of = len(chosen if sampled else every)
                 found.reasons = [f"{len(failures)} of {of} images failed"]
                 found.reasons += [f"{name}: {reason}" for name, reason in failures[:SHOWN]]
             elif new_id is not None:
                 with workspace.database.read() as then, redone.database.read() as now:
                     old, new = then.get_one(Run, run.id), now.get_one(Run, new_id)
-                    both = (workspace, then, old, old.recipe), (redone, now, new, new.recipe)
+                    both = (workspace, then, old), (redone, now, new)
                     _compare(found, both, options, chosen if sampled else None)
                     found.same_recipe = old.recipe.fingerprint == new.recipe.fingerprint
             if not found.compared and not failures:
@@ -266,30 +260,23 @@ def _with_weights(options: RunOptions, weights: Path) -> RunOptions:
 # The store in which the run is redone
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a redo needs beside the small tables, which are copied whole.
-
-    ``images`` by id; ``segmented``: recipes whose segmentations come along, ``with_cells`` those
-    of them whose cells do; ``measured``: recipes whose measurements do; ``files_of``: runs whose
-    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already;
-    ``until``: annotations made later do not count.
-    """
-
-    images: Sequence[int]
-    until: datetime
-    segmented: Collection[int] = ()
-    with_cells: Collection[int] = ()
-    measured: Collection[int] = ()
-    files_of: Collection[int] = ()
-    qc: int | None = None
-    splits: bool = True
+def _read_by(run: Run) -> tuple[Recipe, list[int], list[int]]:
+    """The recipe that says how a run reads cells, the segment and the measure recipes it names."""
+    read = run.recipe
+    if run.stage is Stage.PREDICT:  # it reads cells as the training did
+        assert run.parent is not None
+        read = run.parent.recipe
+    segmented, measured = (
+        [item.id for item in read.inputs if item.stage is stage]
+        for stage in (Stage.SEGMENT, Stage.MEASURE)
+    )
+    return read, segmented, measured
 
 
-def _needs(
-    session: Session, run: Run, recipe: Recipe, number: int | None
-) -> tuple[Wanted, tuple[int, ...], bool]:
-    """What a run needs to be redone, the images it is redone for, whether these are a part.
+def _images_of(
+    session: Session, run: Run, number: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """The images that are copied, those the run is redone for, and whether these are a part.
 
     A sample is spread over the images of the run.
     """
@@ -307,14 +294,8 @@ def _needs(
     if by_image or run.stage is Stage.PREDICT:
         number = min(number or (SAMPLE if by_image else len(every)), len(every))
         chosen = tuple(every[i * len(every) // number] for i in range(number))
-    # A prediction reads cells as the training did.
-    read = recipe
-    if run.stage is Stage.PREDICT:
-        assert run.parent is not None
-        read = run.parent.recipe
+    read, segmented, _ = _read_by(run)
     stored = read.parameters
-    segment, measure = (input_of(session, read, s) for s in (Stage.SEGMENT, Stage.MEASURE))
-    segmented = [] if segment is None else [segment.id]
     # Where whole plates decide how, all their images.
     whole = stored.get("normalise", "train") != "train" or stored.get("intensity") == "plate"
     plates: set[int] = set()
@@ -323,23 +304,17 @@ def _needs(
             query = select(Well.plate_id).join(Image, Image.well_id == Well.id)
             plates |= set(session.scalars(query.where(Image.id.in_(some)).distinct()))
     on_plates = select(Image.id).join(Well, Well.id == Image.well_id)
-    wanted = Wanted(
-        tuple(session.scalars(on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)))
-        or chosen,
-        run.started_at,
-        segmented=segmented,
-        with_cells=[] if run.stage in (Stage.SEGMENT, Stage.SPLIT) else segmented,
-        measured=[] if measure is None else [measure.id],
-        files_of=[] if run.parent_id is None else [run.parent_id],
-        qc=stored.get("exclude_flagged"),
-        splits=run.stage is not Stage.SPLIT,
-    )
-    return wanted, chosen, by_image or len(chosen) < len(every)
+    on_plates = on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)
+    copied = tuple(session.scalars(on_plates)) or chosen
+    return copied, chosen, by_image or len(chosen) < len(every)
 
 
 @contextmanager
-def scratch_store(workspace: Workspace, wanted: Wanted) -> Iterator[Workspace]:
-    """Yield a store of its own with copies of the rows; nothing is written to ``workspace``."""
+def scratch_store(workspace: Workspace, run_id: int, images: Sequence[int]) -> Iterator[Workspace]:
+    """Yield a store of its own with copies of the rows that a run needs, of these images.
+
+    Nothing is written to ``workspace``.
+    """
     with tempfile.TemporaryDirectory(prefix="cellstore-redo-", ignore_cleanup_errors=True) as name:
         settings = StoreSettings(Path(name).resolve())
         database = connect(settings.sqlite)
@@ -348,13 +323,16 @@ def scratch_store(workspace: Workspace, wanted: Wanted) -> Iterator[Workspace]:
             METADATA.create_all(database.engine)
             folder = BorrowingFolder(settings.root / "artifacts", workspace.artifacts)
             with workspace.database.read() as reader, database.begin() as writer:
-                _copy_rows(reader, writer, wanted)
+                _copy_rows(reader, writer, reader.get_one(Run, run_id), images)
             yield Workspace(settings, database, folder, workspace.progress)
         finally:
             database.close()
 
 
-def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
+def _copy_rows(reader: Session, writer: Session, run: Run, images: Sequence[int]) -> None:
+    read, segmented, measured = _read_by(run)
+    of_cells = () if run.stage in (Stage.SEGMENT, Stage.SPLIT) else segmented
+    qc = read.parameters.get("exclude_flagged")
     named = recipe_channels(reader)  # in the copy channels are called what recipes call them
 
     def copy(model: type[Base], *conditions: Any) -> None:
@@ -379,56 +357,56 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
     small = (Folder, Plate, Perturbation, Treatment, TreatmentPart, Well, Recipe, RecipeInput)
     for model in (*small, Label, Split, Run, FeatureSet):
         copy(model)
-    copy(Annotation, Annotation.created_at <= wanted.until)
-    if not wanted.splits:
+    copy(Annotation, Annotation.created_at <= run.started_at)  # later ones do not count
+    if run.stage is Stage.SPLIT:
         writer.execute(update(Run).values(split_id=None))
         writer.execute(delete(Split))
-    for some in in_lists(list(wanted.images), IMAGES):
+    for some in in_lists(list(images), IMAGES):
         copy(Image, Image.id.in_(some))
         copy(ImageFile, ImageFile.image_id.in_(some))
-        if wanted.splits:
+        if run.stage is not Stage.SPLIT:
             copy(SplitMember, SplitMember.image_id.in_(some))
-        found = (Segmentation.image_id.in_(some), Segmentation.recipe_id.in_(wanted.segmented))
+        found = (Segmentation.image_id.in_(some), Segmentation.recipe_id.in_(segmented))
         for column in (Segmentation.mask_artifact_id, Segmentation.flow_artifact_id):
             copy_artifacts(select(column).where(*found, column.is_not(None)))
         copy(Segmentation, *found)
         cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
         cells = cells.where(Segmentation.image_id.in_(some))
-        cells = cells.where(Segmentation.recipe_id.in_(wanted.with_cells))
+        cells = cells.where(Segmentation.recipe_id.in_(of_cells))
         copy(Cell, Cell.id.in_(cells))
-        measured = CellFeatures.recipe_id.in_(wanted.measured)
-        copy(CellFeatures, CellFeatures.cell_id.in_(cells), measured)
-        done = (Job.recipe_id.in_(wanted.measured), Job.status == Status.DONE)
+        of_measures = CellFeatures.recipe_id.in_(measured)
+        copy(CellFeatures, CellFeatures.cell_id.in_(cells), of_measures)
+        done = (Job.recipe_id.in_(measured), Job.status == Status.DONE)
         copy(Job, Job.image_id.in_(some), *done)
-        if wanted.qc is not None:
-            copy(CellFlag, CellFlag.cell_id.in_(cells), CellFlag.run_id == wanted.qc)
-            copy(ImageFlag, ImageFlag.image_id.in_(some), ImageFlag.run_id == wanted.qc)
-    of_runs = RunArtifact.run_id.in_(wanted.files_of)
+        if qc is not None:
+            copy(CellFlag, CellFlag.cell_id.in_(cells), CellFlag.run_id == qc)
+            copy(ImageFlag, ImageFlag.image_id.in_(some), ImageFlag.run_id == qc)
+    of_runs = RunArtifact.run_id == run.parent_id
     copy_artifacts(select(RunArtifact.artifact_id).where(of_runs))
     copy(RunArtifact, of_runs)
-    sets = select(FeatureSet.id).where(FeatureSet.recipe_id.in_(wanted.measured))
+    sets = select(FeatureSet.id).where(FeatureSet.recipe_id.in_(measured))
     copy_artifacts(select(FeatureFile.artifact_id).where(FeatureFile.feature_set_id.in_(sets)))
     copy(FeatureFile, FeatureFile.feature_set_id.in_(sets))
 
 
 # What is compared
 
-Stored = tuple[Workspace, Session, Run, Recipe]
-"""A store, its session, and the run there with its recipe."""
+Stored = tuple[Workspace, Session, Run]
+"""A store, its session, and the run there."""
 
 
 def _compare(
     found: Check, both: tuple[Stored, Stored], options: RunOptions, images: Sequence[int] | None
 ) -> None:
     """Compare what a run made with what its repetition made; ``images``: of these alone."""
-    (_, then, run, recipe), (_, now, _, _) = both
-    source = input_of(then, recipe, Stage.SEGMENT)
+    (_, then, run), (_, now, _) = both
+    sources = [item.id for item in run.recipe.inputs if item.stage is Stage.SEGMENT]
     # Of cells that both stores have: rows were copied with their ids.
     cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
     if images is not None:
         cells = cells.where(Segmentation.image_id.in_(images))
-    if source is not None:
-        cells = cells.where(Segmentation.recipe_id == source.id)
+    if sources:
+        cells = cells.where(Segmentation.recipe_id.in_(sources))
     query: Any
     match run.stage:
         case Stage.PREDICT:
@@ -483,7 +461,7 @@ def _compare(
         case Stage.SPLIT:
             found.what = "members of the split"
             name = options.inputs["name"]
-            made = select(Split).where(Split.recipe_id == recipe.id).order_by(Split.id)
+            made = select(Split).where(Split.recipe_id == run.recipe_id).order_by(Split.id)
             splits = [split for split in then.scalars(made) if name in (split.family, split.name)]
             if not splits:
                 raise UserInputError("The split is deleted, so there is nothing to compare with.")
@@ -512,17 +490,17 @@ def _compare(
 
 def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
     """The rows of a query that are of the run; ``run`` is their column of run ids."""
-    _, session, its_run, _ = one
+    _, session, its_run = one
     mine = query.where(run == its_run.id)
     yield from session.execute(mine.execution_options(yield_per=ROWS))
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:
     """The measurements of cells by cell and name."""
-    workspace, session, _, recipe = one
+    workspace, session, run = one
     ids = sorted(session.scalars(cells))
-    features = open_set(session, workspace.artifacts, recipe.id) if ids else BUILT_IN
-    names, reader = sorted(features.columns), SetReader(features.files, recipe.id)
+    features = open_set(session, workspace.artifacts, run.recipe_id) if ids else BUILT_IN
+    names, reader = sorted(features.columns), SetReader(features.files, run.recipe_id)
     for some in in_lists(ids, ROWS):
         there, values = reader(session, np.array(some, dtype=np.int64), names)
         for cell, row in zip(compress(some, there), values[there].tolist(), strict=True):

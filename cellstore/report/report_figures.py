@@ -332,27 +332,18 @@ are small."""
 
 
 @dataclass(frozen=True)
-class MixUp:
-    """A class that was taken for another in ``n`` images; ``gene``: that of both, if it is."""
-
-    truth: str
-    predicted: str
-    n: int
-    gene: str | None
-
-
-@dataclass(frozen=True)
 class Confusion:
     """Images by truth (row) and answer (column): ``counts`` in the order of ``labels``.
 
     ``genes``: the target of each label, ``None`` where there is none. ``same_gene`` counts mistakes
-    for another label of the same gene, ``wrong`` all mistakes.
+    for another label of the same gene, ``wrong`` all mistakes; ``mix_ups`` are the most frequent
+    ones: truth, answer, number of images, and the gene of both, if it is the same.
     """
 
     labels: tuple[str, ...]
     genes: tuple[str | None, ...]
     counts: NDArray[np.int64]
-    mix_ups: tuple[MixUp, ...]
+    mix_ups: tuple[tuple[str, str, int, str | None], ...]
     wrong: int
     same_gene: int
 
@@ -375,10 +366,9 @@ def confusion_of(pairs: Sequence[tuple[str, str]], genes: Mapping[str, str | Non
     for (truth, predicted), number in counted.items():
         counts[index[truth], index[predicted]] = number
     mix_ups = [
-        MixUp(
-            *pair, number, genes.get(pair[0]) if genes.get(pair[0]) == genes.get(pair[1]) else None
-        )
+        (*pair, number, gene if gene == genes.get(pair[1]) else None)
         for pair, number in sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+        for gene in (genes.get(pair[0]),)
         if pair[0] != pair[1]
     ]
     return Confusion(
@@ -386,8 +376,8 @@ def confusion_of(pairs: Sequence[tuple[str, str]], genes: Mapping[str, str | Non
         genes=tuple(genes.get(label) for label in labels),
         counts=counts,
         mix_ups=tuple(mix_ups[:MIX_UPS]),
-        wrong=sum(item.n for item in mix_ups),
-        same_gene=sum(item.n for item in mix_ups if item.gene is not None),
+        wrong=sum(number for *_, number, _ in mix_ups),
+        same_gene=sum(number for *_, number, gene in mix_ups if gene is not None),
     )
 
 

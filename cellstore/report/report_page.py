@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import open_atomically
-from ..config import VoteOptions
 from ..errors import CellstoreError, UnknownNameError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
@@ -25,8 +22,7 @@ from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
 from ..query.source import group_of
-from ..settings import check_not_of_a_store, need
-from .comparison import Comparison, Difference
+from .comparison import RECIPES_BEHIND, Comparison, Difference
 from .drawing import (
     LARGE_MAP,
     SMALL_MAP,
@@ -35,82 +31,70 @@ from .drawing import (
     colour_limits,
     field_picture,
     plate_map_svg,
-    render,
+    write_html,
 )
 from .report_figures import class_content, score_figures, training_curves
-from .scoring import HEADLINE, ReportResult, Subject, by_baseline, image_rows, open_report
+from .repro import repro
+from .scoring import HEADLINE, ReportResult, Subject, by_baseline
 
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
+VOTED = """
+    SELECT vote, unit_id, well_id, truth, predicted, confidence, tie, correct
+    FROM scored_predictions
+    WHERE run_id = ? AND level = 'image' AND vote <> 'median' AND abstained IS NULL
+        AND list_contains(?, subset)
+    ORDER BY vote, unit_id
+"""
+"""The scored votes of images that have an answer."""
 
 
-def write_report(
+def write_page(
     workspace: Workspace,
-    run: str,
+    questions: Questions,
+    subject: Subject,
+    result: ReportResult,
     path: Path,
-    *,
-    compare: str | None = None,
-    vote_options: VoteOptions | None = None,
-    force: bool = False,
-    maps: Sequence[str] = (),
-    redo: Callable[[int], str] | None = None,
-) -> ReportResult:
-    """Write the report on a predict run as one HTML file; see :func:`report` for the options.
-
-    ``maps``: features to show on plate maps, each a column of a feature set or SET.COLUMN.
-    ``redo`` returns the commands that redo a run; without it the page has those that were typed.
-
-    Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
-        StorageError: the file cannot be written.
-        UnknownNameError: there is no such run or feature.
-        UserInputError: there is nothing to report on.
-    """
-    need("report")
-    with open_report(
-        workspace,
-        run,
-        compare=compare,
-        vote_options=vote_options,
-        force=force,
-    ) as (questions, subject, result, answers):
-        run_id, images = subject.run.id, image_rows(answers)
-        hard = [row for row in images if row["vote"] == "hard"]
-        best = result.score(*HEADLINE)
-        unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
-        drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps)
-        try:
-            script = None if redo is None else redo(run_id)
-        except CellstoreError as error:
-            script = f"# {error}"
-        content = {
-            "result": result,
-            "run": subject.run,
-            "baseline": subject.baseline,
-            "best": best,
-            "unseen": unseen,
-            "rival_rows": by_baseline(result.baselines),
-            **score_figures(result),
-            **class_content(result, hard),
-            "map_groups": [
-                (
-                    some[0],
-                    [(m, plate_map_svg(m, SMALL_MAP if some[1:] else LARGE_MAP)) for m in some],
-                )
-                for some in drawn_maps
-            ],
-            "more_plates": more_plates,
-            "measured": len(drawn_maps) > 2,
-            "curves": training_curves(questions, subject.run.parent_id),
-            "pictures": pictures(workspace, questions, run_id, images, result.comparison),
-            "origin": origin_of(questions, subject),
-            "script": script,
-            "listed": LISTED,
-        }
-    check_not_of_a_store(path)
-    with open_atomically(path) as file:
-        file.write(render("report.html.j2", content).encode())
-    return replace(result, html=str(path))
+    maps: Sequence[str],
+) -> None:
+    """Write the page of a report; see :func:`.scoring.report` for the options and errors."""
+    run_id = subject.run.id
+    images = questions.ask_ours(VOTED, [run_id, list(result.subsets)]).records()
+    hard = [row for row in images if row["vote"] == "hard"]
+    best = result.score(*HEADLINE)
+    unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
+    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps)
+    behind = [run_id]
+    try:
+        made = repro(workspace, str(run_id))
+        script, behind = made.script, [step.run_id for step in made.steps]
+    except CellstoreError as error:
+        script = f"# {error}"
+    content = {
+        "result": result,
+        "run": subject.run,
+        "baseline": subject.baseline,
+        "best": best,
+        "unseen": unseen,
+        "rival_rows": by_baseline(result.baselines),
+        **score_figures(result),
+        **class_content(result, hard),
+        "map_groups": [
+            (
+                some[0],
+                [(m, plate_map_svg(m, SMALL_MAP if some[1:] else LARGE_MAP)) for m in some],
+            )
+            for some in drawn_maps
+        ],
+        "more_plates": more_plates,
+        "measured": len(drawn_maps) > 2,
+        "curves": training_curves(questions, subject.run.parent_id),
+        "pictures": pictures(workspace, questions, run_id, images, result.comparison),
+        "origin": origin_of(questions, subject, behind),
+        "script": script,
+        "listed": LISTED,
+    }
+    write_html(path, "report.html.j2", content)
 
 
 # Plate maps
@@ -398,36 +382,6 @@ def _pixels(
 # Origin
 
 SHOWN_RUNS = 24
-RECIPES_BEHIND = """
-    WITH RECURSIVE above(id) AS (
-        SELECT recipe_id FROM runs WHERE id = ?
-        UNION SELECT input_id FROM recipe_inputs JOIN above ON recipe_inputs.recipe_id = above.id
-    ),
-    used(id) AS (
-        SELECT id FROM above
-        UNION SELECT recipe_id FROM runs WHERE list_contains(?, id)
-        UNION SELECT recipe_id FROM splits WHERE id = ?
-    )
-    SELECT recipes.* FROM recipes JOIN used ON used.id = recipes.id ORDER BY recipes.id
-"""
-RUNS_BEHIND = """
-    WITH RECURSIVE above(id) AS (
-        SELECT ?::BIGINT
-        UNION SELECT runs.parent_id FROM runs JOIN above ON runs.id = above.id
-        WHERE runs.parent_id IS NOT NULL
-    ),
-    found(id) AS (
-        SELECT id FROM above
-        UNION SELECT s.run_id FROM segmentations AS s WHERE s.id IN (
-            SELECT DISTINCT c.segmentation_id FROM predictions AS p
-            JOIN cells AS c ON c.id = p.cell_id WHERE p.run_id = ? AND p.rank = 1
-        )
-        UNION SELECT r.id FROM runs AS r JOIN recipe_inputs AS i ON i.input_id = r.recipe_id
-        JOIN runs AS x ON x.recipe_id = i.recipe_id JOIN above ON above.id = x.id
-        WHERE r.status = 'done' AND r.stage = 'measure'
-    )
-    SELECT runs.* FROM runs JOIN found ON runs.id = found.id ORDER BY runs.id
-"""
 NETWORK_FILES = """
     SELECT a.kind, a.path, a.sha256, r.run_id FROM artifacts AS a
     JOIN run_artifacts AS r ON r.artifact_id = a.id
@@ -436,9 +390,10 @@ NETWORK_FILES = """
 """
 
 
-def origin_of(questions: Questions, subject: Subject) -> dict[str, Any]:
+def origin_of(questions: Questions, subject: Subject, behind: Sequence[int]) -> dict[str, Any]:
     """What the labels of a run were made from: rows of runs, recipes and files of networks.
 
+    ``behind``: the runs that it relies on, itself among them.
     ``commands``: what was typed, in order, each once. ``more_runs`` are not shown.
     """
 
@@ -450,16 +405,15 @@ def origin_of(questions: Questions, subject: Subject) -> dict[str, Any]:
             for key, value in found.items()
         ]
 
-    run_id = subject.run.id
-    runs = questions.ask_ours(RUNS_BEHIND, [run_id, run_id]).records()
-    ids = [row["id"] for row in runs]
-    recipes = questions.ask_ours(RECIPES_BEHIND, [run_id, ids, subject.split.id]).records()
+    query = "SELECT * FROM runs WHERE list_contains(?, id) ORDER BY id"
+    runs = questions.ask_ours(query, [behind]).records()
+    recipes = questions.ask_ours(RECIPES_BEHIND, [behind]).records()
     shown = runs[-SHOWN_RUNS:]
     return {
         "split": subject.split,
         "runs": [{**row, "environment": pairs(row["environment"])} for row in shown],
         "more_runs": len(runs) - len(shown),
         "recipes": [{**row, "parameters": pairs(row["parameters"])} for row in recipes],
-        "files": questions.ask_ours(NETWORK_FILES, [ids]).records(),
+        "files": questions.ask_ours(NETWORK_FILES, [behind]).records(),
         "commands": list(dict.fromkeys(row["command"] for row in runs)),
     }

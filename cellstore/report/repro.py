@@ -35,8 +35,6 @@ from ..models import (
     IngestFile,
     Job,
     Plate,
-    Recipe,
-    RecipeInput,
     Run,
     Segmentation,
     Split,
@@ -121,20 +119,14 @@ _SELECTION = ("--plate", "--well", "--where", "--limit")
 _NOT_PACKAGES = ("python", "platform", "resumed", "cellstore", "threads", "device", "cuda")
 
 
-def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe | None:
-    """Return the recipe of a stage that ``recipe`` reads from, if there is one."""
-    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-    query = query.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == stage)
-    return session.scalars(query.order_by(Recipe.id).limit(1)).first()
-
-
-def options_of_run(session: Session, run: Run, recipe: Recipe) -> RunOptions | None:
+def options_of_run(session: Session, run: Run) -> RunOptions | None:
     """Return what a run was asked to do; none: it is redone by the command that was typed."""
-    stored = recipe.parameters
+    recipe, stored = run.recipe, run.recipe.parameters
     if {"imported", "files", "declared"} & stored.keys():  # what other tools made
         return None
     doubts: tuple[str, ...] = ()
-    segment, measure = (input_of(session, recipe, s) for s in (Stage.SEGMENT, Stage.MEASURE))
+    read = {item.stage: item for item in recipe.inputs}
+    segment, measure = read.get(Stage.SEGMENT), read.get(Stage.MEASURE)
     sources = {"segmentation": segment, "measurement": measure}
     inputs = {name: found.fingerprint[:MARK] for name, found in sources.items() if found}
     flagged = stored.get("exclude_flagged")
@@ -283,7 +275,7 @@ def _before(session: Session, run: Run) -> list[Run]:
 
 def _step_of(session: Session, run: Run) -> Step:
     """How one run is redone."""
-    options = options_of_run(session, run, run.recipe)
+    options = options_of_run(session, run)
     typed = typed_words(run.command)
     usual = ("ingest", "refresh") if run.stage is Stage.INGEST else (run.stage.value,)
     usual = ("predictions",) if run.origin is Origin.DECLARED else usual

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..models import Recipe, Run, Split
 from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
 from ..query.exclusions import with_flags
+from ..settings import need
 from .votes import SUBSETS, VOTES, stale_cells
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class GroupScore:
 class WellScore:
     """One scored well: its images by hard votes, and what all its cells together say.
 
-    ``predicted`` is ``None`` where the well has no answer; see :meth:`Answers.once`.
+    ``predicted`` is ``None`` where the well has no answer; see :func:`once`.
     ``seen``: the model was trained on other images of this well.
     """
 
@@ -266,10 +267,10 @@ CLASS_NAMES = """
 # a time takes a fifth less than both at once, and less memory. Labels are numbers in an answer: a
 # text per row would be most of its memory.
 ANSWERS = f"""
-    SELECT list_position({list(VOTES)}, s.vote) - 1 AS vote, s.unit_id, s.well_id, s.plate_id,
+    SELECT list_position({list(VOTES)}, s.vote) - 1 AS vote, s.unit_id AS unit, s.well_id AS well,
         list_position({list(SUBSETS)}, s.subset) - 1 AS subset, t.code AS truth,
-        p.code AS predicted, coalesce(s.confidence, 'nan') AS confidence,
-        coalesce(s.truth_rank, 0) AS truth_rank,
+        p.code AS predicted, t.code = p.code AS correct,
+        coalesce(s.confidence, 'nan') AS confidence, coalesce(s.truth_rank, 0) AS truth_rank,
         coalesce(s.truth_probability, 'nan') AS probability, s.tie,
         s.control IS NOT NULL AS control, s.abstained IS NOT NULL AS abstained
     FROM scored_predictions AS s
@@ -406,85 +407,55 @@ def find_subject(
         )
 
 
-@dataclass(frozen=True)
-class Answers:
-    """N answers of one level and vote beside their truth: (N,) arrays.
+Answers = Any
+"""N answers of one level and vote beside their truth: (N,) records of ``ANSWERS``.
 
-    ``subset`` is an index of ``SUBSETS``; ``truth`` and ``predicted`` are indices of the sorted
-    ``labels``. ``probability`` is what was given to the truth, NaN where that is not known;
-    ``truth_rank`` the rank of the truth among the choices, counting from 1, 0 where it was not
-    among them. ``correct``: whether each answer is right, also where the vote abstained.
-    """
-
-    labels: tuple[str, ...]
-    unit: NDArray[np.int64]
-    well: NDArray[np.int64]
-    plate: NDArray[np.int64]
-    subset: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    probability: NDArray[np.float64]
-    truth_rank: NDArray[np.int64]
-    tie: NDArray[np.bool_]
-    control: NDArray[np.bool_]
-    abstained: NDArray[np.bool_]
-    correct: NDArray[np.bool_]
-
-    def where(self, mask: NDArray[np.bool_]) -> Answers:
-        """Return the answers for which ``mask`` is true."""
-        if mask.all():
-            return self
-        arrays = [item.name for item in fields(self) if item.name != "labels"]
-        return replace(self, **{name: getattr(self, name)[mask] for name in arrays})
-
-    def once(self) -> Answers:
-        """Return one answer for each unit.
-
-        A well whose images are in several subsets has an answer in each: that of the first of
-        ``SUBSETS`` counts.
-        """
-        order = np.lexsort((self.subset, self.unit))
-        _, first = np.unique(self.unit[order], return_index=True)
-        return self.where(np.isin(np.arange(self.unit.size), order[first]))
-
-    @property
-    def given(self) -> Answers:
-        """Those that did not abstain."""
-        return self.where(~self.abstained)
-
-
+``subset`` is an index of ``SUBSETS``; ``truth`` and ``predicted`` are indices of the sorted labels.
+``probability`` is what was given to the truth, NaN where that is not known; ``truth_rank`` the rank
+of the truth among the choices, counting from 1, 0 where it was not among them. ``correct``:
+whether each answer is right, also where the vote abstained.
+"""
 ByKey = Mapping[tuple[str, str], Answers]
 
 
+def class_names(questions: Questions, runs: Sequence[int]) -> list[str]:
+    """Return the labels that runs are asked for, sorted; keep them for ``ask_answers``."""
+    questions.keep("class_names", CLASS_NAMES, [runs])
+    names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
+    return [value for (value,) in names]
+
+
+def ask_answers(questions: Questions, query: str, values: Sequence[object]) -> Answers:
+    """Return the rows of a query as (N,) records."""
+    found = questions.ask_ours(query, values).arrays()
+    kinds = [(name, column.dtype) for name, column in found.items()]
+    return np.rec.fromarrays(list(found.values()), dtype=kinds)
+
+
 def read_answers(
-    questions: Questions, run_id: int, level: str, subsets: Sequence[str], labels: tuple[str, ...]
+    questions: Questions, run_id: int, level: str, subsets: Sequence[str]
 ) -> dict[tuple[str, str], Answers]:
     """Return the answers of a run at one level, by level and vote, in order of unit."""
-    found = questions.ask_ours(ANSWERS.format(level=level), [run_id, list(subsets)]).arrays()
-    truth, predicted = found["truth"].astype(np.int64), found["predicted"].astype(np.int64)
-    every = Answers(
-        labels=labels,
-        unit=found["unit_id"].astype(np.int64),
-        well=found["well_id"].astype(np.int64),
-        plate=found["plate_id"].astype(np.int64),
-        subset=found["subset"].astype(np.int64),
-        truth=truth,
-        predicted=predicted,
-        # Sums of many shares may be a hair above 1.
-        confidence=np.clip(found["confidence"].astype(np.float64), 0, 1),
-        probability=np.clip(found["probability"].astype(np.float64), 0, 1),
-        truth_rank=found["truth_rank"].astype(np.int64),
-        tie=found["tie"].astype(bool),
-        control=found["control"].astype(bool),
-        abstained=found["abstained"].astype(bool),
-        correct=truth == predicted,
-    )
-    return {
-        (level, vote): every.where(found["vote"] == VOTES.index(vote))
-        for key_level, vote in KEYS
-        if key_level == level
-    }
+    every = ask_answers(questions, ANSWERS.format(level=level), [run_id, list(subsets)])
+    for name in ("confidence", "probability"):  # sums of many shares may be a hair above 1
+        every[name] = np.clip(every[name], 0, 1)
+    return {key: every[every.vote == VOTES.index(key[1])] for key in KEYS if key[0] == level}
+
+
+def given(answers: Answers) -> Answers:
+    """Return those that did not abstain."""
+    return answers[~answers.abstained]
+
+
+def once(answers: Answers) -> Answers:
+    """Return one answer for each unit.
+
+    A well whose images are in several subsets has an answer in each: that of the first of
+    ``SUBSETS`` counts.
+    """
+    order = np.lexsort((answers.subset, answers.unit))
+    _, first = np.unique(answers.unit[order], return_index=True)
+    return answers[np.sort(order[first])]
 
 
 def report(
@@ -494,69 +465,46 @@ def report(
     compare: str | None = None,
     vote_options: VoteOptions | None = None,
     force: bool = False,
+    html: Path | None = None,
+    maps: Sequence[str] = (),
 ) -> ReportResult:
     """Score a predict run (a number or ``latest``) against the labels of its split.
 
     Images that the network was trained on count only with ``force``, and the result says so.
     ``compare``: another predict run to put beside it, on the images that both have labelled.
     ``vote_options`` say which images and wells have an answer; what a quality-control run has
-    flagged has no vote if they say so, and the result says how much that is.
+    flagged has no vote if they say so, and the result says how much that is. ``html``: the file of
+    a page to write as well; ``maps``: features to show on its plate maps, each a column of a
+    feature set or SET.COLUMN.
 
     Raises:
-        UnknownNameError: there is no such predict run, or quality-control run.
+        UnknownNameError: there is no such predict run, quality-control run, or feature.
         UserInputError: the run has labelled nothing, or only images it was trained on; no image has
             an answer by ``vote_options``; or the quality-control run has not looked at these images
             or cells.
+        MissingExtraError: matplotlib or Jinja2, which a page needs, is not installed.
+        StorageError: the page cannot be written.
     """
-    with open_report(workspace, run, compare=compare, vote_options=vote_options, force=force) as (
-        _,
-        _,
-        result,
-        _,
-    ):
-        return result
-
-
-@contextmanager
-def open_report(
-    workspace: Workspace,
-    run: str = "latest",
-    *,
-    compare: str | None = None,
-    vote_options: VoteOptions | None = None,
-    force: bool = False,
-) -> Iterator[tuple[Questions, Subject, ReportResult, ByKey]]:
-    """Open the store for the report on a run; yield it with the answers that it scores.
-
-    Arguments and errors as in :func:`report`.
-    """
+    if html is not None:
+        need("report")
     subject = find_subject(workspace, run, vote_options)
     other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
     run_id, options = subject.run.id, subject.vote_options
     about = {item.run.id for item in (subject, other) if item is not None}
     about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
     with open_questions(workspace, vote_options=options, runs=about) as questions:
-        questions.keep("class_names", CLASS_NAMES, [list(about)])
-        names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
-        labels = tuple(value for (value,) in names)
-        votes = read_answers(questions, run_id, "image", SUBSETS, labels)
-        votes |= read_answers(questions, run_id, "well", SUBSETS, labels)
+        labels = class_names(questions, list(about))
+        votes = read_answers(questions, run_id, "image", SUBSETS)
+        votes |= read_answers(questions, run_id, "well", SUBSETS)
         images = np.bincount(votes[HEADLINE].subset, minlength=len(SUBSETS))
         counts = {name: int(n) for name, n in zip(SUBSETS, images, strict=True) if n}
-        if not counts and subject.qc_run_id is not None:
-            raise UserInputError(
-                f"Quality-control run {subject.qc_run_id} has flagged all images that run {run_id} "
-                "has labelled. Score them without --exclude-flagged."
-            )
-        if not counts and not options.controls:
-            raise UserInputError(
-                f"Run {run_id} has labelled no image of a treated well whose truth is known. "
-                "Score it without --no-controls."
-            )
         if not counts:
+            narrowed = [] if subject.qc_run_id is None else ["--exclude-flagged"]
+            narrowed += [] if options.controls else ["--no-controls"]
+            again = f"Score it without {' and '.join(narrowed)}, or label more"
             raise UserInputError(
-                f"Run {run_id} has labelled no image whose truth is known. "
-                "Label some with: cellstore predict"
+                f"Run {run_id} has labelled no image that counts and whose truth is known. "
+                f"{again if narrowed else 'Label some'} with: cellstore predict"
             )
         new = [name for name in SUBSETS if name in counts and name != Subset.TRAIN]
         if not new and not force:
@@ -567,59 +515,44 @@ def open_report(
             )
         subsets = tuple(sorted(counts)) if force else (new[0],)
         scored = [SUBSETS.index(name) for name in subsets]
-        answers = {
-            key: item.where(np.isin(item.subset, scored)).once() for key, item in votes.items()
-        }
-        answers |= read_answers(questions, run_id, "cell", subsets, labels)
-        if not answers[HEADLINE].given.unit.size:
+        answers = {key: once(x[np.isin(x.subset, scored)]) for key, x in votes.items()}
+        answers |= read_answers(questions, run_id, "cell", subsets)
+        if not given(answers[HEADLINE]).size:
             raise UserInputError(
                 f"No image that run {run_id} has labelled gets a label with these options. "
                 "Lower --min-cells or --min-margin."
             )
-        result = score_answers(questions, subject, answers, counts, subsets)
+        result = score_answers(questions, subject, answers, labels, counts, subsets)
         if other is not None:
             from .comparison import compare_subjects
 
             compared = compare_subjects(questions, subject, other, force=force)
             result = replace(result, comparison=compared)
-        yield questions, subject, result, answers
+        if html is not None:
+            from .report_page import write_page
 
-
-def image_rows(answers: ByKey) -> list[dict[str, Any]]:
-    """Return the scored votes of images that have an answer, one record each."""
-    rows = []
-    for vote in VOTES:
-        given = answers["image", vote].given
-        columns = {
-            "unit_id": given.unit.tolist(),
-            "well_id": given.well.tolist(),
-            "truth": [given.labels[code] for code in given.truth.tolist()],
-            "predicted": [given.labels[code] for code in given.predicted.tolist()],
-            "confidence": given.confidence.tolist(),
-            "tie": given.tie.tolist(),
-            "correct": given.correct.tolist(),
-        }
-        for values in zip(*columns.values(), strict=True):
-            rows.append({"vote": vote, **dict(zip(columns, values, strict=True))})
-    return rows
+            write_page(workspace, questions, subject, result, html, maps)
+            result = replace(result, html=str(html))
+    return result
 
 
 def score_answers(
     questions: Questions,
     subject: Subject,
     answers: ByKey,
+    labels: Sequence[str],
     counts: Mapping[str, int],
     subsets: tuple[str, ...],
 ) -> ReportResult:
     """Return the report on ``answers``; ``counts``: labelled images by subset, of all subsets."""
     run, split, options = subject.run, subject.split, subject.vote_options
     images, cells = answers[HEADLINE], answers["cell", "hard"]
-    labels, given = images.labels, images.given
+    answering = given(images)
     (about,) = questions.ask_ours(ABOUT_RUN, {"split": split.id}).records()
     classes, majority = int(about["classes"]), about["majority"]
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
     known = questions.ask_ours(SEEN, [run.id]).arrays()["well_id"].astype(np.int64)
-    answered = np.unique(given.well)
+    answered = np.unique(answering.well)
     seen = int(np.isin(answered, known).sum())
     leak = f"None of the {answered.size:,} wells scored here was seen in training."
     if seen:
@@ -640,16 +573,16 @@ def score_answers(
     if subject.qc_run_id is not None:
         values = [run.id, list(subsets), options.controls]
         (row,) = questions.ask_ours(ALL_IMAGES, values).records()
-        if cells.unit.size:  # not of a model that sees whole images
-            flagged = (row["images"] - images.unit.size, row["cells"] - cells.unit.size)
+        if cells.size:  # not of a model that sees whole images
+            flagged = (row["images"] - images.size, row["cells"] - cells.size)
     parts: list[tuple[Score, ...]] = []
-    for masks in (
-        {key: ~np.isin(item.well, known) for key, item in answers.items()},
-        {key: ~item.control for key, item in answers.items()},
+    for part in (
+        {key: item[~np.isin(item.well, known)] for key, item in answers.items()},
+        {key: item[~item.control] for key, item in answers.items()},
     ):
-        every = all(mask.all() for mask in masks.values())  # then it says nothing new
-        part = {key: answers[key].where(mask) for key, mask in masks.items()}
-        parts.append(() if every else scores_of(part, majority, top=top))
+        every = all(part[key].size == item.size for key, item in answers.items())
+        # Of all answers it would say nothing new.
+        parts.append(() if every else scores_of(part, labels, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
     beats, against = against_nulls(baselines, subject.baseline, split.name)
 
@@ -667,7 +600,7 @@ def score_answers(
     ]
     close = np.array(shared, dtype=bool)[pair_of] & ~images.abstained
 
-    of_class = statistics.class_counts(given.truth, given.predicted, len(labels))
+    of_class = statistics.class_counts(answering.truth, answering.predicted, len(labels))
     by_class = []
     for code, label in enumerate(labels):
         group = score_group(label, images, close, images.truth == code)
@@ -693,34 +626,37 @@ def score_answers(
             )
     wells = np.unique(images.well)  # also those without an answer
     positions = questions.ask_ours(WELLS, [wells.tolist()]).records()
-    plates = {row["plate"]: images.plate == row["plate_id"] for row in positions}
-    codes: dict[str, list[int]] = defaultdict(list)  # a compound of several genes counts for each
-    for code in np.unique(images.truth).tolist():
-        for gene in genes[code]:
-            codes[gene].append(code)
-    by_gene = {gene: np.isin(images.truth, some) for gene, some in sorted(codes.items())}
+    plates: dict[str, list[int]] = defaultdict(list)
+    for row in positions:
+        plates[row["plate"]].append(row["id"])
     dosed = [row for row in positions if row["name_with_dose"] != row["treatment"]]
     if split.field == TREATMENT:
         dosed = []  # by class it is the same
     dosed.sort(key=lambda row: (row["treatment"], row["dose"] or 0, row["name_with_dose"]))
-    number_of: dict[str, int] = {}
-    dose_of = np.full(wells.size, -1)
+    doses: dict[str, list[int]] = defaultdict(list)
     for row in dosed:
-        number = number_of.setdefault(row["name_with_dose"], len(number_of))
-        dose_of[np.searchsorted(wells, row["id"])] = number
-    of_image = dose_of[np.searchsorted(wells, images.well)]
+        doses[row["name_with_dose"]].append(row["id"])
+    codes: dict[str, list[int]] = defaultdict(list)  # a compound of several genes counts for each
+    for code in np.unique(images.truth).tolist():
+        for gene in genes[code]:
+            codes[gene].append(code)
     by_plate, by_target, by_dose = (
-        tuple(group for name, mask in groups if (group := score_group(name, images, close, mask)).n)
-        for groups in (
-            plates.items(),
-            by_gene.items(),
-            ((name, of_image == number) for name, number in number_of.items()),
+        tuple(
+            group
+            for name, some in groups
+            if (group := score_group(name, images, close, np.isin(images[column], some))).n
+        )
+        for column, groups in (
+            ("well", plates.items()),
+            ("truth", sorted(codes.items())),
+            ("well", doses.items()),
         )
     )
 
     truths = dict(zip(images.well.tolist(), images.truth.tolist(), strict=True))
-    scored, right_ones = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
-    votes = answers["well", "hard"].given
+    scored = Counter(answering.well.tolist())
+    right_ones = Counter(answering.well[answering.correct].tolist())
+    votes = given(answers["well", "hard"])
     of_well = dict(zip(votes.well.tolist(), votes.predicted.tolist(), strict=True))
     seen_wells = set(known.tolist())
     by_well = tuple(
@@ -754,19 +690,19 @@ def score_answers(
     relabelled = []
     if others:
         named = [f"{row.name} ({row.frozen} -> {row.now or 'none'})" for row in others.values()]
-        wrong = ~given.correct
-        there = int((wrong & np.isin(given.well, list(others))).sum())
+        wrong = answering.well[~answering.correct]
+        there = int(np.isin(wrong, list(others)).sum())
         relabelled.append(
             f"Relabelled since split {split.name} was made, and scored by its label all the same: "
             f"{', '.join(named[:TOP])}{', ...' if len(named) > TOP else ''}. {there:,} of the "
-            f"{int(wrong.sum()):,} wrong images are of such wells: there the label may be wrong, "
+            f"{wrong.size:,} wrong images are of such wells: there the label may be wrong, "
             "not the network. A new split takes the new labels."
         )
 
     calibration = []
     for level, vote in (("cell", "hard"), ("image", "soft")):
-        some = answers[level, vote].given
-        if some.unit.size:
+        some = given(answers[level, vote])
+        if some.size:
             bins = statistics.calibration(some.confidence, some.correct)
             calibration += [
                 CalibrationBin(
@@ -791,14 +727,14 @@ def score_answers(
         classes=classes,
         chance=1 / max(1, classes),
         majority_label=majority,
-        cells=cells.unit.size,
-        images=images.unit.size,
+        cells=cells.size,
+        images=images.size,
         wells=answered.size,
         wells_seen=seen,
         leaks=seen > 0,
         leak=leak,
         notes=(*notes_on(questions, subject, counts, subsets, flagged), *too_few, *relabelled),
-        scores=scores_of(answers, majority, top=top),
+        scores=scores_of(answers, labels, majority, top=top),
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
         cells_flagged=flagged[1],
@@ -821,26 +757,26 @@ def score_group(
     name: str, every: Answers, close: NDArray[np.bool_], mask: NDArray[np.bool_]
 ) -> GroupScore:
     """Return the score of a part of the images; ``close``: another compound of the same gene."""
-    given = mask & ~every.abstained
-    number, right = int(given.sum()), int(every.correct[given].sum())
-    wells = every.well[given]
-    bounds = well_interval(every.correct[given], wells) if number else None
-    low, high = bounds or (None, None)
+    answering = mask & ~every.abstained
+    some = every[answering]
+    low, high = (well_interval(some.correct, some.well) if some.size else None) or (None, None)
     return GroupScore(
         name=name,
-        n=number,
-        correct=right,
-        accuracy=right / max(1, number),
-        same_target=int(close[given].sum()),
-        wells=np.unique(wells).size,
-        labels=np.unique(every.truth[given]).size,
+        n=some.size,
+        correct=int(some.correct.sum()),
+        accuracy=int(some.correct.sum()) / max(1, some.size),
+        same_target=int(close[answering].sum()),
+        wells=np.unique(some.well).size,
+        labels=np.unique(some.truth).size,
         low=low,
         high=high,
-        abstained=int(mask.sum()) - number,
+        abstained=int(mask.sum()) - some.size,
     )
 
 
-def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score, ...]:
+def scores_of(
+    answers: ByKey, labels: Sequence[str], majority: str | None, *, top: bool
+) -> tuple[Score, ...]:
     """Return the scores of every level and vote that has an answer.
 
     ``majority``: the most frequent label of the training images, if there is one; ``top``: whether
@@ -852,45 +788,45 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
     if unknown:
         no_loss = (
             f"The probability of the true label was not kept for {unknown:,} of "
-            f"{cells.unit.size:,} cells: label with cellstore predict --all-probabilities; a label "
+            f"{cells.size:,} cells: label with cellstore predict --all-probabilities; a label "
             "that was not trained has none."
         )
     found = []
     for (level, vote), every in answers.items():
-        given = every.given
-        if not given.unit.size:
+        some = given(every)
+        if not some.size:
             continue
-        counts = statistics.class_counts(given.truth, given.predicted, len(given.labels))
-        low, high = well_interval(given.correct, given.well) or (None, None)
+        counts = statistics.class_counts(some.truth, some.predicted, len(labels))
+        low, high = well_interval(some.correct, some.well) or (None, None)
         always = None
         if majority is not None:
-            code = given.labels.index(majority) if majority in given.labels else -1
-            always = float(np.mean(given.truth == code))
+            code = labels.index(majority) if majority in labels else -1
+            always = float(np.mean(some.truth == code))
         missing = no_loss
         if level != "cell" and vote != "soft":
             missing = (
                 f"A {vote} vote gives labels no probabilities that add up to 1: see the soft vote."
             )
-        in_top = (given.truth_rank >= 1) & (given.truth_rank <= TOP)
+        in_top = (some.truth_rank >= 1) & (some.truth_rank <= TOP)
         found.append(
             Score(
                 level=level,
                 vote=vote,
-                n=given.unit.size,
-                correct=int(given.correct.sum()),
-                accuracy=float(given.correct.mean()),
+                n=some.size,
+                correct=int(some.correct.sum()),
+                accuracy=float(some.correct.mean()),
                 low=low,
                 high=high,
                 majority=always,
                 balanced_accuracy=counts.balanced_accuracy,
                 macro_f1=counts.macro_f1,
                 top_5=float(np.mean(in_top)) if top else None,
-                ece=statistics.calibration(given.confidence, given.correct).error,
-                ties=int(given.tie.sum()),
-                log_loss=None if missing else statistics.log_loss(given.probability),
+                ece=statistics.calibration(some.confidence, some.correct).error,
+                ties=int(some.tie.sum()),
+                log_loss=None if missing else statistics.log_loss(some.probability),
                 log_loss_missing=missing,
                 abstained=int(every.abstained.sum()),
-                coverage=given.unit.size / every.unit.size,
+                coverage=some.size / every.size,
             )
         )
     return tuple(found)
@@ -950,7 +886,7 @@ def score_rivals(
         for run in runs:
             scores = []
             for level in ("image", "well", "cell"):
-                own = answers[level, "hard"].given
+                own = given(answers[level, "hard"])
                 query = RIVAL_ANSWERS.format(level=level)
                 rows = questions.ask_ours(query, [run.id, list(subsets)]).arrays()
                 keys, own_keys = (
@@ -959,7 +895,7 @@ def score_rivals(
                 )
                 common = np.isin(keys, own_keys)
                 right = rows["correct"][common].astype(bool)
-                if not own.unit.size or not np.array_equal(rows["unit_id"][common], own.unit):
+                if not own.size or not np.array_equal(rows["unit_id"][common], own.unit):
                     if level == "image":
                         break
                     continue

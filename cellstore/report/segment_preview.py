@@ -117,37 +117,20 @@ def preview(
 def _sample(session: Session, images: Select[int], count: int) -> tuple[int, dict[int, str]]:
     """How many images have their files, and the names of ``count`` spread over plates and wells."""
     there = images.where(Image.content_sha256.is_not(None)).subquery()
-    counts = session.execute(
-        select(Well.plate_id, func.count())
-        .join(Image, Image.well_id == Well.id)
-        .join(there, there.c.id == Image.id)
-        .group_by(Well.plate_id)
-        .order_by(Well.plate_id)
-    ).all()
-    # Plates spread over the selection, and a number of images of each, as even as can be.
-    chosen = [counts[index] for index in spread(len(counts), min(count, len(counts)))]
-    wanted = [0] * len(chosen)
-    left = min(count, sum(available for _, available in chosen))
-    while left:
-        for number, (_, available) in enumerate(chosen):
-            if left and wanted[number] < available:
-                wanted[number] += 1
-                left -= 1
+    available = session.scalar(select(func.count()).select_from(there)) or 0
     names = (
         select(Image.id, Plate.barcode, Image.core_name)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .join(there, there.c.id == Image.id)
-        .order_by(Well.well_row, Well.well_column)
+        .order_by(Plate.id, Well.well_row, Well.well_column)
         .order_by(Image.site, Image.time_point, Image.plane, Image.id)
     )
     sample = {}
-    for (plate_id, available), number in zip(chosen, wanted, strict=True):
-        for index in spread(available, number):
-            one = names.where(Well.plate_id == plate_id).offset(index).limit(1)
-            image_id, barcode, core_name = session.execute(one).one()
-            sample[image_id] = f"{barcode}/{core_name}"
-    return sum(available for _, available in counts), sample
+    for index in spread(available, count):
+        image_id, barcode, core_name = session.execute(names.offset(index).limit(1)).one()
+        sample[image_id] = f"{barcode}/{core_name}"
+    return available, sample
 
 
 def spread(length: int, count: int) -> list[int]:

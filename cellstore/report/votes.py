@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -106,6 +106,13 @@ class VotesResult:
         return self.subsets[0].accuracy if self.subsets else None
 
 
+def check_vote(level: str, vote: str) -> None:
+    """Refuse a level or vote that there is not."""
+    for kind, given, known in (("level", level, LEVELS), ("vote", vote, VOTES)):
+        if given not in known:
+            raise UnknownNameError.of(kind, given, known)
+
+
 @contextmanager
 def open_votes(
     workspace: Workspace,
@@ -130,9 +137,7 @@ def open_votes(
         UnknownNameError: there is no such predict run, level, vote, or quality-control run.
         UserInputError: the quality-control run has not looked at these images or cells.
     """
-    for kind, given, known in (("level", level, LEVELS), ("vote", vote, VOTES)):
-        if given not in known:
-            raise UnknownNameError.of(kind, given, known)
+    check_vote(level, vote)
     with workspace.database.read() as session:
         found = find_predict_run(session, run)
         options = vote_options or VoteOptions()
@@ -187,19 +192,3 @@ def stale_cells(session: Session, run_id: int) -> tuple[str, ...]:
     what = f"{cells:,} cells of {images:,} images come from older bytes of these images"
     mend = "Find the cells again: cellstore segment; then measure and predict again."
     return (*withdrawn, f"Run {run_id}: {what}. {mend}")
-
-
-def count_votes(
-    workspace: Workspace,
-    run: str = "latest",
-    *,
-    level: str = "image",
-    vote: str = "hard",
-    vote_options: VoteOptions | None = None,
-) -> VotesResult:
-    """Return what :func:`open_votes` yields, the rows as an Arrow table."""
-    with open_votes(workspace, run, level=level, vote=vote, vote_options=vote_options) as (
-        result,
-        answer,
-    ):
-        return replace(result, table=answer.table())

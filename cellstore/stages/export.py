@@ -403,10 +403,10 @@ def _choose(
             f"Nothing{of_cells} has been measured yet. Run: cellstore measure, or ingest a table "
             "of features."
         )
-    segment = input_of(session, measures[0], Stage.SEGMENT)
+    segment = input_of(measures[0], Stage.SEGMENT)
     chosen: dict[str, Recipe] = {}
     for measure in measures:
-        if input_of(session, measure, Stage.SEGMENT).id == segment.id:
+        if input_of(measure, Stage.SEGMENT).id == segment.id:
             name = measure.feature_set.name if measure.feature_set else "basic"
             chosen.setdefault(group_of(name) or name, measure)
     return segment, sorted(chosen.values(), key=lambda measure: measure.id)

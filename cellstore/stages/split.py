@@ -56,7 +56,7 @@ from ..models import (
     Well,
 )
 from ..query.cells import as_text, last_with_masks
-from ..query.exclusions import check_plates, count_unseen, find_qc_run, image_counts
+from ..query.exclusions import image_counts, qc_run_for
 from ..settings import need
 
 CREATE_VERSION = IMPORT_VERSION = 1
@@ -236,16 +236,17 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
     with workspace.database.read() as session:
         params = replace(params, field=check_field(session, params.field))
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
-        qc = segment = None
+        qc, unseen, segment = None, 0, None
         if params.exclude_flagged is not None:
-            qc = find_qc_run(session, params.exclude_flagged)
-            seen = select(Image.id).where(Image.id.in_(chosen), Image.content_sha256.is_not(None))
-            check_plates(session, qc, seen)
+            there = select(Image.id).where(Image.id.in_(chosen), Image.content_sha256.is_not(None))
+            qc, unseen = qc_run_for(session, params.exclude_flagged, there)
         if params.downsample_by == "cell":
             segment = last_with_masks(session)
         query = _candidates(params, qc)
         rows = session.execute(query.add_columns(Treatment.id.label("treatment_id"))).all()
         excluded = _count_excluded(session, chosen, params, qc, len(rows))
+        if qc is not None:
+            excluded["unseen_by_qc"] = unseen
         if not rows:
             raise UserInputError(_nothing_to_split(params, excluded))
         compounds, cells = dict[int, str](), dict[int, int]()
@@ -355,9 +356,6 @@ def _count_excluded(
         counts |= {
             "flagged": (session.scalar(with_flagged) or 0) - kept,
             "qc_run": qc.id,
-            "unseen_by_qc": count_unseen(
-                session, qc, chosen.where(Image.content_sha256.is_not(None))
-            ),
         }
     return counts
 

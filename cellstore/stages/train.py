@@ -561,8 +561,8 @@ def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, TrainPar
             )
         if run.status is Status.RUNNING:
             raise UserInputError(f"{_is_running(run)}, or resume it when it is over.")
-        measure = input_of(session, run.recipe, Stage.MEASURE)
-        segment = input_of(session, run.recipe, Stage.SEGMENT)
+        measure = input_of(run.recipe, Stage.MEASURE)
+        segment = input_of(run.recipe, Stage.SEGMENT)
         found, qc = measure.feature_set, stored["exclude_flagged"]
         params = TrainParams.from_recipe(
             stored,

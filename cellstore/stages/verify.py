@@ -67,7 +67,7 @@ from ..models import (
     TreatmentPart,
     Well,
 )
-from ..query.feature_files import FileContent, stream_ids
+from ..query.feature_files import stream_ids
 from ..settings import track
 from .split import fingerprint_of_split
 
@@ -389,13 +389,14 @@ def _features_reason(
     workspace: Workspace, file: Any, earlier: Sequence[str], deleted: NDArray[np.int64]
 ) -> str | None:
     locate = workspace.artifacts.locate
-    recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
-    found, homeless, twice = FileContent(0, 0, 0), 0, 0
+    recorded = (file.n_rows, file.first_cell_id, file.last_cell_id)
+    found, homeless, twice = (0, 0, 0), 0, 0
     try:
         others = [stream_ids(locate(path)) for path in earlier]
         taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
         for ids in stream_ids(locate(file.path)):
-            found = found.with_ids(ids)
+            first = found[1] if found[0] else int(ids[0])
+            found = (found[0] + len(ids), first, int(ids[-1]))
             lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
             # The file keeps those of a plate that was deleted.
             before = np.searchsorted(deleted[:, 0], lost, "right") - 1
@@ -406,7 +407,8 @@ def _features_reason(
     except StorageError as error:
         return str(error)
     if found != recorded:
-        return f"the file has {found}, the database {recorded}"
+        words = ("{} rows of cells {} to {}".format(*content) for content in (found, recorded))
+        return "the file has {}, the database {}".format(*words)
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None

@@ -180,6 +180,7 @@ def _features_of(kind: str, folder: Path, area: float) -> Path:
     return source
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("kind", ["csv", "sqlite", "parquet"])
 def test_a_dry_run_of_features_says_what_an_ingest_would_do(cellstore, workspace, tmp_path, kind):
     def everything() -> tuple[dict[str, list[str]], list[tuple[str, bytes]]]:

@@ -13,7 +13,6 @@ from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Status
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.votes import count_votes
 from cellstore.store import Store
 
 IN = ("--store", "store")
@@ -107,11 +106,11 @@ def test_only_the_run_that_is_asked_about_is_read(workspace: Workspace) -> None:
     other = make.run(Stage.PREDICT, parent_id=screen.train_run.id, status=Status.RUNNING)
     cells = make.cells_of(screen.segmentations["B04"])
     make.predict(other, cells, [[(screen.labels["DMSO"], 1.0)]] * len(cells))
-    first = count_votes(workspace, str(screen.predict_run.id))
+    first = Store(workspace).votes(str(screen.predict_run.id))
     assert (first.units, first.accuracy) == (4, pytest.approx(2 / 3))
     made = sorted((workspace.settings.cache / "snapshots").glob("*.parquet"))
     assert [path.name.split("-")[1] for path in made] == [f"run{screen.predict_run.id}"] * 3
-    going_on = count_votes(workspace, str(other.id))
+    going_on = Store(workspace).votes(str(other.id))
     assert (going_on.units, going_on.table["winner"].to_pylist()) == (1, ["DMSO"])
     assert going_on.notes == ("The run is running, so images may be missing here.",)
 
@@ -119,8 +118,8 @@ def test_only_the_run_that_is_asked_about_is_read(workspace: Workspace) -> None:
 def test_words_that_are_none(sqlite_workspace: Workspace) -> None:
     small_screen(sqlite_workspace)
     with pytest.raises(UnknownNameError, match="vote 'majority'"):
-        count_votes(sqlite_workspace, vote="majority")
+        Store(sqlite_workspace).votes(vote="majority")
     with pytest.raises(UnknownNameError, match="plate"):
-        count_votes(sqlite_workspace, level="plate")
-    nobody = count_votes(sqlite_workspace, vote_options=VoteOptions(min_cells=99))
+        Store(sqlite_workspace).votes(level="plate")
+    nobody = Store(sqlite_workspace).votes(vote_options=VoteOptions(min_cells=99))
     assert (nobody.abstained, nobody.subsets, nobody.accuracy) == (4, (), None)

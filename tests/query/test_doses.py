@@ -85,11 +85,13 @@ def test_components_have_the_dose_of_each_part(workspace: Workspace, plate: Plat
     ]
 
 
+@pytest.mark.one_database
 def test_an_untreated_well_has_no_components(make: Factory, workspace: Workspace) -> None:
     make.well(make.plate("P1"), 1, 1, make.doses())
     assert ask(workspace, "SELECT dose, components FROM well_table") == [(None, "[]")]
 
 
+@pytest.mark.one_database
 def test_a_well_says_why_the_whole_of_it_is_excluded(
     make: Factory, workspace: Workspace, plate: Plate
 ) -> None:

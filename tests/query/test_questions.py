@@ -126,6 +126,7 @@ def test_all_answers_belong_to_one_moment(workspace: Workspace) -> None:
         assert one(questions, "SELECT count(*) FROM wells") == 1
 
 
+@pytest.mark.one_database
 def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) -> None:
     small_screen(workspace)
     with open_questions(workspace) as questions:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-import numpy as np
 import pytest
 from factories import Factory, sha
 from screens import SmallScreen, small_screen
-from sqlalchemy import text
 
 from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
@@ -19,6 +17,8 @@ from cellstore.query import source
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit
 from cellstore.store import Store
+
+pytestmark = pytest.mark.one_database  # test_plain_views asks each view on both
 
 VOTES = "SELECT * FROM votes WHERE level = 'image'"
 
@@ -282,48 +282,6 @@ def test_lineage_names_every_step(read_screen: SmallScreen) -> None:
     assert {key: row[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    screen = small_screen(workspace, GroupLevel.IMAGE)
-    make = screen.factory
-    labels = [*screen.labels.values(), make.label("zinc"), make.label("Ångström")]
-    run = make.run(Stage.PREDICT, split_id=screen.split.id, parent_id=screen.train_run.id)
-    for image in screen.images.values():
-        source = make.run(Stage.SEGMENT)
-        cells = make.cells_of(make.segmentation(image, source, int(rng.integers(1, 7))))
-        answers = []
-        for _ in cells:
-            chosen = rng.permutation(len(labels))[:2]
-            # Few distinct values, so that ties happen.
-            answers.append([(labels[i], float(rng.integers(1, 4)) / 8) for i in chosen])
-        make.predict(run, cells, answers)
-    plain = """
-        SELECT p.run_id, s.image_id, l.value,
-            sum(CASE WHEN p.rank = 1 THEN 1 ELSE 0 END), sum(p.probability)
-        FROM predictions p JOIN cells c ON c.id = p.cell_id
-        JOIN segmentations s ON s.id = c.segmentation_id JOIN labels l ON l.id = p.label_id
-        WHERE c.excluded IS NULL GROUP BY p.run_id, s.image_id, l.value
-    """
-    with workspace.database.read() as session:
-        counts = [tuple(row) for row in session.execute(text(plain))]
-    ours = ask(
-        workspace,
-        "SELECT run_id, unit_id, label, cells, probability FROM label_votes "
-        "WHERE level = 'image' AND vote = 'hard'",
-    )
-    assert sorted(tuple(row.values()) for row in ours) == [
-        (*row[:4], pytest.approx(row[4])) for row in sorted(counts)
-    ]
-    for row in ask(workspace, f"{VOTES} AND vote <> 'median'"):
-        mine = [c for c in counts if (c[0], c[1]) == (row["run_id"], row["image_id"])]
-        weight = 3 if row["vote"] == "hard" else 4
-        best = sorted(mine, key=lambda c: (-round(c[weight], 9), -round(c[4], 9), c[2].encode()))
-        assert row["winner"] == best[0][2]
-        ties = len(best) > 1 and abs(best[0][weight] - best[1][weight]) < 1e-9
-        assert row["tie"] == ties
-
-
 def test_kept_votes_are_those_that_are_counted_anew(read_screen: SmallScreen) -> None:
     workspace = read_screen.workspace
     vote_options = VoteOptions(min_cells=2, min_margin=0.3)
@@ -368,11 +326,13 @@ def test_an_audit_ranks_the_votes_of_an_image_as_votes_does(workspace: Workspace
     """
     keys = ["run_id", "winner", "soft_winner", "tie", "n_cells", "subset", "truth", "correct"]
     ties = 0
-    for image in screen.images.values():
-        with open_questions(workspace) as questions:
-            among_all = list(questions.ask(query, [image.id]).rows())
-        found = audit(workspace, str(image.id), "image").record["labellings"]
-        assert [tuple(item[key] for key in keys) for item in found] == among_all
+    with open_questions(workspace) as questions:
+        among_all = {
+            i.id: list(questions.ask(query, [i.id]).rows()) for i in screen.images.values()
+        }
+    for image, wanted in among_all.items():
+        found = audit(workspace, str(image), "image").record["labellings"]
+        assert [tuple(item[key] for key in keys) for item in found] == wanted
         ties += sum(item["tie"] for item in found)
     assert ties >= 3
 

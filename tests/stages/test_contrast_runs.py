@@ -103,6 +103,7 @@ def test_what_differs_is_told_from_what_does_not(workspace: Workspace) -> None:
     assert (run.stage, run.status, run.seed) == (Stage.CONTRAST, Status.DONE, 0)
 
 
+@pytest.mark.one_database
 def test_each_dose_is_compared_by_itself_or_all_together(workspace: Workspace) -> None:
     screen = Screen(workspace)
     screen.make.treatment("kinase", "CDK1")
@@ -126,6 +127,7 @@ def test_each_dose_is_compared_by_itself_or_all_together(workspace: Workspace) -
         contrast(workspace, replace(FAST, treatments=("kinase 2 uM",)))
 
 
+@pytest.mark.one_database
 def test_a_well_that_became_a_control_is_compared_anew(workspace: Workspace) -> None:
     """The well alone: others of its treatment stay what is compared. Untreated wells may be one."""
     Screen(workspace)

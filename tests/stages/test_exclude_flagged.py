@@ -18,7 +18,6 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation, Split
 from cellstore.query.engine import open_questions
-from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
@@ -65,6 +64,7 @@ class Plate:
         self.images = [self.make.image(well) for well in wells]
 
 
+@pytest.mark.one_database
 def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspace) -> None:
     plate = Plate(workspace)
     run = qc_run(plate.make, ["P1"])
@@ -86,6 +86,7 @@ def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspa
     assert f"run_id = {run.id}" in split.query
 
 
+@pytest.mark.one_database
 def test_unasked_a_split_is_as_it_always_was(workspace: Workspace) -> None:
     plate = Plate(workspace)
     before = create_split(workspace, "a")
@@ -113,6 +114,7 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
         create_split(sqlite_workspace, "c", SplitParams(exclude_flagged=str(unfinished.id)))
 
 
+@pytest.mark.one_database
 def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Workspace) -> None:
     plate = Plate(workspace)
     run = qc_run(plate.make, ["P1"])
@@ -153,6 +155,7 @@ def flagged_screen(workspace: Workspace) -> tuple[SmallScreen, Run]:
     return screen, run
 
 
+@pytest.mark.one_database
 def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
     screen, run = flagged_screen(workspace)
     look_at(screen.factory, run, [screen.images[name] for name in ("B01", "B02", "B03")])
@@ -176,9 +179,7 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
 def test_the_page_says_what_was_left_out(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     _, run = flagged_screen(sqlite_workspace)
     target = tmp_path / "report.html"
-    write_report(
-        sqlite_workspace, "latest", target, vote_options=VoteOptions(exclude_flagged=str(run.id))
-    )
+    report(sqlite_workspace, html=target, vote_options=VoteOptions(exclude_flagged=str(run.id)))
     text = " ".join(target.read_text(encoding="utf-8").split())
     assert f"quality-control run {run.id} flagged them: 1 images and 4 cells" in text
     assert "2 images with 3 cells in 2 wells" in text
@@ -198,7 +199,7 @@ def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -
     screen, run = flagged_screen(sqlite_workspace)
     for name in ("B01", "B02", "B04"):
         screen.factory.flag_image(run, screen.images[name], ImageFlagReason.NO_CELLS)
-    with pytest.raises(UserInputError, match=r"has flagged all images that run"):
+    with pytest.raises(UserInputError, match=r"no image that counts.*without --exclude-flagged"):
         report(sqlite_workspace, vote_options=VoteOptions(exclude_flagged="latest"))
 
 

@@ -283,7 +283,7 @@ def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opene
         train(workspace, TINY, segmentation=str(recipe.id), device="cpu")
     with workspace.database.read() as session:
         measured = session.scalars(select(Recipe).where(Recipe.stage == Stage.MEASURE)).one()
-    with pytest.raises(UserInputError, match="did not read the cells"):
+    with pytest.raises(UserInputError, match="belongs to segment recipe"):
         train(workspace, TINY, segmentation=str(recipe.id), measurement=str(measured.id))
 
 

@@ -228,6 +228,7 @@ def test_embeddings_are_a_feature_set_like_any_other(workspace: Workspace, tmp_p
     assert (trained.feature_set, trained.cells["train"]) == ("seen", 8)
 
 
+@pytest.mark.one_database
 @pytest.mark.heavy
 def test_an_embedding_that_knows_the_wells_of_a_test_side_is_said_to_leak(
     workspace: Workspace, tmp_path: Path

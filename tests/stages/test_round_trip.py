@@ -329,6 +329,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.one_database
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_doses_and_combinations_come_back(
     workspace: Workspace, empty: Path, tmp_path: Path, ending: str
@@ -380,6 +381,7 @@ def test_a_combination_that_cannot_be_read_is_not_known(
     assert {issue.reason for issue in result.issues} == {"not a treatment"}
 
 
+@pytest.mark.one_database
 def test_an_export_is_read_in_a_store_that_has_the_images(
     workspace: Workspace, empty: Path, tmp_path: Path
 ) -> None:

@@ -107,6 +107,7 @@ def several_at_once(
     check_equal(workspace, undisturbed, 60)
 
 
+@pytest.mark.one_database
 def test_a_dask_cluster_gives_the_same_rows(
     workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):
@@ -131,6 +132,7 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(
     assert killing.segment_slowly(sqlite_workspace).done == 2
 
 
+@pytest.mark.one_database
 def test_a_folder_that_workers_cannot_write_stops_the_run_and_breaks_nothing(
     workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):

@@ -118,6 +118,7 @@ def test_a_grouped_split_keeps_wells_together(workspace: Workspace) -> None:
     assert (remark.severity, remark.kind) == (LeakSeverity.REMARK, LeakKind.PLATE)
 
 
+@pytest.mark.one_database
 def test_the_published_protocol_names_its_leak(workspace: Workspace) -> None:
     fill(workspace, DESIGN)
     result = create_split(workspace, "published", PUBLISHED)
@@ -145,6 +146,7 @@ def test_seed_and_images_decide_not_the_order_of_ids(workspace: Workspace, tmp_p
     other.database.close()
 
 
+@pytest.mark.one_database
 def test_the_same_split_again_changes_nothing_another_of_its_name_is_refused(
     workspace: Workspace,
 ) -> None:
@@ -261,6 +263,7 @@ def test_check_names_same_bytes_and_two_spellings(sqlite_workspace: Workspace) -
     assert found[LeakKind.SPELLING].severity is LeakSeverity.LEAK
 
 
+@pytest.mark.one_database
 @pytest.mark.real
 def test_the_published_study_as_a_split(workspace: Workspace, tmp_path: Path) -> None:
     table = write_published_metadata(real_data("cpjump1"), tmp_path / "metadata.csv")

@@ -88,6 +88,7 @@ def test_images_whose_bytes_are_unknown_are_told_by_the_check(sqlite_workspace) 
     assert check_split(sqlite_workspace, "s").unseen == 6
 
 
+@pytest.mark.one_database
 def test_a_table_of_treatments_needs_no_wells(workspace: Workspace, tmp_path: Path) -> None:
     fill(workspace, "aspirin taxol", "aspirin taxol")
     table = write(tmp_path / "s.tsv", "subset\tpert_iname", "train\taspirin", "test\ttaxol")
@@ -168,6 +169,7 @@ def test_wells_on_both_sides_are_found_without_knowing_what_they_got(tmp_path: P
     assert (found.wells, found.labels) == (2, 0)
 
 
+@pytest.mark.one_database
 def test_a_correction_after_the_split_is_found_by_the_check(workspace: Workspace) -> None:
     fill(workspace, f"{DRUGS} {DRUGS}")
     create_split(workspace, "s", BY_TREATMENT)

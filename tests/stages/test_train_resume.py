@@ -103,6 +103,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
     assert (after.problems, after.orphans) == ((), ())
 
 
+@pytest.mark.one_database
 def test_the_same_command_goes_on_and_force_begins_anew(workspace: Workspace, tmp_path: Path):
     build(workspace, tmp_path)
     create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))

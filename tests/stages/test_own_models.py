@@ -242,3 +242,37 @@ def test_the_cells_of_a_split_are_a_table(workspace: Workspace) -> None:
     assert {"train", "test"} == set(left.subset)
     with pytest.raises(UnknownNameError, match="subset"):
         store.cells("main", "tests")
+
+
+def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    small_screen(workspace)
+    store = Store(workspace)
+    before = store.status().cells
+    ids = store.sql("SELECT id FROM cells ORDER BY id DESC").column("id").to_numpy()
+    vectors = np.arange(2.0 * len(ids)).reshape(-1, 2) / 8
+    vectors[0, 1] = np.nan
+    added = store.add_embeddings(vectors, "dinov3", cell_ids=ids, note="small")
+    assert (added.cells, added.columns) == (len(ids), 2)
+    rows = store.sql("FROM dinov3 ORDER BY cell_id DESC").to_pandas()
+    assert rows.cell_id.tolist() == ids.tolist()
+    assert np.array_equal(rows[["embedding_000", "embedding_001"]], vectors, equal_nan=True)
+    assert store.status().cells == before
+    again = store.add_embeddings(vectors, "dinov3", cell_ids=ids, note="small")
+    assert again.already_done
+    assert again.run_id == added.run_id
+    with pytest.raises(UserInputError, match="with other rows"):
+        store.add_embeddings(vectors + 1, "dinov3", cell_ids=ids)
+    with pytest.raises(UserInputError, match=r"line 2: the same cell twice"):
+        store.add_embeddings(vectors, "twice", cell_ids=[ids[0], *ids[:-1]])
+    table = tmp_path / "by_name.csv"
+    table.write_text("plate,well,site,ObjectNumber,e1\nBR1,B01,1,2,0.5\nBR1,B01,1,1,oops\n")
+    with pytest.raises(UserInputError, match=r"line 3: no number \(e1 oops\)"):
+        store.add_embeddings(table, "by_name")
+    table.write_text("plate,well,site,ObjectNumber,e1\nBR1,B01,1,2,0.5\nBR1,B01,1,1,\n")
+    assert store.add_embeddings(table, "by_name").cells == 2
+    found = store.cells("main", features="dinov3").to_pandas()
+    assert {"embedding_000", "embedding_001"} <= set(found.columns)
+    problems = [item.reason for item in store.verify().problems]
+    assert not [reason for reason in problems if "feature" in reason]

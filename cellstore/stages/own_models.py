@@ -1,7 +1,8 @@
-"""Predictions of a model that is not of cellstore: a table becomes a train and a predict run.
+"""What a model that is not of cellstore made: predictions, and embeddings of cells.
 
-Both runs are *declared*: somebody said what made the labels, cellstore has not seen it. Every row
-is checked before the first is written. Then the rows are written image by image like those of any
+Predictions become a train and a predict run, embeddings a measure run with a feature set. These
+runs are *declared*: somebody said what made their rows, cellstore has not seen it. Every row is
+checked before the first is written. Predictions are then written image by image like those of any
 other predict run, so that votes, reports and audits read them as they read the others.
 """
 
@@ -24,19 +25,21 @@ from ..artifacts import sha256_of
 from ..config import AddedParams
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs
-from ..enums import Origin, Stage, Status
+from ..enums import FeatureStorage, Origin, Stage, Status
 from ..errors import ImageError, StorageError, UserInputError
-from ..io.tables import Refusal, disarmed_name, open_table
+from ..io.tables import MISSING, Refusal, disarmed_name, open_table
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_split, readable
 from ..jobs.queue import CONTENT, JobScope, Task
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
-from ..models import Image, Job, Label, Recipe, Run, Segmentation, SplitMember
+from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
+from ..query.feature_files import FeatureWriter, register_files, set_of_recipe
 from ..query.guard import literal, quoted
+from ..query.source import check_set_name
 from .predict import PredictionRows, insert_predictions
 
 VERSION = 1
@@ -57,6 +60,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "probability": ("probability", "confidence", "prob", "score"),
 }
 """Names of columns, without ``Metadata_``, case, spaces and underscores; the first one counts."""
+
+ROWS_AT_ONCE = 65_536
+"""Rows of a table in memory of which the digest is made at once; another number changes it."""
 
 ADDS_UP = 1e-3
 """By how much the probabilities of a cell may add up to more than 1."""
@@ -88,11 +94,16 @@ BY_NUMBER = """
     LEFT JOIN cells AS c ON c.segmentation_id = s.id AND c.object_number = g.object_number
 """
 CHECKED = """
-    SELECT r.*, l.id AS label_id,
+    SELECT r.*{label_id},
         CASE
             WHEN {unknown_image} THEN 'no such image'
             WHEN r.cell IS NULL THEN 'no such cell'
             WHEN r.stale THEN 'the image has changed since the cell was found'
+            {asked}
+        END AS problem
+    FROM rows_found AS r {labels}
+"""
+CLASSES = """
             WHEN r.label IS NULL THEN 'no class'
             WHEN l.id IS NULL THEN 'a class that is not in the split'
             WHEN r.p IS NULL OR isnan(r.p) OR r.p < 0 OR r.p > 1
@@ -101,10 +112,8 @@ CHECKED = """
                 THEN 'the same {unit} and class twice'
             WHEN sum(r.p) OVER (PARTITION BY r.cell) > {most}
                 THEN 'probabilities of one {unit} that add up to more than 1'
-        END AS problem
-    FROM rows_found AS r
-    LEFT JOIN classes_given AS l ON l.value = r.label
 """
+UNIQUE = "WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice'"
 ADDED = """
     SELECT image_id, cell AS cell_id, label_id, p AS probability,
         row_number() OVER (PARTITION BY cell ORDER BY p DESC, label) AS rank
@@ -134,6 +143,18 @@ class AddedPredictions:
     rows: int
     cells: int
     images: int
+    already_done: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AddedEmbeddings:
+    """What was added: ``columns`` numbers of each of ``cells`` cells, in ``feature_set``."""
+
+    run_id: int
+    feature_set: str
+    cells: int
+    columns: int
     already_done: bool = False
     notes: tuple[str, ...] = ()
 
@@ -233,9 +254,9 @@ def add_predictions(
         (split_recipe,),
     )
     with open_questions(workspace) as questions:
-        columns = source.bring(questions, classes)
+        keys = source.bring(questions, *source.classes(classes))
         notes = list(source.notes)
-        segment_id = _find_rows(workspace, questions, columns, classes, segment, source.name)
+        segment_id = _find_rows(workspace, questions, keys, segment, source.name, classes)
         (about,) = questions.ask_ours(
             "SELECT count(*) AS rows, count(DISTINCT cell_id) AS cells, max(rank) AS top_k "
             "FROM rows_added"
@@ -319,6 +340,113 @@ def add_predictions(
     )
 
 
+def add_embeddings(
+    workspace: Workspace,
+    table: Path | pa.Table,
+    name: str,
+    *,
+    model: Path | None = None,
+    segmentation: str | None = None,
+    note: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> AddedEmbeddings:
+    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+
+    ``table``: a row for each cell, named as in :func:`add_predictions`; every other column is a
+    number, empty where it is not known. ``train``, ``export`` and ``sql`` read the set by its name.
+    The same table again adds nothing.
+
+    Raises:
+        UnknownNameError: there is no such segmentation.
+        UserInputError: a row cannot be used: then nothing is written; the table names no cells, or
+            no numbers; the set is there already with other rows.
+        BadTableError, StorageError: a file cannot be read or written.
+    """
+    source = _TableSource(table)
+    check_set_name(name, "name")
+    weights = None if model is None else _sha256_of_weights(model)
+    known = {*source.found.values(), *(c for c in source.columns if c.startswith("Metadata_"))}
+    columns = [column for column in source.columns if column not in known]
+    if not columns:
+        raise UserInputError(
+            f"{source.name} has no column of numbers beside those that name cells."
+        )
+    with workspace.database.read() as session:
+        segment = None
+        if segmentation is not None:
+            segment = choose_recipes(session, segmentation, None)[0]
+    with open_questions(workspace) as questions:
+        values = ", ".join(
+            f"TRY_CAST({quoted(c)} AS FLOAT) AS v{at}, {quoted(c)} AS t{at}"
+            for at, c in enumerate(columns)
+        )
+        segment_id = _find_rows(
+            workspace,
+            questions,
+            source.bring(questions, columns, values),
+            segment,
+            source.name,
+            None,
+        )
+        if segment_id is None:
+            raise UserInputError(f"{source.name} names images, not cells: add object_number.")
+        for at, column in enumerate(columns):
+            odd = (
+                f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_checked "  # noqa: S608
+                f"WHERE v{at} IS NULL AND t{at} IS NOT NULL "
+                f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
+                "ORDER BY line LIMIT 1"
+            )
+            for row in questions.ask_ours(odd).records():
+                detail = Refusal(row["line"], "no number", f"{column} {row['text']}")
+                raise UserInputError(_nothing_added(source.name, 1, [detail]))
+        with workspace.database.begin() as session:
+            inputs = (session.get_one(Recipe, segment_id),)
+            declared: dict[str, Any] = {"declared": name, "table": source.sha256}
+            declared |= {"weights": model and model.name, "parameters": dict(parameters or {})}
+            spec = RecipeSpec(Stage.MEASURE, VERSION, declared, weights, inputs)
+            before = finished_run(session, spec)
+            taken = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
+            recipe = register(session, spec)
+            if taken is not None and taken.recipe_id != recipe.id:
+                raise UserInputError(
+                    f"Feature set {name!r} is there already, with other rows. Give another name."
+                )
+        (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_checked").records()
+        cells = int(about["cells"])
+        if before is not None:
+            return AddedEmbeddings(before.id, name, 0, len(columns), already_done=True)
+        with running(workspace.database, recipe, origin=Origin.DECLARED) as run:
+            schema = pa.schema([(column, pa.float32()) for column in columns])
+            writer = FeatureWriter(workspace.artifacts, schema)
+            listed = ", ".join(f"v{at}" for at in range(len(columns)))
+            rows = f"SELECT cell, {listed} FROM rows_checked ORDER BY cell"  # noqa: S608
+            try:
+                for batch in questions.ask_ours(rows).batches():
+                    ids = batch.column(0).to_numpy()
+                    writer.write(ids, batch.drop_columns(["cell"]))
+                writer.finish()
+            finally:
+                writer.abandon()
+            run.result = {"cells": cells, "feature_set": name, "note": note}
+            run.result |= {"file": source.name, **_code_of_caller()}
+            described = [
+                {"name": column, "dtype": "float32", "unit": "1", "source": note or name}
+                | {"formula": "", "description": "Made by a model that is not of cellstore."}
+                for column in columns
+            ]
+
+            def keep(session: Session) -> None:
+                row = {"name": name, "recipe_id": recipe.id, "columns": described}
+                insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
+                found = set_of_recipe(session, recipe.id)
+                assert found is not None
+                register_files(session, workspace.artifacts, found.id, run.id, writer.files)
+
+            run.at_end.append(keep)
+    return AddedEmbeddings(run.id, name, cells, len(columns), notes=tuple(source.notes))
+
+
 def withdraw(workspace: Workspace, run: str, reason: str) -> int:
     """Mark added predictions as wrong; return the number of their run.
 
@@ -366,36 +494,57 @@ class _TableSource:
         else:
             self.columns = list(self.table.column_names)
             digest = hashlib.sha256(repr(self.columns).encode())
-            for batch in self.table.to_batches():
-                for column in batch.columns:  # the text of a number is the same in every type
-                    digest.update("\0".join(map(str, column.to_pylist())).encode())
+            for start in range(0, self.table.num_rows, ROWS_AT_ONCE):
+                for column in self.table.slice(start, ROWS_AT_ONCE).columns:
+                    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+                        digest.update(column.cast(pa.float64()).to_numpy().tobytes())
+                    else:
+                        digest.update("\0".join(map(str, column.to_pylist())).encode())
             self.sha256 = digest.hexdigest()
-
-    def bring(self, questions: Questions, classes: Mapping[str, int]) -> set[str]:
-        """Make table ``rows_given`` of what is needed; return what it has of ``NAMES``.
-
-        It has ``line``, keys, ``label`` and ``p``, a row for each cell and class.
-
-        Raises:
-            UserInputError: no column names cells, or classes; a row is damaged.
-        """
-        columns = self.columns
-        plain = [re.sub("[_ ]", "", c.removeprefix("Metadata_")).casefold() for c in columns]
-        found = {
-            key: columns[plain.index(name)]
+        plain = [
+            re.sub("[_ ]", "", name.removeprefix("Metadata_")).casefold() for name in self.columns
+        ]
+        self.found = {
+            key: self.columns[plain.index(name)]
             for key, names in NAMES.items()
             for name in reversed(names)
             if name in plain
         }
-        wide = {c: match for c in columns if (match := _class_of(c, classes)) is not None}
-        if "label" in found:
-            wide = {}
-        elif not wide:
-            raise UserInputError(
-                f"{self.name} says no class: it has no column label, and none that is named like "
-                f"a class of the split ({', '.join(list(classes)[:SHOWN])}). It has "
-                f"{', '.join(columns[:12])}."
-            )
+
+    def classes(self, known: Mapping[str, int]) -> tuple[list[str], str]:
+        """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class.
+
+        Raises:
+            UserInputError: there are none.
+        """
+        found = self.found
+        if "label" not in found:
+            wide = {c: match for c in self.columns if (match := _class_of(c, known)) is not None}
+            if not wide:
+                raise UserInputError(
+                    f"{self.name} says no class: it has no column label, and none that is named "
+                    f"like a class of the split ({', '.join(list(known)[:SHOWN])}). It has "
+                    f"{', '.join(self.columns[:12])}."
+                )
+            labels = ", ".join(map(literal, wide.values()))
+            numbers = ", ".join(f"TRY_CAST({quoted(c)} AS DOUBLE)" for c in wide)
+            return list(wide), f"unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
+        label, number = f"trim(CAST({quoted(found['label'])} AS VARCHAR))", "1.0"
+        if "probability" not in found:
+            self.notes.append("There is no column probability: each label counts with 1.")
+            return [found["label"]], f"{label} AS label, 1.0 AS p"
+        number = f"TRY_CAST({quoted(found['probability'])} AS DOUBLE)"
+        return [found["label"], found["probability"]], f"{label} AS label, {number} AS p"
+
+    def bring(self, questions: Questions, columns: Sequence[str], values: str) -> set[str]:
+        """Make table ``rows_given``; return which keys of ``NAMES`` it has.
+
+        It has ``line``, the keys, and ``values``, SQL over some ``columns``.
+
+        Raises:
+            UserInputError: no column names cells; a row is damaged.
+        """
+        found = self.found
         keys = {"cell_id"} if "cell_id" in found else {"plate", "well", "site"}
         if "cell_id" not in found and "object_number" in found:
             keys |= {"object_number"}
@@ -410,28 +559,17 @@ class _TableSource:
             )
         if "cell_id" not in found:
             keys |= found.keys() & {"plane", "time_point"}
-        wanted = [found[key] for key in sorted(keys | (found.keys() & {"label", "probability"}))]
-        wanted += list(wide)
-        questions.bring("table_given", self._reader(list(dict.fromkeys(wanted))))
-        values = {key: f"CAST({quoted(found[key])} AS VARCHAR)" for key in keys}
+        wanted = dict.fromkeys([*(found[key] for key in sorted(keys)), *columns])
+        questions.bring("table_given", self._reader(list(wanted)))
+        of_keys = {key: f"CAST({quoted(found[key])} AS VARCHAR)" for key in keys}
         for key in keys - {"plate", "well"}:
             made = f"TRY_CAST({quoted(found[key])} AS DOUBLE)"
-            values[key] = made if key in "xy" else _WHOLE.format(quoted(found[key]))
-        if "well" in values:
-            values["well"] = _WELL.format(values["well"])
-        listed = ", ".join(f"{value} AS {key}" for key, value in values.items())
-        if wide:
-            labels = ", ".join(map(literal, wide.values()))
-            numbers = ", ".join(f"TRY_CAST({quoted(c)} AS DOUBLE)" for c in wide)
-            listed += f", unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
-        else:
-            number = "1.0"
-            if "probability" in found:
-                number = f"TRY_CAST({quoted(found['probability'])} AS DOUBLE)"
-            else:
-                self.notes.append("There is no column probability: each label counts with 1.")
-            listed += f", trim(CAST({quoted(found['label'])} AS VARCHAR)) AS label, {number} AS p"
-        questions.keep("rows_given", f"SELECT line, {listed} FROM table_given")  # noqa: S608
+            of_keys[key] = made if key in "xy" else _WHOLE.format(quoted(found[key]))
+        if "well" in of_keys:
+            of_keys["well"] = _WELL.format(of_keys["well"])
+        listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
+        made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - names are quoted
+        questions.keep("rows_given", made)
         return keys
 
     def _reader(self, columns: Sequence[str]) -> pa.RecordBatchReader:
@@ -465,19 +603,20 @@ def _find_rows(
     workspace: Workspace,
     questions: Questions,
     keys: set[str],
-    classes: Mapping[str, int],
     segment: Recipe | None,
     name: str,
+    classes: Mapping[str, int] | None,
 ) -> int | None:
-    """Make table ``rows_added`` of ``rows_given``; return the recipe that found the cells.
+    """Make table ``rows_checked`` of ``rows_given``; return the recipe that found the cells.
 
-    None: the rows are about whole images.
+    None: the rows are about whole images. With ``classes``, ``rows_added`` has the predictions.
 
     Raises:
         UserInputError: some rows cannot be used, or they are about cells of two segmentations.
     """
-    labels = pa.table({"value": list(classes), "id": pa.array(classes.values(), pa.int64())})
-    questions.bring("classes_given", labels)
+    if classes is not None:
+        ids = pa.array(classes.values(), pa.int64())
+        questions.bring("classes_given", pa.table({"value": list(classes), "id": ids}))
     unknown_image, whole = "false", False
     if "cell_id" in keys:
         questions.keep("rows_found", BY_ID)
@@ -516,7 +655,14 @@ def _find_rows(
                 _find_points(workspace, questions, joined)
             questions.keep("rows_found", BY_NUMBER.format(keys=joined))
     unit = "image" if whole else "cell"
-    checked = CHECKED.format(unknown_image=unknown_image, most=1 + ADDS_UP, unit=unit)
+    asked = UNIQUE if classes is None else CLASSES
+    labels = "" if classes is None else "LEFT JOIN classes_given AS l ON l.value = r.label"
+    checked = CHECKED.format(
+        unknown_image=unknown_image,
+        labels=labels,
+        label_id="" if classes is None else ", l.id AS label_id",
+        asked=asked.format(unit=unit, most=1 + ADDS_UP),
+    )
     questions.keep("rows_checked", checked)
     problems = "SELECT * FROM rows_checked WHERE problem IS NOT NULL ORDER BY line"
     ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
@@ -537,7 +683,8 @@ def _find_rows(
             f"{', '.join(map(str, sorted(recipes)))}), so that some cells would vote twice. Give "
             "a table for each."
         )
-    questions.keep("rows_added", ADDED)
+    if classes is not None:
+        questions.keep("rows_added", ADDED)
     found: int | None = recipes[0]
     return found
 
