@@ -320,7 +320,7 @@ def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
 
 
 def test_the_lease_is_renewed_while_the_work_runs(sqlite_workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(execute, "lease_seconds", lambda: 0.4)
+    monkeypatch.setenv(queue.ENV_LEASE, "1")  # beats four times a second
     fill(sqlite_workspace, 1)
     leases = []
 

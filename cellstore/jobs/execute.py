@@ -54,7 +54,7 @@ from ..models import ImageFile, Job, Recipe
 from ..settings import Progress
 from . import queue
 from .gone_files import FEW, find_gone, gone_sentence
-from .queue import JobScope, Task, count_images, lease_seconds
+from .queue import ENV_LEASE, JobScope, Task, count_images
 from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
 
@@ -316,14 +316,19 @@ def run_jobs(
     way no job is lost.
 
     Raises:
-        UserInputError: fewer than one worker, or no address of a scheduler.
+        UserInputError: fewer than one worker, no address of a scheduler, or a lease (how long a job
+            stays reserved for a worker that is not heard of) that is no number of 1 or more.
         MissingExtraError: a Dask scheduler, and Dask is not installed.
         StoreError: the scheduler does not answer, or workers die whenever they start.
         StorageError: the disk is full or read-only; the jobs in hand are given back.
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
-    lease, number = lease_seconds(), resources.workers
+    number, lease, text = resources.workers, 0.0, os.environ.get(ENV_LEASE) or "60"
+    with suppress(ValueError):
+        lease = float(text)
+    if not lease >= 1:
+        raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
     if number < 1:
         raise UserInputError("There must be at least one worker. Give --workers 1 or more.")
     if resources.scheduler is not None:

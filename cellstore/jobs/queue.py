@@ -13,7 +13,6 @@ import random
 import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,7 +42,7 @@ from ..artifacts import machine
 from ..db.bulk import in_lists, insert_new
 from ..db.events import record_runs
 from ..enums import Status
-from ..errors import StoreError, UserInputError
+from ..errors import StoreError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
@@ -169,19 +168,6 @@ class ImageCounts:
     done: int
     failed: int
     todo: int
-
-
-def lease_seconds() -> float:
-    """Return how long a job stays reserved for a worker that is not heard of.
-
-    Raises:
-        UserInputError: ``CELLSTORE_LEASE_SECONDS`` is no number of 1 or more.
-    """
-    text = os.environ.get(ENV_LEASE) or "60"
-    with suppress(ValueError):
-        if (seconds := float(text)) >= 1:
-            return seconds
-    raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
 
 
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:

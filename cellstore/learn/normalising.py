@@ -291,8 +291,8 @@ def describe_plates(scaler: Scaler, plates: Collection[str] | None = None) -> li
         (scaler.plates, "are normalised against their own negative controls"),
         (scaler.intensities, "have the intensity scale of their own images"),
     ):
-        own = [name for name in scaler.own if name in (known or ())]
-        own = [name for name in own if plates is None or name in plates]
+        there = set(known or ()) if plates is None else set(known or ()) & set(plates)
+        own = [name for name in scaler.own if name in there]
         if own:
             more = f" and {len(own) - 5} more" if len(own) > 5 else ""
             some = ", ".join(own[:5]) + more

@@ -204,18 +204,13 @@ def check_device(device: str, precision: str, devices: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's remarks about hardware and settings off the terminal."""
-    # Both: which of the two speaks depends on what of Lightning was imported.
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("fabric", "pytorch")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ from ..models import (
     Label,
     Perturbation,
     Plate,
-    Recipe,
     Run,
     Segmentation,
     Split,
@@ -269,7 +268,7 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
         }
-        recipes = (session.get_one(Recipe, qc.recipe_id) if qc else None, segment)
+        recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(candidates, params)

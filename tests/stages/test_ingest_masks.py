@@ -17,7 +17,7 @@ from realdata import real_data
 from skimage.measure import regionprops
 from sqlalchemy import func, select
 
-from cellstore.analysis.features import FEATURES
+from cellstore.analysis.features import BASIC_GROUP
 from cellstore.config import IngestParams
 from cellstore.enums import Severity, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
@@ -179,7 +179,7 @@ def assert_measured(workspace: Workspace, masks: NDArray[Any], pixels: NDArray[A
     regions = regionprops(masks.astype(np.int64), intensity_image=pixels.astype(np.float32))
     assert sorted(found) == [region.label for region in regions]
     for region in regions:
-        for feature in FEATURES:
+        for feature in BASIC_GROUP.features:
             name, _, axis = feature.source.rsplit(" ", 1)[1].partition("-")
             wanted = region[name][int(axis)] if axis else region[name]
             got = getattr(found[region.label], feature.name)

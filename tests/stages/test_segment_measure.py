@@ -16,7 +16,7 @@ from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore import artifacts
-from cellstore.analysis.features import FEATURE_NAMES, FEATURES
+from cellstore.analysis.features import BASIC_GROUP, FEATURE_NAMES
 from cellstore.config import IngestParams, MeasureParams, SegmentParams
 from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
@@ -373,7 +373,7 @@ def test_features_equal_regionprops_on_the_segmented_plane(bench: Bench) -> None
     assert len(rows) == 3
     for row, label in rows:
         region = regionprops(masks, intensity_image=plane)[label - 1]
-        for feature in FEATURES:
+        for feature in BASIC_GROUP.features:
             name = feature.source.rsplit(" ", 1)[1]
             part = name.split("-")
             value = getattr(region, part[0])
