@@ -43,6 +43,8 @@ def test_parquet_goes_to_a_file(cellstore, store, tmp_path):
     assert "--output" in said.err
     target = tmp_path / "answer.parquet"
     cellstore("sql", COUNT, "--format", "parquet", "--output", target, "--store", store)
+    (entry,) = cellstore("log", "--limit", "1", "--store", store, "--json").json["entries"]
+    assert entry["changes"] == [f"wrote {target.resolve()}"]
     assert pyarrow.parquet.read_table(target).num_rows == 3
 
 
