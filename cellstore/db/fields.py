@@ -93,8 +93,8 @@ def wells_changed(*conditions: ColumnElement[bool]) -> Select[Any]:
     return select(moved.union(corrected).subquery().c.row_id.label("well_id"))
 
 
-def wells_relabelled(session: Session, split_id: int) -> list[Row[Any]]:
-    """Return the wells of a split whose label is not the frozen one any more.
+def wells_relabelled(session: Session, split_id: int, well_id: int | None = None) -> list[Row[Any]]:
+    """Return the wells of a split (or one) whose label is not the frozen one any more.
 
     Rows: id of the well, its name (``P1/A01``), the frozen label, the label that it has now.
     """
@@ -114,4 +114,6 @@ def wells_relabelled(session: Session, split_id: int) -> list[Row[Any]]:
     )
     differs = now.is_distinct_from(labels.c.value)
     query = query.where(members.c.split_id == split_id, differs).distinct()
+    if well_id is not None:
+        query = query.where(wells.c.id == well_id)
     return list(session.execute(query.order_by(wells.c.id)))

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
-from ..db.fields import field_column, plates, treatments, wells
+from ..db.fields import wells_relabelled
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.tables import MISSING, RowRefusedError
@@ -49,7 +49,6 @@ from ..models import (
     ImageFile,
     ImagePrediction,
     ImageQuality,
-    Label,
     Perturbation,
     Plate,
     Prediction,
@@ -64,7 +63,7 @@ from ..models import (
     Well,
 )
 from .ingest.account import Account
-from .ingest.write_treatments import PerturbationKey, TreatmentWriter, retarget
+from .ingest.write_treatments import TreatmentWriter, retarget
 
 LONGEST = 255
 _NAMED = 5
@@ -121,13 +120,31 @@ def _carry_out(
             session.rollback()
         else:
             session.flush()
-            left = Change("store", None, None, {"tables": table_digests(session)})
+            plates = _plates_of(session, changes)
+            left = Change("store", None, None, {"tables": table_digests(session, plates)})
             record_events(session, [left, *changes], reason=reason)
             undone = [item.row_id for item in changes if item.table_name == "runs"]
             record_runs(session, [number for number in undone if number])
     for path in () if dry_run else files:
         workspace.artifacts.remove(path)
     return replace(done, reason=reason, dry_run=dry_run)
+
+
+def _plates_of(session: Session, changes: Sequence[Change]) -> set[int] | None:
+    """Return the plates whose wells or images changed; None: any, as rows were deleted."""
+    ids: dict[str, set[int]] = {"plates": set(), "wells": set(), "images": set()}
+    for change in changes:
+        if change.table_name == "runs" or "rows" in (change.old or {}):
+            return None
+        if change.table_name in ids and change.row_id is not None:
+            ids[change.table_name].add(change.row_id)
+    found = ids["plates"]
+    for some in in_lists(ids["wells"]):
+        found.update(session.scalars(select(Well.plate_id).where(Well.id.in_(some))))
+    of_images = select(Well.plate_id).join(Image, Image.well_id == Well.id)
+    for some in in_lists(ids["images"]):
+        found.update(session.scalars(of_images.where(Image.id.in_(some))))
+    return found
 
 
 def _concerned(session: Session, images: Select[Any], cell: int | None = None) -> dict[str, Any]:
@@ -345,18 +362,13 @@ def relabel(
         if not changed:
             raise UserInputError(f"Well {name} has this already; nothing would change.")
         old, new = ({key: item[key] for key in changed} for item in (before, after))
-        frozen = (
-            select(Split.name, Split.field, Label.value)
-            .join(SplitMember, SplitMember.split_id == Split.id)
-            .join(Label, Label.id == SplitMember.label_id)
-            .where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id)))
-        )
-        for split, field, label in session.execute(frozen.distinct().order_by(Split.name)).all():
-            now = select(field_column(field)).select_from(wells.join(plates).outerjoin(treatments))
-            if session.scalar(now.where(wells.c.id == row.id)) != label:
+        used = select(Split.id, Split.name).join(SplitMember, SplitMember.split_id == Split.id)
+        used = used.where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id))).distinct()
+        for split_id, split in session.execute(used.order_by(Split.name)).all():
+            for well_now in wells_relabelled(session, split_id, row.id):
                 notes.append(
-                    f"Split {split} keeps the label {label} of this well. A new split has "
-                    "the new one."
+                    f"Split {split} keeps the label {well_now.frozen} of this well. A new split "
+                    "has the new one."
                 )
         change = Change("wells", row.id, old, new)
         shown = (_shown_change(session, change),)
@@ -411,8 +423,7 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
                 f"{name} is in the store in several ways: {listed}. Add --dose, for example "
                 '--dose "5 uM", or name one by its identifier.'
             )
-    key = _perturbation_named(session, name, notes)
-    record = TreatmentRecord(key.kind, key.name, identifier=key.identifier)
+    record = _perturbation_named(session, name, notes)
     try:
         record = record if dose is None else record.with_dose(readable(dose))
     except RowRefusedError as error:
@@ -422,8 +433,8 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     return TreatmentWriter(session, Account(0, "")).ids([record])[record]
 
 
-def _perturbation_named(session: Session, name: str, notes: list[str]) -> PerturbationKey:
-    """What names the perturbation ``name`` (or of this identifier); a new one is a compound."""
+def _perturbation_named(session: Session, name: str, notes: list[str]) -> TreatmentRecord:
+    """The perturbation ``name`` (or of this identifier), without dose; a new one is a compound."""
     columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
     query = select(*columns).where(or_(Perturbation.name == name, Perturbation.identifier == name))
     found = session.execute(query).all()
@@ -436,7 +447,7 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
         listed = some_of(sorted(str(row.identifier) for row in found))
         raise UserInputError(f"{name} is several samples: {listed}. Name one by its identifier.")
     if found:
-        return PerturbationKey(*found[0])
+        return TreatmentRecord(found[0].kind, found[0].name, identifier=found[0].identifier)
     known = session.scalars(select(Perturbation.name).distinct())
     alike = next(
         (other for other in known if normalised_name(other) == normalised_name(name)), None
@@ -448,7 +459,7 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
             f"No table has named the combination {name!r}. Give it in a plate map, and ingest that."
         )
     notes.append(f"{name} is new: no table has named it. It is kept as a compound.")
-    return PerturbationKey(PerturbationKind.COMPOUND, name, None)
+    return TreatmentRecord(PerturbationKind.COMPOUND, name)
 
 
 # ---- Exclude and include ----

@@ -26,7 +26,7 @@ from ..io.single_cells import EXCLUDED
 from ..io.tables import disarmed
 from ..jobs.lookup import find_recipe, has_results
 from ..jobs.workspace import Workspace
-from ..models import FeatureFile, FeatureSet, Plate, Recipe, RecipeInput, Run
+from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
 from ..query.cells import choose_recipes, input_of
 from ..query.engine import open_questions
 from ..query.guard import literal, quoted
@@ -394,8 +394,7 @@ def _choose(
     of_cells = ""
     if segmentation is not None:
         asked = find_recipe(session, Stage.SEGMENT, segmentation)
-        inputs = select(RecipeInput.recipe_id).where(RecipeInput.input_id == asked.id)
-        query = query.where(Recipe.id.in_(inputs))
+        query = query.where(Recipe.id.in_([reading.id for reading in asked.used_by]))
         of_cells = f" of the cells of segment recipe {asked.id}"
     measures = session.scalars(query.order_by(newest.desc(), Recipe.id.desc())).all()
     if not measures:

@@ -19,7 +19,7 @@ from ..errors import ImageError, StorageError, UserInputError, some_of
 from ..jobs.lookup import IS_CURRENT, find_run
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
-from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
+from ..models import Image, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import plate_of, read_cells
 from ..query.feature_files import set_of_recipe
 from ..settings import need
@@ -187,7 +187,7 @@ def export_model(
                 dict(columns.get(name, {"name": name})) for name in model.record.scaler.names
             ],
             "crops": crops,
-            "lineage": _lineage(session, trained),
+            "lineage": _lineage(trained),
             "example": {"plate": plate, "cells": cells},
         }
         data = workspace.artifacts.read(model.file.path, model.file.sha256)
@@ -274,25 +274,21 @@ def _example(
     return model, nothing, None
 
 
-def _lineage(session: Session, run: Run) -> dict[str, Any]:
-    split = session.get_one(Split, run.split_id)
-    metrics = select(RunMetric).where(RunMetric.run_id == run.id)
-    best = (run.result or {}).get("best_epoch")
-    values = session.scalars(metrics.where(RunMetric.epoch == best)) if best is not None else ()
-    recipes, waiting = dict[int, Recipe](), [session.get_one(Recipe, run.recipe_id)]
+def _lineage(run: Run) -> dict[str, Any]:
+    split, best = run.split, (run.result or {}).get("best_epoch")
+    assert split is not None
+    recipes, waiting = dict[int, Recipe](), [run.recipe]
     while waiting:  # a recipe and all that it reads from, each once
         recipe = waiting.pop()
         recipes[recipe.id] = recipe
-        query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
-        waiting += [item for item in inputs if item.id not in recipes]
+        waiting += [item for item in recipe.inputs if item.id not in recipes]
     return {
         "train_run": run.id,
         "code_version": run.code_version,
         "environment": run.environment,
         "started": run.started_at.isoformat(),
         "result": run.result,
-        "metrics_of_best_epoch": {item.name: item.value for item in values},
+        "metrics_of_best_epoch": {m.name: m.value for m in run.metrics if m.epoch == best},
         "split": {
             "name": split.name,
             "fingerprint": split.fingerprint,

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..config import FinetuneParams, ImageInput
@@ -144,7 +142,7 @@ def finetune(
     with workspace.database.read() as session:
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
-            return _result(session, earlier)
+            return _result(earlier)
     with running(
         workspace.database, spec, parent_id=start.run_id, seed=params.seed, device=device
     ) as run:
@@ -157,7 +155,7 @@ def finetune(
             "refused": refused,
         }
     with workspace.database.read() as session:
-        return replace(_result(session, session.get_one(Run, run.id)), already_done=False)
+        return replace(_result(session.get_one(Run, run.id)), already_done=False)
 
 
 def find_examples(
@@ -282,9 +280,7 @@ def _train(
     }
 
 
-def _result(session: Session, run: Run) -> FinetuneResult:
-    losses = select(RunMetric.value).where(RunMetric.run_id == run.id, RunMetric.name == "loss")
-    values = session.scalars(losses.order_by(RunMetric.epoch))
-    found = tuple(math.nan if value is None else value for value in values)
+def _result(run: Run) -> FinetuneResult:
+    losses = tuple(math.nan if item.value is None else item.value for item in run.metrics)
     model = f"{OF_A_RUN}{run.id}"
-    return result_of(run, FinetuneResult, model=model, already_done=True, losses=found)
+    return result_of(run, FinetuneResult, model=model, already_done=True, losses=losses)

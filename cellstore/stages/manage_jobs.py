@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.gone_files import lost_files
-from ..jobs.lookup import find_recipe, find_run, image_name, images_named
+from ..jobs.lookup import find_run, image_name, images_named
 from ..jobs.queue import CONTENT, close_dead_runs, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -108,13 +107,12 @@ def list_jobs(
     with workspace.database.read() as session:
         which: list[ColumnElement[bool]] = [] if stage is None else [Recipe.stage.in_(stages)]
         if recipe is not None:
-            ids = []
-            for item in stages:
-                with suppress(UnknownNameError):
-                    ids.append(find_recipe(session, item, recipe).id)
+            recipes = select(Recipe).where(Recipe.stage.in_(stages)).order_by(Recipe.id)
+            marks = {item.id: item.fingerprint for item in session.scalars(recipes)}
+            ids = [key for key in marks if recipe == str(key)]
+            ids = ids or [key for key, mark in marks.items() if mark.startswith(recipe)]
             if not ids:
-                recipes = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
-                raise UnknownNameError.of("recipe", recipe, session.scalars(recipes))
+                raise UnknownNameError.of("recipe", recipe, marks)
             which.append(Recipe.id.in_(ids))
         if image is not None:
             which.append(images_named(session, image))

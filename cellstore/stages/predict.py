@@ -47,7 +47,6 @@ from ..models import (
     Label,
     Plate,
     Prediction,
-    Recipe,
     Run,
     Segmentation,
     Split,
@@ -196,7 +195,7 @@ def predict(
         if plates:
             fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
             parameters["fitted_plates"] = fitted
-        inputs = (session.get_one(Recipe, trained.recipe_id), model.segment, model.measure)
+        inputs = (trained.recipe, model.segment, model.measure)
         spec = RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs)
         embedding = None
         if params.embedding is not None:

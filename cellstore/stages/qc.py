@@ -370,12 +370,9 @@ class Flagging:
 
 def flagging_of(session: Session, run_id: int) -> Flagging:
     """Return by which limits, and from whose rows, a quality-control run flags."""
-    recipe = session.get_one(Recipe, session.get_one(Run, run_id).recipe_id)
-    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-    inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
-    ids = {Stage(source.stage): source.id for source in inputs}
-    known = {item.name for item in fields(QcParams)} & recipe.parameters.keys()
-    params = QcParams(**{name: recipe.parameters[name] for name in known})
+    recipe = session.get_one(Run, run_id).recipe
+    ids = {source.stage: source.id for source in recipe.inputs}
+    params = QcParams.from_recipe(recipe.parameters)
     return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
 
 

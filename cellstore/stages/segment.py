@@ -45,9 +45,9 @@ from ..jobs.planes import (
     open_file,
 )
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, digest, keep_files, register
+from ..jobs.runs import RecipeSpec, digest, files_of, keep_files, register
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Event, Image, Plate, Recipe, RunArtifact, Segmentation, Well
+from ..models import Artifact, Event, Image, Plate, Recipe, Segmentation, Well
 from ..settings import need
 
 if TYPE_CHECKING:
@@ -159,9 +159,7 @@ def find_network(workspace: Workspace, model: str, weights_dir: Path | None = No
         return find_model(model, weights_dir)
     with workspace.database.read() as session:
         run_id = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE).id
-        query = select(Artifact).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        query = query.where(RunArtifact.run_id == run_id, Artifact.kind == ArtifactKind.NETWORK)
-        artifacts = session.scalars(query.order_by(Artifact.id)).all()
+        artifacts = files_of(session, run_id, ArtifactKind.NETWORK)
     paths = {}
     for artifact in artifacts:
         workspace.artifacts.read(artifact.path, artifact.sha256)  # that it is what was written

@@ -45,7 +45,6 @@ from ..models import (
     Label,
     Perturbation,
     Plate,
-    Recipe,
     Run,
     Segmentation,
     Split,
@@ -269,7 +268,7 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
         }
-        recipes = (session.get_one(Recipe, qc.recipe_id) if qc else None, segment)
+        recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(candidates, params)
@@ -367,8 +366,8 @@ def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
         "flagged": f"are flagged by quality-control run {excluded.get('qc_run')}. Split without "
         "--exclude-flagged.",
         "annotated": "are excluded by annotations. Undo some of these, or choose other images.",
-        "without_label": f"have no {params.field}. Ingest a table that has it, or choose another "
-        "--field.",
+        "without_label": f"have no {params.field}. Ingest a table that has it (cellstore ingest "
+        "TABLE), or choose another --field.",
     }.items():
         if excluded.get(reason):
             return f"All {excluded[reason]} images {why}"

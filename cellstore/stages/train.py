@@ -246,7 +246,7 @@ def train(
             def ended() -> TrainResult:
                 assert run is not None
                 with workspace.database.read() as session:
-                    found = trained(session, session.get_one(Run, run.id))
+                    found = trained(session.get_one(Run, run.id))
                 return replace(found, already_done=False)
 
             return team.of_first(ended)
@@ -340,7 +340,7 @@ def learn(
         folder = setup.log_dir or LOGS / f"run-{run.id}"
         logs = TrainingLogs(setup.logs, folder, run.id, plan.spec.parameters, progress.note)
         with workspace.database.read() as session:
-            for record in metrics_of(session, run.id):
+            for record in metrics_of(session.get_one(Run, run.id)):
                 logs.write(int(record.pop("epoch")), record)
     checked = time.monotonic()
 
@@ -583,7 +583,7 @@ def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, 
     with workspace.database.begin() as session:
         done = finished_run(session, plan.spec, plan.cells.split.id)
         if done is not None:
-            return trained(session, done), None
+            return trained(done), None
         close_dead_runs(session)
         query = (
             select(Run)
@@ -745,18 +745,17 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     return kept
 
 
-def trained(session: Session, run: Run) -> TrainResult:
+def trained(run: Run) -> TrainResult:
     """Return the result of a finished training run."""
     assert run.split is not None
-    metrics = metrics_of(session, run.id)
+    metrics = metrics_of(run)
     return result_of(run, TrainResult, split=run.split.name, already_done=True, metrics=metrics)
 
 
-def metrics_of(session: Session, run_id: int) -> tuple[dict[str, float], ...]:
+def metrics_of(run: Run) -> tuple[dict[str, float], ...]:
     """Return the metrics of a run by name, a record for each epoch."""
-    query = select(RunMetric).where(RunMetric.run_id == run_id).order_by(RunMetric.epoch)
     epochs: dict[int, dict[str, float]] = {}
-    for item in session.scalars(query):
+    for item in run.metrics:
         record = epochs.setdefault(item.epoch, {"epoch": item.epoch})
         record[item.name] = float("nan") if item.value is None else item.value
     return tuple(epochs.values())
