@@ -23,6 +23,7 @@ from cellstore.enums import Stage
 from cellstore.errors import DatabaseError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, ImageFile
+from cellstore.report.audit import audit
 from cellstore.report.repro import repro
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
@@ -99,8 +100,9 @@ def test_a_reference_that_leads_nowhere_is_found(sqlite_workspace: Workspace) ->
     (problem,) = verify(sqlite_workspace).problems
     assert problem.path == sqlite_workspace.database.shown
     assert problem.reason == f"row {run.id} of runs refers to a row of recipes that is not there"
-    with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers to .* cellstore verify"):
-        repro(sqlite_workspace, str(run.id))
+    for command in (repro, lambda *of: audit(*of, "run")):
+        with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers .* cellstore verify"):
+            command(sqlite_workspace, str(run.id))
     findings = doctor(sqlite_workspace.settings).findings
     (broken,) = [item for item in findings if item.topic == "database"]
     assert (broken.state, "backup" in broken.detail) == ("broken", True)
