@@ -40,8 +40,8 @@ DESIGN = PlateDesign(
 MOST_TRIES = 20
 STEPS = (
     ("ingest", "{plates}/metadata.csv", "--images", "{plates}/images"),
-    ("segment", "--channels", "DNA", "--diameter", "18", "--workers", "2"),
-    ("measure", "--features", "basic,intensity", "--channels", "DNA", "--workers", "2"),
+    ("segment", "--preset", "published", "--workers", "2"),
+    ("measure", "--features", "basic,intensity", "--channels", "RNA", "--workers", "2"),
     ("qc",),
     ("split", "create", "by-well"),
     ("train", "--split", "by-well", "--baseline", "logistic", "--no-predict"),
@@ -52,7 +52,9 @@ STEPS = (
 WHERE = "JOIN images AS i ON i.id = {0}.image_id JOIN wells AS w ON w.id = i.well_id"
 CELL = f"JOIN segmentations AS s ON s.id = c.segmentation_id {WHERE.format('s')}"
 FACTS = {
-    "jobs": "SELECT r.stage, w.name, i.site, j.status, j.digest FROM jobs AS j "
+    # That of a prediction is of all digits.
+    "jobs": "SELECT r.stage, w.name, i.site, j.status, "
+    "CASE WHEN r.stage <> 'predict' THEN j.digest END FROM jobs AS j "
     f"JOIN recipes AS r ON r.id = j.recipe_id {WHERE.format('j')}",
     "cells": "SELECT w.name, i.site, c.object_number, c.min_row, c.min_col, c.excluded "
     f"FROM cells AS c {CELL}",
@@ -66,7 +68,7 @@ FACTS = {
     "predictions": "SELECT w.name, i.site, c.object_number, p.rank, l.value, "
     "round(p.probability, 4) FROM predictions AS p JOIN labels AS l ON l.id = p.label_id "
     f"JOIN cells AS c ON c.id = p.cell_id {CELL}",
-    "votes": "SELECT level, vote, plate, well, site, rank, label, round(share, 4) FROM votes",
+    "votes": "SELECT level, vote, plate, well, site, winner, n_cells, round(share, 4) FROM votes",
 }
 
 

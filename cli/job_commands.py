@@ -269,7 +269,7 @@ def _show_verify(result: VerifyResult) -> None:
             "cellstore verify --fix removes changed ones and names the commands."
         )
     if result.commands:
-        typer.echo("Files that are gone are made again by:")
+        typer.echo("Files that are gone or removed are made again by:")
         for words in result.commands:
             typer.echo(f"  {output.cell(words)}")
 

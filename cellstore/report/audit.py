@@ -2,55 +2,41 @@
 
 An audit is a record: values, and lists of rows, each row of the same keys. ``audit --json`` prints
 it, the command line shows it as text, and ``lineage_page`` draws it: all three from these rows.
-The tables are read as such. Their classes would take longer to load than an audit takes.
+Questions are SQL that both databases take. The classes of the tables would take longer to load than
+an audit takes.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
-    ColumnElement,
+    Boolean,
     CompoundSelect,
     Numeric,
-    Row,
-    Select,
-    Text,
-    and_,
     bindparam,
     case,
     cast,
     func,
     null,
-    or_,
     select,
+    text,
     union_all,
 )
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..db.fields import field_column, wells_changed
-from ..enums import (
-    PERTURBATION,
-    TARGET,
-    TREATMENT,
-    ArtifactKind,
-    ExclusionSource,
-    Origin,
-    Stage,
-    Status,
-    Subset,
-)
+from ..enums import TARGET, TREATMENT, Origin, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     channels_now,
@@ -62,31 +48,30 @@ from ..jobs.lookup import (
     looks_like_well,
     neighbours,
     readable,
-    starts_with,
 )
 from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
-from ..models import EXCLUSIONS, METADATA
+from ..models import METADATA, UtcDateTime
 from ..query.exclusions import cell_counts, image_counts, why_excluded
 
 T = METADATA.tables
-artifacts, cell_flags, cells = (T[name] for name in ("artifacts", "cell_flags", "cells"))
-events, features, folders = (T[name] for name in ("events", "features", "folders"))
-feature_files, feature_sets = (T[name] for name in ("feature_files", "feature_sets"))
-image_files, image_flags, images = (T[name] for name in ("image_files", "image_flags", "images"))
-ingest_files, jobs, labels = (T[name] for name in ("ingest_files", "jobs", "labels"))
-perturbations, plates = (T[name] for name in ("perturbations", "plates"))
-predictions, recipe_inputs = (T[name] for name in ("predictions", "recipe_inputs"))
-image_predictions = T["image_predictions"]
-recipes, run_artifacts, runs = (T[name] for name in ("recipes", "run_artifacts", "runs"))
-segmentations, split_members = (T[name] for name in ("segmentations", "split_members"))
-splits, treatment_parts = (T[name] for name in ("splits", "treatment_parts"))
+cells, events, image_files = (T[name] for name in ("cells", "events", "image_files"))
+image_predictions, images = (T[name] for name in ("image_predictions", "images"))
+ingest_files, labels, plates = (T[name] for name in ("ingest_files", "labels", "plates"))
+predictions, segmentations = (T[name] for name in ("predictions", "segmentations"))
 treatments, wells = (T[name] for name in ("treatments", "wells"))
 
 KINDS = ("plate", "well", "image", "cell", "run", "artifact")
 
 EXACT = 1e12
 """Probabilities times this are added as whole numbers."""
+
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("metadata", "parameters", "result", "environment", "old", "new"), JSON()),
+    **dict.fromkeys(("changed_at", "made_at", "started_at", "ended_at"), UtcDateTime()),
+    **dict.fromkeys(("current", "has_masks"), Boolean()),
+}
+"""Columns of answers that are more than a text or a number to SQLite."""
 
 Record = dict[str, Any]
 
@@ -154,58 +139,56 @@ def _kind_of(session: Session, name: str) -> str:
     return "image"
 
 
-def _rows(
-    session: Session, query: Select[Any], values: Mapping[str, Any] | None = None
-) -> list[Record]:
-    """The rows of a query, with values that JSON knows."""
-    found = [dict(row) for row in session.execute(query, values).mappings()]
+@cache
+def _query(sql: str) -> Any:
+    """SQL of ours with the types of its columns; what follows ``IN`` is bound as a list."""
+    names = set(re.findall(r"IN :(\w+)", sql))
+    lists: Any = [bindparam(name, expanding=True) for name in names]
+    return text(sql).bindparams(*lists).columns(**TYPES)
+
+
+def _ask(session: Session, sql: str, **values: Any) -> list[Record]:
+    """The rows of a query of ours, with values that JSON knows; ``values`` are bound."""
+    values = {name: sorted(x) if isinstance(x, set) else x for name, x in values.items()}
+    found = [dict(row) for row in session.execute(_query(sql), values).mappings()]
     for row in found:
         for name, value in row.items():
-            if isinstance(value, Enum):
-                row[name] = value.value
-            elif isinstance(value, datetime):
+            if isinstance(value, datetime):
                 row[name] = value.isoformat()
     return found
 
 
 # Plates, images, wells and cells
 
+OF_PERTURBATIONS = """
+    events.table_name = 'perturbations' AND events.row_id IN (
+        SELECT perturbation_id FROM treatment_parts
+        JOIN wells ON wells.treatment_id = treatment_parts.treatment_id WHERE wells.id IN :wells
+    )
+"""
+"""The events of the perturbations that wells have."""
 
-def _corrections(session: Session, *rows: tuple[str, int]) -> list[Record]:
-    """What people and tables changed of some rows (table, id), the first change first.
+
+def _corrections(session: Session, **ids: Collection[int]) -> list[Record]:
+    """What people and tables changed of some rows (``ids`` by table), the first change first.
 
     Of a well also what they changed of the perturbations that it has now. An event about several
     rows has the last of their ids; it names the first.
     """
-    keys = ("created_at", "user_name", "run_id", "file", "line", "table_name", "old", "new")
-    query = select(events.c.id, *(events.c[key] for key in keys), events.c.reason)
-    at = [and_(events.c.table_name == table, events.c.row_id == row_id) for table, row_id in rows]
-    at += [_of_perturbations(row_id) for table, row_id in rows if table == "wells"]
-    found = session.execute(query.where(or_(*at)).order_by(events.c.id)).mappings()
-    return [
-        {
-            "changed_at": row["created_at"].isoformat(),
-            "by": row["user_name"],
-            "of": row["table_name"].removesuffix("s"),
-            "old": old,
-            "new": new,
-            "reason": row["reason"],
-            **{key: row[key] for key in ("run_id", "file", "line")},
-        }
-        for row in found.all()
-        if "first_id" not in (row["new"] or row["old"] or {})
-        for old, new in (_said(session, row["old"], row["new"]),)
-    ]
-
-
-def _of_perturbations(well_id: int) -> ColumnElement[bool]:
-    """The events of the perturbations that a well has."""
-    parts = select(treatment_parts.c.perturbation_id)
-    parts = parts.join(wells, wells.c.treatment_id == treatment_parts.c.treatment_id)
-    return and_(
-        events.c.table_name == "perturbations",
-        events.c.row_id.in_(parts.where(wells.c.id == well_id)),
-    )
+    of = [f"events.table_name = '{table}' AND events.row_id IN :{table}" for table in ids]
+    of += [OF_PERTURBATIONS] if "wells" in ids else []
+    query = f"""
+        SELECT created_at AS changed_at, user_name AS "by", table_name AS "of", old, new, reason,
+            run_id, file, line
+        FROM events WHERE {" OR ".join(of)} ORDER BY id
+    """  # noqa: S608 - our own words
+    rows = []
+    for row in _ask(session, query, **ids):
+        if "first_id" not in (row["new"] or row["old"] or {}):
+            row["old"], row["new"] = _said(session, row["old"], row["new"])
+            row["of"] = row["of"].removesuffix("s")
+            rows.append(row)
+    return rows
 
 
 def _said(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, ...]:
@@ -214,11 +197,11 @@ def _said(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, 
     A treatment by its name with dose, and with its target where that differs.
     """
     found: tuple[Record, ...] = tuple(dict(some or {}) for some in values)
-    labels = [_labels_of(session, some.pop("treatment_id", None)) for some in found]
-    if any(labels):
-        for some, label in zip(found, labels, strict=True):
+    named = [_labels_of(session, some.pop("treatment_id", None)) for some in found]
+    if any(named):
+        for some, label in zip(found, named, strict=True):
             some.setdefault(TREATMENT, label.get(TREATMENT))
-        targets = [label.get(TARGET) for label in labels]
+        targets = [label.get(TARGET) for label in named]
         if len(set(targets)) > 1:
             for some, target in zip(found, targets, strict=True):
                 some[TARGET] = target
@@ -227,90 +210,93 @@ def _said(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, 
 
 def _labels_of(session: Session, treatment_id: int | None) -> Record:
     """What splits may call a treatment, by label field; of none, nothing."""
-    fields = (PERTURBATION, TREATMENT, TARGET)
-    query = select(*(field_column(name).label(name) for name in fields))
-    row = session.execute(query.where(treatments.c.id == treatment_id)).mappings().first()
-    return dict(row or {})
+    query = "SELECT name AS perturbation, name_with_dose AS treatment, target FROM treatments"
+    return next(iter(_ask(session, f"{query} WHERE id = :id", id=treatment_id)), {})
 
 
 def _plate(session: Session, plate_id: int) -> Audit:
     """What the store has of a plate, and every correction of it."""
-    columns = ("barcode", "batch", "cell_line", "time_point", "metadata")
-    query = select(plates.c.id.label("plate_id"), *(plates.c[name] for name in columns))
-    (record,) = _rows(session, query.where(plates.c.id == plate_id))
-    of_plate = select(images.c.id).join(wells).where(wells.c.plate_id == plate_id)
-    in_wells = select(func.count()).where(wells.c.plate_id == plate_id)
+    query = """
+        SELECT id AS plate_id, barcode, batch, cell_line, time_point, metadata,
+            (SELECT count(*) FROM wells WHERE wells.plate_id = plates.id) AS wells,
+            (
+                SELECT count(*) FROM images JOIN wells ON wells.id = images.well_id
+                WHERE wells.plate_id = plates.id
+            ) AS images
+        FROM plates WHERE id = :plate
+    """
+    (record,) = _ask(session, query, plate=plate_id)
+    of_plate = "SELECT images.id FROM images JOIN wells ON wells.id = well_id WHERE plate_id = :id"
     record |= {
-        "wells": session.scalar(in_wells),
-        "images": session.scalar(select(func.count()).select_from(of_plate.subquery())),
-        "excluded": _why_excluded(session, ("plate", plate_id)),
-        "corrections": _corrections(session, ("plates", plate_id)),
-        "downstream": _downstream_of_images(session, of_plate),
+        "excluded": _why_excluded(session, plate=plate_id),
+        "corrections": _corrections(session, plates=[plate_id]),
+        "downstream": _downstream_of_images(session, of_plate, id=plate_id),
     }
     return Audit("plate", f"Plate {record['barcode']}", record)
 
 
-def _why_excluded(session: Session, *of: tuple[str, int]) -> str | None:
-    """Why a row does not count: the first reason that a person gave for it (level, id)."""
-    found = EXCLUSIONS.c
-    one_of = or_(*(and_(found.level == level, found.id == row_id) for level, row_id in of))
-    query = select(found.level, found.reason).where(one_of)
-    by_person = found.source == ExclusionSource.ANNOTATION.value
-    reasons: dict[str, str] = dict(session.execute(query.where(by_person)).all())
-    return next((reasons[level] for level, _ in of if level in reasons), None)
+def _why_excluded(session: Session, **ids: int) -> str | None:
+    """Why something does not count: the first reason that a person gave; ``ids`` by level."""
+    of = " OR ".join(f"level = '{level}' AND id = :{level}" for level in ids)
+    query = f"SELECT level, reason FROM exclusions WHERE source = 'annotation' AND ({of})"  # noqa: S608
+    reasons = {row["level"]: row["reason"] for row in _ask(session, query, **ids)}
+    return next((reasons[level] for level in ids if level in reasons), None)
 
 
 def _image(session: Session, image_id: int) -> Audit:
     """Every run that labelled an image, with its evidence."""
-    query = select(
-        images.c.id.label("image_id"),
-        plates.c.barcode.label("plate"),
-        wells.c.name.label("well"),
-        *(images.c[name] for name in ("site", "plane", "time_point", "core_name", "pixel_size")),
-        *(
-            images.c.content_sha256,
-            treatments.c.name_with_dose.label("treatment"),
-            treatments.c.target,
-        ),
-        *(wells.c.control, images.c.well_id, wells.c.plate_id),
-    ).select_from(images.join(wells).join(plates).outerjoin(treatments))
-    (record,) = _rows(session, query.where(images.c.id == image_id))
+    query = """
+        SELECT images.id AS image_id, barcode AS plate, wells.name AS well, site, plane,
+            images.time_point, core_name, pixel_size, content_sha256,
+            name_with_dose AS treatment, target, control, well_id, plate_id
+        FROM images JOIN wells ON wells.id = well_id JOIN plates ON plates.id = plate_id
+        LEFT JOIN treatments ON treatments.id = treatment_id
+        WHERE images.id = :image
+    """
+    (record,) = _ask(session, query, image=image_id)
     well_id, plate_id = record.pop("well_id"), record.pop("plate_id")
-    uri = func.rtrim(folders.c.uri, "/", type_=Text) + "/" + image_files.c.name
-    of_image = image_files.c.image_id == image_id
-    query = select(image_files.c.channel, image_files.c.name, uri.label("uri"))
-    query = query.add_columns(image_files.c.sha256, image_files.c.size_bytes)
-    query = query.select_from(image_files.outerjoin(folders)).where(of_image)
-    files = _rows(session, query.order_by(image_files.c.position))
-    one = select(images.c.id).where(images.c.id == image_id)
-    frozen, notes = _frozen_labels(session, well_id, one)
-    flags = select(
-        *(image_flags.c.run_id, image_flags.c.reason),
-        func.nullif(image_flags.c.channel, "").label("channel"),
-        *(image_flags.c.value, image_flags.c.low, image_flags.c.high),
-    ).join(runs, runs.c.id == image_flags.c.run_id)
-    flags = flags.where(image_flags.c.image_id == image_id, runs.c.status == Status.DONE)
-    flags = flags.order_by(image_flags.c.run_id, image_flags.c.reason, image_flags.c.channel)
-    now = channels_now(session, record["plate"])
-    flagged = [
-        flag | {"channel": now.get(flag["channel"], flag["channel"])}
-        for flag in _rows(session, flags)
-    ]
-    found = _segmentations(session, segmentations.c.image_id == image_id)
-    downstream = _downstream_of_images(session, one)
+    query = """
+        SELECT channel, name, rtrim(uri, '/') || '/' || name AS uri, sha256, size_bytes, folder_id
+        FROM image_files LEFT JOIN folders ON folders.id = folder_id
+        WHERE image_id = :image ORDER BY position
+    """
+    files = _ask(session, query, image=image_id)
+    moved = {file.pop("folder_id") for file in files} - {None}
+    frozen, notes = _frozen_labels(session, well_id, "image_id = :id", image_id)
+    query = """
+        SELECT run_id, reason, nullif(channel, '') AS channel, value, low, high
+        FROM image_flags JOIN runs ON runs.id = run_id
+        WHERE image_id = :image AND status = 'done' ORDER BY run_id, reason, image_flags.channel
+    """
+    flags, now = _ask(session, query, image=image_id), channels_now(session, record["plate"])
+    for flag in flags:
+        flag["channel"] = now.get(flag["channel"], flag["channel"])
+    # Of cells that another tool found, ``imported`` names it. Unknown bytes count as current:
+    # nothing can contradict them.
+    query = """
+        SELECT segmentations.id, run_id, recipe_id, fingerprint, weights_sha256, parameters,
+            segmentations.created_at AS made_at, n_cells, diameter,
+            coalesce(
+                segmentations.content_sha256 = images.content_sha256,
+                segmentations.content_sha256 IS NULL
+            ) AS current,
+            mask_artifact_id IS NOT NULL AS has_masks, parameters ->> 'imported' AS imported
+        FROM segmentations JOIN recipes ON recipes.id = recipe_id
+        JOIN images ON images.id = image_id
+        WHERE image_id = :image ORDER BY segmentations.id
+    """
+    found = _ask(session, query, image=image_id)
+    downstream = _downstream_of_images(session, ":id", id=image_id)
     labelled = any(item["what"] == "labelled cells" for item in downstream)
-    above = (("well", well_id), ("plate", plate_id))
-    of_files = select(image_files.c.folder_id).where(image_files.c.image_id == image_id)
-    moved = [("folders", number) for number in session.scalars(of_files.distinct()) if number]
     record |= {
-        "excluded": _why_excluded(session, ("image", image_id), *above),
+        "excluded": _why_excluded(session, image=image_id, well=well_id, plate=plate_id),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "corrections": _corrections(
-            session, ("images", image_id), ("wells", well_id), ("plates", plate_id), *moved
+            session, images=[image_id], wells=[well_id], plates=[plate_id], folders=moved
         ),
         "frozen_labels": frozen,
-        "flags": flagged,
+        "flags": flags,
         "files": files,
         "segmentations": found,
         "labellings": _labellings(session, image_id, well_id, found) if labelled else [],
@@ -318,26 +304,6 @@ def _image(session: Session, image_id: int) -> Audit:
     }
     name = "{plate}/{well}/{site}".format(**record)
     return Audit("image", f"Image {name}", record)
-
-
-def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Record]:
-    """Segmentations: ``current`` where the image still has the bytes in which cells were found.
-
-    Of cells that another tool found, ``imported`` names the tool, and the diameter may be unknown.
-    """
-    # Unknown bytes count as current: nothing can contradict them.
-    seen = segmentations.c.content_sha256
-    current = func.coalesce(seen == images.c.content_sha256, seen.is_(None))
-    query = select(
-        *(segmentations.c[name] for name in ("id", "run_id", "recipe_id")),
-        *(recipes.c[name] for name in ("fingerprint", "weights_sha256", "parameters")),
-        segmentations.c.created_at.label("made_at"),
-        *(segmentations.c.n_cells, segmentations.c.diameter, current.label("current")),
-        segmentations.c.mask_artifact_id.is_not(None).label("has_masks"),
-        recipes.c.parameters["imported"].as_string().label("imported"),
-    )
-    query = query.select_from(segmentations.join(recipes).join(images)).where(condition)
-    return _rows(session, query.order_by(segmentations.c.id))
 
 
 @cache
@@ -365,32 +331,6 @@ def _label_counts() -> CompoundSelect[Any]:
     votes = votes.join(labels, labels.c.id == image_predictions.c.label_id).join(images)
     of_image = image_predictions.c.image_id == bindparam("image")
     return union_all(query, votes.where(of_image, image_counts()))
-
-
-@cache
-def _asked_runs() -> Select[Any]:
-    """The predict runs ``:runs``, and what their split says of ``:image``."""
-    parents, own = runs.alias(), split_members.alias()
-    split = func.coalesce(runs.c.split_id, parents.c.split_id)
-    of_image = and_(own.c.split_id == splits.c.id, own.c.image_id == bindparam("image"))
-    query = select(
-        runs.c.id.label("run_id"),
-        *(runs.c.started_at, runs.c.user_name.label("user"), runs.c.host, runs.c.code_version),
-        *(runs.c.parent_id.label("train_run_id"), splits.c.name.label("split"), splits.c.protocol),
-        *(
-            splits.c.id.label("split_id"),
-            splits.c.field,
-            own.c.subset,
-            labels.c.value.label("truth"),
-        ),
-        *(runs.c.origin, recipes.c.parameters["declared"].as_string().label("model")),
-        recipes.c.parameters["trained_on"].as_string().label("trained_on"),
-    )
-    query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
-    query = query.outerjoin(recipes, recipes.c.id == parents.c.recipe_id)
-    query = query.outerjoin(splits, splits.c.id == split).outerjoin(own, of_image)
-    query = query.outerjoin(labels, labels.c.id == own.c.label_id)
-    return query.where(runs.c.id.in_(bindparam("runs", expanding=True))).order_by(runs.c.id)
 
 
 def _counted(session: Session, image_id: int) -> list[Record]:
@@ -421,17 +361,31 @@ def _labellings(
 
     counts = _counted(session, image_id)
     ranked = rank_counts(counts)
-    asked = {"image": image_id, "runs": sorted({row["run_id"] for row in counts})}
+    query = """
+        SELECT runs.id AS run_id, runs.started_at, runs.user_name AS "user", runs.host,
+            runs.code_version, runs.parent_id AS train_run_id, splits.name AS split, protocol,
+            splits.id AS split_id, splits.field, subset, labels.value AS truth, runs.origin,
+            parameters ->> 'declared' AS model, parameters ->> 'trained_on' AS trained_on
+        FROM runs LEFT JOIN runs AS parents ON parents.id = runs.parent_id
+        LEFT JOIN recipes ON recipes.id = parents.recipe_id
+        LEFT JOIN splits ON splits.id = coalesce(runs.split_id, parents.split_id)
+        LEFT JOIN split_members
+            ON split_members.split_id = splits.id AND split_members.image_id = :image
+        LEFT JOIN labels ON labels.id = label_id
+        WHERE runs.id IN :runs ORDER BY runs.id
+    """
+    runs = _ask(session, query, image=image_id, runs=sorted({row["run_id"] for row in counts}))
     checkpoints: dict[int | None, list[str]] = {}
-    of_well = select(split_members.c.split_id, split_members.c.subset).distinct()
-    in_well = session.execute(of_well.join(images).where(images.c.well_id == well_id)).all()
+    of_well = """
+        SELECT DISTINCT split_id, subset FROM split_members JOIN images ON images.id = image_id
+        WHERE well_id = :well
+    """
+    in_well = {(row["split_id"], row["subset"]) for row in _ask(session, of_well, well=well_id)}
     labellings = []
-    for run in _rows(session, _asked_runs(), asked):
-        label_field, truth = run["field"], run["truth"]
-        if truth is None and label_field is not None:
-            labelled = select(field_column(label_field))
-            labelled = labelled.select_from(wells.join(plates).outerjoin(treatments))
-            truth = session.scalar(labelled.where(wells.c.id == well_id))
+    for run in runs:
+        truth = run["truth"]
+        if truth is None and run["field"] is not None:
+            truth = _label_now(session, well_id, run["field"])
         hard, soft = (ranked[run["run_id"], vote] for vote in ("hard", "soft"))
         mine = [row for row in counts if row["run_id"] == run["run_id"]]
         names = {row["label_id"]: row["label"] for row in mine}
@@ -439,7 +393,7 @@ def _labellings(
         mine.sort(key=lambda row: (-row["cells"], -row["probability"], row["label"]))
         used = {number for row in mine for number in row["segmentations"]}
         seen = [item for item in found if item["id"] in used]
-        well_subsets = [s.value for s in Subset if (run["split_id"], s) in in_well]
+        well_subsets = [s.value for s in Subset if (run["split_id"], s.value) in in_well]
         learned, known = {Subset.TRAIN.value}, True
         if run["origin"] == Origin.DECLARED:
             learned, known = (
@@ -477,50 +431,42 @@ def _labellings(
 
 def _checkpoints(session: Session, run_id: int | None) -> list[str]:
     """The sha256 of the checkpoints of a run."""
-    query = select(artifacts.c.sha256).join(run_artifacts).order_by(artifacts.c.id)
-    query = query.where(artifacts.c.kind == ArtifactKind.CHECKPOINT)
-    return list(session.scalars(query.where(run_artifacts.c.run_id == run_id)))
+    query = """
+        SELECT sha256 FROM artifacts JOIN run_artifacts ON artifact_id = artifacts.id
+        WHERE kind = 'checkpoint' AND run_id = :run ORDER BY artifacts.id
+    """
+    return [row["sha256"] for row in _ask(session, query, run=run_id)]
 
 
-def _treatment(session: Session, treatment_id: int | None) -> Record | None:
-    named = treatments.c.name_with_dose.label("name")
-    query = select(named, treatments.c.target, perturbations.c.kind)
-    query = query.add_columns(perturbations.c.identifier).where(treatments.c.id == treatment_id)
-    query = query.select_from(treatments.outerjoin(treatment_parts).outerjoin(perturbations))
-    parts = _rows(session, query.order_by(treatment_parts.c.position))
-    if not parts:
-        return None
-    return {
-        "name": parts[0]["name"],
-        "kind": "|".join(part["kind"] or "" for part in parts),
-        "target": parts[0]["target"],
-        "identifier": "|".join(part["identifier"] or "" for part in parts) or None,
-    }
+def _label_now(session: Session, well_id: int, field: str) -> str | None:
+    """What a well is called now in a label field."""
+    query = select(field_column(field)).where(wells.c.id == well_id)
+    return session.scalar(query.select_from(wells.join(plates).outerjoin(treatments)))
 
 
 def _frozen_labels(
-    session: Session, well_id: int, of: Select[Any]
+    session: Session, well_id: int, of: str, of_id: int
 ) -> tuple[list[Record], list[str]]:
     """The labels that splits keep of some images of a well, and a sentence where the well differs.
 
-    ``since``: who or which run made it differ, when, from which file and line, for what reason;
-    what is not known is left out.
+    ``of``: the condition on these images, in which ``:id`` is ``of_id``. ``since``: who or which
+    run made it differ, when, from which file and line, for what reason; what is not known is left
+    out.
     """
-    query = (
-        select(splits.c.name, splits.c.field, split_members.c.subset, labels.c.value)
-        .select_from(split_members.join(splits).join(labels))
-        .where(split_members.c.image_id.in_(of))
-        .distinct()
-        .order_by(splits.c.name, split_members.c.subset, labels.c.value)
-    )
-    found, notes = [], []
-    for split, label_field, subset, label in session.execute(query):
-        labelled = select(field_column(label_field))
-        labelled = labelled.select_from(wells.join(plates).outerjoin(treatments))
-        now = session.scalar(labelled.where(wells.c.id == well_id))
-        since = _since(session, well_id, label_field) if now != label else None
-        if now != label:
-            text = f"label in split {split}: {label}; the well now has: {now or 'none'}"
+    query = f"""
+        SELECT DISTINCT splits.name AS split, splits.field, subset, labels.value AS label
+        FROM split_members JOIN splits ON splits.id = split_id JOIN labels ON labels.id = label_id
+        JOIN images ON images.id = image_id
+        WHERE {of} ORDER BY splits.name, subset, labels.value
+    """  # noqa: S608 - our own words
+    found, notes = _ask(session, query, id=of_id), list[str]()
+    for row in found:
+        now = _label_now(session, well_id, row["field"])
+        since = _since(session, well_id, row["field"]) if now != row["label"] else None
+        row |= {"now": now, "differs": now != row["label"], "since": since}
+        if now != row["label"]:
+            text = f"label in split {row['split']}: {row['label']}; the well now has: "
+            text += now or "none"
             if since is not None and "run_id" in since:
                 text += f", since run {since['run_id']}"
                 line = f", line {since['line']}" if "line" in since else ""
@@ -531,55 +477,58 @@ def _frozen_labels(
                 text += f" ({since['reason']})" if "reason" in since else ""
             if text not in notes:  # the images of a well may be in several subsets
                 notes.append(text)
-        found.append(
-            {
-                "split": split,
-                "field": label_field,
-                "subset": Subset(subset).value,
-                "label": label,
-                "now": now,
-                "differs": now != label,
-                "since": since,
-            }
-        )
     return found, notes
 
 
 def _since(session: Session, well_id: int, label_field: str) -> Record | None:
     """The last change of what a well is called in a label field; None: not known."""
-    of_well = and_(events.c.table_name == "wells", events.c.row_id == well_id)
-    query = select(events).where(or_(of_well, _of_perturbations(well_id)))
-    for event in session.execute(query.order_by(events.c.id.desc())).mappings():
-        old, new = event["old"] or {}, event["new"] or {}
-        if event["table_name"] == "perturbations":
+    query = f"""
+        SELECT user_name AS "by", created_at AS changed_at, run_id, file, line, reason, table_name,
+            old, new
+        FROM events WHERE table_name = 'wells' AND row_id IN :wells OR {OF_PERTURBATIONS}
+        ORDER BY id DESC
+    """  # noqa: S608 - our own words
+    for event in _ask(session, query, wells=[well_id]):
+        old, new = event.pop("old") or {}, event.pop("new") or {}
+        if event.pop("table_name") == "perturbations":
             changed = label_field in new
         else:
             before, after = (_labels_of(session, some.get("treatment_id")) for some in (old, new))
             changed = before.get(label_field) != after.get(label_field)
         if changed:
-            since = {"by": event["user_name"], "changed_at": event["created_at"].isoformat()}
-            since |= {key: event[key] for key in ("run_id", "file", "line", "reason")}
-            return {key: value for key, value in since.items() if value is not None}
+            return {key: value for key, value in event.items() if value is not None}
     return None
 
 
 def _well(session: Session, well_id: int) -> Audit:
     """What a well has, what it had, and its labels in splits."""
-    query = select(wells.c.id.label("well_id"), plates.c.barcode.label("plate"))
-    query = query.add_columns(wells.c.name.label("well"), wells.c.control, wells.c.treatment_id)
-    query = query.add_columns(wells.c.plate_id)
-    (record,) = _rows(session, query.join(plates).where(wells.c.id == well_id))
-    of_well = select(images.c.id).where(images.c.well_id == well_id)
-    frozen, notes = _frozen_labels(session, well_id, of_well)
-    record["treatment"] = _treatment(session, record.pop("treatment_id"))
+    query = """
+        SELECT wells.id AS well_id, barcode AS plate, wells.name AS well, control, plate_id
+        FROM wells JOIN plates ON plates.id = plate_id WHERE wells.id = :well
+    """
+    (record,) = _ask(session, query, well=well_id)
     plate_id = record.pop("plate_id")
+    query = """
+        SELECT name_with_dose AS name, kind, treatments.target, identifier
+        FROM wells JOIN treatments ON treatments.id = wells.treatment_id
+        LEFT JOIN treatment_parts ON treatment_parts.treatment_id = treatments.id
+        LEFT JOIN perturbations ON perturbations.id = perturbation_id
+        WHERE wells.id = :well ORDER BY treatment_parts.position
+    """
+    parts = _ask(session, query, well=well_id)
+    kinds = "|".join(part["kind"] or "" for part in parts)
+    identifiers = "|".join(part["identifier"] or "" for part in parts)
+    whole = parts and {**parts[0], "kind": kinds, "identifier": identifiers or None}
+    of_well = "SELECT id FROM images WHERE well_id = :id"
+    frozen, notes = _frozen_labels(session, well_id, "well_id = :id", well_id)
     record |= {
-        "excluded": _why_excluded(session, ("well", well_id), ("plate", plate_id)),
-        "images": list(session.scalars(of_well.order_by(images.c.id))),
+        "treatment": whole or None,
+        "excluded": _why_excluded(session, well=well_id, plate=plate_id),
+        "images": [row["id"] for row in _ask(session, f"{of_well} ORDER BY id", id=well_id)],
         "notes": notes,
-        "corrections": _corrections(session, ("wells", well_id), ("plates", plate_id)),
+        "corrections": _corrections(session, wells=[well_id], plates=[plate_id]),
         "frozen_labels": frozen,
-        "downstream": _downstream_of_images(session, of_well),
+        "downstream": _downstream_of_images(session, of_well, id=well_id),
     }
     return Audit("well", f"Well {record['plate']}/{record['well']}", record)
 
@@ -590,48 +539,50 @@ def _cell(session: Session, number: str) -> Audit:
     ``box`` is min row, min col, max row, max col (half open) in pixels; it and ``centroid`` are
     null where another tool found the cell and does not report them.
     """
-    number_of, image_id = find_cell(session, number)
-    cell = session.execute(select(cells).where(cells.c.id == number_of)).one()
+    cell_id, image_id = find_cell(session, number)
+    (cell,) = _ask(session, "SELECT * FROM cells WHERE id = :cell", cell=cell_id)
     image = _image(session, image_id)
     name = "{plate}/{core_name}".format(**image.record)
-    box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
-    centroid = [cell.centroid_row, cell.centroid_col]
-    flags = select(*(cell_flags.c[key] for key in ("run_id", "reason", "value")))
-    flags = flags.join(runs).where(cell_flags.c.cell_id == cell.id, runs.c.status == Status.DONE)
-    measured = select(*(c for c in features.c if c.name not in ("cell_id", "run_id")))
-    measured = measured.where(features.c.cell_id == cell.id).order_by(features.c.recipe_id)
-    choices = select(predictions.c.run_id, predictions.c.rank, labels.c.value.label("label"))
-    choices = choices.add_columns(predictions.c.probability).join(labels)
-    choices = choices.where(predictions.c.cell_id == cell.id)
+    box = [cell[key] for key in ("min_row", "min_col", "max_row", "max_col")]
+    centroid = [cell[key] for key in ("centroid_row", "centroid_col")]
+    flags = """
+        SELECT run_id, reason, value FROM cell_flags JOIN runs ON runs.id = run_id
+        WHERE cell_id = :cell AND status = 'done' ORDER BY run_id, reason
+    """
+    measured = _ask(
+        session, "SELECT * FROM features WHERE cell_id = :cell ORDER BY recipe_id", cell=cell_id
+    )
+    for row in measured:
+        del row["cell_id"], row["run_id"]
+    choices = """
+        SELECT run_id, rank, value AS label, probability
+        FROM predictions JOIN labels ON labels.id = label_id
+        WHERE cell_id = :cell ORDER BY run_id, rank
+    """
     record = {
-        "cell_id": cell.id,
+        "cell_id": cell_id,
         "image": name,
         "image_id": image_id,
-        "object_number": cell.object_number,
+        "object_number": cell["object_number"],
         "box": None if None in box else box,
         "centroid": None if None in centroid else centroid,
-        "excluded": next(iter(why_excluded(session, cell.id)), None),
-        "corrections": _corrections(session, ("cells", cell.id)),
-        "flags": _rows(session, flags.order_by(cell_flags.c.run_id, cell_flags.c.reason)),
+        "excluded": next(iter(why_excluded(session, cell_id)), None),
+        "corrections": _corrections(session, cells=[cell_id]),
+        "flags": _ask(session, flags, cell=cell_id),
         "segmentation": next(
-            item for item in image.record["segmentations"] if item["id"] == cell.segmentation_id
+            item for item in image.record["segmentations"] if item["id"] == cell["segmentation_id"]
         ),
-        "features": {f"recipe {row.pop('recipe_id')}": row for row in _rows(session, measured)},
-        "choices": _rows(session, choices.order_by(predictions.c.run_id, predictions.c.rank)),
+        "features": {f"recipe {row.pop('recipe_id')}": row for row in measured},
+        "choices": _ask(session, choices, cell=cell_id),
     }
-    return Audit("cell", f"Cell {cell.id} of {name}", record, image)
+    return Audit("cell", f"Cell {cell_id} of {name}", record, image)
 
 
 # Runs
 
-RUN = (
-    *(runs.c.id.label("run_id"), runs.c.stage, runs.c.status, runs.c.started_at),
-    *(runs.c.user_name.label("user"), runs.c.code_version),
-)
-RECIPE = tuple(
-    recipes.c[name]
-    for name in ("id", "stage", "version", "fingerprint", "weights_sha256", "parameters")
-)
+RUN = """
+    runs.id AS run_id, stage, status, started_at, user_name AS "user", code_version
+"""
 
 
 def _run(session: Session, run_id: int) -> Audit:
@@ -640,158 +591,179 @@ def _run(session: Session, run_id: int) -> Audit:
     ``inputs`` are the recipes it reads from, all the way up. Of an ingest: ``ingested`` are the
     files it read, ``changed_wells`` counts the wells whose treatment it changed.
     """
-    query = select(
-        *(*RUN, runs.c.ended_at),
-        *(runs.c[key] for key in ("host", "origin", "command", "seed", "query", "error")),
-        *(splits.c.name.label("split"), splits.c.protocol, runs.c.result, runs.c.environment),
-        *(runs.c.recipe_id, runs.c.split_id, runs.c.parent_id),
-    ).outerjoin(splits, splits.c.id == runs.c.split_id)
-    (record,) = _rows(session, query.where(runs.c.id == run_id))
+    query = f"""
+        SELECT {RUN}, ended_at, host, origin, command, runs.seed, runs.query, error,
+            splits.name AS split, protocol, result, environment, runs.recipe_id, split_id, parent_id
+        FROM runs LEFT JOIN splits ON splits.id = split_id WHERE runs.id = :run
+    """  # noqa: S608 - our own words
+    (record,) = _ask(session, query, run=run_id)
     results = {key: record.pop(key) for key in ("result", "environment")}
     recipe_id, split_id = record.pop("recipe_id"), record.pop("split_id")
     parents: list[Record] = []
     parent_id = record.pop("parent_id")
     while parent_id is not None:
-        above = select(*RUN, runs.c.parent_id, runs.c.recipe_id).where(runs.c.id == parent_id)
-        parents += _rows(session, above)
+        above = f"SELECT {RUN}, parent_id, recipe_id FROM runs WHERE id = :run"  # noqa: S608
+        parents += _ask(session, above, run=parent_id)
         parent_id = parents[-1].pop("parent_id")
-    recipe, *_ = _recipes(session, {recipe_id})
-    inputs: dict[int, Record] = {}
-    level = {*recipe["reads"]}
-    while level:
-        read = _recipes(session, level)
-        inputs |= {item["id"]: item for item in read}
-        level = {number for item in read for number in item["reads"]} - set(inputs)
-    for parent in parents:
-        parent["checkpoints"] = _checkpoints(session, parent["run_id"])
+        parents[-1]["checkpoints"] = _checkpoints(session, parents[-1]["run_id"])
+    recipes = _recipes(session, recipe_id)
     members = {} if split_id is None else {s.value: 0 for s in Subset}
-    subsets = select(split_members.c.subset, func.count()).group_by(split_members.c.subset)
-    counts = session.execute(subsets.where(split_members.c.split_id == split_id))
-    members |= {Subset(subset).value: number for subset, number in counts}
-    statuses = select(jobs.c.status, func.count()).group_by(jobs.c.status)
-    done = session.execute(statuses.where(jobs.c.run_id == run_id))
+    query = """
+        SELECT subset, count(*) AS n FROM split_members WHERE split_id = :split GROUP BY subset
+    """
+    members |= {row["subset"]: row["n"] for row in _ask(session, query, split=split_id)}
+    statuses = "SELECT status, count(*) AS n FROM jobs WHERE run_id = :run GROUP BY status"
     changed = wells_changed(events.c.run_id == run_id).subquery()
-    counted = [
-        ingest_files.c[f"n_{name}"].label(name)
-        for name in ("rows", "created", "updated", "unchanged", "refused")
-    ]
-    ingested = select(ingest_files.c.name, ingest_files.c.layout, ingest_files.c.sha256, *counted)
-    ingested = ingested.where(ingest_files.c.run_id == run_id).order_by(ingest_files.c.id)
-    written = select(*(artifacts.c[key] for key in ("kind", "path", "sha256", "size_bytes")))
-    written = written.join(run_artifacts).where(run_artifacts.c.run_id == run_id)
-    children = select(*RUN).where(runs.c.parent_id == run_id).order_by(runs.c.id)
+    ingested = """
+        SELECT name, layout, sha256, n_rows AS "rows", n_created AS created, n_updated AS updated,
+            n_unchanged AS unchanged, n_refused AS refused
+        FROM ingest_files WHERE run_id = :run ORDER BY id
+    """
+    written = """
+        SELECT kind, path, sha256, size_bytes
+        FROM artifacts JOIN run_artifacts ON artifact_id = artifacts.id
+        WHERE run_id = :run ORDER BY artifacts.id
+    """
+    children = f"SELECT {RUN} FROM runs WHERE parent_id = :run ORDER BY id"  # noqa: S608
+    corrections = _corrections(session, runs=[run_id])
     record |= {
-        "corrections": [row for row in _corrections(session, ("runs", run_id)) if row["old"]],
+        "corrections": [row for row in corrections if row["old"]],
         "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
         "split_counts": members,
-        "jobs": {Status(status).value: number for status, number in done},
+        "jobs": {row["status"]: row["n"] for row in _ask(session, statuses, run=run_id)},
         **results,
-        "recipe": recipe,
-        "inputs": [inputs[number] for number in sorted(inputs)],
+        "recipe": recipes.pop(recipe_id),
+        "inputs": list(recipes.values()),
         "parents": parents,
-        "children": _rows(session, children),
-        "ingested": _rows(session, ingested),
-        "artifacts": _rows(session, written.order_by(artifacts.c.id)),
+        "children": _ask(session, children, run=run_id),
+        "ingested": _ask(session, ingested, run=run_id),
+        "artifacts": _ask(session, written, run=run_id),
         "downstream": _downstream(session, runs_of=[run_id]),
     }
     return Audit("run", f"Run {run_id}: {record['stage']}", record)
 
 
-def _recipes(session: Session, ids: Collection[int]) -> list[Record]:
-    """Recipes with the ids of those that they read from (``reads``)."""
-    found = _rows(session, select(*RECIPE).where(recipes.c.id.in_(ids)).order_by(recipes.c.id))
-    query = select(recipe_inputs).where(recipe_inputs.c.recipe_id.in_(ids))
-    pairs = session.execute(query.order_by(recipe_inputs.c.input_id)).all()
-    for recipe in found:
-        recipe["reads"] = [input_id for recipe_id, input_id in pairs if recipe_id == recipe["id"]]
-    return found
+def _recipes(session: Session, recipe_id: int) -> dict[int, Record]:
+    """A recipe and all that it reads from, by id, each with the ids of those it reads itself."""
+    above = """
+        WITH RECURSIVE above(id) AS (
+            SELECT id FROM recipes WHERE id = :recipe UNION
+            SELECT input_id FROM recipe_inputs JOIN above ON above.id = recipe_id
+        )
+    """
+    query = f"""{above}
+        SELECT id, stage, version, fingerprint, weights_sha256, parameters FROM recipes
+        WHERE id IN (SELECT id FROM above) ORDER BY id
+    """  # noqa: S608 - our own words
+    found = _ask(session, query, recipe=recipe_id)
+    recipes = {row["id"]: {**row, "reads": []} for row in found}
+    read = f"{above} SELECT * FROM recipe_inputs WHERE recipe_id IN (SELECT id FROM above)"  # noqa: S608
+    for row in _ask(session, f"{read} ORDER BY recipe_id, input_id", recipe=recipe_id):
+        recipes[row["recipe_id"]]["reads"].append(row["input_id"])
+    return recipes
 
 
 # What came of something
 
 
-Came = tuple[str, int | None, Iterable[int], Iterable[str]]
-"""What, how many, the runs that made it, its names."""
+def _came(session: Session, query: str, **values: Any) -> list[Record]:
+    """What there is of something, a row for each kind of thing, in the order of the query.
+
+    Rows of the query: ``what``, ``n`` of it, ``run_id`` that made it, and its ``name``. What has
+    names is counted by them.
+    """
+    found: dict[str, Record] = {}
+    for row in _ask(session, query, **values):
+        empty: Record = {"what": row["what"], "count": 0, "runs": [], "names": []}
+        item = found.setdefault(row["what"], empty)
+        item["count"] += row["n"] or 0
+        for key, value in (("runs", row["run_id"]), ("names", row["name"])):
+            if value is not None and value not in item[key]:
+                item[key].append(value)
+    for item in found.values():
+        item["runs"].sort()
+        item["count"] = len(item["names"]) or item["count"]
+    return [item for item in found.values() if item["count"]]
 
 
-def _came(*found: Came) -> list[Record]:
-    """What there is of something, as rows."""
-    return [
-        {"what": what, "count": count, "runs": sorted(by), "names": list(names)}
-        for what, count, by, names in found
-        if count
-    ]
-
-
-def _downstream_of_images(session: Session, of: Select[Any]) -> list[Record]:
-    """What came of some images, a query of their ids."""
-    segmented = segmentations.c.image_id.in_(of)
-    number = select(func.count(), func.sum(segmentations.c.n_cells)).where(segmented)
-    n_found, n_cells = session.execute(number).one()
-    by = session.scalars(select(segmentations.c.run_id).where(segmented).distinct())
-    in_images = select(cells.c.id).join(segmentations).where(segmented)
-    measured = select(features.c.run_id, func.count()).group_by(features.c.run_id)
-    by_measure = session.execute(measured.where(features.c.cell_id.in_(in_images))).all()
-    sets = select(feature_sets.c.name, jobs.c.run_id).distinct()
-    sets = sets.join(jobs, jobs.c.recipe_id == feature_sets.c.recipe_id)
-    sets = sets.where(jobs.c.image_id.in_(of), jobs.c.status == Status.DONE)
-    in_sets = session.execute(sets).all()
-    set_names = sorted({name for name, _ in in_sets})
-    named = select(splits.c.id, splits.c.name).join(split_members).distinct()
-    named = named.where(split_members.c.image_id.in_(of)).order_by(splits.c.id)
-    in_splits = session.execute(named).all()
-    trained = select(runs.c.id).where(runs.c.split_id.in_([number for number, _ in in_splits]))
-    trainings = session.scalars(trained.where(runs.c.stage == Stage.TRAIN)).all()
-    labelled = select(predictions.c.run_id, func.count()).group_by(predictions.c.run_id)
-    labelled = labelled.where(predictions.c.cell_id.in_(in_images), predictions.c.rank == 1)
-    by_predict = session.execute(labelled).all()
-    return _came(
-        ("segmentations", n_found, by, ()),
-        ("cells", n_cells, (), ()),
-        ("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure), ()),
-        ("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
-        ("splits", len(in_splits), (), [name for _, name in in_splits]),
-        ("trainings on these splits", len(trainings), trainings, ()),
-        ("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict), ()),
-    )
+def _downstream_of_images(session: Session, of: str, **values: Any) -> list[Record]:
+    """What came of some images; ``of`` is a query of their ids, with ``values`` in it."""
+    of_cells = f"""
+        SELECT cells.id FROM cells JOIN segmentations ON segmentations.id = segmentation_id
+        WHERE image_id IN ({of})
+    """  # noqa: S608 - our own words
+    query = f"""
+        SELECT 1 AS position, 'segmentations' AS what, count(*) AS n, run_id,
+            CAST(NULL AS VARCHAR) AS name, CAST(NULL AS BIGINT) AS place
+        FROM segmentations WHERE image_id IN ({of}) GROUP BY run_id
+        UNION ALL
+        SELECT 2, 'cells', sum(n_cells), NULL, NULL, NULL
+        FROM segmentations WHERE image_id IN ({of})
+        UNION ALL
+        SELECT 3, 'measured cells', count(*), features.run_id, NULL, NULL
+        FROM features WHERE cell_id IN ({of_cells}) GROUP BY features.run_id
+        UNION ALL
+        SELECT DISTINCT 4, 'feature sets', 0, run_id, name, CAST(NULL AS BIGINT)
+        FROM jobs JOIN feature_sets ON feature_sets.recipe_id = jobs.recipe_id
+        WHERE image_id IN ({of}) AND status = 'done'
+        UNION ALL
+        SELECT DISTINCT 5, 'splits', 0, CAST(NULL AS BIGINT), name, splits.id
+        FROM splits JOIN split_members ON split_id = splits.id WHERE image_id IN ({of})
+        UNION ALL
+        SELECT 6, 'trainings on these splits', 1, id, NULL, NULL
+        FROM runs WHERE stage = 'train'
+            AND split_id IN (SELECT split_id FROM split_members WHERE image_id IN ({of}))
+        UNION ALL
+        SELECT 7, 'labelled cells', count(*), predictions.run_id, NULL, NULL
+        FROM predictions WHERE rank = 1 AND cell_id IN ({of_cells}) GROUP BY predictions.run_id
+        ORDER BY 1, 6, 5
+    """  # noqa: S608 - our own words
+    return _came(session, query, **values)
 
 
 def _downstream(
     session: Session, *, runs_of: Collection[int] = (), recipes_of: Collection[int] = ()
 ) -> list[Record]:
     """What came of runs, or of recipes and of all recipes that read what they wrote."""
-    below = set(recipes_of)
-    level = set(below)
-    while level:
-        query = select(recipe_inputs.c.recipe_id).where(recipe_inputs.c.input_id.in_(level))
-        level = set(session.scalars(query)) - below
-        below |= level
-    segmented = select(func.count(), func.sum(segmentations.c.n_cells))
-    by = segmentations.c.recipe_id.in_(below) if below else segmentations.c.run_id.in_(runs_of)
-    n_found, n_cells = session.execute(segmented.where(by)).one()
-    files = select(func.count(), func.sum(feature_files.c.n_rows))
-    n_files, n_rows = session.execute(files.where(feature_files.c.run_id.in_(runs_of))).one()
-    named = select(feature_sets.c.name).where(feature_sets.c.recipe_id.in_(below))
-    sets = session.scalars(named.order_by(feature_sets.c.id)).all()
+    below = """
+        WITH RECURSIVE below(id) AS (
+            SELECT id FROM recipes WHERE id IN :recipes UNION
+            SELECT recipe_id FROM recipe_inputs JOIN below ON below.id = input_id
+        )
+        SELECT id FROM below
+    """
+    recipes = [row["id"] for row in _ask(session, below, recipes=recipes_of)]
+    by, later = "run_id IN :runs", "parent_id IN :runs"
+    if recipes:
+        by = later = "recipe_id IN :recipes"
     changed = wells_changed(events.c.run_id.in_(runs_of)).subquery()
-    n_changed = session.scalar(select(func.count()).select_from(changed))
-    by_stage: dict[Stage, list[int]] = defaultdict(list)
-    later = runs.c.recipe_id.in_(below) if below else runs.c.parent_id.in_(runs_of)
-    query = select(runs.c.stage, runs.c.id).where(later).order_by(runs.c.id)
-    for stage, run_id in session.execute(query):
-        by_stage[Stage(stage)].append(run_id)
-    labelled = select(func.count()).where(jobs.c.run_id.in_(by_stage.get(Stage.PREDICT, [])))
-    n_labelled = session.scalar(labelled.where(jobs.c.status == Status.DONE))
-    return _came(
-        ("segmentations", n_found, (), ()),
-        ("cells", n_cells, (), ()),
-        ("feature sets", len(sets), (), sets),
-        ("feature files", n_files, (), ()),
-        ("cells in feature files", n_rows, (), ()),
-        ("wells with another treatment", n_changed, (), ()),
-        *((f"{stage.value} runs", len(ids), ids, ()) for stage, ids in by_stage.items()),
-        ("images labelled", n_labelled, (), ()),
-    )
+    query = f"""
+        SELECT 1 AS position, 'segmentations' AS what, count(*) AS n,
+            CAST(NULL AS BIGINT) AS run_id, CAST(NULL AS VARCHAR) AS name,
+            CAST(NULL AS BIGINT) AS place
+        FROM segmentations WHERE {by}
+        UNION ALL
+        SELECT 2, 'cells', sum(n_cells), NULL, NULL, NULL FROM segmentations WHERE {by}
+        UNION ALL
+        SELECT 3, 'feature sets', 0, NULL, name, id FROM feature_sets WHERE recipe_id IN :recipes
+        UNION ALL
+        SELECT 4, 'feature files', count(*), NULL, NULL, NULL
+        FROM feature_files WHERE run_id IN :runs
+        UNION ALL
+        SELECT 5, 'cells in feature files', sum(n_rows), NULL, NULL, NULL
+        FROM feature_files WHERE run_id IN :runs
+        UNION ALL
+        SELECT 6, 'wells with another treatment', CAST(:changed AS BIGINT), NULL, NULL, NULL
+        UNION ALL
+        SELECT 7, stage || ' runs', 1, id, NULL, id FROM runs WHERE {later}
+        UNION ALL
+        SELECT 8, 'images labelled', count(*), NULL, NULL, NULL FROM jobs
+        WHERE status = 'done'
+            AND run_id IN (SELECT id FROM runs WHERE stage = 'predict' AND {later})
+        ORDER BY 1, 6, 5
+    """  # noqa: S608 - our own words
+    number = session.scalar(select(func.count()).select_from(changed))
+    return _came(session, query, runs=runs_of, recipes=recipes, changed=number)
 
 
 # Files
@@ -800,9 +772,13 @@ LISTED = 8
 MOST = 50
 """Rows of each kind that are looked at: more have one name or one start only by mistake."""
 WROTE, IMAGE_FILE, TABLE, WEIGHTS = "artifact", "image file", "ingested table", "weights"
-
-File = tuple[str, Row[Any], str]
-"""Which table knows a file, its row there, and the sha256. A recipe knows the weights it uses."""
+FILES = {
+    WROTE: ("artifacts", "sha256"),
+    IMAGE_FILE: ("image_files", "sha256"),
+    TABLE: ("ingest_files", "sha256"),
+    WEIGHTS: ("recipes", "weights_sha256"),
+}
+"""Which tables know files, and their columns of digests. A recipe knows the weights it uses."""
 
 
 def _artifact(session: Session, text: str) -> Audit:
@@ -816,11 +792,11 @@ def _artifact(session: Session, text: str) -> Audit:
     digest = None if path is None else sha256_of(path)
     text = readable(text)
     found = _files_named(session, text) if digest is None else _files_by(session, digest)
-    different = {file[2]: file for file in found}
+    different = {file["sha256"]: file for file in found}
     if not found:
         raise _unknown_file(session, text, digest)
     if len(different) > 1:
-        listed = [f"{_kind(file)} {_name(file)} ({d[:12]})" for d, file in different.items()]
+        listed = [f"{file['kind']} {file['name']} ({d[:12]})" for d, file in different.items()]
         more = ", ..." if len(listed) > LISTED else ""
         raise UserInputError(
             f"{text!r} names several files: {', '.join(listed[:LISTED])}{more}. "
@@ -828,16 +804,14 @@ def _artifact(session: Session, text: str) -> Audit:
         )
     (sha256,) = different
     # One row of each kind; of image files each, for they are of several images.
-    files: dict[tuple[str, int | None], File] = {}
+    files: dict[tuple[str, int | None], Record] = {}
     for file in _files_by(session, sha256):
-        files.setdefault((_kind(file), file[1].id if file[0] == IMAGE_FILE else None), file)
-    record = {
-        "asked": text,
-        "sha256": sha256,
-        "hashed": None if path is None else str(path),
-        "known": [_known(session, file) for file in files.values()],
-    }
-    return Audit("artifact", f"File {record['known'][0]['name']}", record)  # type: ignore[index]
+        key = (file["kind"], file["id"] if file["source"] == IMAGE_FILE else None)
+        files.setdefault(key, file)
+    known = [_known(session, file) for file in files.values()]
+    hashed = None if path is None else str(path)
+    record = {"asked": text, "sha256": sha256, "hashed": hashed, "known": known}
+    return Audit("artifact", f"File {known[0]['name']}", record)
 
 
 def _on_disk(text: str) -> Path | None:
@@ -851,7 +825,7 @@ def _on_disk(text: str) -> Path | None:
 def _unknown_file(session: Session, text: str, digest: str | None) -> UnknownNameError:
     if digest is not None:
         files = _files_of_name(session, re.split(r"[/\\]", text)[-1])
-        same = ", ".join(sha256[:12] for _, _, sha256 in files[:3])
+        same = ", ".join(file["sha256"][:12] for file in files[:3])
         hint = f" A file of that name was known with sha256 {same}." if same else ""
         return UnknownNameError(
             f"The store knows no file with the bytes of {text} (sha256 {digest[:12]}).{hint}"
@@ -867,160 +841,165 @@ def _unknown_file(session: Session, text: str, digest: str | None) -> UnknownNam
     )
 
 
-def _files_named(session: Session, text: str) -> list[File]:
+def _files_named(session: Session, text: str) -> list[Record]:
     """The files that ``text`` may mean: by id, path, name, or the start of a sha256."""
-    artifact = None
+    found = []
     if text.isdecimal() and len(text) < 19:
-        artifact = session.execute(select(artifacts).where(artifacts.c.id == int(text))).first()
-    if artifact is None:
-        artifact = session.execute(select(artifacts).where(artifacts.c.path == text)).first()
-    if artifact is not None:
-        return [(WROTE, artifact, artifact.sha256)]
+        found = _files(session, WROTE, "id = :id", id=int(text))
+    found = found or _files(session, WROTE, "path = :path", path=text)
     name = re.split(r"[/\\]", text)[-1]
-    found = _files_of_name(session, text) or _files_of_name(session, name)
+    found = found or _files_of_name(session, text) or _files_of_name(session, name)
     start = hex_start(name.partition(".")[0])
     return found or ([] if start is None else _files_by(session, start))
 
 
-def _files_of_name(session: Session, name: str) -> list[File]:
-    seen = select(image_files).where(image_files.c.name == name)
-    seen = seen.where(image_files.c.sha256.is_not(None)).limit(MOST)
-    read = select(ingest_files).where(ingest_files.c.name == name).order_by(ingest_files.c.id)
-    return [
-        *((IMAGE_FILE, row, row.sha256) for row in session.execute(seen)),
-        *((TABLE, row, row.sha256) for row in session.execute(read.limit(MOST))),
-    ]
+def _files_of_name(session: Session, name: str) -> list[Record]:
+    seen = _files(session, IMAGE_FILE, "name = :name AND sha256 IS NOT NULL", name=name)
+    return [*seen, *_files(session, TABLE, "name = :name", name=name)]
 
 
-def _files_by(session: Session, digits: str) -> list[File]:
+def _files_by(session: Session, digits: str) -> list[Record]:
     """The files by their sha256, or by its start."""
-    found: list[File] = []
-    for source, table, column in (
-        (WROTE, artifacts, artifacts.c.sha256),
-        (IMAGE_FILE, image_files, image_files.c.sha256),
-        (TABLE, ingest_files, ingest_files.c.sha256),
-        (WEIGHTS, recipes, recipes.c.weights_sha256),
-    ):
-        named = column == digits if len(digits) == 64 else starts_with(column, digits)
-        rows = session.execute(select(table).where(named).order_by(table.c.id).limit(MOST))
-        found += [(source, row, row._mapping[column.name]) for row in rows]
+    found: list[Record] = []
+    for source, (_, column) in FILES.items():
+        if len(digits) == 64:
+            found += _files(session, source, f"{column} = :digits", digits=digits)
+        else:  # as a range, for an index; g is the letter after all digits
+            named = f"{column} >= :first AND {column} < :last"
+            found += _files(session, source, named, first=digits, last=f"{digits}g")
     return found
 
 
-def _kind(file: File) -> str:
-    source, row, _ = file
-    return str(row.kind.value) if source == WROTE else source
+def _files(session: Session, source: str, condition: str, **values: Any) -> list[Record]:
+    """Files that a table knows: its rows, each with ``source``, ``kind``, ``name``, ``sha256``."""
+    table, column = FILES[source]
+    query = f"SELECT * FROM {table} WHERE {condition} ORDER BY id LIMIT {MOST}"  # noqa: S608
+    found = []
+    for row in _ask(session, query, **values):
+        file = {"kind": source, "path": None, **row, "source": source, "sha256": row[column]}
+        if source == WROTE:
+            file["name"] = row["path"].rpartition("/")[2]
+        elif source == WEIGHTS:
+            named = row["parameters"].get("model", row["parameters"].get("weights"))
+            file["name"] = str(named or f"{row['stage']} recipe {row['id']}")
+        found.append(file)
+    return found
 
 
-def _name(file: File) -> str:
-    source, row, _ = file
-    if source == WEIGHTS:
-        named = row.parameters.get("model", row.parameters.get("weights"))
-        return str(named or f"{row.stage.value} recipe {row.id}")
-    return str(row.path.rpartition("/")[2] if source == WROTE else row.name)
-
-
-def _known(session: Session, file: File) -> Record:
+def _known(session: Session, file: Record) -> Record:
     """A file as one row knows it: what it is, where, of what, by which runs, and what came of it.
 
     ``key`` is the id of the row.
     """
-    source, row, sha256 = file
     about: list[str] = []
     by: set[int] = set()
     using: set[int] = set()
-    of: Select[Any] | None = None
-    path = row.path if source == WROTE else None
-    named = select(images.c.id, images.c.site, images.c.core_name, wells.c.name, plates.c.barcode)
-    named = named.select_from(images.join(wells).join(plates))
+    source, own, of = file["source"], {"id": file["id"]}, ""
     if source == IMAGE_FILE:
-        image = session.execute(named.where(images.c.id == row.image_id)).one()
-        where = f"{image.barcode}/{image.name}/{image.site} {image.core_name}"
-        about = [f"channel {row.channel} of image {where}"]
-        of = select(images.c.id).where(images.c.id == image.id)
-        folder = session.scalar(select(folders.c.uri).where(folders.c.id == row.folder_id))
-        path = None if folder is None else f"{folder.rstrip('/')}/{row.name}"
+        query = """
+            SELECT barcode || '/' || wells.name || '/' || site || ' ' || core_name AS name,
+                rtrim(uri, '/') || '/' || image_files.name AS path
+            FROM image_files JOIN images ON images.id = image_id
+            JOIN wells ON wells.id = well_id JOIN plates ON plates.id = plate_id
+            LEFT JOIN folders ON folders.id = folder_id
+            WHERE image_files.id = :id
+        """
+        (image,) = _ask(session, query, **own)
+        about = [f"channel {file['channel']} of image {image['name']}"]
+        of, file["path"] = "SELECT image_id FROM image_files WHERE id = :id", image["path"]
     elif source == TABLE:
-        same = select(ingest_files).where(ingest_files.c.sha256 == sha256)
-        for read in session.execute(same.order_by(ingest_files.c.id)):
-            by.add(read.run_id)
+        same = "SELECT * FROM ingest_files WHERE sha256 = :sha256 ORDER BY id"
+        for read in _ask(session, same, sha256=file["sha256"]):
+            by.add(read["run_id"])
             about.append(
-                f"run {read.run_id} read it as {read.layout}: {read.n_rows:,} rows, "
-                f"{read.n_created:,} new, {read.n_updated:,} updated, "
-                f"{read.n_unchanged:,} unchanged, {read.n_refused:,} refused"
+                "run {run_id} read it as {layout}: {n_rows:,} rows, {n_created:,} new, "
+                "{n_updated:,} updated, {n_unchanged:,} unchanged, {n_refused:,} refused".format(
+                    **read
+                )
             )
     elif source == WEIGHTS:
-        users = select(recipes).where(recipes.c.weights_sha256 == sha256).order_by(recipes.c.id)
-        for recipe in session.execute(users):
-            using.add(recipe.id)
-            short = recipe.fingerprint[:12]
-            about.append(f"{recipe.stage.value} recipe {recipe.id} ({short}) uses it")
-        by.update(session.scalars(select(runs.c.id).where(runs.c.recipe_id.in_(using))))
+        users = """
+            SELECT recipes.id, recipes.stage, fingerprint, runs.id AS run_id
+            FROM recipes LEFT JOIN runs ON runs.recipe_id = recipes.id
+            WHERE weights_sha256 = :sha256 ORDER BY recipes.id
+        """
+        for recipe in _ask(session, users, sha256=file["sha256"]):
+            short = recipe["fingerprint"][:12]
+            text = f"{recipe['stage']} recipe {recipe['id']} ({short}) uses it"
+            about += [] if text in about else [text]
+            using.add(recipe["id"])
+            by |= {recipe["run_id"]} - {None}
     else:
-        wrote = select(run_artifacts.c.run_id).where(run_artifacts.c.artifact_id == row.id)
-        by.update(session.scalars(wrote))
-        if row.kind in (ArtifactKind.MASK, ArtifactKind.FLOW):
-            masks = row.kind is ArtifactKind.MASK
-            column = segmentations.c["mask_artifact_id" if masks else "flow_artifact_id"]
-            query = select(segmentations.c.run_id, segmentations.c.image_id)
-            found = session.execute(query.where(column == row.id).limit(MOST)).all()
-            by.update(item.run_id for item in found)
-            of = select(images.c.id).where(images.c.id.in_([item.image_id for item in found]))
-            drawn = session.execute(named.where(images.c.id.in_(of)))
-            about = [f"of image {image.barcode}/{image.core_name}" for image in drawn]
-        elif row.kind is ArtifactKind.FEATURES:
-            parts = select(feature_files, feature_sets.c.name, feature_sets.c.recipe_id)
-            parts = parts.join(feature_sets).where(feature_files.c.artifact_id == row.id)
-            for part in session.execute(parts):
-                by.add(part.run_id)
-                using.add(part.recipe_id)
+        wrote = "SELECT run_id FROM run_artifacts WHERE artifact_id = :id"
+        by.update(row["run_id"] for row in _ask(session, wrote, **own))
+        if file["kind"] in ("mask", "flow"):
+            of = f"""
+                SELECT image_id FROM segmentations WHERE {file["kind"]}_artifact_id = :id
+                LIMIT {MOST}
+            """  # noqa: S608 - our own words
+            drawn = f"""
+                SELECT barcode || '/' || core_name AS name, run_id FROM segmentations
+                JOIN images ON images.id = image_id JOIN wells ON wells.id = well_id
+                JOIN plates ON plates.id = plate_id
+                WHERE {file["kind"]}_artifact_id = :id LIMIT {MOST}
+            """  # noqa: S608 - our own words
+            found = _ask(session, drawn, **own)
+            by.update(row["run_id"] for row in found)
+            about = list(dict.fromkeys(f"of image {row['name']}" for row in found))
+        elif file["kind"] == "features":
+            parts = """
+                SELECT run_id, recipe_id, name, n_rows, first_cell_id, last_cell_id
+                FROM feature_files JOIN feature_sets ON feature_sets.id = feature_set_id
+                WHERE artifact_id = :id
+            """
+            for part in _ask(session, parts, **own):
+                by.add(part["run_id"])
+                using.add(part["recipe_id"])
                 about.append(
-                    f"of feature set {part.name}: {part.n_rows:,} cells, "
-                    f"ids {part.first_cell_id} to {part.last_cell_id}"
+                    f"of feature set {part['name']}: {part['n_rows']:,} cells, "
+                    f"ids {part['first_cell_id']} to {part['last_cell_id']}"
                 )
-    if of is not None:
-        downstream = _downstream_of_images(session, of)
+    if of:
+        downstream = _downstream_of_images(session, of, **own)
     else:
         downstream = _downstream(session, runs_of=() if using else by, recipes_of=using)
     if source == TABLE:
-        of_wells = images.c.well_id.in_(wells_changed(events.c.run_id.in_(by)))
-        brought, of_images = _brought(session, by)
-        downstream = [*brought, *downstream]
-        for these, which in (("wells", of_wells), ("images", of_images)):
-            if which is None:
-                continue
-            for item in _downstream_of_images(session, select(images.c.id).where(which)):
-                downstream.append({**item, "what": f"{item['what']} of these {these}"})
+        downstream = _of_ingest(session, by, downstream)
+    runs = f"SELECT {RUN} FROM runs WHERE id IN :ids ORDER BY id"  # noqa: S608 - our own words
     return {
-        "kind": _kind(file),
-        "key": row.id,
-        "name": _name(file),
-        "path": path,
-        "sha256": sha256,
-        "size_bytes": None if source == WEIGHTS else row.size_bytes,
+        "kind": file["kind"],
+        "key": file["id"],
+        "name": file["name"],
+        "path": file["path"],
+        "sha256": file["sha256"],
+        "size_bytes": file.get("size_bytes"),
         "about": about,
-        "runs": _rows(session, select(*RUN).where(runs.c.id.in_(by)).order_by(runs.c.id)),
+        "runs": _ask(session, runs, ids=by),
         "downstream": downstream,
     }
 
 
-def _brought(
-    session: Session, ingests: Collection[int]
-) -> tuple[list[Record], ColumnElement[bool] | None]:
-    """What ingest runs brought, counted by table, and the condition of new images, if any."""
-    first, last = (events.c.new[key].as_integer() for key in ("first_id", "last_id"))
-    query = select(events.c.table_name, events.c.run_id, first, last)
-    query = query.where(events.c.run_id.in_(ingests), events.c.old.is_(None), last.is_not(None))
-    counts: dict[str, int] = defaultdict(int)
-    by: dict[str, set[int]] = defaultdict(set)
-    new_images: list[ColumnElement[bool]] = []
-    for table, run_id, begin, end in session.execute(query.order_by(events.c.id)):
-        counts[table] += end - begin + 1
-        by[table].add(run_id)
-        if table == "images":
-            new_images.append(images.c.id.between(begin, end))
-    came = ((f"new {table.replace('_', ' ')}", n, by[table], ()) for table, n in counts.items())
-    return _came(*came), or_(*new_images) if new_images else None
+def _of_ingest(session: Session, by: Collection[int], came: list[Record]) -> list[Record]:
+    """What ingest runs brought, what came of it, and of the wells that they changed."""
+    first, last = (f"CAST(new ->> '{key}' AS BIGINT)" for key in ("first_id", "last_id"))
+    new = f"run_id IN :runs AND old IS NULL AND {last} IS NOT NULL"
+    brought = f"""
+        SELECT 'new ' || replace(table_name, '_', ' ') AS what, {last} - {first} + 1 AS n, run_id,
+            NULL AS name
+        FROM events WHERE {new} ORDER BY id
+    """  # noqa: S608 - our own words
+    downstream = [*_came(session, brought, runs=by), *came]
+    changed = wells_changed(events.c.run_id.in_(by))
+    of_wells = select(images.c.id).where(images.c.well_id.in_(changed))
+    of_images = f"""
+        SELECT images.id FROM events CROSS JOIN images
+        WHERE {new} AND table_name = 'images' AND images.id BETWEEN {first} AND {last}
+    """  # noqa: S608 - our own words
+    ids = str(of_wells.compile(session.connection(), compile_kwargs={"literal_binds": True}))
+    for these, of in (("wells", ids), ("images", of_images)):
+        for item in _downstream_of_images(session, of, runs=by):
+            downstream.append({**item, "what": f"{item['what']} of these {these}"})
+    return downstream
 
 
 def is_part(value: Any) -> bool:

@@ -557,7 +557,7 @@ def test_a_well_of_several_rows_is_not_the_first_of_them(tmp_path: Path) -> None
         *(["A01", "DMSO"], ["A01", "taxol"], ["A02", "DMSO"], ["A02", "DMSO"]),
     ]
     found = read_annotation(write(tmp_path / "picks.csv", rows))
-    assert _labels(found) == {"A02": "DMSO"}
+    assert labels(found) == {"A02": "DMSO"}
     assert [(issue.line, issue.reason) for _, issue in found.issues] == [
         *((line, "well twice") for line in (2, 3, 5)),
     ]
@@ -601,25 +601,19 @@ def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Pat
     assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
 
 
-def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:
-    numbers = [str(number) for number in range(1, len(rows[0]) + 1)]
-    return [[title], ["", *numbers], *([chr(65 + at), *row] for at, row in enumerate(rows)), []]
-
-
-def _labels(annotation: PlateAnnotation) -> dict[str, str | None]:
-    (plate_map,) = annotation.maps.values()
-    return {format_well(*at): r and r.label for at, r in sorted(plate_map.wells.items())}
+def titled(title: str, *rows: Sequence[str]) -> list[Sequence[Any]]:
+    return [[title], *grid(rows), []]
 
 
 @pytest.mark.parametrize("unit", ["", " (nM)"])
 def test_each_block_of_doses_is_of_its_block_of_compounds(tmp_path: Path, unit: str) -> None:
     rows = [
-        *_grid("Compound", ["taxol", "DMSO", "taxol"], ["", "", "taxol"]),
-        *_grid(f"Dose{unit}", ["1", "", "2"], ["", "", "3"]),
-        *_grid("Compound", ["nocodazole", "nocodazole", ""], ["", "", ""]),
-        *_grid(f"Dose{unit}", ["10", "20", ""], ["", "", ""]),
+        *titled("Compound", ["taxol", "DMSO", "taxol"], ["", "", "taxol"]),
+        *titled(f"Dose{unit}", ["1", "", "2"], ["", "", "3"]),
+        *titled("Compound", ["nocodazole", "nocodazole", ""], ["", "", ""]),
+        *titled(f"Dose{unit}", ["10", "20", ""], ["", "", ""]),
     ]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     shown = {
         "A01": ("taxol", "1", "nocodazole", "10"),
         "A02": ("DMSO", "", "nocodazole", "20"),
@@ -637,32 +631,32 @@ def test_each_block_of_doses_is_of_its_block_of_compounds(tmp_path: Path, unit: 
 
 def test_doses_of_a_compound_and_of_its_sirna(tmp_path: Path) -> None:
     rows = [
-        *_grid("Compound", ["taxol"] * 3, ["DMSO"] * 3),
-        *_grid("siRNA", ["siNF1"] * 3, ["siCTRL"] * 3),
-        *_grid("Dose (uM)", ["5"] * 3, [""] * 3),
-        *_grid("Dose (nM)", ["20"] * 3, ["20"] * 3),
+        *titled("Compound", ["taxol"] * 3, ["DMSO"] * 3),
+        *titled("siRNA", ["siNF1"] * 3, ["siCTRL"] * 3),
+        *titled("Dose (uM)", ["5"] * 3, [""] * 3),
+        *titled("Dose (nM)", ["20"] * 3, ["20"] * 3),
     ]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert found["A01"] == "taxol 5 uM + siNF1 0.02 uM"
     assert found["B01"] == "DMSO + siCTRL 0.02 uM"
 
 
 @pytest.mark.parametrize("title", ["Screen of the cell line U2OS", "Plate 3 - 24 h time point"])
 def test_a_title_that_tells_of_cells_hides_no_treatments(tmp_path: Path, title: str) -> None:
-    rows = [*_grid(title, ["taxol"] * 3, ["DMSO"] * 3), *_grid("Dose uM", ["5"] * 3, ["0"] * 3)]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    rows = [*titled(title, ["taxol"] * 3, ["DMSO"] * 3), *titled("Dose uM", ["5"] * 3, ["0"] * 3)]
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert (found["A01"], found["B01"]) == ("taxol 5 uM", "DMSO")
     # Where a grid is called so, it is so.
     only = read_annotation(
-        write(tmp_path / "m.csv", _grid("Cell line", ["U2OS"] * 3, ["A549"] * 3))
+        write(tmp_path / "m.csv", titled("Cell line", ["U2OS"] * 3, ["A549"] * 3))
     )
     assert only.maps["m"].metadata[1, 1] == {"cell_line": "U2OS"}
 
 
 def test_grids_of_one_title_do_not_replace_each_other(tmp_path: Path) -> None:
-    grids = [_grid("Library", [name] * 3, [name] * 3) for name in ("taxol", "first", "second")]
+    grids = [titled("Library", [name] * 3, [name] * 3) for name in ("taxol", "first", "second")]
     found = read_annotation(write(tmp_path / "m.csv", [row for grid in grids for row in grid]))
-    assert _labels(found)["A01"] == "taxol"
+    assert labels(found)["A01"] == "taxol"
     assert set(found.maps["m"].metadata[1, 1].values()) == {"first", "second"}
 
 
@@ -683,19 +677,19 @@ def test_columns_that_no_treatment_needs_are_kept(tmp_path: Path) -> None:
 
 def test_a_dose_in_the_header_is_the_dose_of_all_but_dmso(tmp_path: Path) -> None:
     rows = [["Well", "Compound (10 \u00b5M)"], ["A01", "taxol"], ["A02", "DMSO"]]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert found == {"A01": "taxol 10 uM", "A02": "DMSO"}
 
 
 def test_rows_and_columns_as_pandas_writes_them(tmp_path: Path) -> None:
     rows = [["Row", "Column", "Compound"], ["A", "1.0", "taxol"], ["2", "12.0", "x"]]
-    assert _labels(read_annotation(write(tmp_path / "m.csv", rows))) == {"A01": "taxol", "B12": "x"}
+    assert labels(read_annotation(write(tmp_path / "m.csv", rows))) == {"A01": "taxol", "B12": "x"}
 
 
 def test_dmso_in_both_columns_of_a_combination_is_a_negative_control(tmp_path: Path) -> None:
     rows = [["Well", "Compound 1", "Compound 2"], ["A01", "DMSO", "DMSO"], ["A02", "x", "DMSO"]]
     found = read_annotation(write(tmp_path / "m.csv", rows))
-    assert _labels(found) == {"A01": "DMSO", "A02": "x + DMSO"}
+    assert labels(found) == {"A01": "DMSO", "A02": "x + DMSO"}
     controls = [record and record.control for record in found.maps["m"].wells.values()]
     assert controls == [Control.NEGATIVE, None]
     assert not any("codes" in note for note in found.notes)
@@ -722,29 +716,29 @@ def test_a_point_beside_decimal_commas_may_separate_thousands(tmp_path: Path) ->
     head = ["Well", "Compound", "Dose (nM)"]
     rows = [head, ["A01", "taxol", "1.000"], ["A02", "taxol", "0,5"], ["A03", "x", "2.5"]]
     found = read_annotation(write(tmp_path / "m.csv", rows, ";"))
-    assert _labels(found) == {"A02": "taxol 0.0005 uM", "A03": "x 0.0025 uM"}
+    assert labels(found) == {"A02": "taxol 0.0005 uM", "A03": "x 0.0025 uM"}
     assert [(issue.line, issue.reason) for _, issue in found.issues] == [(2, "not a dose")]
     grids = [
-        *_grid("Compound", ["x"] * 3, ["y"] * 3),
-        *_grid("Dose", ["1,5", "1.000", "2"], [""] * 3),
+        *titled("Compound", ["x"] * 3, ["y"] * 3),
+        *titled("Dose", ["1,5", "1.000", "2"], [""] * 3),
     ]
     drawn = read_annotation(write(tmp_path / "grid.csv", grids, ";"))
     assert [drawn.maps["grid"].wells.get((1, at)) is None for at in (1, 2, 3)] == [0, 1, 0]
     # Where no other has a comma it is a decimal point.
     only = read_annotation(write(tmp_path / "m.csv", rows[:2], ";"))
-    assert _labels(only) == {"A01": "taxol 0.001 uM"}
+    assert labels(only) == {"A01": "taxol 0.001 uM"}
 
 
 def test_a_grid_called_dose_with_words_in_it_is_metadata(tmp_path: Path) -> None:
-    rows = [*_grid("Compound", ["x"] * 3, ["y"] * 3), *_grid("Dose", ["low"] * 3, ["high"] * 3)]
+    rows = [*titled("Compound", ["x"] * 3, ["y"] * 3), *titled("Dose", ["low"] * 3, ["high"] * 3)]
     found = read_annotation(write(tmp_path / "m.csv", rows))
-    assert (_labels(found)["A01"], found.issues) == ("x", ())
+    assert (labels(found)["A01"], found.issues) == ("x", ())
     assert found.maps["m"].metadata[1, 1] == {"block 2 Dose": "low"}
 
 
 def test_a_grid_may_have_its_letters_on_both_sides(tmp_path: Path) -> None:
     rows = [["", "1", "2", "3", ""], ["A", "x", "y", "z", "A"], ["B", "x", "y", "z", "B"]]
-    assert _labels(read_annotation(write(tmp_path / "m.csv", rows)))["B03"] == "z"
+    assert labels(read_annotation(write(tmp_path / "m.csv", rows)))["B03"] == "z"
     rows[2][4] = "C"
     with pytest.raises(BadTableError, match="Has the map shifted"):
         read_annotation(write(tmp_path / "m.csv", rows))
