@@ -212,7 +212,7 @@ class Store(AbstractContextManager["Store"]):
             weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
-        self._wrote(folder)
+        self.wrote(folder)
         return made
 
     def measure(
@@ -269,7 +269,7 @@ class Store(AbstractContextManager["Store"]):
             result = write_page(self.workspace, result, Path(html))
         if plot is not None:
             result = write_picture(self.workspace, result, Path(plot))
-        self._wrote(html, plot)
+        self.wrote(html, plot)
         return result
 
     def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
@@ -490,7 +490,7 @@ class Store(AbstractContextManager["Store"]):
             html=page,
             maps=maps,
         )
-        self._wrote(page)
+        self.wrote(page)
         return found
 
     def cells(
@@ -732,7 +732,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.lineage_page import write_lineage
 
         page = write_lineage(self.workspace, audit, Path(html))
-        self._wrote(page)
+        self.wrote(page)
         return page
 
     def log(self, *, plate: str | None = None, run: str | None = None, limit: int = 20) -> EventLog:
@@ -741,8 +741,8 @@ class Store(AbstractContextManager["Store"]):
 
         return read_log(self.workspace, plate=plate, run=run, limit=limit)
 
-    def _wrote(self, *files: str | Path | None) -> None:
-        """Keep in the log that files were written outside the store."""
+    def wrote(self, *files: str | Path | None) -> None:
+        """Keep in the log that files were written outside the store; None: there is none."""
         from .db.events import record_files
 
         paths = [Path(file) for file in files if file is not None]
@@ -885,7 +885,7 @@ class Store(AbstractContextManager["Store"]):
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
-        self._wrote(out)
+        self.wrote(out)
         return made
 
     def rename(
@@ -959,7 +959,7 @@ class Store(AbstractContextManager["Store"]):
         from .stages.backup import backup
 
         made = backup(self.workspace, Path(file), dry_run=dry_run)
-        self._wrote(None if dry_run else file)
+        self.wrote(None if dry_run else file)
         return made
 
     @classmethod
@@ -981,7 +981,7 @@ class Store(AbstractContextManager["Store"]):
         from .stages.export_model import export_model
 
         made = export_model(self.workspace, run, None if output is None else Path(output))
-        self._wrote(made.path)
+        self.wrote(made.path)
         return made
 
     def next_step(self) -> tuple[str, ...]:
@@ -1037,8 +1037,6 @@ def _carry_out(
             images = Selection(where=where)
             result = store.measure(params, images, segmentation=sources["segmentation"])
         case SplitParams():
-            if params.folds is None:
-                return store.create_split(names["name"], params).run_id, ()
             return store.create_folds(names["name"], params)[0].run_id, ()
         case TrainParams():
             return store.train(params, **sources, device=device, force=True).run_id, ()

@@ -71,6 +71,7 @@ def votes(
             found |= {"accuracy": result.accuracy, "votes": rows.records()[: answer.limit]}
             del found["table"]
             _save(output.json_text(found), answer.output)
+            store.wrote(answer.output)
             return
         # What is not for a person's screen has the summary beside it, not in it.
         show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
@@ -85,6 +86,7 @@ def votes(
             show(output.filled(note))
         show("")
         output.write(rows, answer, _for_people)
+        store.wrote(answer.output)
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -330,6 +332,7 @@ def compare(
         _save(_as_csv(found, for_spreadsheet=for_spreadsheet), out)
     else:
         _save(output.json_text(found), out)
+    store.wrote(out)
 
 
 def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:

@@ -243,6 +243,7 @@ def repro(
         raise UserInputError("--images and --weights need --check: add it.")
     if not check:
         _show_script(store.repro(run), out, common)
+        store.wrote(out)
         return None
     return store.check_run(run, images=images, device=device, weights=weights)
 

@@ -139,6 +139,8 @@ def sql(
             typer.echo(questions.plan(question, parameters))
         else:
             output.write(questions.ask(question, parameters), answer)
+    if not explain:
+        store.wrote(answer.output)
 
 
 def _question(query: str | None, file: Path | None) -> str:
@@ -219,6 +221,7 @@ def ask(
     limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
     with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
         output.write(questions.ask(question.query, values), answer)
+    store.wrote(answer.output)
 
 
 def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:

@@ -231,6 +231,25 @@ def test_who_was_taken_for_dead_ends_and_fails_no_image(workspace: Workspace):
     assert go(workspace).images == 4
 
 
+def test_what_is_computed_for_a_run_that_was_ended_meanwhile_is_not_written(workspace: Workspace):
+    """Between the reserve of a worker and its write another command ends the run."""
+    fill(workspace, 2)
+
+    def compute(task: Task) -> str:
+        with workspace.database.begin() as session:
+            values = {"status": Status.FAILED, "ended_at": datetime.now(UTC)}
+            session.execute(update(Run).where(Run.ended_at.is_(None)).values(**values))
+        return task.name
+
+    with pytest.raises(StoreError, match=r"was ended by another command.*run the same command"):
+        go(workspace, compute)
+    assert labels(workspace) == []
+    assert statuses(workspace) == {Status.PENDING: 2}
+    with workspace.database.read() as session:
+        assert set(session.scalars(select(Job.attempts))) == {0}
+    assert go(workspace).images == 2
+
+
 def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():
     here = Owner.parse(new_owner())
     assert here is not None

@@ -6,6 +6,7 @@ imported where they are needed.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.resources import as_file, files
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 HEAD = "0011"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
+
+_TRIGGERS = "cellstore.migrations.versions.0011_the_first_schema"
+"""The revision that says which triggers there are."""
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
@@ -48,7 +52,7 @@ def downgrade(database: Database, revision: str) -> None:
 
 
 def differences(database: Database) -> list[str]:
-    """Return what the tables of the store have other than the models, one line each."""
+    """Return what the tables of the store have other than the models, a sentence each."""
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -56,7 +60,92 @@ def differences(database: Database) -> list[str]:
 
     with _translated(database), database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        return [str(change) for change in compare_metadata(context, METADATA)]
+        found = []
+        for change in compare_metadata(context, METADATA):
+            if isinstance(change, list):  # of one column
+                _, _, table, name, *_ = change[0]
+                found.append(f"table {table}: column {name} is not as cellstore made it")
+                continue
+            if change[0] == "remove_table":
+                continue  # others may keep tables beside ours
+            (verb, _, what), thing = change[0].partition("_"), change[-1]
+            whole = what == "table"
+            name = thing.name if whole else f"{change[2] if what == 'column' else thing.table.name}"
+            name += "" if whole else f": {what} {thing.name}"
+            found.append(f"table {name} is {'gone' if verb == 'add' else 'not of cellstore'}")
+        return found
+
+
+def changed_triggers(database: Database) -> list[str]:
+    """Return a sentence for each trigger, or view, that is not as the migration makes it.
+
+    :func:`put_back_triggers` mends that, but for a trigger that somebody else made.
+    """
+    module = import_module(_TRIGGERS)
+    dialect = database.engine.dialect.name
+    bodies, wanted = module.functions(dialect), module.triggers(dialect)
+    view = "exclusions"
+    ours = {*wanted, view}
+    with _translated(database), database.engine.connect() as connection:
+        ask = connection.exec_driver_sql
+        if database.is_sqlite:
+            rows = ask("SELECT name, sql FROM sqlite_master WHERE type IN ('trigger', 'view')")
+            found: dict[str, Any] = dict(rows.all())
+            right: dict[str, Any] = {**wanted, view: module.EXCLUSIONS.strip()}
+        else:
+            # PostgreSQL tells them in words of its own. So it is asked for those of what is as it
+            # should be, made for a moment where nobody else sees it.
+            query = """SELECT tgname, relname,
+                    pg_get_triggerdef(t.oid, true) || tgenabled::text, prosrc
+                FROM pg_trigger AS t JOIN pg_class AS c ON c.oid = tgrelid
+                JOIN pg_proc AS p ON p.oid = tgfoid
+                WHERE NOT tgisinternal AND relnamespace = {}"""
+            of_view = "SELECT pg_get_viewdef(to_regclass('{}exclusions'), true)"
+            triggers = ask(query.format("current_schema()::regnamespace")).all()
+            found = {name: (said, body) for name, _, said, body in triggers}
+            if (said := ask(of_view.format("")).scalar()) is not None:
+                found[view] = said
+            ask(module.EXCLUSIONS.replace("CREATE VIEW", "CREATE TEMP VIEW"))
+            view_now = ask(of_view.format("pg_temp.")).scalar()
+            for table in {row.relname for row in triggers}:
+                ask(f'CREATE TEMP TABLE "{table}" (LIKE "{table}")')
+            for name in wanted.keys() & found.keys():
+                ask(wanted[name])
+            function = {name: sql.rpartition(" ")[2][:-2] for name, sql in wanted.items()}
+            right = {
+                name: (said, f" {bodies[function[name]]} ")
+                for name, _, said, _ in ask(query.format("pg_my_temp_schema()"))
+            }
+            right[view] = view_now
+            connection.rollback()
+    changed = {name for name in ours & found.keys() if found[name] != right.get(name)}
+    return [
+        f"{'view' if name == view else 'trigger'} {name} {what}"
+        for what, names in (
+            ("is gone", ours - found.keys()),
+            ("is not as cellstore made it", changed),
+            ("is not of cellstore", found.keys() - ours),
+        )
+        for name in sorted(names)
+    ]
+
+
+def put_back_triggers(database: Database) -> None:
+    """Make the triggers and the view of a store anew, as the migration makes them."""
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    module = import_module(_TRIGGERS)
+    engine = database.engine.execution_options(writes=True)
+    with (
+        _translated(database),
+        engine.begin() as connection,
+        Operations.context(MigrationContext.configure(connection)),
+    ):
+        module.unguard()
+        connection.exec_driver_sql("DROP VIEW IF EXISTS exclusions")
+        connection.exec_driver_sql(module.EXCLUSIONS)
+        module.guard()
 
 
 def refuse(database: Database, found: str | None) -> NoReturn:

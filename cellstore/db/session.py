@@ -18,6 +18,7 @@ from sqlalchemy import (
     column,
     create_engine,
     event,
+    exists,
     inspect,
     make_url,
     select,
@@ -35,6 +36,7 @@ from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
 from ..errors import (
+    CellstoreError,
     ConflictError,
     DatabaseError,
     MissingExtraError,
@@ -93,6 +95,10 @@ REFUSALS = {
         "A run is never deleted: what others made with it would lose its origin. Rows of an "
         "ingest can be taken back with: cellstore undo RUN"
     ),
+    "table is never emptied": (
+        "The ledger knows what stands in this table, so TRUNCATE is refused. Rows of an ingest can "
+        "be taken back with: cellstore undo RUN"
+    ),
     "split is there already": (
         "A split of this name is there already, and a split never changes. Choose another name."
     ),
@@ -147,34 +153,58 @@ class Database:
                 select(column("version_num")).select_from(table(VERSION_TABLE))
             )
 
-    def damage(self, *, quick: bool) -> list[str]:
-        """Return what is broken in the file of an embedded database, a sentence each.
+    def size(self) -> int:
+        """Return how many bytes it takes."""
+        query = "page_count * page_size FROM pragma_page_count, pragma_page_size"
+        if not self.is_sqlite:
+            query = "pg_database_size(current_database())"
+        with _translated(self), self.engine.connect() as connection:
+            return int(connection.exec_driver_sql(f"SELECT {query}").scalar_one())
 
-        ``quick``: whether indexes have all rows of their tables is not looked at. PostgreSQL looks
-        after its own files and references.
+    def damage(self, *, quick: bool) -> list[str]:
+        """Return what is broken in the database, a sentence each.
+
+        Of an embedded one the file is checked (``quick``: whether indexes have all rows of their
+        tables is not looked at). Of both, every row that another refers to must be there.
 
         Raises:
             DatabaseError: the file cannot be read at all.
         """
-        if not self.is_sqlite:
-            return []
+        from ..models import METADATA  # loads slowly
+
         found: list[str] = []
         with _translated(self), self.engine.connect() as connection:
-            pragma = "quick_check" if quick else "integrity_check"
-            try:
-                for (text,) in connection.exec_driver_sql(f"PRAGMA {pragma}({DAMAGES_SHOWN})"):
-                    # After "*** in database main ***" each line is a finding.
-                    lines = text.splitlines() if text != "ok" else []
-                    found += [line for line in lines if not line.startswith("***")]
-            except SqlDatabaseError as error:
-                found.append(str(error.orig))
+            if self.is_sqlite:
+                pragma = "quick_check" if quick else "integrity_check"
+                try:
+                    for (text,) in connection.exec_driver_sql(f"PRAGMA {pragma}({DAMAGES_SHOWN})"):
+                        # After "*** in database main ***" each line is a finding.
+                        lines = text.splitlines() if text != "ok" else []
+                        found += [line for line in lines if not line.startswith("***")]
+                except SqlDatabaseError as error:
+                    found.append(str(error.orig))
             if found:
                 return found
-            rows = connection.exec_driver_sql("PRAGMA foreign_key_check")
-            return [
-                f"row {number} of {table} {DANGLING} of {parent} that is not there"
-                for table, number, parent, _ in rows.fetchmany(DAMAGES_SHOWN)
-            ]
+            if self.is_sqlite:
+                rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(
+                    DAMAGES_SHOWN
+                )
+                lost = [(table, number, other) for table, number, other, _ in rows]
+            else:
+                lost = []
+                for name, child in METADATA.tables.items():
+                    for key in child.foreign_keys:
+                        other, column = key.column.table.alias(), key.column
+                        there = exists().where(other.c[column.name] == key.parent)
+                        query = select(*child.primary_key).where(key.parent.is_not(None), ~there)
+                        lost += [
+                            (name, "/".join(map(str, row)), column.table.name)
+                            for row in connection.execute(query.limit(DAMAGES_SHOWN))
+                        ]
+        return [
+            f"row {number} of {table} {DANGLING} of {other} that is not there"
+            for table, number, other in lost[:DAMAGES_SHOWN]
+        ]
 
     def close(self) -> None:
         """Give all connections back."""
@@ -196,14 +226,14 @@ def _translated(database: Database) -> Iterator[None]:
         if not (unconnected or denied) and type(error) not in (SqlDatabaseError, OperationalError):
             raise
         raise explain(error, database) from error
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, NoResultFound) as error:
         is_text = type(error) in (JSONDecodeError, UnicodeDecodeError)
         if is_text or "defined enum values" in str(error):
             raise _damaged(database, first_line(error)) from error
-        raise
-    except (AttributeError, NoResultFound) as error:  # of a row that another one names, perhaps
-        if dangling := database.damage(quick=True):
-            raise _damaged(database, dangling[0]) from error
+        # A row that another one names may be gone.
+        expected = isinstance(error, CellstoreError)
+        if not expected and (found := database.damage(quick=True)):
+            raise _damaged(database, found[0]) from error
         raise
 
 

@@ -331,10 +331,14 @@ def close(
 
     ``digests``: by job the digest of the rows that are written with it.
 
-    After a lease ran out a job may be another worker's: what was computed is then dropped.
+    After a lease ran out a job may be another worker's, or its run ended by another command: what
+    was computed is then dropped.
     ``seconds``: what one image took.
     """
     unchanged = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
+    # Whoever takes this process for dead and ends the run waits until the rows are written.
+    is_open = select(Run.id).where(Run.id == Job.run_id, Run.ended_at.is_(None))
+    is_open = is_open.with_for_update(read=True).correlate(Job)
     # A table of all digests is one parameter: the statement is the same for any number of jobs.
     is_sqlite = session.get_bind().dialect.name == "sqlite"
     rows_of = func.json_each if is_sqlite else func.json_each_text
@@ -342,7 +346,7 @@ def close(
     done = (
         update(Job)
         .where(Job.id == cast(made.c.key, BigInteger))
-        .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged)
+        .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged, is_open.exists())
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
         .values(digest=made.c.value)
         .returning(Job.image_id, Job.recipe_id)

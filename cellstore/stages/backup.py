@@ -122,16 +122,12 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
 
 def _forecast(workspace: Workspace, file: Path) -> Backup:
     """Say what a backup would hold, by the sizes of the files and of the database."""
-    size = "page_count * page_size FROM pragma_page_count, pragma_page_size"
-    if not workspace.database.is_sqlite:
-        size = "pg_database_size(current_database())"
     total, missing = 0, list[str]()
     questions = (workspace.settings.root / QUESTIONS).glob("*.sql")
     with workspace.database.read() as session:
         counts = (select(func.count()).select_from(t) for t in METADATA.sorted_tables)
         rows = sum(session.scalar(query) or 0 for query in counts)
-        in_bytes = int(session.scalar(text(f"SELECT {size}")) or 0)
-        in_bytes += sum(path.stat().st_size for path in questions)
+        in_bytes = workspace.database.size() + sum(path.stat().st_size for path in questions)
         listed = select(Artifact.path, Artifact.size_bytes).execution_options(yield_per=10_000)
         for path, known in session.execute(listed):
             target = workspace.artifacts.locate(path)

@@ -120,13 +120,31 @@ def _carry_out(
             session.rollback()
         else:
             session.flush()
-            left = Change("store", None, None, {"tables": table_digests(session)})
+            plates = _plates_of(session, changes)
+            left = Change("store", None, None, {"tables": table_digests(session, plates)})
             record_events(session, [left, *changes], reason=reason)
             undone = [item.row_id for item in changes if item.table_name == "runs"]
             record_runs(session, [number for number in undone if number])
     for path in () if dry_run else files:
         workspace.artifacts.remove(path)
     return replace(done, reason=reason, dry_run=dry_run)
+
+
+def _plates_of(session: Session, changes: Sequence[Change]) -> set[int] | None:
+    """Return the plates whose wells or images changed; None: any, as rows were deleted."""
+    ids: dict[str, set[int]] = {"plates": set(), "wells": set(), "images": set()}
+    for change in changes:
+        if change.table_name == "runs" or "rows" in (change.old or {}):
+            return None
+        if change.table_name in ids and change.row_id is not None:
+            ids[change.table_name].add(change.row_id)
+    found = ids["plates"]
+    for some in in_lists(ids["wells"]):
+        found.update(session.scalars(select(Well.plate_id).where(Well.id.in_(some))))
+    of_images = select(Well.plate_id).join(Image, Image.well_id == Well.id)
+    for some in in_lists(ids["images"]):
+        found.update(session.scalars(of_images.where(Image.id.in_(some))))
+    return found
 
 
 def _concerned(session: Session, images: Select[Any], cell: int | None = None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from ..jobs.workspace import open_workspace
 from ..settings import EXTRAS, StoreSettings
 
 CORE = ("sqlalchemy", "alembic", "duckdb", "pandas", "pyarrow", "numpy", "tifffile", "imagecodecs")
+LARGEST = 500_000_000
+"""Bytes of a database that is looked through; of a larger one that takes too long."""
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
@@ -131,10 +133,19 @@ def _store(settings: StoreSettings | None) -> Iterator[Finding]:
         return
     shown = workspace.database.shown
     yield Finding("store", str(settings.root), "ok", shown)
+    from .verify import FROM_BACKUP, schema_problems
+
     try:
-        damage = workspace.database.damage(quick=True)
+        broken = schema_problems(workspace.database)
+        if (size := workspace.database.size()) <= LARGEST:
+            broken += [
+                f"{reason}. {FROM_BACKUP}" for reason in workspace.database.damage(quick=True)
+            ]
+        else:
+            detail = f"{size / 1e9:.1f} GB, too large to be looked through here: cellstore verify"
+            yield Finding("database", shown, "ok", detail)
     except CellstoreError as error:
-        damage = [str(error)]
+        broken = [str(error)]
     workspace.database.close()
-    for reason in damage:
-        yield Finding("database", shown, "broken", f"{reason}. Put it back from a backup")
+    for reason in broken:
+        yield Finding("database", shown, "broken", reason)

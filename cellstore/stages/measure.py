@@ -373,8 +373,8 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         return sum(len(output.cell_ids) for _, output in done)
 
     def digest(self, recipe_id: int, output: MeasureOutput) -> str:
-        """Return the digest of the values (F, N), float64, by ascending cell id."""
-        return digest_of_numbers(output.values[recipe_id])
+        """Return the digest of the cell ids (N,), ascending, and the values (F, N), as float64."""
+        return digest_of_numbers(output.cell_ids, output.values[recipe_id])
 
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]

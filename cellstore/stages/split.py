@@ -366,8 +366,8 @@ def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
         "flagged": f"are flagged by quality-control run {excluded.get('qc_run')}. Split without "
         "--exclude-flagged.",
         "annotated": "are excluded by annotations. Undo some of these, or choose other images.",
-        "without_label": f"have no {params.field}. Ingest a table that has it, or choose another "
-        "--field.",
+        "without_label": f"have no {params.field}. Ingest a table that has it (cellstore ingest "
+        "TABLE), or choose another --field.",
     }.items():
         if excluded.get(reason):
             return f"All {excluded[reason]} images {why}"

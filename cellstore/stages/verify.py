@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
@@ -17,12 +18,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, func, select, true
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
+from ..db import migrate
 from ..db.bulk import in_lists
 from ..db.events import (
     BEGUN,
@@ -34,9 +36,9 @@ from ..db.events import (
     run_rows,
     table_digests,
 )
-from ..db.session import DANGLING
+from ..db.session import DANGLING, Database
 from ..enums import FeatureStorage, Stage, Status
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import CellstoreError, ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
 from ..jobs.gone_files import GoneFiles, find_gone, lost_files
@@ -54,8 +56,8 @@ from ..models import (
     ImageQuality,
     Job,
     Label,
-    Perturbation,
     Plate,
+    Prediction,
     Recipe,
     RecipeInput,
     Run,
@@ -64,7 +66,6 @@ from ..models import (
     Split,
     SplitMember,
     Treatment,
-    TreatmentPart,
     Well,
 )
 from ..query.feature_files import stream_ids
@@ -117,6 +118,7 @@ ROWS_AT_ONCE = 200_000
 
 GRACE_MINUTES = 10.0
 CELL_KEYS = ("id", "segmentation_id")
+FROM_BACKUP = "Put the store back from a backup: cellstore restore FILE"
 CHANGED = "the file is not what was written (sha256 differs)"
 MADE_AGAIN = ("mask/", "flow/", "features/")
 """How the paths begin of files that a command can make again."""
@@ -137,7 +139,8 @@ def verify(
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them. It also
-    removes masks, flows and features whose bytes have changed: then a command makes them again.
+    removes masks, flows and features whose bytes have changed: then a command makes them again. It
+    makes triggers again that are gone or changed.
 
     Raises:
         StorageError: an orphan cannot be removed.
@@ -145,10 +148,29 @@ def verify(
     """
     head = None if against is None else read_seal(against)
     shown, folder = workspace.database.shown, workspace.artifacts
-    broken = [Problem(shown, reason) for reason in workspace.database.damage(quick=False)]
-    if any(DANGLING not in problem.reason for problem in broken):
-        # What else is read of such a file may be anything.
-        return VerifyResult(0, 0, tuple(broken), (), 0, 0)
+    broken = schema_problems(workspace.database)
+    failed: Exception | None = None
+    with ThreadPoolExecutor(1) as pool:  # the database looks at itself while we read its rows
+        looking = pool.submit(workspace.database.damage, quick=False)
+        try:
+            jobs, changed = check_rows(workspace)
+        except Exception as error:
+            failed = error
+        try:
+            damage = looking.result()
+        except CellstoreError as error:
+            damage, failed = [], error
+    # What is read of such a database may be anything.
+    hopeless = any(DANGLING not in reason for reason in damage)
+    hopeless |= any(FROM_BACKUP in reason and ": index" not in reason for reason in broken)
+    if failed is not None and not hopeless:
+        raise failed
+    if fix and broken and not hopeless:
+        broken = schema_problems(workspace.database, fix=True)
+    broken += [f"{reason}. {FROM_BACKUP}" for reason in damage]
+    of_database = tuple(Problem(shown, reason) for reason in broken)
+    if hopeless:
+        return VerifyResult(0, 0, of_database, (), 0, 0)
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     if fix:  # what is not whole, and whose command was killed, gets no row
@@ -160,7 +182,6 @@ def verify(
     forgotten = set(_unnamed(workspace, [problem.path for problem in found]))
     problems = [problem for problem in found if problem.path not in forgotten]
     features, odd = check_features(workspace, {problem.path for problem in problems})
-    jobs, changed = check_rows(workspace)
     ledger = check_ledger(workspace, head)
     with workspace.database.read() as session:
         gone = tuple(find_gone(session))
@@ -190,7 +211,7 @@ def verify(
     return VerifyResult(
         files=files,
         segmentations=masks,
-        problems=(*broken, *problems, *odd, *changed, *ledger),
+        problems=(*of_database, *problems, *odd, *changed, *ledger),
         orphans=tuple(old),
         young=len(unnamed) - len(old),
         removed=len(old) if fix else 0,
@@ -199,6 +220,24 @@ def verify(
         gone=gone,
         commands=commands,
     )
+
+
+def schema_problems(database: Database, *, fix: bool = False) -> list[str]:
+    """Say which tables, triggers and views are not as cellstore made them, and what to do.
+
+    ``fix`` makes triggers and views again.
+    """
+    found = [f"{reason}. {FROM_BACKUP}" for reason in migrate.differences(database)]
+    changed = migrate.changed_triggers(database)
+    ours = [reason for reason in changed if not reason.endswith("of cellstore")]
+    if fix and ours:
+        migrate.put_back_triggers(database)
+        with database.begin() as session:
+            record_events(session, [Change("store", None, {"changed": ours}, None)])
+    way = "It was made again" if fix else "Make it again with: cellstore verify --fix"
+    found += [f"{reason}. {way}" for reason in ours]
+    found += [f"{reason}, and may change rows. Drop it" for reason in changed if reason not in ours]
+    return found
 
 
 def seal(workspace: Workspace, file: Path) -> dict[str, Any]:
@@ -471,7 +510,7 @@ def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
                 left = (int(digests.get(table, "0"), 16) - int(less, 16)) % MODULUS
                 digests[table] = f"{left:064x}"
     wrote: dict[int, dict[str, str]] = defaultdict(dict)
-    for (run_id, table), found in run_digests(session).items():
+    for (run_id, table), (_, found) in run_digests(session).items():
         wrote[run_id][table] = found
     for run_id, row in run_rows(session):
         entry = entries.pop(run_id, None)
@@ -551,15 +590,12 @@ def _odd_splits(session: Session) -> Iterator[tuple[str, str]]:
 
 def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
     """Yield the treatments that are not what their parts say, and tables that were changed."""
-    from .ingest.write_treatments import Part, PerturbationKey, treatment_values
+    from .ingest.write_treatments import records_of, treatment_values
 
-    parts: dict[int, list[Part]] = defaultdict(list)
-    query = select(TreatmentPart, Perturbation).join(Perturbation)
-    for part, of in session.execute(query.order_by(TreatmentPart.position)):
-        key = PerturbationKey(of.kind, of.name, of.identifier)
-        parts[part.treatment_id].append(Part(key, part.dose, part.dose_unit))
+    known = records_of(session, true())
     for row in session.scalars(select(Treatment).order_by(Treatment.id)):
-        for name, value in treatment_values(parts[row.id]).items():
+        parts = known[row.id].parts if row.id in known else ()
+        for name, value in treatment_values(parts).items():
             if getattr(row, name) != value:
                 found = getattr(row, name)
                 yield (
@@ -569,16 +605,21 @@ def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
     busy = select(Run.id).where(Run.stage == Stage.INGEST, Run.ended_at.is_(None))
     if session.scalar(busy.limit(1)) is not None:
         return
-    last: dict[str, str] = {}
+    last: dict[str, Any] = {}
     about = select(Event.new).where(Event.table_name.in_(("runs", "store")))
     for new in session.scalars(about.order_by(Event.id)):
-        last = (new or {}).get("tables") or last
-    for table, digest_now in table_digests(session).items():
-        if digest_now != last.get(table, digest_now):
-            yield (
-                f"table {table}",
-                "its rows are not what the last ingest or correction left",
-            )
+        for table, made in ((new or {}).get("tables") or {}).items():
+            last[table] = {**last.get(table, {}), **made} if isinstance(made, dict) else made
+    left = "are not what the last ingest or correction left"
+    barcodes = dict(session.execute(select(Plate.id, Plate.barcode)).all())
+    for table, now in table_digests(session).items():
+        if not isinstance(now, dict):
+            if now != last.get(table, now):
+                yield f"table {table}", f"its rows {left}"
+            continue
+        for plate, made in now.items():
+            if table in last and made != last[table].get(plate):
+                yield f"plate {barcodes[int(plate)]}", f"table {table}: its rows {left}"
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -593,14 +634,9 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
     which = and_(Job.status == Status.DONE, Job.digest.is_not(None), Job.recipe_id.not_in(in_files))
     predicting = Job.recipe_id.in_(select(Recipe.id).where(Recipe.stage == Stage.PREDICT))
     with workspace.database.read() as session:
-        runs = session.scalars(select(Job.run_id).where(which, predicting).distinct()).all()
         total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
-    problems: list[Problem] = []
     workspace.progress.start("verify rows", total)
-    for run_id in runs:
-        checked, odd = check_predictions(workspace, run_id, which)
-        workspace.progress.advance(checked)
-        problems += odd
+    problems = check_predictions(workspace, which)
     which = and_(which, ~predicting)
     query = (
         select(Job.id, Job.image_id, Job.recipe_id, Job.run_id, Job.content_sha256, Job.digest)
@@ -635,57 +671,113 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
         workspace.progress.finish()
 
 
-def check_predictions(workspace: Workspace, run_id: int, which: Any) -> tuple[int, list[Problem]]:
-    """Count the jobs of a predict run (``which`` of them), and name what they did not write.
+def check_predictions(workspace: Workspace, which: Any) -> list[Problem]:
+    """Name the images whose predictions are not what a job wrote, one of those ``which`` are meant.
 
-    The rows are read once, by cell and rank, and belong to the job of the image of their cell.
+    The rows are read once, as they lie in the table, where those of an image are together and in
+    the order in which they were written. What does not fit its job so is read again, by cell and
+    rank.
     """
-    jobs = select(Job.image_id, Job.digest, Job.recipe_id)
-    jobs = jobs.join(Recipe, Recipe.id == Job.recipe_id)
-    jobs = jobs.where(which, Job.run_id == run_id, Recipe.stage == Stage.PREDICT)
-    with workspace.database.read(steady=True) as session:
-        of_jobs = session.connection().execute(jobs).all()
-        written = {image_id: made for image_id, made, _ in of_jobs}
-        hashes = {image_id: hashlib.sha256() for image_id in written}
-        driver: Any = session.connection().connection.driver_connection
-        named = {} if workspace.database.is_sqlite else {"name": "verify"}  # row by row, not all
-        cursor = driver.cursor(**named)  # plain tuples: rows of SQLAlchemy take as long as the rest
-        cursor.execute(
-            "SELECT cell_id, rank, label_id, probability FROM predictions "  # noqa: S608
-            f"WHERE run_id = {int(run_id)} ORDER BY cell_id, rank"
-        )
-        while rows := cursor.fetchmany(ROWS_AT_ONCE):
-            table = np.fromiter(chain.from_iterable(rows), np.float64, 4 * len(rows)).reshape(-1, 4)
-            homes = driver.cursor()
-            homes.execute(
-                "SELECT c.id, s.image_id FROM cells c JOIN segmentations s "  # noqa: S608
-                "ON s.id = c.segmentation_id "
-                f"WHERE c.id BETWEEN {rows[0][0]} AND {rows[-1][0]} ORDER BY c.id"
-            )
-            cells = np.fromiter(chain.from_iterable(homes.fetchall()), np.int64).reshape(-1, 2)
-            at = np.searchsorted(cells[:, 0], table[:, 0])
-            images = np.append(cells[:, 1], 0)[at]
-            order = np.argsort(images, kind="stable")
-            images = images[order]
+    database = workspace.database
+    jobs = select(Job.run_id, Job.image_id, Job.digest).join(Recipe, Recipe.id == Job.recipe_id)
+    jobs = jobs.where(which, Recipe.stage == Stage.PREDICT)
+    right: dict[int, array[int]] = defaultdict(lambda: array("q"))
+    odd: set[tuple[int, int]] = set()
+    with database.read(steady=True) as session:
+        runs = set(session.scalars(jobs.with_only_columns(Job.run_id).distinct()))
+        for run_id, images, table in _by_image(session):
+            if run_id not in runs:  # somebody brought them: no job has a digest
+                continue
+            written: dict[int, str | None] = {}
+            for some in in_lists(set(images.tolist())):
+                mine = jobs.where(Job.run_id == run_id, Job.image_id.in_(some))
+                written |= {image: made for _, image, made in session.execute(mine)}
             starts = np.flatnonzero(np.diff(images, prepend=-1))
-            pieces = np.split(table[order], starts[1:])
-            for image_id, piece in zip(images[starts].tolist(), pieces, strict=True):
-                hashes.setdefault(image_id, hashlib.sha256()).update((piece + 0.0).tobytes())
-        cursor.close()
-        odd = [image for image, made in hashes.items() if made.hexdigest() != written.get(image)]
-        problems = []
-        for some in in_lists(odd):
-            names = select(Plate.barcode, Image.core_name).join(Well, Well.plate_id == Plate.id)
-            names = names.join(Image, Image.well_id == Well.id).where(Image.id.in_(some))
-            problems += [
-                Problem(
-                    f"{barcode}/{core}",
-                    f"rows of predict recipe {of_jobs[0].recipe_id} are not what its job (run "
-                    f"{run_id}) wrote (digest differs)",
+            pieces = np.split(table, starts[1:])
+            for image, piece in zip(images[starts].tolist(), pieces, strict=True):
+                if digest_of_numbers(piece) == written.get(image):
+                    right[run_id].append(image)
+                else:
+                    odd.add((run_id, image))
+            workspace.progress.advance(len(starts))
+    problems = []
+    with database.read(steady=True) as session:
+        wanted = jobs.where(Job.digest != digest_of_numbers(np.empty((0, 4))))
+        counted = wanted.with_only_columns(Job.run_id, func.count()).group_by(Job.run_id)
+        for run_id, number in session.execute(counted).all():
+            if number > len(right[run_id]):
+                seen = np.array(right[run_id])
+                mine = wanted.where(Job.run_id == run_id).execution_options(yield_per=BATCH)
+                for part in session.execute(mine).partitions():
+                    images = np.array([image for _, image, _ in part])
+                    odd |= {(run_id, image) for image in images[~np.isin(images, seen)].tolist()}
+        for run_id, image in sorted(odd):
+            rows = session.execute(
+                select(Prediction.cell_id, Prediction.rank, Prediction.label_id)
+                .add_columns(Prediction.probability)
+                .join(Cell, Cell.id == Prediction.cell_id)
+                .join(Segmentation, Segmentation.id == Cell.segmentation_id)
+                .where(Prediction.run_id == run_id, Segmentation.image_id == image)
+                .order_by(Prediction.cell_id, Prediction.rank)
+            )
+            table = np.array([tuple(row) for row in rows]).reshape(-1, 4)
+            made = session.execute(jobs.where(Job.run_id == run_id, Job.image_id == image)).first()
+            if made is None or made.digest != digest_of_numbers(table):
+                name = select(Plate.barcode, Image.core_name, Run.recipe_id).select_from(Image)
+                name = name.join(Well, Well.id == Image.well_id)
+                name = name.join(Plate, Plate.id == Well.plate_id).join(Run, Run.id == run_id)
+                for barcode, core, recipe_id in session.execute(name.where(Image.id == image)):
+                    reason = (
+                        f"rows of predict recipe {recipe_id} are not what its job (run {run_id}) "
+                        "wrote (digest differs)"
+                    )
+                    problems.append(Problem(f"{barcode}/{core}", reason))
+    return problems
+
+
+def _by_image(
+    session: Session,
+) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
+    """Yield predictions by run: the image of each, and cell, rank, label, probability (N, 4).
+
+    Those of an image come together, if they lie together.
+    """
+    driver: Any = session.connection().connection.driver_connection
+    is_sqlite = session.get_bind().dialect.name == "sqlite"
+    # Plain tuples: rows of SQLAlchemy take as long as all the rest. PostgreSQL: not all at once.
+    named = {} if is_sqlite else {"name": "verify"}
+    # Each value takes a while on its way to Python, so that two small ones share a number.
+    query = """SELECT run_id << 40 | cell_id, CAST(rank AS BIGINT) << 32 | label_id, probability
+        FROM predictions"""
+    kind = np.dtype([("of", np.int64), ("choice", np.int64), ("probability", np.float64)])
+    with closing(driver.cursor(**named)) as cursor:
+        cursor.execute(query)
+        rest = np.empty(0, kind)
+        while True:
+            new = np.fromiter(cursor.fetchmany(ROWS_AT_ONCE), kind)
+            table = np.concatenate([rest, new])
+            parts = np.split(table, np.flatnonzero(np.diff(table["of"] >> 40)) + 1)
+            for number, part in enumerate(parts if len(table) else [], start=1):
+                cells, choice = part["of"] & (1 << 40) - 1, part["choice"]
+                homes = driver.cursor()
+                homes.execute(
+                    "SELECT s.image_id, min(c.id) FROM cells c JOIN segmentations s "  # noqa: S608
+                    f"ON s.id = c.segmentation_id WHERE c.id BETWEEN {cells.min()} "
+                    f"AND {cells.max()} GROUP BY s.id, s.image_id ORDER BY 2"
                 )
-                for barcode, core in session.execute(names.order_by(Image.id))
-            ]
-    return len(written), problems
+                found = np.array(homes.fetchall() or [(0, 0)])
+                images = found[np.searchsorted(found[:, 1], cells, "right") - 1, 0]
+                whole = len(part)
+                if len(new) and number == len(parts):  # its last image may go on in the next table
+                    others = np.flatnonzero(images != images[-1])
+                    whole = int(others[-1]) + 1 if len(others) else 0
+                    rest = part[whole:]
+                columns = (cells, choice >> 32, choice & (1 << 32) - 1, part["probability"])
+                if whole:
+                    run_id = int(part["of"][0]) >> 40
+                    yield run_id, images[:whole], np.column_stack(columns)[:whole]
+            if not len(new):
+                return
 
 
 def _digest_of_rows(session: Session, job: Any) -> str:
@@ -719,12 +811,13 @@ def _digest_of_rows(session: Session, job: Any) -> str:
         case Stage.MEASURE:
             columns = [getattr(CellFeatures, feature.name) for feature in BASIC_GROUP.features]
             values = session.execute(
-                select(*columns)
+                select(CellFeatures.cell_id, *columns)
                 .where(CellFeatures.recipe_id == job.recipe_id, CellFeatures.cell_id.in_(cells))
                 .order_by(CellFeatures.cell_id)
             )
             table = np.array([tuple(row) for row in values], dtype=np.float64)
-            return digest_of_numbers(table.reshape(-1, len(columns)).T)
+            table = table.reshape(-1, 1 + len(columns)).T
+            return digest_of_numbers(table[0], table[1:])
         case _:
             names = [field.name for field in fields(PlaneQuality)]
             measured = session.execute(

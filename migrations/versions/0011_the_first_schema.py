@@ -452,6 +452,7 @@ CLOSED = "run has ended"
 KEPT = "run stays as it began"
 REOPENED = "run is opened again by an event only"
 NEVER_DELETED = "run is never deleted"
+NEVER_EMPTIED = "table is never emptied"
 OF_RUN_ID = "SELECT ended_at FROM runs WHERE id = NEW.run_id"
 OF_SEGMENTATION = """SELECT r.ended_at FROM segmentations s JOIN runs r ON r.id = s.run_id
     WHERE s.id = NEW.segmentation_id"""
@@ -788,81 +789,91 @@ WHERE kind = 'exclusion' AND undoes_id IS NULL
 """
 
 
-def guard() -> None:
-    if op.get_bind().dialect.name == "sqlite":
+def functions(dialect: str) -> dict[str, str]:
+    """Return by name the body of each function that a trigger runs; SQLite has none."""
+    if dialect == "sqlite":
+        return {}
+    return {
+        **{f"{t}_keep": f"BEGIN RAISE EXCEPTION '{t} are append-only'; END" for t in APPEND_ONLY},
+        **{name: body for name, (_, body) in POSTGRESQL.items()},
+        **{name: ENDED.format(ids=ids) for name, ids in RUN_IDS.items()},
+        **{
+            f"{table}_counted": COUNTING.format(run=run.format(row="r"))
+            for table, run in COUNTED.items()
+        },
+        "splits_emptied": EMPTIED_BODY,
+        "rows_emptied": f"BEGIN {raising(NEVER_EMPTIED)} END",
+    }
+
+
+def triggers(dialect: str) -> dict[str, str]:
+    """Return by name the statement that makes each trigger."""
+    found = {}
+    if dialect == "sqlite":
         for table in APPEND_ONLY:
             for verb in ("UPDATE", "DELETE"):
-                op.execute(
-                    f"CREATE TRIGGER {table}_keep_{verb} BEFORE {verb} ON {table} "
+                found[f"{table}_keep_{verb}"] = (
+                    f"BEFORE {verb} ON {table} "
                     f"BEGIN SELECT RAISE(ABORT, '{table} are append-only'); END"
                 )
         for name, (when, body) in SQLITE.items():
-            op.execute(f"CREATE TRIGGER {name} {when} BEGIN {body} END")
+            found[name] = f"{when} BEGIN {body} END"
         for table, run in COUNTED.items():
             # What is known of a segmentation is no column of a copy, but for its image.
             columns = " OF image_id, run_id" if table == "segmentations" else ""
             old, new = (run.format(row=row) for row in ("OLD", "NEW"))
             for what, ids in ((f"UPDATE{columns}", f"{old}, {new}"), ("DELETE", old)):
-                op.execute(
-                    f"CREATE TRIGGER {table}_counted_{what[:6]} AFTER {what} ON {table} BEGIN "
+                found[f"{table}_counted_{what[:6]}"] = (
+                    f"AFTER {what} ON {table} BEGIN "
                     f"UPDATE runs SET changed_rows = changed_rows + 1 WHERE id IN ({ids}); END"
                 )
-        return
+        return {name: f"CREATE TRIGGER {name} {rest}" for name, rest in found.items()}
+    each = "FOR EACH STATEMENT EXECUTE FUNCTION"
     for table in APPEND_ONLY:
-        make_function(f"{table}_keep", f"BEGIN RAISE EXCEPTION '{table} are append-only'; END")
-        op.execute(
-            f"CREATE TRIGGER {table}_keep BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
-            f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_keep()"
+        found[f"{table}_keep"] = (
+            f"BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} {each} {table}_keep()"
         )
-    for name, (when, body) in POSTGRESQL.items():
-        make_function(name, body)
-        op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION {name}()")
-    for name, ids in RUN_IDS.items():
-        make_function(name, ENDED.format(ids=ids))
+    for name, (when, _) in POSTGRESQL.items():
+        found[name] = f"{when} EXECUTE FUNCTION {name}()"
+    for name in RUN_IDS:
         for table in OF_RUN if name == "runs_closed" else ("cells",):
-            op.execute(
-                f"CREATE TRIGGER {table}_closed AFTER INSERT ON {table} REFERENCING NEW TABLE AS "
-                f"added FOR EACH STATEMENT EXECUTE FUNCTION {name}()"
+            found[f"{table}_closed"] = (
+                f"AFTER INSERT ON {table} REFERENCING NEW TABLE AS added {each} {name}()"
             )
-    for table, run in COUNTED.items():
-        make_function(f"{table}_counted", COUNTING.format(run=run.format(row="r")))
+    for table in COUNTED:
         for name, what, rows in (
             ("deleted", "DELETE", "OLD"),
             ("before", "UPDATE", "OLD"),
             ("after", "UPDATE", "NEW"),
         ):
-            op.execute(
-                f"CREATE TRIGGER {table}_counted_{name} AFTER {what} ON {table} REFERENCING {rows} "
-                f"TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION {table}_counted()"
+            found[f"{table}_counted_{name}"] = (
+                f"AFTER {what} ON {table} REFERENCING {rows} "
+                f"TABLE AS changed {each} {table}_counted()"
             )
-    make_function("splits_emptied", EMPTIED_BODY)
+    # No other trigger sees what TRUNCATE takes away.
     for table in EMPTIED:
-        op.execute(
-            f"CREATE TRIGGER {table}_emptied BEFORE TRUNCATE ON {table} "
-            "FOR EACH STATEMENT EXECUTE FUNCTION splits_emptied()"
-        )
+        found[f"{table}_emptied"] = f"BEFORE TRUNCATE ON {table} {each} splits_emptied()"
+    for table in sorted({"runs", "jobs", "cells", *OF_RUN} - set(APPEND_ONLY)):
+        found[f"{table}_emptied"] = f"BEFORE TRUNCATE ON {table} {each} rows_emptied()"
+    return {name: f"CREATE TRIGGER {name} {rest}" for name, rest in found.items()}
 
 
-def make_function(name: str, body: str) -> None:
-    op.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+def guard() -> None:
+    dialect = op.get_bind().dialect.name
+    for name, body in functions(dialect).items():
+        op.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+    for statement in triggers(dialect).values():
+        op.execute(statement)
 
 
 def unguard() -> None:
-    """Drop the triggers; on SQLite they go with their tables, but some of them look at others."""
-    if op.get_bind().dialect.name == "sqlite":
-        for table in APPEND_ONLY:
-            for verb in ("UPDATE", "DELETE"):
-                op.execute(f"DROP TRIGGER {table}_keep_{verb}")
-        for name in SQLITE:
-            op.execute(f"DROP TRIGGER {name}")
-        for table in COUNTED:
-            for verb in ("UPDATE", "DELETE"):
-                op.execute(f"DROP TRIGGER {table}_counted_{verb}")
-        return
-    functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, "splits_emptied"]
-    functions += [*RUN_IDS, *(f"{table}_counted" for table in COUNTED)]
-    for name in functions:
-        op.execute(f"DROP FUNCTION {name}() CASCADE")
+    """Drop the triggers, as far as they are there."""
+    dialect = op.get_bind().dialect.name
+    for name in functions(dialect):
+        op.execute(f"DROP FUNCTION IF EXISTS {name}() CASCADE")
+    if dialect == "sqlite":
+        for name in triggers(dialect):
+            op.execute(f"DROP TRIGGER IF EXISTS {name}")
 
 
 def upgrade() -> None:

@@ -154,6 +154,17 @@ def test_a_run_is_opened_by_an_event_only_and_never_deleted(closing_run: Closing
         bare.execute(text("DELETE FROM runs"))
 
 
+@pytest.mark.postgres
+def test_no_table_that_the_ledger_knows_is_emptied_at_once(postgres_workspace: Workspace):
+    tables = {table.__tablename__ for table in Closing(postgres_workspace).rows}
+    for name in {*tables, "runs", "jobs", "events", "annotations"}:
+        with (
+            pytest.raises(SQLAlchemyError, match=r"append-only|never emptied"),
+            postgres_workspace.database.engine.begin() as bare,
+        ):
+            bare.execute(text(f"TRUNCATE {name} CASCADE"))
+
+
 @pytest.mark.parametrize("name", ["user_name", "host", "started_at", "command"])
 def test_who_began_a_run_when_and_where_stays(closing_run: Closing, name: str):
     database = closing_run.workspace.database

@@ -332,4 +332,6 @@ ON_POSTGRESQL = {
     *("images_stay", "wells_stay", "labels_stay", "runs_stay", "runs_begun", "runs_opened"),
     *CLOSED,
     *("runs_freeze", "splits_emptied", "split_members_emptied", "split_groups_emptied"),
-}
+    *(f"{name.removesuffix('_closed')}_emptied" for name in CLOSED),
+    *("runs_emptied", "jobs_emptied"),
+} - {"predictions_emptied", "image_predictions_emptied"}

@@ -16,6 +16,7 @@ from small_training import Opener, Trained
 from sqlalchemy import func, select, text, update
 from test_segment_measure import Bench
 from test_segment_measure import bench as bench_of_images
+from unguarded import as_owner
 
 from cellstore.config import IngestParams
 from cellstore.db.events import Change, record_events
@@ -23,6 +24,7 @@ from cellstore.enums import Stage
 from cellstore.errors import DatabaseError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, ImageFile
+from cellstore.report.audit import audit
 from cellstore.report.repro import repro
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
@@ -36,15 +38,10 @@ from cellstore.stages.verify import verify
 pytestmark = pytest.mark.one_database
 
 
-def change(workspace: Workspace, statement: str, table: str | None = None) -> None:
-    """Change a store behind the back of the triggers that keep ``table`` as it is."""
-    with workspace.database.begin() as session:
-        if not workspace.database.is_sqlite:
-            session.execute(text("SET LOCAL session_replication_role = replica"))
-        elif table is not None:
-            for verb in ("UPDATE", "DELETE"):
-                session.execute(text(f"DROP TRIGGER {table}_keep_{verb}"))
-        session.execute(text(statement))
+def change(workspace: Workspace, statement: str) -> None:
+    """Change a store behind the back of the triggers."""
+    with as_owner(workspace) as owner:
+        owner.execute(text(statement))
 
 
 @pytest.mark.heavy
@@ -63,8 +60,8 @@ def test_rows_that_are_not_what_a_job_wrote_are_found(trained: Trained, opened: 
         "predictions": "DELETE FROM predictions "
         "WHERE cell_id = (SELECT max(cell_id) FROM predictions)",
     }
-    for table, statement in changes.items():
-        change(workspace, statement, table if table == "predictions" else None)
+    for statement in changes.values():
+        change(workspace, statement)
     reasons = [problem.reason for problem in verify(workspace).problems]
     assert all("are not what its job" in reason for reason in reasons)
     assert sorted(reason.split()[2] for reason in reasons) == ["measure", "predict", "qc"]
@@ -78,32 +75,82 @@ def test_events_are_a_chain_that_verify_walks(workspace: Workspace) -> None:
     assert verify(workspace).ok
     with workspace.database.read() as session:
         first, second, third = session.scalars(select(Event.id).order_by(Event.id))
-    change(workspace, f"UPDATE events SET user_name = 'eve' WHERE id = {first}", "events")
+    change(workspace, f"UPDATE events SET user_name = 'eve' WHERE id = {first}")
     (problem,) = verify(workspace).problems
     assert problem.path == workspace.database.shown
     assert problem.reason == f"event {first} is not what was written"
-    with workspace.database.begin() as session:
-        if not workspace.database.is_sqlite:
-            session.execute(text("SET LOCAL session_replication_role = replica"))
-        session.execute(text(f"DELETE FROM events WHERE id = {second}"))
+    change(workspace, f"DELETE FROM events WHERE id = {second}")
     reasons = [problem.reason for problem in verify(workspace).problems]
     assert f"before event {third} an event was taken out or changed" in reasons
 
 
-def test_a_reference_that_leads_nowhere_is_found(sqlite_workspace: Workspace) -> None:
-    make = Factory(sqlite_workspace)
-    run = make.run(Stage.SEGMENT)
-    with closing(sqlite3.connect(sqlite_workspace.settings.sqlite)) as plain:
-        plain.execute("DELETE FROM recipes WHERE id = ?", [run.recipe_id])
-        plain.commit()
-    (problem,) = verify(sqlite_workspace).problems
-    assert problem.path == sqlite_workspace.database.shown
-    assert problem.reason == f"row {run.id} of runs refers to a row of recipes that is not there"
-    with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers to .* cellstore verify"):
-        repro(sqlite_workspace, str(run.id))
-    findings = doctor(sqlite_workspace.settings).findings
-    (broken,) = [item for item in findings if item.topic == "database"]
-    assert (broken.state, "backup" in broken.detail) == ("broken", True)
+@pytest.mark.each_database
+def test_a_reference_that_leads_nowhere_is_found(workspace: Workspace) -> None:
+    run = Factory(workspace, closed=True).run(Stage.SEGMENT)
+    with as_owner(workspace) as owner:
+        owner.execute(text("DELETE FROM recipes"))
+    said = f"row {run.id} of runs refers to a row of recipes that is not there. Put the store back"
+    for reasons in (
+        [problem.reason for problem in verify(workspace).problems],
+        [item.detail for item in doctor(workspace.settings).findings if item.state == "broken"],
+    ):
+        assert any(reason.startswith(said) and "restore" in reason for reason in reasons)
+    for command in (repro, lambda *of: audit(*of, "run")):
+        with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers .* cellstore verify"):
+            command(workspace, str(run.id))
+
+
+CHANGED = {
+    "sqlite": (
+        "DROP TRIGGER runs_kept_delete",
+        "DROP TRIGGER predictions_keep_DELETE",
+        "CREATE TRIGGER predictions_keep_DELETE BEFORE DELETE ON predictions BEGIN SELECT 1; END",
+        "CREATE TRIGGER mine AFTER INSERT ON runs BEGIN SELECT 1; END",
+    ),
+    "postgresql": (
+        "DROP TRIGGER runs_begun ON runs",
+        "ALTER TABLE predictions DISABLE TRIGGER predictions_keep",
+        """CREATE OR REPLACE FUNCTION runs_opened() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN RETURN NULL; END'""",
+        "CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER mine AFTER INSERT ON runs FOR EACH ROW EXECUTE FUNCTION mine()",
+    ),
+}
+NAMED = {
+    "sqlite": {"runs_kept_delete is gone", "predictions_keep_DELETE is not as cellstore made it"},
+    "postgresql": {
+        "runs_begun is gone",
+        "predictions_keep is not as cellstore made it",
+        "runs_opened is not as cellstore made it",
+    },
+}
+
+
+@pytest.mark.each_database
+def test_what_guards_the_rows_is_looked_at_and_made_again(workspace: Workspace) -> None:
+    database = workspace.database
+    kind = database.engine.dialect.name
+    assert verify(workspace).ok
+    with database.engine.begin() as owner:
+        for statement in (*CHANGED[kind], "DROP VIEW exclusions"):
+            owner.execute(text(statement))
+        owner.execute(text("CREATE VIEW exclusions AS SELECT id, 'cell' AS level FROM cells"))
+    ours = {f"trigger {said}" for said in NAMED[kind]}
+    ours.add("view exclusions is not as cellstore made it")
+    theirs = "trigger mine is not of cellstore, and may change rows. Drop it"
+    wanted = {f"{said}. Make it again with: cellstore verify --fix" for said in ours}
+    assert {problem.reason for problem in verify(workspace).problems} == {*wanted, theirs}
+    found = doctor(workspace.settings).findings
+    assert {item.detail for item in found if item.topic == "database"} == {*wanted, theirs}
+    fixed = {problem.reason for problem in verify(workspace, fix=True).problems}
+    assert fixed == {*(f"{said}. It was made again" for said in ours), theirs}
+    with database.engine.begin() as owner:
+        owner.execute(text(f"DROP TRIGGER mine{'' if database.is_sqlite else ' ON runs'}"))
+    assert verify(workspace).ok
+    with database.engine.begin() as owner:
+        owner.execute(text("ALTER TABLE run_metrics DROP COLUMN value"))
+    (problem,) = verify(workspace).problems
+    assert problem.reason.startswith("table run_metrics: column value is gone. Put the store back")
 
 
 def damaged(workspace: Workspace, pages: slice) -> StoreSettings:

@@ -16,15 +16,15 @@ from unguarded import as_owner
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")
 
-from small_training import build
+from small_training import add_masks, build
 
 from cellstore.config import PredictParams, SplitParams
 from cellstore.db.events import event_digest, run_digests
-from cellstore.enums import Level
+from cellstore.enums import Level, Stage
 from cellstore.errors import UserInputError
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import METADATA, Artifact, Event, Run, RunArtifact, RunMetric
+from cellstore.models import METADATA, Artifact, Event, Image, Run, RunArtifact, RunMetric
 from cellstore.stages import verify as verify_step
 from cellstore.stages.corrections import set_excluded
 from cellstore.stages.predict import predict
@@ -42,6 +42,7 @@ class Store:
     workspace: Workspace
     train: int
     predict: int
+    ingest: int
 
     def found(self, against: Path | None = None) -> list[str]:
         """What verify says, a line for each problem."""
@@ -57,7 +58,13 @@ def store(workspace: Workspace, tmp_path: Path) -> Store:
     (trained,) = train_baselines(workspace, ["logistic"])
     predicted = predict(workspace, PredictParams(subset=None), run=str(trained.run_id))
     set_excluded(workspace, Level.WELL, "P1/A06", True, reason="bubble")
-    return Store(workspace, trained.run_id, predicted.run_id)
+    with workspace.database.begin() as session:
+        brought = register(session, RecipeSpec(Stage.INGEST, 1, {"masks": "theirs"}))
+        theirs = register(session, RecipeSpec(Stage.SEGMENT, 1, {"imported": "masks"}))
+        image = session.scalars(select(func.max(Image.id))).one()
+    with running(workspace.database, brought) as run, workspace.database.begin() as session:
+        add_masks(session, workspace, image, theirs.id, run.id)
+    return Store(workspace, trained.run_id, predicted.run_id, run.id)
 
 
 PREDICTION = "(SELECT min(cell_id) FROM predictions)"
@@ -140,6 +147,31 @@ TAMPERING = {
         "UPDATE recipes SET version = version + 1 WHERE stage = 'predict'",
         "table recipes: its fingerprint",
     ),
+    "a measurement given to another cell": (
+        """UPDATE features SET cell_id = (SELECT max(id) FROM cells)
+        WHERE cell_id = (SELECT max(cell_id) FROM features)""",
+        "P1/r01c06f01: rows of measure recipe",
+    ),
+    "the box of a cell that was brought": (
+        "UPDATE cells SET max_row = max_row + 1 WHERE id = (SELECT max(id) FROM cells)",
+        "run {ingest}: table cells",
+    ),
+    "an image moved to another well": (
+        "UPDATE images SET well_id = (SELECT max(id) FROM wells), site = 2 WHERE id = 1",
+        "plate P1: table images: its rows",
+    ),
+    "an image file, with the digest of its bytes": (
+        f"UPDATE image_files SET sha256 = '{'e' * 64}' WHERE image_id = 1",
+        "plate P1: table image_files: its rows",
+    ),
+    "the digest of an image": (
+        f"UPDATE images SET content_sha256 = '{'e' * 64}' WHERE id = 1",
+        "plate P1: table images: its rows",
+    ),
+    "a channel called by another name": (
+        "UPDATE image_files SET channel = 'RNA' WHERE image_id = 1",
+        "plate P1: table image_files: its rows",
+    ),
     "an event": (
         "UPDATE events SET reason = 'none' WHERE table_name = 'runs'",
         "is not what was written",
@@ -167,7 +199,7 @@ def test_each_kind_of_tampering_is_found_and_named(store: Store, tmp_path: Path)
     assert store.found() == []
     missed = []
     for kind, (statements, wanted) in TAMPERING.items():
-        ids = {"train": store.train, "predict": store.predict}
+        ids = {"train": store.train, "predict": store.predict, "ingest": store.ingest}
         for _ in snapshot(store):
             with as_owner(store.workspace) as owner:
                 for statement in statements.split(";"):
