@@ -1037,8 +1037,6 @@ def _carry_out(
             images = Selection(where=where)
             result = store.measure(params, images, segmentation=sources["segmentation"])
         case SplitParams():
-            if params.folds is None:
-                return store.create_split(names["name"], params).run_id, ()
             return store.create_folds(names["name"], params)[0].run_id, ()
         case TrainParams():
             return store.train(params, **sources, device=device, force=True).run_id, ()

@@ -34,6 +34,7 @@ from cellstore.enums import (
     Status,
     Subset,
 )
+from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
@@ -68,7 +69,7 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+from cellstore.stages.ingest.write_treatments import treatment_values
 
 MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 NUMBERS = count(1)
@@ -90,15 +91,16 @@ def well_name(row: int, column: int) -> str:
 def treatment(session: Session, name: str, **values: Any) -> Treatment:
     """A treatment of one perturbation; another sample where the name is there otherwise."""
     values = {"kind": PerturbationKind.COMPOUND, "identifier": None} | values
-    key = PerturbationKey(values["kind"], name, values["identifier"])
-    known = session.scalars(select(Perturbation).filter_by(**key._asdict())).one_or_none()
+    key = {"kind": values["kind"], "name": name, "identifier": values["identifier"]}
+    known = session.scalars(select(Perturbation).filter_by(**key)).one_or_none()
     if known is not None and any(getattr(known, item) != values[item] for item in values):
-        key = key._replace(identifier=f"sample {next(NUMBERS)}")
+        key["identifier"] = f"sample {next(NUMBERS)}"
         known = None
     if known is not None:
         return known.treatments[0]
-    perturbation = Perturbation(**values | key._asdict())
-    row = Treatment(**treatment_values([Part(key)]), target=values.get("target"))
+    perturbation = Perturbation(**values | key)
+    record = TreatmentRecord(key["kind"], name, identifier=key["identifier"])
+    row = Treatment(**treatment_values([record]), target=values.get("target"))
     row.parts.append(TreatmentPart(position=1, perturbation=perturbation))
     session.add(row)
     session.flush()
@@ -139,7 +141,7 @@ class Factory:
         with self.workspace.database.begin() as session:
             of_name = {name: treatment(session, name).perturbations[0] for name, _ in parts}
             dosed = [
-                Part(PerturbationKey(of_name[name].kind, name, None), dose, dose and "uM")
+                TreatmentRecord(of_name[name].kind, name, dose=dose, unit=dose and "uM")
                 for name, dose in parts
             ]
             targets = [item.target for item in of_name.values() if item.target]

@@ -110,6 +110,16 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
         path = f"""({table}.metadata, '$."' || s.field || '"')"""
         plain = f"json_extract{path}" if sqlite else f"({table}.metadata ->> s.field)"
         found["run_images"] = found["run_images"].replace(f"json_extract_string{path}", plain)
+    run_images = found["run_images"]  # its lists, where no model was declared
+    start, end = run_images.index("CASE WHEN trained.origin"), run_images.index(" AS trained_on")
+    found["run_images"] = (
+        (run_images[:start] + "'train'" + run_images[end:])
+        .replace("list(DISTINCT m.subset)", "max(CASE WHEN m.subset = 'train' THEN 1 ELSE 0 END)")
+        .replace(
+            "list_has_any(coalesce(su.of_well, []), predicting.trained_on)",
+            "coalesce(su.of_well, 0) = 1",
+        )
+    )
     found["image_label_counts"] = COUNTS
     found["label_counts"] = found["label_counts"].replace(
         "CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12",

@@ -25,7 +25,8 @@ def treatment_of_well(
     annotation: PlateAnnotation, plate: str, row: int, column: int
 ) -> TreatmentRecord | None:
     found = annotation.map_of(plate)
-    return None if found is None else found.wells.get((row, column))
+    well = None if found is None else found.wells.get((row, column))
+    return None if well is None else well.record
 
 
 def compound_annotation(cpjump1: Path) -> PlateAnnotation:

@@ -167,6 +167,16 @@ def take_ids(session: Session, table: type[Base], count: int) -> Sequence[int]:
     return session.scalars(sequence, values).all()
 
 
+def insert_numbered(
+    session: Session, table: type[Base], columns: Sequence[str], rows: Sequence[tuple[Any, ...]]
+) -> Sequence[int]:
+    """Insert new rows (see :func:`bulk_insert`), without their ids; return these, ascending."""
+    ids = take_ids(session, table, len(rows))
+    numbered = [(number, *row) for number, row in zip(ids, rows, strict=True)]
+    bulk_insert(session, table, ("id", *columns), numbered)
+    return ids
+
+
 @contextmanager
 def wide_cache(session: Session) -> Iterator[None]:
     """Let SQLite keep more of its indexes in memory while a great many rows come in.
@@ -193,6 +203,15 @@ def one_ingest_at_a_time(session: Session) -> None:
     """
     if session.get_bind().dialect.name != "sqlite":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": INGEST_LOCK})
+
+
+def rows_in(
+    session: Session, query: Select[*tuple[Any, ...]], column: Any, values: Collection[Any]
+) -> list[Any]:
+    """Return the rows of a query in which ``column`` has one of ``values``, however many."""
+    return [
+        row for some in in_lists(values) for row in session.execute(query.where(column.in_(some)))
+    ]
 
 
 def in_lists(values: Collection[T], size: int = IN_AT_ONCE) -> Iterator[list[T]]:

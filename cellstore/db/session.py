@@ -36,6 +36,7 @@ from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
 from ..errors import (
+    CellstoreError,
     ConflictError,
     DatabaseError,
     MissingExtraError,
@@ -225,14 +226,14 @@ def _translated(database: Database) -> Iterator[None]:
         if not (unconnected or denied) and type(error) not in (SqlDatabaseError, OperationalError):
             raise
         raise explain(error, database) from error
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, NoResultFound) as error:
         is_text = type(error) in (JSONDecodeError, UnicodeDecodeError)
         if is_text or "defined enum values" in str(error):
             raise _damaged(database, first_line(error)) from error
-        raise
-    except (AttributeError, NoResultFound) as error:  # of a row that another one names, perhaps
-        if dangling := database.damage(quick=True):
-            raise _damaged(database, dangling[0]) from error
+        # A row that another one names may be gone.
+        expected = isinstance(error, CellstoreError)
+        if not expected and (found := database.damage(quick=True)):
+            raise _damaged(database, found[0]) from error
         raise
 
 

@@ -163,8 +163,10 @@ def role_of(table: str) -> str:
     return _CANONICAL.get(word, word.capitalize())
 
 
-def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[ObjectColumns], str]:
-    """Return the tables that together describe the cells, and a note on what is not used.
+def choose_tables(
+    source: ObjectSource, tables: Sequence[ObjectColumns], where: str
+) -> list[ObjectColumns]:
+    """Return the tables that together describe the cells; what is not used is noted in ``source``.
 
     The object numbers of the first are those of the cells: Cells, else Nuclei.
 
@@ -172,7 +174,8 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
         BadTableError: none has measurements, or there are several segmentations.
     """
     if not tables:
-        return [], "there is no table of objects: only images are read"
+        source.notes.append("there is no table of objects: only images are read")
+        return []
     measured = [table for table in tables if table.features]
     compartments = [table for table in measured if table.role in COMPARTMENTS]
     chosen = compartments or measured
@@ -186,9 +189,9 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
         raise BadTableError(
             f"{where} has several sets of objects ({names}). Move all but one to another folder."
         )
-    unused = ", ".join(table.name for table in tables if table not in chosen)
-    note = unused and f"tables not used, because they do not describe the cells: {unused}"
-    return sorted(chosen, key=lambda table: [*COMPARTMENTS, table.role].index(table.role)), note
+    if unused := ", ".join(table.name for table in tables if table not in chosen):
+        source.notes.append(f"tables not used, because they do not describe the cells: {unused}")
+    return sorted(chosen, key=lambda table: [*COMPARTMENTS, table.role].index(table.role))
 
 
 # ---- Which image a row of an image table is ----

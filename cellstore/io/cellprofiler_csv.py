@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,6 @@ from .objects import (
     ObjectSource,
     SourceFile,
     as_numbers,
-    batch_rows,
     whole_numbers,
     without_nan,
 )
@@ -119,8 +119,7 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
         object_columns(kind, list(dict.fromkeys(name for file in own for name in file.columns)))
         for kind, own in kinds.items()
     ]
-    chosen, note = choose_tables([columns for columns in merged if columns], path.name)
-    source.notes += [note] if note else []
+    chosen = choose_tables(source, [columns for columns in merged if columns], path.name)
     for file in of_images:
         check_keys(source, file.name, file.columns)
     for of_kind in chosen:
@@ -186,53 +185,56 @@ def _buffered(
         BadTableError: a file is damaged.
         StorageError: the temporary folder is full.
     """
-    buffer = _ArrowBuffer(target, list(columns.features))
+    schema = pa.schema([(name, pa.float64()) for name in columns.features])
     keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
     without = images.groups_without(columns.objects)
-    parts: dict[str, list[Integers]] = {key: [] for key in ("file", "line", *keys)}
-    for file in files:
-        rows = 0
-        odd: _Odd = {}
-        wanted = {*keys.values(), *columns.features}
-        used = [(at, name) for at, name in enumerate(file.columns) if name in wanted]
-        positions = [at for at, _ in used]
-        for batch in file.table.batches(positions, numbers=positions):
-            lines = np.asarray(batch.lines, np.int64)
-            rows += len(lines) + len(batch.refused)
-            for line, reason, detail in batch.refused:
-                source.refuse(file.name, np.array([line]), reason, detail)
-            found: dict[str, pa.Array] = {}
-            for (_, name), values in zip(used, batch.columns, strict=True):
-                if name not in found:
-                    found[name] = values
-                    continue
-                one, other = as_numbers(found[name])[0], as_numbers(values)[0]
-                what = f"{name} occurs twice with different values, the first is used"
-                _count(odd, what, lines, pc.fill_null(pc.not_equal(one, other), False))
-            for key, name in keys.items():
-                nothing = np.full(len(lines), UNKNOWN, np.int64)
-                parts[key].append(whole_numbers(found[name]) if name in found else nothing)
-            parts["image"][-1] = images.find(file.folder, parts["image"][-1])
-            parts["file"].append(np.full(len(lines), len(source.files), np.int64))
-            parts["line"].append(lines)
-            numbers: dict[str, pa.Array] = {}
-            for name in columns.features:
-                if name in found:
-                    numbers[name], words = as_numbers(found[name])
-                    _count(odd, f"{name} is not a number", lines, words)
-            buffer.append(numbers, len(lines))
-        if rows == 0 and file.folder not in without:
-            source.problem(file.name, None, "no rows", "the file has a header only")
-        for what, (count, line) in odd.items():
-            source.problem(file.name, line, "odd value", f"{what}: {count} rows")
-        source.files.append(SourceFile(file.name, file.table.path, rows))
-    buffer.finish()
-    whole = {
-        key: np.concatenate(some) if some else np.empty(0, np.int64) for key, some in parts.items()
+    parts: dict[str, list[Integers]] = {
+        key: [np.empty(0, np.int64)] for key in ("file", "line", *keys)
     }
+    with _arrow_file(target, schema) as writer:
+        for file in files:
+            rows = 0
+            odd: _Odd = {}
+            wanted = {*keys.values(), *columns.features}
+            used = [(at, name) for at, name in enumerate(file.columns) if name in wanted]
+            positions = [at for at, _ in used]
+            for batch in file.table.batches(positions, numbers=positions):
+                lines = np.asarray(batch.lines, np.int64)
+                rows += len(lines) + len(batch.refused)
+                for line, reason, detail in batch.refused:
+                    source.refuse(file.name, np.array([line]), reason, detail)
+                found: dict[str, pa.Array] = {}
+                for (_, name), values in zip(used, batch.columns, strict=True):
+                    if name not in found:
+                        found[name] = values
+                        continue
+                    one, other = as_numbers(found[name])[0], as_numbers(values)[0]
+                    what = f"{name} occurs twice with different values, the first is used"
+                    _count(odd, what, lines, pc.fill_null(pc.not_equal(one, other), False))
+                for key, name in keys.items():
+                    nothing = np.full(len(lines), UNKNOWN, np.int64)
+                    parts[key].append(whole_numbers(found[name]) if name in found else nothing)
+                parts["image"][-1] = images.find(file.folder, parts["image"][-1])
+                parts["file"].append(np.full(len(lines), len(source.files), np.int64))
+                parts["line"].append(lines)
+                arrays = []
+                for name in columns.features:
+                    numbers = pa.nulls(len(lines), pa.float64())
+                    if name in found:
+                        numbers, words = as_numbers(found[name])
+                        _count(odd, f"{name} is not a number", lines, words)
+                    arrays.append(numbers)
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            if rows == 0 and file.folder not in without:
+                source.problem(file.name, None, "no rows", "the file has a header only")
+            for what, (count, line) in odd.items():
+                source.problem(file.name, line, "odd value", f"{what}: {count} rows")
+            source.files.append(SourceFile(file.name, file.table.path, rows))
+    whole = {key: np.concatenate(some) for key, some in parts.items()}
     parents = {role: whole[role] for role in columns.parents}
+    read = partial(_read_rows, target)
     return TableKeys(
-        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], buffer.read
+        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], read
     )
 
 
@@ -247,65 +249,29 @@ def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array | None) -> Non
         odd[what] = count + len(chosen), first
 
 
-class _ArrowBuffer:
-    """Numbers in a temporary Arrow file; its rows are read by their number, from 0."""
+@contextmanager
+def _arrow_file(path: Path, schema: pa.Schema) -> Iterator[Any]:
+    """Open a temporary Arrow file to write batches to.
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._path = path
-        self._schema = pa.schema([(name, pa.float64()) for name in names])
-        self._starts: list[int] = []
-        self._rows = 0
-        self._file: Any = None
-        self._writer: Any = None
+    Raises:
+        StorageError: the temporary folder is full.
+    """
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+            yield writer
+    except OSError as error:
+        raise StorageError(
+            f"The temporary folder {path.parent.parent} cannot be written "
+            f"({first_line(error)}). Free some space there, or name another in TMPDIR."
+        ) from error
 
-    def append(self, columns: Mapping[str, pa.Array], rows: int) -> None:
-        """Add rows; those columns of the buffer that ``columns`` lacks are null."""
-        arrays = [columns.get(f.name, None) for f in self._schema]
-        whole = pa.RecordBatch.from_arrays(
-            [pa.nulls(rows, pa.float64()) if array is None else array for array in arrays],
-            schema=self._schema,
-        )
-        step = batch_rows(len(arrays))
-        with self._writing():
-            if self._writer is None:
-                self._file = pa.OSFile(str(self._path), "wb")
-                self._writer = pa.ipc.new_file(self._file, self._schema)
-            for start in range(0, rows, step):
-                self._starts.append(self._rows + start)
-                self._writer.write_batch(whole.slice(start, step))
-        self._rows += rows
 
-    def finish(self) -> None:
-        """End writing; from now on rows can be read."""
-        if self._writer is not None:
-            with self._writing():
-                self._writer.close()
-                self._file.close()
-
-    def read(self, rows: Integers) -> pa.RecordBatch:
-        """Return ``rows``, in any order, repeated or not."""
-        if len(rows) == 0 or self._rows == 0:
-            nothing = [pa.array([], pa.float64()) for _ in self._schema]
-            return pa.RecordBatch.from_arrays(nothing, schema=self._schema)
-        part_of = np.searchsorted(np.asarray(self._starts), rows, side="right") - 1
-        parts = np.unique(part_of)
-        with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as reader:
-            batches = [reader.get_batch(int(part)) for part in parts]
-        offsets = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        positions = rows - np.asarray(self._starts)[part_of]
-        positions += offsets[np.searchsorted(parts, part_of)]
-        table = pa.Table.from_batches(batches)
-        if len(positions) != table.num_rows or not (np.diff(positions) == 1).all():
-            table = table.take(pa.array(positions))
-        columns = [without_nan(column.combine_chunks()) for column in table.columns]
-        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"The temporary folder {self._path.parent.parent} cannot be written "
-                f"({first_line(error)}). Free some space there, or name another in TMPDIR."
-            ) from error
+def _read_rows(path: Path, rows: Integers) -> pa.RecordBatch:
+    """Return ``rows`` of an Arrow file (from 0), in any order, repeated or not."""
+    first, end = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+        table = reader.read_all().slice(first, end - first)  # nothing is read before it is used
+    if len(rows) != table.num_rows or not (np.diff(rows) == 1).all():
+        table = table.take(pa.array(rows - first))
+    columns = [without_nan(column.combine_chunks()) for column in table.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=table.schema)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import BadTableError
+from ..errors import BadTableError, first_line
 from .cellprofiler import (
     IMAGE_NUMBER,
     IMAGE_TABLE,
@@ -31,7 +31,6 @@ from .cellprofiler import (
     object_columns,
     table_name,
 )
-from .image_files import SQLITE
 from .objects import Integers, ObjectSource, SourceFile, as_numbers, whole_numbers, without_nan
 from .tables import TableRow
 
@@ -146,9 +145,6 @@ class SqliteTable:
 def is_cellprofiler_sqlite(path: Path) -> bool:
     """Whether a file is an SQLite database with a table of images."""
     try:
-        with path.open("rb") as file:
-            if file.read(len(SQLITE)) != SQLITE:
-                return False
         return _image_table(_sqlite_tables(path)) is not None
     except (OSError, BadTableError):
         return False
@@ -188,8 +184,7 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
             found[sorted_columns.name] = SqliteTable(
                 path, name, sorted_columns, frozenset(texts), columns
             )
-    chosen, note = choose_tables([table.columns for table in found.values()], path.name)
-    source.notes += [note] if note else []
+    chosen = choose_tables(source, [table.columns for table in found.values()], path.name)
     used = [found[columns.name] for columns in chosen]
     check_keys(source, f"{path.name}:{image_table}", tables[image_table])
     for table in used:
@@ -273,7 +268,7 @@ def _sqlite(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def _damaged(path: Path, error: Exception) -> BadTableError:
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    reason = first_line(error)
     return BadTableError(f"{path} cannot be read as SQLite ({reason}). Copy or export it again.")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UserInputError
-from .tables import LONGEST
+from .tables import LONGEST, RowRefusedError
 
 ROWS, COLUMNS = 32, 48
 """Rows and columns of a 1536-well plate, the largest there is."""
@@ -82,6 +82,28 @@ def join_well(row: str, column: str) -> str:
     return f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
 
 
+def written_well(well: str | None, row: str | None, column: str | None) -> tuple[int, int] | None:
+    """Return the well that a row of a table names: by its name, else by row and column.
+
+    Raises:
+        RowRefusedError: both are there, and differ; or it is no well.
+    """
+    if well is None and row and column:
+        well, row, column = join_well(row, column), None, None
+    try:
+        found = None if well is None else parse_well(well)
+    except UserInputError as error:
+        raise RowRefusedError("not a well", str(error)) from error
+    if found and (row or column):
+        with suppress(UserInputError):  # what is no row or column differs, too
+            if parse_well(join_well(row or str(found[0]), column or str(found[1]))) == found:
+                return found
+        said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
+        detail = f"well {well}, but {' and '.join(said)}"
+        raise RowRefusedError("well and row or column disagree", detail)
+    return found
+
+
 def format_well(row: int, column: int) -> str:
     """Return 'A01' for (1, 1) and 'AA01' for (27, 1).
 
@@ -117,19 +139,14 @@ _CORRECTION = re.compile(r"[DS]C_.+_C(?:AM|H)[0-9]+\.(?:tiff?|png)", re.IGNORECA
 """Dark and bright fields that Yokogawa puts beside its images, like DC_sCMOS_#1_CAM1.tif."""
 _DURATION = re.compile(r"([0-9]{2})d([0-9]{2})h([0-9]{2})m", re.ASCII)
 _GROUPS = {
-    "plate": "plate",
-    "well": "well",
-    "row": "row",
-    "col": "column",
-    "column": "column",
-    "site": "site",
-    "field": "site",
-    "channel": "channel",
-    "stain": "stain",
+    **{name: name for name in ("plate", "well", "row", "column", "site", "channel", "stain")},
     "plane": "plane",
-    "z": "plane",
     "time": "time",
+    "col": "column",
+    "field": "site",
+    "z": "plane",
 }
+"""The groups that a pattern may have, and what each is."""
 
 
 class ImageName(NamedTuple):

@@ -250,6 +250,7 @@ def _files_of(
         channel = names.name(parts.number, parts.channel or "C1")
         file = FileRef(channel, parts.number, path.name, str(path.parent))
         return [((*field, own_plane, own_time), file)]
+    planes, time_points = (max(numbers) for numbers in list(zip(*stack.pages, strict=True))[2:])
     files: list[tuple[_FieldKey, FileRef]] = []
     for page, index, plane, time_point in stack.pages:
         number: int | None = index
@@ -260,8 +261,8 @@ def _files_of(
         file = FileRef(names.name(number, found), number, name, str(path.parent))
         key = (
             *field,
-            plane if stack.planes > 1 else own_plane,
-            time_point if stack.time_points > 1 else own_time,
+            plane if planes > 1 else own_plane,
+            time_point if time_points > 1 else own_time,
         )
         files.append((key, file))
     return files

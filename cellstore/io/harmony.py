@@ -55,8 +55,7 @@ class _Element(NamedTuple):
 def is_harmony(path: Path) -> bool:
     """Whether this is an index, or a folder that has one (see :func:`index_of`)."""
     try:
-        file = index_of(path)
-        return file is not None and _is_index(file)
+        return index_of(path) is not None
     except OSError:
         return False
 
@@ -72,13 +71,13 @@ def _is_index(file: Path) -> bool:
 
 
 def index_of(path: Path) -> Path | None:
-    """Return the index in a folder, in a subfolder (or its ``Images``), or above; a file is itself.
+    """Return the index in a folder, in a subfolder (or its ``Images``), or above; or a file itself.
 
     Above it only where that is the index of the images in the folder. None if there is no index,
     or if several subfolders have one each.
     """
     if not path.is_dir():
-        return path
+        return path if _is_index(path) else None
     below = sorted(folder for folder in path.iterdir() if folder.is_dir())
     if found := _index_in(path):
         return found
@@ -123,7 +122,7 @@ def read_harmony(
         UserInputError: the file cannot be read, or is of several plates or none and no ``plate``.
     """
     file = index_of(path)
-    if file is None or not is_harmony(file):
+    if file is None:
         raise BadTableError(
             f"{path} is no Harmony index. Give the Index.idx.xml that lies beside the images."
         )
@@ -152,7 +151,11 @@ def read_harmony(
         images += 1
         url = values.get("URL", "").replace("\\", "/")
         try:
-            _check_taken(values, url)
+            if values.get("State", "Ok").lower() != "ok":
+                raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
+            name = url.rpartition("/")[2]
+            if not is_safe_name(name) or len(name) > LONGEST:
+                raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
             if root is None and not _ABSOLUTE.match(url):
                 # The images are beside the index, or in a folder below or beside it.
                 below = sorted(folder for folder in own.iterdir() if folder.is_dir())
@@ -182,14 +185,6 @@ def read_harmony(
     if field is not None:
         yield field
     names.check_used()
-
-
-def _check_taken(values: Mapping[str, str], url: str) -> None:
-    if values.get("State", "Ok").lower() != "ok":
-        raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
-    name = url.rpartition("/")[2]
-    if not is_safe_name(name) or len(name) > LONGEST:
-        raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
 
 
 def _read_image(

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -598,7 +598,7 @@ class ImageFolder:
             raise UserInputError(f"{folder} is not a folder. Give the folder that has the images.")
         self.folder = folder.resolve()
         self._by_name: dict[str, list[Path]] = {}
-        for path in sorted(_walk(self.folder, self.folder)):
+        for path in sorted(path for paths in files_below(self.folder, SUFFIXES) for path in paths):
             self._by_name.setdefault(path.name.lower(), []).append(path)
 
     def find(self, name: str, plate: str | None = None) -> Path | None:
@@ -639,17 +639,26 @@ class ImageFolder:
         return next((path for path in tried if path), None)
 
 
-def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return  # an unreadable subfolder has no images for us; what is in it shows as missing
-    for entry in entries:
-        path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(path, root)
-        elif path.suffix.lower() in SUFFIXES and is_inside(entry, root):
-            yield path
+def files_below(root: Path, suffixes: Collection[str]) -> Iterator[list[Path]]:
+    """Yield the files with one of the suffixes, folder by folder, each in the order of its names.
+
+    Links that leave ``root`` are not followed. A folder that cannot be opened has no files for us.
+    """
+    waiting = [root]
+    while waiting:
+        try:
+            entries = sorted(os.scandir(waiting.pop()), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        files, folders = [], []
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif path.suffix.lower() in suffixes and is_inside(entry, root):
+                files.append(path)
+        yield files
+        waiting += reversed(folders)
 
 
 def is_inside(entry: os.DirEntry[str], root: Path) -> bool:

@@ -20,10 +20,10 @@ from .filenames import (
     core_file_name,
     format_well,
     is_safe_name,
-    join_well,
     microscope_name,
     parse_well,
     whole_number,
+    written_well,
 )
 from .image_files import pixel_size
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
@@ -175,29 +175,6 @@ class _Channel(NamedTuple):
     series: str
 
 
-def _find_channels(columns: Iterable[str]) -> list[_Channel]:
-    """Return the channels in the order of the columns.
-
-    Where there are ``FileName_Orig*`` columns, only these are images; flat fields and drawings
-    never are. A URL stands in for a file name that is not there, or has no folder.
-    """
-    found = dict.fromkeys(
-        name.removeprefix(prefix)
-        for prefix in (FILE_PREFIX, URL_PREFIX)
-        for name in columns
-        if name.startswith(prefix) and not _DRAWN.search(name)
-    )
-    channels = []
-    for suffix in [name for name in found if name.startswith(_ORIGINAL)] or found:
-        file, url, folder, frame, series = (prefix + suffix for prefix in _OF_FILES)
-        if url in columns and (file not in columns or folder not in columns):
-            file = url
-        channels.append(
-            _Channel(suffix.removeprefix(_ORIGINAL) or suffix, file, folder, frame, series)
-        )
-    return channels
-
-
 class _Cells:
     """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once.
 
@@ -230,11 +207,7 @@ def is_needed(column: str) -> bool:
 
 
 def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
-    """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3.
-
-    Raises:
-        RowRefusedError: it is none.
-    """
+    """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3."""
     column = next((column for column in columns if column in texts), None)
     if column is None:
         return None
@@ -242,34 +215,6 @@ def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | Non
     if number is None:
         raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
     return number
-
-
-def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return the well that the columns of a row name: that of the well, else row and column.
-
-    Raises:
-        RowRefusedError: both are there, and differ; or it is no well.
-    """
-    well, row = first_text(texts, WELLS), first_text(texts, ROWS)
-    column = first_text(texts, COLUMNS)
-    if well is None:
-        well = join_well(row, column) if row and column else None
-    elif row or column:
-        with suppress(UserInputError):  # a text that is no well is refused below
-            expected = parse_well(well)
-            joined = join_well(row or str(expected[0]), column or str(expected[1]))
-            try:
-                differs = parse_well(joined) != expected
-            except UserInputError:
-                differs = True
-            if differs:
-                said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
-                detail = f"well {well}, but {' and '.join(said)}"
-                raise RowRefusedError("well and row or column disagree", detail)
-    try:
-        return None if well is None else parse_well(well)
-    except UserInputError as error:
-        raise RowRefusedError("not a well", str(error)) from error
 
 
 _File = tuple[int, tuple[str, int | None, str], str | None]
@@ -321,7 +266,20 @@ class ImageRows:
         self._plate, self._strict = plate, strict
         self._renaming = channels
         self._folder = _SITE_FOLDER.fullmatch(folder)
-        self.channels = _find_channels(columns)
+        # Where there are FileName_Orig* columns, only these are images; flat fields and drawings
+        # never are. A URL stands in for a file name that is not there, or has no folder.
+        found = dict.fromkeys(
+            name.removeprefix(prefix)
+            for prefix in (FILE_PREFIX, URL_PREFIX)
+            for name in columns
+            if name.startswith(prefix) and not _DRAWN.search(name)
+        )
+        self.channels: list[_Channel] = []
+        for suffix in [name for name in found if name.startswith(_ORIGINAL)] or found:
+            file, url, *others = (prefix + suffix for prefix in _OF_FILES)
+            if url in columns and (file not in columns or others[0] not in columns):
+                file = url
+            self.channels.append(_Channel(suffix.removeprefix(_ORIGINAL) or suffix, file, *others))
         of_files = [name for item in self.channels for name in (item.file, item.frame, item.series)]
         doses = dose_columns(tuple(columns))
         known = _KNOWN.union(doses) - {*[name for name in PLATES if name in columns][1:]}
@@ -400,7 +358,7 @@ class ImageRows:
 
     def _read_field(self, texts: Mapping[str, str]) -> _Field:
         """Return where an image is, and its files, as the columns and the file names say."""
-        well = _written_well(texts)
+        well = written_well(*(first_text(texts, some) for some in (WELLS, ROWS, COLUMNS)))
         site, plane, time_point = (
             _whole_number(texts, some) for some in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
         )

@@ -86,7 +86,7 @@ def detect(
     Raises:
         BadTableError: it has none of the known layouts, or several of them; the message says what
             was looked for, the nearest columns, and how to choose.
-        UserInputError: it is not there or may not be read.
+        OSError: it is not there or may not be read.
     """
     if kind is SourceKind.MASKS:
         return Layout.MASKS
@@ -94,13 +94,8 @@ def detect(
     if path.is_dir():
         found = _of_folder(path)
     else:
-        try:
-            with path.open("rb") as stream:
-                head = stream.read(512)
-        except FileNotFoundError as error:
-            raise UserInputError(f"There is no file or folder {path}. Check the path.") from error
-        except OSError as error:
-            raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
+        with path.open("rb") as stream:
+            head = stream.read(512)
         # Each reader is imported where it may be needed: some are slow to import.
         if head.startswith(image_files.SQLITE):
             from .cellprofiler_sqlite import is_cellprofiler_sqlite
@@ -117,12 +112,11 @@ def detect(
                 if open_map(path) is None:
                     raise
                 columns = ()  # a map begins with something else
-            found = table_layouts(columns)
+            found, measured = table_layouts(columns)
             if any("Object" in name or "Parent" in name for name in columns):
                 from .single_cells import is_single_cells
 
                 found += [Layout.SINGLE_CELLS] if is_single_cells(path) else []
-            measured = _profile_columns(columns)
             of_treatments = all(item.kind is SourceKind.TREATMENTS for item in found)
             if measured and of_treatments and kind is not SourceKind.TREATMENTS:
                 raise BadTableError(
@@ -160,9 +154,17 @@ def detect(
     raise _unknown(path, head)
 
 
-def table_layouts(columns: Sequence[str]) -> list[Layout]:
-    """Return the layouts of images and treatments that a table with these columns may have."""
+def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], int]:
+    """Return the layouts of images and treatments that a table with these columns may have.
+
+    And how many of its columns measure wells, if it is what the table does; else 0.
+    """
     present = set(columns)
+    about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
+    measures = [name for name in columns if not name.startswith(about)]
+    of_cells = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measures)
+    of_wells = present & {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
+    measured = len(measures) if of_wells and (of_cells or len(measures) >= _MANY) else 0
     names = {column.removeprefix(PREFIX) for column in columns}
     has_plate, has_name = f"{PREFIX}Plate" in present, f"{PREFIX}pert_iname" in present
     has_well = bool({f"{PREFIX}Well"} & present or {f"{PREFIX}Row", f"{PREFIX}Col"} <= present)
@@ -175,10 +177,10 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     meant = MapColumns(columns, ())
     coded = bool(names & {"broad_sample", "JCP2022"})
     described = bool(names & {"pert_iname", "gene", "Symbol"}) or {"Name", "modality"} <= names
-    chemistry = any(meant.column(role) for role in ("target", "gene", "inchikey", "smiles"))
-    named = not coded and meant.column("treatment") is not None and chemistry
+    chemistry = any((role, 0) in meant.by_role for role in ("target", "gene", "inchikey", "smiles"))
+    named = not coded and ("treatment", 0) in meant.by_role and chemistry
     of_splits = {"split", "experiment_type", "Site"}
-    measured = bool(names & {"ImageNumber", "ObjectNumber"}) or _profile_columns(columns) > 0
+    measures_cells = bool(names & {"ImageNumber", "ObjectNumber"})
     plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
     tests = {
         Layout.PUBLISHED: of_images and is_published,
@@ -186,7 +188,7 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
         # Where it is a table of images, too, that goes first.
         Layout.PLATEMAP: (
             meant.is_map
-            and not measured
+            and not (measured or measures_cells)
             and (not files or (of_images and (has_well or is_published)))
             and (of_images or not names & of_splits)
         ),
@@ -198,18 +200,7 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
         ),
         Layout.JUMP_PLATES: plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
     }
-    return [layout for layout, fits in tests.items() if fits]
-
-
-def _profile_columns(columns: Sequence[str]) -> int:
-    """Return how many columns measure wells, if it is what the table does; else 0."""
-    wells = {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
-    if not wells & set(columns):
-        return 0
-    about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
-    measured = [name for name in columns if not name.startswith(about)]
-    named = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measured)
-    return len(measured) if named or len(measured) >= _MANY else 0
+    return [layout for layout, fits in tests.items() if fits], measured
 
 
 def _of_folder(path: Path) -> list[Layout]:
@@ -222,7 +213,8 @@ def _of_folder(path: Path) -> list[Layout]:
     found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):
         with suppress(UserInputError):
-            is_map = Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns)
+            layouts, _ = table_layouts(open_table(table, whole=False).columns)
+            is_map = Layout.PLATEMAP in layouts
             if is_map or (not found and open_map(table) is not None):
                 return [*found, Layout.PLATEMAP]
     return found

@@ -19,10 +19,11 @@ from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInp
 from .filenames import format_well
 from .tables import (
     MISSING,
+    SPREADSHEETS,
     CellTable,
     TableRow,
     TextTable,
-    is_spreadsheet,
+    first_bytes,
     open_table,
     read_sheet,
     sheet_names,
@@ -461,10 +462,9 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
     if not blocks:
         return None
     notes: list[str] = []
-    names: list[str | None] = []
-    for block in blocks:
-        is_chosen = block.title in chosen.values()
-        names.append(block.title if is_chosen else _column_of(block))
+    names = [
+        block.title if block.title in chosen.values() else _column_of(block) for block in blocks
+    ]
     meant = [header_of(name) if name else None for name in names]
     if "treatment" not in chosen and not any(h and h.role in NAMING for h in meant):
         # A title of several words may tell of cells or times, and not of what is in the grid.
@@ -496,12 +496,16 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
                 column[well] = text
             lines.setdefault(well, line)
     covered = {line for block in blocks for line in block.lines}
-    titles = {block.title for block, name in zip(blocks, names, strict=True) if name}
+    titles = {
+        block.title
+        for block, name in zip(blocks, names, strict=True)
+        if name and (header_of(block.title) or any(w.search(block.title) for w in _TITLES.values()))
+    }
     unused = [
         f"{' '.join(dict.fromkeys(texts))[:60]!r} (line {line})"
         for at, (line, cells) in enumerate(rows)
         if at not in covered and (texts := [text.strip() for text in cells if text.strip()])
-        if not set(texts) <= {title for title in titles if _title_is_understood(title)}
+        if not set(texts) <= titles
     ]
     if unused:
         more = f" and {len(unused) - 5:,} more lines" if len(unused) > 5 else ""
@@ -512,10 +516,6 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
         for well, line in sorted(lines.items(), key=lambda item: (item[1], item[0]))
     ]
     return CellTable(path, header, ",", "", tuple(notes), cells=tuple(made))
-
-
-def _title_is_understood(title: str) -> bool:
-    return header_of(title) is not None or any(words.search(title) for words in _TITLES.values())
 
 
 # ---- Finding the map in a file ----
@@ -541,15 +541,15 @@ def open_map(
         UnknownNameError: there is no such sheet.
         UserInputError: the file is missing or unreadable, or a text table is to have a sheet.
     """
-    if not is_spreadsheet(path):
+    if first_bytes(path) not in SPREADSHEETS:
         if sheet is not None:
             raise UserInputError(f"{path.name} is a text table without sheets. Remove --sheet.")
         text = text_cells(path)
-        at = _head_of(text.rows, chosen)
+        at = _head_of(text.cells, chosen)
         if at is None:
-            return long_form(path, text.rows, dict(chosen))
-        header = text.rows[at]
-        notes = (*text.notes, *_title_notes(text.rows[:at]))
+            return long_form(path, text.cells, dict(chosen))
+        header = text.cells[at]
+        notes = (*text.notes, *_title_notes(text.cells[:at]))
         columns = tuple(name.strip() for name in header.cells)
         return TextTable(
             path, columns, text.delimiter, text.encoding, notes, (tuple(header.cells),), header.line
@@ -596,11 +596,11 @@ def columns_below_titles(path: Path, sheet: str | None = None) -> list[str]:
 
     Where the first line has one cell it is a title: then the header is the longest line below it.
     """
-    columns = [name for name in open_table(path, sheet=sheet).columns if name]
+    columns = [name for name in open_table(path, sheet=sheet, empty=True).columns if name]
     if len(columns) != 1:
         return columns
-    sheets = is_spreadsheet(path)
-    rows = read_sheet(path, sheet or sheet_names(path)[0]) if sheets else text_cells(path).rows
+    sheets = first_bytes(path) in SPREADSHEETS
+    rows = read_sheet(path, sheet or sheet_names(path)[0]) if sheets else text_cells(path).cells
     lines = ([cell.strip() for cell in row.cells if cell.strip()] for row in rows[:_LOOKED_AT])
     return max(lines, key=len, default=columns)
 

@@ -5,10 +5,9 @@ A label image has one whole number for each pixel: 0 is background, each other v
 
 from __future__ import annotations
 
-import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ImageError, UserInputError
-from .image_files import decode_tiff, too_large
+from .image_files import PNG_MAGIC, decode_tiff, files_below, too_large
 from .uris import plain_file, writable
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy")
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_PIXELS = 1 << 28
 _MAX_LABEL = (1 << 31) - 1
 _WHITE = (255, 65535)
@@ -61,54 +59,16 @@ class MaskFile(NamedTuple):
     kind: str | None
 
 
-class MaskFolder:
-    """The files of masks below a folder, found again for each iteration.
-
-    Where files are named like masks (``_cp_masks``, ``_label``, ``_MaskNuclei``, ...) only those
-    are: the others are the images. Else every file is a mask, named like its image.
-
-    Raises:
-        UserInputError: there is no such folder, or no file of masks in it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserInputError(f"{folder} is not a folder. Give the folder that has the masks.")
-        self._root = folder.resolve()
-        self._has_marked = any(
-            _split(_stem(path.name)) for paths in _folders(self._root) for path in paths
-        )
-        self._count = sum(1 for _ in self)
-        if not self._count:
-            raise UserInputError(
-                f"{folder} has no masks. Give a folder of label images: TIFF, PNG or NPY files "
-                "named like the images they belong to."
-            )
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[MaskFile]:
-        for paths in _folders(self._root):
-            masks = []
-            for path in paths:
-                stem = _stem(path.name)
-                if _split(stem) if self._has_marked else not _NOT_MASKS.search(stem):
-                    masks.append(_mask_file(path, self._root))
-            # Cellpose writes x_seg.npy beside x_cp_masks.png: the same masks once more.
-            others = {mask.stems[0] for mask in masks if not _is_seg(mask)}
-            yield from (mask for mask in masks if not (_is_seg(mask) and mask.stems[0] in others))
-
-
-def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
-    """Yield the files of masks that ``paths`` name: all of a folder, or a file as it is.
+def mask_files(paths: Sequence[Path]) -> list[MaskFile]:
+    """Return the files of masks that ``paths`` name: all below a folder, or a file as it is.
 
     Raises:
         UserInputError: there is no such file, it is of another kind, or a folder has no masks.
     """
+    found: list[MaskFile] = []
     for path in paths:
         if path.is_dir():
-            yield from MaskFolder(path)
+            found += masks_below(path)
         elif path.suffix.lower() not in SUFFIXES:
             raise UserInputError(
                 f"{path} is not a file of masks. Give label images: TIFF, PNG or NPY."
@@ -116,21 +76,40 @@ def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
         elif not path.is_file():
             raise UserInputError(f"There is no file {path}. Check the path.")
         else:
-            yield _mask_file(path.resolve(), path.resolve().parent)
+            found.append(_mask_file(path.resolve(), path.resolve().parent))
+    return found
 
 
-def _folders(root: Path) -> Iterator[list[Path]]:
-    """Yield the files that may be masks, folder by folder; links out of ``root`` are excluded."""
-    for folder, below, names in os.walk(root):
-        below.sort()
-        paths = [Path(folder) / name for name in sorted(names)]
-        yield [
-            path
-            for path in paths
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and (not path.is_symlink() or path.resolve().is_relative_to(root))
-        ]
+def masks_below(folder: Path) -> list[MaskFile]:
+    """Return the files of masks below a folder.
+
+    Where files are named like masks (``_cp_masks``, ``_label``, ``_MaskNuclei``, ...) only those
+    are: the others are the images. Else every file is a mask, named like its image.
+
+    Raises:
+        UserInputError: there is no such folder, or no file of masks in it.
+    """
+    if not folder.is_dir():
+        raise UserInputError(f"{folder} is not a folder. Give the folder that has the masks.")
+    root = folder.resolve()
+    by_folder = list(files_below(root, SUFFIXES))
+    has_marked = any(_split(_stem(path.name)) for paths in by_folder for path in paths)
+    found: list[MaskFile] = []
+    for paths in by_folder:
+        masks = []
+        for path in paths:
+            stem = _stem(path.name)
+            if _split(stem) if has_marked else not _NOT_MASKS.search(stem):
+                masks.append(_mask_file(path, root))
+        # Cellpose writes x_seg.npy beside x_cp_masks.png: the same masks once more.
+        others = {mask.stems[0] for mask in masks if not _is_seg(mask)}
+        found += (mask for mask in masks if not (_is_seg(mask) and mask.stems[0] in others))
+    if not found:
+        raise UserInputError(
+            f"{folder} has no masks. Give a folder of label images: TIFF, PNG or NPY files "
+            "named like the images they belong to."
+        )
+    return found
 
 
 def _is_seg(mask: MaskFile) -> bool:
@@ -197,7 +176,7 @@ def _read_image(path: Path, most: int) -> NDArray[Any]:
     try:
         with plain_file(path).open("rb") as stream:
             head = stream.read(26)
-            data = head + stream.read() if head.startswith(_PNG_MAGIC) else b""
+            data = head + stream.read() if head.startswith(PNG_MAGIC) else b""
     except OSError as error:
         raise ImageError(f"{path.name} cannot be opened ({error.strerror}).") from error
     if not data:

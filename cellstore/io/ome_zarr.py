@@ -95,7 +95,7 @@ def _read_field(
     if not levels:
         raise RowRefusedError("image cannot be read", f"{folder}: no multiscales in its metadata")
     array = _inside(folder, str(levels[0].get("path", "")))
-    shape = _described(array).get("shape")
+    shape = (_json(array / "zarr.json") or _json(array / ".zarray")).get("shape")
     axes = [str(axis.get("name", "")).lower() for axis in _items(multiscales[0].get("axes"))]
     if (
         not isinstance(shape, list)
@@ -163,10 +163,6 @@ def _attributes(folder: Path) -> dict[str, Any]:
     else:
         found = _json(folder / ".zattrs")
     return found if isinstance(found, dict) else {}
-
-
-def _described(array: Path) -> dict[str, Any]:
-    return _json(array / "zarr.json") or _json(array / ".zarray")
 
 
 def _json(path: Path) -> dict[str, Any]:

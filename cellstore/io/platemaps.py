@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UnknownNameError, UserInputError
-from .filenames import format_well, join_well, parse_well
+from .filenames import format_well, written_well
 from .map_shapes import (
     EXCEL,
     MILLIMOLAR_NOTE,
@@ -62,7 +62,6 @@ _KIND_OF_ROLE = {
     "gene": PerturbationKind.CRISPR,
 }
 _METADATA_ROLES = ("cell_line", "time_point", "replicate", "batch")
-_SWAPPED = re.compile(r"\d{1,2}\s*[A-Za-z]{1,2}")
 BLANK = "blank"
 """Why a well has no treatment: its cell is blank."""
 NAMELESS = "a dose and no name"
@@ -91,34 +90,31 @@ class MapOptions:
 class MapRow(NamedTuple):
     """A well of a plate map. Every reader of maps yields these, whatever the shape of its table.
 
-    ``map_name`` is the plate where the map has a column of plates. ``record`` is what the map
-    says was done to the well; None: ``unnamed`` says why, and the text of the cell.
+    ``map_name`` is the plate where the map has a column of plates. ``record`` is what was done to
+    the well; None: not known, or no cells. Where the map does not name it, ``unnamed`` says why
+    (``BLANK``, ``EMPTY``, ``NAMELESS`` or what Excel made of it), and what is in the cell.
+    ``metadata`` has the values of the other columns.
     """
 
+    line: int
     map_name: str | None
     position: Position
     metadata: dict[str, str]
     record: TreatmentRecord | None
-    unnamed: tuple[str, str]
+    unnamed: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
 class PlateMap:
-    """The treatments of one plate map by position; None: not known, or no cells.
+    """The wells of one plate map; ``blank`` is what those got whose cell is blank.
 
-    ``lines`` has the line of ``path``, ``metadata`` the values of the other columns. ``unnamed``
-    says of wells whose cell has no treatment why (``BLANK``, ``EMPTY``, ``NAMELESS`` or what Excel
-    made of it) and what is in the cell; ``blank`` is what wells got whose cell is blank.
-    A row with a sample that no treatment table has is in none of these.
+    A row with a sample that no treatment table has is not among them.
     """
 
     name: str
     path: Path
     blank: TreatmentRecord | None = None
-    wells: dict[Position, TreatmentRecord | None] = field(default_factory=dict)
-    lines: dict[Position, int] = field(default_factory=dict)
-    metadata: dict[Position, dict[str, str]] = field(default_factory=dict)
-    unnamed: dict[Position, tuple[str, str]] = field(default_factory=dict)
+    wells: dict[Position, MapRow] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +207,9 @@ def read_annotation(
         said = (*table.notes, *_notes(rows, columns, bool(tables)))
         notes += [f"{writable(path.name)}: {note}" for note in said]
         # A map all of whose rows are refused is a map.
-        by_map: dict[str, list[tuple[int, MapRow]]] = {} if rows else {_stem(path): []}
-        for line, row in rows:
-            by_map.setdefault(row.map_name or _stem(path), []).append((line, row))
+        by_map: dict[str, list[MapRow]] = {} if rows else {_stem(path): []}
+        for row in rows:
+            by_map.setdefault(row.map_name or _stem(path), []).append(row)
         is_broad = columns.column("sample") and (columns.column("map") or columns.column("solvent"))
         for name, some in by_map.items():
             if name in maps:
@@ -242,13 +238,13 @@ def read_annotation(
 
 def _usable_rows(
     path: Path, table: TextTable, columns: MapColumns
-) -> tuple[list[tuple[int, MapRow]], list[Refusal]]:
-    """Return the rows of a map, each with its line, and those that cannot be used.
+) -> tuple[list[MapRow], list[Refusal]]:
+    """Return the rows of a map, and those that cannot be used.
 
     Raises:
         BadTableError: no row can be used, all for one reason; the message has an example.
     """
-    rows: list[tuple[int, MapRow]] = []
+    rows: list[MapRow] = []
     refused: list[Refusal] = []
     for item in _map_rows(table, columns):
         if isinstance(item, Refusal):
@@ -279,22 +275,19 @@ def map_table(path: Path, options: MapOptions) -> TextTable:
     table = open_map(path, options.sheet, options.columns)
     if table is not None:
         return table
-    if options.sheet is not None and not options.columns:
-        others = ", ".join(name for name in sheet_names(path) if name != options.sheet)
-        raise BadTableError(
-            f"{path.name} has no plate map on the sheet {options.sheet}. Name another one with "
-            f"--sheet ({others or 'there is no other'}), or its columns with --map-column."
-        )
     columns = columns_below_titles(path, options.sheet)
     for meaning, header in options.columns:
         if header not in columns:
             raise UnknownNameError.of("column", f"{header} ({meaning})", columns)
     yours = f"{', '.join(columns[:8])}{', ...' if len(columns) > 8 else ''}"
-    where = f"sheet {options.sheet!r} of {path.name}" if options.sheet else path.name
+    where, others = path.name, ""
+    if options.sheet is not None:
+        where = f"sheet {options.sheet} of {path.name}"
+        others = f" ({', '.join(name for name in sheet_names(path) if name != options.sheet)})"
     raise BadTableError(
         f"I do not recognise {where} as a plate map. It needs a well and a treatment column, or a "
         f"grid with columns 1, 2, 3 and rows A, B, C; yours has {yours}. Name its columns with "
-        "--map-column well=... --map-column treatment=..., or another sheet with --sheet."
+        f"--map-column well=... --map-column treatment=..., or another sheet with --sheet{others}."
     )
 
 
@@ -329,11 +322,11 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
 _THOUSANDS = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}(?![0-9])")
 
 
-def _unclear_doses(rows: list[tuple[int, MapRow]]) -> list[Refusal]:
+def _unclear_doses(rows: list[MapRow]) -> list[Refusal]:
     """Take out, and return, rows with doses like 1.000 where others of the file are like 0,5."""
     doses = [
         (at, part.dose_original)
-        for at, (_, row) in enumerate(rows)
+        for at, row in enumerate(rows)
         for part in (row.record.parts if row.record else ())
         if part.dose_original
     ]
@@ -342,21 +335,20 @@ def _unclear_doses(rows: list[tuple[int, MapRow]]) -> list[Refusal]:
     unclear = {at: text for at, text in doses if _THOUSANDS.match(text)}
     why = "may mean two numbers, as others have a comma; write it without a point"
     refused = [
-        Refusal(rows[at][0], "not a dose", f"{text!r} {why}") for at, text in unclear.items()
+        Refusal(rows[at].line, "not a dose", f"{text!r} {why}") for at, text in unclear.items()
     ]
     rows[:] = [row for at, row in enumerate(rows) if at not in unclear]
     return refused
 
 
-def _notes(
-    rows: Sequence[tuple[int, MapRow]], columns: MapColumns, has_tables: bool
-) -> Iterator[str]:
+def _notes(rows: Sequence[MapRow], columns: MapColumns, has_tables: bool) -> Iterator[str]:
     """Yield what a user should know of the codes and doses of a map."""
     dose = columns.column("dose")
     if dose and "mmoles" in dose.lower() and columns.units[dose] != "mM":
         yield MILLIMOLAR_NOTE
-    parts = [part for _, row in rows if row.record for part in row.record.parts]
-    named = [row.record for _, row in rows if row.record and row.record.pert_iname.upper() != DMSO]
+    records = [row.record for row in rows if row.record]
+    parts = [part for record in records for part in record.parts]
+    named = [record for record in records if record.pert_iname.upper() != DMSO]
     if not has_tables and named and all(map(_is_code, named)):
         yield (
             "its treatments are codes of samples; a table with their names and targets goes with "
@@ -373,7 +365,7 @@ def _is_code(record: TreatmentRecord) -> bool:
     return record.pert_iname == record.identifier and any(map(str.isdigit, record.identifier))
 
 
-def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapRow] | Refusal]:
+def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[MapRow | Refusal]:
     """Yield the wells of a table with a row per well."""
     others = [name for name in columns.others if name not in table.repeated]
     at = {name: table.position(name) for name in (*columns.by_role.values(), *others)}
@@ -398,7 +390,7 @@ def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapR
         if not texts and not damaged:  # as spreadsheets write them below the last row
             continue
         try:
-            read = _map_row(texts, columns, others, dose_in_header=not doses)
+            read = _map_row(row.line, texts, columns, others, dose_in_header=not doses)
         except RowRefusedError as refused:
             yield Refusal(row.line, *refused.args)
             continue
@@ -406,7 +398,7 @@ def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapR
         is_dmso = read.record is not None and read.record.pert_iname.upper() == DMSO
         for name in damaged if not (is_dmso and damaged.keys() <= doses) else ():
             read = read._replace(record=None, unnamed=(damaged[name], cells[name]))
-        yield row.line, read
+        yield read
 
 
 class _Row:
@@ -427,7 +419,12 @@ class _Row:
 
 
 def _map_row(
-    texts: dict[str, str], columns: MapColumns, others: Sequence[str], *, dose_in_header: bool
+    line: int,
+    texts: dict[str, str],
+    columns: MapColumns,
+    others: Sequence[str],
+    *,
+    dose_in_header: bool,
 ) -> MapRow:
     row = _Row(texts, columns)
     metadata = {name.removeprefix(PREFIX): texts[name] for name in others if name in texts}
@@ -456,7 +453,11 @@ def _map_row(
     if kind is None:
         row.keep("kind", *([] if read_control(role_text)[0] else ["control"]))
     metadata |= {name.removeprefix(PREFIX): texts[name] for name in texts if name not in row.used}
-    return MapRow(map_name, _position_of(texts, columns), metadata, record, unnamed)
+    where = (texts.get(columns.column(role) or "") for role in ("well", "row", "column"))
+    position = written_well(*where)
+    if position is None:
+        raise RowRefusedError("not a well", "the row names no well; have the rows shifted?")
+    return MapRow(line, map_name, position, metadata, record, None if record else unnamed)
 
 
 def _parts(
@@ -514,30 +515,8 @@ def _parts(
         row.keep("dose", number=number)  # there was nothing to give it to
 
 
-def _position_of(texts: Mapping[str, str], columns: MapColumns) -> Position:
-    well, row, column = (texts.get(columns.column(r) or "") for r in ("well", "row", "column"))
-    found = []
-    by_numbers = join_well(row, column) if row and column else None
-    for written in (well, by_numbers):
-        if written is None:
-            continue
-        if _SWAPPED.fullmatch(written):
-            detail = f"{written!r} is not a well: write the row's letter first, like A01"
-            raise RowRefusedError("not a well", detail)
-        try:
-            found.append(parse_well(written))
-        except UserInputError as error:
-            raise RowRefusedError("not a well", str(error)) from error
-    if not found:
-        raise RowRefusedError("not a well", "the row names no well; have the rows shifted?")
-    if len(set(found)) > 1:
-        detail = f"the well is {well}, but row and column are {row} and {column}"
-        raise RowRefusedError("well against row and column", detail)
-    return found[0]
-
-
 def _blank(
-    rows: Sequence[tuple[int, MapRow]],
+    rows: Sequence[MapRow],
     tables: Sequence[_Treatments],
     asked: str | None,
     is_broad: bool,
@@ -545,7 +524,7 @@ def _blank(
     """Return what a well got whose cell is blank; None: it is not known."""
     if asked == UNTREATED:
         return TreatmentRecord(PerturbationKind.NONE, UNTREATED)
-    records = [row.record for _, row in rows if row.record]
+    records = [row.record for row in rows if row.record]
     samples = {part.identifier for record in records for part in record.parts}
     shared = [len(samples & table.by_sample.keys()) for table in tables]
     dmso = None
@@ -560,7 +539,7 @@ def _blank(
 
 def _fill(
     plate_map: PlateMap,
-    rows: Sequence[tuple[int, MapRow]],
+    rows: Sequence[MapRow],
     tables: Sequence[_Treatments],
     options: MapOptions,
 ) -> Iterator[Refusal]:
@@ -568,11 +547,12 @@ def _fill(
     done: dict[TreatmentRecord, TreatmentRecord | None] = {}
     said: dict[Position, TreatmentRecord | None] = {}
     unclear = {
-        row.position for _, row in rows if said.setdefault(row.position, row.record) != row.record
+        row.position for row in rows if said.setdefault(row.position, row.record) != row.record
     }
-    for line, (_, position, metadata, record, written) in rows:
-        treatment, unnamed = record, written
-        if record is None and unnamed[0] == BLANK:
+    for row in rows:
+        line, _, position, _, record, unnamed = row
+        treatment = record
+        if unnamed and unnamed[0] == BLANK:
             treatment = plate_map.blank
             if unnamed[1] and treatment is not None and options.blank is None:
                 treatment, unnamed = None, (NAMELESS, unnamed[1])
@@ -588,7 +568,7 @@ def _fill(
             )
             yield Refusal(line, "well twice", detail)
         elif position in plate_map.wells:
-            first = plate_map.lines[position]
+            first = plate_map.wells[position].line
             detail = f"well {format_well(*position)} is on the map already, on line {first}"
             yield Refusal(line, "well twice", detail)
         elif record is not None and treatment is None:
@@ -597,12 +577,7 @@ def _fill(
                 line, "unknown broad_sample", f"{samples} is in none of the tables of treatments"
             )
         else:
-            plate_map.wells[position] = treatment
-            plate_map.lines[position] = line
-            if record is None:
-                plate_map.unnamed[position] = unnamed
-            if metadata:
-                plate_map.metadata[position] = metadata
+            plate_map.wells[position] = row._replace(record=treatment, unnamed=unnamed)
 
 
 def _joined(record: TreatmentRecord, tables: Sequence[_Treatments]) -> TreatmentRecord | None:
@@ -641,14 +616,16 @@ def _set_controls(maps: Collection[PlateMap], asked: Sequence[tuple[str, str]]) 
         roles[normalised_name(name)] = Control(role)
     seen: dict[str, str] = {}
     for wells in (plate_map.wells for plate_map in maps if asked):
-        for position, record in wells.items():
+        for position, row in wells.items():
+            record = row.record
             parts = record.parts if record else ()
             seen |= {normalised_name(part.pert_iname): part.pert_iname for part in parts}
             others = [part for part in parts if part.kind is not PerturbationKind.GENOTYPE] or parts
             found = {roles.get(normalised_name(part.pert_iname)) for part in others}
             control = found.pop() if len(found) == 1 else None
             if record is not None and control is not None:
-                wells[position] = replace(record, control=control, treated=False)
+                record = replace(record, control=control, treated=False)
+                wells[position] = row._replace(record=record)
     for name, _ in asked:
         if normalised_name(name) not in seen:
             raise UnknownNameError.of("treatment for --control", name, sorted(seen.values()))
@@ -674,8 +651,9 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
     name = writable(plate_map.path.name)
     if _stem(plate_map.path) != plate_map.name:  # one file may hold the maps of several plates
         name += f" for {plate_map.name}"
+    unnamed = {at: row.unnamed for at, row in plate_map.wells.items() if row.unnamed}
     wells: dict[str, list[Position]] = defaultdict(list)
-    for at, (why, _) in plate_map.unnamed.items():
+    for at, (why, _) in unnamed.items():
         if why != BLANK or at in imaged or not imaged:
             wells[why].append(at)
     for why, some in wells.items():
@@ -693,7 +671,7 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
                 f"{'it' if one else 'they'} got: --blank DMSO or --blank untreated"
             )
         else:
-            texts = ", ".join(sorted({plate_map.unnamed[at][1] for at in some})[:3])
+            texts = ", ".join(sorted({unnamed[at][1] for at in some})[:3])
             yield (
                 f"{what} of {name} {'has' if one else 'have'} {why} ({texts}), "
                 f"{unknown} {_ADVICE[why]}"
@@ -706,9 +684,9 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
                 f"{n_rows * n_columns} wells, in which all others are. Is it a typing error?"
             )
             break
-    treated = [at for at, record in plate_map.wells.items() if record is not None]
+    treated = [at for at, row in plate_map.wells.items() if row.record is not None]
     bare = [at for at in treated if at not in imaged]
-    missing = [at for at, known in imaged.items() if not known and at not in plate_map.unnamed]
+    missing = [at for at, known in imaged.items() if not known and at not in unnamed]
     advice = "look whether the map has shifted; cellstore undo RUN takes it back"
     if imaged and treated and bare == treated:
         yield (

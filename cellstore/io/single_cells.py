@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import BadTableError, UserInputError, first_line
+from ..errors import BadTableError, UserInputError
 from .cellprofiler import COMPARTMENTS, is_feature, position_columns
 from .image_tables import ROWS, WELLS, ImageRecord, ImageRows, is_needed
 from .objects import (
@@ -33,7 +32,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import Refusal, TextTable, is_parquet, open_table
+from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, opened
 
 EXCLUDED = "Metadata_Excluded"
 TOOL = "single cells"
@@ -161,7 +160,8 @@ def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
         UserInputError: no row names its plate, or the file cannot be read.
     """
     source = ObjectSource(TOOL, own_images=False)
-    table: _Table = _ParquetTable(path) if is_parquet(path) else _TextCells(path, source)
+    is_parquet = first_bytes(path) == PARQUET
+    table: _Table = _ParquetTable(path) if is_parquet else _TextCells(path, source)
     columns = _Columns.of(table.columns)
     if columns.object_number is None:
         what = "no column with the number of the cell (Metadata_ObjectNumber)"
@@ -195,7 +195,7 @@ def _find_cells(
     """Columns that have no single value per image."""
     of_image = {**columns.image, **{name: name for name in columns.others}}
     rows_of = ImageRows({name: at for at, name in enumerate(of_image)}, plate)
-    with _reading(path):  # an image may be named by a column of an odd kind
+    with opened(path):  # an image may be named by a column of an odd kind
         for batch, lines in table.batches(list(dict.fromkeys([number, *columns.of_image]))):
             keys = _joined(batch, columns.keys)
             codes = keys.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -313,7 +313,7 @@ class _ParquetTable:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.refused: list[Refusal] = []
-        with _reading(path):
+        with opened(path):
             self._schema = pq.read_schema(path)
         self.columns: Sequence[str] = self._schema.names
         repeated = {name for name in self.columns if self.columns.count(name) > 1}
@@ -336,7 +336,7 @@ class _ParquetTable:
         line = 1
         # Others write tables of any length as one row group: read it piece by piece.
         options = {"pre_buffer": False, "buffer_size": _BUFFER}
-        with _reading(self._path), pq.ParquetFile(self._path, **options) as file:
+        with opened(self._path), pq.ParquetFile(self._path, **options) as file:
             for batch in file.iter_batches(batch_rows(len(columns)), columns=list(columns)):
                 arrays = [batch.column(name) for name in columns]
                 if dtypes:
@@ -404,14 +404,3 @@ class _TextCells:
 
 
 _Table = _ParquetTable | _TextCells
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise BadTableError(
-            f"{path} is damaged, or has values of a type that cellstore does not read "
-            f"({first_line(error)}). Export it again."
-        ) from error

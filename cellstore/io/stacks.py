@@ -6,12 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import tifffile
 
@@ -51,28 +50,11 @@ class StackPage(NamedTuple):
     time_point: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
+class Stack(NamedTuple):
     """The pages of a file, and the names of its channels where it gives them."""
 
     pages: tuple[StackPage, ...]
     channel_names: tuple[str | None, ...]
-
-    @property
-    def planes(self) -> int:
-        """How many planes each channel has."""
-        return max(page.plane for page in self.pages)
-
-    @property
-    def time_points(self) -> int:
-        """How many time points each plane has."""
-        return max(page.time_point for page in self.pages)
-
-
-def is_one_plane(stream: BinaryIO) -> bool:
-    """Whether this is no TIFF, or one of one page and one sample."""
-    pages = list(islice(tiff_pages(stream), 2))
-    return not pages or (len(pages) == 1 and pages[0][1] == 1)
 
 
 def read_stack(path: Path) -> Stack | None:
@@ -93,7 +75,8 @@ def read_stack(path: Path) -> Stack | None:
             if head.startswith(PNG_MAGIC) and len(head) == 26 and head[25] in PNG_COLOURS:
                 read_plane(path)  # refuses real colours
             stream.seek(0)
-            is_plain = is_one_plane(stream)
+            pages = list(islice(tiff_pages(stream), 2))
+            is_plain = not pages or (len(pages) == 1 and pages[0][1] == 1)  # or no TIFF
             if is_plain and not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
                 return None
             stream.seek(0)

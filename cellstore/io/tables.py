@@ -61,10 +61,10 @@ _LONGEST_LINE = 16
 """Chunks that may pass without the end of a line."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_PARQUET_MAGIC = b"PAR1"
+PARQUET = b"PAR1"
 _DELIMITERS = "\t,;"
 _HEADER_LINES = 5
-_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 """How .xlsx and .ods begin, and .xls."""
 _SHEET_ROWS = 1_100_000
 _CELL_LINES = 20_000
@@ -128,7 +128,7 @@ class TextTable:
             BadTableError: the file ends in the middle of its compression, or is two tables.
             UserInputError: the file has become unreadable.
         """
-        with _opened(self.path, self.encoding, self.header_lines) as text:
+        with opened(self.path, self.encoding, self.header_lines) as text:
             yield from RowSplitter(self, text, self.header_lines).rows()
 
     def batches(
@@ -145,7 +145,7 @@ class TextTable:
         """
         read = _ArrowReader(self, positions, numbers).read
         line, left = self.header_lines, ""
-        with _opened(self.path, self.encoding, self.header_lines) as text:
+        with opened(self.path, self.encoding, self.header_lines) as text:
             while block := left + text.read(BLOCK) + text.readline():
                 left = ""
                 columns = read(block)
@@ -429,39 +429,15 @@ def open_table(
         BadTableError: the file is empty, has a header only, or is no text.
         UserInputError: there is no such file, or it may not be read.
     """
-    if is_spreadsheet(path):
+    if first_bytes(path) in SPREADSHEETS:
         return _open_sheet(path, sheet, empty)
-    if not whole and is_parquet(path):
-        with _opened(path) as rows:
+    if not whole and first_bytes(path) == PARQUET:
+        with opened(path) as rows:
             return TextTable(path, rows.columns, ",", "utf-8")
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    encoding = "utf-8-sig"
-    notes: list[str] = []
-    endless = 0
-    with _opened(path) as stream:
-        chunk = stream.read(_CHUNK)
-        head = chunk.removeprefix(codecs.BOM_UTF8)
-        if empty and not head.strip():
-            return TextTable(path, (), ",", encoding)
-        if not head:
-            raise BadTableError(f"{path} is empty. Export it again, or give another file.")
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise BadTableError(f"{path} is UTF-16. Save it as 'CSV UTF-8' and try again.")
-        if b"\0" in head[:4096]:
-            raise BadTableError(f"{path} is not a text table. Give a CSV or tab-separated file.")
-        while chunk and whole:
-            endless = 0 if b"\n" in chunk or b"\r" in chunk else endless + 1
-            if endless >= _LONGEST_LINE:  # it would have to be held in memory as one line
-                raise BadTableError(f"{path} has a line of more than 16 MiB. Give a table of rows.")
-            following = stream.read(_CHUNK)
-            if encoding == "utf-8-sig":
-                try:
-                    decoder.decode(chunk, not following)
-                except UnicodeDecodeError:
-                    encoding = "latin-1"
-                    notes.append("not valid UTF-8, so read as Latin-1: check letters like µ and é")
-            chunk = following
-    with _opened(path, encoding) as text:
+    encoding, notes = _encoding(path, whole=whole, empty=empty)
+    if encoding is None:
+        return TextTable(path, (), ",", "utf-8-sig")
+    with opened(path, encoding) as text:
         longest = -1 if whole else _CHUNK
         lines = [text.readline(longest) for _ in range(_HEADER_LINES)]
         if not lines[0].strip():
@@ -485,10 +461,8 @@ def open_table(
             for item, name in zip(columns, below, strict=True)
         )
         headers, end = (written, second), end + more
-        notes.append("two header lines: the first names the object of each column")
-    table = TextTable(
-        path, columns, delimiter, encoding, tuple(notes), headers, end
-    ).with_repeated()
+        notes += ("two header lines: the first names the object of each column",)
+    table = TextTable(path, columns, delimiter, encoding, notes, headers, end).with_repeated()
     if whole and not empty:
         with closing(table.rows()) as rows:
             if next(rows, None) is None:
@@ -498,16 +472,56 @@ def open_table(
     return table
 
 
+def _encoding(
+    path: Path, *, whole: bool, empty: bool = False
+) -> tuple[str | None, tuple[str, ...]]:
+    """Return the encoding of a text, by all or by the first piece of it, and a note if it is odd.
+
+    None: it is ``empty``, which is allowed.
+
+    Raises:
+        BadTableError: it is empty, no text, or has a line that does not fit into memory.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    notes: tuple[str, ...] = ()
+    endless = 0
+    with opened(path) as stream:
+        chunk = stream.read(_CHUNK)
+        head = chunk.removeprefix(codecs.BOM_UTF8)
+        if empty and not head.strip():
+            return None, ()
+        if not head:
+            raise BadTableError(f"{path} is empty. Export it again, or give another file.")
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadTableError(f"{path} is UTF-16. Save it as 'CSV UTF-8' and try again.")
+        if b"\0" in head[:4096]:
+            raise BadTableError(
+                f"{path} is not a text table. Give .csv, .tsv, .txt, .xlsx, .xls or .ods."
+            )
+        while chunk:
+            endless = 0 if b"\n" in chunk or b"\r" in chunk else endless + 1
+            if endless >= _LONGEST_LINE:  # it would have to be held in memory as one line
+                raise BadTableError(f"{path} has a line of more than 16 MiB. Give a table of rows.")
+            following = stream.read(_CHUNK) if whole else b""
+            if not notes:
+                try:
+                    decoder.decode(chunk, whole and not following)
+                except UnicodeDecodeError:
+                    notes = ("not valid UTF-8, so read as Latin-1: check letters like µ and é",)
+            chunk = following
+    return "latin-1" if notes else "utf-8-sig", notes
+
+
 # ---- Spreadsheets, and text as rows of cells ----
 
 
-def is_spreadsheet(path: Path) -> bool:
-    """Whether a file is .xlsx, .xls or .ods, by how it begins; False where it cannot be read."""
+def first_bytes(path: Path) -> bytes:
+    """Return how a file begins, for example ``PARQUET``; nothing where it cannot be read."""
     try:
         with plain_file(path).open("rb") as file:
-            return file.read(4) in _SPREADSHEETS
+            return file.read(4)
     except OSError:
-        return False
+        return b""
 
 
 _CELL = re.compile(rb'[ <]r="([A-Z]{1,3})([0-9]{1,7})"')
@@ -650,49 +664,24 @@ def _open_sheet(path: Path, name: str | None, empty: bool) -> CellTable:
     return CellTable(path, columns, ",", "", cells=tuple(rows[1:])).with_repeated()
 
 
-class TextCells(NamedTuple):
-    """The first lines of a text table as rows of cells, and how they were read."""
-
-    rows: list[TableRow]
-    delimiter: str
-    encoding: str
-    notes: tuple[str, ...]
-
-
-def text_cells(path: Path) -> TextCells:
+def text_cells(path: Path) -> CellTable:
     """Split the first lines of a text table into cells; titles may be above its header.
 
     The delimiter is what most lines have; of two that all lines have, tab goes before semicolon
-    and that before comma, which may be a decimal comma.
+    and that before comma, which may be a decimal comma. No line is taken for the header.
 
     Raises:
-        BadTableError: the file is damaged or no text.
+        BadTableError: the file is damaged, empty or no text.
         UserInputError: it is missing or unreadable.
     """
-    notes: tuple[str, ...] = ()
-    with _opened(path) as stream:
-        head = stream.read(_CHUNK)
-        # A letter may be cut in the middle at the end of the piece.
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)
-            encoding = "utf-8-sig"
-        except UnicodeDecodeError:
-            encoding = "latin-1"
-            notes = ("not valid UTF-8, so read as Latin-1: check letters like µ and é",)
-        if b"\0" in head[:4096]:
-            raise BadTableError(
-                f"{path} is not a text table. Give .csv, .tsv, .txt, .xlsx, .xls or .ods."
-            )
-    with _opened(path, encoding) as text:
+    encoding, notes = _encoding(path, whole=False)
+    with opened(path, encoding) as text:
         lines = list(islice(text, _CELL_LINES))
         some = [line for line in lines[:200] if line.strip()]
         delimiter = max("\t;,", key=lambda mark: sum(mark in line for line in some))
         reader = csv.reader(lines, delimiter=delimiter)
-        rows: list[TableRow] = []
-        for cells in reader:
-            if any(map(str.strip, cells)):
-                rows.append(TableRow(reader.line_num, cells))
-    return TextCells(rows, delimiter, encoding, notes)
+        rows = [TableRow(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
+    return CellTable(path, (), delimiter, encoding or "", notes, cells=tuple(rows))
 
 
 def known_text(column: str, text: str) -> str | None:
@@ -736,19 +725,6 @@ def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], i
     return tuple(cells), end
 
 
-def is_parquet(path: Path) -> bool:
-    """Whether a file is Parquet, by its first bytes.
-
-    Raises:
-        UserInputError: it cannot be read.
-    """
-    try:
-        with plain_file(path).open("rb") as file:
-            return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
-    except OSError as error:
-        raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
-
-
 class _ParquetRows(io.RawIOBase):
     """The rows of a Parquet file as the bytes of a CSV file, some at a time."""
 
@@ -785,19 +761,19 @@ class _ParquetRows(io.RawIOBase):
 
 
 @contextmanager
-def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> Iterator[Any]:
+def opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> Iterator[Any]:
     """Open a file, gzip and Parquet too: its bytes, or with ``encoding`` its text below the header.
 
     What can go wrong while it is read is turned into one sentence.
     """
     try:
-        with plain_file(path).open("rb") as file:
-            head = file.read(len(_PARQUET_MAGIC))
+        plain_file(path)
+        head = first_bytes(path)
         with (
             gzip.open(path)
             if head.startswith(_GZIP_MAGIC)
             else _ParquetRows(path)
-            if head == _PARQUET_MAGIC
+            if head == PARQUET
             else path.open("rb", buffering=0)
         ) as stream:
             if encoding is None:
@@ -825,14 +801,12 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
         raise BadTableError(
             f"{path} cannot be split into cells ({error}). A quote is probably left open."
         ) from error
-    except OSError as error:
-        raise UserInputError(
-            f"{path} cannot be read ({error.strerror or first_line(error)})."
-        ) from error
-    except ValueError as error:  # as Arrow's errors are
-        if type(error).__module__ != "pyarrow.lib":
+    except (OSError, ValueError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
+        if not isinstance(error, OSError) and type(error).__module__ != "pyarrow.lib":
             raise
-        raise BadTableError(
+        raise BadTableError(  # what Arrow raises, sometimes as an OSError without a number
             f"{path} is damaged, or has values that are no text and no numbers "
             f"({first_line(error)}). Export it again."
         ) from error

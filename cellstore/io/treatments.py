@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError
@@ -320,7 +320,7 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     kind = read_kind(texts.get("Metadata_pert_type"), first_text(texts, _KIND), texts.get(_JCP))
     if _COMPONENTS in texts:
         try:
-            return combined([_component(**item) for item in json.loads(texts[_COMPONENTS])], role)
+            return combined(list(map(_component, json.loads(texts[_COMPONENTS]))), role)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             detail = f"{_COMPONENTS} is not as cellstore export writes it: {texts[_COMPONENTS]!r}"
             raise RowRefusedError("not a treatment", detail) from error
@@ -341,28 +341,22 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     return replace(found, dose_original=texts[_ORIGINAL])
 
 
-def _component(
-    kind: str,
-    pert_iname: str,
-    identifier: str | None = None,
-    target: str | None = None,
-    inchikey: str | None = None,
-    smiles: str | None = None,
-    pubchem_cid: str | None = None,
-    dose: float | None = None,
-    unit: str | None = None,
-    dose_original: str | None = None,
-) -> TreatmentRecord:
+_TEXTS = ("identifier", "target", "inchikey", "smiles", "pubchem_cid")
+
+
+def _component(item: Mapping[str, Any]) -> TreatmentRecord:
     """Return one part of a combination, as an export has it."""
-    chemistry = (inchikey, smiles, pubchem_cid)
-    for text in (pert_iname, identifier, target, *chemistry, unit, dose_original):
-        if not isinstance(text, str | None):
-            raise TypeError(f"{text!r} is no text")
-    part = TreatmentRecord.of(PerturbationKind(kind), pert_iname, identifier, target, *chemistry)
+    texts = ("pert_iname", *_TEXTS, "unit", "dose_original")
+    odd = item.keys() - {"kind", "dose", *texts}
+    odd |= {name for name in texts if not isinstance(item.get(name), str | None)}
+    if odd:
+        raise TypeError(f"{odd} are not known, or no texts")
+    kind, name, dose = PerturbationKind(item["kind"]), item["pert_iname"], item.get("dose")
+    part = TreatmentRecord.of(kind, name, *map(item.get, _TEXTS))
     if dose is None:
         return part
-    number, plain = normalised_dose(dose, unit)
-    return replace(part, dose=number, unit=plain, dose_original=dose_original)
+    number, plain = normalised_dose(dose, item.get("unit"))
+    return replace(part, dose=number, unit=plain, dose_original=item.get("dose_original"))
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:

@@ -102,11 +102,8 @@ def split_url(text: str) -> tuple[str | None, str]:
     """
     if not re.match(r"file:/|[a-z][a-z0-9+.-]+://", text, re.IGNORECASE | re.ASCII):
         return None, text
-    if text[:5].lower() == "file:":
-        path = "/" + unquote(text[5:]).lstrip("/")
-        text = path[1:] if _DRIVE.match(path[1:]) else path
-    else:
-        text = shown(text)
+    is_file = text[:5].lower() == "file:"
+    text = _without_file(f"file:///{text[5:].lstrip('/')}") if is_file else shown(text)
     folder, _, name = text.replace("\\", "/").rpartition("/")
     return folder or "/", name
 

@@ -170,7 +170,7 @@ def find_examples(
     """
     examples: list[Example] = []
     refused: list[dict[str, str]] = []
-    masks = list(mask_files(paths))
+    masks = mask_files(paths)
     for mask in track(workspace.progress, "read masks", len(masks), masks):
         found = read_masks_of(workspace.database, mask, plate=plate, binary=params.binary)
         if isinstance(found, NoMatch):

@@ -75,8 +75,6 @@ LOGS = Path("logs")
 LISTEN_SECONDS = 5.0
 """How often a training looks whether it was cancelled; the end of an epoch apart."""
 
-NO_SETUP = TrainSetup()
-
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -142,7 +140,7 @@ def train(
     segmentation: str | None = None,
     measurement: str | None = None,
     device: str = "auto",
-    setup: TrainSetup = NO_SETUP,
+    setup: TrainSetup | None = None,
     force: bool = False,
     resume: str | None = None,
 ) -> TrainResult:
@@ -171,7 +169,7 @@ def train(
     from ..learn.training import Team, check_device, check_logs
 
     # What to train, and whether it can be done, before anything is written.
-    params = params or TrainParams()
+    params, setup = params or TrainParams(), setup or TrainSetup()
     sources = Sources(split, segmentation, measurement)
     unfinished, weights_sha256 = None, None
     if resume is not None:

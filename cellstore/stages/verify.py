@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, func, select, true
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
@@ -56,7 +56,6 @@ from ..models import (
     ImageQuality,
     Job,
     Label,
-    Perturbation,
     Plate,
     Prediction,
     Recipe,
@@ -67,7 +66,6 @@ from ..models import (
     Split,
     SplitMember,
     Treatment,
-    TreatmentPart,
     Well,
 )
 from ..query.feature_files import stream_ids
@@ -592,15 +590,12 @@ def _odd_splits(session: Session) -> Iterator[tuple[str, str]]:
 
 def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
     """Yield the treatments that are not what their parts say, and tables that were changed."""
-    from .ingest.write_treatments import Part, PerturbationKey, treatment_values
+    from .ingest.write_treatments import records_of, treatment_values
 
-    parts: dict[int, list[Part]] = defaultdict(list)
-    query = select(TreatmentPart, Perturbation).join(Perturbation)
-    for part, of in session.execute(query.order_by(TreatmentPart.position)):
-        key = PerturbationKey(of.kind, of.name, of.identifier)
-        parts[part.treatment_id].append(Part(key, part.dose, part.dose_unit))
+    known = records_of(session, true())
     for row in session.scalars(select(Treatment).order_by(Treatment.id)):
-        for name, value in treatment_values(parts[row.id]).items():
+        parts = known[row.id].parts if row.id in known else ()
+        for name, value in treatment_values(parts).items():
             if getattr(row, name) != value:
                 found = getattr(row, name)
                 yield (

@@ -64,9 +64,6 @@ def test_the_question_behind_a_name_can_be_read(cellstore, store):
     ("words", "hint"),
     [
         (("acuracy",), "accuracy"),
-        (("accuracy", "--rum", "3"), "Known: run"),
-        (("accuracy", "--run", "99"), "predict run"),
-        (("disagreements",), "needs --runs"),
         (("accuracy", "votes"), "One question at a time"),
         (("--run", "3"), "of which question"),
         (("plates", "--for-spreadsheet"), "--format csv"),

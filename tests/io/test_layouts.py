@@ -165,14 +165,12 @@ def test_images_of_unknown_names_ask_for_a_pattern(tmp_path: Path) -> None:
         detect(tmp_path)
 
 
-def test_an_empty_folder_and_no_file(tmp_path: Path) -> None:
+def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(BadTableError, match=r"no Harmony index.*no plate maps.*further down"):
         detect(tmp_path)
     write(tmp_path, LOADDATA, "load_data.csv")
     with pytest.raises(BadTableError, match=r"one of its files, like load_data\.csv"):
         detect(tmp_path)
-    with pytest.raises(UserInputError, match="There is no file"):
-        detect(tmp_path / "absent")
 
 
 @settings(

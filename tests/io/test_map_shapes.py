@@ -88,14 +88,14 @@ def labels(found: PlateAnnotation) -> dict[str, str | None]:
     """What each well of the one map got, with doses."""
     (only,) = found.maps.values()
     return {
-        format_well(*position): record.label if record else None
-        for position, record in only.wells.items()
+        format_well(*position): row.record.label if row.record else None
+        for position, row in only.wells.items()
     }
 
 
 def record(found: PlateAnnotation, row: int, column: int) -> TreatmentRecord:
     (only,) = found.maps.values()
-    treatment = only.wells[row, column]
+    treatment = only.wells[row, column].record
     assert treatment is not None
     return treatment
 
@@ -134,7 +134,7 @@ def test_blocks_of_compounds_and_doses(tmp_path: Path, kind: str, ending: str) -
     found = read_annotation(path)
     assert labels(found) == EXPECTED
     (only,) = found.maps.values()
-    cell_lines = {found.get("cell_line") for found in only.metadata.values()}
+    cell_lines = {row.metadata["cell_line"] for row in only.wells.values() if row.metadata}
     assert cell_lines == ({"A549"} if kind == "below" else set())
 
 
@@ -180,7 +180,8 @@ def test_a_grid_and_its_long_form_give_the_same_wells(
         for name, table, mark in (("map.csv", drawn_map, ";"), ("map.tsv", long, "\t"))
     ]
     (a,), (b,) = (item.maps.values() for item in found)
-    assert (a.wells, a.metadata, a.unnamed) == (b.wells, b.metadata, b.unnamed)
+    said = [{at: row[2:] for at, row in item.wells.items()} for item in (a, b)]
+    assert said[0] == said[1]
     refused = [sorted(issue.detail for _, issue in item.issues) for item in found]
     assert refused[0] == refused[1]
     assert len(a.wells) + len(refused[0]) == len(wells)
@@ -223,7 +224,7 @@ def test_row_and_column_title_rows_and_a_column_of_units(tmp_path: Path) -> None
     assert (taxol.control, taxol.dose_original) == (Control.POSITIVE, "5000 nM")
     assert (dmso.control, dmso.treated) == (None, True)
     (only,) = found.maps.values()
-    assert only.metadata[2, 2] == {"time_point": "48 h", "Operator": "Jo"}
+    assert only.wells[2, 2].metadata == {"time_point": "48 h", "Operator": "Jo"}
     assert any("Screen of 12.03.2026" in note for note in found.notes)
 
 
@@ -248,7 +249,7 @@ def test_combinations_and_genotypes_with_sirna(tmp_path: Path) -> None:
     assert [
         treatment
         and (treatment.control, [(part.kind.value, part.pert_iname) for part in treatment.parts])
-        for treatment in only.wells.values()
+        for treatment in (row.record for row in only.wells.values())
     ] == [
         (Control.NEGATIVE, [("genotype", "NF1 WT")]),
         (None, [("sirna", "NF1 Target 1"), ("genotype", "NF1 WT")]),
@@ -285,7 +286,7 @@ def test_empty_is_a_well_without_cells(tmp_path: Path) -> None:
     path = write(tmp_path / "map.csv", [["Well", "Compound"], ["A1", "empty"], ["A2", "taxol"]])
     found = read_annotation(path, options=MapOptions(blank="DMSO"))
     assert labels(found) == {"A01": None, "A02": "taxol"}
-    assert found.maps["map"].metadata == {(1, 1): {"content": "empty"}}
+    assert [row.metadata for row in found.maps["map"].wells.values()] == [{"content": "empty"}, {}]
 
 
 def xls(path: Path, rows: Rows) -> Path:
@@ -398,7 +399,7 @@ def test_a_map_that_names_its_plates(tmp_path: Path) -> None:
     assert found.barcodes == {"P1": "P1", "P2": "P2"}
     plate_map = found.map_of("P2")
     assert plate_map is not None
-    treatment = plate_map.wells[1, 1]
+    treatment = plate_map.wells[1, 1].record
     assert treatment is not None
     assert treatment.pert_iname == "noco"
 
@@ -409,7 +410,7 @@ def test_sheets(tmp_path: Path) -> None:
     found = read_annotation(path)
     assert labels(found)["A02"] == "taxol"
     assert "sheet 'Map' is read; 'Notes' has no plate map" in found.notes[0]
-    with pytest.raises(BadTableError, match=r"no plate map on the sheet Notes. .*--sheet .Map."):
+    with pytest.raises(BadTableError, match=r"recognise sheet Notes .*--sheet .Map."):
         read_annotation(path, options=MapOptions(sheet="Notes"))
     with pytest.raises(UnknownNameError, match="Nope"):
         read_annotation(path, options=MapOptions(sheet="Nope"))
@@ -463,7 +464,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
     found = read_annotation(write(tmp_path / "map.csv", rows, ";"))
     assert [(refusal.line, refusal.reason) for _, refusal in found.issues] == [
         (2, "not a well"),
-        (3, "well against row and column"),
+        (3, "well and row or column disagree"),
         (4, "not a well"),
         (5, "not a dose"),
         (6, "not a dose"),
@@ -486,7 +487,7 @@ def test_a_gene_table_of_jump_needs_no_new_names(tmp_path: Path) -> None:
     found = read_annotation(write(tmp_path / "map.txt", rows, "\t"), [table])
     assert [
         treatment and (treatment.kind.value, treatment.pert_iname, treatment.control)
-        for treatment in found.maps["m"].wells.values()
+        for treatment in (row.record for row in found.maps["m"].wells.values())
     ] == [("orf", "NAT2", None), ("orf", "LacZ", Control.NEGATIVE), None]
 
 
@@ -557,7 +558,7 @@ def test_a_well_of_several_rows_is_not_the_first_of_them(tmp_path: Path) -> None
         *(["A01", "DMSO"], ["A01", "taxol"], ["A02", "DMSO"], ["A02", "DMSO"]),
     ]
     found = read_annotation(write(tmp_path / "picks.csv", rows))
-    assert _labels(found) == {"A02": "DMSO"}
+    assert labels(found) == {"A02": "DMSO"}
     assert [(issue.line, issue.reason) for _, issue in found.issues] == [
         *((line, "well twice") for line in (2, 3, 5)),
     ]
@@ -567,8 +568,9 @@ def test_a_well_of_several_rows_is_not_the_first_of_them(tmp_path: Path) -> None
 def test_a_dose_in_a_name_counts_where_the_column_of_doses_is_blank(tmp_path: Path) -> None:
     rows = [["Well", "Compound", "Dose (uM)"], ["A01", "DMSO 0.1%", ""], ["A02", "x 10 nM", ""]]
     found = read_annotation(write(tmp_path / "m.csv", rows)).maps["m"]
-    assert [found.wells[1, column].label for column in (1, 2)] == ["DMSO 0.1 %", "x 0.01 uM"]
-    assert found.wells[1, 1].control is Control.NEGATIVE
+    records = [row.record for row in found.wells.values() if row.record]
+    assert [record.label for record in records] == ["DMSO 0.1 %", "x 0.01 uM"]
+    assert records[0].control is Control.NEGATIVE
 
 
 @pytest.mark.parametrize(
@@ -601,25 +603,19 @@ def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Pat
     assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
 
 
-def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:
-    numbers = [str(number) for number in range(1, len(rows[0]) + 1)]
-    return [[title], ["", *numbers], *([chr(65 + at), *row] for at, row in enumerate(rows)), []]
-
-
-def _labels(annotation: PlateAnnotation) -> dict[str, str | None]:
-    (plate_map,) = annotation.maps.values()
-    return {format_well(*at): r and r.label for at, r in sorted(plate_map.wells.items())}
+def titled(title: str, *rows: Sequence[str]) -> list[Sequence[Any]]:
+    return [[title], *grid(rows), []]
 
 
 @pytest.mark.parametrize("unit", ["", " (nM)"])
 def test_each_block_of_doses_is_of_its_block_of_compounds(tmp_path: Path, unit: str) -> None:
     rows = [
-        *_grid("Compound", ["taxol", "DMSO", "taxol"], ["", "", "taxol"]),
-        *_grid(f"Dose{unit}", ["1", "", "2"], ["", "", "3"]),
-        *_grid("Compound", ["nocodazole", "nocodazole", ""], ["", "", ""]),
-        *_grid(f"Dose{unit}", ["10", "20", ""], ["", "", ""]),
+        *titled("Compound", ["taxol", "DMSO", "taxol"], ["", "", "taxol"]),
+        *titled(f"Dose{unit}", ["1", "", "2"], ["", "", "3"]),
+        *titled("Compound", ["nocodazole", "nocodazole", ""], ["", "", ""]),
+        *titled(f"Dose{unit}", ["10", "20", ""], ["", "", ""]),
     ]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     shown = {
         "A01": ("taxol", "1", "nocodazole", "10"),
         "A02": ("DMSO", "", "nocodazole", "20"),
@@ -637,33 +633,33 @@ def test_each_block_of_doses_is_of_its_block_of_compounds(tmp_path: Path, unit: 
 
 def test_doses_of_a_compound_and_of_its_sirna(tmp_path: Path) -> None:
     rows = [
-        *_grid("Compound", ["taxol"] * 3, ["DMSO"] * 3),
-        *_grid("siRNA", ["siNF1"] * 3, ["siCTRL"] * 3),
-        *_grid("Dose (uM)", ["5"] * 3, [""] * 3),
-        *_grid("Dose (nM)", ["20"] * 3, ["20"] * 3),
+        *titled("Compound", ["taxol"] * 3, ["DMSO"] * 3),
+        *titled("siRNA", ["siNF1"] * 3, ["siCTRL"] * 3),
+        *titled("Dose (uM)", ["5"] * 3, [""] * 3),
+        *titled("Dose (nM)", ["20"] * 3, ["20"] * 3),
     ]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert found["A01"] == "taxol 5 uM + siNF1 0.02 uM"
     assert found["B01"] == "DMSO + siCTRL 0.02 uM"
 
 
 @pytest.mark.parametrize("title", ["Screen of the cell line U2OS", "Plate 3 - 24 h time point"])
 def test_a_title_that_tells_of_cells_hides_no_treatments(tmp_path: Path, title: str) -> None:
-    rows = [*_grid(title, ["taxol"] * 3, ["DMSO"] * 3), *_grid("Dose uM", ["5"] * 3, ["0"] * 3)]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    rows = [*titled(title, ["taxol"] * 3, ["DMSO"] * 3), *titled("Dose uM", ["5"] * 3, ["0"] * 3)]
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert (found["A01"], found["B01"]) == ("taxol 5 uM", "DMSO")
     # Where a grid is called so, it is so.
     only = read_annotation(
-        write(tmp_path / "m.csv", _grid("Cell line", ["U2OS"] * 3, ["A549"] * 3))
+        write(tmp_path / "m.csv", titled("Cell line", ["U2OS"] * 3, ["A549"] * 3))
     )
-    assert only.maps["m"].metadata[1, 1] == {"cell_line": "U2OS"}
+    assert only.maps["m"].wells[1, 1].metadata == {"cell_line": "U2OS"}
 
 
 def test_grids_of_one_title_do_not_replace_each_other(tmp_path: Path) -> None:
-    grids = [_grid("Library", [name] * 3, [name] * 3) for name in ("taxol", "first", "second")]
+    grids = [titled("Library", [name] * 3, [name] * 3) for name in ("taxol", "first", "second")]
     found = read_annotation(write(tmp_path / "m.csv", [row for grid in grids for row in grid]))
-    assert _labels(found)["A01"] == "taxol"
-    assert set(found.maps["m"].metadata[1, 1].values()) == {"first", "second"}
+    assert labels(found)["A01"] == "taxol"
+    assert set(found.maps["m"].wells[1, 1].metadata.values()) == {"first", "second"}
 
 
 def test_columns_that_no_treatment_needs_are_kept(tmp_path: Path) -> None:
@@ -671,7 +667,7 @@ def test_columns_that_no_treatment_needs_are_kept(tmp_path: Path) -> None:
     cells = "A01,EGF,5,1,TUBB,protein,yes,EGFR,ERBB"
     rows = [header.split(","), cells.split(",")]
     found = read_annotation(write(tmp_path / "m.csv", rows)).maps["m"]
-    assert found.metadata[1, 1] == {
+    assert found.wells[1, 1].metadata == {
         "Dose 1 (uM)": "5",
         "Replicate 1": "1",
         "Target 2": "TUBB",
@@ -683,20 +679,20 @@ def test_columns_that_no_treatment_needs_are_kept(tmp_path: Path) -> None:
 
 def test_a_dose_in_the_header_is_the_dose_of_all_but_dmso(tmp_path: Path) -> None:
     rows = [["Well", "Compound (10 \u00b5M)"], ["A01", "taxol"], ["A02", "DMSO"]]
-    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    found = labels(read_annotation(write(tmp_path / "m.csv", rows)))
     assert found == {"A01": "taxol 10 uM", "A02": "DMSO"}
 
 
 def test_rows_and_columns_as_pandas_writes_them(tmp_path: Path) -> None:
     rows = [["Row", "Column", "Compound"], ["A", "1.0", "taxol"], ["2", "12.0", "x"]]
-    assert _labels(read_annotation(write(tmp_path / "m.csv", rows))) == {"A01": "taxol", "B12": "x"}
+    assert labels(read_annotation(write(tmp_path / "m.csv", rows))) == {"A01": "taxol", "B12": "x"}
 
 
 def test_dmso_in_both_columns_of_a_combination_is_a_negative_control(tmp_path: Path) -> None:
     rows = [["Well", "Compound 1", "Compound 2"], ["A01", "DMSO", "DMSO"], ["A02", "x", "DMSO"]]
     found = read_annotation(write(tmp_path / "m.csv", rows))
-    assert _labels(found) == {"A01": "DMSO", "A02": "x + DMSO"}
-    controls = [record and record.control for record in found.maps["m"].wells.values()]
+    assert labels(found) == {"A01": "DMSO", "A02": "x + DMSO"}
+    controls = [row.record and row.record.control for row in found.maps["m"].wells.values()]
     assert controls == [Control.NEGATIVE, None]
     assert not any("codes" in note for note in found.notes)
 
@@ -708,7 +704,8 @@ def test_what_a_table_calls_a_control_is_none_in_a_combination(tmp_path: Path) -
     platemap = write(tmp_path / "m.csv", [head, *rows])
     described = [["pert_iname", "control_type"], ["y", "negcon"], ["DMSO", "negcon"], ["x", ""]]
     found = read_annotation(platemap, [write(tmp_path / "compounds.csv", described)])
-    controls = [record and record.control for record in found.maps["m"].wells.values()]
+    rows = found.maps["m"].wells.values()
+    controls = [row.record and row.record.control for row in rows]
     assert controls == [None, None, Control.NEGATIVE, Control.POSITIVE, Control.NEGATIVE]
 
 
@@ -722,29 +719,29 @@ def test_a_point_beside_decimal_commas_may_separate_thousands(tmp_path: Path) ->
     head = ["Well", "Compound", "Dose (nM)"]
     rows = [head, ["A01", "taxol", "1.000"], ["A02", "taxol", "0,5"], ["A03", "x", "2.5"]]
     found = read_annotation(write(tmp_path / "m.csv", rows, ";"))
-    assert _labels(found) == {"A02": "taxol 0.0005 uM", "A03": "x 0.0025 uM"}
+    assert labels(found) == {"A02": "taxol 0.0005 uM", "A03": "x 0.0025 uM"}
     assert [(issue.line, issue.reason) for _, issue in found.issues] == [(2, "not a dose")]
     grids = [
-        *_grid("Compound", ["x"] * 3, ["y"] * 3),
-        *_grid("Dose", ["1,5", "1.000", "2"], [""] * 3),
+        *titled("Compound", ["x"] * 3, ["y"] * 3),
+        *titled("Dose", ["1,5", "1.000", "2"], [""] * 3),
     ]
     drawn = read_annotation(write(tmp_path / "grid.csv", grids, ";"))
     assert [drawn.maps["grid"].wells.get((1, at)) is None for at in (1, 2, 3)] == [0, 1, 0]
     # Where no other has a comma it is a decimal point.
     only = read_annotation(write(tmp_path / "m.csv", rows[:2], ";"))
-    assert _labels(only) == {"A01": "taxol 0.001 uM"}
+    assert labels(only) == {"A01": "taxol 0.001 uM"}
 
 
 def test_a_grid_called_dose_with_words_in_it_is_metadata(tmp_path: Path) -> None:
-    rows = [*_grid("Compound", ["x"] * 3, ["y"] * 3), *_grid("Dose", ["low"] * 3, ["high"] * 3)]
+    rows = [*titled("Compound", ["x"] * 3, ["y"] * 3), *titled("Dose", ["low"] * 3, ["high"] * 3)]
     found = read_annotation(write(tmp_path / "m.csv", rows))
-    assert (_labels(found)["A01"], found.issues) == ("x", ())
-    assert found.maps["m"].metadata[1, 1] == {"block 2 Dose": "low"}
+    assert (labels(found)["A01"], found.issues) == ("x", ())
+    assert found.maps["m"].wells[1, 1].metadata == {"block 2 Dose": "low"}
 
 
 def test_a_grid_may_have_its_letters_on_both_sides(tmp_path: Path) -> None:
     rows = [["", "1", "2", "3", ""], ["A", "x", "y", "z", "A"], ["B", "x", "y", "z", "B"]]
-    assert _labels(read_annotation(write(tmp_path / "m.csv", rows)))["B03"] == "z"
+    assert labels(read_annotation(write(tmp_path / "m.csv", rows)))["B03"] == "z"
     rows[2][4] = "C"
     with pytest.raises(BadTableError, match="Has the map shifted"):
         read_annotation(write(tmp_path / "m.csv", rows))

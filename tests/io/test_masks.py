@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from realdata import real_data
 
 from cellstore.errors import ImageError, UserInputError
-from cellstore.io.mask_files import MaskFolder, read_labels
+from cellstore.io.mask_files import masks_below, read_labels
 
 LABELS = np.array([[0, 1, 1, 0], [7, 7, 0, 0], [0, 0, 0, 300]], np.uint16)
 
@@ -58,44 +58,44 @@ def save(path: Path, array: NDArray[Any]) -> Path:
     ],
 )
 def test_names_of_masks(tmp_path: Path, name: str, stem: str, kind: str | None) -> None:
-    (mask,) = MaskFolder(touch(tmp_path, name))
+    (mask,) = masks_below(touch(tmp_path, name))
     assert (mask.stems[0], mask.kind, mask.name) == (stem, kind, name)
 
 
 def test_a_name_that_ends_twice_like_masks_may_be_of_either_image(tmp_path: Path) -> None:
-    (mask,) = MaskFolder(touch(tmp_path, "a_mask_cp_masks.png"))
+    (mask,) = masks_below(touch(tmp_path, "a_mask_cp_masks.png"))
     assert mask.stems == ("a", "a_mask", "a_mask_cp_masks")
 
 
 def test_among_images_only_what_is_named_like_masks_is(tmp_path: Path) -> None:
     touch(tmp_path, "a.tif", "a_cp_masks.png", "a_flows.tif", "a_seg.npy", "notes.txt")
-    assert [mask.name for mask in MaskFolder(tmp_path)] == ["a_cp_masks.png"]
+    assert [mask.name for mask in masks_below(tmp_path)] == ["a_cp_masks.png"]
 
 
 def test_in_a_folder_of_their_own_masks_are_named_like_their_images(tmp_path: Path) -> None:
     touch(tmp_path, "P1/a.tif", "P1/a_outlines.png", "P2/a.ome.tif", "P2/notes.txt")
-    found = [(mask.name, mask.stems[0]) for mask in MaskFolder(tmp_path)]
+    found = [(mask.name, mask.stems[0]) for mask in masks_below(tmp_path)]
     assert found == [("P1/a.tif", "a"), ("P2/a.ome.tif", "a")]
 
 
 def test_folders_of_images_beside_folders_of_masks_are_left_alone(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.tif", "labels/a_label.tif", "labels/b_seg.npy")
-    found = [mask.name for mask in MaskFolder(tmp_path)]
+    found = [mask.name for mask in masks_below(tmp_path)]
     assert found == ["labels/a_label.tif", "labels/b_seg.npy"]
 
 
 def test_a_folder_without_masks(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="no masks"):
-        MaskFolder(touch(tmp_path, "notes.txt"))
+        masks_below(touch(tmp_path, "notes.txt"))
     with pytest.raises(UserInputError, match="not a folder"):
-        MaskFolder(tmp_path / "absent")
+        masks_below(tmp_path / "absent")
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     secret = save(tmp_path / "secret.tif", LABELS)
     folder = touch(tmp_path / "masks", "a_mask.tif")
     (folder / "b_mask.tif").symlink_to(secret)
-    assert [mask.name for mask in MaskFolder(folder)] == ["a_mask.tif"]
+    assert [mask.name for mask in masks_below(folder)] == ["a_mask.tif"]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_real_labels_of_stardist_are_not_consecutive() -> None:
 @pytest.mark.real
 def test_real_masks_of_cellprofiler_are_black_and_white() -> None:
     folder = real_data("cytodataframe/NF1_Plate_2/Plate_2_masks")
-    found = MaskFolder(folder)
+    found = masks_below(folder)
     assert sorted(mask.kind or "" for mask in found) == [
         *("cells", "cells", "cytoplasm", "cytoplasm", "nuclei", "nuclei")
     ]
@@ -242,7 +242,7 @@ def test_real_masks_of_cellprofiler_are_black_and_white() -> None:
 def test_real_labels_of_the_data_science_bowl() -> None:
     folder = real_data("dsb2018/labels")
     images = {path.stem for path in (folder.parent / "images").iterdir()}
-    found = MaskFolder(folder)
+    found = masks_below(folder)
     assert len(found) == 10
     assert {mask.stems[0] for mask in found} == images
     assert min(int(read_labels(mask.path).max()) for mask in found) >= 8

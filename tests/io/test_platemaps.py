@@ -169,7 +169,8 @@ def test_a_map_of_genotypes_needs_no_treatment_table(tmp_path: Path) -> None:
         None,
     ]
     (read,) = found.maps.values()
-    assert read.metadata == {(3, column): {"seed_density": "500"} for column in (6, 7, 8)}
+    metadata = {at: row.metadata for at, row in read.wells.items() if row.metadata}
+    assert metadata == {(3, column): {"seed_density": "500"} for column in (6, 7, 8)}
 
 
 def test_what_cannot_be_used_is_listed_with_file_and_line(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_what_cannot_be_used_is_listed_with_file_and_line(tmp_path: Path) -> Non
     ]
     assert well(annotation).pert_iname == "AMG900"
     (found,) = annotation.maps.values()
-    assert (len(found.wells), found.lines) == (1, {(1, 1): 2})
+    assert {at: row.line for at, row in found.wells.items()} == {(1, 1): 2}
 
 
 def test_barcodes_choose_the_map_of_a_plate(tmp_path: Path) -> None:
@@ -265,7 +266,10 @@ def test_the_target_plates_of_jump() -> None:
     tables = [real_data(f"{TABLES}/JUMP-Target-1_{kind}_metadata.tsv") for kind in kinds]
     annotation = read_annotation(real_data(f"{MAPS}/platemap"), tables)
     roles = {
-        name: Counter(found and (found.kind.value, found.control) for found in item.wells.values())
+        name: Counter(
+            row.record and (row.record.kind.value, row.record.control)
+            for row in item.wells.values()
+        )
         for name, item in annotation.maps.items()
     }
     negative, positive = Control.NEGATIVE, Control.POSITIVE
@@ -330,7 +334,8 @@ def test_the_orf_table_of_a_later_edition() -> None:
         real_data(f"{MAPS}/platemap/JUMP-Target-1_orf_platemap.txt"),
         [real_data("jump_target/JUMP-Target-1_orf_metadata.tsv")],
     )
-    found = Counter(item and item.kind for item in annotation.maps.popitem()[1].wells.values())
+    rows = annotation.maps.popitem()[1].wells.values()
+    found = Counter(row.record and row.record.kind for row in rows)
     assert found == {None: 4, PerturbationKind.ORF: 380}
 
 
@@ -350,7 +355,7 @@ def test_a_production_map_that_shares_few_samples_with_the_table() -> None:
         "unknown broad_sample": unknown
     }
     assert len(found.wells) + unknown == len(samples) == 384
-    assert sum(record is None for record in found.wells.values()) == samples.count("") == 18
+    assert sum(row.record is None for row in found.wells.values()) == samples.count("") == 18
     assert annotation.map_of("BR00117035") is not None
 
 
@@ -368,8 +373,7 @@ def test_the_genotypes_of_nf1(plate: str, wells: dict[str, int]) -> None:
     annotation = read_annotation(real_data("nf1_platemaps"))
     found = annotation.map_of(plate)
     assert found is not None
-    assert Counter(item.pert_iname for item in found.wells.values() if item) == wells
-    assert {
-        item.control for item in found.wells.values() if item and item.pert_iname == "NF1 WT"
-    } == {Control.NEGATIVE}
+    records = [row.record for row in found.wells.values() if row.record]
+    assert Counter(item.pert_iname for item in records) == wells
+    assert {item.control for item in records if item.pert_iname == "NF1 WT"} == {Control.NEGATIVE}
     assert annotation.map_of("Plate_5_nf1_analysis") is None

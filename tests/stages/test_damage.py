@@ -24,6 +24,7 @@ from cellstore.enums import Stage
 from cellstore.errors import DatabaseError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, ImageFile
+from cellstore.report.audit import audit
 from cellstore.report.repro import repro
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
@@ -94,8 +95,9 @@ def test_a_reference_that_leads_nowhere_is_found(workspace: Workspace) -> None:
         [item.detail for item in doctor(workspace.settings).findings if item.state == "broken"],
     ):
         assert any(reason.startswith(said) and "restore" in reason for reason in reasons)
-    with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers to .* cellstore verify"):
-        repro(workspace, str(run.id))
+    for command in (repro, lambda *of: audit(*of, "run")):
+        with pytest.raises(DatabaseError, match=f"row {run.id} of runs refers .* cellstore verify"):
+            command(workspace, str(run.id))
 
 
 CHANGED = {

@@ -6,7 +6,7 @@ import csv
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from cellstore.models import (
 from cellstore.query import feature_files
 from cellstore.query.engine import open_questions
 from cellstore.query.saved_queries import find_question
-from cellstore.stages.ingest.account import Account, Brought
+from cellstore.stages.ingest.account import Account, FileIdentity
 from cellstore.stages.ingest.ingest import ingest as ingest_source
 from cellstore.stages.ingest.ingest_features import ingest_features
 from cellstore.stages.verify import verify
@@ -51,12 +51,16 @@ HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
 
 
 @dataclass(frozen=True)
-class Done(Brought):
+class Done:
     """What a source brought, the account of each file, and the images that got cells."""
 
-    account: Account = field(kw_only=True)
-    accounts: dict[str, tuple[int, int, int, int]] = field(kw_only=True)
-    new: int = field(kw_only=True)
+    plates: Sequence[int]
+    cells: int
+    feature_set: str | None
+    segmentations: Sequence[int]
+    account: Account
+    accounts: dict[str, tuple[int, int, int, int]]
+    new: int
 
 
 def ingest(
@@ -72,14 +76,16 @@ def ingest(
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         account = Account(run.id, source.name)
         params = IngestParams(name=name, plate=plate)
-        brought = ingest_features(workspace, session, source, layout, params, account)
+        identity = FileIdentity.of(source)
+        ingest_features(workspace, session, source, layout, params, account, identity)
     with workspace.database.read() as session:
         rows = session.scalars(select(IngestFile).where(IngestFile.run_id == run.id))
         files = {
             row.name: (row.n_created, row.n_updated, row.n_unchanged, row.n_refused) for row in rows
         }
         made = select(func.count(Segmentation.id)).where(Segmentation.run_id == run.id)
-        return Done(**vars(brought), account=account, accounts=files, new=session.scalar(made) or 0)
+        brought = (account.plates, account.cells, account.feature_set, account.segmentations)
+        return Done(*brought, account, files, session.scalar(made) or 0)
 
 
 def site(

@@ -56,7 +56,7 @@ class Bench:
         run = self.make.run(Stage.INGEST, status=Status.RUNNING)
         account = Account(run.id, source.name)
         with self.workspace.database.begin() as session:
-            self.plates = ingest_treatments(
+            ingest_treatments(
                 self.workspace,
                 session,
                 source,
@@ -64,6 +64,7 @@ class Bench:
                 params or IngestParams(),
                 account,
             )
+        self.plates = tuple(account.plates)
         counted = account.created + account.updated + account.unchanged + account.refused
         assert account.rows == counted
         return account

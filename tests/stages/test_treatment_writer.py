@@ -15,8 +15,6 @@ from cellstore.models import Event, Treatment, Well
 from cellstore.stages.ingest import write_treatments as writer_module
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.write_treatments import (
-    Part,
-    PerturbationKey,
     TreatmentWriter,
     records_of,
     treatment_values,
@@ -94,39 +92,38 @@ def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
         }
 
 
-def identity(*parts: Part) -> str:
-    return str(treatment_values(parts)["identity"])
+def identity(part: TreatmentRecord) -> str:
+    return str(treatment_values([part])["identity"])
 
 
 def test_kind_name_identifier_and_dose_make_a_treatment() -> None:
-    key = PerturbationKey(PerturbationKind.COMPOUND, "AMG900", "BRD-1")
+    one = TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", identifier="BRD-1")
     other = [
-        Part(key._replace(kind=PerturbationKind.ORF)),
-        Part(key._replace(name="taxol")),
-        Part(key._replace(identifier=None)),
-        Part(key, 5, "uM"),
-        Part(key, 5, "%"),
-        Part(key, 10, "uM"),
+        replace(one, kind=PerturbationKind.ORF),
+        replace(one, pert_iname="taxol"),
+        replace(one, identifier=None),
+        replace(one, dose=5, unit="uM"),
+        replace(one, dose=5, unit="%"),
+        replace(one, dose=10, unit="uM"),
     ]
-    assert len({identity(part) for part in (Part(key), *other)}) == 7
+    assert len({identity(part) for part in (one, *other)}) == 7
 
 
 def test_neither_order_nor_unit_makes_another_treatment() -> None:
-    amg = PerturbationKey(PerturbationKind.COMPOUND, "AMG900", "BRD-1")
-    taxol = PerturbationKey(PerturbationKind.COMPOUND, "taxol", None)
-    one = treatment_values([Part(amg, 5000, "nM"), Part(taxol, 0.5, "%")])
-    assert one == treatment_values([Part(taxol, 0.5, "%"), Part(amg, 5, "\u00b5M")])
+    amg = TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", identifier="BRD-1")
+    taxol = TreatmentRecord(PerturbationKind.COMPOUND, "taxol")
+    dosed = replace(taxol, dose=0.5, unit="%")
+    one = treatment_values([replace(amg, dose=5000, unit="nM"), dosed])
+    assert one == treatment_values([dosed, replace(amg, dose=5, unit="\u00b5M")])
     assert (one["name"], one["name_with_dose"]) == ("AMG900 + taxol", "AMG900 5 uM + taxol 0.5 %")
-    assert (
-        one["perturbations_key"] == treatment_values([Part(taxol), Part(amg)])["perturbations_key"]
-    )
-    assert one["perturbations_key"] != treatment_values([Part(taxol)])["perturbations_key"]
+    assert one["perturbations_key"] == treatment_values([taxol, amg])["perturbations_key"]
+    assert one["perturbations_key"] != treatment_values([taxol])["perturbations_key"]
 
 
 def test_a_bar_in_a_name_makes_no_two_treatments_one() -> None:
-    left = PerturbationKey(PerturbationKind.COMPOUND, "a|b", "c")
-    right = PerturbationKey(PerturbationKind.COMPOUND, "a", "b|c")
-    assert identity(Part(left)) != identity(Part(right))
+    left = TreatmentRecord(PerturbationKind.COMPOUND, "a|b", identifier="c")
+    right = TreatmentRecord(PerturbationKind.COMPOUND, "a", identifier="b|c")
+    assert identity(left) != identity(right)
 
 
 def test_a_well_without_treatment_gets_one(screen: Screen) -> None:

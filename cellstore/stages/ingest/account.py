@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -16,8 +16,11 @@ from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert
 from ...enums import Severity
 from ...errors import CellstoreError, UserInputError
+from ...io.tables import Refusal
 from ...io.uris import plain_file, writable
 from ...models import IngestFile, IngestIssue
+
+T = TypeVar("T")
 
 SHOWN = 1_000
 """Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
@@ -41,16 +44,6 @@ class UndoneError(CellstoreError):
     """Rows of a file were refused under ``strict``; ``issues`` are the first."""
 
     issues: tuple[Issue, ...] = ()
-
-
-@dataclass(frozen=True)
-class Brought:
-    """What a source brought beside its rows; ``plates`` (ids) are those that it is about."""
-
-    plates: Sequence[int]
-    cells: int = 0
-    feature_set: str | None = None
-    segmentations: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +104,9 @@ class Account:
     Readers count ``rows``; whoever decides about a row counts it once more, in one of ``created``,
     ``updated``, ``unchanged``, or by :meth:`refuse`. ``since``: the last event when files that say
     what wells got were read first, if they are read again: what was corrected after it stays.
+    The source is about ``plates`` (ids); ``cells``, their ``feature_set`` and ``segmentations`` (of
+    recipes) are what it brought beside its rows. ``moved`` counts the files that are read from
+    another folder now, by the old and the new one.
     """
 
     run_id: int
@@ -123,26 +119,46 @@ class Account:
     reasons: Counter[tuple[Severity, str]] = field(default_factory=Counter)
     shown: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    moved: Counter[tuple[str, str]] = field(default_factory=Counter)
     pending: list[Issue] = field(default_factory=list)
     since: int | None = None
+    plates: Sequence[int] = ()
+    cells: int = 0
+    feature_set: str | None = None
+    segmentations: Sequence[int] = ()
+
+    def take(self, rows: Iterable[T | Refusal]) -> list[T]:
+        """Count rows, refuse those that cannot be used, and return the others."""
+        usable: list[T] = []
+        for row in rows:
+            self.rows += 1
+            if isinstance(row, Refusal):
+                self.refuse(*row)
+            else:
+                usable.append(row)
+        return usable
 
     def refuse(self, line: int | None, reason: str, detail: str, file: str | None = None) -> None:
         """Leave a row out, and say why."""
-        self.refused += 1
-        self._add(Issue(Severity.REFUSED, file or self.file, line, reason, detail))
+        self.add(Severity.REFUSED, line, reason, detail, file)
 
     def problem(self, line: int | None, reason: str, detail: str, file: str | None = None) -> None:
         """Say what could not be used of a row that was used otherwise."""
-        self._add(Issue(Severity.PROBLEM, file or self.file, line, reason, detail))
+        self.add(Severity.PROBLEM, line, reason, detail, file)
 
     def suspicious(
         self, line: int | None, reason: str, detail: str, file: str | None = None
     ) -> None:
         """Say what looks wrong, although all was used."""
-        self._add(Issue(Severity.SUSPICIOUS, file or self.file, line, reason, detail))
+        self.add(Severity.SUSPICIOUS, line, reason, detail, file)
 
-    def _add(self, issue: Issue) -> None:
-        self.reasons[issue.severity, issue.reason] += 1
+    def add(
+        self, severity: Severity, line: int | None, reason: str, detail: str, file: str | None
+    ) -> None:
+        """Say what is wrong; ``file`` None: the row is of the file of this account."""
+        self.refused += severity is Severity.REFUSED
+        issue = Issue(severity, file or self.file, line, reason, detail)
+        self.reasons[severity, reason] += 1
         self.pending.append(issue)
         if len(self.shown) < SHOWN:
             self.shown.append(issue)
@@ -167,16 +183,6 @@ class Account:
         self.pending += other.pending
         self.reasons.update(other.reasons)
         self.shown += other.shown[: SHOWN - len(self.shown)]
-
-    def gather(self, others: Iterable[Account]) -> None:
-        """Add what the accounts of several files of one source say."""
-        for other in others:
-            self.rows += other.rows
-            self.created += other.created
-            self.updated += other.updated
-            self.unchanged += other.unchanged
-            self.refused += other.refused
-            self.take_issues(other)
 
     def check_strict(self) -> None:
         """Undo the source if rows were refused.

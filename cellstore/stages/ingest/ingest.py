@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +17,7 @@ from sqlalchemy import delete, func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
-from ...db.bulk import in_lists, one_ingest_at_a_time
+from ...db.bulk import in_lists, one_ingest_at_a_time, rows_in
 from ...db.events import Change, record_events, recording_new_rows
 from ...db.fields import wells_changed
 from ...enums import Look, Severity, Stage, Status
@@ -50,7 +49,7 @@ from ...models import (
     Well,
 )
 from ...settings import track
-from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
+from .account import SHOWN, Account, FileIdentity, Issue, UndoneError
 from .ingest_images import (
     READERS,
     ImageSource,
@@ -61,6 +60,15 @@ from .ingest_images import (
 
 VERSION = 2
 REFRESH_VERSION = 1
+
+_OF_MAPS = ("sheet", "map_columns", "blank", "controls")
+"""Options about plate maps."""
+_ONLY_OF: Mapping[str, Collection[SourceKind]] = {
+    "name": (SourceKind.FEATURES, SourceKind.MASKS),
+    "pixel_size": (SourceKind.IMAGES,),
+    "binary": (SourceKind.MASKS,),
+}
+"""Options that other kinds of sources do not have."""
 
 
 @dataclass(frozen=True)
@@ -138,24 +146,19 @@ def ingest(
             # The last run that read the very same files in the very same way. What has been
             # corrected since stays corrected: an old table that is ingested again, by habit or by
             # a clock, must not undo it.
-            runs = select(Run).where(
-                Run.recipe_id == recipe.id, Run.stage == Stage.INGEST, Run.status == Status.DONE
-            )
+            runs = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
             earlier = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
             result = None if earlier is None else earlier.result
-            if result is None or (params.strict and result["refused"]):
-                earlier = None
-            else:
-                there = sum(
-                    session.scalar(select(func.count()).where(Plate.id.in_(some))) or 0
-                    for some in in_lists(result["plates"])
-                )
-                if kind is SourceKind.FEATURES and "feature_set" in result:
-                    from .ingest_features import lacks_files  # these are slow to import
+            plates = result["plates"] if result else []
+            if result and result.get("feature_set"):
+                from .ingest_features import lacks_files  # these are slow to import
 
-                    again = lacks_files(session, workspace.artifacts, result["feature_set"])
-                if again or there < len(result["plates"]):
-                    earlier = None  # a file of features is gone, or a plate of it was deleted
+                again = lacks_files(session, workspace.artifacts, result["feature_set"])
+            # A plate of it may have been deleted, or a file of features is gone.
+            there = rows_in(session, select(Plate.id), Plate.id, plates)
+            lost = again or len(there) < len(plates)
+            if lost or not result or (params.strict and result["refused"]):
+                earlier = None
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         labels = {file.sha256 for file in (read if kind is SourceKind.TREATMENTS else read[1:])}
@@ -164,31 +167,18 @@ def ingest(
                 account.since = _first_read(session, labels)
         try:
             if earlier is not None:
-                brought = _read_again(workspace, kind, params, earlier, account)
+                _read_again(workspace, kind, params, earlier, account)
             elif images is not None:
-                brought = ingest_images(workspace, images, account, identity.lines)
+                ingest_images(workspace, images, account, identity.lines)
             elif kind is SourceKind.MASKS:
                 from .ingest_masks import ingest_masks
 
-                brought = ingest_masks(workspace, source, params, account)
+                ingest_masks(workspace, source, params, account)
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)
                     with recording_new_rows(session, run.id):
-                        if kind is SourceKind.FEATURES:
-                            from .ingest_features import ingest_features
-
-                            brought = ingest_features(
-                                workspace, session, source, layout, params, account, identity,
-                                again=again,
-                            )  # fmt: skip
-                        else:
-                            from .ingest_treatments import ingest_treatments
-
-                            plates = ingest_treatments(
-                                workspace, session, source, layout, params, account
-                            )
-                            brought = Brought(plates)
+                        _write(workspace, session, source, layout, params, account, identity, again)
                     if params.strict:
                         account.check_strict()
         except UndoneError:
@@ -204,18 +194,18 @@ def ingest(
         kept = {
             name: value
             for name in ("plates", "cells", "feature_set", "segmentations")
-            if (value := getattr(brought, name))
+            if (value := getattr(account, name))
         }
         run.result = {"plates": [], **account.counts, **kept}
+    for (old, new), number in account.moved.items():
+        files_are = "1 file is" if number == 1 else f"{number:,} files are"
+        account.notes.append(f"{files_are} now read from {shown(new)}, no longer from {shown(old)}")
     wells = fields = seen = 0
     with workspace.database.read() as session:
-        for some in in_lists(brought.plates):
-            query = select(
-                func.count(Well.id.distinct()),
-                func.count(Image.id),
-                func.count(Image.content_sha256),
-            ).outerjoin(Image, Image.well_id == Well.id)
-            row = session.execute(query.where(Well.plate_id.in_(some))).one()
+        counts = (func.count(Well.id.distinct()), func.count(Image.id))
+        query = select(*counts, func.count(Image.content_sha256))
+        query = query.outerjoin(Image, Image.well_id == Well.id)
+        for row in rows_in(session, query, Well.plate_id, account.plates):
             wells, fields, seen = wells + row[0], fields + row[1], seen + row[2]
     return IngestResult(
         run_id=run.id,
@@ -224,15 +214,37 @@ def ingest(
         **account.counts,
         reasons=tuple((*key, number) for key, number in account.reasons.most_common()),
         issues=tuple(account.shown),
-        plates=len(brought.plates),
+        plates=len(account.plates),
         wells=wells,
         images=fields,
         missing_images=fields - seen,
-        cells=brought.cells,
-        feature_set=brought.feature_set,
-        segmentations=tuple(brought.segmentations),
+        cells=account.cells,
+        feature_set=account.feature_set,
+        segmentations=tuple(account.segmentations),
         notes=tuple(account.notes),
     )
+
+
+def _write(
+    workspace: Workspace,
+    session: Session,
+    source: Path,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+    identity: FileIdentity | None,
+    again: bool = False,
+) -> None:
+    """Write treatments or features. Without the ``identity`` of the source it is a dry run."""
+    if layout.kind is SourceKind.TREATMENTS:
+        from .ingest_treatments import ingest_treatments  # these are slow to import
+
+        ingest_treatments(workspace, session, source, layout, params, account)
+    else:
+        from .ingest_features import ingest_features
+
+        how = (workspace, session, source, layout, params, account, identity)
+        ingest_features(*how, again=again)
 
 
 def _first_read(session: Session, digests: set[str]) -> int | None:
@@ -260,13 +272,13 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
         )
     source = Path(source)
     map_folder("/", params.maps)  # before anything is read, an error in --map
-    if not source.exists():
-        raise UserInputError(f"There is no file or folder {source}. Check the path.")
-    if not source.is_dir():
-        try:
-            plain_file(source)
-        except OSError as error:
-            raise UserInputError(f"{source} cannot be read ({error.strerror}).") from error
+    try:
+        if not source.is_dir():
+            plain_file(source).open("rb").close()
+    except FileNotFoundError as error:
+        raise UserInputError(f"There is no file or folder {source}. Check the path.") from error
+    except OSError as error:
+        raise UserInputError(f"{source} cannot be read ({error.strerror}).") from error
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is not None and params.layout not in list(Layout):
         raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
@@ -281,26 +293,19 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
             f"The layout {layout.value} is for {layout.kind.value}, not for {kind.value}. "
             f"Remove the word {kind.value!r} or --layout."
         )
-    named = layout.kind in (SourceKind.FEATURES, SourceKind.MASKS)
-    wrong = [
-        *(["--name"] if params.name is not None and not named else []),
-        *(["--pixel-size"] if params.pixel_size and layout.kind is not SourceKind.IMAGES else []),
-        *(["--binary-masks"] if params.binary and layout.kind is not SourceKind.MASKS else []),
-    ]
-    if layout is not Layout.PLATEMAP:
-        of_maps = ["sheet", "map_columns", "blank", "controls"] if params.platemap is None else []
-        chosen = [item for item in options_of(params) if getattr(params, item.name)]
-        lost = [flag(item) for item in chosen if item.name in of_maps]
-        if lost:
-            raise UserInputError(
-                f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
-                f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
-            )
-        if len(params.plate) > 1:
-            raise UserInputError(
-                f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
-                "with --plate; only a plate map may be of several."
-            )
+    chosen = [item for item in options_of(params) if getattr(params, item.name)]
+    lost = [flag(item) for item in chosen if item.name in _OF_MAPS]
+    if lost and layout is not Layout.PLATEMAP and params.platemap is None:
+        raise UserInputError(
+            f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
+            f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
+        )
+    if len(params.plate) > 1 and layout is not Layout.PLATEMAP:
+        raise UserInputError(
+            f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
+            "with --plate; only a plate map may be of several."
+        )
+    wrong = [flag(i) for i in chosen if layout.kind not in _ONLY_OF.get(i.name, SourceKind)]
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
@@ -311,11 +316,11 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
 
 def _read_again(
     workspace: Workspace, kind: SourceKind, params: IngestParams, earlier: Run, account: Account
-) -> Brought:
+) -> None:
     """Account for a source that was read whole before: only files of images can have changed."""
     result = earlier.result or {}
-    plates = result["plates"]
     account.rows, account.refused = result["rows"], result["refused"]
+    account.plates = plates = result["plates"]
     issue = IngestIssue
     columns = (issue.severity, issue.file, issue.line, issue.reason, issue.detail)
     of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
@@ -333,7 +338,9 @@ def _read_again(
         session.execute(insert(issue).from_select(names, copied))
         if kind is SourceKind.FEATURES:
             account.unchanged = account.rows - account.refused
-            return Brought(plates, 0, result.get("feature_set"), result.get("segmentations", ()))
+            account.feature_set = result.get("feature_set")
+            account.segmentations = result.get("segmentations", ())
+            return
         # Wells that have got another treatment since, and the last run that read another source
         # since and updated rows of these plates.
         changes = wells_changed(Event.run_id > earlier.id).subquery()
@@ -369,7 +376,6 @@ def _read_again(
             f"{wells} a newer label from another table; kept. To see what a well had: "
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
-    return Brought(plates)
 
 
 @dataclass(frozen=True)
@@ -559,10 +565,6 @@ class PreviewWell:
     change: str
 
 
-class _RehearsedError(Exception):
-    """Undoes what a dry run wrote."""
-
-
 @dataclass
 class Preview:
     """What a source would become: ``files`` are the first of them, ``images`` counts fields.
@@ -597,12 +599,6 @@ class Preview:
     new_images: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def refuse(self, issue: Issue) -> None:
-        """Count a row that would be left out."""
-        self.refused += 1
-        if len(self.issues) < SHOWN:
-            self.issues.append(issue)
-
     def add(self, known: set[Any], key: Hashable, rows: Sequence[PreviewRow]) -> None:
         """Count the files of one image (``key``), and show them if there is room.
 
@@ -622,13 +618,14 @@ class Preview:
 
 
 def _rehearse(
-    workspace: Workspace, source: Path, layout: Layout, params: IngestParams, found: Preview
+    workspace: Workspace,
+    source: Path,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+    found: Preview,
 ) -> None:
-    """Ingest treatments or features, keep what became of them in ``found``, and undo all of it.
-
-    Raises:
-        _RehearsedError: always, so that the transaction is undone.
-    """
+    """Ingest treatments or features, keep what became of them in ``found``, and undo all of it."""
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, {"dry run": source.name}))
@@ -645,42 +642,31 @@ def _rehearse(
         )
         session.add(run)
         session.flush()
-        account = Account(run.id, writable(source.name))
-        how = (workspace, session, source, layout, params, account)
-        if layout.kind is SourceKind.FEATURES:
-            from .ingest_features import ingest_features
-
-            last = session.scalar(select(func.max(Image.id))) or 0
-            brought = ingest_features(*how, dry_run=True)
-            _show_features(session, brought, run.id, last, found)
-        else:
-            from .ingest_treatments import ingest_treatments
-
-            last = session.scalar(select(func.max(Well.id))) or 0
-            _show_wells(session, ingest_treatments(*how), run.id, last, found)
-        for name, number in account.counts.items():
-            setattr(found, name, number)
-        found.issues, found.notes = account.shown, account.notes
-        raise _RehearsedError
+        account.run_id = run.id
+        of_features = layout.kind is SourceKind.FEATURES
+        last = session.scalar(select(func.max(Image.id if of_features else Well.id))) or 0
+        _write(workspace, session, source, layout, params, account, None)
+        show = _show_features if of_features else _show_wells
+        show(session, account, last, found)
+        session.rollback()
 
 
-def _show_features(
-    session: Session, brought: Brought, run_id: int, last: int, found: Preview
-) -> None:
-    found.feature_set, found.cells = brought.feature_set, brought.cells
+def _show_features(session: Session, account: Account, last: int, found: Preview) -> None:
+    found.feature_set, found.cells = account.feature_set, account.cells
     columns = session.scalar(
-        select(FeatureSet.columns).where(FeatureSet.name == brought.feature_set)
+        select(FeatureSet.columns).where(FeatureSet.name == account.feature_set)
     )
     names = [column["name"].split("_") for column in columns or ()]
     found.columns.update("_".join(name[: min(2, len(name) - 1)] or name) for name in names)
-    for some in in_lists(brought.plates):
-        found.plates.update(session.scalars(select(Plate.barcode).where(Plate.id.in_(some))))
+    found.plates.update(
+        row.barcode for row in rows_in(session, select(Plate.barcode), Plate.id, account.plates)
+    )
     query = (
         select(Segmentation.n_cells, Plate.barcode, Well.name, Image)
         .join(Image, Image.id == Segmentation.image_id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
-        .where(Segmentation.run_id == run_id)
+        .where(Segmentation.run_id == account.run_id)
         .order_by(Segmentation.id)
     )
     images: set[Any] = set()
@@ -690,18 +676,16 @@ def _show_features(
         found.new_images += image.id > last
 
 
-def _show_wells(
-    session: Session, plates: Sequence[int], run_id: int, last: int, found: Preview
-) -> None:
+def _show_wells(session: Session, account: Account, last: int, found: Preview) -> None:
     events = select(Event.row_id, Event.old).where(
-        Event.run_id == run_id, Event.table_name == "wells"
+        Event.run_id == account.run_id, Event.table_name == "wells"
     )
     changed = {well: old or {} for well, old in session.execute(events)}
     query = (
         select(Well.id, Plate.barcode, Well.name, Treatment.name_with_dose, Well.control)
         .join(Plate, Plate.id == Well.plate_id)
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
-        .where(Well.plate_id.in_(plates) | Well.id.in_(list(changed)[:SHOWN]))
+        .where(Well.plate_id.in_(account.plates) | Well.id.in_(list(changed)[:SHOWN]))
         .order_by(Plate.barcode, Well.well_row, Well.well_column)
     )
     for well, barcode, name, treatment, control in session.execute(query):
@@ -716,14 +700,6 @@ def _show_wells(
             change = f"was {old['treatment'] or 'not known'}{role}"
         if len(found.treated) < SHOWN:
             found.treated.append(PreviewWell(barcode, name, treatment, control, change))
-
-
-def _channels_of(session: Session, barcode: str) -> Mapping[str, str]:
-    """Return what the channels of a plate are called now, by each name that they once had."""
-    plate = session.scalar(select(Plate.id).where(Plate.barcode == barcode))
-    if plate is None:
-        plate, _ = renamed_plates(session, [barcode]).get(barcode, (0, ""))
-    return renamed_channels(session, {plate}).get(plate, {})
 
 
 def preview(
@@ -741,48 +717,54 @@ def preview(
     params = params or IngestParams()
     layout, source = choose_layout(source, params), Path(source)
     found = Preview(source.name, layout.value)
+    account = Account(0, writable(source.name))
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:
         records = ImageSource(source, layout, params)
-        found.notes = records.notes
+        account.notes = records.notes
         now: dict[str, Mapping[str, str]] = {}
         """What channels are called in the store, by plate."""
         for row in records.records():
-            found.rows += 1
+            account.rows += 1
+            account.pending.clear()  # nothing is written
             if isinstance(row, Refusal):
-                found.refuse(Issue(Severity.REFUSED, found.source, *row))
+                account.refuse(*row)
             else:
                 well = format_well(row.row, row.column)
                 where = (row.plate, well, row.site, row.plane, row.time_point)
                 treatment = row.treatment.label if row.treatment else None
                 if workspace is not None and row.plate not in now:
                     with workspace.database.read() as session:
-                        now[row.plate] = _channels_of(session, row.plate)
-                row = rename_channels(row, now.get(row.plate, {}), found.notes)  # noqa: PLW2901
+                        plate = session.scalar(select(Plate.id).where(Plate.barcode == row.plate))
+                        if plate is None:
+                            plate, _ = renamed_plates(session, [row.plate]).get(row.plate, (0, ""))
+                        now[row.plate] = renamed_channels(session, {plate}).get(plate, {})
+                row = rename_channels(row, now.get(row.plate, {}), account.notes)  # noqa: PLW2901
                 files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
                 found.add(images, where, files)
-                if row.problem is not None and len(found.issues) < SHOWN:
-                    issue = Issue(Severity.PROBLEM, found.source, row.line, *row.problem)
-                    found.issues.append(issue)
+                if row.problem is not None:
+                    account.problem(row.line, *row.problem)
     elif workspace is None:
         raise UserInputError(
             f"A dry run of {layout.kind.value} needs the store that they are for. Name it with "
             "--store."
         )
     elif layout.kind is not SourceKind.MASKS:
-        with suppress(_RehearsedError):
-            _rehearse(workspace, source, layout, params, found)
+        _rehearse(workspace, source, layout, params, account, found)
     else:
         from .ingest_masks import MaskReader
 
         for masks in MaskReader(workspace, source, params).plan():
-            found.rows += 1
+            account.rows += 1
             image, file = masks.image, masks.file
             if isinstance(image, NoMatch):
-                found.refuse(Issue(Severity.REFUSED, file.name, None, *image))
+                account.refuse(None, *image, file.name)
             else:
                 where = (image.plate, image.well, image.site, image.plane, image.time_point)
                 cells = len(masks.cells)
                 masks_row = PreviewRow(file.name, *where, objects=file.kind, cells=cells)
                 found.add(images, image.id, [masks_row])
+    found.issues, found.notes = account.shown, account.notes
+    for name, number in account.counts.items():
+        setattr(found, name, number)
     return found

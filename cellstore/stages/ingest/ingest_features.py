@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import ArtifactFolder
 from ...config import IngestParams
-from ...db.bulk import bulk_insert, in_lists, take_ids
+from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...db.events import recording_removed
-from ...enums import FeatureStorage, Severity, Stage
+from ...enums import FeatureStorage, Stage
 from ...errors import BadTableError, UserInputError
 from ...io.cellprofiler_csv import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
@@ -43,23 +43,18 @@ from ...query.feature_files import (
     stored_values,
 )
 from ...query.source import check_set_name
-from .account import Account, Brought, FileIdentity
+from .account import Account, FileIdentity
 from .ingest_images import RowWriter
 
 VERSION = 1
-DEFAULT_NAMES = {
-    Layout.CELLPROFILER_CSV: "cellprofiler",
-    Layout.CELLPROFILER_SQLITE: "cellprofiler",
-    Layout.SINGLE_CELLS: "single_cells",
-}
 _READERS = {
-    Layout.CELLPROFILER_CSV: open_cellprofiler_folder,
-    Layout.CELLPROFILER_SQLITE: open_cellprofiler_sqlite,
-    Layout.SINGLE_CELLS: open_single_cells,
+    Layout.CELLPROFILER_CSV: ("cellprofiler", open_cellprofiler_folder),
+    Layout.CELLPROFILER_SQLITE: ("cellprofiler", open_cellprofiler_sqlite),
+    Layout.SINGLE_CELLS: ("single_cells", open_single_cells),
 }
-_ISSUES_AT_ONCE = 5_000
+"""By layout: what a feature set is called by default, and what opens the source."""
 _IMAGES_AT_ONCE = 1_000
-_CELL = ("id", "segmentation_id", "object_number", *BOX, *CENTRE, "excluded")
+_CELL = ("segmentation_id", "object_number", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
 OTHER_VALUES = "other values than before"
 
@@ -73,17 +68,16 @@ def ingest_features(
     layout: Layout,
     params: IngestParams,
     account: Account,
-    identity: FileIdentity | None = None,
+    identity: FileIdentity | None,
     *,
-    dry_run: bool = False,
     again: bool = False,
-) -> Brought:
+) -> None:
     """Write the objects and features of ``source`` in the open transaction of ``session``.
 
     The rows of each file are accounted for in an account of its own; ``account`` gets the sum.
-    The feature set has the name of the tool where ``params`` give none; ``identity`` is that of a
-    ``source`` that was looked at. Files of features are written at once, their rows count with
-    the transaction; ``dry_run``: the files are not written, and the caller undoes the rows.
+    The feature set has the name of the tool where ``params`` give none. Files of features are
+    written at once, their rows count with the transaction. ``identity`` is that of ``source``; None
+    for a dry run: no file is written, and the caller undoes the rows.
     ``again``: the source is known, and the features of cells whose file is gone are written again.
 
     Raises:
@@ -91,8 +85,9 @@ def ingest_features(
         UserInputError: no plate is known, or the feature set has other columns.
         StorageError: a file cannot be written.
     """
-    name = check_set_name(params.name or DEFAULT_NAMES[layout])
-    opened = _READERS[layout](source, next(iter(params.plate), None))
+    default_name, open_source = _READERS[layout]
+    name = check_set_name(params.name or default_name)
+    opened = open_source(source, next(iter(params.plate), None))
     accounts = _Accounts(session, account.run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
@@ -103,7 +98,6 @@ def ingest_features(
         asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
         images, plates = _write_images(session, opened, accounts, params.maps)
-        target = cells = None
         # A set without cells or empty images would only be in the way.
         if len(opened.object_number) or opened.empty:
             target = _target_set(session, opened, name)
@@ -120,10 +114,12 @@ def ingest_features(
                 of_cells,
                 empty,
                 accounts,
-                dry_run,
+                identity is None,
                 [] if again else None,
             )
             cells.write()
+            account.cells, account.feature_set = cells.created, target.name
+            account.segmentations = (target.segment_id,)
         accounts.add_issues()  # some are found while the values are read
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
             found = known.get(file.path) or asked[file.path].result()
@@ -132,16 +128,17 @@ def ingest_features(
         progress.finish()
         pool.shutdown(wait=True, cancel_futures=True)
         opened.close()
-    account.gather(accounts.of_files)
+    for of_file in accounts.of_files:
+        for count, number in of_file.counts.items():
+            setattr(account, count, getattr(account, count) + number)
+        account.take_issues(of_file)
     account.notes += opened.notes
-    if target is None or cells is None:
-        return Brought(sorted(plates))
-    if again and lacks_files(session, workspace.artifacts, target.name):
+    account.plates = sorted(plates)
+    if again and lacks_files(session, workspace.artifacts, name):
         account.notes.append(
-            f"Feature set {target.name!r} still lacks files, which came from other tables. See "
+            f"Feature set {name!r} still lacks files, which came from other tables. See "
             "which with: cellstore verify"
         )
-    return Brought(sorted(plates), cells.created, target.name, (target.segment_id,))
 
 
 def lacks_files(session: Session, artifacts: ArtifactFolder, name: str) -> bool:
@@ -168,14 +165,9 @@ class _Accounts:
         """Refuse the rows that are no part of a cell, and say what was noticed."""
         for severity, file, lines, reason, detail in self._source.issues:
             account = self.by_name[file]
-            add = {
-                Severity.REFUSED: account.refuse,
-                Severity.PROBLEM: account.problem,
-                Severity.SUSPICIOUS: account.suspicious,
-            }[severity]
-            for start in range(0, len(lines), _ISSUES_AT_ONCE):
-                for line in lines[start : start + _ISSUES_AT_ONCE]:
-                    add(line, reason, detail)
+            for some in in_lists(lines):
+                for line in some:
+                    account.add(severity, line, reason, detail, file)
                 account.flush(self._session)
         self._source.issues.clear()
 
@@ -365,15 +357,14 @@ class _CellWriter:
         query = select(Segmentation.image_id, Segmentation.id, Segmentation.n_cells).where(
             Segmentation.recipe_id == self.target.segment_id
         )
-        for some in in_lists([*np.unique(images[images != _UNKNOWN]).tolist(), *self.empty]):
-            of_some = query.where(Segmentation.image_id.in_(some))
-            for image, key, n_cells in self.session.execute(of_some):
-                self.segmentations[image] = key
-                known.append(image)
-                if n_cells and image in self.empty:
-                    file, row = self.source.images[self.empty[image]]
-                    detail = f"no cells are counted here, but the store has {n_cells:,} of them"
-                    self.accounts.by_name[file].problem(row.line, OTHER_VALUES, detail)
+        asked = [*np.unique(images[images != _UNKNOWN]).tolist(), *self.empty]
+        for image, key, n_cells in rows_in(self.session, query, Segmentation.image_id, asked):
+            self.segmentations[image] = key
+            known.append(image)
+            if n_cells and image in self.empty:
+                file, row = self.source.images[self.empty[image]]
+                detail = f"no cells are counted here, but the store has {n_cells:,} of them"
+                self.accounts.by_name[file].problem(row.line, OTHER_VALUES, detail)
         is_known = np.isin(images, np.array(known, np.int64))
         is_new = (images != _UNKNOWN) & ~is_known
         counts = Counter(images[is_new].tolist())
@@ -413,21 +404,19 @@ class _CellWriter:
     def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
         if len(cells) == 0:
             return
-        ids = take_ids(self.session, Cell, len(cells))
         rows = cells - batch.start
         excluded: list[str | None] = [None] * len(cells)
         if batch.excluded is not None:
             texts = [batch.excluded[row] for row in rows.tolist()]
             excluded = [text[:LONGEST].replace("\0", "?") if text else None for text in texts]
         columns = [
-            ids,
             [self.segmentations[image] for image in self.images[cells].tolist()],
             self.source.object_number[cells].tolist(),
             *_columns(batch.boxes[rows], whole=True),
             *_columns(batch.centres[rows], whole=False),
             excluded,
         ]
-        bulk_insert(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
+        ids = insert_numbered(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
         values = self.target.conform(_chosen(batch.values, rows), self.source.files[0].name)
         if not self.dry_run:
             writer.write(np.asarray(ids, np.int64), values)
@@ -440,11 +429,9 @@ class _CellWriter:
         if len(cells) == 0:
             return
         segmentations = [self.segmentations[image] for image in self.images[cells].tolist()]
-        by_key: dict[tuple[int, int], int] = {}
         query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
-        for some in in_lists(set(segmentations)):
-            for row in self.session.execute(query.where(Cell.segmentation_id.in_(some))):
-                by_key[row[0], row[1]] = row[2]
+        rows_of = rows_in(self.session, query, Cell.segmentation_id, set(segmentations))
+        by_key = {(segmentation, number): cell for segmentation, number, cell in rows_of}
         numbers = self.source.object_number[cells].tolist()
         keys = zip(segmentations, numbers, strict=True)
         ids = np.array([by_key.get(key, _UNKNOWN) for key in keys], np.int64)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import hashlib
 from array import array
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,14 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
-from ...db.bulk import bulk_insert, in_lists, insert_new, one_ingest_at_a_time, take_ids, wide_cache
+from ...db.bulk import (
+    in_lists,
+    insert_new,
+    insert_numbered,
+    one_ingest_at_a_time,
+    rows_in,
+    wide_cache,
+)
 from ...db.events import Change, is_new, record_events, recording_new_rows, savepoint
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
@@ -37,13 +45,13 @@ from ...io.layouts import Layout
 from ...io.platemaps import MapOptions, Position, notes_on_wells, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.treatments import Aliases, TreatmentRecord
-from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
+from ...io.uris import FileStat, exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_folder, gone_sentence
 from ...jobs.lookup import renamed_channels, renamed_plates
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
-from .account import Account, Brought
+from .account import Account
 from .write_treatments import TreatmentWriter
 
 BATCH = 10_000
@@ -75,9 +83,9 @@ _PLATE_COLUMNS = {
 }
 """Metadata columns that are columns of ``plates``."""
 
-_WELL = ("id", "plate_id", "well_row", "well_column", "name")
-_IMAGE = ("id", "well_id", "site", "plane", "time_point", "core_name", "pixel_size")
-_FILE = ("id", "image_id", "channel", "position", "name", "folder_id")
+WELL = ("plate_id", "well_row", "well_column", "name")
+_IMAGE = ("well_id", "site", "plane", "time_point", "core_name", "pixel_size")
+_FILE = ("image_id", "channel", "position", "name", "folder_id")
 
 WellKey = tuple[str, int, int]
 """Barcode, row, column."""
@@ -163,9 +171,10 @@ class ImageSource:
                     yield Refusal(row.line, "no plate map", detail)
                     continue
                 well = row.row, row.column
-                treatment = plate_map.wells.get(well) or treatment
+                on_map = plate_map.wells.get(well)
+                treatment = (on_map and on_map.record) or treatment
                 # A well of which the map says nothing is one that does not share it.
-                metadata = {**(metadata or {}), **plate_map.metadata.get(well, {})}
+                metadata = {**(metadata or {}), **(on_map.metadata if on_map else {})}
                 imaged.setdefault(plate_map.name, {})[well] = treatment is not None
             if self._aliases is not None and treatment is not None:
                 treatment = self._aliases.apply(treatment)
@@ -176,9 +185,7 @@ class ImageSource:
                 self.notes += notes_on_wells(plate_map, imaged[plate_map.name])
 
 
-def ingest_images(
-    workspace: Workspace, source: ImageSource, account: Account, total: int
-) -> Brought:
+def ingest_images(workspace: Workspace, source: ImageSource, account: Account, total: int) -> None:
     """Bring the records of a source in, as one transaction, then look at their files.
 
     ``total``: about how many records there are.
@@ -198,15 +205,8 @@ def ingest_images(
                 writer = RowWriter(session, account, source.params.maps)
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
-                    account.rows += len(batch)
-                    records: list[ImageRecord] = []
-                    for row in batch:
-                        if isinstance(row, Refusal):
-                            account.refuse(*row)
-                        else:
-                            records.append(row)
                     # Together; where the database refuses one of them, each by itself.
-                    waiting = [records]
+                    waiting = [account.take(batch)]
                     while waiting:
                         some = waiting.pop()
                         before = replace(
@@ -245,7 +245,7 @@ def ingest_images(
     found = int(np.isin(np.frombuffer(writer.unchanged, dtype=np.int64), list(changed)).sum())
     account.unchanged -= found
     account.updated += found
-    return Brought(tuple(sorted(writer.plates)))
+    account.plates = sorted(writer.plates)
 
 
 class RowWriter:
@@ -268,7 +268,6 @@ class RowWriter:
         self._folder_ids: dict[str | None, int | None] = {None: None}
         self._treatment_of: dict[WellKey, tuple[TreatmentRecord, int]] = {}
         self._metadata: dict[int, Mapping[str, str]] = {}
-        self._moved: Counter[tuple[str, str]] = Counter()
         self._differing: set[str] = set()
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
@@ -291,7 +290,10 @@ class RowWriter:
         given = usable = self._usable(records)
         wells, new_wells = self._find_wells(usable)
         if self._channels:
-            usable = self._with_channels_now(usable)
+            usable = [
+                rename_channels(record, self._channels.get(record.plate, {}), self.account.notes)
+                for record in usable
+            ]
         wanted: dict[int, tuple[TreatmentRecord, int | None]] = {
             well: self._treatment_of[record.plate, record.row, record.column]
             for record, well in zip(usable, wells, strict=True)
@@ -303,11 +305,9 @@ class RowWriter:
                 uri = map_folder(folder, self._maps)
                 self._folder_ids[folder] = folder_id(self.session, uri)
 
-        known: dict[ImageKey, int] = {}
-        columns = (Image.well_id, Image.site, Image.plane, Image.time_point, Image.id)
-        for some in in_lists(set(wells) - new_wells):
-            for row in self.session.execute(select(*columns).where(Image.well_id.in_(some))):
-                known[row[0], row[1], row[2], row[3]] = row[4]
+        query = select(Image.well_id, Image.site, Image.plane, Image.time_point, Image.id)
+        rows_of = rows_in(self.session, query, Image.well_id, set(wells) - new_wells)
+        known: dict[ImageKey, int] = {tuple(key): image for *key, image in rows_of}
         keys = [
             (well, record.site, record.plane, record.time_point)
             for record, well in zip(usable, wells, strict=True)
@@ -316,24 +316,22 @@ class RowWriter:
         for key, record in zip(keys, usable, strict=True):
             if key not in known:
                 new.setdefault(key, record)
-        ids = take_ids(self.session, Image, len(new))
+        rows: list[tuple[Any, ...]] = []
+        for key, record in new.items():
+            core_name = f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
+            rows.append((*key, record.core_name or core_name, record.pixel_size))
+        ids = insert_numbered(self.session, Image, _IMAGE, rows)
         if self._first_new is None and new:
             self._first_new = ids[0]
         known.update(zip(new, ids, strict=True))
         made_of = dict(zip(ids, new.values(), strict=True))
-        rows: list[tuple[Any, ...]] = []
-        for image, (key, record) in zip(ids, new.items(), strict=True):
-            core_name = f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
-            rows.append((image, *key, record.core_name or core_name, record.pixel_size))
         folders = self._folder_ids
         files = [
             (image, ref.channel, ref.number or order, ref.name, folders[ref.folder])
             for image, record in made_of.items()
             for order, ref in enumerate(record.files, start=1)
         ]
-        bulk_insert(self.session, Image, _IMAGE, rows)
-        self._insert_files(files)
-
+        insert_numbered(self.session, ImageFile, _FILE, files)
         images = [known[key] for key in keys]
         earlier = [
             (image, record)
@@ -370,25 +368,11 @@ class RowWriter:
         }
         return [of_record.get(id(record)) for record in records]
 
-    def _with_channels_now(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
-        """Return the records with the names that channels have now, where they were renamed."""
-        return [
-            rename_channels(record, self._channels.get(record.plate, {}), self.account.notes)
-            for record in records
-        ]
-
-    def _insert_files(self, files: Sequence[tuple[Any, ...]]) -> None:
-        # An id is never given twice: the event of an ingest names its files by their ids.
-        ids = take_ids(self.session, ImageFile, len(files))
-        rows = [(number, *file) for number, file in zip(ids, files, strict=True)]
-        bulk_insert(self.session, ImageFile, _FILE, rows)
-
     def finish(self) -> None:
         """Keep the metadata of the records, and report what looks wrong with their treatments."""
         if self._metadata:
             self._write_metadata()
         self._treatments.report()
-        note_moved(self.account, self._moved)
 
     def _usable(self, records: Sequence[ImageRecord]) -> Sequence[ImageRecord]:
         """Refuse records that cannot be stored or contradict the file; return the others.
@@ -443,16 +427,13 @@ class RowWriter:
 
         batches = {record.plate: record.batch for record in records}
         absent = {barcode for barcode, _, _ in missing if barcode not in self._plate_ids}
-        for some in in_lists(absent):
-            for plate in self.session.scalars(select(Plate).where(Plate.barcode.in_(some))):
-                self._plate_ids[plate.barcode] = plate.id
-                batch = batches[plate.barcode]
-                plate.batch = plate.batch or batch
-                if batch is not None and batch != plate.batch:
-                    detail = (
-                        f"plate {plate.barcode}: {plate.batch} in the store, {batch} here; kept"
-                    )
-                    self.account.problem(None, "another batch", detail)
+        for (plate,) in rows_in(self.session, select(Plate), Plate.barcode, absent):
+            self._plate_ids[plate.barcode] = plate.id
+            batch = batches[plate.barcode]
+            plate.batch = plate.batch or batch
+            if batch is not None and batch != plate.batch:
+                detail = f"plate {plate.barcode}: {plate.batch} in the store, {batch} here; kept"
+                self.account.problem(None, "another batch", detail)
         self.session.flush()
         barcodes = [b for b in batches if b in absent and b not in self._plate_ids]
         for old, (plate_id, now) in renamed_plates(self.session, barcodes).items():
@@ -462,26 +443,20 @@ class RowWriter:
             names = renamed_channels(self.session, set(here.values()))
             self._channels |= {b: names[plate] for b, plate in here.items() if plate in names}
         barcodes = [b for b in barcodes if b not in self._plate_ids]
-        ids = take_ids(self.session, Plate, len(barcodes))
-        plates = [
-            (key, barcode, batches[barcode]) for key, barcode in zip(ids, barcodes, strict=True)
-        ]
-        bulk_insert(self.session, Plate, ("id", "barcode", "batch"), plates)
+        plates = [(barcode, batches[barcode]) for barcode in barcodes]
+        ids = insert_numbered(self.session, Plate, ("barcode", "batch"), plates)
         self._plate_ids.update(zip(barcodes, ids, strict=True))
 
         barcode_of = {self._plate_ids[barcode]: barcode for barcode, _, _ in missing}
         query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id)
-        for plate_ids in in_lists(barcode_of):
-            rows = self.session.execute(query.where(Well.plate_id.in_(plate_ids)))
-            for plate_id, row, column, well in rows:
-                known[barcode_of[plate_id], row, column] = well
+        for plate_id, row, column, well in rows_in(self.session, query, Well.plate_id, barcode_of):
+            known[barcode_of[plate_id], row, column] = well
         new = [key for key in dict.fromkeys(keys) if key not in known]
-        ids = take_ids(self.session, Well, len(new))
         wells = [
-            (well, self._plate_ids[barcode], row, column, format_well(row, column))
-            for well, (barcode, row, column) in zip(ids, new, strict=True)
+            (self._plate_ids[barcode], row, column, format_well(row, column))
+            for barcode, row, column in new
         ]
-        bulk_insert(self.session, Well, _WELL, wells)
+        ids = insert_numbered(self.session, Well, WELL, wells)
         known.update(zip(new, ids, strict=True))
         return [known[key] for key in keys], set(ids)
 
@@ -552,21 +527,20 @@ class RowWriter:
                     # Without its time the file is read again before it is believed.
                     values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
                     if old.sha256 is not None and folder != old.folder_id:
-                        self._moved[old.folder or "", uri.rpartition("/")[0]] += 1
+                        self.account.moved[old.folder or "", uri.rpartition("/")[0]] += 1
                     moved.append({"id": old.id, **values})
                     changed.add(image)
-        self._insert_files(new)
+        insert_numbered(self.session, ImageFile, _FILE, new)
         if moved:
             self.session.execute(update(ImageFile), moved)
         resized: list[dict[str, Any]] = []
         same_change: dict[tuple[float | None, float], list[int]] = {}
-        for some in in_lists(sizes):
-            query = select(Image.id, Image.pixel_size).where(Image.id.in_(some))
-            for image, size in self.session.execute(query.order_by(Image.id)):
-                if size != sizes[image]:
-                    resized.append({"id": image, "pixel_size": sizes[image]})
-                    if not is_new(self.session, "images", image):
-                        same_change.setdefault((size, sizes[image]), []).append(image)
+        query = select(Image.id, Image.pixel_size).order_by(Image.id)
+        for image, size in rows_in(self.session, query, Image.id, sizes):
+            if size != sizes[image]:
+                resized.append({"id": image, "pixel_size": sizes[image]})
+                if not is_new(self.session, "images", image):
+                    same_change.setdefault((size, sizes[image]), []).append(image)
         if resized:
             self.session.execute(update(Image), resized)
         changes = [
@@ -583,26 +557,23 @@ class RowWriter:
         differs between the images of one well cannot be kept, and a note says so.
         """
         plates: dict[int, list[int]] = defaultdict(list)
-        for some in in_lists(self._metadata):
-            query = select(Well.plate_id, Well.id).where(Well.id.in_(some))
-            for plate_id, well in self.session.execute(query):
-                plates[plate_id].append(well)
+        query = select(Well.plate_id, Well.id)
+        for plate_id, well in rows_in(self.session, query, Well.id, self._metadata):
+            plates[plate_id].append(well)
         of_wells: dict[int, dict[str, str]] = {}
         common: dict[int, dict[str, Any]] = {}
-        for some in in_lists(plates):
-            for plate in self.session.scalars(select(Plate).where(Plate.id.in_(some))):
-                wells = {well: self._metadata[well] for well in plates[plate.id]}
-                common[plate.id] = complete_plate(
-                    plate, list(wells.values()), self._differing, self.account
-                )
-                for well, found in wells.items():
-                    kept = {key: found[key] for key in found.keys() - self._differing}
-                    if kept:
-                        of_wells[well] = kept
+        for (plate,) in rows_in(self.session, select(Plate), Plate.id, plates):
+            wells = {well: self._metadata[well] for well in plates[plate.id]}
+            common[plate.id] = complete_plate(
+                plate, list(wells.values()), self._differing, self.account
+            )
+            for well, found in wells.items():
+                if kept := {key: found[key] for key in found.keys() - self._differing}:
+                    of_wells[well] = kept
         self.session.flush()
-        n_changed = len(keep_well_metadata(self.session, of_wells, common, self.account.run_id)[1])
-        if n_changed:
-            self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
+        changed = keep_well_metadata(self.session, of_wells, common, self.account.run_id)
+        if replaced := sum(changed.values()):
+            self.account.notes.append(f"wells whose metadata was replaced: {replaced:,}")
         if self._differing:
             names = ", ".join(sorted(self._differing)[:5])
             more = ", ..." if len(self._differing) > 5 else ""
@@ -665,16 +636,15 @@ def keep_well_metadata(
     metadata: Mapping[int, Mapping[str, str]],
     common: Mapping[int, Mapping[str, Any]],
     run_id: int,
-) -> tuple[set[int], set[int]]:
+) -> dict[int, bool]:
     """Add what a table says of wells (ids) beyond our columns.
 
     What holds for the whole plate (``common``, by its id) is not said again of a well, unless
     the well has a value of its own.
 
-    Returns the wells of which it is news, and those of them that had other metadata before.
+    Returns the wells of which it is news, and whether they had other metadata before.
     """
-    changed: set[int] = set()
-    had_other: set[int] = set()
+    changed: dict[int, bool] = {}
     for some in in_lists(metadata):
         rows = []
         changes = []
@@ -690,13 +660,11 @@ def keep_well_metadata(
                 if not is_new(session, "wells", well):
                     old, new = {"metadata": before}, {"metadata": after}
                     changes.append(Change("wells", well, old, new))
-                changed.add(well)
-                if before is not None:
-                    had_other.add(well)
+                changed[well] = before is not None
         if rows:
             session.execute(update(Well), rows)
         record_events(session, changes, run_id=run_id)
-    return changed, had_other
+    return changed
 
 
 # ---- Files ----
@@ -730,9 +698,8 @@ def known_files(session: Session, images: Iterable[int]) -> dict[int, dict[str, 
         ImageFile.size_bytes,
         ImageFile.modified_ns,
     ).outerjoin(Folder, Folder.id == ImageFile.folder_id)
-    for some in in_lists(ids):
-        for row in session.execute(query.where(ImageFile.image_id.in_(some))):
-            found[row[0]][row[2]] = KnownFile(*row[1:])
+    for row in rows_in(session, query, ImageFile.image_id, ids):
+        found[row[0]][row[2]] = KnownFile(*row[1:])
     return found
 
 
@@ -772,7 +739,6 @@ def look_at_files(
     """
     here: set[str] = set()
     gone: dict[str, list[str]] = {}
-    moved: Counter[tuple[str, str]] = Counter()
     with workspace.database.read() as session:
         any_seen = session.scalar(
             select(ImageFile.id).where(ImageFile.sha256.is_not(None)).limit(1)
@@ -786,7 +752,7 @@ def look_at_files(
     can_find = folder is not None or here or any_seen or look is Look.EVERYWHERE
     if look is Look.NOWHERE or not can_find or not len(images):
         return frozenset()
-    finder = FileFinder(ImageFolder(folder) if folder is not None else None, look, here)
+    find = partial(_look, None if folder is None else ImageFolder(folder), look, here)
     changed: set[int] = set()
     workspace.progress.start("look at files", len(images))
     try:
@@ -799,7 +765,7 @@ def look_at_files(
                     rows = session.execute(query.where(Image.id.in_(some)).order_by(Image.id))
                     ids, core_names, plates = zip(*rows, strict=True)
                     files = known_files(session, ids)
-                looks = pool.map(finder.look, core_names, plates, files.values())
+                looks = pool.map(find, core_names, plates, files.values())
                 seen: dict[int, list[SeenFile]] = {}
                 for image, (news, problems) in zip(ids, list(looks), strict=True):
                     if news:
@@ -807,7 +773,7 @@ def look_at_files(
                     for file in news:
                         old, new = file.known.folder, file.uri.rpartition("/")[0]
                         if file.known.sha256 is not None and old is not None and old != new:
-                            moved[old, new] += 1
+                            account.moved[old, new] += 1
                         for remark in file.info.remarks:
                             account.suspicious(None, remark, file.uri)
                     for reason, detail in problems:
@@ -827,80 +793,63 @@ def look_at_files(
         workspace.progress.finish()
     for where, names in gone.items():
         account.problem(None, GONE, gone_sentence(where, len(names), names[0]))
-    note_moved(account, moved)
     return frozenset(changed)
 
 
-def note_moved(account: Account, moved: Mapping[tuple[str, str], int]) -> None:
-    """Say of how many files it is known now that they lie in another folder."""
-    for (old, new), number in moved.items():
-        files = "1 file is" if number == 1 else f"{number:,} files are"
-        account.notes.append(f"{files} now read from {shown(new)}, no longer from {shown(old)}")
+def _look(
+    folder: ImageFolder | None,
+    where: Look,
+    here: Collection[str],
+    core_name: str,
+    plate: str,
+    files: Mapping[str, KnownFile],
+) -> tuple[list[SeenFile], list[tuple[str, str]]]:
+    """Find the files of an image: by name in ``folder``, else where the store knows them to be.
 
-
-@dataclass(frozen=True)
-class FileFinder:
-    """Finds the files of an image: by name in ``folder``, else where the store knows them to be.
-
-    ``here`` are the folders of the store that are on this machine.
+    ``here`` are the folders of the store that are on this machine. Returns the files that are new
+    or have changed; and errors: reason, detail. Of a file that is ``GONE``, the detail is its URI.
     """
-
-    folder: ImageFolder | None
-    where: Look
-    here: Collection[str]
-
-    def look(
-        self, core_name: str, plate: str, files: Mapping[str, KnownFile]
-    ) -> tuple[list[SeenFile], list[tuple[str, str]]]:
-        """Return the files of an image that are new or have changed; and errors: reason, detail.
-
-        Of a file that is ``GONE``, the detail is its URI.
-        """
-        seen: list[SeenFile] = []
-        problems: list[tuple[str, str]] = []
-        projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
-        for number, file in enumerate((projection, *files.values())):
-            known = None if file.folder is None else join(file.folder, file.name)
-            path = None
-            if self.folder is not None:
-                try:
-                    if number == 0:
-                        path = self.folder.find_projection(core_name, plate)
-                    else:
-                        path = self.folder.find(file.name, plate)
-                except ImageError as error:
-                    problems.append(("file name is not unique", str(error)))
-            uri = None
-            if path is not None:
-                uri = str(path)
-            elif known is not None and is_remote(known):
-                uri = known if self.where is Look.EVERYWHERE else None
-            elif known is not None and file.folder in self.here:
-                uri = known if file.sha256 is not None or exists(known) else None
-            elif known is not None and file.sha256 is not None:
-                problems.append((GONE, known))
-            if uri is not None:
-                try:
-                    # The same size and time spare the hashing.
-                    if uri == known and file.sha256 is not None and not is_remote(uri):
-                        found = stat(uri)
-                    else:
-                        found = None
-                    state = file.size_bytes, file.modified_ns
-                    if found is None or (found.size_bytes, found.mtime_ns) != state:
-                        info = probe(uri)
-                        content = file.sha256, file.modified_ns
-                        if uri != known or (info.sha256, info.mtime_ns) != content:
-                            seen.append(SeenFile(file, uri, info))
-                except (ImageError, StorageError, UserInputError, OSError) as error:
-                    if uri == known and not is_remote(uri) and not exists(uri):
-                        problems.append((GONE, uri))
-                    else:
-                        problems.append(("image cannot be read", str(error)))
-            # A file named by the core file name is a projection and stands for all channels.
-            if number == 0 and (uri is not None or file.sha256 is not None):
-                break
-        return seen, problems
+    seen: list[SeenFile] = []
+    problems: list[tuple[str, str]] = []
+    projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
+    for number, file in enumerate((projection, *files.values())):
+        known = None if file.folder is None else join(file.folder, file.name)
+        path = None
+        if folder is not None:
+            try:
+                if number == 0:
+                    path = folder.find_projection(core_name, plate)
+                else:
+                    path = folder.find(file.name, plate)
+            except ImageError as error:
+                problems.append(("file name is not unique", str(error)))
+        uri = None
+        if path is not None:
+            uri = str(path)
+        elif known is not None and is_remote(known):
+            uri = known if where is Look.EVERYWHERE else None
+        elif known is not None and file.folder in here:
+            uri = known if file.sha256 is not None or exists(known) else None
+        elif known is not None and file.sha256 is not None:
+            problems.append((GONE, known))
+        if uri is not None:
+            try:
+                # The same size and time spare the hashing.
+                same = uri == known and file.sha256 is not None and not is_remote(uri)
+                if not same or stat(uri) != FileStat(file.size_bytes or 0, file.modified_ns):
+                    info = probe(uri)
+                    content = file.sha256, file.modified_ns
+                    if uri != known or (info.sha256, info.mtime_ns) != content:
+                        seen.append(SeenFile(file, uri, info))
+            except (ImageError, StorageError, UserInputError, OSError) as error:
+                if uri == known and not is_remote(uri) and not exists(uri):
+                    problems.append((GONE, uri))
+                else:
+                    problems.append(("image cannot be read", str(error)))
+        # A file named by the core file name is a projection and stands for all channels.
+        if number == 0 and (uri is not None or file.sha256 is not None):
+            break
+    return seen, problems
 
 
 def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> None:

@@ -18,7 +18,7 @@ from ...config import ImageInput, IngestParams
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...io.image_files import encode_tiff
-from ...io.mask_files import MaskFile, MaskFolder
+from ...io.mask_files import MaskFile, masks_below
 from ...jobs.lookup import find_channels, find_plate, in_recipes
 from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
 from ...jobs.planes import cell_rows, insert_cells
@@ -26,7 +26,7 @@ from ...jobs.runs import RecipeSpec, fingerprint, keep_files, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Image, Recipe, Segmentation
 from ...settings import need
-from .account import Account, Brought
+from .account import Account
 
 VERSION = 1
 DEFAULT_NAME = "masks"
@@ -54,7 +54,7 @@ class FoundMasks:
 
 def ingest_masks(
     workspace: Workspace, folder: Path, params: IngestParams, account: Account
-) -> Brought:
+) -> None:
     """Keep the label images below ``folder`` as segmentations of the images they are named like.
 
     ``name`` tells several sets of masks apart, ``plate`` limits the images, ``binary`` takes each
@@ -76,7 +76,7 @@ def ingest_masks(
                 account.refuse(None, *found.image, found.file.name)
         account.check_strict()
         account.rows = 0
-    cells, plates = 0, set()
+    plates = set()
     workspace.progress.start("ingest masks", len(reader.files))
     try:
         for number, file in enumerate(reader.files, start=1):
@@ -86,14 +86,14 @@ def ingest_masks(
                 account.refuse(None, *found.image, file.name)
             else:
                 plates.add(found.image.plate_id)
-                cells += _keep(workspace, reader, found, account)
+                _keep(workspace, reader, found, account)
             workspace.progress.advance()
             if number % _FLUSH_EVERY == 0 or number == len(reader.files):
                 with workspace.database.begin() as session:
                     account.flush(session)
     finally:
         workspace.progress.finish()
-    return Brought(tuple(sorted(plates)), cells, segmentations=tuple(reader.recipes.values()))
+    account.plates, account.segmentations = sorted(plates), tuple(reader.recipes.values())
 
 
 class MaskReader:
@@ -112,7 +112,7 @@ class MaskReader:
             )
         self._workspace, self._params, self._name = workspace, params, name
         self._plane = ImageInput(tuple(channel for channel, _ in params.channels))
-        self.files = MaskFolder(folder)
+        self.files = masks_below(folder)
         self.recipes: dict[str | None, int] = {}
         with workspace.database.read() as session:
             named = in_recipes(session, find_channels(session, self._plane.channels))
@@ -196,8 +196,8 @@ def other_masks(image: FoundImage) -> NoMatch:
     return NoMatch("other masks are there", detail)
 
 
-def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: Account) -> int:
-    """Write masks that are new; return how many cells they brought."""
+def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: Account) -> None:
+    """Write masks that are new."""
     assert not isinstance(found.image, NoMatch)
     with workspace.database.read() as session:
         before = reader.present(session, found)
@@ -231,10 +231,9 @@ def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: 
         account.refuse(None, *other_masks(found.image), found.file.name)
     else:
         account.created += 1
+        account.cells += len(found.cells)
         if found.in_pieces:
             some = ", ".join(map(str, found.in_pieces[:_SHOWN_OBJECTS]))
             more = ", ..." if len(found.in_pieces) > _SHOWN_OBJECTS else ""
             detail = f"{len(found.in_pieces)} of {len(found.cells)} labels: {some}{more}"
             account.suspicious(None, "one label in several pieces", detail, found.file.name)
-        return len(found.cells)
-    return 0

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
-from ...db.bulk import bulk_insert, in_lists, take_ids
+from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...enums import Control
 from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
@@ -42,7 +42,7 @@ from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
-from .ingest_images import complete_plate, keep_well_metadata
+from .ingest_images import WELL, complete_plate, keep_well_metadata
 from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
@@ -52,8 +52,6 @@ PLATES_AT_ONCE = 100
 """Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
-
-_WELL = ("id", "plate_id", "well_row", "well_column", "name")
 
 T = TypeVar("T")
 
@@ -65,8 +63,8 @@ def ingest_treatments(
     layout: Layout,
     params: IngestParams,
     account: Account,
-) -> tuple[int, ...]:
-    """Write an annotation in the caller's transaction; return the plates (ids) that it names.
+) -> None:
+    """Write an annotation in the caller's transaction; ``account`` gets the plates it names.
 
     * Plate maps point the wells of plates that the store has to their treatments, and make wells
       that were not there. An empty well, and a map that no plate uses, are unchanged rows.
@@ -83,7 +81,8 @@ def ingest_treatments(
     try:
         aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
         if layout is Layout.PLATEMAP:
-            return _ingest_maps(session, source, params, aliases, account)
+            _ingest_maps(session, source, params, aliases, account)
+            return
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
@@ -91,14 +90,14 @@ def ingest_treatments(
             seen: dict[str, str | None] = {}
             for plate_rows in _usable(workspace, session, account, jump_plates(table)):
                 _write_plates(session, plate_rows, plates, seen, account)
-            return tuple(plate.id for plate in plates.values())
+            account.plates = [plate.id for plate in plates.values()]
+            return
         writer = TreatmentWriter(session, account)
         first: dict[_Sample, int] = {}
         for rows in _usable(workspace, session, account, treatment_rows(table)):
             _write_treatments(session, writer, rows, aliases, first, account)
         writer.report()
         account.flush(session)
-        return ()
     finally:
         workspace.progress.finish()
 
@@ -109,14 +108,7 @@ def _usable(
     """Yield the rows that can be used, some at a time; count all, and refuse the others."""
     left = iter(rows)
     while some := list(islice(left, ROWS_AT_ONCE)):
-        account.rows += len(some)
-        usable: list[T] = []
-        for row in some:
-            if isinstance(row, Refusal):
-                account.refuse(*row)
-            else:
-                usable.append(row)
-        yield usable
+        yield account.take(some)
         # Under --strict the whole file is undone, and its issues are written again.
         account.flush(session)
         workspace.progress.advance(len(some))
@@ -134,9 +126,9 @@ def _write_plates(
     A plate of two batches is refused the second time (``seen`` has the first); a changed batch is
     noted as suspicious.
     """
-    for some in in_lists({row.barcode for _, row in rows}):
-        for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
-            plates[plate.barcode] = plate
+    barcodes = {row.barcode for _, row in rows}
+    for (plate,) in rows_in(session, select(Plate), Plate.barcode, barcodes):
+        plates[plate.barcode] = plate
     for line, (barcode, batch, metadata) in rows:
         if seen.setdefault(barcode, batch) != batch:
             detail = f"{barcode} has batch {seen[barcode]} on an earlier line, {batch} here"
@@ -169,8 +161,8 @@ def _write_plates(
 
 def _ingest_maps(
     session: Session, source: Path, params: IngestParams, aliases: Aliases, account: Account
-) -> tuple[int, ...]:
-    """Point the wells of the plates of the maps in ``source``; return these plates (ids).
+) -> None:
+    """Point the wells of the plates of the maps in ``source``.
 
     Raises:
         BadTableError: a table cannot be used as a plate map, or what goes with it.
@@ -207,7 +199,7 @@ def _ingest_maps(
         account.notes += notes_on_wells(plate_map, imaged)
         writer.report()
     account.flush(session)
-    return tuple(sorted(plate for some in plates.values() for plate in some))
+    account.plates = sorted(plate for some in plates.values() for plate in some)
 
 
 def _plates_of_maps(
@@ -238,10 +230,8 @@ def _plates_of_maps(
                 raise UnknownNameError.of("plate", barcode, sorted(barcodes))
         barcodes = {barcode: barcodes[barcode] for barcode in named}
     maps = annotation.maps
-    keys: dict[str, int] = {}
-    for some in in_lists(list(barcodes)):
-        query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
-        keys.update((barcode, key) for barcode, key in session.execute(query))
+    query = select(Plate.barcode, Plate.id)
+    keys = {row.barcode: row.id for row in rows_in(session, query, Plate.barcode, barcodes)}
     absent = [barcode for barcode in barcodes if barcode not in keys]
     for old, (key, now) in renamed_plates(session, absent).items():
         account.notes.append(f"plate {old} was renamed: read as {now}")
@@ -253,12 +243,11 @@ def _plates_of_maps(
         for barcode in new:
             if len(barcode) > LONGEST:
                 raise UserInputError(f"A plate's name has at most {LONGEST} characters.")
-            (keys[barcode],) = take_ids(session, Plate, 1)
-            session.add(Plate(id=keys[barcode], barcode=barcode))
-            session.flush()
             near = difflib.get_close_matches(barcode, similar, n=1, cutoff=0.8)
             if near:
                 account.notes.append(f"plate {barcode} is new: did you mean {near[0]}?")
+        ids = insert_numbered(session, Plate, ("barcode",), [(barcode,) for barcode in new])
+        keys.update(zip(new, ids, strict=True))
         if new:
             more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
             account.notes.append(
@@ -290,8 +279,9 @@ def _apply_map(
     account: Account,
 ) -> tuple[set[Position], set[Position]]:
     """Point the wells of ``plates`` to their treatments; return those made, and those changed."""
-    treated = {at: aliases.apply(r) for at, r in plate_map.wells.items() if r is not None}
-    emptied = plate_map.wells.keys() - treated.keys()
+    on_map = plate_map.wells
+    treated = {at: aliases.apply(row.record) for at, row in on_map.items() if row.record}
+    emptied = on_map.keys() - treated.keys()
     wells: dict[tuple[int, Position], int] = {}
     query = (
         select(Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id)
@@ -304,7 +294,7 @@ def _apply_map(
         wells[plate, (row, column)] = well
         if treatment is not None and (row, column) in emptied:
             account.suspicious(
-                plate_map.lines[row, column],
+                on_map[row, column].line,
                 "a blank well that has a treatment",
                 f"{barcode}/{format_well(row, column)} is blank on the map, but keeps the "
                 "treatment that it has in the store. If that is wrong: cellstore relabel "
@@ -313,32 +303,31 @@ def _apply_map(
             )
     # All else that a map says is of its wells, also where it is the same for all.
     of_plate = [
-        {key: text for key, text in plate_map.metadata.get(at, {}).items() if key in PLATE_ROLES}
-        for at in plate_map.wells
+        {key: text for key, text in row.metadata.items() if key in PLATE_ROLES}
+        for row in on_map.values()
     ]
     common = {
         plate.id: complete_plate(plate, of_plate, set(), account)
         for plate in session.scalars(select(Plate).where(Plate.id.in_(plates)))
     }
     session.flush()
-    on_map = [at for at in plate_map.wells if at in treated or plate_map.metadata.get(at)]
-    new = [(plate, at) for plate in plates for at in on_map if (plate, at) not in wells]
-    made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
-    rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
-    bulk_insert(session, Well, _WELL, rows)
+    told = [at for at, row in on_map.items() if at in treated or row.metadata]
+    new = [(plate, at) for plate in plates for at in told if (plate, at) not in wells]
+    rows = [(plate, *at, format_well(*at)) for plate, at in new]
+    made = dict(zip(new, insert_numbered(session, Well, WELL, rows), strict=True))
     all_wells = {**wells, **made}
     wanted = {
-        all_wells[plate, at]: (record, plate_map.lines[at])
+        all_wells[plate, at]: (record, on_map[at].line)
         for plate in plates
         for at, record in treated.items()
     }
     changed = writer.assign(wanted, set(made.values()))
     metadata = {
-        well: found
+        well: on_map[at].metadata
         for (plate, at), well in all_wells.items()
-        if (found := plate_map.metadata.get(at))
+        if at in on_map and on_map[at].metadata
     }
-    changed |= keep_well_metadata(session, metadata, common, account.run_id)[0]
+    changed |= keep_well_metadata(session, metadata, common, account.run_id).keys()
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 
@@ -465,10 +454,9 @@ def _known(
     for condition in conditions:
         rows |= records_of(session, condition)
     controls: dict[int, set[Control | None]] = defaultdict(set)
-    for some in in_lists(rows):
-        query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
-        for treatment, control in session.execute(query.distinct()):
-            controls[treatment or 0].add(control)
+    query = select(Well.treatment_id, Well.control).distinct()
+    for treatment, control in rows_in(session, query, Well.treatment_id, rows):
+        controls[treatment].add(control)
     by_table = {_sample(record): record.control for record in given}
     found: dict[_Sample, dict[_Use, TreatmentRecord]] = defaultdict(dict)
     for treatment, record in rows.items():

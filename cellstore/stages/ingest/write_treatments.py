@@ -7,12 +7,12 @@ import json
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
-from ...db.bulk import in_lists, insert_new
+from ...db.bulk import in_lists, insert_new, rows_in
 from ...db.events import Change, record_events
 from ...db.fields import wells_changed
 from ...enums import Control, PerturbationKind
@@ -27,6 +27,9 @@ CACHED = 200_000
 READABLE = 500
 """Characters of an identity that people can read; all that it says is in the digest after them."""
 
+PerturbationKey = tuple[PerturbationKind, str, str | None]
+"""What names a perturbation: its kind, name and identifier."""
+
 DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 """What tables say of a perturbation beyond what names it; a later table may say it otherwise."""
 
@@ -36,36 +39,23 @@ _NAMED_WELLS = 5
 _SHOWN = {"treatment": "", "control": "", "identifier": "identifier ", "kind": "kind "}
 """What such a message says of a correction, and the word before each value."""
 
-# ---- The identity of a treatment ----
+
+def key_of(part: TreatmentRecord) -> PerturbationKey:
+    """Return what names the perturbation of a part of a treatment."""
+    return part.kind, part.pert_iname, part.identifier
 
 
-class PerturbationKey(NamedTuple):
-    """What names a perturbation."""
-
-    kind: PerturbationKind
-    name: str
-    identifier: str | None
-
-
-class Part(NamedTuple):
-    """A perturbation with its dose as it is written."""
-
-    perturbation: PerturbationKey
-    dose: float | None = None
-    unit: str | None = None
-
-
-def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
+def treatment_values(parts: Iterable[TreatmentRecord]) -> dict[str, Any]:
     """Return the row of table ``treatments`` for ``parts``, without its target.
 
     Neither the order of the parts nor the unit of a dose matters: ``5 uM`` and ``5000 nM`` of the
     same perturbation are one treatment.
     """
     ordered = []
-    for perturbation, written, unit in parts:
-        dose, plain = (0.0, None) if written is None else normalised_dose(written, unit)
-        text = "" if written is None else f"{dose:.12g} {plain or ''}".strip()
-        ordered.append(([value or "" for value in perturbation], plain or "", dose, text))
+    for part in parts:
+        dose, plain = (0.0, None) if part.dose is None else normalised_dose(part.dose, part.unit)
+        text = "" if part.dose is None else f"{dose:.12g} {plain or ''}".strip()
+        ordered.append(([value or "" for value in key_of(part)], plain or "", dose, text))
     ordered.sort()
     keys = [key for key, _, _, _ in ordered]
     dosed = [(key, text) for key, _, _, text in ordered]
@@ -79,20 +69,6 @@ def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
         # 63 bits of a digest: a whole number that every database takes.
         "perturbations_key": int.from_bytes(compounds[:8], "big") >> 1,
     }
-
-
-def key_of(record: TreatmentRecord) -> PerturbationKey:
-    """Return what names the perturbation of a part."""
-    return PerturbationKey(record.kind, record.pert_iname, record.identifier)
-
-
-def parts_of(record: TreatmentRecord) -> tuple[Part, ...]:
-    """Return the parts of a treatment in the one order that they are stored in."""
-    parts = [Part(key_of(part), part.dose, part.unit) for part in record.parts]
-    parts.sort(
-        key=lambda part: ([text or "" for text in (*part.perturbation, part.unit)], part.dose or 0)
-    )
-    return tuple(parts)
 
 
 def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, TreatmentRecord]:
@@ -140,14 +116,8 @@ def retarget(session: Session, perturbation_id: int) -> None:
 _Case = tuple[int | None, Control | None, int]
 """Treatment and control that a well has, and the ``id()`` of the record that a file gives it."""
 
-
-class _Disagreement(NamedTuple):
-    """A perturbation that a file describes in two ways: the first value of a column, another."""
-
-    key: PerturbationKey
-    column: str
-    first: str
-    other: str
+_Disagreement = tuple[PerturbationKey, str, str, str]
+"""A perturbation that a file describes in two ways: the first value of a column, another."""
 
 
 class TreatmentWriter:
@@ -161,7 +131,8 @@ class TreatmentWriter:
         self._session, self._account = session, account
         self._file = file or account.file
         self._perturbations: dict[PerturbationKey, Perturbation] = {}
-        self._treatments: dict[tuple[Part, ...], int] = {}
+        self._treatments: dict[str, int] = {}
+        """By identity."""
         self._records: dict[int, TreatmentRecord] = {}
         self._wells: dict[int, tuple[int | None, Control | None]] = {}
         self._described: dict[tuple[PerturbationKey, str], str] = {}
@@ -188,13 +159,12 @@ class TreatmentWriter:
 
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new and corrected where it is not."""
-        if len(self._records) > CACHED:
+        if len(self._treatments) > CACHED:
             self.forget()
         found = list(records)
-        self._find_or_make([(record, record, None) for record in found])
-        ids = {record: self._treatments[parts_of(record)] for record in found}
-        self.used.update(ids.values())
-        return ids
+        ids, _ = self._find_or_make([(record, record, None) for record in found])
+        self.used.update(ids)
+        return dict(zip(found, ids, strict=True))
 
     def assign(
         self,
@@ -211,16 +181,15 @@ class TreatmentWriter:
         session = self._session
         self._kept |= self._newer["wells"] & wanted.keys()
         wanted = {well: item for well, item in wanted.items() if well not in self._kept}
-        if max(len(self._wells), len(self._records)) > CACHED:
+        if max(len(self._wells), len(self._treatments)) > CACHED:
             self.forget()
         unknown = [well for well in wanted if well not in self._wells]
-        for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in session.execute(query):
-                self._wells[well] = treatment, control
-        assigned = {found for well in unknown if (found := self._wells[well][0]) is not None}
-        for ids in in_lists(assigned - self._records.keys()):
-            self._records |= records_of(session, Treatment.id.in_(ids))
+        query = select(Well.id, Well.treatment_id, Well.control)
+        for well, treatment, control in rows_in(session, query, Well.id, unknown):
+            self._wells[well] = treatment, control
+        assigned = {found for well in wanted if (found := self._wells[well][0]) is not None}
+        for some in in_lists(assigned - self._records.keys()):
+            self._records |= records_of(session, Treatment.id.in_(some))
 
         # By object: readers hand the same treatment out again and again, and hashing costs.
         cases: dict[_Case, tuple[TreatmentRecord, TreatmentRecord, int | None]] = {}
@@ -232,11 +201,11 @@ class TreatmentWriter:
                 known = self._records.get(present or 0)
                 full = completed(given, replace(known, control=control)) if known else given
                 cases[case] = given, full, line
-        disagreeing = self._find_or_make(list(cases.values()))
+        ids, disagreeing = self._find_or_make(list(cases.values()))
         results: dict[_Case, tuple[int, Control | None]] = {}
         corrected: set[_Case] = set()
-        for case, (_, full, _) in cases.items():
-            results[case] = self._treatments[parts_of(full)], full.control
+        for number, (case, (_, full, _)) in zip(ids, cases.items(), strict=True):
+            results[case] = number, full.control
             if any(key_of(part) in self._corrected for part in full.parts):
                 corrected.add(case)
 
@@ -260,37 +229,35 @@ class TreatmentWriter:
             rows = [(found, role and role.value, well) for well, (found, role) in targets.items()]
             connection.exec_driver_sql(statement, rows)
         old_wells = [well for well in targets if well not in new_wells]
-        used = {self._wells[well][0] for well in old_wells} | {targets[w][0] for w in old_wells}
-        names: dict[int | None, str] = {}
-        for some in in_lists([treatment for treatment in used if treatment is not None]):
-            named = select(Treatment.id, Treatment.name_with_dose).where(Treatment.id.in_(some))
-            names.update((row.id, row.name_with_dose) for row in session.execute(named))
+        used = {row[0] for well in old_wells for row in (self._wells[well], targets[well])}
+        for some in in_lists({number for number in used if number} - self._records.keys()):
+            self._records |= records_of(session, Treatment.id.in_(some))
+        named: dict[int | None, dict[str, Any]] = {}
+        for treatment in used:
+            known = self._records.get(treatment or 0)
+            parts = known.parts if known else ()
+            named[treatment] = {
+                "treatment_id": treatment,
+                "treatment": treatment_values(parts)["name_with_dose"] if known else None,
+                "control": None,
+                "identifier": " + ".join(part.identifier or "none" for part in parts),
+                "kind": " + ".join(part.kind for part in parts),
+            }
         changes = []
         for well in old_wells:
-            values = []
-            for treatment, role in (self._wells[well], targets[well]):
-                values.append(
-                    {
-                        "treatment_id": treatment,
-                        "treatment": names.get(treatment),
-                        "control": role and role.value,
-                    }
-                )
-            before, after = values
-            differing = [name for name in before if before[name] != after[name]]
-            if "treatment_id" in differing and "treatment" not in differing:
+            before, after = (
+                named[treatment] | {"control": role and role.value}
+                for treatment, role in (self._wells[well], targets[well])
+            )
+            differing = {name for name in before if before[name] != after[name]}
+            if "treatment" in differing:
+                differing -= {"identifier", "kind"}
+            elif "treatment_id" in differing:
                 # Two samples of one name, or a compound and a gene of one name.
-                differing.insert(1, "treatment")
-                both = (self._wells[well], targets[well])
-                for row, (treatment, _) in zip(values, both, strict=True):
-                    known = self._records.get(treatment or 0)
-                    for name in ("identifier", "kind"):
-                        texts = [getattr(part, name) for part in known.parts] if known else []
-                        row[name] = " + ".join(text or "none" for text in texts)
-                differing += [
-                    name for name in ("identifier", "kind") if before[name] != after[name]
-                ]
-            old, new = ({name: row[name] for name in differing} for row in (before, after))
+                differing.add("treatment")
+            old, new = (
+                {name: row[name] for name in row if name in differing} for row in (before, after)
+            )
             changes.append(Change("wells", well, old, new, wanted[well][1]))
         had = [item for item in changes if (item.old or {}).get("treatment_id", 0) is not None]
         self._n_changes += len(had)  # a first label corrects nothing
@@ -302,27 +269,27 @@ class TreatmentWriter:
 
     def _find_or_make(
         self, entries: Sequence[tuple[TreatmentRecord, TreatmentRecord, int | None]]
-    ) -> dict[int, list[_Disagreement]]:
+    ) -> tuple[list[int], dict[int, list[_Disagreement]]]:
         """Make new treatments, and correct what the file describes otherwise.
 
-        ``entries`` are (record of the file, the same completed, line). Returns by ``id()`` of the
-        record of the file how it disagrees with an earlier line of the file.
+        ``entries`` are (record of the file, the same completed, line). Returns the treatment of
+        each, and by ``id()`` of the record of the file how it disagrees with an earlier line.
         """
         session = self._session
-        full: dict[PerturbationKey, TreatmentRecord] = {}
+        absent: dict[PerturbationKey, TreatmentRecord] = {}
         for _, record, _ in entries:
             for part in record.parts:
-                full.setdefault(key_of(part), part)
-        absent = {key: record for key, record in full.items() if key not in self._perturbations}
+                if key_of(part) not in self._perturbations:
+                    absent.setdefault(key_of(part), part)
         for _ in ("look for them", "and again when they are made"):
-            for names in in_lists({key.name for key in absent}):
-                query = select(Perturbation).where(Perturbation.name.in_(names))
-                for row in session.scalars(query):
-                    key = PerturbationKey(row.kind, row.name, row.identifier)
-                    if absent.pop(key, None):
-                        self._perturbations[key] = row
+            names = {name for _, name, _ in absent}
+            for (row,) in rows_in(session, select(Perturbation), Perturbation.name, names):
+                key = row.kind, row.name, row.identifier
+                if absent.pop(key, None):
+                    self._perturbations[key] = row
             rows = [
-                key._asdict() | {name: getattr(record, name) for name in DESCRIBED}
+                dict(zip(("kind", "name", "identifier"), key, strict=True))
+                | {name: getattr(record, name) for name in DESCRIBED}
                 for key, record in absent.items()
             ]
             insert_new(session, Perturbation, rows)
@@ -344,7 +311,7 @@ class TreatmentWriter:
                     continue
                 first = self._described.setdefault((key, name), value)
                 if first != value:
-                    disagreement = _Disagreement(key, name, first, value)
+                    disagreement = (key, name, first, value)
                     disagreeing[whole].append(disagreement)
                     self._disagreements.setdefault(disagreement, (line, {}))
                 elif (
@@ -366,60 +333,45 @@ class TreatmentWriter:
                 retarget(session, perturbation.id)
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
 
-        self._make_treatments([record for _, record, _ in entries])
-        return disagreeing
-
-    def _make_treatments(self, records: Sequence[TreatmentRecord]) -> None:
-        """Find or make the treatments of perturbations that are there."""
-        session = self._session
-        wanted = {parts_of(record): record for record in records}
-        values = {
-            parts: treatment_values(parts) for parts in wanted if parts not in self._treatments
+        values = [treatment_values(record.parts) for _, record, _ in entries]
+        new_ones = {
+            row["identity"]: (row, record)
+            for row, (_, record, _) in zip(values, entries, strict=True)
+            if row["identity"] not in self._treatments
         }
-        by_identity = {row["identity"]: parts for parts, row in values.items()}
-        made: list[tuple[Part, ...]] = []
-        while by_identity:
-            for some in in_lists(by_identity):
-                ids = select(Treatment.identity, Treatment.id).where(Treatment.identity.in_(some))
-                for identity, number in session.execute(ids):
-                    self._treatments[by_identity.pop(identity)] = number
+        made: dict[str, tuple[dict[str, Any], TreatmentRecord]] = {}
+        while new_ones:
+            known = select(Treatment.identity, Treatment.id)
+            for identity, number in rows_in(session, known, Treatment.identity, new_ones):
+                self._treatments[identity] = number
+                del new_ones[identity]
             if made:
                 break
-            made = list(by_identity.values())
-            new_rows = []
-            for parts in made:
-                targets = [self._perturbations[key].target or "" for key, _, _ in parts]
-                new_rows.append(values[parts] | {"target": target_of("|".join(targets))})
-            insert_new(session, Treatment, new_rows)
+            made = dict(new_ones)
+            rows = []
+            for described_as, record in made.values():
+                targets = [self._perturbations[key_of(part)].target or "" for part in record.parts]
+                rows.append(described_as | {"target": target_of("|".join(targets))})
+            insert_new(session, Treatment, rows)
         rows = []
-        for parts in made:
-            written = {
-                (key_of(part), part.dose, part.unit): part.dose_original
-                for part in wanted[parts].parts
-            }
-            for position, (key, dose, unit) in enumerate(parts, start=1):
+        for identity, (_, record) in made.items():
+            ordered = sorted(
+                record.parts,
+                key=lambda p: (*key_of(p)[:2], p.identifier or "", p.unit or "", p.dose or 0),
+            )
+            for position, part in enumerate(ordered, start=1):
                 rows.append(
                     {
-                        "treatment_id": self._treatments[parts],
+                        "treatment_id": self._treatments[identity],
                         "position": position,
-                        "perturbation_id": self._perturbations[key].id,
-                        "dose": dose,
-                        "dose_unit": unit,
-                        "dose_original": written[key, dose, unit],
+                        "perturbation_id": self._perturbations[key_of(part)].id,
+                        "dose": part.dose,
+                        "dose_unit": part.unit,
+                        "dose_original": part.dose_original,
                     }
                 )
         insert_new(session, TreatmentPart, rows)
-        for parts in values:
-            made_of = []
-            for key, dose, unit in parts:
-                target, *chemistry = (getattr(self._perturbations[key], name) for name in DESCRIBED)
-                made_of.append(
-                    TreatmentRecord(
-                        *(key.kind, key.name, target, None, key.identifier, *chemistry, dose, unit)
-                    )
-                )
-            record = replace(made_of[0], others=tuple(made_of[1:]))
-            self._records.setdefault(self._treatments[parts], record)
+        return [self._treatments[row["identity"]] for row in values], disagreeing
 
     def report(self) -> None:
         """Note in the account what the file describes in two ways, and names that look like one.
@@ -456,7 +408,7 @@ class TreatmentWriter:
             shown = [name for _, name in _named_wells(session, list(wells)[:_NAMED_WELLS])]
             more = _more(len(wells) - len(shown))
             detail = (
-                f"{key.name} has the {column} {first} on an earlier line, but {other} in "
+                f"{key[1]} has the {column} {first} on an earlier line, but {other} in "
                 f"{', '.join(shown)}{more}; {first} is kept. Correct the table and ingest it again"
             )
             self._account.suspicious(line, "described in two ways", detail, file=self._file)
@@ -466,11 +418,7 @@ class TreatmentWriter:
         names: dict[tuple[str, PerturbationKind, str], set[str]] = {}
         columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
         query = select(*columns).join(TreatmentPart).distinct()
-        mine = [
-            row
-            for some in in_lists(self.used)
-            for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some)))
-        ]
+        mine = list(rows_in(session, query, TreatmentPart.treatment_id, self.used))
         used = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
         for found, is_mine in ((mine, True), (session.execute(query.where(used)), False)):
             for row in found:
