@@ -110,7 +110,7 @@ CHANGED = {
     "postgresql": (
         "DROP TRIGGER runs_begun ON runs",
         "ALTER TABLE predictions DISABLE TRIGGER predictions_keep",
-        """CREATE OR REPLACE FUNCTION cells_closed() RETURNS trigger LANGUAGE plpgsql AS
+        """CREATE OR REPLACE FUNCTION runs_opened() RETURNS trigger LANGUAGE plpgsql AS
         'BEGIN RETURN NULL; END'""",
         "CREATE FUNCTION mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
         "CREATE TRIGGER mine AFTER INSERT ON runs FOR EACH ROW EXECUTE FUNCTION mine()",
@@ -121,7 +121,7 @@ NAMED = {
     "postgresql": {
         "runs_begun is gone",
         "predictions_keep is not as cellstore made it",
-        "cells_closed is not as cellstore made it",
+        "runs_opened is not as cellstore made it",
     },
 }
 
