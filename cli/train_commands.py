@@ -424,12 +424,12 @@ def _show_model(result: ExportedModel) -> None:
             "files": ", ".join(result.files),
         }
     )
-    say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
 
 
-@command(app, "export-model", _show_model)
+@command(app, "export-model")
 def export_model(
     store: Store,
+    common: Common,
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
     ] = "latest",
@@ -439,7 +439,7 @@ def export_model(
         name="--output",
         metavar="DIR",
     ),
-) -> ExportedModel:
+) -> None:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 
     The folder holds the trained model (model.safetensors of a network, model.skops of a
@@ -452,4 +452,7 @@ def export_model(
       cellstore export-model 7 --output my-model
       cd my-model && python example.py
     """
-    return store.export_model(run, folder)
+    result = store.export_model(run, folder)
+    common.show(result, _show_model)
+    if not common.as_json:
+        say(f"Next: cd {shlex.quote(str(result.path))} && python example.py")
