@@ -265,7 +265,7 @@ def _show_relocate(result: RelocateResult) -> None:
         typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
     output.say_more(len(result.folders) - SHOWN_FILES, " folders")
     if result.missing:
-        say(f"{output.count(result.missing, 'file')} are in neither folder.")
+        say(f"{output.count(result.missing, 'file is', 'files are')} in neither folder.")
 
 
 @command(app, "relocate", _show_relocate, then=True)

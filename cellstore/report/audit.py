@@ -287,7 +287,7 @@ def _image(session: Session, image_id: int) -> Audit:
     """
     found = _ask(session, query, image=image_id)
     downstream = _downstream_of_images(session, ":id", id=image_id)
-    labelled = any(item["what"] == "labelled cells" for item in downstream)
+    labelled = any(item["what"].startswith("labelled") for item in downstream)
     record |= {
         "excluded": _why_excluded(session, image=image_id, well=well_id, plate=plate_id),
         "missing_files": sum(file["sha256"] is None for file in files),
@@ -716,6 +716,9 @@ def _downstream_of_images(session: Session, of: str, **values: Any) -> list[Reco
         UNION ALL
         SELECT 7, 'labelled cells', count(*), predictions.run_id, NULL, NULL
         FROM predictions WHERE rank = 1 AND cell_id IN ({of_cells}) GROUP BY predictions.run_id
+        UNION ALL
+        SELECT 8, 'labelled images', count(*), run_id, NULL, NULL
+        FROM image_predictions WHERE rank = 1 AND image_id IN ({of}) GROUP BY run_id
         ORDER BY 1, 6, 5
     """  # noqa: S608 - our own words
     return _came(session, query, **values)

@@ -213,7 +213,8 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         if item["what"] in ("measured cells", "feature sets"):
             graph.add(item["what"], "measurement", *_counted(item), after=found)
     for run in record["labellings"]:
-        read: list[str | None] = [f"segmentation {number}" for number in run["segmentation_ids"]]
+        cells = [f"segmentation {number}" for number in run["segmentation_ids"]]
+        read: list[str | None] = [*(cells or ["image"])]  # or the model sees whole images
         if (parent := run["train_run_id"]) is not None:
             train = graph.add(f"run {parent}", "train", f"run {parent}")
             read.append(graph.add_checkpoint(train, run["checkpoints"]))
@@ -226,6 +227,7 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         seen = {True: "", False: "not ", None: "perhaps "}[run["well_in_training"]]
         known = f"well was {seen}in training"
         most = f"{next(iter(run['votes'].values()))} of {run['n_cells']} cells"
+        most = most if cells else "whole image"
         label = (run["winner"], most, truth, known)
         graph.add(f"label {run['run_id']}", "label", *label, after=[box])
 

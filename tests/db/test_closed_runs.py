@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from cellstore.db.bulk import bulk_insert
 from cellstore.db.events import Change, record_events, record_files
+from cellstore.db.migrate import changed_triggers
 from cellstore.db.session import connect
 from cellstore.enums import (
     ArtifactKind,
@@ -152,6 +153,13 @@ def test_a_run_is_opened_by_an_event_only_and_never_deleted(closing_run: Closing
         session.execute(delete(Run))
     with pytest.raises(SQLAlchemyError), database.engine.begin() as bare:
         bare.execute(text("DELETE FROM runs"))
+
+
+def test_a_trigger_that_closes_runs_is_missed_when_it_is_gone(sqlite_workspace: Workspace):
+    with sqlite_workspace.database.engine.begin() as owner:
+        owner.execute(text("DROP TRIGGER cells_closed"))
+    (reason,) = changed_triggers(sqlite_workspace.database)
+    assert reason.startswith("trigger cells_closed is gone")
 
 
 @pytest.mark.postgres

@@ -20,6 +20,7 @@ from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Prediction, Run, Segmentation, Split
+from cellstore.report.lineage_page import lineage_of
 
 EXPORT = """
     SELECT cell_id, l.value AS label, probability
@@ -196,6 +197,13 @@ def test_a_model_of_whole_images_votes_once_for_each(screen: tuple[Store, int]) 
     assert store.compare(str(own), str(added.run_id)).wells == 3
     audit = store.audit("BR1/B01/1", "image").record["labellings"]
     assert [(item["winner"], item["n_cells"]) for item in audit] == [("DMSO", 3), ("DMSO", 1)]
+    # Also where nothing has labelled its cells.
+    alone = store.add_predictions(table[:1].assign(well="A01"), "one field")
+    audit = store.audit("BR1/A01/1", "image")
+    assert [item["run_id"] for item in audit.record["labellings"]] == [alone.run_id]
+    came = {item["what"]: (item["count"], item["runs"]) for item in audit.record["downstream"]}
+    assert came["labelled images"] == (1, [alone.run_id])
+    assert "whole image" in lineage_of(audit).boxes[f"label {alone.run_id}"]
     with pytest.raises(UserInputError, match="line 3: no such image"):
         store.add_predictions(table.assign(site=[1, 7, 1]), "gone")
 
