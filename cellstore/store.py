@@ -36,7 +36,7 @@ from .config import (
     VoteOptions,
 )
 from .enums import PERTURBATION, GroupLevel, Subset
-from .errors import UnknownNameError
+from .errors import UnknownNameError, UserInputError, first_line
 from .settings import Progress, find_store
 
 if TYPE_CHECKING:
@@ -622,6 +622,7 @@ class Store(AbstractContextManager["Store"]):
         ``table``: a file, a table of pandas, polars or Arrow with a row for each cell, or an array
         (N, D) with the ``cell_ids`` (N,) of its rows. See ``stages.own_models.add_embeddings``.
         """
+        import numpy as np
         import pyarrow as pa
 
         from .stages.own_models import add_embeddings
@@ -629,9 +630,15 @@ class Store(AbstractContextManager["Store"]):
         if cell_ids is None:
             source = _table_of(table)
         else:
-            names = [f"embedding_{index:03d}" for index in range(table.shape[1])]
-            columns = [pa.array(cell_ids, pa.int64()), *(pa.array(c) for c in table.T)]
-            source = pa.table(columns, names=["cell_id", *names])
+            vectors = np.asarray(table)
+            if vectors.ndim != 2 or len(vectors) != len(cell_ids):
+                raise UserInputError(
+                    f"There are {len(cell_ids)} cell_ids, and an array of shape {vectors.shape}. "
+                    "Give an array (N, D) and N cell_ids."
+                )
+            names = [f"embedding_{index:03d}" for index in range(vectors.shape[1])]
+            columns = [np.asarray(cell_ids), *vectors.T]
+            source = pa.table(list(map(pa.array, columns)), names=["cell_id", *names])
         return add_embeddings(
             self.workspace,
             source,
@@ -1018,9 +1025,16 @@ def _table_of(given: Any) -> Any:
 
     if isinstance(given, str | Path):
         return Path(given)
-    if hasattr(given, "iloc"):
-        return pa.Table.from_pandas(given, preserve_index=False)
-    return pa.table(given)
+    try:
+        if hasattr(given, "iloc"):
+            return pa.Table.from_pandas(given, preserve_index=False)
+        return pa.table(given)
+    except (TypeError, pa.ArrowException) as error:
+        raise UserInputError(
+            f"This is no table that can be read: {first_line(error)}. Give a file, or a table of "
+            "pandas, polars or Arrow with one kind of value in each column; with an array also "
+            "cell_ids."
+        ) from error
 
 
 def _carry_out(

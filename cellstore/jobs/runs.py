@@ -86,12 +86,16 @@ def digest(content: Any) -> str:
     """Return the sha256 of ``content`` as canonical JSON (sorted keys, no spaces, no NaN).
 
     Raises:
-        UserInputError: a number is infinite or none at all.
+        UserInputError: a number is infinite or none at all, or something is no number and no text.
     """
     try:
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except ValueError as error:
         raise UserInputError("A parameter is not a finite number. Give plain numbers.") from error
+    except TypeError as error:
+        raise UserInputError(
+            f"A parameter cannot be kept: {error}. Give numbers, text, lists and dictionaries."
+        ) from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 

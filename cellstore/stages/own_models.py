@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 from sqlalchemy import select
@@ -26,11 +27,18 @@ from ..config import AddedParams
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs
 from ..enums import FeatureStorage, Origin, Stage, Status
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import (
+    CellstoreError,
+    ImageError,
+    StorageError,
+    StoreError,
+    UserInputError,
+    first_line,
+)
 from ..io.tables import MISSING, Refusal, disarmed_name, open_table
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_split, readable
-from ..jobs.queue import CONTENT, JobScope, Task
+from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
@@ -38,7 +46,7 @@ from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, S
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import FeatureWriter, register_files, set_of_recipe
-from ..query.guard import literal, quoted
+from ..query.guard import literal
 from ..query.source import check_set_name
 from .predict import PredictionRows, insert_predictions
 
@@ -313,14 +321,16 @@ def add_predictions(
                 did = run_jobs(workspace, AddPredictions(questions, whole), scope)[recipe.id]
                 run.result = {
                     "images": len(images),
-                    "failed": len(did.failures),
                     "cells": n_cells,
                     "note": params.note,
                     "file": source.name,
                     **_code_of_caller(),
                 }
                 if did.failures:
-                    run.error = did.failures[0][1]
+                    raise StoreError(
+                        f"Predictions of {len(did.failures):,} images could not be written: "
+                        f"{did.failures[0][1]} Give the same command again to complete them."
+                    )
     if params.trained_on is None:
         notes.append(
             "Nobody said which subset of the split this model was trained on, so reports cannot "
@@ -367,6 +377,19 @@ def add_embeddings(
     weights = None if model is None else _sha256_of_weights(model)
     known = {*source.found.values(), *(c for c in source.columns if c.startswith("Metadata_"))}
     columns = [column for column in source.columns if column not in known]
+    names = [column.casefold() for column in columns]  # SQL knows no capitals
+    for column in columns:
+        if (
+            not column.strip()
+            or column.casefold() == "cell_id"
+            or names.count(column.casefold()) > 1
+        ):
+            raise UserInputError(
+                f"{source.name} has a column {column!r}, which cannot be a name in the set: it "
+                "is empty, cell_id, or there twice. Rename it."
+            )
+    if left := known - {source.found[key] for key in source.named_by() if key in source.found}:
+        source.notes.append(f"Columns that were not kept: {', '.join(sorted(left))}.")
     if not columns:
         raise UserInputError(
             f"{source.name} has no column of numbers beside those that name cells."
@@ -377,7 +400,7 @@ def add_embeddings(
             segment = choose_recipes(session, segmentation, None)[0]
     with open_questions(workspace) as questions:
         values = ", ".join(
-            f"TRY_CAST({quoted(c)} AS FLOAT) AS v{at}, {quoted(c)} AS t{at}"
+            f"TRY_CAST({source.sql(c)} AS FLOAT) AS v{at}, {source.sql(c)} AS t{at}"
             for at, c in enumerate(columns)
         )
         segment_id = _find_rows(
@@ -415,7 +438,7 @@ def add_embeddings(
         (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_checked").records()
         cells = int(about["cells"])
         if before is not None:
-            return AddedEmbeddings(before.id, name, 0, len(columns), already_done=True)
+            return AddedEmbeddings(before.id, name, 0, len(columns), True, tuple(source.notes))
         with running(workspace.database, recipe, origin=Origin.DECLARED) as run:
             schema = pa.schema([(column, pa.float32()) for column in columns])
             writer = FeatureWriter(workspace.artifacts, schema)
@@ -484,6 +507,7 @@ class _TableSource:
     name: str = "the table"
     sha256: str = ""
     notes: list[str] = field(default_factory=list)
+    failed: CellstoreError | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.table, Path):
@@ -492,12 +516,19 @@ class _TableSource:
             self.sha256 = sha256_of(self.table)
             self.notes += self.text.notes
         else:
+            half = [pa.types.is_float16(item.type) for item in self.table.schema]
+            kinds = [
+                pa.float32() if h else f.type for h, f in zip(half, self.table.schema, strict=True)
+            ]
+            if any(half):  # DuckDB does not know them
+                arrays = [c.cast(k) for c, k in zip(self.table.columns, kinds, strict=True)]
+                self.table = pa.table(arrays, names=self.table.column_names)
             self.columns = list(self.table.column_names)
             digest = hashlib.sha256(repr(self.columns).encode())
             for start in range(0, self.table.num_rows, ROWS_AT_ONCE):
                 for column in self.table.slice(start, ROWS_AT_ONCE).columns:
                     if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-                        digest.update(column.cast(pa.float64()).to_numpy().tobytes())
+                        digest.update(column.cast(pa.float64(), safe=False).to_numpy().tobytes())
                     else:
                         digest.update("\0".join(map(str, column.to_pylist())).encode())
             self.sha256 = digest.hexdigest()
@@ -519,7 +550,12 @@ class _TableSource:
         """
         found = self.found
         if "label" not in found:
-            wide = {c: match for c in self.columns if (match := _class_of(c, known)) is not None}
+            keys = {found[key] for key in self.named_by() if key in found}
+            wide = {
+                column: match
+                for column in self.columns
+                if (match := _class_of(column, known)) is not None and column not in keys
+            }
             if not wide:
                 raise UserInputError(
                     f"{self.name} says no class: it has no column label, and none that is named "
@@ -527,14 +563,28 @@ class _TableSource:
                     f"{', '.join(self.columns[:12])}."
                 )
             labels = ", ".join(map(literal, wide.values()))
-            numbers = ", ".join(f"TRY_CAST({quoted(c)} AS DOUBLE)" for c in wide)
+            numbers = ", ".join(f"TRY_CAST({self.sql(c)} AS DOUBLE)" for c in wide)
             return list(wide), f"unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
-        label, number = f"trim(CAST({quoted(found['label'])} AS VARCHAR))", "1.0"
+        label, number = f"trim(CAST({self.sql(found['label'])} AS VARCHAR))", "1.0"
         if "probability" not in found:
             self.notes.append("There is no column probability: each label counts with 1.")
             return [found["label"]], f"{label} AS label, 1.0 AS p"
-        number = f"TRY_CAST({quoted(found['probability'])} AS DOUBLE)"
+        number = f"TRY_CAST({self.sql(found['probability'])} AS DOUBLE)"
         return [found["label"], found["probability"]], f"{label} AS label, {number} AS p"
+
+    def sql(self, column: str) -> str:
+        """The name that a column has in ``table_given``: its own may be any text."""
+        return f"c{self.columns.index(column)}"
+
+    def named_by(self) -> set[str]:
+        """Return the keys of ``NAMES`` by which the rows say what they are about."""
+        found = self.found.keys()
+        if "cell_id" in found:
+            return {"cell_id"}
+        keys = {"plate", "well", "site"} | (found & {"plane", "time_point"})
+        if "object_number" in found:
+            return keys | {"object_number"}
+        return keys | {"x", "y"} if found & {"x", "y"} else keys
 
     def bring(self, questions: Questions, columns: Sequence[str], values: str) -> set[str]:
         """Make table ``rows_given``; return which keys of ``NAMES`` it has.
@@ -544,12 +594,7 @@ class _TableSource:
         Raises:
             UserInputError: no column names cells; a row is damaged.
         """
-        found = self.found
-        keys = {"cell_id"} if "cell_id" in found else {"plate", "well", "site"}
-        if "cell_id" not in found and "object_number" in found:
-            keys |= {"object_number"}
-        elif "cell_id" not in found and found.keys() & {"x", "y"}:
-            keys |= {"x", "y"}
+        found, keys = self.found, self.named_by()
         if lacking := keys - found.keys():
             raise UserInputError(
                 f"{self.name} does not say what it is about: it lacks "
@@ -557,38 +602,52 @@ class _TableSource:
                 "site and object_number, or by plate, well, site and a point x, y in pixels; a "
                 "whole image by plate, well and site."
             )
-        if "cell_id" not in found:
-            keys |= found.keys() & {"plane", "time_point"}
         wanted = dict.fromkeys([*(found[key] for key in sorted(keys)), *columns])
-        questions.bring("table_given", self._reader(list(wanted)))
-        of_keys = {key: f"CAST({quoted(found[key])} AS VARCHAR)" for key in keys}
+        for column in wanted:
+            if self.columns.count(column) > 1:
+                raise UserInputError(
+                    f"{self.name} has the column {column!r} more than once. Remove or rename the "
+                    "ones that are not meant."
+                )
+        try:
+            questions.bring("table_given", self._reader(list(wanted)))
+        except duckdb.Error as error:
+            if self.failed is not None:  # while it was read
+                raise self.failed from error
+            raise UserInputError(f"{self.name} cannot be read: {first_line(error)}") from error
+        of_keys = {key: f"CAST({self.sql(found[key])} AS VARCHAR)" for key in keys}
         for key in keys - {"plate", "well"}:
-            made = f"TRY_CAST({quoted(found[key])} AS DOUBLE)"
-            of_keys[key] = made if key in "xy" else _WHOLE.format(quoted(found[key]))
+            made = f"TRY_CAST({self.sql(found[key])} AS DOUBLE)"
+            of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
         if "well" in of_keys:
             of_keys["well"] = _WELL.format(of_keys["well"])
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
-        made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - names are quoted
+        made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)
         return keys
 
     def _reader(self, columns: Sequence[str]) -> pa.RecordBatchReader:
         """The columns with the line of each row (the header is line 1), in pieces."""
+        positions, names = [self.columns.index(c) for c in columns], map(self.sql, columns)
         if isinstance(self.table, Path):
-            positions = [self.columns.index(name) for name in columns]
-            schema = pa.schema([("line", pa.int64()), *((name, pa.string()) for name in columns)])
+            schema = pa.schema([("line", pa.int64()), *((name, pa.string()) for name in names)])
 
             def batches() -> Iterator[pa.RecordBatch]:
-                for batch in self.text.batches(positions):
-                    for refused in batch.refused:
-                        raise UserInputError(_nothing_added(self.name, 1, [refused]))
-                    lines = pa.array(batch.lines, pa.int64())
-                    texts = [column.cast(pa.string()) for column in batch.columns]
-                    yield pa.RecordBatch.from_arrays([lines, *texts], schema=schema)
+                try:
+                    for batch in self.text.batches(positions):
+                        for refused in batch.refused:
+                            raise UserInputError(_nothing_added(self.name, 1, [refused]))
+                        lines = pa.array(batch.lines, pa.int64())
+                        texts = [column.cast(pa.string()) for column in batch.columns]
+                        yield pa.RecordBatch.from_arrays([lines, *texts], schema=schema)
+                except CellstoreError as error:
+                    self.failed = error  # of which DuckDB makes one of its own
+                    raise
 
             return pa.RecordBatchReader.from_batches(schema, batches())
         lines = pa.array(range(2, self.table.num_rows + 2), pa.int64())
-        return self.table.select(columns).add_column(0, "line", lines).to_reader()
+        given = self.table.select(positions).rename_columns(list(names))
+        return given.add_column(0, "line", lines).to_reader()
 
 
 def _class_of(column: str, classes: Mapping[str, int]) -> str | None:
@@ -641,7 +700,7 @@ def _find_rows(
                 "time_point to the table."
             )
         joined = " AND i.".join(f"{key} = g.{key}" for key in of_image)
-        if segment is None:
+        if whole or segment is None:
             questions.keep("rows_found", BY_IMAGE.format(keys=joined))
         else:
             questions.keep(
@@ -677,6 +736,8 @@ def _find_rows(
         recipe
         for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_checked").rows()
     ]
+    if not recipes:
+        raise UserInputError(f"{name} has no rows.")
     if len(recipes) > 1:
         raise UserInputError(
             f"{name} is about cells of {len(recipes)} segmentations (recipes "
@@ -752,6 +813,7 @@ def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequen
                     for image, content in rows
                 ],
             )
+        requeue(session, Job.recipe_id == recipe_id)
 
 
 def _sha256_of_weights(path: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from screens import small_screen
@@ -127,6 +128,28 @@ def test_one_bad_row_and_nothing_is_written(
         store.add_predictions(table, "bad")
     with store.session() as session:
         assert session.query(Run).count() == before
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (pa.table({"cell_id": [], "label": []}), "has no rows"),
+        (pa.table([[1], ["DMSO"], ["taxol"]], names=["cell_id", "label", "label"]), "more than"),
+        ("cell_id,label,label\n1,DMSO,taxol\n", "'label' more than once"),
+        ("cell_id,label\n1,DMSO\n2\n", "line 3: wrong number of cells"),
+        ([[1.0, 2.0]], "no table that can be read"),
+    ],
+)
+def test_what_is_no_plain_table_is_refused(
+    sqlite_workspace: Workspace, tmp_path: Path, table: Any, sentence: str
+) -> None:
+    small_screen(sqlite_workspace)
+    store = Store(sqlite_workspace)
+    if isinstance(table, str):
+        (tmp_path / "odd.csv").write_text(table)
+        table = tmp_path / "odd.csv"
+    with pytest.raises(UserInputError, match=sentence):
+        store.add_predictions(np.array(table) if isinstance(table, list) else table, "odd")
 
 
 def test_what_was_not_declared_is_not_known(screen: tuple[Store, int]) -> None:
@@ -288,3 +311,25 @@ def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
     assert {"embedding_000", "embedding_001"} <= set(found.columns)
     problems = [item.reason for item in store.verify().problems]
     assert not [reason for reason in problems if "feature" in reason]
+
+
+def test_names_and_kinds_of_columns_change_no_number(sqlite_workspace: Workspace) -> None:
+    small_screen(sqlite_workspace)
+    store = Store(sqlite_workspace)
+    half, whole = np.array([0.5], np.float16), [2**60 + 1]
+    columns = [[1], half, whole, [4.0], ["BR1"]]
+    table = pa.table(columns, names=["cell_id", "line", "q\"'", "x", "plate"])
+    added = store.add_embeddings(table, "odd")
+    assert added.notes == ("Columns that were not kept: plate, x.",)
+    assert store.sql("FROM odd").to_pylist() == [{"cell_id": 1, "line": 0.5, "q\"'": 2.0**60}]
+    for twice in (["cell_id", "a", "A"], ["cell_id", "a", "Cell_ID"]):
+        with pytest.raises(UserInputError, match="Rename it"):
+            store.add_embeddings(pa.table([[1], [0.0], [0.0]], names=twice), "twice")
+    for vectors in (np.zeros(1), np.zeros((2, 1)), np.zeros((1, 0))):
+        with pytest.raises(UserInputError):
+            store.add_embeddings(vectors, "vectors", cell_ids=[1])
+    with pytest.raises(UserInputError, match="A parameter cannot be kept"):
+        store.add_embeddings(np.zeros((1, 1)), "one", cell_ids=[1], parameters={"a": object()})
+    images = store.sql("SELECT plate, well, site, 'DMSO' AS label FROM image_table")
+    recipe = store.sql("SELECT min(recipe_id) AS i FROM segmentations").to_pylist()[0]["i"]
+    assert store.add_predictions(images, "images", segmentation=str(recipe)).cells == 0
