@@ -23,6 +23,7 @@ from ..models import (
     METADATA,
     Cell,
     Image,
+    ImagePrediction,
     Job,
     Plate,
     Prediction,
@@ -73,7 +74,9 @@ def with_flags(
     seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
     seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
     segment_ids = session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct())
-    images = seen.with_only_columns(Segmentation.image_id)
+    whole = select(ImagePrediction.image_id).where(ImagePrediction.run_id == run.id)
+    of_cells = seen.with_only_columns(Segmentation.image_id)
+    images = select(Image.id).where(or_(Image.id.in_(of_cells), Image.id.in_(whole)))
     qc, unseen = qc_run_for(session, options.exclude_flagged, images, segment_ids.all())
     return replace(options, exclude_flagged=str(qc.id)), unseen_notes(qc, unseen)
 

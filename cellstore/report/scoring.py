@@ -314,15 +314,13 @@ WELLS = """
     ORDER BY p.barcode, w.well_row, w.well_column
 """
 ALL_IMAGES = """
-    SELECT count(DISTINCT s.image_id) AS images, count(*) AS cells
-    FROM predictions AS p
-    JOIN cells AS c ON c.id = p.cell_id
-    JOIN segmentations AS s ON s.id = c.segmentation_id
-    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
-    WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
+    SELECT count(DISTINCT p.image_id) AS images, count(p.cell_id) AS cells
+    FROM predictions_with_image AS p
+    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
+    WHERE p.run_id = ? AND p.rank = 1 AND NOT p.excluded AND ri.truth IS NOT NULL
         AND list_contains(?, ri.subset) AND (? OR ri.control IS NULL)
         AND NOT EXISTS (
-            FROM excluded_images AS e WHERE e.image_id = s.image_id AND e.source = 'annotation'
+            FROM excluded_images AS e WHERE e.image_id = p.image_id AND e.source = 'annotation'
         )
         AND NOT EXISTS (
             FROM later_exclusions AS e
@@ -569,8 +567,7 @@ def score_answers(
     if subject.qc_run_id is not None:
         values = [run.id, list(subsets), options.controls]
         (row,) = questions.ask_ours(ALL_IMAGES, values).records()
-        if cells.size:  # not of a model that sees whole images
-            flagged = (row["images"] - images.size, row["cells"] - cells.size)
+        flagged = (row["images"] - images.size, row["cells"] - cells.size)
     parts: list[tuple[Score, ...]] = []
     for part in (
         {key: item[~np.isin(item.well, known)] for key, item in answers.items()},

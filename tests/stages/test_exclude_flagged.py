@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from factories import Factory
 from screens import SmallScreen, small_screen
 from small_training import TINY, Opener, Trained
 from sqlalchemy import select
 
+from cellstore import Store
 from cellstore.config import SplitParams, TrainParams, VoteOptions
 from cellstore.enums import CellFlagReason, ImageFlagReason, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
@@ -153,6 +155,19 @@ def flagged_screen(workspace: Workspace) -> tuple[SmallScreen, Run]:
     for cell in screen.factory.cells_of(screen.segmentations["B01"])[:2]:
         screen.factory.flag_cell(run, cell, CellFlagReason.AREA)
     return screen, run
+
+
+def test_a_flagged_image_has_no_vote_of_a_model_of_images(
+    sqlite_workspace: Workspace,
+) -> None:
+    screen, _ = flagged_screen(sqlite_workspace)
+    wells = {"plate": "BR1", "well": ["B01", "B02", "B03"], "site": 1, "label": "DMSO"}
+    own = str(Store(sqlite_workspace).add_predictions(pd.DataFrame(wells), "fields").run_id)
+    found = report(sqlite_workspace, own, vote_options=VoteOptions(exclude_flagged="latest"))
+    assert (found.images, found.images_flagged, found.cells_flagged) == (2, 1, 0)
+    elsewhere = VoteOptions(exclude_flagged=str(qc_run(screen.factory, ["BR9"]).id))
+    with pytest.raises(UserInputError, match="has not looked at plate BR1"):
+        report(sqlite_workspace, own, vote_options=elsewhere)
 
 
 @pytest.mark.one_database
