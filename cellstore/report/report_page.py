@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..config import ImageInput
 from ..errors import CellstoreError, UnknownNameError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
@@ -239,16 +240,16 @@ SAMPLES = 4
 DIFFERENT = 6
 
 IMAGES = """
-    SELECT s.image_id, s.id AS segmentation_id, p.barcode AS plate, w.name AS well, i.site,
+    SELECT i.id AS image_id, s.id AS segmentation_id, p.barcode AS plate, w.name AS well, i.site,
         s.n_cells
-    FROM segmentations AS s
-    JOIN images AS i ON i.id = s.image_id
+    FROM images AS i
     JOIN wells AS w ON w.id = i.well_id
     JOIN plates AS p ON p.id = w.plate_id
-    WHERE list_contains(?, s.image_id) AND s.id IN (
+    LEFT JOIN segmentations AS s ON s.image_id = i.id AND s.id IN (
         SELECT c.segmentation_id FROM cells AS c JOIN predictions AS x ON x.cell_id = c.id
         WHERE x.run_id = ? AND x.rank = 1
     )
+    WHERE list_contains(?, i.id)
     ORDER BY s.id
 """
 VOTES = """
@@ -296,7 +297,7 @@ def pictures(
         votes[image_id].append((label, cells))
     ties = {row["unit_id"] for row in images if row["vote"] == "hard" and row["tie"]}
     ids = list(dict.fromkeys([*shown, *(row["unit_id"] for row in drawn[: 20 * SAMPLES])]))
-    images_asked = questions.ask_ours(IMAGES, [ids, run_id]).records()
+    images_asked = questions.ask_ours(IMAGES, [run_id, ids]).records()
     for item in images_asked:
         item["title"] = f"{item['plate']} {item['well']}, site {item['site']}"
     known = {item["image_id"]: item for item in images_asked}
@@ -305,9 +306,10 @@ def pictures(
         found[kind] = []
         for row in rows:
             image = row["unit_id"]
+            of_cells = known[image]["segmentation_id"] is not None
             picture, problem = None, None
             try:
-                picture = field_picture(*_pixels(workspace, known[image]["segmentation_id"]))
+                picture = field_picture(*_pixels(workspace, known[image]))
             except CellstoreError as error:
                 problem = str(error)
             found[kind].append(
@@ -320,7 +322,7 @@ def pictures(
                     "tie": image in ties,
                     "votes": votes[image][:SHOWN_VOTES],
                     "more_votes": sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
-                    "n_cells": sum(cells for _, cells in votes[image]),
+                    "n_cells": sum(cells for _, cells in votes[image]) if of_cells else 0,
                     "picture": picture,
                     "problem": problem,
                     "difference": differences[image] if kind == "different" else None,
@@ -329,13 +331,14 @@ def pictures(
     # One of each plate before the second of any; the first that can be opened.
     plates: dict[str, list[Row]] = defaultdict(list)
     for row in drawn:
-        if row["unit_id"] in known:
-            plates[known[row["unit_id"]]["plate"]].append(known[row["unit_id"]])
+        about = known.get(row["unit_id"])
+        if about is not None and about["segmentation_id"] is not None:
+            plates[about["plate"]].append(about)
     mixed = [row for rows in zip_longest(*plates.values()) for row in rows if row is not None]
     for row in mixed[: 3 * SAMPLES]:
         if len(found["samples"]) < SAMPLES:
             with suppress(CellstoreError):
-                plane, masks = _pixels(workspace, row["segmentation_id"])
+                plane, masks = _pixels(workspace, row)
                 bare = field_picture(plane, detail=True)
                 outlined = field_picture(plane, masks, detail=True)
                 found["samples"].append({**row, "bare": bare, "outlined": outlined})
@@ -366,13 +369,16 @@ def _some_differences(comparison: Comparison | None) -> dict[int, Difference]:
 
 
 def _pixels(
-    workspace: Workspace, segmentation_id: int
-) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]]]:
-    with workspace.database.read() as session:
-        found = session.get_one(Segmentation, segmentation_id)
-        wanted = plane_of(session.get_one(Recipe, found.recipe_id))
-        masks = read_masks(session, workspace.artifacts, found)
-    return read_image(workspace.database, found.image_id, wanted), masks
+    workspace: Workspace, image: Row
+) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]] | None]:
+    """The plane of an image, and its masks if the run has labelled cells."""
+    wanted, masks = ImageInput(), None
+    if image["segmentation_id"] is not None:
+        with workspace.database.read() as session:
+            found = session.get_one(Segmentation, image["segmentation_id"])
+            wanted = plane_of(session.get_one(Recipe, found.recipe_id))
+            masks = read_masks(session, workspace.artifacts, found)
+    return read_image(workspace.database, image["image_id"], wanted), masks
 
 
 # Origin

@@ -173,7 +173,9 @@ def test_what_was_not_declared_is_not_known(screen: tuple[Store, int]) -> None:
     ).to_pylist() == [{"count_star()": 0}]
 
 
-def test_a_model_of_whole_images_votes_once_for_each(screen: tuple[Store, int]) -> None:
+def test_a_model_of_whole_images_votes_once_for_each(
+    screen: tuple[Store, int], tmp_path: Path
+) -> None:
     store, own = screen
     table = pd.DataFrame(
         {
@@ -192,7 +194,9 @@ def test_a_model_of_whole_images_votes_once_for_each(screen: tuple[Store, int]) 
         ("B02", "DMSO", "taxol", 1.0),
         ("B03", "taxol", "taxol", 1.0),
     ]
-    result = store.report(str(added.run_id))
+    page = tmp_path / "fields.html" if store.workspace.database.is_sqlite else None
+    result = store.report(str(added.run_id), html=page)
+    assert page is None or "The model labels whole images" in page.read_text()
     assert {item.level for item in result.scores} == {"image", "well"}
     assert result.score("image", "hard").accuracy == pytest.approx(2 / 3)
     assert store.compare(str(own), str(added.run_id)).wells == 3
