@@ -19,7 +19,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from sqlalchemy import select
+from sqlalchemy import case, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
@@ -284,8 +284,10 @@ def add_predictions(
             recipe = register(
                 session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
             )
-            runs = select(Run).where(Run.recipe_id == recipe.id).order_by(Run.id.desc())
-            latest = session.scalars(runs.limit(1)).first()
+            # The one that has the jobs: another that was begun at the same time has no rows.
+            with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
+            runs = select(Run).where(Run.recipe_id == recipe.id)
+            latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
         if trained is None:
             with running(
                 workspace.database, trained_recipe, split_id=split.id, origin=Origin.DECLARED
@@ -799,7 +801,11 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
 
 
 def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequence[int]) -> None:
-    """Make a job for each image that the table is about."""
+    """Make a job for each image that the table is about.
+
+    Raises:
+        UserInputError: another command was faster.
+    """
     start = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
     with workspace.database.begin() as session:
         for some in in_lists(images):
@@ -813,7 +819,13 @@ def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequen
                     for image, content in rows
                 ],
             )
-        requeue(session, Job.recipe_id == recipe_id)
+        of_recipe = Job.recipe_id == recipe_id
+        others = select(Job.run_id).where(of_recipe, Job.run_id != run_id)
+        if (other := session.scalar(others.limit(1))) is not None:
+            raise UserInputError(
+                f"Another command adds the same predictions, as run {other}. Wait until it is over."
+            )
+        requeue(session, of_recipe)
 
 
 def _sha256_of_weights(path: Path) -> str:

@@ -21,6 +21,7 @@ from cellstore.jobs.runs import keep_files
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Prediction, Run, Segmentation, Split
 from cellstore.report.lineage_page import lineage_of
+from cellstore.stages import own_models
 
 EXPORT = """
     SELECT cell_id, l.value AS label, probability
@@ -333,3 +334,26 @@ def test_names_and_kinds_of_columns_change_no_number(sqlite_workspace: Workspace
     images = store.sql("SELECT plate, well, site, 'DMSO' AS label FROM image_table")
     recipe = store.sql("SELECT min(recipe_id) AS i FROM segmentations").to_pylist()[0]["i"]
     assert store.add_predictions(images, "images", segmentation=str(recipe)).cells == 0
+
+
+def test_two_that_add_the_same_at_once_make_one_run_of_predictions(
+    sqlite_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = small_screen(sqlite_workspace).predict_run.id
+    store = Store(sqlite_workspace)
+    table = store.sql(EXPORT, [own])
+    opened = own_models.running
+    first = []
+
+    def slower(*arguments: Any, **options: Any) -> Any:
+        if "parent_id" in options and not first:  # our predict run, before it is there
+            first.append(0)
+            first[0] = store.add_predictions(table, "twin").run_id
+        return opened(*arguments, **options)
+
+    monkeypatch.setattr(own_models, "running", slower)
+    with pytest.raises(UserInputError, match="Another command adds the same"):
+        store.add_predictions(table, "twin")
+    again = store.add_predictions(table, "twin")
+    assert (again.already_done, again.run_id) == (True, first[0])
+    assert rows_of(store, again.run_id) == rows_of(store, own)
