@@ -974,7 +974,7 @@ def notes_on(
         notes.append("Validation images are scored, and they decided when training stopped.")
     if "outside" in subsets:
         notes.append("Images that the split does not name are scored by their treatment.")
-    if run.status != Status.DONE:
+    if run.status not in (Status.DONE, Status.WITHDRAWN):
         notes.append(f"The run is {Status(run.status).value}, so images may be missing here.")
     if options.min_cells > 1:
         notes.append(f"Images and wells with fewer than {options.min_cells} cells have no answer.")

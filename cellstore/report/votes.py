@@ -149,7 +149,7 @@ def open_votes(
 
             options, notes = with_flags(session, options, found)
         notes += stale_cells(session, found.id)
-    if found.status != Status.DONE:
+    if found.status not in (Status.DONE, Status.WITHDRAWN):
         notes += (f"The run is {found.status.value}, so images may be missing here.",)
     with open_questions(
         workspace,
