@@ -204,13 +204,14 @@ def check_device(device: str, precision: str, devices: int) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's remarks about hardware and settings off the terminal."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 @dataclass(frozen=True)

@@ -365,6 +365,7 @@ def _labellings(
         SELECT runs.id AS run_id, runs.started_at, runs.user_name AS "user", runs.host,
             runs.code_version, runs.parent_id AS train_run_id, splits.name AS split, protocol,
             splits.id AS split_id, splits.field, subset, labels.value AS truth, runs.origin,
+            runs.status,
             parameters ->> 'declared' AS model, parameters ->> 'trained_on' AS trained_on
         FROM runs LEFT JOIN runs AS parents ON parents.id = runs.parent_id
         LEFT JOIN recipes ON recipes.id = parents.recipe_id
@@ -401,7 +402,7 @@ def _labellings(
                 run["trained_on"] is not None,
             )
         keys = ["run_id", "started_at", "user", "host", "code_version", "train_run_id"]
-        keys += ["origin", "model"]
+        keys += ["origin", "status", "model"]
         if (trained := run["train_run_id"]) not in checkpoints:
             checkpoints[trained] = _checkpoints(session, trained)
         labellings.append(

@@ -250,6 +250,9 @@ def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> 
     notes = store.report(run).notes
     assert any("withdrawn: classes mixed up" in note for note in notes)
     assert not any("may be missing" in note for note in notes)
+    assert not any("may be missing" in note for note in store.votes(run).notes)
+    audit = store.audit("BR1/B01/1", "image").record["labellings"]
+    assert [item["status"] for item in audit] == ["done", "withdrawn"]
     assert len(rows_of(store, int(run))) == table.num_rows
     assert set(store.verify().problems) == problems
     with pytest.raises(UserInputError, match="withdrawn"):
