@@ -16,7 +16,7 @@ from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions, open_questions
-from .scoring import SEEN, Answers, Subject, ask_answers, class_names, find_subject, judge
+from .scoring import DECLARED, SEEN, Answers, Subject, ask_answers, class_names, find_subject, judge
 from .votes import SUBSETS, check_vote
 
 
@@ -404,12 +404,23 @@ def _warnings(
     both = np.intersect1d(seen[0], seen[1]).size
     if both:
         found.append(f"Both runs had seen {both:,} of these wells in training.")
+    for subject in subjects:
+        for declared in questions.ask_ours(DECLARED, [subject.run.parent_id]).records():
+            if declared["trained_on"] is None:
+                found.append(
+                    f"It is not known which of these wells run {subject.run.id} had seen in "
+                    "training: nobody declared it."
+                )
     used = [list(questions.ask_ours(SEGMENTED_BY, [run]).rows()) for run in runs]
     if used[0] != used[1]:
-        one, other_ids = (" and ".join(str(recipe) for (recipe,) in rows) for rows in used)
+        labelled = [
+            f"those of segmentation recipe {' and '.join(str(recipe) for (recipe,) in rows)}"
+            if rows
+            else "whole images"
+            for rows in used
+        ]
         found.append(
-            f"They label different cells: run {runs[0]} those of segmentation recipe {one}, run "
-            f"{runs[1]} those of {other_ids}."
+            f"They label different cells: run {runs[0]} {labelled[0]}, run {runs[1]} {labelled[1]}."
         )
     names = [subject.split.name for subject in subjects]
     if names[0] != names[1]:

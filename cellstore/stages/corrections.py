@@ -79,7 +79,8 @@ class Correction:
     """What a verb changed, or would change (``dry_run``).
 
     ``changes``: for each row what it is called, and its old and new values. ``images``, ``cells``
-    (of all segmentations) and ``predictions`` (one for each run and cell) are what it is about.
+    (of all segmentations) and ``predictions`` (one for each run and cell, or whole image) are what
+    it is about.
     """
 
     verb: str
@@ -152,10 +153,14 @@ def _concerned(session: Session, images: Select[Any], cell: int | None = None) -
     cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
     cells = cells.where(Segmentation.image_id.in_(images) if cell is None else Cell.id == cell)
     first = select(func.count()).where(Prediction.rank == 1, Prediction.cell_id.in_(cells))
+    number = session.scalar(first) or 0
+    if cell is None:
+        whole = select(func.count()).where(ImagePrediction.rank == 1)
+        number += session.scalar(whole.where(ImagePrediction.image_id.in_(images))) or 0
     return {
         "images": session.scalar(select(func.count()).select_from(images.subquery())) or 0,
         "cells": session.scalar(select(func.count()).select_from(cells.subquery())) or 0,
-        "predictions": session.scalar(first) or 0,
+        "predictions": number,
     }
 
 

@@ -159,6 +159,9 @@ def test_what_was_not_declared_is_not_known(screen: tuple[Store, int]) -> None:
     assert any("--trained-on" in note for note in added.notes)
     result = store.report(str(added.run_id))
     assert "It is not known which wells unknown has seen in training" in result.leak
+    said = f"It is not known which of these wells run {added.run_id} had seen in training"
+    compared = store.compare(str(own), str(added.run_id))
+    assert any(warning.startswith(said) for warning in compared.warnings)
     image = store.sql("SELECT min(image_id) AS i FROM prediction_table").to_pylist()[0]["i"]
     known = {item["run_id"]: item for item in store.audit(str(image), "image").record["labellings"]}
     assert known[own]["well_in_training"] is False
@@ -199,7 +202,9 @@ def test_a_model_of_whole_images_votes_once_for_each(
     assert page is None or "The model labels whole images" in page.read_text()
     assert {item.level for item in result.scores} == {"image", "well"}
     assert result.score("image", "hard").accuracy == pytest.approx(2 / 3)
-    assert store.compare(str(own), str(added.run_id)).wells == 3
+    compared = store.compare(str(own), str(added.run_id))
+    assert compared.wells == 3
+    assert any(said.endswith(f"run {added.run_id} whole images.") for said in compared.warnings)
     audit = store.audit("BR1/B01/1", "image").record["labellings"]
     assert [(item["winner"], item["n_cells"]) for item in audit] == [("DMSO", 3), ("DMSO", 1)]
     # Also where nothing has labelled its cells.
@@ -209,6 +214,7 @@ def test_a_model_of_whole_images_votes_once_for_each(
     came = {item["what"]: (item["count"], item["runs"]) for item in audit.record["downstream"]}
     assert came["labelled images"] == (1, [alone.run_id])
     assert "whole image" in lineage_of(audit).boxes[f"label {alone.run_id}"]
+    assert store.exclude("image", "BR1/A01/1", reason="debris", dry_run=True).predictions == 1
     with pytest.raises(UserInputError, match="line 3: no such image"):
         store.add_predictions(table.assign(site=[1, 7, 1]), "gone")
 
@@ -241,7 +247,9 @@ def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> 
     problems = set(store.verify().problems)
     assert store.withdraw_predictions(run, reason="classes mixed up") == int(run)
     assert store.report("latest").run_id == own
-    assert any("withdrawn: classes mixed up" in note for note in store.report(run).notes)
+    notes = store.report(run).notes
+    assert any("withdrawn: classes mixed up" in note for note in notes)
+    assert not any("may be missing" in note for note in notes)
     assert not any("may be missing" in note for note in store.votes(run).notes)
     audit = store.audit("BR1/B01/1", "image").record["labellings"]
     assert [item["status"] for item in audit] == ["done", "withdrawn"]
