@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, aliased
 from ..artifacts import sha256_of
 from ..config import AddedParams
 from ..db.bulk import in_lists, insert_new
-from ..db.events import Change, record_events, record_runs
+from ..db.events import Change, record_events, record_runs, recording_removed
 from ..enums import FeatureStorage, Origin, Stage, Status
 from ..errors import (
     CellstoreError,
@@ -45,7 +45,14 @@ from ..jobs.workspace import Workspace
 from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
-from ..query.feature_files import FeatureWriter, register_files, set_of_recipe
+from ..query.feature_files import (
+    FeatureWriter,
+    forget_lost_files,
+    list_files,
+    register_files,
+    set_of_recipe,
+    stream_ids,
+)
 from ..query.guard import literal
 from ..query.source import check_set_name
 from .predict import PredictionRows, insert_predictions
@@ -366,7 +373,7 @@ def add_embeddings(
 
     ``table``: a row for each cell, named as in :func:`add_predictions`; every other column is a
     number, empty where it is not known. ``train``, ``export`` and ``sql`` read the set by its name.
-    The same table again adds nothing.
+    The same table again adds only what is lacking: a file was lost, or cells were found anew.
 
     Raises:
         UnknownNameError: there is no such segmentation.
@@ -437,19 +444,21 @@ def add_embeddings(
                 raise UserInputError(
                     f"Feature set {name!r} is there already, with other rows. Give another name."
                 )
-        (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_checked").records()
+        _keep_new_rows(workspace, questions, name)
+        (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_new").records()
         cells = int(about["cells"])
-        if before is not None:
+        if before is not None and cells == 0:
             return AddedEmbeddings(before.id, name, 0, len(columns), True, tuple(source.notes))
         with running(workspace.database, recipe, origin=Origin.DECLARED) as run:
             schema = pa.schema([(column, pa.float32()) for column in columns])
             writer = FeatureWriter(workspace.artifacts, schema)
             listed = ", ".join(f"v{at}" for at in range(len(columns)))
-            rows = f"SELECT cell, {listed} FROM rows_checked ORDER BY cell"  # noqa: S608
+            rows = f"SELECT cell, {listed} FROM rows_new ORDER BY cell"  # noqa: S608
+            made = []
             try:
                 for batch in questions.ask_ours(rows).batches():
-                    ids = batch.column(0).to_numpy()
-                    writer.write(ids, batch.drop_columns(["cell"]))
+                    made.append(batch.column(0).to_numpy())
+                    writer.write(made[-1], batch.drop_columns(["cell"]))
                 writer.finish()
             finally:
                 writer.abandon()
@@ -466,10 +475,40 @@ def add_embeddings(
                 insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
                 found = set_of_recipe(session, recipe.id)
                 assert found is not None
+                if before is not None:
+                    with recording_removed(session, ()):
+                        ids = np.concatenate(made)
+                        forget_lost_files(session, workspace.artifacts, recipe.id, ids)
                 register_files(session, workspace.artifacts, found.id, run.id, writer.files)
 
             run.at_end.append(keep)
     return AddedEmbeddings(run.id, name, cells, len(columns), notes=tuple(source.notes))
+
+
+def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> None:
+    """Make table ``rows_new``: those of ``rows_checked`` that no file of a feature set has.
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+    with workspace.database.read() as session:
+        paths = [row.path for row in list_files(session, FeatureSet.name == name)]
+    files = [path for item in paths if (path := workspace.artifacts.locate(item)).is_file()]
+    schema = pa.schema([("cell", pa.int64())])
+    batches = (
+        pa.RecordBatch.from_arrays([pa.array(ids)], schema=schema)
+        for file in files
+        for ids in stream_ids(file)
+    )
+    try:
+        questions.bring("cells_there", pa.RecordBatchReader.from_batches(schema, batches))
+    except duckdb.Error as error:
+        raise StorageError(
+            f"A file of feature set {name!r} is damaged. See which with: cellstore verify; then "
+            "remove it with --fix, and run the same command again."
+        ) from error
+    new = "SELECT r.* FROM rows_checked AS r ANTI JOIN cells_there AS c ON c.cell = r.cell"
+    questions.keep("rows_new", new)
 
 
 def withdraw(workspace: Workspace, run: str, reason: str) -> int:

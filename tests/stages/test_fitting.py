@@ -16,6 +16,7 @@ from cellstore.enums import Stage, Subset
 from cellstore.errors import ImageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.normalising import (
+    Scale,
     Scaler,
     add_plates,
     describe_plates,
@@ -88,9 +89,9 @@ def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in
         more = add_plates(session, database, source, (), scaler, ["P4"])
     # P1: 1 and 3, not the test wells 100 and 900; P2, only in validation: its own, 10 and 30.
     assert more.plates == {
-        "P1": ((2.0,), (1.0,), 2),
-        "P2": ((20.0,), (10.0,), 2),
-        "P4": ((7.0,), (1.0,), 2),
+        "P1": Scale((2.0,), (1.0,), 2),
+        "P2": Scale((20.0,), (10.0,), 2),
+        "P4": Scale((7.0,), (1.0,), 2),
     }
     assert (scaler.own, more.own) == (("P2",), ("P2", "P4"))
     # What comes out is scaled as the training side is: -1, 1, 3 and 5 have mean 2.

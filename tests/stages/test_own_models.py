@@ -323,6 +323,14 @@ def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
     assert store.add_embeddings(table, "by_name").cells == 2
     found = store.cells("main", features="dinov3").to_pandas()
     assert {"embedding_000", "embedding_001"} <= set(found.columns)
+    (file,) = store.sql(
+        "SELECT path FROM artifacts AS a JOIN runs AS r ON r.id = ? JOIN feature_files AS f "
+        "ON f.artifact_id = a.id AND f.run_id = r.id",
+        [added.run_id],
+    ).column("path")
+    workspace.artifacts.locate(file.as_py()).unlink()
+    assert store.add_embeddings(vectors, "dinov3", cell_ids=ids, note="small").cells == len(ids)
+    assert store.sql("FROM dinov3").num_rows == len(ids)
     problems = [item.reason for item in store.verify().problems]
     assert not [reason for reason in problems if "feature" in reason]
 
