@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -364,6 +365,7 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
                 add(f"{name}.{key}", item)
         elif value is not None:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = re.sub(r"\b[0-9a-f]{64}\b", lambda digest: digest[0][:12], text)
             found[name] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
     (row,) = questions.ask_ours(RUNS, [run]).records()

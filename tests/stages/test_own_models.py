@@ -211,6 +211,8 @@ def test_a_model_of_whole_images_votes_once_for_each(
     compared = store.compare(str(own), str(added.run_id))
     assert compared.wells == 3
     assert any(said.endswith(f"run {added.run_id} whole images.") for said in compared.warnings)
+    (digest,) = (item.second for item in compared.recipes if item.what == "predict.table")
+    assert len(digest) == 12
     audit = store.audit("BR1/B01/1", "image").record["labellings"]
     assert [(item["winner"], item["n_cells"]) for item in audit] == [("DMSO", 3), ("DMSO", 1)]
     # Also where nothing has labelled its cells.
