@@ -596,10 +596,11 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.own_models import add_predictions
 
+        named = [trained_on] if isinstance(trained_on, str) else trained_on
         params = AddedParams(
             name,
             split=split,
-            trained_on=None if trained_on is None else tuple(trained_on),
+            trained_on=named if named is None else tuple(named),
             model=None if model is None else Path(model),
             segmentation=segmentation,
             note=note,

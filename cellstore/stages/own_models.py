@@ -584,16 +584,23 @@ class _TableSource:
         """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class.
 
         Raises:
-            UserInputError: there are none.
+            UserInputError: there are none, or in two ways.
         """
         found = self.found
+        used = {found[key] for key in (*self.named_by(), "label", "probability") if key in found}
         if "label" not in found:
-            keys = {found[key] for key in self.named_by() if key in found}
-            wide = {
-                column: match
-                for column in self.columns
-                if (match := _class_of(column, known)) is not None and column not in keys
-            }
+            used.discard(found.get("probability", ""))
+        wide = {
+            column: match
+            for column in self.columns
+            if (match := _class_of(column, known)) is not None and column not in used
+        }
+        if "label" in found and wide:  # the label may be the truth
+            raise UserInputError(
+                f"{self.name} has a column {found['label']!r}, and columns of classes "
+                f"({', '.join(list(wide)[:SHOWN])}). Remove those that are no predictions."
+            )
+        if "label" not in found:
             if not wide:
                 raise UserInputError(
                     f"{self.name} says no class: it has no column label, and none that is named "

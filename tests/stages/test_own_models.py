@@ -144,6 +144,7 @@ def test_one_bad_row_and_nothing_is_written(
         (pa.table([[1], ["DMSO"], ["taxol"]], names=["cell_id", "label", "label"]), "more than"),
         ("cell_id,label,label\n1,DMSO,taxol\n", "'label' more than once"),
         ("cell_id,label\n1,DMSO\n2\n", "line 3: wrong number of cells"),
+        (pa.table({"cell_id": [1], "label": ["DMSO"], "taxol": [1.0]}), "no predictions"),
         ([[1.0, 2.0]], "no table that can be read"),
     ],
 )
