@@ -35,6 +35,7 @@ from ..errors import (
     UserInputError,
     first_line,
 )
+from ..io.filenames import format_well, parse_well
 from ..io.tables import MISSING, Refusal, disarmed_name, open_table
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_split, readable
@@ -84,10 +85,6 @@ ADDS_UP = 1e-3
 
 _WHOLE = """
     CASE WHEN TRY_CAST({0} AS BIGINT) = TRY_CAST({0} AS DOUBLE) THEN TRY_CAST({0} AS BIGINT) END
-"""
-_WELL = r"""
-    upper(regexp_extract({0}, '^\s*([A-Za-z]+)', 1))
-        || lpad(CAST(TRY_CAST(regexp_extract({0}, '(\d+)\s*$', 1) AS INT) AS VARCHAR), 2, '0')
 """
 BY_ID = """
     SELECT g.*, c.id AS cell, s.image_id, s.recipe_id,
@@ -661,7 +658,13 @@ class _TableSource:
             made = f"TRY_CAST({self.sql(found[key])} AS DOUBLE)"
             of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
         if "well" in of_keys:
-            of_keys["well"] = _WELL.format(of_keys["well"])
+            well = of_keys["well"]
+            texts = f"SELECT DISTINCT {well} FROM table_given"  # noqa: S608 - our own names
+            wells = [(text, _well_of(text)) for (text,) in questions.ask_ours(texts).rows() if text]
+            kept = pa.table({"text": [w[0] for w in wells], "well": [w[1] for w in wells]})
+            text = pa.string()
+            questions.bring("wells_given", kept.cast(pa.schema([("text", text), ("well", text)])))
+            of_keys["well"] = f"(SELECT well FROM wells_given WHERE text = {well})"  # noqa: S608
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
         made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)
@@ -689,6 +692,14 @@ class _TableSource:
         lines = pa.array(range(2, self.table.num_rows + 2), pa.int64())
         given = self.table.select(positions).rename_columns(list(names))
         return given.add_column(0, "line", lines).to_reader()
+
+
+def _well_of(text: str) -> str:
+    """The name of a well as the store writes it; of what is none, the text."""
+    try:
+        return format_well(*parse_well(text))
+    except UserInputError:
+        return text
 
 
 def _class_of(column: str, classes: Mapping[str, int]) -> str | None:

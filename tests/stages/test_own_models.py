@@ -42,6 +42,12 @@ def rows_of(store: Store, run_id: int) -> list[tuple[Any, ...]]:
         return sorted((p.cell_id, p.rank, p.label_id, p.probability) for p in found)
 
 
+def rows_of_images(store: Store, run_id: int) -> list[tuple[Any, ...]]:
+    with store.session() as session:
+        found = session.get_one(Run, run_id).image_predictions
+        return sorted((p.image_id, p.rank, p.label_id, p.probability) for p in found)
+
+
 def test_own_predictions_brought_back_count_the_same(
     screen: tuple[Store, int], tmp_path: Path
 ) -> None:
@@ -219,6 +225,11 @@ def test_a_model_of_whole_images_votes_once_for_each(
     assert store.exclude("image", "BR1/A01/1", reason="debris", dry_run=True).predictions == 1
     with pytest.raises(UserInputError, match="line 3: no such image"):
         store.add_predictions(table.assign(site=[1, 7, 1]), "gone")
+    for wrong in ("B124", "B01 B02", "x"):
+        with pytest.raises(UserInputError, match=f"no such image .*well {wrong}"):
+            store.add_predictions(table.assign(well=["B1", "r02c02", wrong]), "gone")
+    again = store.add_predictions(table.assign(well=["r02c01", "0202", "b 3"]), "spelt")
+    assert rows_of_images(store, again.run_id) == rows_of_images(store, added.run_id)
 
 
 def test_a_point_in_a_mask_names_a_cell(workspace: Workspace) -> None:
