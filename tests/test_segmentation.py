@@ -11,6 +11,7 @@ import pytest
 
 from cellstore.analysis import segmentation
 from cellstore.analysis.segmentation import ModelFiles, find_model, load_segmenter
+from cellstore.config import SegmentParams
 from cellstore.enums import DEFAULT_MODEL
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.report.drawing import OUTLINE_COLOUR, outline_overlay, outlines
@@ -286,6 +287,12 @@ def test_a_damaged_size_model_is_refused(tmp_path, content, suffix):
 def test_without_size_model_a_diameter_is_asked_for(untrained):
     with pytest.raises(UserInputError, match="--diameter"):
         load_segmenter(files_of(untrained))
+
+
+def test_an_impossible_diameter_is_refused():
+    for diameter in (0, -3.0, float("nan"), float("inf")):
+        with pytest.raises(UserInputError, match="--diameter must be"):
+            SegmentParams(diameter=diameter)
 
 
 def test_an_unknown_device_is_refused(untrained):

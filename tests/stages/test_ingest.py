@@ -243,6 +243,12 @@ def test_a_useless_table_is_one_sentence_and_writes_nothing(
         table.write_text(content)
         with pytest.raises(BadTableError, match=words):
             ingest(sqlite_workspace, table, IngestParams(plate="P"))
+    for path, words in (
+        (tmp_path / "absent", "There is no file or folder"),
+        (Path("/dev/null"), "cannot be read"),
+    ):
+        with pytest.raises(UserInputError, match=words):
+            ingest(sqlite_workspace, path)
     assert count(sqlite_workspace, Plate) == count(sqlite_workspace, IngestFile) == 0
     with sqlite_workspace.database.read() as session:
         assert set(session.scalars(select(Run.status))) <= {Status.FAILED}
