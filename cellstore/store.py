@@ -751,10 +751,14 @@ class Store(AbstractContextManager["Store"]):
 
     def wrote(self, *files: str | Path | None) -> None:
         """Keep in the log that files were written outside the store; None: there is none."""
-        from .db.events import record_files
-
         paths = [Path(file) for file in files if file is not None]
-        if paths and not record_files(self.workspace.database, *paths):
+        if not paths:
+            return
+        from .db.events import (
+            record_files,
+        )  # it loads the tables, which takes longer than a question
+
+        if not record_files(self.workspace.database, *paths):
             self.workspace.progress.note(
                 "The log of this store does not name what was written: the store can only be "
                 "read here, or another command is writing to it."
