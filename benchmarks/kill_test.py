@@ -52,9 +52,9 @@ STEPS = (
 WHERE = "JOIN images AS i ON i.id = {0}.image_id JOIN wells AS w ON w.id = i.well_id"
 CELL = f"JOIN segmentations AS s ON s.id = c.segmentation_id {WHERE.format('s')}"
 FACTS = {
-    # That of a prediction is of all digits.
+    # The digest of a prediction is of all digits, that of a measurement has the ids of cells.
     "jobs": "SELECT r.stage, w.name, i.site, j.status, "
-    "CASE WHEN r.stage <> 'predict' THEN j.digest END FROM jobs AS j "
+    "CASE WHEN r.stage NOT IN ('predict', 'measure') THEN j.digest END FROM jobs AS j "
     f"JOIN recipes AS r ON r.id = j.recipe_id {WHERE.format('j')}",
     "cells": "SELECT w.name, i.site, c.object_number, c.min_row, c.min_col, c.excluded "
     f"FROM cells AS c {CELL}",

@@ -253,12 +253,13 @@ def add_predictions(
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
+    learned = None if params.trained_on is None else ",".join(params.trained_on)
     train = RecipeSpec(
         Stage.TRAIN,
         VERSION,
         {
             "declared": params.name,
-            "trained_on": params.trained_on and ",".join(params.trained_on),
+            "trained_on": learned,
             "weights": params.model and params.model.name,
             "parameters": dict(parameters or {}),
         },
