@@ -14,16 +14,34 @@ from ..errors import UnknownNameError, UserInputError
 
 RUN_WORDS = ("latest", "last")
 
-_RUNS = table("runs", *map(column, ("id", "stage", "status", "parent_id", "recipe_id", "origin")))
-_RECIPES = table("recipes", column("id"), column("parameters", JSON))
+_RUNS = table(
+    "runs",
+    *map(column, ("id", "stage", "status", "parent_id", "recipe_id", "origin", "split_id")),
+)
+_RECIPES = table(
+    "recipes", *map(column, ("id", "version", "weights_sha256")), column("parameters", JSON)
+)
+_INPUTS = table("recipe_inputs", column("recipe_id"), column("input_id"))
+_SPLITS = table("splits", *map(column, ("id", "family", "fold")))
 
 
 class NamedRun(NamedTuple):
-    """A run that somebody has named."""
+    """A run that somebody has named.
+
+    ``folds``: the predict runs of all folds of a cross-validation, which are read as one under the
+    number of the last of them; ``name``: what was typed for it.
+    """
 
     id: int
     stage: Stage
     status: Status
+    folds: tuple[int, ...] = ()
+    name: str = ""
+
+    @property
+    def read_as(self) -> dict[int, int]:
+        """The predict runs that are read, each with the number under which it is."""
+        return dict.fromkeys(self.folds or (self.id,), self.id)
 
 
 def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = ()) -> NamedRun:
@@ -72,7 +90,8 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
         number = reference.strip().lstrip("#")
         if not number.isdecimal() or len(number) > 18:
             raise UserInputError(
-                f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
+                f"A run is named by its number, 'latest' or 'latest predict', or by the name of a "
+                f"cross-validation, not {reference!r}."
             )
         chosen = query.where(runs.id == int(number))
     found = session.execute(chosen.limit(1)).first()
@@ -89,10 +108,15 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
 def find_predict_run(session: Session, reference: str) -> NamedRun:
     """Return the predict run of this name; a train run stands for its latest predict run.
 
+    The name of a cross-validation stands for those of all its folds; see :func:`find_folds`.
+
     Raises:
         UnknownNameError: there is no such run, or it has no predictions.
     """
     named = reference not in RUN_WORDS
+    number = reference.strip().lstrip("#").isdecimal()
+    if named and not number and (folds := find_folds(session, reference.strip())) is not None:
+        return folds
     run = find_named_run(session, reference, () if named else (Stage.PREDICT,))
     if run.stage == Stage.TRAIN:
         later = select(_RUNS.c.id).where(_RUNS.c.parent_id == run.id)
@@ -106,3 +130,84 @@ def find_predict_run(session: Session, reference: str) -> NamedRun:
             "Label images with a trained run first: cellstore predict"
         )
     return run
+
+
+def find_folds(session: Session, reference: str) -> NamedRun | None:
+    """Return the predict runs of a cross-validation as one, ``None`` if none is called so.
+
+    ``FAMILY`` means the models trained last in the same way on all folds, ``FAMILY:7`` those that
+    were trained as in run 7, ``FAMILY:logistic`` those of a baseline. Of each, the last run that
+    has labelled all test images of its fold counts.
+
+    Raises:
+        UnknownNameError: there are no such models, or they have not labelled each fold yet.
+    """
+    runs, recipes, splits, predicting = _RUNS.c, _RECIPES.c, _SPLITS.c, _RUNS.alias()
+    family, wanted = reference, ""
+    query = select(splits.id, splits.fold).order_by(splits.fold)
+    found = session.execute(query.where(splits.family == family)).all()
+    if not found and ":" in reference:
+        family, _, wanted = reference.rpartition(":")
+        found = session.execute(query.where(splits.family == family)).all()
+    if not found:
+        return None
+    fold_of = {row.id: row.fold for row in found}
+    trained = session.execute(
+        select(runs.id, runs.split_id, recipes.id.label("recipe"), recipes.version)
+        .add_columns(recipes.weights_sha256, recipes.parameters)
+        .join(_RECIPES, recipes.id == runs.recipe_id)
+        .where(runs.split_id.in_(fold_of), runs.stage == Stage.TRAIN.value)
+        .where(runs.status == Status.DONE.value)
+        .order_by(runs.id)
+    ).all()
+    inputs: dict[int, list[int]] = {}
+    used = select(_INPUTS.c.recipe_id, _INPUTS.c.input_id).order_by(_INPUTS.c.input_id)
+    of_these = _INPUTS.c.recipe_id.in_({row.recipe for row in trained})
+    for row in session.execute(used.where(of_these)):
+        inputs.setdefault(row.recipe_id, []).append(row.input_id)
+    labelled: dict[int, int] = {}
+    of_models = (
+        select(predicting.c.id, predicting.c.parent_id, recipes.parameters)
+        .join(_RECIPES, recipes.id == predicting.c.recipe_id)
+        .where(predicting.c.parent_id.in_({row.id for row in trained}))
+        .where(predicting.c.status == Status.DONE.value)
+        .order_by(predicting.c.id)
+    )
+    for row in session.execute(of_models):
+        asked = row.parameters
+        narrowed = any(asked.get(name) for name in ("plates", "wells", "where", "limit", "split"))
+        if asked.get("subset") in (None, "test") and not narrowed:
+            labelled[row.parent_id] = row.id
+    alike: dict[str, dict[int, int]] = {}
+    kinds: dict[str, set[str]] = {}
+    for row in trained:
+        own = {name: value for name, value in row.parameters.items() if name != "split"}
+        key = repr((row.version, row.weights_sha256, sorted(own.items()), inputs.get(row.recipe)))
+        if "declared" in own:  # of these nothing but their name is alike
+            key = own["declared"]
+        alike.setdefault(key, {})[fold_of[row.split_id]] = row.id
+        names = kinds.setdefault(key, {str(own.get("baseline", own.get("declared", "")))})
+        names |= {str(row.id), str(labelled.get(row.id))}
+
+    def rank(key: str) -> tuple[bool, bool, int]:
+        whole = sum(run in labelled for run in alike[key].values()) == len(fold_of)
+        return whole, "" in kinds[key], max(alike[key].values())
+
+    named = [key for key in alike if wanted in kinds[key] or not wanted]
+    if not named:
+        known = sorted(set().union(*kinds.values()) - {"", "None"})
+        if wanted and known:
+            raise UnknownNameError.of(f"model of cross-validation {family}", wanted, known)
+        raise UnknownNameError(
+            f"No fold of cross-validation {family!r} has a model yet. Next: cellstore train "
+            f"--split {family}"
+        )
+    key = max(named, key=rank)
+    missing = [n for n in fold_of.values() if alike[key].get(n) not in labelled]
+    if missing:
+        raise UnknownNameError(
+            f"Fold {', '.join(map(str, missing))} of cross-validation {family!r} has no labels "
+            f"yet. Finish it with the command that began it: cellstore train --split {family}"
+        )
+    folds = tuple(labelled[alike[key][n]] for n in fold_of.values())
+    return NamedRun(max(folds), Stage.PREDICT, Status.DONE, folds, reference)

@@ -676,6 +676,13 @@ def _keep(
     )
 
 
+def folds_of(workspace: Workspace, name: str | None) -> tuple[str, ...]:
+    """Return the splits of a cross-validation in their order; none: nothing is called so."""
+    query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+    with workspace.database.read() as session:
+        return () if name is None else tuple(session.scalars(query))
+
+
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:
     """Return a split as it stands (default: the latest).
 

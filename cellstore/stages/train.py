@@ -87,6 +87,10 @@ class TrainResult:
     feature set have no value in the training subset. ``qc_run_id``: the quality-control run whose
     ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were excluded.
     ``resumed_after``: the epoch after which the run was resumed last; 0: it never was.
+
+    Of a cross-validation ``split`` is its name and ``folds`` has the result of each fold, with the
+    ``predict_run_id`` in which the model labelled the test images of the fold. All else but
+    ``notes`` and ``already_done`` is then that of the last fold.
     """
 
     run_id: int
@@ -112,6 +116,8 @@ class TrainResult:
     images_flagged: int = 0
     cells_flagged: int = 0
     resumed_after: int = 0
+    predict_run_id: int | None = None
+    folds: tuple[TrainResult, ...] = ()
 
 
 @dataclass(frozen=True)
