@@ -623,7 +623,8 @@ class SplitParams(Params):
     )
     validation_size: float = option(
         0.2,
-        "Share of the groups that decide when to stop training (grouped protocol). 0: none.",
+        "Share of the groups that decide when to stop training (grouped protocol). 0: none, and "
+        "train --epochs says how long.",
         min=0.0,
         below=1.0,
         unless="protocol",

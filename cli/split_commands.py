@@ -56,7 +56,7 @@ def _show_split(result: SplitResult) -> None:
         ]
     )
     if result.protocol == "grouped" and result.validation_classes < 2:
-        what = "there is no validation subset, so `cellstore train` cannot use this split"
+        what = "there is no validation subset, so nothing stops a training before its --epochs"
         if result.validation_classes:
             what = (
                 "the validation subset has one class only, so it cannot say when to stop training"

@@ -224,15 +224,16 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} images": number for subset, number in result.images.items()},
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
-            "best epoch": result.best_epoch,
+            "best epoch" if result.validation_subset else "kept epoch": result.best_epoch,
         }
     )
     if result.metrics:
-        rows = [[row.get(name) for name in EPOCH_COLUMNS] for row in result.metrics]
+        columns = [name for name in EPOCH_COLUMNS if any(name in row for row in result.metrics)]
+        rows = [[row.get(name) for name in columns] for row in result.metrics]
         whole = [
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
-        output.table(list(EPOCH_COLUMNS.values()), whole)
+        output.table([EPOCH_COLUMNS[name] for name in columns], whole)
 
 
 def _show_folds(result: TrainResult) -> None:
@@ -246,7 +247,7 @@ def _show_folds(result: TrainResult) -> None:
             (fold.split, fold.run_id, fold.epochs, fold.best_epoch, *validation,
              fold.predict_run_id)
         )  # fmt: skip
-    heads = ("fold", "train run", "epochs", "best", "val. loss", "val. accuracy", "predict run")
+    heads = ("fold", "train run", "epochs", "kept", "val. loss", "val. accuracy", "predict run")
     output.table(heads, rows)
     typer.echo("")
 

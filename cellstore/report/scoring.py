@@ -257,6 +257,7 @@ def by_baseline(found: Sequence[BaselineScore]) -> list[dict[str, BaselineScore]
 HEADLINE = ("image", "hard")
 KEYS = (*(("image", vote) for vote in VOTES), *(("well", vote) for vote in VOTES), ("cell", "hard"))
 """Level and vote of all scores, in the order in which they are shown."""
+FOLDS = ", or cellstore split create NAME --folds 5"
 TOP = 5
 SIGNIFICANT = 0.05
 
@@ -715,7 +716,7 @@ def score_answers(
         too_few.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
             f"{lonely}: too few for an interval, so their numbers hold for these wells only. To "
-            "test more wells: ingest more replicates, or cellstore split create NAME --folds 5."
+            f"test more wells: ingest more replicates{'' if subject.folds else FOLDS}."
         )
 
     with questions.workspace.database.read() as session:
@@ -1013,6 +1014,12 @@ def notes_on(
         notes.append(
             f"Out of fold: each image is scored once, by the model of the one of "
             f"{len(subject.folds)} folds that tests it (predict runs {numbers})."
+        )
+    trained = run.parent.result if run.parent else None
+    if trained and trained.get("validation_subset", "") is None:
+        notes.append(
+            "No image validated the network: nothing stopped its training, and the number of "
+            f"epochs ({trained['best_epoch']}) was given."
         )
     if Subset.TRAIN.value in subsets:
         notes.append(f"Forced: {trained_on:,} of these images were used to train the network.")
