@@ -163,8 +163,8 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
     inputs: dict[int, list[int]] = {}
     used = select(_INPUTS.c.recipe_id, _INPUTS.c.input_id).order_by(_INPUTS.c.input_id)
     of_these = _INPUTS.c.recipe_id.in_({row.recipe for row in trained})
-    for row in session.execute(used.where(of_these)):
-        inputs.setdefault(row.recipe_id, []).append(row.input_id)
+    for pair in session.execute(used.where(of_these)):
+        inputs.setdefault(pair.recipe_id, []).append(pair.input_id)
     labelled: dict[int, int] = {}
     of_models = (
         select(predicting.c.id, predicting.c.parent_id, recipes.parameters)
@@ -173,11 +173,11 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
         .where(predicting.c.status == Status.DONE.value)
         .order_by(predicting.c.id)
     )
-    for row in session.execute(of_models):
-        asked = row.parameters
+    for said in session.execute(of_models):
+        asked = said.parameters
         narrowed = any(asked.get(name) for name in ("plates", "wells", "where", "limit", "split"))
         if asked.get("subset") in (None, "test") and not narrowed:
-            labelled[row.parent_id] = row.id
+            labelled[said.parent_id] = said.id
     alike: dict[str, dict[int, int]] = {}
     kinds: dict[str, set[str]] = {}
     for row in trained:
