@@ -285,8 +285,6 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
         }
-        if params.leave_out is None:
-            del parameters["leave_out"]
         recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)

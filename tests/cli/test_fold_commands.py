@@ -5,28 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_screen
-from foreign_cells import add_foreign_cells, by_id
 
-from cellstore.config import IngestParams
-from cellstore.store import Store
 from cellstore_cli.output import Notes
 
 pytest.importorskip("torch")
 
 QUICK = ("--features", "cp", "--epochs", 2, "--batch-size", 4, "--device", "cpu")
 IN = ("--store", "store")
-
-
-@pytest.fixture
-def cv(cellstore, tmp_path: Path) -> str:
-    """A screen of eight wells of two treatments with 3 cells in each image, in two folds."""
-    table = write_screen(tmp_path / "screen", ["DMSO", "taxol"] * 4, sites=1)
-    with Store.create(tmp_path / "store") as made:
-        made.ingest(table, IngestParams(images=table.parent / "images"))
-    add_foreign_cells(Path("store"), 3, by_id)
-    cellstore("split", "create", "cv", "--folds", 2, "--validation-size", 0, *IN)
-    return "cv"
 
 
 def test_baselines_of_all_folds_are_one_report(cellstore, cv: str) -> None:
