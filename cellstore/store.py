@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .report.audit import Audit
     from .report.comparison import Comparison
     from .report.event_log import EventLog
+    from .report.leaderboard import Leaderboard
     from .report.redo import Check
     from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
@@ -722,6 +723,17 @@ class Store(AbstractContextManager["Store"]):
             vote_options=vote_options,
             force=force,
         )
+
+    def runs(
+        self, split: str | None = None, *, by: str = "test", every: bool = False
+    ) -> Leaderboard:
+        """Return the models that were trained on a split, the best first.
+
+        See ``report.leaderboard.list_runs``.
+        """
+        from .report.leaderboard import list_runs
+
+        return list_runs(self.workspace, split, by=by, every=every)
 
     def votes(
         self,

@@ -22,6 +22,7 @@ from .output import AnswerOptions, Format, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
+    from cellstore.report.leaderboard import Leaderboard
     from cellstore.report.scoring import ReportResult, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -285,6 +286,67 @@ def report(
     return store.report(
         run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
     )
+
+
+def _show_runs(found: Leaderboard) -> None:
+    typer.echo(f"split {found.split}" if found.split else "all splits")
+    typer.echo("")
+    ranks = [row.rank for row in found.runs]
+    rows = [
+        (
+            "-" if row.rank is None else f"{row.rank}{'=' * (ranks.count(row.rank) > 1)}",
+            *[row.split] * (found.split is None),
+            row.name.removeprefix(f"{row.split}:") if found.split is None else row.name,
+            row.model,
+            percent(row.accuracy) if row.accuracy is not None else row.status,
+            percent(row.low, row.high),
+            row.wells or None,
+            percent(row.validation_accuracy),
+        )
+        for row in found.runs
+    ]
+    split = ["split"] * (found.split is None)
+    output.table(
+        ("", *split, "run", "model", "accuracy", "95 % interval", "wells", "validation"), rows
+    )
+    typer.echo("")
+    for row in found.runs:
+        if row.differs:
+            values = "; ".join(f"{name} {value}" for name, value in row.differs.items())
+            output.wrapped(f"run {row.name}: {values}")
+        if row.then:
+            output.wrapped(f"run {row.name}, {row.status}: {row.then}")
+
+
+@command(app, "runs", _show_runs)
+def runs(
+    store: Store,
+    split: str | None = option(
+        None,
+        "Models on this split, or on all folds of this cross-validation. Default: the one that "
+        "was trained on last.",
+    ),
+    every: bool = option(False, "Models on all splits.", name="--all"),
+    by: str = option(
+        "test",
+        "What ranks them: images of the test subset, or cells of the validation subset.",
+        choices=("test", "validation"),
+    ),
+) -> Leaderboard:
+    """List trained models by their scores, the best first.
+
+    Networks, baselines and models of your own, each with the share of test images that it labels
+    right, a 95 % interval over wells, and in which parameters it differs from others of its kind.
+    The folds of a cross-validation are one row. The name of a run can be given to report and
+    compare.
+
+    \b
+    Example:
+      cellstore runs
+      cellstore runs --split five --by validation
+      cellstore runs --all --json
+    """
+    return store.runs(split, by=by, every=every)
 
 
 @command(app, "compare", then=True)

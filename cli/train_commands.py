@@ -430,7 +430,7 @@ def add(
 
 def _show_withdrawn(done: dict[str, Any]) -> None:
     typer.echo(f"Run {done['run_id']} is withdrawn.")
-    say("Next: cellstore ask runs")
+    say("Next: cellstore runs")
 
 
 @command(predictions, "withdraw", _show_withdrawn)

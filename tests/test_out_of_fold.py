@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.enums import Stage, Subset
+from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Run, Split
+from cellstore.query.engine import open_questions
 from cellstore.report.comparison import compare
+from cellstore.report.leaderboard import list_runs
 from cellstore.report.scoring import report
 from cellstore.report.votes import open_votes
 
@@ -49,6 +51,75 @@ def add_model(screen: SmallScreen, split: Split, kind: str, says: dict[str, str]
         cells = make.cells_of(screen.segmentations[well])
         make.predict(run, cells, [[(screen.labels[label], 1.0)]] * len(cells))
     return run
+
+
+def test_models_are_ranked(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    folds = add_folds(screen)
+    one, other = (
+        [add_model(screen, fold, kind, says) for fold, says in zip(folds, answers, strict=True)]
+        for kind, answers in {
+            "one": (dict.fromkeys(TRUTH, "DMSO"), dict.fromkeys(TRUTH, "taxol")),
+            "other": (TRUTH, TRUTH),
+        }.items()
+    )
+    stopped = make.run(
+        Stage.TRAIN, split_id=folds[0].id, status=Status.FAILED, command="cellstore train --split x"
+    )
+    found = list_runs(workspace)
+    assert (found.split, found.by) == ("cv", "test")
+    best, second, unfinished = found.runs
+    assert (best.name, best.rank) == (f"cv:{other[1].parent_id}", 1)
+    assert (best.correct, best.images, best.wells, best.low) == (4, 4, 4, None)
+    assert best.predict_runs == tuple(run.id for run in other)
+    assert (second.rank, second.accuracy, second.balanced_accuracy) == (2, 0.5, 0.5)
+    assert second.correct == report(workspace, second.name).score("image", "hard").correct
+    assert (best.differs, second.differs) == ({"kind": "other"}, {"kind": "one"})
+    assert (unfinished.name, unfinished.rank) == (str(stopped.id), None)
+    assert (unfinished.status, unfinished.then) == ("failed", "cellstore train --split x")
+    assert found.notes[0].startswith("The best of 2 models by test images looks better")
+    # A fold by itself; models that have labelled nothing, and what was withdrawn.
+    alone = list_runs(workspace, "cv-1")
+    assert [(row.name, row.accuracy) for row in alone.runs][:2] == [
+        (str(other[0].parent_id), 1.0),
+        (str(one[0].parent_id), 0.5),
+    ]
+    declared = make.recipe(Stage.TRAIN, parameters={"declared": "vit"})
+    trained = make.run(Stage.TRAIN, declared, split_id=screen.split.id)
+    make.run(Stage.PREDICT, parent_id=trained.id, status=Status.WITHDRAWN)
+    make.run(Stage.TRAIN, split_id=screen.split.id)
+    (main,) = {row.split for row in list_runs(workspace).runs}
+    assert main == "main"
+    rows = {row.model + row.name: row for row in list_runs(workspace, by="validation").runs}
+    assert rows[f"vit{trained.id}"].status == "withdrawn"
+    last = rows[f"network{trained.id + 2}"]
+    assert (last.status, last.then) == ("not predicted yet", f"cellstore predict --run {last.name}")
+    everything = list_runs(workspace, every=True)
+    assert [row.split for row in everything.runs][:2] == ["cv", "cv"]
+    assert {row.split for row in everything.runs} == {"main", "cv", "cv-1"}
+    with pytest.raises(UnknownNameError, match=r"Unknown split 'vc'.* Did you mean cv"):
+        list_runs(workspace, "vc")
+
+    # The same as a table: one row for each training.
+    with open_questions(workspace) as questions:
+        table = questions.ask(
+            "SELECT run_id, family, fold, model, predict_run_id, images, accuracy, "
+            "parameters ->> 'kind' AS kind FROM training_runs WHERE family = 'cv' AND "
+            "status = 'done' ORDER BY run_id"
+        ).records()
+        values = questions.ask(
+            "SELECT run_id, value FROM run_parameters WHERE name = 'kind' ORDER BY run_id"
+        ).rows()
+        assert [(row["run_id"], row["kind"]) for row in table] == list(values)
+    runs = [one[0], one[1], other[0], other[1]]
+    assert [row["predict_run_id"] for row in table] == [run.id for run in runs]
+    assert [(row["fold"], row["images"], row["accuracy"]) for row in table] == [
+        (1, 2, 0.5),
+        (2, 2, 0.5),
+        (1, 2, 1.0),
+        (2, 2, 1.0),
+    ]
 
 
 def test_folds_are_read_as_one_run(workspace: Workspace) -> None:

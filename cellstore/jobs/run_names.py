@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from sqlalchemy import JSON, column, or_, select, table
 from sqlalchemy.orm import Session
 
-from ..enums import Origin, Stage, Status
+from ..enums import Origin, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 
 RUN_WORDS = ("latest", "last")
@@ -23,6 +23,8 @@ _RECIPES = table(
 )
 _INPUTS = table("recipe_inputs", column("recipe_id"), column("input_id"))
 _SPLITS = table("splits", *map(column, ("id", "family", "fold")))
+_NARROWER = ("plates", "wells", "where", "limit", "split")
+"""Parameters with which a predict run may have labelled fewer than all test images."""
 
 
 class NamedRun(NamedTuple):
@@ -132,17 +134,71 @@ def find_predict_run(session: Session, reference: str) -> NamedRun:
     return run
 
 
+class Model(NamedTuple):
+    """Trainings that are alike in all but their split: one, or one for each fold.
+
+    ``kind``: the baseline, or the name that was declared; empty for a network. ``runs``: the last
+    train run of each split, by its id. ``labelled``: the last predict run that has labelled all
+    test images of its split, by the train run.
+    """
+
+    kind: str
+    parameters: dict[str, Any]
+    runs: dict[int, int]
+    labelled: dict[int, int]
+
+
+def models_of(session: Session, splits: Collection[int]) -> list[Model]:
+    """Return the finished trainings on some splits, those together that were done alike."""
+    runs, recipes, predicting = _RUNS.c, _RECIPES.c, _RUNS.alias()
+    trained = session.execute(
+        select(runs.id, runs.split_id, recipes.id.label("recipe"), recipes.version)
+        .add_columns(recipes.weights_sha256, recipes.parameters)
+        .join(_RECIPES, recipes.id == runs.recipe_id)
+        .where(runs.split_id.in_(splits), runs.stage == Stage.TRAIN.value)
+        .where(runs.status == Status.DONE.value)
+        .order_by(runs.id)
+    ).all()
+    used = select(_INPUTS.c.recipe_id, _INPUTS.c.input_id).order_by(_INPUTS.c.input_id)
+    inputs: dict[int, list[int]] = {}
+    for pair in session.execute(used.where(_INPUTS.c.recipe_id.in_({x.recipe for x in trained}))):
+        inputs.setdefault(pair.recipe_id, []).append(pair.input_id)
+    labelled: dict[int, int] = {}
+    said = (
+        select(predicting.c.id, predicting.c.parent_id, recipes.parameters)
+        .join(_RECIPES, recipes.id == predicting.c.recipe_id)
+        .where(predicting.c.parent_id.in_({row.id for row in trained}))
+        .where(predicting.c.status == Status.DONE.value)
+        .order_by(predicting.c.id)
+    )
+    for one in session.execute(said):
+        narrowed = any(one.parameters.get(name) for name in _NARROWER)
+        if one.parameters.get("subset") in (None, Subset.TEST.value) and not narrowed:
+            labelled[one.parent_id] = one.id
+    found: dict[str, Model] = {}
+    for row in trained:
+        own = {name: value for name, value in row.parameters.items() if name != "split"}
+        key = repr((row.version, row.weights_sha256, sorted(own.items()), inputs.get(row.recipe)))
+        kind = str(own.get("baseline", own.get("declared", "")))
+        if "declared" in own:  # of these nothing but their name is alike
+            key = kind
+        model = found.setdefault(key, Model(kind, own, {}, {}))
+        model.runs[row.split_id] = row.id
+        if row.id in labelled:
+            model.labelled[row.id] = labelled[row.id]
+    return list(found.values())
+
+
 def find_folds(session: Session, reference: str) -> NamedRun | None:
     """Return the predict runs of a cross-validation as one, ``None`` if none is called so.
 
     ``FAMILY`` means the models trained last in the same way on all folds, ``FAMILY:7`` those that
-    were trained as in run 7, ``FAMILY:logistic`` those of a baseline. Of each, the last run that
-    has labelled all test images of its fold counts.
+    were trained as in run 7, ``FAMILY:logistic`` those of a baseline.
 
     Raises:
         UnknownNameError: there are no such models, or they have not labelled each fold yet.
     """
-    runs, recipes, splits, predicting = _RUNS.c, _RECIPES.c, _SPLITS.c, _RUNS.alias()
+    splits = _SPLITS.c
     family, wanted = reference, ""
     query = select(splits.id, splits.fold).order_by(splits.fold)
     found = session.execute(query.where(splits.family == family)).all()
@@ -151,63 +207,34 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
         found = session.execute(query.where(splits.family == family)).all()
     if not found:
         return None
-    fold_of = {row.id: row.fold for row in found}
-    trained = session.execute(
-        select(runs.id, runs.split_id, recipes.id.label("recipe"), recipes.version)
-        .add_columns(recipes.weights_sha256, recipes.parameters)
-        .join(_RECIPES, recipes.id == runs.recipe_id)
-        .where(runs.split_id.in_(fold_of), runs.stage == Stage.TRAIN.value)
-        .where(runs.status == Status.DONE.value)
-        .order_by(runs.id)
-    ).all()
-    inputs: dict[int, list[int]] = {}
-    used = select(_INPUTS.c.recipe_id, _INPUTS.c.input_id).order_by(_INPUTS.c.input_id)
-    of_these = _INPUTS.c.recipe_id.in_({row.recipe for row in trained})
-    for pair in session.execute(used.where(of_these)):
-        inputs.setdefault(pair.recipe_id, []).append(pair.input_id)
-    labelled: dict[int, int] = {}
-    of_models = (
-        select(predicting.c.id, predicting.c.parent_id, recipes.parameters)
-        .join(_RECIPES, recipes.id == predicting.c.recipe_id)
-        .where(predicting.c.parent_id.in_({row.id for row in trained}))
-        .where(predicting.c.status == Status.DONE.value)
-        .order_by(predicting.c.id)
-    )
-    for said in session.execute(of_models):
-        asked = said.parameters
-        narrowed = any(asked.get(name) for name in ("plates", "wells", "where", "limit", "split"))
-        if asked.get("subset") in (None, "test") and not narrowed:
-            labelled[said.parent_id] = said.id
-    alike: dict[str, dict[int, int]] = {}
-    kinds: dict[str, set[str]] = {}
-    for row in trained:
-        own = {name: value for name, value in row.parameters.items() if name != "split"}
-        key = repr((row.version, row.weights_sha256, sorted(own.items()), inputs.get(row.recipe)))
-        if "declared" in own:  # of these nothing but their name is alike
-            key = own["declared"]
-        alike.setdefault(key, {})[fold_of[row.split_id]] = row.id
-        names = kinds.setdefault(key, {str(own.get("baseline", own.get("declared", "")))})
-        names |= {str(row.id), str(labelled.get(row.id))}
-
-    def rank(key: str) -> tuple[bool, bool, int]:
-        whole = sum(run in labelled for run in alike[key].values()) == len(fold_of)
-        return whole, "" in kinds[key], max(alike[key].values())
-
-    named = [key for key in alike if wanted in kinds[key] or not wanted]
+    models = models_of(session, [row.id for row in found])
+    names = [
+        {item.kind, *map(str, (*item.runs.values(), *item.labelled.values()))} for item in models
+    ]
+    named = [item for item, own in zip(models, names, strict=True) if wanted in own or not wanted]
     if not named:
-        known = sorted(set().union(*kinds.values()) - {"", "None"})
+        known = sorted(set().union(*names) - {""})
         if wanted and known:
             raise UnknownNameError.of(f"model of cross-validation {family}", wanted, known)
         raise UnknownNameError(
             f"No fold of cross-validation {family!r} has a model yet. Next: cellstore train "
             f"--split {family}"
         )
-    key = max(named, key=rank)
-    missing = [n for n in fold_of.values() if alike[key].get(n) not in labelled]
+
+    def labelled(model: Model, split: int) -> int | None:
+        run = model.runs.get(split)
+        return None if run is None else model.labelled.get(run)
+
+    def rank(model: Model) -> tuple[bool, bool, int]:
+        whole = all(labelled(model, row.id) for row in found)
+        return whole, not model.kind, max(model.runs.values())
+
+    model = max(named, key=rank)
+    missing = [str(row.fold) for row in found if not labelled(model, row.id)]
     if missing:
         raise UnknownNameError(
-            f"Fold {', '.join(map(str, missing))} of cross-validation {family!r} has no labels "
-            f"yet. Finish it with the command that began it: cellstore train --split {family}"
+            f"Fold {', '.join(missing)} of cross-validation {family!r} has no labels yet. Finish "
+            f"it with the command that began it: cellstore train --split {family}"
         )
-    folds = tuple(labelled[alike[key][n]] for n in fold_of.values())
+    folds = tuple(run for row in found if (run := labelled(model, row.id)))
     return NamedRun(max(folds), Stage.PREDICT, Status.DONE, folds, reference)
