@@ -514,10 +514,8 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .query.cell_tables import cell_table
 
-        if subset is not None and subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
         sources = Sources(split, segmentation, measurement)
-        wanted = None if subset is None else Subset(subset)
+        wanted = _subset(subset)
         return cell_table(self.workspace, sources, wanted, features, exclude_flagged)
 
     def dataset(
@@ -587,12 +585,14 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         note: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        query: str | CellTable | None = None,
     ) -> AddedPredictions:
         """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run. See ``stages.own_models.add_predictions``.
+        the model are kept with the run, as is ``query``, the table (or its SQL) that the model has
+        learned from. See ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
 
@@ -605,7 +605,8 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             note=note,
         )
-        return add_predictions(self.workspace, _table_of(table), params, parameters)
+        sql = query if query is None or isinstance(query, str) else query.query
+        return add_predictions(self.workspace, _table_of(table), params, parameters, sql)
 
     def add_embeddings(
         self,
@@ -876,6 +877,8 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        split: str | None = None,
+        subset: str | None = None,
         include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
@@ -893,6 +896,8 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            split=split,
+            subset=_subset(subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -1022,6 +1027,12 @@ class Store(AbstractContextManager["Store"]):
         from .stages.verify import seal
 
         return seal(self.workspace, file)
+
+
+def _subset(name: str | None) -> Subset | None:
+    if name is not None and name not in list(Subset):
+        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
+    return None if name is None else Subset(name)
 
 
 def _table_of(given: Any) -> Any:
