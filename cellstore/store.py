@@ -523,8 +523,9 @@ class Store(AbstractContextManager["Store"]):
         split: str | None = None,
         subset: str = "train",
         *,
+        unit: str = "cell",
         channels: Sequence[str] = (),
-        crop: int = 96,
+        crop: int | None = None,
         mask: bool = False,
         features: str | bool = False,
         sampler: str = "cells",
@@ -538,7 +539,8 @@ class Store(AbstractContextManager["Store"]):
     ) -> CellDataset:
         """Return the cells of a subset of a split as a data set for torch's ``DataLoader``.
 
-        ``channels``: those of the crops; default: all. ``crop``: their height and width in pixels.
+        ``unit="image"``: its whole images. ``channels``: those of the crops; default: all.
+        ``crop``: their height and width in pixels; default: 96, of whole images what they have.
         ``mask``: also which pixels are of the cell. ``features``: also its measurements, the
         built-in ones (``True``) or a feature set by name. ``sampler``: each cell once (``cells``),
         all classes alike (``classes``), or the largest class only as often as the second
@@ -556,22 +558,28 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .learn.datasets import cell_dataset
 
-        if subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
+        if unit not in ("cell", "image"):
+            raise UnknownNameError.of("unit", unit, ("cell", "image"))
+        asked = {"mask": mask, "image": True, "tabular": features}
+        params = TrainParams(
+            features=features if isinstance(features, str) else None,
+            branches=tuple(name for name, wanted in asked.items() if wanted),
+            channels=tuple(channels),
+            crop_size=96 if crop is None else crop,
+            sampler=sampler,
+            intensity=intensity,
+            seed=seed,
+            exclude_flagged=exclude_flagged,
+        )
         return cell_dataset(
             self.workspace,
             Sources(split, segmentation, measurement),
-            Subset(subset),
-            channels=channels,
-            crop=crop,
-            mask=mask,
-            features=features,
-            sampler=sampler,
+            _subset(subset) or Subset.TRAIN,
+            params,
+            unit=unit,
+            crop=params.crop_size if unit == "cell" else crop,
             shuffle=shuffle,
-            seed=seed,
-            intensity=intensity,
             transform=transform,
-            exclude_flagged=exclude_flagged,
         )
 
     def add_predictions(

@@ -207,9 +207,9 @@ BOX = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col
 
 
 def exported(workspace: Workspace, out: Path) -> pa.Table:
-    """The Parquet export of a store, which is left in ``out``."""
+    """The Parquet export of a store, which is left in ``out``, without what is of this store."""
     export(workspace, out, include_excluded=True, force=True)
-    return pq.read_table(out)
+    return pq.read_table(out).drop(["Metadata_CellId", "Metadata_Segmentation"])
 
 
 def as_text(table: pa.Table) -> list[list[str]]:
