@@ -290,6 +290,7 @@ def test_the_examples_for_models_of_ones_own(
     assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
     image = store.votes(str(run)).table.to_pylist()[0]
     name = f"{image['plate']}/{image['well']}/{image['site']}"
-    last = store.audit(name, "image").record["labellings"][-1]
+    last, fields = store.audit(name, "image").record["labellings"][-2:]
+    assert (fields["run_id"], fields["model"]) == (values["whole"].run_id, "brightness")
     assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
     assert last["origin"] == "declared"
