@@ -290,7 +290,7 @@ def cell_dataset(
     if unit == "image" and TABULAR in wanted:
         raise UserInputError("Features are of cells: leave them out, or ask for unit='cell'.")
     with workspace.database.read() as session:
-        cells = find_training_cells(session, workspace, sources, params)
+        cells = find_training_cells(session, workspace, sources, params, (subset,))
         blocks = cells.blocks[subset]
         if not blocks:
             raise UserInputError(
