@@ -419,6 +419,21 @@ _exclude_flagged = partial(
     "number, or latest.",
     metavar="RUN|latest",
 )
+_where_cells = partial(
+    cells,
+    None,
+    "Only cells that meet this condition, over what image_table and cells have (cellstore schema) "
+    "and the measurements of the feature set. For example \"area > 500 AND plate = 'P1'\".",
+    metavar="SQL",
+)
+_sql = partial(
+    cells,
+    None,
+    "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file with "
+    "a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an image; "
+    "other columns do not count.",
+    metavar="FILE|SQL",
+)
 _features = partial(
     cells,
     None,
@@ -840,6 +855,19 @@ class SplitParams(Params):
             )
 
 
+def one_selection(where: str | None, sql: str | None) -> bool:
+    """Return whether there is a selection of cells.
+
+    Raises:
+        UserInputError: there are two, or the condition is empty.
+    """
+    if where is not None and not where.strip():
+        raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+    if where is not None and sql is not None:
+        raise UserInputError("Select cells by --where or by --sql, not by both.")
+    return where is not None or sql is not None
+
+
 @dataclass(frozen=True)
 class TrainParams(Params):
     """A network and its training.
@@ -850,6 +878,8 @@ class TrainParams(Params):
 
     features: str | None = _features()
     exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = _where_cells()
+    sql: str | None = _sql()
     branches: tuple[str, ...] | None = network(
         None,
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
@@ -931,6 +961,7 @@ class TrainParams(Params):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_selection(self.where, self.sql)
         if self.branches == ():
             raise UserInputError(
                 "A network needs one branch or more: --branches mask,flow,image,tabular."
@@ -978,6 +1009,8 @@ class BaselineParams(Params):
     features: str | None = _features()
     normalise: str = _normalise()
     exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = _where_cells()
+    sql: str | None = _sql()
     seed: int = learning(0, "Same seed, same baseline.", min=0)
     max_cells: int = baseline(
         50_000,
@@ -990,6 +1023,10 @@ class BaselineParams(Params):
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
     smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_selection(self.where, self.sql)
 
 
 @dataclass(frozen=True)

@@ -505,14 +505,19 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         exclude_flagged: str | None = None,
+        where: str | None = None,
+        sql: str | None = None,
     ) -> CellTable:
         """Return the cells of a split as a table: plate, well, site, label, box, features.
 
         ``subset``: train, validation or test; ``None``: all. ``features``: the built-in ones
         (``True``), a feature set by name, or none (``False``). Cells that are excluded are not
-        among them. Centres and boxes are in pixels.
+        among them. Centres and boxes are in pixels. ``where``: only cells that meet a condition,
+        ``sql``: only those that a SELECT (or a file with one) gives as ``cell_id``, or all of the
+        images that it gives as ``image_id``; see docs/training.md.
 
         >>> store.cells("by-well", "train").to_pandas()
+        >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
         """
         from .config import Sources
         from .query.cell_tables import cell_table
@@ -521,7 +526,7 @@ class Store(AbstractContextManager["Store"]):
             raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
         sources = Sources(split, segmentation, measurement)
         wanted = None if subset is None else Subset(subset)
-        return cell_table(self.workspace, sources, wanted, features, exclude_flagged)
+        return cell_table(self.workspace, sources, wanted, features, exclude_flagged, where, sql)
 
     def dataset(
         self,
@@ -540,6 +545,8 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         exclude_flagged: str | None = None,
+        where: str | None = None,
+        sql: str | None = None,
     ) -> CellDataset:
         """Return the cells of a subset of a split as a data set for torch's ``DataLoader``.
 
@@ -549,7 +556,8 @@ class Store(AbstractContextManager["Store"]):
         all classes alike (``classes``), or the largest class only as often as the second
         (``capped``). ``shuffle``: default: the training subset only. ``intensity``: crops are
         divided by the scale of their plate, or of their image. ``transform`` is called with each
-        item. See ``learn.datasets.CellDataset`` for what an item holds.
+        item. ``where`` and ``sql`` select cells, as in :meth:`cells`. See
+        ``learn.datasets.CellDataset`` for what an item holds.
 
         >>> from torch.utils.data import DataLoader
         >>> cells = store.dataset("by-well", "train", channels=["DNA", "RNA"])
@@ -577,6 +585,8 @@ class Store(AbstractContextManager["Store"]):
             intensity=intensity,
             transform=transform,
             exclude_flagged=exclude_flagged,
+            where=where,
+            sql=sql,
         )
 
     def add_predictions(

@@ -170,6 +170,8 @@ def cell_dataset(
     intensity: str = "plate",
     transform: Callable[[Item], Item] | None = None,
     exclude_flagged: str | None = None,
+    where: str | None = None,
+    sql: str | None = None,
 ) -> CellDataset:
     """Return the data set of a subset of a split; see :meth:`cellstore.Store.dataset`.
 
@@ -184,9 +186,11 @@ def cell_dataset(
         intensity=intensity,
         seed=seed,
         exclude_flagged=exclude_flagged,
+        where=where,
+        sql=sql,
     )
     with workspace.database.read() as session:
-        cells = find_training_cells(session, workspace, sources, params)
+        cells = find_training_cells(session, workspace, sources, params, (subset,))
         if not cells.blocks[subset]:
             raise UserInputError(
                 f"Split {cells.split.name} has no measured cells in its {subset.value} subset."
