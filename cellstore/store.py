@@ -28,12 +28,14 @@ from .config import (
     PredictParams,
     QcParams,
     Resources,
+    RunName,
     SegmentParams,
     Selection,
     SplitParams,
     TrainParams,
     TrainSetup,
     VoteOptions,
+    checked,
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from .stages.verify import VerifyResult
 
 
+@checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
@@ -295,14 +298,14 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def retry(
-        self, *, stage: str | None = None, run: str | None = None, image: str | None = None
+        self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
     ) -> RetryResult:
         """Give failed jobs another try; see ``stages.manage_jobs.retry``."""
         from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
 
-    def cancel(self, run: str | None = None) -> tuple[int, ...]:
+    def cancel(self, run: RunName | None = None) -> tuple[int, ...]:
         """Ask running runs to end when what they have in hand is done; return their numbers."""
         from .stages.manage_jobs import cancel
 
@@ -390,7 +393,7 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         setup: TrainSetup | None = None,
         force: bool = False,
-        resume: str | None = None,
+        resume: RunName | None = None,
     ) -> TrainResult:
         """Train a network on the training images of a split; see ``stages.train.train``."""
         from .stages.train import train
@@ -436,12 +439,12 @@ class Store(AbstractContextManager["Store"]):
         if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
             return results
         return tuple(
-            replace(item, predict_run_id=self.predict(run=str(item.run_id), device="cpu").run_id)
+            replace(item, predict_run_id=self.predict(run=item.run_id, device="cpu").run_id)
             for item in results
         )
 
     def predict(
-        self, params: PredictParams | None = None, *, run: str = "latest", device: str = "auto"
+        self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
     ) -> PredictResult:
         """Label cells with a trained run; see ``stages.predict.predict``."""
         from .stages.predict import predict
@@ -469,9 +472,9 @@ class Store(AbstractContextManager["Store"]):
 
     def report(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
-        compare: str | None = None,
+        compare: RunName | None = None,
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
@@ -669,16 +672,16 @@ class Store(AbstractContextManager["Store"]):
             parameters=parameters,
         )
 
-    def withdraw_predictions(self, run: str | int, *, reason: str) -> int:
+    def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
         from .stages.own_models import withdraw
 
-        return withdraw(self.workspace, str(run), reason)
+        return withdraw(self.workspace, run, reason)
 
     def compare(
         self,
-        first: str,
-        second: str,
+        first: RunName,
+        second: RunName,
         *,
         level: str = "image",
         vote: str = "hard",
@@ -702,7 +705,7 @@ class Store(AbstractContextManager["Store"]):
 
     def votes(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         level: str = "image",
         vote: str = "hard",
@@ -717,7 +720,7 @@ class Store(AbstractContextManager["Store"]):
 
     def open_votes(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         level: str = "image",
         vote: str = "hard",
@@ -739,7 +742,7 @@ class Store(AbstractContextManager["Store"]):
             ties_only=ties_only,
         )
 
-    def audit(self, name: str, kind: str | None = None) -> Audit:
+    def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
 
         ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
@@ -762,7 +765,9 @@ class Store(AbstractContextManager["Store"]):
         self.wrote(page)
         return page
 
-    def log(self, *, plate: str | None = None, run: str | None = None, limit: int = 20) -> EventLog:
+    def log(
+        self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
+    ) -> EventLog:
         """Return the last commands that changed the store; see ``report.event_log.read_log``."""
         from .report.event_log import read_log
 
@@ -783,7 +788,7 @@ class Store(AbstractContextManager["Store"]):
                 "read here, or another command is writing to it."
             )
 
-    def repro(self, run: str = "latest") -> Repro:
+    def repro(self, run: RunName = "latest") -> Repro:
         """Return the commands and versions that redo a run, and all that it relies on."""
         from .report.repro import repro
 
@@ -791,7 +796,7 @@ class Store(AbstractContextManager["Store"]):
 
     def check_run(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         images: int | None = None,
         device: str = "auto",
@@ -975,7 +980,7 @@ class Store(AbstractContextManager["Store"]):
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
-    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+    def undo(self, run: RunName, *, reason: str | None = None, dry_run: bool = False) -> Correction:
         """Take back what an ingest run brought; see ``stages.corrections.undo``."""
         from .stages.corrections import undo
 
@@ -1011,7 +1016,9 @@ class Store(AbstractContextManager["Store"]):
 
         return restore(Path(file), Path(path), database=database, dry_run=dry_run)
 
-    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+    def export_model(
+        self, run: RunName = "latest", output: str | Path | None = None
+    ) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis.statistics import well_interval
-from ..config import VoteOptions
+from ..config import RunName, VoteOptions
 from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
@@ -167,8 +167,8 @@ RUNS = """
 
 def compare(
     workspace: Workspace,
-    first: str,
-    second: str,
+    first: RunName,
+    second: RunName,
     *,
     level: str = "image",
     vote: str = "hard",

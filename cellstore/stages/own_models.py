@@ -22,7 +22,7 @@ from sqlalchemy import case, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
-from ..config import AddedParams
+from ..config import AddedParams, RunName
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs, recording_removed
 from ..enums import FeatureStorage, Origin, Stage, Status
@@ -520,7 +520,7 @@ def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> Non
     questions.keep("rows_new", new)
 
 
-def withdraw(workspace: Workspace, run: str, reason: str) -> int:
+def withdraw(workspace: Workspace, run: RunName, reason: str) -> int:
     """Mark added predictions as wrong; return the number of their run.
 
     The rows stay, since what was published with them must be found; no command takes the run by

@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import Sources, TrainParams, TrainSetup
+from ..config import RunName, Sources, TrainParams, TrainSetup
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -142,7 +142,7 @@ def train(
     device: str = "auto",
     setup: TrainSetup | None = None,
     force: bool = False,
-    resume: str | None = None,
+    resume: RunName | None = None,
 ) -> TrainResult:
     """Train on the training subset of a split (default: the latest) and keep the best epoch.
 
@@ -533,7 +533,7 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, TrainParams, Sources]:
+def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, TrainParams, Sources]:
     """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
 
     Raises:
