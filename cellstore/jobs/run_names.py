@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import JSON, column, or_, select, table
 from sqlalchemy.orm import Session
 
+from ..config import RunName
 from ..enums import Origin, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 
@@ -46,7 +47,7 @@ class NamedRun(NamedTuple):
         return dict.fromkeys(self.folds or (self.id,), self.id)
 
 
-def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = ()) -> NamedRun:
+def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage] = ()) -> NamedRun:
     """Return the run with this number, or the ``latest`` finished one of ``stages``.
 
     The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
@@ -59,6 +60,7 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
         UnknownNameError: there is none.
         UserInputError: it is no number, or a run of another stage is wanted.
     """
+    reference = str(reference)
     words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
     words = [word for word in words if word not in ("run", "the")]
     typed = [Stage(word) for word in words if word in list(Stage)]
@@ -92,7 +94,7 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
         number = reference.strip().lstrip("#")
         if not number.isdecimal() or len(number) > 18:
             raise UserInputError(
-                f"A run is named by its number, 'latest' or 'latest predict', or by the name of a "
+                "A run is named by its number, 'latest' or 'latest predict', or by the name of a "
                 f"cross-validation, not {reference!r}."
             )
         chosen = query.where(runs.id == int(number))
@@ -107,7 +109,7 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
     return NamedRun(found.id, Stage(found.stage), Status(found.status))
 
 
-def find_predict_run(session: Session, reference: str) -> NamedRun:
+def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     """Return the predict run of this name; a train run stands for its latest predict run.
 
     The name of a cross-validation stands for those of all its folds; see :func:`find_folds`.
@@ -115,9 +117,10 @@ def find_predict_run(session: Session, reference: str) -> NamedRun:
     Raises:
         UnknownNameError: there is no such run, or it has no predictions.
     """
+    reference = str(reference).strip()
     named = reference not in RUN_WORDS
-    number = reference.strip().lstrip("#").isdecimal()
-    if named and not number and (folds := find_folds(session, reference.strip())) is not None:
+    number = reference.lstrip("#").isdecimal()
+    if named and not number and (folds := find_folds(session, reference)) is not None:
         return folds
     run = find_named_run(session, reference, () if named else (Stage.PREDICT,))
     if run.stage == Stage.TRAIN:
@@ -177,7 +180,9 @@ def models_of(session: Session, splits: Collection[int]) -> list[Model]:
             labelled[one.parent_id] = one.id
     found: dict[str, Model] = {}
     for row in trained:
-        own = {name: value for name, value in row.parameters.items() if name != "split"}
+        chosen = row.parameters.get("where") or row.parameters.get("sql")
+        per_fold = ("split", "cells") if chosen else ("split",)
+        own = {name: value for name, value in row.parameters.items() if name not in per_fold}
         key = repr((row.version, row.weights_sha256, sorted(own.items()), inputs.get(row.recipe)))
         kind = str(own.get("baseline", own.get("declared", "")))
         if "declared" in own:  # of these nothing but their name is alike
