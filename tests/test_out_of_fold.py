@@ -154,7 +154,7 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     compared = compare(workspace, "cv", f"cv:{runs[1].parent_id}")
     assert (compared.first.correct, compared.second.correct, compared.n) == (4, 2, 4)
     assert compared.cannot_say.startswith("too few wells (4 wells")
-    assert "run cv has more right in 2 wells" in compared.conclusion
+    assert "2 with run cv, 0 with run cv:" in compared.conclusion
 
     # Votes are counted anew where something was excluded later; folds stay folds.
     screen.factory.exclude("well", screen.images["B01"].well_id)
