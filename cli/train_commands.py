@@ -22,6 +22,7 @@ from cellstore.config import (
     TrainParams,
     TrainSetup,
     option,
+    option_of,
     options_of,
 )
 from cellstore.errors import UserInputError
@@ -42,7 +43,7 @@ from .output import say
 if TYPE_CHECKING:
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
-    from cellstore.stages.own_models import AddedPredictions
+    from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
     from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
@@ -390,6 +391,46 @@ def add(
       cellstore predictions add labels.parquet --name forest --split by-well
     """
     return store.add_predictions(file, **asdict(params))
+
+
+embeddings = typer.Typer(no_args_is_help=True, help="Embeddings of models of your own.")
+app.add_typer(embeddings, name="embeddings")
+
+
+def _show_embeddings(result: AddedEmbeddings) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these embeddings already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "feature set": result.feature_set,
+            "cells": result.cells,
+            "columns": result.columns,
+        }
+    )
+    say(f"Next: cellstore train --features {shlex.quote(result.feature_set)}")
+
+
+@command(embeddings, "add", _show_embeddings)
+def add_embeddings(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and numbers.")],
+    store: Store,
+    name: str = option("", "What the feature set is called, for example dinov3."),
+    model: Path | None = option_of(AddedParams, "model"),
+    segmentation: str | None = option_of(AddedParams, "segmentation"),
+    note: str | None = option_of(AddedParams, "note"),
+) -> AddedEmbeddings:
+    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell, which is named as in cellstore
+    predictions add. All other columns are numbers; those that cellstore export wrote are left out,
+    so that an export with new columns can be brought as it is. No cell is added.
+
+    \b
+    Example:
+      cellstore embeddings add vectors.parquet --name dinov3 --model dinov3.safetensors
+    """
+    return store.add_embeddings(file, name, model=model, segmentation=segmentation, note=note)
 
 
 def _show_withdrawn(done: dict[str, Any]) -> None:
