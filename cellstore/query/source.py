@@ -182,7 +182,7 @@ class Source:
             # Another process may be putting the log of the database in order. The moment begins
             # with a read.
             wait = f"PRAGMA busy_timeout = {SQLITE_BUSY_MS}"
-            begin = (wait, "SELECT count(*) FROM plates")
+            begin = [wait, "SELECT count(*) FROM plates"]
         else:
             try:
                 import adbc_driver_postgresql
@@ -190,7 +190,7 @@ class Source:
                 raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
             driver = adbc_driver_postgresql._driver_path()
             address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-            begin = ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",)
+            begin = ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"]
         try:
             self._handle = adbc.AdbcDatabase(driver=driver, uri=address)
             self._connection = adbc.AdbcConnection(self._handle)
