@@ -323,7 +323,8 @@ def open_set(
 class SetReader:
     """Call it with cell ids to get their values out of a feature set. Threads may share it.
 
-    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``.
+    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. With neither
+    it is all cells, and has no values.
     """
 
     def __init__(self, files: Sequence[SetFile] | None, measure_id: int | None = None) -> None:
@@ -334,7 +335,7 @@ class SetReader:
 
     def restrict(self, query: Select[Any]) -> Select[Any]:
         """Return a query of cells without those that the set lacks, if the database knows them."""
-        if self._files is not None:
+        if self._files is not None or self._measure_id is None:
             return query
         own = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == self._measure_id)
         return query.join(CellFeatures, own)
@@ -356,6 +357,8 @@ class SetReader:
 
         """
         values = np.full((len(cell_ids), len(columns)), np.nan)
+        if self._files is None and self._measure_id is None:
+            return np.ones(len(cell_ids), dtype=bool), values
         times = np.zeros(len(cell_ids), dtype=np.int64)
         read = self._of_table if self._files is None else self._of_files
         for found, numbers in read(session, cell_ids, columns) if len(cell_ids) else ():
