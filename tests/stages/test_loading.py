@@ -245,6 +245,9 @@ def test_the_examples_for_models_of_ones_own(
     assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
     image = store.votes(str(run)).table.to_pylist()[0]
     name = f"{image['plate']}/{image['well']}/{image['site']}"
-    last = store.audit(name, "image").record["labellings"][-1]
+    found = {item["run_id"]: item for item in store.audit(name, "image").record["labellings"]}
+    last = found[run]
+    assert found[values["labelled"].run_id]["model"] == "applied-network"
+    assert values["with_light"].embedding_000.notna().all()
     assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
     assert last["origin"] == "declared"
