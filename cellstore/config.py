@@ -8,15 +8,20 @@ made from these fields. To add an option, add a field here, and use it.
 # No "from __future__ import annotations": the command line reads the types of the fields.
 
 import dataclasses
+import inspect
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial, wraps
+from numbers import Real
+from os import PathLike
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from types import SimpleNamespace, UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from .enums import (
     DEFAULT_MODEL,
@@ -31,6 +36,10 @@ from .enums import (
 from .errors import UnknownNameError, UserInputError
 
 Field = dataclasses.Field[Any]
+T = TypeVar("T")
+
+RunName = str | int
+"""What names a run: its number, or words such as ``latest``; see ``jobs.run_names``."""
 
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "FILE", tuple[str, ...]: "A,B,..."}
 """How the help shows the value of an option of a type."""
@@ -161,37 +170,165 @@ def typed_value(item: Field, typed: Any) -> Any:
     return tuple(pairs)
 
 
+_WORDS: Mapping[Any, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    Path: "the path of a file",
+    tuple: "a list",
+    Sequence: "a list",
+    Mapping: "a dictionary",
+}
+"""What a value of a type is called in messages."""
+
+
+def fitted(name: str, wanted: Any, value: Any) -> Any:
+    """Return a value as one of the type that is wanted, if it says the same.
+
+    A number stands for a text (run 5, plate 1234), one text for a list of one, a list or an array
+    for a tuple, a dictionary for pairs, a text for a path; numpy's numbers become Python's. Types
+    that messages have no word for are not looked at.
+
+    Raises:
+        UserInputError: it is something else; ``name`` is what the message calls it.
+        UnknownNameError: it is none of the words of an enum.
+    """
+    kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    if Any in kinds:
+        return value
+    boolean = type(value).__name__ in ("bool", "bool_")
+    for kind in kinds:
+        if isinstance(kind, type) and isinstance(value, kind) and (kind is bool) == boolean:
+            return value
+    number = isinstance(value, Real) and not boolean
+    whole = number and (hasattr(value, "__index__") or float(value).is_integer())
+    listed = isinstance(value, Iterable) and not isinstance(
+        value, str | bytes | Mapping | set | frozenset
+    )
+    for kind in kinds:
+        parts, origin = get_args(kind), get_origin(kind) or kind
+        if kind is bool and boolean:
+            return bool(value)
+        if (kind is float and number) or (kind is int and whole):
+            return kind(value)
+        if kind is str and ((whole and Path not in kinds) or isinstance(value, PathLike)):
+            return str(int(value) if whole else value)
+        if kind is Path and isinstance(value, str | PathLike):
+            return Path(value)
+        if isinstance(kind, type) and issubclass(kind, StrEnum) and isinstance(value, str):
+            if value not in list(kind):
+                noun = name.removeprefix("--").translate(str.maketrans("-_", "  "))
+                raise UnknownNameError.of(noun, value, [item.value for item in kind])
+            return kind(value)
+        if origin is tuple or (origin is Sequence and parts[0] in (str, Path, str | Path)):
+            several = ... in parts or origin is Sequence
+            text = isinstance(value, str | PathLike) and parts[0] in (str, Path, str | Path)
+            if several and (text or (whole and parts[0] is str)):
+                value, listed = [value], True
+            if several and isinstance(value, Mapping) and get_origin(parts[0]) is tuple:
+                value, listed = value.items(), True
+            items = list(value) if listed else []
+            if listed and (several or len(items) == len(parts)):
+                each = parts[:1] * len(items) if several else parts
+                found = [fitted(name, *pair) for pair in zip(each, items, strict=True)]
+                return tuple(found) if origin is tuple else found
+            continue
+        mapping = origin is Mapping and isinstance(value, Mapping)
+        if mapping or (origin is Sequence and listed):  # perhaps a long array
+            return value
+        if origin not in _WORDS and not isinstance(kind, type):
+            return value
+    words = []
+    for kind in kinds:
+        pair = get_origin(kind) is tuple and ... not in get_args(kind)
+        if kind is not type(None):
+            named = _WORDS.get(get_origin(kind) or kind, f"{kind.__name__}(...)")
+            words.append("a pair" if pair else named)
+    plain = value is None or isinstance(value, str | Real)
+    said = repr(value) if plain else f"a {type(value).__name__}"
+    raise UserInputError(f"{name} must be {' or '.join(dict.fromkeys(words))}, not {said}.")
+
+
+def checked(kind: type[T]) -> type[T]:
+    """Let all public methods of a class take what :func:`fitted` makes of their arguments."""
+    for name, method in list(vars(kind).items()):
+        inner = method.__func__ if isinstance(method, classmethod) else method
+        if not name.startswith("_") and inspect.isfunction(inner):
+            made = _checked(inner)
+            setattr(kind, name, classmethod(made) if isinstance(method, classmethod) else made)
+    return kind
+
+
+def _checked(method: Callable[..., T]) -> Callable[..., T]:
+    @cache  # asked for at the first call: to read all signatures of a class takes a while
+    def known() -> tuple[inspect.Signature, dict[str, Any]]:
+        hints: dict[str, Any] = {}
+        signature = inspect.signature(method)
+        for name, item in signature.parameters.items():
+            alone = SimpleNamespace(__annotations__={name: item.annotation})
+            plain = item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
+            if plain and item.annotation is not item.empty:
+                with suppress(NameError):  # imported for mypy alone
+                    hints |= get_type_hints(alone, vars(sys.modules[method.__module__]))
+        return signature, hints
+
+    @wraps(method)
+    def call(*args: Any, **given: Any) -> T:
+        signature, hints = known()
+        names = signature.parameters
+        if all(item.kind is not item.VAR_KEYWORD for item in names.values()):
+            for name in (name for name in given if name not in names):
+                for kind in (one for hint in hints.values() for one in get_args(hint) or (hint,)):
+                    if isinstance(kind, type) and is_dataclass(kind) and hasattr(kind, name):
+                        raise UserInputError(
+                            f"{name} is an option of {kind.__name__}. Write: "
+                            f"{method.__name__}({kind.__name__}({name}=...), ...)"
+                        )
+                raise UnknownNameError.of(f"argument of {method.__name__}", name, list(names)[1:])
+        bound = signature.bind(*args, **given)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = fitted(name, hints.get(name, Any), value)
+        return method(*bound.args, **bound.kwargs)
+
+    return call
+
+
 class Params:
     """What all parameters have in common: they are checked when they are made.
 
     Raises:
-        UnknownNameError: a value is none of the choices.
-        UserInputError: a number is out of its range, or the options contradict each other.
+        UnknownNameError: there is no such parameter, or a value is none of the choices.
+        UserInputError: a value is of another type (see :func:`fitted`) or out of its range, or the
+            options contradict each other.
     """
 
+    def __new__(cls, *_args: Any, **given: Any) -> Self:
+        """Refuse names that are none of the fields; __init__ would only say TypeError."""
+        names = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+        for name in given:
+            if name not in names:
+                raise UnknownNameError.of(f"option of {cls.__name__}", name, names)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        for item in options_of(type(self)):
-            value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
-            if isinstance(value, str) and get_origin(kind) is tuple:  # one name alone
-                value = (value,)
-                object.__setattr__(self, item.name, value)
-            choices: Sequence[str] = known["choices"]
-            if isinstance(kind, type) and issubclass(kind, StrEnum):
-                choices = [member.value for member in kind]
+        for item in fields(self):  # type: ignore[arg-type]
+            known, name = item.metadata, flag(item) if item.metadata else item.name
+            value = fitted(name, item.type, getattr(self, item.name))
+            choices: Sequence[str] = known.get("choices", ())
             if choices and value is not None:
                 many = isinstance(value, tuple)
                 for word in value if many else (value,):
                     if word not in choices:
-                        noun = flag(item)[2:].replace("-", " ")
-                        noun = f"name for {flag(item)}" if many else noun
+                        noun = f"name for {name}" if many else name[2:].replace("-", " ")
                         raise UnknownNameError.of(noun, word, choices)
-                # In one order and of one type, so that equal choices are one recipe.
-                same = tuple(w for w in choices if w in value) if many else kind(value)
-                object.__setattr__(self, item.name, same)
-            if not isinstance(value, int | float) or isinstance(value, bool):
+                if many:  # in one order, so that equal choices are one recipe
+                    value = tuple(word for word in choices if word in value)
+            object.__setattr__(self, item.name, value)
+            if not known or not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             if not math.isfinite(value):
-                raise UserInputError(f"{flag(item)} must be a number, not {value:g}.")
+                raise UserInputError(f"{name} must be a number, not {value:g}.")
             for range_of, words, fits in (
                 ("min", "at least", operator.ge),
                 ("max", "at most", operator.le),
@@ -200,7 +337,7 @@ class Params:
             ):
                 bound = known[range_of]
                 if bound is not None and not fits(value, bound):
-                    raise UserInputError(f"{flag(item)} must be {words} {bound:g}, not {value:g}.")
+                    raise UserInputError(f"{name} must be {words} {bound:g}, not {value:g}.")
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Any) -> Self:
@@ -221,17 +358,8 @@ class Params:
 
         The other way round: ``dataclasses.asdict``. What is no field is left aside.
         """
-        values: dict[str, Any] = {}
-        for item in fields(cls):  # type: ignore[arg-type]
-            if item.name not in stored:
-                continue
-            value, kind = stored[item.name], type_of(item)
-            if isinstance(value, list):
-                value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
-            elif value is not None and isinstance(kind, type) and issubclass(kind, StrEnum):
-                value = kind(value)
-            values[item.name] = value
-        return cls(**values | changes)
+        names = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+        return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
 CELLS = "Which cells"
@@ -291,6 +419,21 @@ _exclude_flagged = partial(
     "number, or latest.",
     metavar="RUN|latest",
 )
+_where_cells = partial(
+    cells,
+    None,
+    "Only cells that meet this condition, over what image_table and cells have (cellstore schema) "
+    "and the measurements of the feature set. For example \"area > 500 AND plate = 'P1'\".",
+    metavar="SQL",
+)
+_sql = partial(
+    cells,
+    None,
+    "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file with "
+    "a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an image; "
+    "other columns do not count.",
+    metavar="FILE|SQL",
+)
 _features = partial(
     cells,
     None,
@@ -329,7 +472,7 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Params):
     """Which images a command is about: all that meet every condition; the first ``limit``."""
 
     plates: tuple[str, ...] = _plates()
@@ -344,7 +487,7 @@ EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
-class Resources:
+class Resources(Params):
     """Who works: processes of this machine, or a Dask cluster."""
 
     workers: int = option(1, "Processes that work at once; 1: this one alone.", min=1)
@@ -360,7 +503,7 @@ THIS_PROCESS = Resources()
 
 
 @dataclass(frozen=True)
-class Sources:
+class Sources(Params):
     """Which rows a stage reads: a split by name, recipes by number or start of the fingerprint."""
 
     split: str | None = cells(None, "The split. Default: the latest.")
@@ -712,6 +855,19 @@ class SplitParams(Params):
             )
 
 
+def one_selection(where: str | None, sql: str | None) -> bool:
+    """Return whether there is a selection of cells.
+
+    Raises:
+        UserInputError: there are two, or the condition is empty.
+    """
+    if where is not None and not where.strip():
+        raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+    if where is not None and sql is not None:
+        raise UserInputError("Select cells by --where or by --sql, not by both.")
+    return where is not None or sql is not None
+
+
 @dataclass(frozen=True)
 class TrainParams(Params):
     """A network and its training.
@@ -722,6 +878,8 @@ class TrainParams(Params):
 
     features: str | None = _features()
     exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = _where_cells()
+    sql: str | None = _sql()
     branches: tuple[str, ...] | None = network(
         None,
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
@@ -797,11 +955,13 @@ class TrainParams(Params):
         """
         usual = {"warmup_epochs": cls.warmup_epochs, **PRESETS.get(preset or "", {}).get(cls, {})}
         if "epochs" in given and "warmup_epochs" not in given:
-            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], given["epochs"] - 1))
+            epochs = fitted("--epochs", int, given["epochs"])
+            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], epochs - 1))
         return super().of(preset, **given)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_selection(self.where, self.sql)
         if self.branches == ():
             raise UserInputError(
                 "A network needs one branch or more: --branches mask,flow,image,tabular."
@@ -849,6 +1009,8 @@ class BaselineParams(Params):
     features: str | None = _features()
     normalise: str = _normalise()
     exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = _where_cells()
+    sql: str | None = _sql()
     seed: int = learning(0, "Same seed, same baseline.", min=0)
     max_cells: int = baseline(
         50_000,
@@ -861,6 +1023,10 @@ class BaselineParams(Params):
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
     smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_selection(self.where, self.sql)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,14 @@ from .config import (
     PredictParams,
     QcParams,
     Resources,
+    RunName,
     SegmentParams,
     Selection,
     SplitParams,
     TrainParams,
     TrainSetup,
     VoteOptions,
+    checked,
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .stages.verify import VerifyResult
 
 
+@checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
@@ -297,14 +300,14 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def retry(
-        self, *, stage: str | None = None, run: str | None = None, image: str | None = None
+        self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
     ) -> RetryResult:
         """Give failed jobs another try; see ``stages.manage_jobs.retry``."""
         from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
 
-    def cancel(self, run: str | None = None) -> tuple[int, ...]:
+    def cancel(self, run: RunName | None = None) -> tuple[int, ...]:
         """Ask running runs to end when what they have in hand is done; return their numbers."""
         from .stages.manage_jobs import cancel
 
@@ -392,7 +395,7 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         setup: TrainSetup | None = None,
         force: bool = False,
-        resume: str | None = None,
+        resume: RunName | None = None,
     ) -> TrainResult:
         """Train a network on the training images of a split; see ``stages.train.train``."""
         from .stages.train import train
@@ -438,12 +441,12 @@ class Store(AbstractContextManager["Store"]):
         if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
             return results
         return tuple(
-            replace(item, predict_run_id=self.predict(run=str(item.run_id), device="cpu").run_id)
+            replace(item, predict_run_id=self.predict(run=item.run_id, device="cpu").run_id)
             for item in results
         )
 
     def predict(
-        self, params: PredictParams | None = None, *, run: str = "latest", device: str = "auto"
+        self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
     ) -> PredictResult:
         """Label cells with a trained run; see ``stages.predict.predict``."""
         from .stages.predict import predict
@@ -471,9 +474,9 @@ class Store(AbstractContextManager["Store"]):
 
     def report(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
-        compare: str | None = None,
+        compare: RunName | None = None,
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
@@ -504,31 +507,35 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         exclude_flagged: str | None = None,
+        where: str | None = None,
+        sql: str | None = None,
     ) -> CellTable:
         """Return the cells of a split as a table: plate, well, site, label, box, features.
 
         ``subset``: train, validation or test; ``None``: all. ``features``: the built-in ones
         (``True``), a feature set by name, or none (``False``). Cells that are excluded are not
-        among them. Centres and boxes are in pixels.
+        among them. Centres and boxes are in pixels. ``where``: only cells that meet a condition,
+        ``sql``: only those that a SELECT (or a file with one) gives as ``cell_id``, or all of the
+        images that it gives as ``image_id``; see docs/training.md.
 
         >>> store.cells("by-well", "train").to_pandas()
+        >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
         """
         from .config import Sources
         from .query.cell_tables import cell_table
 
-        if subset is not None and subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
         sources = Sources(split, segmentation, measurement)
-        wanted = None if subset is None else Subset(subset)
-        return cell_table(self.workspace, sources, wanted, features, exclude_flagged)
+        wanted = _subset(subset)
+        return cell_table(self.workspace, sources, wanted, features, exclude_flagged, where, sql)
 
     def dataset(
         self,
         split: str | None = None,
         subset: str = "train",
         *,
+        unit: str = "cell",
         channels: Sequence[str] = (),
-        crop: int = 96,
+        crop: int | None = None,
         mask: bool = False,
         features: str | bool = False,
         sampler: str = "cells",
@@ -539,16 +546,20 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         exclude_flagged: str | None = None,
+        where: str | None = None,
+        sql: str | None = None,
     ) -> CellDataset:
         """Return the cells of a subset of a split as a data set for torch's ``DataLoader``.
 
-        ``channels``: those of the crops; default: all. ``crop``: their height and width in pixels.
+        ``unit="image"``: its whole images. ``channels``: those of the crops; default: all.
+        ``crop``: their height and width in pixels; default: 96, of whole images what they have.
         ``mask``: also which pixels are of the cell. ``features``: also its measurements, the
         built-in ones (``True``) or a feature set by name. ``sampler``: each cell once (``cells``),
         all classes alike (``classes``), or the largest class only as often as the second
         (``capped``). ``shuffle``: default: the training subset only. ``intensity``: crops are
         divided by the scale of their plate, or of their image. ``transform`` is called with each
-        item. See ``learn.datasets.CellDataset`` for what an item holds.
+        item. ``where`` and ``sql`` select cells, as in :meth:`cells`. See
+        ``learn.datasets.CellDataset`` for what an item holds.
 
         >>> from torch.utils.data import DataLoader
         >>> cells = store.dataset("by-well", "train", channels=["DNA", "RNA"])
@@ -560,22 +571,30 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .learn.datasets import cell_dataset
 
-        if subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
+        if unit not in ("cell", "image"):
+            raise UnknownNameError.of("unit", unit, ("cell", "image"))
+        asked = {"mask": mask, "image": True, "tabular": features}
+        params = TrainParams(
+            features=features if isinstance(features, str) else None,
+            branches=tuple(name for name, wanted in asked.items() if wanted),
+            channels=tuple(channels),
+            crop_size=96 if crop is None else crop,
+            sampler=sampler,
+            intensity=intensity,
+            seed=seed,
+            exclude_flagged=exclude_flagged,
+            where=where,
+            sql=sql,
+        )
         return cell_dataset(
             self.workspace,
             Sources(split, segmentation, measurement),
-            Subset(subset),
-            channels=channels,
-            crop=crop,
-            mask=mask,
-            features=features,
-            sampler=sampler,
+            _subset(subset) or Subset.TRAIN,
+            params,
+            unit=unit,
+            crop=params.crop_size if unit == "cell" else crop,
             shuffle=shuffle,
-            seed=seed,
-            intensity=intensity,
             transform=transform,
-            exclude_flagged=exclude_flagged,
         )
 
     def add_predictions(
@@ -589,12 +608,14 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         note: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        query: str | CellTable | None = None,
     ) -> AddedPredictions:
         """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run. See ``stages.own_models.add_predictions``.
+        the model are kept with the run, as is ``query``, the table (or its SQL) that the model has
+        learned from. See ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
 
@@ -607,7 +628,8 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             note=note,
         )
-        return add_predictions(self.workspace, _table_of(table), params, parameters)
+        sql = query if query is None or isinstance(query, str) else query.query
+        return add_predictions(self.workspace, _table_of(table), params, parameters, sql)
 
     def add_embeddings(
         self,
@@ -684,28 +706,25 @@ class Store(AbstractContextManager["Store"]):
         need("train")
         from .stages.apply import apply
 
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in options.items()
-        }
         return apply(
             self.workspace,
             function,
-            ApplyParams(name=name, gives=gives, **given),
+            ApplyParams(name=name, gives=gives, **options),
             device=device,
             resources=resources,
             parameters=parameters,
         )
 
-    def withdraw_predictions(self, run: str | int, *, reason: str) -> int:
+    def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
         from .stages.own_models import withdraw
 
-        return withdraw(self.workspace, str(run), reason)
+        return withdraw(self.workspace, run, reason)
 
     def compare(
         self,
-        first: str,
-        second: str,
+        first: RunName,
+        second: RunName,
         *,
         level: str = "image",
         vote: str = "hard",
@@ -729,7 +748,7 @@ class Store(AbstractContextManager["Store"]):
 
     def votes(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         level: str = "image",
         vote: str = "hard",
@@ -744,7 +763,7 @@ class Store(AbstractContextManager["Store"]):
 
     def open_votes(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         level: str = "image",
         vote: str = "hard",
@@ -766,7 +785,7 @@ class Store(AbstractContextManager["Store"]):
             ties_only=ties_only,
         )
 
-    def audit(self, name: str, kind: str | None = None) -> Audit:
+    def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
 
         ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
@@ -789,7 +808,9 @@ class Store(AbstractContextManager["Store"]):
         self.wrote(page)
         return page
 
-    def log(self, *, plate: str | None = None, run: str | None = None, limit: int = 20) -> EventLog:
+    def log(
+        self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
+    ) -> EventLog:
         """Return the last commands that changed the store; see ``report.event_log.read_log``."""
         from .report.event_log import read_log
 
@@ -810,7 +831,7 @@ class Store(AbstractContextManager["Store"]):
                 "read here, or another command is writing to it."
             )
 
-    def repro(self, run: str = "latest") -> Repro:
+    def repro(self, run: RunName = "latest") -> Repro:
         """Return the commands and versions that redo a run, and all that it relies on."""
         from .report.repro import repro
 
@@ -818,7 +839,7 @@ class Store(AbstractContextManager["Store"]):
 
     def check_run(
         self,
-        run: str = "latest",
+        run: RunName = "latest",
         *,
         images: int | None = None,
         device: str = "auto",
@@ -922,6 +943,8 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        split: str | None = None,
+        subset: str | None = None,
         include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
@@ -939,6 +962,8 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            split=split,
+            subset=_subset(subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -998,7 +1023,7 @@ class Store(AbstractContextManager["Store"]):
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
-    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+    def undo(self, run: RunName, *, reason: str | None = None, dry_run: bool = False) -> Correction:
         """Take back what an ingest run brought; see ``stages.corrections.undo``."""
         from .stages.corrections import undo
 
@@ -1034,7 +1059,9 @@ class Store(AbstractContextManager["Store"]):
 
         return restore(Path(file), Path(path), database=database, dry_run=dry_run)
 
-    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+    def export_model(
+        self, run: RunName = "latest", output: str | Path | None = None
+    ) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
 
@@ -1068,6 +1095,12 @@ class Store(AbstractContextManager["Store"]):
         from .stages.verify import seal
 
         return seal(self.workspace, file)
+
+
+def _subset(name: str | None) -> Subset | None:
+    if name is not None and name not in list(Subset):
+        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
+    return None if name is None else Subset(name)
 
 
 def _table_of(given: Any) -> Any:

@@ -24,6 +24,7 @@ from cellstore.config import (
     TrainParams,
     TrainSetup,
     option,
+    option_of,
     options_of,
 )
 from cellstore.errors import UserInputError
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from cellstore.stages.apply import ApplyResult
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
-    from cellstore.stages.own_models import AddedPredictions
+    from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
     from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
@@ -379,7 +380,7 @@ def apply(
     """Let a function or a model of your own look at every cell, and keep what it returns.
 
     MODULE is a file MODULE.py in this folder, or an installed module; NAME in it is a function, a
-    module of torch (with its weights loaded) or an estimator of scikit-learn. A function gets a
+    module of torch (with weights loaded) or an estimator of scikit-learn. A function gets a
     dictionary with image (cells, channels, rows, columns), mask, features and cell_id, and returns
     a row of numbers for each cell. An embedding or features become a feature set; probabilities
     become predictions, for votes, report and audit. A stopped command goes on when it is given
@@ -388,7 +389,7 @@ def apply(
     \b
     Example:
       cellstore apply my_model:embed --name mine --channels DNA,RNA --crop 64
-      cellstore apply my_model:forest --name forest --gives probabilities --trained-on train
+      cellstore apply my_model:vit --name vit --gives probabilities
       cellstore apply model.onnx --name vit --device cuda
     """
     result = store.apply(function, **asdict(params), device=device, resources=resources)
@@ -441,6 +442,46 @@ def add(
       cellstore predictions add labels.parquet --name forest --split by-well
     """
     return store.add_predictions(file, **asdict(params))
+
+
+embeddings = typer.Typer(no_args_is_help=True, help="Embeddings of models of your own.")
+app.add_typer(embeddings, name="embeddings")
+
+
+def _show_embeddings(result: AddedEmbeddings) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these embeddings already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "feature set": result.feature_set,
+            "cells": result.cells,
+            "columns": result.columns,
+        }
+    )
+    say(f"Next: cellstore train --features {shlex.quote(result.feature_set)}")
+
+
+@command(embeddings, "add", _show_embeddings)
+def add_embeddings(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and numbers.")],
+    store: Store,
+    name: str = option("", "What the feature set is called, for example dinov3."),
+    model: Path | None = option_of(AddedParams, "model"),
+    segmentation: str | None = option_of(AddedParams, "segmentation"),
+    note: str | None = option_of(AddedParams, "note"),
+) -> AddedEmbeddings:
+    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell, which is named as in cellstore
+    predictions add. All other columns are numbers; those that cellstore export wrote are left out,
+    so that an export with new columns can be brought as it is. No cell is added.
+
+    \b
+    Example:
+      cellstore embeddings add vectors.parquet --name dinov3 --model dinov3.safetensors
+    """
+    return store.add_embeddings(file, name, model=model, segmentation=segmentation, note=note)
 
 
 def _show_withdrawn(done: dict[str, Any]) -> None:

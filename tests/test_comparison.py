@@ -128,7 +128,7 @@ def test_wells_known_to_one_run_favour_it(sqlite_workspace: Workspace) -> None:
     assert warned(found.warnings, f"the comparison favours run {one.id}")
     assert found.better is None
     assert found.conclusion.startswith(
-        "Cannot say which run is better: 1 of 4 wells were seen in training by one of the two; run"
+        "Cannot say which run is better: 1 of 4 wells were seen in training by one of the two; "
     )
     assert [(item.what, item.first, item.second) for item in found.recipes] == [
         ("split", "leaking", "clean")

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from cellstore.config import ImageInput, IngestParams, options_of, typed_value
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff, probe
+from cellstore.io.uris import FETCHED
 from cellstore.jobs.lookup import find_channels
 from cellstore.jobs.planes import lacking_channels, read_image
 from cellstore.jobs.workspace import Workspace
@@ -28,6 +29,7 @@ REMOTE = "memory://bucket/P1"
 @pytest.fixture
 def bucket() -> Iterator[Any]:
     files = fsspec.filesystem("memory")
+    FETCHED.clear()  # as each run does
     yield files
     files.store.clear()
 

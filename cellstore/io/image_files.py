@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 from ..enums import Projection
 from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputError
 from .uris import (
+    FETCHED,
+    KEEPING,
+    KEPT_BYTES,
     FileStat,
     array_files,
     is_remote,
@@ -154,8 +157,13 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
                 raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
         offsets = None
         if is_remote(uri) or (sha256 is not None and page is None):
-            name, data = shown(uri), read_bytes(uri)
-            if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
+            name = shown(uri)
+            if is_remote(uri):
+                data, digest = _fetched(uri, page, sha256)
+            else:
+                data = read_bytes(uri)
+                digest = hashlib.sha256(data).hexdigest()
+            if sha256 not in {None, digest}:
                 raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
             opened: BinaryIO = io.BytesIO(data)
         else:
@@ -183,6 +191,24 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
         raise
     except (OSError, ValueError) as error:
         raise ImageError(not_opened(shown(uri), error)) from error
+
+
+def _fetched(uri: str, page: int | None, known: str | None) -> tuple[bytes, str]:
+    """Return the bytes of a remote file, and their hash as that of the page.
+
+    Those that were fetched before in this run are taken if their hash is the one that is known.
+    """
+    file = split_page(uri)[0]
+    with KEEPING:
+        sha256, data = FETCHED.get(file, ("", b""))
+    if not data or _page_digest(sha256, page) != known:
+        data = read_bytes(uri)
+        sha256 = hashlib.sha256(data).hexdigest()
+        with KEEPING:
+            FETCHED[file] = sha256, data
+            while sum(len(kept) for _, kept in FETCHED.values()) > KEPT_BYTES:
+                del FETCHED[next(iter(FETCHED))]
+    return data, _page_digest(sha256, page)
 
 
 def _grey_png(name: str, stream: BinaryIO) -> NDArray[np.generic]:

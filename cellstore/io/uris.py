@@ -16,6 +16,7 @@ from errno import EINVAL, EISDIR
 from importlib import import_module
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,6 +27,12 @@ _ARRAYS = (".zarray", "zarr.json")
 
 CLOUD = "cloud"
 """The extra that brings the readers of remote files."""
+
+KEPT_BYTES = 256 << 20
+FETCHED: dict[str, tuple[str, bytes]] = {}
+"""Remote files that the run in hand has fetched last, each with its sha256: every channel of an
+image, and every plane of a stack, is asked for several times. At most ``KEPT_BYTES``."""
+KEEPING = Lock()
 
 _READERS = {"s3": "s3fs", "https": "aiohttp", "http": "aiohttp", "memory": "fsspec"}
 """What reads each kind of remote file. Others (``zip://``, ``a::b``) could reach anything."""

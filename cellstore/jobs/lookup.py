@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from ..config import EVERYTHING, Selection
+from ..config import EVERYTHING, RunName, Selection
 from ..db.bulk import in_lists
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
@@ -456,7 +456,7 @@ def _well_named(session: Session, barcode: str, well: str) -> tuple[str, int]:
     return found[0], found[1]
 
 
-def find_run(session: Session, reference: str, *stages: Stage) -> Run:
+def find_run(session: Session, reference: RunName, *stages: Stage) -> Run:
     """Return the run with this number or name; see :func:`find_named_run`, which raises errors."""
     return session.get_one(Run, find_named_run(session, reference, stages).id)
 

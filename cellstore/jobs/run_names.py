@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import JSON, column, or_, select, table
 from sqlalchemy.orm import Session
 
+from ..config import RunName
 from ..enums import Origin, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 
@@ -26,7 +27,7 @@ class NamedRun(NamedTuple):
     status: Status
 
 
-def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = ()) -> NamedRun:
+def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage] = ()) -> NamedRun:
     """Return the run with this number, or the ``latest`` finished one of ``stages``.
 
     The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
@@ -39,6 +40,7 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
         UnknownNameError: there is none.
         UserInputError: it is no number, or a run of another stage is wanted.
     """
+    reference = str(reference)
     words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
     words = [word for word in words if word not in ("run", "the")]
     typed = [Stage(word) for word in words if word in list(Stage)]
@@ -86,7 +88,7 @@ def find_named_run(session: Session, reference: str, stages: Sequence[Stage] = (
     return NamedRun(found.id, Stage(found.stage), Status(found.status))
 
 
-def find_predict_run(session: Session, reference: str) -> NamedRun:
+def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     """Return the predict run of this name; a train run stands for its latest predict run.
 
     Raises:

@@ -33,6 +33,7 @@ from ..db.events import Change, caller, record_events, record_runs, run_digests
 from ..db.session import Database
 from ..enums import ArtifactKind, Origin, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
+from ..io.uris import FETCHED
 from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
 from .queue import at_work, close_dead_runs, new_owner, shown_worker
 
@@ -220,6 +221,7 @@ def running(
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
     """
     owner = new_owner()
+    FETCHED.clear()  # a server may have other files by now
     if resume is None:
         user_name, command = caller()
         run = Run(
@@ -260,6 +262,7 @@ def running(
         handle.error = str(error) or type(error).__name__
         raise
     finally:
+        FETCHED.clear()
         now = datetime.now(UTC)
         values: dict[str, Any] = {"status": status, "ended_at": now, "result": handle.result}
         if handle.error is not None:

@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..artifacts import ArtifactFolder, open_atomically
 from ..db import migrate
@@ -23,6 +24,24 @@ class Workspace:
     database: Database
     artifacts: ArtifactFolder
     progress: Progress = field(default_factory=Progress)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what opens the store again in a worker: its folder and its URL without secrets.
+
+        They are in the environment there, too: in ``CELLSTORE_DATABASE_URL``, or as libpq reads
+        them (``PGPASSWORD``, ``~/.pgpass``).
+        """
+        url = self.settings.database
+        shown = None if url is None else without_secrets(parse_url(url)).render_as_string()
+        return _reopened, (self.settings.root, shown)
+
+
+def _reopened(root: Path, shown: str | None) -> Workspace:
+    settings = find_store(root)  # its URL may be that of the environment, with the password
+    here = settings.database
+    if here is None or without_secrets(parse_url(here)).render_as_string() != shown:
+        settings = StoreSettings(settings.root, shown)
+    return open_workspace(settings)
 
 
 def open_workspace(

@@ -243,7 +243,8 @@ def fit_inputs(
     if normalise == "train":
         scaler = Scaler.fit(columns, stream_features(session, training, columns), gaps=gaps)
     elif normalise is not None:
-        controls = _controls(session, training, plates, columns)
+        # How a plate looks is said by all of its controls, whichever cells are learned from.
+        controls = _controls(session, replace(training, chosen=None), plates, columns)
         blocks = ((b, rows) for b in controls for rows in _features(session, training, b, columns))
         scaler = Scaler.fit_plates(columns, controls, blocks, gaps=gaps)
     if planes:
@@ -268,7 +269,7 @@ def add_plates(
     Their statistics are those of all their control cells, and of all their images, whatever a split
     says of them. Raises as :func:`fit_inputs` does.
     """
-    everywhere = replace(source, split_id=None, subset=None, plates=())
+    everywhere = replace(source, split_id=None, subset=None, plates=(), chosen=None)
     controls, intensities, own = scaler.plates, scaler.intensities, set(scaler.own)
     if controls is not None:
         new = [plate for plate in plates if plate not in controls]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from ..config import BaselineParams, Sources, TrainParams
+from ..config import BaselineParams, Sources, TrainParams, one_selection
 from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_split
 from ..jobs.runs import RecipeSpec, digest_of_images, fingerprint
 from ..jobs.workspace import Workspace
-from ..models import Label, Recipe, Split, SplitMember
+from ..models import Cell, FeatureSet, Label, Recipe, Split, SplitMember
 from ..query.cells import (
     CellSource,
     ImageBlock,
+    as_text,
+    cells_query,
     choose_recipes,
+    digests_of_chosen,
     feature_leak,
     list_blocks,
 )
@@ -44,7 +48,8 @@ class TrainingCells:
     images that have cells, ``members``: how many images are in it. ``flagged``: what quality
     control has taken away from the subsets that are learned from or validated on. ``notes`` are
     sentences that a reader of the scores has to know. ``parameters`` and ``inputs`` are those of
-    the recipe; ``local`` are parameters that mean something in this store only.
+    the recipe; ``local`` are parameters that mean something in this store only. ``selection``: the
+    SQL that selects cells.
     """
 
     split: Split
@@ -59,6 +64,15 @@ class TrainingCells:
     parameters: dict[str, Any]
     local: dict[str, Any]
     inputs: tuple[Recipe, ...]
+    selection: str | None = None
+
+    def query(self, subset: Subset | None = None) -> str:
+        """Return the SQL of the cells, to be kept with the run."""
+        found = as_text(cells_query(replace(self.source, subset=subset)))
+        if self.selection is None:
+            return found
+        lines = ("Of these only the cells that this gives (cellstore sql):", self.selection)
+        return "\n-- ".join([found, *"\n".join(lines).splitlines()])
 
     def fingerprints(self, trained: RecipeSpec) -> dict[str, str]:
         """Return what a model comes from, for the record beside it."""
@@ -77,6 +91,14 @@ class TrainingCells:
 
         """
         name = repr(self.split.name)
+        if self.selection is not None:
+            has_cells = {block.label_id for block in self.blocks[Subset.TRAIN]}
+            if len(left := [value for value, i in self.labels.items() if i in has_cells]) == 1:
+                raise UserInputError(
+                    f"Of the training subset of split {name} the selection leaves cells of one "
+                    f"class only, {left[0]}: there is nothing to learn. Select cells of more "
+                    "classes."
+                )
         if len(labels) == 1:
             raise UserInputError(
                 f"The training subset of split {name} is of one class only, {next(iter(labels))}: "
@@ -94,7 +116,12 @@ class TrainingCells:
                 )
             features, group = self.source.features, self.measure.parameters.get("group")
             what = f"cells in feature set {features.name!r}. "
-            if self.flagged is not None and self.flagged.images:
+            if self.selection is not None:
+                what = (
+                    "a measured cell that the selection chose. Select cells of this subset, too: "
+                    "it needs some to learn from, or to stop by"
+                )
+            elif self.flagged is not None and self.flagged.images:
                 what = (
                     f"a measured cell that quality-control run {self.flagged.run_id} has not "
                     "flagged. Train without --exclude-flagged, or make quality control less "
@@ -121,14 +148,18 @@ def find_training_cells(
     workspace: Workspace,
     sources: Sources,
     params: TrainParams | BaselineParams,
+    subsets: Collection[Subset] = (),
 ) -> TrainingCells:
     """Return what there is to learn from.
 
-    ``params`` name the feature set (``None``: the built-in measurements last used) and the
-    quality-control run whose flagged images and cells do not count.
+    ``params`` name the feature set (``None``: the built-in measurements last used), the
+    quality-control run whose flagged images and cells do not count, and a selection of cells.
+    ``subsets``: those that are read; default: the training subset and the one that stops a
+    training.
 
     Raises:
         UnknownNameError: no such split, recipe, feature set or quality-control run.
+        QueryError: the selection is wrong, or does more than read.
         UserInputError: the recipes do not belong together, or quality control has not looked at
             these plates or these cells.
     """
@@ -147,6 +178,13 @@ def find_training_cells(
         source = replace(source, unflagged_by=qc.id)
     leak = feature_leak(session, measure, split.id)
     notes += [leak] if leak else []
+    selection, asked = None, dict[str, Any]()
+    if one_selection(params.where, params.sql):
+        from ..query.cell_tables import sql_of
+
+        asked = {"where": params.where} if params.sql is None else {"sql": sql_of(params.sql)}
+        source, selection, found_notes = _select(session, workspace, source, split, asked)
+        notes += found_notes
     blocks = list_blocks(session, source)
     labels = (
         select(Label.value, Label.id)
@@ -156,14 +194,20 @@ def find_training_cells(
     )
     counts = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split.id)
     used = (Subset.TRAIN, validation_subset(split))
+    if source.chosen is not None:
+        notes.insert(0, _use_of(source.chosen, blocks, subsets or used))
     flagged = None
     if source.unflagged_by is not None:
         everything = list_blocks(session, replace(source, unflagged_by=None))
         before, after = ([b.n_cells for b in x if b.subset in used] for x in (everything, blocks))
         flagged = Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
     images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-    cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
-    parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
+    details: dict[int, Any] = {b.image_id: b.n_cells for b in blocks}
+    if source.chosen is not None:
+        which = digests_of_chosen(session, source)
+        details = {image_id: [count, which[image_id]] for image_id, count in details.items()}
+    cells = digest_of_images(session, images, details)
+    parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells, **asked}
     if found.has_gaps:
         mark = found.mark(session, segment.id, images)
         parameters |= {"feature_files": mark, "gaps": "mean of the training subset"}
@@ -181,7 +225,57 @@ def find_training_cells(
         parameters=parameters,
         local={"exclude_flagged": source.unflagged_by},
         inputs=tuple(inputs),
+        selection=selection,
     )
+
+
+def _select(
+    session: Session,
+    workspace: Workspace,
+    source: CellSource,
+    split: Split,
+    asked: Mapping[str, str | None],
+) -> tuple[CellSource, str, list[str]]:
+    """Return the source with the selected cells only, the SQL, and sentences on what it reads."""
+    from ..query.cell_tables import LIMITS, chosen_cells, selecting
+    from ..query.engine import PREDICTIONS, open_questions
+
+    where, sql = asked.get("where"), asked.get("sql")
+    name = None if source.features.files is None else source.features.name
+    last = session.scalar(select(func.max(Cell.id))) or 0
+    with open_questions(workspace, LIMITS) as questions:
+        chosen = selecting(questions, where, sql, source.segment_id, source.measure_id, name)
+        source = replace(source, chosen=chosen_cells(questions, chosen, last))
+    notes = []
+    if said := chosen.reads & {PREDICTIONS, "predictions", "image_predictions"}:
+        notes.append(
+            f"The selection reads {min(said)}: if a model behind them has learned from test wells "
+            "of this split, or from their labels, scores are too good."
+        )
+    if labels := sorted(chosen.reads & {"labels", "split_members"}):
+        notes.append(
+            f"The selection reads {' and '.join(labels)}: validation cells, too, are selected by "
+            "what is to be learned. Cells of the test subset are not."
+        )
+    for item in session.scalars(select(FeatureSet).order_by(FeatureSet.id)):
+        if item.name.lower() in chosen.reads and item.recipe_id != source.measure_id:
+            leak = feature_leak(session, session.get_one(Recipe, item.recipe_id), split.id)
+            notes += [leak] if leak else []
+    return source, chosen.query, notes
+
+
+def _use_of(chosen: bytes, blocks: Sequence[ImageBlock], subsets: Collection[Subset]) -> str:
+    """Say how many of the selected cells are used, and where the others are."""
+    total = int.from_bytes(chosen, "little").bit_count()
+    cells = Counter[Subset]()
+    for block in blocks:
+        cells[block.subset] += block.n_cells
+    used = [f"{cells[subset]:,} in the {subset.value} subset" for subset in subsets]
+    unused = [f"{cells[s]:,} in {s.value}" for s in Subset if s not in subsets and cells[s]]
+    if rest := total - cells.total():
+        unused.append(f"{rest:,} outside the split, excluded or not measured")
+    others = f" Not used: {', '.join(unused)}." if unused else ""
+    return f"{total:,} cells are selected, and used: {', '.join(used)}.{others}"
 
 
 def excluded_columns(features: Sequence[str], kept: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Sources
+import numpy as np
+
+from ..config import Sources, one_selection
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from .cells import choose_recipes, last_with_masks
-from .engine import open_questions
+from .engine import Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
 from .guard import Limits, literal, quoted
@@ -37,6 +41,108 @@ JOIN eligible_cells AS e ON e.segmentation_id = s.id
 JOIN cells AS c ON c.id = e.cell_id{join}
 WHERE m.split_id = (SELECT id FROM splits WHERE name = {split}){subset}
 ORDER BY c.id"""
+
+
+OF_CONDITION = """SELECT cell_id
+FROM (
+    SELECT i.* EXCLUDE (excluded, n_cells, n_excluded_cells), c.* EXCLUDE (id, excluded),
+        c.id AS cell_id, f.* EXCLUDE (cell_id)
+    FROM segmentations AS s
+    JOIN image_table AS i ON i.image_id = s.image_id
+    JOIN cells AS c ON c.segmentation_id = s.id
+    LEFT JOIN {features} AS f ON f.cell_id = c.id
+    WHERE s.recipe_id = {segment}
+)
+WHERE (
+{where}
+)"""
+OF_IMAGES = """SELECT c.id AS cell_id
+FROM segmentations AS s
+JOIN cells AS c ON c.segmentation_id = s.id
+WHERE s.recipe_id = {segment} AND s.image_id IN (SELECT image_id FROM (
+{sql}
+))"""
+
+_SQL = re.compile(r"\s*(--|/\*|\(|(select|with|from)\s)", re.IGNORECASE)
+
+
+def sql_of(given: str) -> str:
+    """Return the SQL that ``--sql`` names: the text itself, or that of a file.
+
+    Raises:
+        UserInputError: the file cannot be read.
+    """
+    if _SQL.match(given):
+        return given.strip()
+    try:
+        return Path(given).read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise UserInputError(
+            f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
+        ) from error
+
+
+@dataclass(frozen=True)
+class ChosenBy:
+    """A selection of cells. ``query``: their ids, in SQL; ``reads``: the relations it reads."""
+
+    query: str
+    reads: frozenset[str]
+
+
+def selecting(
+    questions: Questions,
+    where: str | None,
+    sql: str | None,
+    segment_id: int,
+    measure_id: int | None,
+    name: str | None,
+) -> ChosenBy:
+    """Return what a condition on cells, or the SQL of a user, selects.
+
+    ``where`` may name what ``image_table`` and ``cells`` have, and the measurements of the feature
+    set ``name``, or of recipe ``measure_id`` in table ``features``. ``sql`` gives ``cell_id``, or
+    ``image_id`` for all cells of these images that recipe ``segment_id`` has found; other columns
+    do not count.
+
+    Raises:
+        QueryError: the SQL is wrong, or does more than read.
+        UserInputError: it gives neither.
+    """
+    if where is not None:
+        built_in = "(SELECT * EXCLUDE (recipe_id, run_id) FROM features WHERE recipe_id = {})"
+        features = built_in.format(measure_id) if name is None else quoted(name)
+        text = OF_CONDITION.format(segment=segment_id, features=features, where=where)
+        return ChosenBy(questions.read(text)[0].text, frozenset())
+    assert sql is not None
+    read, columns = questions.read(sql)
+    reads = frozenset(questions.behind(read.tables))
+    for name, query in (
+        ("cell_id", "SELECT cell_id FROM (\n{sql}\n)"),
+        ("image_id", OF_IMAGES),
+    ):
+        if "INT" in columns.get(name, ""):
+            return ChosenBy(query.format(sql=read.text, segment=segment_id), reads)
+    given = ", ".join(columns)
+    example = "SELECT cell_id FROM cell_table WHERE area > 500"
+    raise UserInputError(
+        f"The selection gives {given}. It needs a column cell_id, or image_id, of whole numbers. "
+        f"Try: {example}"
+    )
+
+
+def chosen_cells(questions: Questions, chosen: ChosenBy, last: int) -> bytes:
+    """Return the cells of a selection as bits; see :func:`.feature_files.are_chosen`.
+
+    A bit for each id up to ``last`` takes less than the ids: 10 MB for 80 million cells.
+    """
+    bits = np.zeros((last >> 3) + 1, dtype=np.uint8)
+    for batch in questions.ask(chosen.query).batches():
+        ids = batch.column(0).drop_null().cast("int64").to_numpy()
+        ids = ids[(ids > 0) & (ids <= last)]
+        np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
+    return bits.tobytes()
 
 
 @dataclass(frozen=True)
@@ -84,6 +190,8 @@ def cell_table(
     subset: Subset | None,
     features: str | bool,
     exclude_flagged: str | None,
+    where: str | None,
+    sql: str | None,
 ) -> CellTable:
     """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`.
 
@@ -94,13 +202,13 @@ def cell_table(
     with workspace.database.read() as session:
         split = find_split(session, sources.split)
         recipes = (sources.segmentation, sources.measurement)
-        name = None
-        if features:
+        name, measure_id = None, None
+        if features or where is not None:
             asked = features if isinstance(features, str) else None
             segment, measure = choose_recipes(session, *recipes, asked)
             found = set_of_recipe(session, measure.id)
             assert found is not None  # each measurement makes one
-            name = found.name
+            name, measure_id = found.name, measure.id
         elif sources.segmentation is not None:
             segment = find_recipe(session, Stage.SEGMENT, sources.segmentation)
         else:
@@ -108,11 +216,17 @@ def cell_table(
         flagged = None
         if exclude_flagged is not None:
             flagged = find_qc_run(session, exclude_flagged).id
-    where = "" if subset is None else f" AND m.subset = {literal(subset.value)}"
+    only = "" if subset is None else f" AND m.subset = {literal(subset.value)}"
     for unit, table in (("m.image_id", "image_flags"), ("c.id", "cell_flags")):
         if flagged is not None:
             of_run = f"SELECT {table[:-6]}_id FROM {table} WHERE run_id = {flagged}"  # noqa: S608
-            where += f"\n    AND {unit} NOT IN ({of_run})"
+            only += f"\n    AND {unit} NOT IN ({of_run})"
+    if one_selection(where, sql):
+        with open_questions(workspace, LIMITS) as questions:
+            text = None if sql is None else sql_of(sql)
+            chosen = selecting(questions, where, text, segment.id, measure_id, name)
+        only += f"\n    AND c.id IN (\n{chosen.query}\n)"
+    name = name if features else None
     join = "" if name is None else f"\nLEFT JOIN {quoted(name)} AS f ON f.cell_id = c.id"
     return CellTable(
         workspace,
@@ -120,7 +234,7 @@ def cell_table(
             values="" if name is None else ", f.* EXCLUDE (cell_id)",
             segment=segment.id,
             split=literal(split.name),
-            subset=where,
+            subset=only,
             join=join,
         ),
     )

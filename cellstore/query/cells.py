@@ -5,9 +5,10 @@ No function holds more than the drawn cells and the rows of one batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, compress
 from typing import Any
 
@@ -40,7 +41,7 @@ from ..models import (
     Well,
 )
 from .exclusions import cell_counts, image_counts
-from .feature_files import BUILT_IN, ReadableSet, SetReader, find_feature_set
+from .feature_files import BUILT_IN, ReadableSet, SetReader, are_chosen, find_feature_set
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
 ROWS_AT_ONCE = 10_000
@@ -57,6 +58,7 @@ class CellSource:
     Excluded cells are not read. ``unflagged_by``: a quality-control run, whose flagged
     images and cells are not read either. ``annotated``: what annotations exclude is read all the
     same, as for predictions: these stay right when an exclusion is undone, and votes leave it out.
+    ``chosen``: of all these only cells whose bit is set, see :func:`~.feature_files.are_chosen`.
     """
 
     segment_id: int
@@ -67,10 +69,11 @@ class CellSource:
     features: ReadableSet = BUILT_IN
     unflagged_by: int | None = None
     annotated: bool = False
+    chosen: bytes | None = field(default=None, repr=False)
 
     def reader(self) -> SetReader:
         """Return what reads the measurements; the files that it opens stay open with it."""
-        return SetReader(self.features.files, self.measure_id)
+        return SetReader(self.features.files, self.measure_id, self.chosen)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def as_text(query: Select[Any]) -> str:
 
 def count_cells(session: Session, query: Select[Any], source: CellSource) -> dict[int, int]:
     """Return how many cells of ``query``, one of ``cells_query(source)``, each image has, by id."""
-    if source.features.files is None:  # the database knows all: it counts four times as fast
+    if source.features.files is None and source.chosen is None:
+        # The database knows all of it: it counts four times as fast.
         each = source.reader().restrict(query).with_only_columns(Image.id, func.count())
         return dict(session.execute(each.group_by(Image.id)).all())
     counts: Counter[int] = Counter()
@@ -159,6 +163,27 @@ def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
         .order_by(Image.id)
     )
     return [ImageBlock(*row, counts[row.id]) for row in session.execute(query) if row.id in counts]
+
+
+def digests_of_chosen(session: Session, source: CellSource) -> dict[int, str]:
+    """Return a digest of the numbers of the chosen cells of each image, by image id.
+
+    The numbers are those in the masks: they are the same in every store.
+    """
+    assert source.chosen is not None
+    query = cells_query(source).with_only_columns(Image.id, Cell.id, Cell.object_number)
+    rows = session.execute(
+        query.order_by(Image.id, Cell.object_number).execution_options(yield_per=ROWS_AT_ONCE)
+    )
+    found: dict[int, Any] = {}
+    for block in rows.partitions():
+        images, ids, numbers = np.fromiter(chain.from_iterable(block), np.int64).reshape(-1, 3).T
+        there = are_chosen(source.chosen, ids)
+        images, numbers = images[there], numbers[there]
+        for image_id in np.unique(images).tolist():
+            of_image = numbers[images == image_id]
+            found.setdefault(image_id, hashlib.sha256()).update(of_image.tobytes())
+    return {image_id: digest.hexdigest() for image_id, digest in found.items()}
 
 
 def read_cells(

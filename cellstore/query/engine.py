@@ -64,6 +64,7 @@ ROWS_OF_BATCH = 65_536
 
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
+_END = re.compile(r";\s*((--[^\n]*|/\*.*?\*/)\s*)*\Z", re.DOTALL)
 _IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
 _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 
@@ -351,6 +352,27 @@ class Questions:
             return Answer(self._empty, self.limits, statement.text, parameters)
         self._load(read)
         return Answer(self._full, self.limits, statement.text, parameters)
+
+    def read(self, sql: str) -> tuple[Statement, dict[str, str]]:
+        """Check a question and return it, to be a part of another, and its columns with types.
+
+        It is not answered. Raises as :meth:`ask` does.
+        """
+        statement = only_reading(self._empty, sql)
+        statement.text = _END.sub("", statement.text)
+        question = f"DESCRIBE SELECT * FROM (\n{statement.text}\n)"  # noqa: S608 - as checked
+        rows = self.ask(question).records()
+        return statement, {str(row["column_name"]): str(row["column_type"]) for row in rows}
+
+    def behind(self, names: set[str]) -> set[str]:
+        """Return relations with all that the views among them read."""
+        found, waiting = set[str](), list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += sources_of(view(name).query) if name in VIEWS else ()
+        return found
 
     def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
         """Answer a question that is part of cellstore: known to read, and right."""

@@ -320,15 +320,30 @@ def open_set(
     return ReadableSet(found.name, columns, tuple(files))
 
 
+def are_chosen(chosen: bytes, cell_ids: Integers) -> NDArray[np.bool_]:
+    """Return which ``cell_ids`` (N,) have their bit set: bit ``id % 8`` of byte ``id // 8``."""
+    of_bytes, at = np.frombuffer(chosen, np.uint8), np.asarray(cell_ids) >> 3
+    bits = np.where(at < len(of_bytes), of_bytes.take(at, mode="clip"), 0)
+    found: NDArray[np.bool_] = (bits >> (cell_ids & 7) & 1).astype(bool)
+    return found
+
+
 class SetReader:
     """Call it with cell ids to get their values out of a feature set. Threads may share it.
 
     The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. With neither
     it is all cells, and has no values.
+    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. ``chosen``:
+    the cells that it is asked about, a bit for each id (see :func:`are_chosen`); None: all.
     """
 
-    def __init__(self, files: Sequence[SetFile] | None, measure_id: int | None = None) -> None:
-        self._files, self._measure_id = files, measure_id
+    def __init__(
+        self,
+        files: Sequence[SetFile] | None,
+        measure_id: int | None = None,
+        chosen: bytes | None = None,
+    ) -> None:
+        self._files, self._measure_id, self._chosen = files, measure_id, chosen
         self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._last: tuple[object, pa.Table | None] = (None, None)
         self._lock = Lock()
@@ -342,26 +357,30 @@ class SetReader:
 
     def has(self, session: Session, cell_ids: Integers) -> NDArray[np.bool_]:
         """Return which of the cells of a restricted query the set has, (N,); raises as a call."""
-        if self._files is None:
-            return np.ones(len(cell_ids), dtype=bool)
-        return self(session, cell_ids, ())[0]
+        if self._files is not None:
+            return self(session, cell_ids, ())[0]
+        if self._chosen is not None:
+            return are_chosen(self._chosen, cell_ids)
+        return np.ones(len(cell_ids), dtype=bool)
 
     def __call__(self, session: Session, cell_ids: Integers, columns: Sequence[str]) -> Values:
         """Return which of the cells the set has, (N,), and their values, (N, F).
 
         ``cell_ids`` (N,) ascend. A value that was not measured is NaN, and so is every value of a
-        cell that the set does not have.
+        cell that the set does not have, or that is not chosen.
 
         Raises:
             StorageError: a file is gone, damaged, lacks a column, or two have the same cell.
 
         """
         values = np.full((len(cell_ids), len(columns)), np.nan)
-        if self._files is None and self._measure_id is None:
-            return np.ones(len(cell_ids), dtype=bool), values
         times = np.zeros(len(cell_ids), dtype=np.int64)
         read = self._of_table if self._files is None else self._of_files
-        for found, numbers in read(session, cell_ids, columns) if len(cell_ids) else ():
+        chosen: Any = True if self._chosen is None else are_chosen(self._chosen, cell_ids)
+        if self._files is None and self._measure_id is None:
+            return np.broadcast_to(chosen, len(cell_ids)), values
+        asked = cell_ids if chosen is True else cell_ids[chosen]
+        for found, numbers in read(session, asked, columns) if len(asked) else ():
             positions = np.searchsorted(cell_ids, found)
             wanted = positions < len(cell_ids)
             wanted[wanted] = cell_ids[positions[wanted]] == found[wanted]
@@ -375,7 +394,7 @@ class SetReader:
                 f"Cell {twice} is more than once in the files of its feature set. "
                 "See what is wrong with: cellstore verify"
             )
-        return times == 1, values
+        return (times == 1) & chosen, values
 
     def _of_table(
         self, session: Session, cell_ids: Integers, columns: Sequence[str]

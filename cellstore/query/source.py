@@ -177,7 +177,7 @@ class Source:
 
             driver = adbc_driver_sqlite._driver_path()
             address = f"file:{quote(url.database or '')}?mode=ro"
-            begin = "SELECT count(*) FROM alembic_version"  # the moment begins with a read
+            begin = "SELECT count(*) FROM plates"  # the moment begins with a read
         else:
             try:
                 import adbc_driver_postgresql

@@ -35,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
+from ..config import RunName
 from ..db.fields import field_column, wells_changed
 from ..enums import TARGET, TREATMENT, Subset
 from ..errors import UnknownNameError, UserInputError
@@ -89,7 +90,7 @@ class Audit:
     image: Audit | None = None
 
 
-def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
+def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit:
     """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
 
     See ``cellstore audit --help`` for the names, docs/provenance.md for the keys of the record.
@@ -98,6 +99,7 @@ def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
         UnknownNameError: nothing has that name.
         UserInputError: it is a number without a kind; or several things have that name.
     """
+    text = str(text)
     name = readable(text)
     with workspace.database.read() as session:
         if kind is None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis.statistics import well_interval
-from ..config import VoteOptions
+from ..config import RunName, VoteOptions
 from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
@@ -167,8 +167,8 @@ RUNS = """
 
 def compare(
     workspace: Workspace,
-    first: str,
-    second: str,
+    first: RunName,
+    second: RunName,
     *,
     level: str = "image",
     vote: str = "hard",
@@ -259,8 +259,8 @@ def compare_subjects(
     bounds = well_interval(right[0], one.well, minus=right[1]) or (None, None)
     better = {1: first.run.id, -1: second.run.id}.get(judged.better or 0)
     wells = (
-        f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
-        f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
+        f"wells in which more is right: {test.first:,} with run {first.run.id}, {test.second:,} "
+        f"with run {second.run.id} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
     conclusion = f"Neither run is shown to be better: {wells}."
     if judged.cannot_say:

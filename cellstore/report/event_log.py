@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
+from ..config import RunName
 from ..enums import Stage
 from ..jobs.lookup import find_plate, find_run, readable
 from ..jobs.workspace import Workspace
@@ -51,7 +52,7 @@ class EventLog:
 
 
 def read_log(
-    workspace: Workspace, *, plate: str | None = None, run: str | None = None, limit: int = 20
+    workspace: Workspace, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
 ) -> EventLog:
     """Return the last ``limit`` commands that changed a store, or a plate, or that a run did.
 

@@ -22,7 +22,7 @@ from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
-from ..config import PredictParams, SegmentParams, TrainParams
+from ..config import PredictParams, RunName, SegmentParams, TrainParams
 from ..db.bulk import in_lists
 from ..db.session import connect
 from ..enums import ArtifactKind, Stage, Status
@@ -166,7 +166,7 @@ Returns the number of the new run, and the images that failed, each with the rea
 
 def check(
     workspace: Workspace,
-    reference: str,
+    reference: RunName,
     carry_out: CarryOut,
     *,
     images: int | None = None,

@@ -16,6 +16,7 @@ from ..config import (
     BaselineParams,
     MeasureParams,
     PredictParams,
+    RunName,
     SegmentParams,
     SplitParams,
     TrainParams,
@@ -198,7 +199,7 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(words), tuple(doubts)
 
 
-def repro(workspace: Workspace, reference: str) -> Repro:
+def repro(workspace: Workspace, reference: RunName) -> Repro:
     """Return the commands and versions that redo a run, and all that it relies on.
 
     Raises:

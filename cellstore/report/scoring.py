@@ -16,7 +16,7 @@ from sqlalchemy.orm import aliased
 
 from ..analysis import statistics
 from ..analysis.statistics import FEWEST_WELLS, WellTest, mcnemar_over_wells, well_interval
-from ..config import VoteOptions
+from ..config import RunName, VoteOptions
 from ..db.fields import wells_relabelled
 from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
 from ..errors import UserInputError
@@ -362,7 +362,7 @@ class Subject:
 
 
 def find_subject(
-    workspace: Workspace, reference: str, vote_options: VoteOptions | None = None
+    workspace: Workspace, reference: RunName, vote_options: VoteOptions | None = None
 ) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
     with workspace.database.read() as session:
@@ -454,9 +454,9 @@ def once(answers: Answers) -> Answers:
 
 def report(
     workspace: Workspace,
-    run: str = "latest",
+    run: RunName = "latest",
     *,
-    compare: str | None = None,
+    compare: RunName | None = None,
     vote_options: VoteOptions | None = None,
     force: bool = False,
     html: Path | None = None,

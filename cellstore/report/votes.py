@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from ..config import VoteOptions
+from ..config import RunName, VoteOptions
 from ..enums import Status, Subset
 from ..errors import UnknownNameError
 from ..jobs.run_names import find_predict_run
@@ -116,7 +116,7 @@ def check_vote(level: str, vote: str) -> None:
 @contextmanager
 def open_votes(
     workspace: Workspace,
-    run: str = "latest",
+    run: RunName = "latest",
     *,
     level: str = "image",
     vote: str = "hard",

@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, union, update
 from sqlalchemy.orm import Session
 
+from ..config import RunName
 from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
 from ..db.fields import wells_relabelled
@@ -576,7 +577,7 @@ Ranges = Mapping[str, Sequence[tuple[int, int]]]
 
 
 def undo(
-    workspace: Workspace, run: str, *, reason: str | None = None, dry_run: bool = False
+    workspace: Workspace, run: RunName, *, reason: str | None = None, dry_run: bool = False
 ) -> Correction:
     """Take back what an ingest run brought or changed, if nothing relies on it.
 

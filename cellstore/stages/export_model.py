@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ..config import RunName
 from ..enums import Stage, Subset
 from ..errors import ImageError, StorageError, UserInputError, some_of
 from ..jobs.lookup import IS_CURRENT, find_run
@@ -132,7 +133,7 @@ class ExportedModel:
 
 
 def export_model(
-    workspace: Workspace, run: str = "latest", output: Path | None = None
+    workspace: Workspace, run: RunName = "latest", output: Path | None = None
 ) -> ExportedModel:
     """Write the model of a training run to a new folder (default: ``model-RUN`` here).
 

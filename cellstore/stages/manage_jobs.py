@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, exists, func, select, update
 
+from ..config import RunName
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
@@ -185,7 +186,7 @@ def retry(
     workspace: Workspace,
     *,
     stage: str | None = None,
-    run: str | None = None,
+    run: RunName | None = None,
     image: str | None = None,
 ) -> RetryResult:
     """Open the failed jobs of a stage, a run, an image (None: of all) for another try.
@@ -217,7 +218,7 @@ def retry(
         return RetryResult(opened, tuple(dict.fromkeys((*makers, *typed))), lost)
 
 
-def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
+def cancel(workspace: Workspace, run: RunName | None = None) -> tuple[int, ...]:
     """Mark running runs (None: all that listen) as cancelled; return their numbers.
 
     Their process ends within seconds, when the images in its hands are done; of a process that is

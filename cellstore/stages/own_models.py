@@ -9,7 +9,6 @@ other predict run, so that votes, reports and audits read them as they read the 
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from sqlalchemy import case, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
-from ..config import AddedParams, ApplyParams
+from ..config import AddedParams, ApplyParams, RunName
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs, recording_removed
 from ..enums import FeatureStorage, Origin, Stage, Status, Subset
@@ -36,14 +35,14 @@ from ..errors import (
     first_line,
 )
 from ..io.filenames import format_well, parse_well
-from ..io.tables import MISSING, Refusal, disarmed_name, open_table
+from ..io.tables import KEYS, MISSING, Refusal, disarmed_name, open_table, plain_name
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
-from ..jobs.lookup import find_split, readable
+from ..jobs.lookup import find_split, readable, renamed_plates
 from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
-from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, SplitMember
+from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import (
@@ -56,6 +55,7 @@ from ..query.feature_files import (
 )
 from ..query.guard import literal
 from ..query.source import check_set_name
+from .export import FILE_COLUMNS, exported_columns
 from .predict import PredictionRows, insert_predictions
 
 VERSION = 1
@@ -64,9 +64,7 @@ SHOWN = 5
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "cell_id": ("cellid",),
-    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
-    "well": ("well", "wellposition"),
-    "site": ("site", "field", "fieldid", "fov"),
+    **KEYS,
     "plane": ("plane",),
     "time_point": ("timepoint", "timeid"),
     "object_number": ("objectnumber", "object", "objectid"),
@@ -75,7 +73,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "class", "prediction", "predicted", "predictedlabel", "predictedclass"),
     "probability": ("probability", "confidence", "prob", "score"),
 }
-"""Names of columns, without ``Metadata_``, case, spaces and underscores; the first one counts."""
+"""Names of columns, as ``plain_name`` gives them; the first one counts."""
 
 ROWS_AT_ONCE = 65_536
 """Rows of a table in memory of which the digest is made at once; another number changes it."""
@@ -229,6 +227,7 @@ def add_predictions(
     table: Path | pa.Table,
     params: AddedParams,
     parameters: Mapping[str, Any] | None = None,
+    query: str | None = None,
 ) -> AddedPredictions:
     """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
@@ -237,7 +236,8 @@ def add_predictions(
     well, site and a point in pixels (x, y) that lies in its mask; plate, well and site alone: the
     model sees whole images, and an image has one vote. The class is one of the split's;
     a column ``probability`` says how probable it is (without one: 1). Or each class has a column
-    of its own with its probability. ``parameters``: of the model, to be kept with the run.
+    of its own with its probability. ``parameters``: of the model, to be kept with the run;
+    ``query``: the SQL of the cells that it has learned from.
 
     The same table again adds nothing; a call that was killed is completed by the same call.
 
@@ -257,7 +257,7 @@ def add_predictions(
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
     with open_questions(workspace) as questions:
-        keys = source.bring(questions, *source.classes(classes))
+        keys = source.bring(workspace, questions, *source.classes(classes))
         notes = list(source.notes)
         segment_id = _find_rows(workspace, questions, keys, segment, source.name, classes)
         (about,) = questions.ask_ours(
@@ -273,7 +273,7 @@ def add_predictions(
         said["parameters"] = dict(parameters or {})
         kept = {"labels": list(classes), "note": params.note}
         train = declared_training(split_recipe, params, said, weights)
-        train_run_id = declare_training(workspace, train, split.id, kept)
+        train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
             inputs = [register(session, train)]
             if segment_id is not None:
@@ -295,6 +295,7 @@ def add_predictions(
                 recipe,
                 parent_id=train_run_id,
                 split_id=split.id,
+                query=query,
                 resume=None if latest is None else latest.id,
                 origin=Origin.DECLARED,
             ) as run:
@@ -373,14 +374,23 @@ def declared_training(
 
 
 def declare_training(
-    workspace: Workspace, spec: RecipeSpec, split_id: int, kept: Mapping[str, Any]
+    workspace: Workspace,
+    spec: RecipeSpec,
+    split_id: int,
+    kept: Mapping[str, Any],
+    query: str | None = None,
 ) -> int:
-    """Return the run of a training that is declared, made with what is ``kept`` if it is new."""
+    """Return the run of a training that is declared, made with what is ``kept`` if it is new.
+
+    ``query``: the SQL of the cells that it has learned from.
+    """
     with workspace.database.read() as session:
         trained = finished_run(session, spec, split_id)
     if trained is not None:
         return trained.id
-    with running(workspace.database, spec, split_id=split_id, origin=Origin.DECLARED) as made:
+    with running(
+        workspace.database, spec, split_id=split_id, query=query, origin=Origin.DECLARED
+    ) as made:
         made.result = {**kept, **code_of_caller()}
     return made.id
 
@@ -410,7 +420,11 @@ def add_embeddings(
     source = _TableSource(table)
     check_set_name(name, "name")
     weights = None if model is None else _sha256_of_weights(model)
-    known = {*source.found.values(), *(c for c in source.columns if c.startswith("Metadata_"))}
+    with workspace.database.read() as session:
+        sets = session.scalars(select(FeatureSet).where(FeatureSet.name != name))
+        known = exported_columns(sets) & set(source.columns)
+    known |= {*source.found.values()}
+    known |= {c for c in source.columns if c.startswith(("Metadata_", *FILE_COLUMNS))}
     columns = [column for column in source.columns if column not in known]
     names = [column.casefold() for column in columns]  # SQL knows no capitals
     for column in columns:
@@ -424,7 +438,9 @@ def add_embeddings(
                 "is empty, cell_id, or there twice. Rename it."
             )
     if left := known - {source.found[key] for key in source.named_by() if key in source.found}:
-        source.notes.append(f"Columns that were not kept: {', '.join(sorted(left))}.")
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        what = f"{', '.join(sorted(left)[:SHOWN])}{more}"
+        source.notes.append(f"Columns that were not kept: {what}.")
     if not columns:
         raise UserInputError(
             f"{source.name} has no column of numbers beside those that name cells."
@@ -441,7 +457,7 @@ def add_embeddings(
         segment_id = _find_rows(
             workspace,
             questions,
-            source.bring(questions, columns, values),
+            source.bring(workspace, questions, columns, values),
             segment,
             source.name,
             None,
@@ -537,7 +553,7 @@ def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> Non
     questions.keep("rows_new", new)
 
 
-def withdraw(workspace: Workspace, run: str, reason: str) -> int:
+def withdraw(workspace: Workspace, run: RunName, reason: str) -> int:
     """Mark added predictions as wrong; return the number of their run.
 
     The rows stay, since what was published with them must be found; no command takes the run by
@@ -599,8 +615,11 @@ class _TableSource:
                     else:
                         digest.update("\0".join(map(str, column.to_pylist())).encode())
             self.sha256 = digest.hexdigest()
+        truth = {*NAMES["label"], *NAMES["probability"]}  # where Metadata_ is before it
+        plain = [plain_name(name) for name in self.columns]
         plain = [
-            re.sub("[_ ]", "", name.removeprefix("Metadata_")).casefold() for name in self.columns
+            "" if name in truth and column.startswith("Metadata_") else name
+            for name, column in zip(plain, self.columns, strict=True)
         ]
         self.found = {
             key: self.columns[plain.index(name)]
@@ -639,7 +658,7 @@ class _TableSource:
             labels = ", ".join(map(literal, wide.values()))
             numbers = ", ".join(f"TRY_CAST({self.sql(c)} AS DOUBLE)" for c in wide)
             return list(wide), f"unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
-        label, number = f"trim(CAST({self.sql(found['label'])} AS VARCHAR))", "1.0"
+        label = f"trim(CAST({self.sql(found['label'])} AS VARCHAR))"
         if "probability" not in found:
             self.notes.append("There is no column probability: each label counts with 1.")
             return [found["label"]], f"{label} AS label, 1.0 AS p"
@@ -660,7 +679,9 @@ class _TableSource:
             return keys | {"object_number"}
         return keys | {"x", "y"} if found & {"x", "y"} else keys
 
-    def bring(self, questions: Questions, columns: Sequence[str], values: str) -> set[str]:
+    def bring(
+        self, workspace: Workspace, questions: Questions, columns: Sequence[str], values: str
+    ) -> set[str]:
         """Make table ``rows_given``; return which keys of ``NAMES`` it has.
 
         It has ``line``, the keys, and ``values``, SQL over some ``columns``.
@@ -693,14 +714,20 @@ class _TableSource:
         for key in keys - {"plate", "well"}:
             made = f"TRY_CAST({self.sql(found[key])} AS DOUBLE)"
             of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
-        if "well" in of_keys:
-            well = of_keys["well"]
-            texts = f"SELECT DISTINCT {well} FROM table_given"  # noqa: S608 - our own names
-            wells = [(text, _well_of(text)) for (text,) in questions.ask_ours(texts).rows() if text]
-            kept = pa.table({"text": [w[0] for w in wells], "well": [w[1] for w in wells]})
-            text = pa.string()
-            questions.bring("wells_given", kept.cast(pa.schema([("text", text), ("well", text)])))
-            of_keys["well"] = f"(SELECT well FROM wells_given WHERE text = {well})"  # noqa: S608
+        for key in sorted(keys & {"plate", "well"}):
+            said = of_keys[key]
+            texts = f"SELECT DISTINCT {said} FROM table_given"  # noqa: S608 - our own names
+            names = [text for (text,) in questions.ask_ours(texts).rows() if text]
+            meant = [_well_of(name) for name in names]
+            if key == "plate":
+                with workspace.database.read() as session:
+                    absent = set(names) - set(session.scalars(select(Plate.barcode)))
+                    now = {old: name for old, (_, name) in renamed_plates(session, absent).items()}
+                meant = [now.get(name, name) for name in names]
+                self.notes += [f"Plate {old} was renamed: read as {now[old]}." for old in now]
+            columns_of = [pa.array(some, pa.string()) for some in (names, meant)]
+            questions.bring(f"{key}s_given", pa.table(columns_of, names=["text", "meant"]))
+            of_keys[key] = f"(SELECT meant FROM {key}s_given WHERE text = {said})"  # noqa: S608
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
         made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)

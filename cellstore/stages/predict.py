@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams, Selection
+from ..config import PredictParams, RunName, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..db.events import recording_removed
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
@@ -112,7 +112,7 @@ def predict(
     workspace: Workspace,
     params: PredictParams | None = None,
     *,
-    run: str = "latest",
+    run: RunName = "latest",
     device: str = "auto",
 ) -> PredictResult:
     """Label the cells of a selection of images with the model of a training run.

@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import Sources, TrainParams, TrainSetup
+from ..config import RunName, Sources, TrainParams, TrainSetup
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -57,7 +57,7 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric
-from ..query.cells import as_text, cells_query, input_of, plane_of
+from ..query.cells import input_of, plane_of
 from ..settings import Progress, need
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def train(
     device: str = "auto",
     setup: TrainSetup | None = None,
     force: bool = False,
-    resume: str | None = None,
+    resume: RunName | None = None,
 ) -> TrainResult:
     """Train on the training subset of a split (default: the latest) and keep the best epoch.
 
@@ -184,7 +184,8 @@ def train(
         if now.get("feature_files") != then.get("feature_files"):
             what = f"Feature set {plan.cells.source.features.name!r} has changed since"
         elif now.get("cells") != then.get("cells"):
-            what = f"The measured cells of split {plan.cells.split.name!r} have changed since"
+            kind = "measured" if plan.cells.selection is None else "measured or selected"
+            what = f"The {kind} cells of split {plan.cells.split.name!r} have changed since"
         raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}: train again.")
 
     team = Team.open(device, params.precision, setup.devices)
@@ -466,13 +467,15 @@ def make_plan(
     cells = replace(cells, blocks={**cells.blocks, validation: known})
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
-    parameters = asdict(params) | {
+    given = asdict(params)
+    for name in ("features", "exclude_flagged", "where", "sql"):
+        del given[name]
+    parameters = given | {
         "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
         "branches": list(branches),
         "channels": list(channels),
         **cells.parameters,
     }
-    del parameters["features"], parameters["exclude_flagged"]
     return Plan(
         params=params,
         cells=cells,
@@ -530,7 +533,7 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, TrainParams, Sources]:
+def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, TrainParams, Sources]:
     """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
 
     Raises:
@@ -651,7 +654,7 @@ def as_run(
         plan.spec,
         split_id=plan.cells.split.id,
         seed=plan.params.seed,
-        query=as_text(cells_query(plan.cells.source)),
+        query=plan.cells.query(),
         resume=run_id,
         alone=True,
         device=str(team.device),
@@ -707,7 +710,8 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         notes.append(f"{len(unseen)} classes have no cell to train on: {', '.join(unseen[:5])}.")
     missing = sum(without.values()) - (flagged.images if flagged else 0)
     if missing > 0:
-        notes.append(f"{missing} images of the split have no measured cells and were excluded.")
+        kind = "measured" if cells.selection is None else "selected"
+        notes.append(f"{missing} images of the split have no {kind} cells and were excluded.")
     if flagged:
         notes.append(
             f"Excluded, because quality-control run {flagged.run_id} flagged them: "

@@ -23,7 +23,6 @@ from ..learn.branches import TABULAR
 from ..learn.training_cells import TrainingCells, excluded_columns, find_training_cells
 from ..models import Image, Run, SplitMember, Well
 from ..query.cells import (
-    as_text,
     cells_query,
     list_blocks,
     read_drawn,
@@ -100,7 +99,7 @@ def train_baselines(
     chosen, params = choose(kinds), params or BaselineParams()
     with workspace.database.read() as session:
         sources = Sources(split, segmentation, measurement)
-        cells = find_training_cells(session, workspace, sources, params)
+        cells = find_training_cells(session, workspace, sources, params, (Subset.TRAIN,))
     fitting = Fitting(workspace, params, cells)
     results = []
     for kind in track(workspace.progress, "train", len(chosen), chosen):
@@ -126,7 +125,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
         spec,
         split_id=cells.split.id,
         seed=fitting.params.seed,
-        query=as_text(cells_query(replace(cells.source, subset=Subset.TRAIN))),
+        query=cells.query(Subset.TRAIN),
     ) as run:
         estimator, scaler, rows, fit_notes = fitting.fit(kind)
         record = ModelRecord(
@@ -222,9 +221,9 @@ class Fitting:
             return model, scaler, len(rows), ()
         notes: tuple[str, ...] = ()
         if kind == baselines.CELLCOUNT:
-            # Cells count whether they are flagged or not: later, nobody will know which were.
+            # Cells count whether they are flagged or selected or not: later, nobody will know.
             with self.workspace.database.read() as session:
-                every = list_blocks(session, replace(self.source, unflagged_by=None))
+                every = list_blocks(session, replace(self.source, unflagged_by=None, chosen=None))
             images = {block.image_id for block in self.blocks}
             counts = {block.image_id: block for block in every if block.image_id in images}
             chosen = self._draw({image_id: block.label_id for image_id, block in counts.items()})
