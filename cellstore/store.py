@@ -10,7 +10,8 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from .config import (
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
-from .settings import Progress, find_store
+from .settings import Progress, find_store, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .report.audit import Audit
     from .report.comparison import Comparison
     from .report.event_log import EventLog
+    from .report.leaderboard import Leaderboard
     from .report.redo import Check
     from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
@@ -397,20 +399,55 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         resume: RunName | None = None,
     ) -> TrainResult:
-        """Train a network on the training images of a split; see ``stages.train.train``."""
+        """Train a network on the training images of a split; see ``stages.train.train``.
+
+        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
+        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
+        its name. Interrupted, the same call goes on.
+        """
         from .stages.train import train
 
-        return train(
-            self.workspace,
-            params or TrainParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            device=device,
-            setup=setup or TrainSetup(),
-            force=force,
-            resume=resume,
+        params, setup = params or TrainParams(), setup or TrainSetup()
+        made: list[TrainResult] = []
+        folds = () if resume is not None else self._folds(split)
+        if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
+            raise UserInputError(
+                f"The folds of {split} are trained one after the other, by one process. Train each "
+                f"with several: --split {folds[0]} and so on; then all by their common name."
+            )
+        for name in self._each(folds) if folds else [split]:
+            result = train(
+                self.workspace,
+                params,
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                device=device,
+                setup=setup,
+                force=force,
+                resume=resume,
+            )
+            if folds:
+                labelled = self.predict(run=result.run_id, device=device)
+                result = replace(result, predict_run_id=labelled.run_id)
+            made.append(result)
+        if not folds:
+            return made[0]
+        return replace(
+            made[-1],
+            split=split or "",
+            already_done=all(fold.already_done for fold in made),
+            notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
+            folds=tuple(made),
         )
+
+    def _folds(self, split: str | None) -> tuple[str, ...]:
+        from .stages.split import folds_of
+
+        return folds_of(self.workspace, split)
+
+    def _each(self, folds: Sequence[str]) -> Iterator[str]:
+        yield from track(self.workspace.progress, "fold", len(folds), folds)
 
     def train_baselines(
         self,
@@ -425,25 +462,31 @@ class Store(AbstractContextManager["Store"]):
     ) -> tuple[BaselineResult, ...]:
         """Train baselines and label the test images; see ``stages.train_baselines``.
 
-        Without test images, or without ``predict``, nothing is labelled.
+        Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
+        there is a result for each fold and baseline.
         """
         from .stages.train_baselines import train_baselines
 
-        results = train_baselines(
-            self.workspace,
-            kinds,
-            params or BaselineParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            force=force,
-        )
-        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
-            return results
-        return tuple(
-            replace(item, predict_run_id=self.predict(run=item.run_id, device="cpu").run_id)
-            for item in results
-        )
+        folds = self._folds(split)
+        made: list[BaselineResult] = []
+        for name in self._each(folds) if folds else [split]:
+            results = train_baselines(
+                self.workspace,
+                kinds,
+                params or BaselineParams(),
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                force=force,
+            )
+            if predict and self.show_split(results[0].split).counts.get(Subset.TEST):
+                labelled = [self.predict(run=item.run_id, device="cpu") for item in results]
+                results = tuple(
+                    replace(item, predict_run_id=found.run_id)
+                    for item, found in zip(results, labelled, strict=True)
+                )
+            made += results
+        return tuple(made)
 
     def predict(
         self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
@@ -745,6 +788,17 @@ class Store(AbstractContextManager["Store"]):
             vote_options=vote_options,
             force=force,
         )
+
+    def runs(
+        self, split: str | None = None, *, by: str = "test", every: bool = False
+    ) -> Leaderboard:
+        """Return the models that were trained on a split, the best first.
+
+        See ``report.leaderboard.list_runs``.
+        """
+        from .report.leaderboard import list_runs
+
+        return list_runs(self.workspace, split, by=by, every=every)
 
     def votes(
         self,

@@ -60,7 +60,7 @@ MODULES = {
         ("train_commands", "contrast"),
         ("split_commands", "split"),
         ("train_commands", "train predict predictions embeddings apply export-model"),
-        ("answer_commands", "votes report compare"),
+        ("answer_commands", "votes report runs compare"),
         ("audit_commands", "audit log repro"),
         ("correction_commands", "rename relabel exclude include undo delete"),
         ("question_commands", "ask sql schema export"),

@@ -31,6 +31,7 @@ from cellstore.errors import UserInputError
 from cellstore.store import Store
 
 from . import output
+from .answer_commands import show_report
 from .app import (
     DEVICE,
     MEASUREMENT,
@@ -114,6 +115,10 @@ def train(
     A training that was stopped is resumed after its last whole epoch when the same command is
     given again, or with --resume.
 
+    --split may name a cross-validation (split create five --folds 5): its folds are trained one
+    after the other, each labels its test images, and the scores are of every image once, by the
+    network that has not seen its well.
+
     \b
     Example:
       cellstore train --split by-well --epochs 20
@@ -122,6 +127,7 @@ def train(
       cellstore train --split as-published --preset published
       cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
+      cellstore train --split five
     """
     if list_presets:
         _show_presets()
@@ -160,7 +166,17 @@ def train(
 
     if not is_first():  # of several processes that train together, one prints
         return
-    common.show(result, _show_train)
+    if not result.folds:
+        common.show(result, _show_train)
+        return
+    with common.open() as store:
+        report = store.report(f"{result.split}:{result.run_id}")
+    if common.as_json:
+        output.print_json({**asdict(result), "report": report})
+        return
+    _show_folds(result)
+    show_report(report)
+    say(*map(output.filled, (*result.notes, *report.notes)))
 
 
 def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
@@ -212,22 +228,39 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} images": number for subset, number in result.images.items()},
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
-            "best epoch": result.best_epoch,
+            "best epoch" if result.validation_subset else "kept epoch": result.best_epoch,
         }
     )
     if result.metrics:
-        rows = [[row.get(name) for name in EPOCH_COLUMNS] for row in result.metrics]
+        columns = [name for name in EPOCH_COLUMNS if any(name in row for row in result.metrics)]
+        rows = [[row.get(name) for name in columns] for row in result.metrics]
         whole = [
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
-        output.table(list(EPOCH_COLUMNS.values()), whole)
+        output.table([EPOCH_COLUMNS[name] for name in columns], whole)
+
+
+def _show_folds(result: TrainResult) -> None:
+    if result.already_done:
+        typer.echo("Nothing to do: all folds were trained with these options already.")
+    rows = []
+    for fold in result.folds:
+        best = next((row for row in fold.metrics if row["epoch"] == fold.best_epoch), {})
+        validation = [best.get(f"validation_{name}") for name in ("loss", "accuracy")]
+        rows.append(
+            (fold.split, fold.run_id, fold.epochs, fold.best_epoch, *validation,
+             fold.predict_run_id)
+        )  # fmt: skip
+    heads = ("fold", "train run", "epochs", "kept", "val. loss", "val. accuracy", "predict run")
+    output.table(heads, rows)
+    typer.echo("")
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
-    first = results[0]
+    first, several = results[0], len({item.split for item in results}) > 1
     output.pairs(
         {
-            "split": first.split,
+            "split": f"{first.split} to {results[-1].split}" if several else first.split,
             "classes": first.classes,
             "training images": first.images,
             "training cells": first.cells,
@@ -235,9 +268,10 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     typer.echo("")
     output.table(
-        ("baseline", "kind", "train run", "learned from", "predict run", ""),
+        (*["fold"] * several, "baseline", "kind", "train run", "learned from", "predict run", ""),
         [
             (
+                *[item.split] * several,
                 item.baseline,
                 "null" if item.null else "classical",
                 *(item.run_id, f"{item.rows:,}", item.predict_run_id),
@@ -248,6 +282,9 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     notes = dict.fromkeys(note for item in results for note in item.notes)
     say(*map(output.filled, notes))
+    if several and first.predict_run_id:
+        family = first.split.rpartition("-")[0]
+        say(f"All folds as one: cellstore report --run {shlex.quote(family)}:{first.baseline}")
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -486,7 +523,7 @@ def add_embeddings(
 
 def _show_withdrawn(done: dict[str, Any]) -> None:
     typer.echo(f"Run {done['run_id']} is withdrawn.")
-    say("Next: cellstore ask runs")
+    say("Next: cellstore runs")
 
 
 @command(predictions, "withdraw", _show_withdrawn)
