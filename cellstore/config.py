@@ -28,6 +28,7 @@ from .enums import (
     PERTURBATION,
     TARGET,
     TREATMENT,
+    Gives,
     GroupLevel,
     Look,
     Projection,
@@ -1189,11 +1190,10 @@ class ApplyParams(Params):
     """
 
     name: str = option("", "What the model, or the feature set that it makes, is called.")
-    gives: str = option(
-        "embedding",
+    gives: Gives = option(
+        Gives.EMBEDDING,
         "What its numbers are: an embedding of a cell, the probabilities of the classes of the "
         "split, or features.",
-        choices=("embedding", "probabilities", "features"),
     )
     image: bool = option(
         True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
@@ -1243,7 +1243,7 @@ class ApplyParams(Params):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_model_name(self.name)
-        if self.gives == "probabilities":
+        if self.gives is Gives.PROBABILITIES:
             return
         for name in ("softmax", "trained_on", "top_k"):
             if getattr(self, name) != option_of(type(self), name).default:

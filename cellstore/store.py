@@ -744,15 +744,12 @@ class Store(AbstractContextManager["Store"]):
         ...     return batch["image"].mean(axis=(2, 3))
         >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
         """
-        from .settings import need
-
-        need("train")
         from .stages.apply import apply
 
         return apply(
             self.workspace,
             function,
-            ApplyParams(name=name, gives=gives, **options),
+            ApplyParams(name=name, **{"gives": gives, **options}),
             device=device,
             resources=resources,
             parameters=parameters,

@@ -27,12 +27,11 @@ from torch import Tensor, nn
 
 from ..analysis.segmentation import Batches
 from ..artifacts import sha256_of
+from ..enums import Gives
 from ..errors import ImageError, MissingExtraError, UserInputError, first_line, some_of
 from .trained_models import save_estimator
 
 FUNCTION, NETWORK, ESTIMATOR, ONNX = "function", "network", "estimator", "onnx"
-
-PROBABILITIES, EMBEDDING, FEATURES = "probabilities", "embedding", "features"
 
 INPUTS = ("image", "mask", "features")
 """What of a cell a function may be given, in the order in which a network takes them."""
@@ -65,7 +64,7 @@ class OwnFunction:
     reference: str | None
     folder: str
     given: Any = field(repr=False, compare=False)
-    gives: str = EMBEDDING
+    gives: Gives = Gives.EMBEDDING
     device: str = "cpu"
     softmax: bool = False
     features: tuple[str, ...] = ()
@@ -90,10 +89,20 @@ class OwnFunction:
             self.given = _open_onnx(self.given, self.device)
 
     @property
+    def is_estimator(self) -> bool:
+        """Whether it reads measurements only."""
+        return self.kind == ESTIMATOR
+
+    @property
     def classes(self) -> list[str] | None:
         """The classes of a classifier of scikit-learn, in its order; of others they are unknown."""
-        known = getattr(self.given, "classes_", None) if self.kind == ESTIMATOR else None
+        known = getattr(self.given, "classes_", None) if self.is_estimator else None
         return None if known is None else [str(item) for item in known]
+
+    @property
+    def crops_on(self) -> str:
+        """The device that crops are made on: that of a network, since they stay there."""
+        return self.device if self.kind == NETWORK else "cpu"
 
     def choose_columns(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return which columns of a feature set it is given: all, or those it was fitted with.
@@ -101,7 +110,7 @@ class OwnFunction:
         Raises:
             UserInputError: it was fitted with others.
         """
-        if self.kind != ESTIMATOR:
+        if not self.is_estimator:
             return tuple(known)
         named = getattr(self.given, "feature_names_in_", None)
         if named is not None:
@@ -188,7 +197,7 @@ class OwnFunction:
                 {k: v.numpy() if isinstance(v, Tensor) else v for k, v in batch.items()}
             )
         asked = [batch[name] for name in INPUTS if name in batch]
-        if self.kind == ESTIMATOR:
+        if self.is_estimator:
             return self._ask_estimator(asked[0])
         tensors = [torch.as_tensor(item).to(self.device, torch.float32) for item in asked]
         if self.kind == ONNX:
@@ -208,14 +217,14 @@ class OwnFunction:
         model, table = self.given, rows  # type: Any, Any
         if hasattr(model, "feature_names_in_"):
             table = pd.DataFrame(rows, columns=list(self.features))
-        if self.gives != PROBABILITIES and hasattr(model, "transform"):
+        if self.gives is not Gives.PROBABILITIES and hasattr(model, "transform"):
             answer = model.transform(table)
             return answer.toarray() if hasattr(answer, "toarray") else answer
         if hasattr(model, "predict_proba"):
             columns = np.asarray(model.predict_proba(table)).T
             return dict(zip(self.labels or self.classes or (), columns, strict=True))
         said = np.asarray(model.predict(table))
-        if self.gives != PROBABILITIES:
+        if self.gives is not Gives.PROBABILITIES:
             return said[:, None] if said.ndim == 1 else said
         names = self.classes or sorted({str(item) for item in said})
         called = zip(self.labels or names, names, strict=True)
@@ -279,7 +288,7 @@ class OwnFunction:
             )
         if found.dtype.kind != "f" or found.itemsize < 4:
             found = found.astype(np.float32 if found.dtype.kind == "f" else np.float64)
-        unknown_is_fine = self.gives == FEATURES
+        unknown_is_fine = self.gives is Gives.FEATURES
         bad = np.isinf(found) if unknown_is_fine else ~np.isfinite(found)
         if bad.any():
             raise ImageError(

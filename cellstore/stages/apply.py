@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from ..enums import (
     PROJECTION_CHANNEL,
     ArtifactKind,
     FeatureStorage,
+    Gives,
     Projection,
     Stage,
     Status,
@@ -57,15 +58,6 @@ from ..jobs.runs import (
 )
 from ..jobs.workspace import Workspace
 from ..learn.branches import IMAGE, MASK
-from ..learn.crops import CellCrops, Pictures, crop_cells, cut_crops
-from ..learn.functions import (
-    EMBEDDING,
-    ESTIMATOR,
-    NETWORK,
-    PROBABILITIES,
-    OwnFunction,
-    find_function,
-)
 from ..learn.normalising import Scaler, add_plates, fit_inputs
 from ..models import (
     Artifact,
@@ -105,6 +97,7 @@ from ..query.feature_files import (
     write_features,
 )
 from ..query.source import check_set_name
+from ..settings import need
 from .own_models import (
     ADDS_UP,
     NOT_DECLARED,
@@ -115,6 +108,9 @@ from .own_models import (
     declared_training,
 )
 from .predict import PredictionRows, insert_predictions, measured_images, unfinished
+
+if TYPE_CHECKING:
+    from ..learn.functions import OwnFunction
 
 VERSION = 1
 
@@ -193,11 +189,14 @@ def apply(
             do the first images, or the feature set is there already and was made otherwise.
         MissingExtraError: an ONNX file, and its runtime is not installed.
     """
+    need("train")
+    from ..learn.functions import find_function
+
     own = find_function(function)
     own.gives, own.softmax = params.gives, params.softmax
     own.batches = Batches(params.batch_size, 1)
     own.device = str(pick_device(device))
-    if params.gives != PROBABILITIES:
+    if params.gives is not Gives.PROBABILITIES:
         check_set_name(params.name, "--name")
     with workspace.database.read() as session:
         plan = _plan(session, workspace, own, params, dict(parameters or {}))
@@ -208,7 +207,7 @@ def apply(
             "it into a module, and name it: module:name"
         )
         resources = THIS_PROCESS
-    if plan.split is not None and params.gives == PROBABILITIES:
+    if plan.split is not None and params.gives is Gives.PROBABILITIES:
         return _label(workspace, plan, params, resources)
     return _describe(workspace, plan, params, resources)
 
@@ -241,16 +240,16 @@ def _plan(
     params: ApplyParams,
     more: dict[str, Any],
 ) -> _Plan:
-    labels = params.gives == PROBABILITIES
+    labels = params.gives is Gives.PROBABILITIES
     subset = params.subset or ("test" if labels else "all")
     split = None
     if labels or params.scaled or params.split or subset != "all":
         split = find_split(session, params.split)
 
     # What it is given.
-    image = params.image and own.kind != ESTIMATOR
+    image = params.image and not own.is_estimator
     measured = params.features is not None or not (image or params.mask)
-    if own.kind == ESTIMATOR and params.mask:
+    if own.is_estimator and params.mask:
         raise UserInputError("An estimator of scikit-learn reads measurements only: no --mask.")
     name = None if params.features == BASIC_GROUP.name else params.features
     measure = None
@@ -333,7 +332,7 @@ def _plan(
         odd = [name for name in own.classes or () if name not in classes]
         if odd and own.classes == [str(number) for number in range(len(learned))]:
             own.labels, odd = tuple(learned), []  # it was fitted on positions
-        if own.kind == ESTIMATOR and not hasattr(own.given, "predict_proba"):
+        if own.is_estimator and not hasattr(own.given, "predict_proba"):
             notes.append(f"{own.name} gives no probabilities: each of its labels counts with 1.")
         if odd:
             raise UserInputError(
@@ -644,6 +643,8 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         """Cut the cells of an image out."""
         rows, batch = task_input.rows, dict[str, Any]()
         if task_input.mask is not None and rows.boxes is not None:
+            from ..learn.crops import CellCrops, Pictures, crop_cells, cut_crops
+
             masks = decode_tiff(self.artifacts.read(*task_input.mask))
             planes = [project([open_file(file)], Projection.MEDIAN) for file in task_input.files]
             scales = None if self.intensities is None else self.intensities[task_input.plate]
@@ -658,8 +659,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
             sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
             none = np.empty((len(sizes), 0), np.float32)
             cells = CellCrops(sizes, layers, none, rows.labels, rows.cell_ids)
-            device = self.function.device if self.function.kind == NETWORK else "cpu"
-            crops = crop_cells(cells, self.crop, device).crops
+            crops = crop_cells(cells, self.crop, self.function.crops_on).crops
             if self.channels:
                 batch["image"] = crops[IMAGE]
             if self.mask:
@@ -700,7 +700,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                     "probabilities. If they are logits, add --softmax."
                 )
             return names or order, values
-        kind = "embedding" if self.function.gives == EMBEDDING else "feature"
+        kind = "embedding" if self.function.gives is Gives.EMBEDDING else "feature"
         names = names or [f"{kind}_{index:03d}" for index in range(values.shape[1])]
         plain = [name.strip().casefold() for name in names]  # SQL knows no capitals
         if len(set(plain)) < len(plain) or not {"", "cell_id"}.isdisjoint(plain):
@@ -752,7 +752,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         """Write the numbers of some images."""
         if self.classes:
             return ()
-        kind = pa.float32() if self.function.gives == EMBEDDING else pa.float64()
+        kind = pa.float32() if self.function.gives is Gives.EMBEDDING else pa.float64()
         schema = pa.schema([(name, kind) for name in self.expected])
         ids = [output.cell_ids for _, output in done]
         return write_features(self.artifacts, schema, ids, [o.values.T for _, o in done])
@@ -780,7 +780,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         if self.classes:
             insert_predictions(session, run.run_id, (o.rows for _, o in done if o.rows))
         elif files:
-            dtype = "float32" if self.function.gives == EMBEDDING else "float64"
+            dtype = "float32" if self.function.gives is Gives.EMBEDDING else "float64"
             said = {"unit": "1", "source": f"cellstore apply: {self.function.name}", "formula": ""}
             said["description"] = "Made by a function that is not of cellstore."
             columns = [{"name": name, "dtype": dtype, **said} for name in self.expected]
