@@ -915,11 +915,12 @@ class TrainParams(Params):
     backbone: str = network(
         "resnet18",
         "What looks at crops: a classifier of torchvision, for example efficientnet_b0, resnet18, "
-        "mobilenet_v3_small, convnext_tiny.",
+        "mobilenet_v3_small, convnext_tiny; or timm:NAME, a network of timm.",
     )
     weights: str = network(
         "none",
-        "What the backbone starts from: random numbers, ImageNet, or a file of its weights.",
+        "What the backbone starts from: random numbers, ImageNet (of timm: its pretrained "
+        "weights), or a file of its weights.",
         metavar="none|imagenet|FILE",
     )
     crop_size: int = network(64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
@@ -1044,6 +1045,9 @@ class BaselineParams(Params):
     )
     strength: float = baseline(
         1.0, "With --baseline: penalty of the logistic models (1 / C of scikit-learn).", above=0.0
+    )
+    neighbours: int = baseline(
+        20, "With --baseline: nearest training cells that knn asks (as DINO's protocol).", min=1
     )
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)

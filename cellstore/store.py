@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
+    from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
@@ -1020,6 +1021,41 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
         self.wrote(out)
+        return made
+
+    def export_crops(
+        self,
+        out: str | Path,
+        *,
+        split: str | None = None,
+        subset: str | None = None,
+        channels: Sequence[str] = (),
+        plates: Sequence[str] = (),
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ExportedCrops:
+        """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
+
+        ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
+        is there whole or not at all; ``force`` replaces an earlier one.
+
+        >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
+        """
+        from .stages.export_crops import export_crops
+
+        made = export_crops(
+            self.workspace,
+            Path(out),
+            split=split,
+            subset=_subset(subset),
+            channels=channels,
+            plates=plates,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        self.wrote(made.path)
         return made
 
     def rename(

@@ -91,10 +91,10 @@ def train(
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
-        "Train simple models for comparison instead of a network: logistic, forest, or a null "
-        "baseline, which knows nothing of how cells look (majority, shuffled, cellcount, "
-        "position); with commas between, or 'null' for all four, or 'all'. They label the test "
-        "images at once.",
+        "Train simple models for comparison instead of a network: logistic, knn (nearest "
+        "neighbours), forest, or a null baseline, which knows nothing of how cells look (majority, "
+        "shuffled, cellcount, position); with commas between, or 'null' for all four, 'probe' for "
+        "logistic and knn, or 'all'. They label the test images at once.",
         metavar="NAME,...",
         section=BASELINES,
     ),
@@ -127,6 +127,7 @@ def train(
       cellstore train --split as-published --preset published
       cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
+      cellstore train --split by-well --baseline probe --features dinov2-small
       cellstore train --split five
     """
     if list_presets:
