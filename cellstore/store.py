@@ -21,6 +21,7 @@ from .config import (
     EVERYTHING,
     THIS_PROCESS,
     AddedParams,
+    ApplyParams,
     BaselineParams,
     ContrastParams,
     FinetuneParams,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.apply import ApplyResult
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
@@ -713,6 +715,44 @@ class Store(AbstractContextManager["Store"]):
             model=None if model is None else Path(model),
             segmentation=segmentation,
             note=note,
+            parameters=parameters,
+        )
+
+    def apply(
+        self,
+        function: Any,
+        name: str,
+        *,
+        gives: str = "embedding",
+        device: str = "auto",
+        resources: Resources = THIS_PROCESS,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ApplyResult:
+        """Let a function or a model of your own look at the cells, and keep what it returns.
+
+        ``function``: a function, a module of torch, an estimator of scikit-learn, a file
+        ``model.onnx``, or ``module:name``. A function gets a dictionary of N cells: ``image``
+        (N, C, S, S) float32 from -1 (black) to about 1, ``mask`` (N, 1, S, S), ``features``
+        (N, F), ``cell_id`` (N,), and returns (N, D). ``gives``: ``embedding`` or ``features``,
+        kept as feature set ``name``; or ``probabilities`` of the classes of the split, kept as a
+        run. ``options`` are the fields of ``config.ApplyParams``: what it is given (``channels``,
+        ``crop``, ``mask``, ``features``), of which images (``split``, ``subset``, ``plates``,
+        ``where``), and what is declared of it (``trained_on``, ``note``). ``parameters`` are kept
+        with the run. See ``stages.apply.apply``.
+
+        >>> def light(batch):
+        ...     return batch["image"].mean(axis=(2, 3))
+        >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
+        """
+        from .stages.apply import apply
+
+        return apply(
+            self.workspace,
+            function,
+            ApplyParams(name=name, **{"gives": gives, **options}),
+            device=device,
+            resources=resources,
             parameters=parameters,
         )
 

@@ -53,6 +53,7 @@ _VALUES_AT_ONCE = 4_000_000
 class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
+    ``measure_id``: ``None``: also cells that are not measured, for what reads no measurement.
     ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is excluded.
     Excluded cells are not read. ``unflagged_by``: a quality-control run, whose flagged
@@ -62,7 +63,7 @@ class CellSource:
     """
 
     segment_id: int
-    measure_id: int
+    measure_id: int | None
     split_id: int | None = None
     subset: Subset | None = None
     plates: tuple[str, ...] = ()

@@ -350,7 +350,11 @@ def test_the_examples_for_models_of_ones_own(
     assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
     image = store.votes(str(run)).table.to_pylist()[0]
     name = f"{image['plate']}/{image['well']}/{image['site']}"
-    last, fields = store.audit(name, "image").record["labellings"][-2:]
-    assert (fields["run_id"], fields["model"]) == (values["whole"].run_id, "brightness")
+    found = {item["run_id"]: item for item in store.audit(name, "image").record["labellings"]}
+    last = found[run]
+    assert found[values["labelled"].run_id]["model"] == "applied-network"
+    assert values["with_light"].embedding_000.notna().all()
+    fields = found[values["whole"].run_id]
+    assert fields["model"] == "brightness"
     assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
     assert last["origin"] == "declared"
