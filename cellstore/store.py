@@ -11,6 +11,7 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,10 @@ if TYPE_CHECKING:
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
     from .stages.verify import VerifyResult
+
+
+SOME_SECONDS = 10.0
+"""A fold that took less says nothing of the time that others will take."""
 
 
 @checked
@@ -399,9 +404,10 @@ class Store(AbstractContextManager["Store"]):
     ) -> TrainResult:
         """Train a network on the training images of a split; see ``stages.train.train``.
 
-        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
-        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
-        its name. Interrupted, the same call goes on.
+        ``split`` may be a cross-validation (also where it is the latest that was made): then a
+        network is trained on each fold, one after the other, and labels the test images of its
+        fold; ``report`` and ``compare`` read them under its name. Interrupted, the same call goes
+        on.
         """
         from .stages.train import train
 
@@ -410,8 +416,8 @@ class Store(AbstractContextManager["Store"]):
         folds = () if resume is not None else self._folds(split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
-                f"The folds of {split} are trained one after the other, by one process. Train each "
-                f"with several: --split {folds[0]} and so on; then all by their common name."
+                "Folds are trained one after the other, by one process. Train each with several: "
+                f"--split {folds[0]} and so on; then all by their common name."
             )
         for name in self._each(folds) if folds else [split]:
             result = train(
@@ -433,7 +439,7 @@ class Store(AbstractContextManager["Store"]):
             return made[0]
         return replace(
             made[-1],
-            split=split or "",
+            split=folds[0].rpartition("-")[0],
             already_done=all(fold.already_done for fold in made),
             notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
             folds=tuple(made),
@@ -445,7 +451,16 @@ class Store(AbstractContextManager["Store"]):
         return folds_of(self.workspace, split)
 
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        yield from track(self.workspace.progress, "fold", len(folds), folds)
+        """Yield the folds, and say which one it is, and how long the others will take."""
+        progress, took = self.workspace.progress, list[float]()
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
+            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
+            about = f", about {max(1, round(left))} min left" if took else ""
+            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
+            began = time.monotonic()
+            yield fold
+            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
+                took.append(seconds)
 
     def train_baselines(
         self,
