@@ -409,11 +409,12 @@ class Store(AbstractContextManager["Store"]):
         fold; ``report`` and ``compare`` read them under its name. Interrupted, the same call goes
         on.
         """
+        from .stages.split import folds_of
         from .stages.train import train
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else self._folds(split)
+        folds = () if resume is not None else folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
                 "Folds are trained one after the other, by one process. Train each with several: "
@@ -445,11 +446,6 @@ class Store(AbstractContextManager["Store"]):
             folds=tuple(made),
         )
 
-    def _folds(self, split: str | None) -> tuple[str, ...]:
-        from .stages.split import folds_of
-
-        return folds_of(self.workspace, split)
-
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
         """Yield the folds, and say which one it is, and how long the others will take."""
         progress, took = self.workspace.progress, list[float]()
@@ -478,9 +474,10 @@ class Store(AbstractContextManager["Store"]):
         Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
         there is a result for each fold and baseline.
         """
+        from .stages.split import folds_of
         from .stages.train_baselines import train_baselines
 
-        folds = self._folds(split)
+        folds = folds_of(self.workspace, split)
         made: list[BaselineResult] = []
         for name in self._each(folds) if folds else [split]:
             results = train_baselines(

@@ -355,7 +355,8 @@ class Subject:
     labels of the scored images, if they do; ``stale``: that images have changed since.
     ``folds``: the predict runs of a cross-validation that are read as one, ``run`` the last of
     them; empty for a single run. ``name``: the number of the run, or what was typed for the folds.
-    ``read_as`` and ``rivals_read_as``: under which number each run is read.
+    ``read_as`` and ``rivals_read_as``: under which number each run is read. ``splits``: all by
+    which images are scored, ``split_name``: the split, or the cross-validation.
     """
 
     run: Run
@@ -372,16 +373,8 @@ class Subject:
     name: str
     read_as: dict[int, int]
     rivals_read_as: dict[int, int]
-
-    @property
-    def splits(self) -> list[int]:
-        """The splits by which the images are scored: several for a cross-validation."""
-        return [fold.split_id or self.split.id for fold in self.folds] or [self.split.id]
-
-    @property
-    def split_name(self) -> str:
-        """The name of the split, or of the cross-validation."""
-        return str(self.split.family if self.folds else self.split.name)
+    splits: list[int]
+    split_name: str
 
 
 def find_subject(
@@ -439,6 +432,8 @@ def find_subject(
             name=found.name or str(run.id),
             read_as=found.read_as,
             rivals_read_as=read_as,
+            splits=splits,
+            split_name=str(split.family if folds else split.name),
         )
 
 
