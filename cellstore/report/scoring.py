@@ -591,7 +591,8 @@ def score_answers(
             "network learned from other images of the same wells. These scores are for wells that "
             "it knows, not for new ones."
         )
-    for declared in questions.ask_ours(DECLARED, [run.parent_id]).records():
+    declared = declared_of(questions, subject)
+    if declared:
         leak += f" So it was declared of {declared['model']}."
         if declared["trained_on"] is None:
             leak = (
@@ -782,6 +783,13 @@ def score_answers(
         name=subject.name,
         folds=tuple(fold.id for fold in subject.folds),
     )
+
+
+def declared_of(questions: Questions, subject: Subject) -> dict[str, Any] | None:
+    """Return what was declared of the model, of several folds first where nothing was."""
+    parents = [one.parent_id for one in subject.folds or (subject.run,)]
+    found = [row for run in parents for row in questions.ask_ours(DECLARED, [run]).records()]
+    return min(found, key=lambda row: row["trained_on"] is not None, default=None)
 
 
 def score_group(
