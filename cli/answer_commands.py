@@ -170,7 +170,7 @@ def show_report(result: ReportResult) -> None:
                 for item in map(row.get, ("image", "well", "cell"))
             ]
             interval = percent(image.low, image.high) if image else "-"
-            rows.append((first.baseline, first.run_id, scored[0], interval, *scored[1:]))
+            rows.append((first.name, first.run_id, scored[0], interval, *scored[1:]))
         heads = ("baseline", "run", "per image", "95 % interval", "per well", "per cell")
         output.table(heads, rows)
         typer.echo("")

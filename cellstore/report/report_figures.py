@@ -48,7 +48,7 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
     for item in result.baselines:
         if (item.level, item.vote) == HEADLINE:
             colour = ORANGE if item.null else GREY
-            beside.append(Dot(item.baseline, item.accuracy, item.low, item.high, colour))
+            beside.append(Dot(item.name, item.accuracy, item.low, item.high, colour))
     if best.majority is not None and not any(row.name == "majority" for row in beside):
         name = f"always {short(result.majority_label or '')}"
         beside.append(Dot(name, best.majority, colour=GREY))

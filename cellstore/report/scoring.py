@@ -77,10 +77,12 @@ class BaselineScore:
     accuracy as in :class:`Score`. ``null``: it knows nothing of what a treatment does to a cell.
     ``p_value``: of McNemar's test over wells between the run and the baseline, as ``compare`` does
     it; ``beaten``: whether it shows, at 5 % and for this baseline alone, that the run is better;
-    ``None`` where that cannot be said, and ``cannot_say`` is why.
+    ``None`` where that cannot be said, and ``cannot_say`` is why. ``name``: with the feature set
+    that it reads, for people.
     """
 
     baseline: str
+    name: str
     null: bool
     run_id: int
     train_run_id: int | None
@@ -250,7 +252,7 @@ def by_baseline(found: Sequence[BaselineScore]) -> list[dict[str, BaselineScore]
     """Return the scores of each baseline by level: one record per baseline."""
     records: dict[str, dict[str, BaselineScore]] = {}
     for item in found:
-        records.setdefault(item.baseline, {})[item.level] = item
+        records.setdefault(item.name, {})[item.level] = item
     return list(records.values())
 
 
@@ -351,8 +353,9 @@ class Subject:
 
     ``vote_options`` say which images and cells have a vote, ``qc_run_id`` the quality-control run
     whose flagged ones have none. ``baseline``: which it labelled with, if any; ``rivals``: finished
-    runs of the baselines of its split, the newest first; ``feature_leak``: that its features know
-    labels of the scored images, if they do; ``stale``: that images have changed since.
+    runs of the baselines of its split by kind and name, the newest first; ``feature_leak``: that
+    its features know labels of the scored images, if they do; ``stale``: that images have changed
+    since.
     ``folds``: the predict runs of a cross-validation that are read as one, ``run`` the last of
     them; empty for a single run. ``name``: the number of the run, or what was typed for the folds.
     ``read_as`` and ``rivals_read_as``: under which number each run is read. ``splits``: all by
@@ -366,7 +369,7 @@ class Subject:
     qc_run_id: int | None
     qc_notes: tuple[str, ...]
     baseline: str | None
-    rivals: dict[str, list[Run]]
+    rivals: dict[tuple[str, str], list[Run]]
     feature_leak: str | None
     stale: tuple[str, ...]
     folds: tuple[Run, ...]
@@ -391,20 +394,20 @@ def find_subject(
         folds = [session.get_one(Run, fold) for fold in found.folds]
         taught = None if run.parent is None else run.parent.recipe
         options, notes = with_flags(session, vote_options or VoteOptions(), found)
-        rivals: dict[str, list[Run]] = defaultdict(list)
+        rivals: dict[tuple[str, str], list[Run]] = defaultdict(list)
         read_as: dict[int, int] = {}
         if folds:
             for kind in BASELINES:
                 with suppress(UnknownNameError):
                     rival = find_folds(session, f"{split.family}:{kind}")
                     if rival is not None and rival.folds != found.folds:
-                        rivals[kind].append(session.get_one(Run, rival.id))
+                        rivals[kind, kind].append(session.get_one(Run, rival.id))
                         read_as |= rival.read_as
         else:
             trained = aliased(Run)
             baseline = Recipe.parameters["baseline"].as_string()
             query = (
-                select(baseline, Run)
+                select(baseline, trained.result["feature_set"].as_string(), Run)
                 .join(trained, trained.id == Run.parent_id)
                 .join(Recipe, Recipe.id == trained.recipe_id)
                 .where(Run.stage == Stage.PREDICT, Run.status == Status.DONE, Run.id != run.id)
@@ -412,9 +415,12 @@ def find_subject(
                 .where(or_(Run.split_id.is_(None), Run.split_id == split_id))
                 .order_by(Run.id.desc())
             )
-            for kind, one in session.execute(query):
-                rivals[str(kind)].append(one)
-                read_as[one.id] = one.id
+            for kind, features, one in session.execute(query):
+                # One on another feature set is another baseline, unless it should know nothing.
+                shown = f"{kind} ({features})" if features and kind not in NULLS else kind
+                if kind in BASELINES:
+                    rivals[kind, shown].append(one)
+                    read_as[one.id] = one.id
         splits = [one.split_id or split_id for one in folds] or [split_id]
         leaks = [feature_leak(session, taught, one) for one in splits if taught is not None]
         return Subject(
@@ -425,7 +431,7 @@ def find_subject(
             None if options.exclude_flagged is None else int(options.exclude_flagged),
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
-            rivals={name: rivals[name] for name in BASELINES if name in rivals},
+            rivals=dict(sorted(rivals.items(), key=lambda item: BASELINES.index(item[0][0]))),
             feature_leak=next(filter(None, leaks), None),
             stale=tuple(note for one in found.read_as for note in stale_cells(session, one)),
             folds=tuple(folds),
@@ -921,7 +927,7 @@ def score_rivals(
     counts all the same: it is scored on the very images that are scored.
     """
     found: list[BaselineScore] = []
-    for kind, runs in subject.rivals.items():
+    for (kind, name), runs in subject.rivals.items():
         for run in runs:
             scores = []
             for level in ("image", "well", "cell"):
@@ -944,6 +950,7 @@ def score_rivals(
                 scores.append(
                     BaselineScore(
                         baseline=kind,
+                        name=name,
                         null=kind in NULLS,
                         run_id=run.id,
                         train_run_id=run.parent_id,
@@ -967,7 +974,9 @@ def score_rivals(
 def against_nulls(
     rivals: Sequence[BaselineScore], own: str | None, split: str
 ) -> tuple[bool | None, str]:
-    """Return whether a run is shown to be better than every null baseline, and the sentence on it.
+    """Return whether a run is shown to be better than every null baseline, and the words on it.
+
+    Of a network, they say too whether it is better than the other baselines of its split.
 
     ``None``: that cannot be said. ``own``: the baseline that is scored, if it is one. It is better
     than all where it is better than each by :func:`judge`: the largest p counts, so that however
@@ -975,30 +984,39 @@ def against_nulls(
     intersection-union test: Berger, Technometrics 24, 1982).
     """
     command = f"Run: cellstore train --baseline null --split {shlex.quote(split)}"
-    nulls = [item for item in rivals if item.null and (item.level, item.vote) == HEADLINE]
+    every = [item for item in rivals if (item.level, item.vote) == HEADLINE]
+    nulls = [item for item in every if item.null]
     missing = [kind for kind in NULLS if kind not in {item.baseline for item in nulls} | {own}]
 
     def named(some: Sequence[BaselineScore]) -> str:
-        texts = (f"{i.baseline} ({100 * i.accuracy:.1f} %, p = {i.p_value:.2g})" for i in some)
+        texts = (f"{i.name} ({100 * i.accuracy:.1f} %, p = {i.p_value:.2g})" for i in some)
         return ", ".join(texts)
 
     test = "McNemar's test over wells"
+    others, also = [] if own else [item for item in every if not item.null], ""
+    if unbeaten := [item for item in others if not item.beaten]:
+        also = f" Not shown to be better than these simple models: {named(unbeaten)}."
+    elif others:
+        also = f" Better than the simple models, too: {named(others)}."
     if own in NULLS:
         return None, f"These labels are those of a null baseline ({own}): what others have to beat."
     if not nulls:
-        return None, f"No null baseline has labelled these images, so they may be easy. {command}"
+        return (
+            None,
+            f"No null baseline has labelled these images, so they may be easy. {command}{also}",
+        )
     if reasons := [item.cannot_say for item in nulls if item.cannot_say]:
         return None, (
             "Cannot say whether these labels are better than the null baselines: "
-            f"{reasons[0]}. Null baselines: {named(nulls)}."
+            f"{reasons[0]}. Null baselines: {named(nulls)}.{also}"
         )
     unbeaten = [item for item in nulls if not item.beaten]
     if unbeaten:
-        return False, f"Not shown to be better per image than {named(unbeaten)}; {test}."
+        return False, f"Not shown to be better per image than {named(unbeaten)}; {test}.{also}"
     if missing:
         rest = f"Not compared with: {', '.join(missing)}. {command}"
-        return None, f"Better per image than {named(nulls)}; {test}. {rest}"
-    return True, f"Better per image than every null baseline: {named(nulls)}; {test}."
+        return None, f"Better per image than {named(nulls)}; {test}. {rest}{also}"
+    return True, f"Better per image than every null baseline: {named(nulls)}; {test}.{also}"
 
 
 def notes_on(
