@@ -43,6 +43,7 @@ from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
+from ..notebooks import Shown
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import (
@@ -137,7 +138,7 @@ OF_IMAGES = """
 
 
 @dataclass(frozen=True)
-class AddedPredictions:
+class AddedPredictions(Shown):
     """What was added: ``run_id`` is the predict run, ``train_run_id`` that of the model.
 
     ``rows`` of ``cells`` cells of ``images`` images were written now; none where the same table was
@@ -158,7 +159,7 @@ class AddedPredictions:
 
 
 @dataclass(frozen=True)
-class AddedEmbeddings:
+class AddedEmbeddings(Shown):
     """What was added: ``columns`` numbers of each of ``cells`` cells, in ``feature_set``."""
 
     run_id: int

@@ -57,6 +57,7 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric
+from ..notebooks import Shown
 from ..query.cells import input_of, plane_of
 from ..settings import Progress, need
 
@@ -77,7 +78,7 @@ LISTEN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """A finished training.
 
     ``images``, ``cells`` and ``images_without_cells`` count by subset (``train``,
