@@ -28,6 +28,7 @@ from .enums import (
     PERTURBATION,
     TARGET,
     TREATMENT,
+    Gives,
     GroupLevel,
     Look,
     Projection,
@@ -766,7 +767,8 @@ class SplitParams(Params):
     )
     validation_size: float = option(
         0.2,
-        "Share of the groups that decide when to stop training (grouped protocol). 0: none.",
+        "Share of the groups that decide when to stop training (grouped protocol). 0: none, and "
+        "train --epochs says how long.",
         min=0.0,
         below=1.0,
         unless="protocol",
@@ -781,6 +783,13 @@ class SplitParams(Params):
         "them; the next fold is its validation.",
         metavar="K",
         min=2,
+    )
+    leave_out: str | None = option(
+        None,
+        "Cross-validation with a fold for each plate (plate), or for each value of a metadata "
+        "column of wells or plates (batch, or replicate of Metadata_replicate): the fold tests "
+        "it, and trains on the others.",
+        metavar="plate|COLUMN",
     )
     seed: int = option(0, "Same seed, same split.", min=0)
     plates: tuple[str, ...] = _plates()
@@ -818,6 +827,7 @@ class SplitParams(Params):
                 "test_plates",
                 "validation_plates",
                 "folds",
+                "leave_out",
                 "downsample",
                 "downsample_by",
             ):
@@ -836,6 +846,16 @@ class SplitParams(Params):
                 "classes: none would be both trained and tested. Predict something coarser: "
                 "--field target."
             )
+        if self.leave_out is not None:
+            if self.folds is not None or self.test_plates or self.validation_plates:
+                raise UserInputError(
+                    "--leave-out makes a fold for each value: leave --folds and the plates of "
+                    "subsets out."
+                )
+            if self.leave_out == "plate":
+                object.__setattr__(self, "group_level", GroupLevel.PLATE)
+            elif self.group_level is not GroupLevel.WELL:
+                raise UserInputError("--leave-out says what stays together: leave --group out.")
         if self.test_plates or self.validation_plates:
             if self.group_level is not GroupLevel.PLATE:
                 raise UserInputError(
@@ -853,6 +873,11 @@ class SplitParams(Params):
             raise UserInputError(
                 "None is left to train: --test-size and --validation-size together must be below 1."
             )
+
+    @property
+    def several(self) -> bool:
+        """Whether these are the folds of a cross-validation."""
+        return self.folds is not None or self.leave_out is not None
 
 
 def one_selection(where: str | None, sql: str | None) -> bool:
@@ -890,11 +915,12 @@ class TrainParams(Params):
     backbone: str = network(
         "resnet18",
         "What looks at crops: a classifier of torchvision, for example efficientnet_b0, resnet18, "
-        "mobilenet_v3_small, convnext_tiny.",
+        "mobilenet_v3_small, convnext_tiny; or timm:NAME, a network of timm.",
     )
     weights: str = network(
         "none",
-        "What the backbone starts from: random numbers, ImageNet, or a file of its weights.",
+        "What the backbone starts from: random numbers, ImageNet (of timm: its pretrained "
+        "weights), or a file of its weights.",
         metavar="none|imagenet|FILE",
     )
     crop_size: int = network(64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
@@ -1020,6 +1046,9 @@ class BaselineParams(Params):
     strength: float = baseline(
         1.0, "With --baseline: penalty of the logistic models (1 / C of scikit-learn).", above=0.0
     )
+    neighbours: int = baseline(
+        20, "With --baseline: nearest training cells that knn asks (as DINO's protocol).", min=1
+    )
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
     smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
@@ -1114,6 +1143,22 @@ class PredictParams(Params):
     )
 
 
+_trained_on = partial(
+    option,
+    None,
+    "The subsets of the split that the model was trained on; none, if on no image of this "
+    "screen. Without it reports say that it is not known.",
+    metavar="A,B",
+    choices=tuple(item.value for item in Subset),
+)
+_note = partial(option, None, "A note to keep with the runs.", metavar="TEXT")
+
+
+def _check_model_name(name: str) -> None:
+    if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
+        raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+
+
 @dataclass(frozen=True)
 class AddedParams(Params):
     """What is said of predictions that a model outside cellstore made.
@@ -1126,25 +1171,89 @@ class AddedParams(Params):
     split: str | None = option(
         None, "The split that says which images are for training and which for tests."
     )
-    trained_on: tuple[str, ...] | None = option(
-        None,
-        "The subsets of the split that the model was trained on; none, if on no image of this "
-        "screen. Without it reports say that it is not known.",
-        metavar="A,B",
-        choices=tuple(item.value for item in Subset),
-    )
+    trained_on: tuple[str, ...] | None = _trained_on()
     model: Path | None = option(
         None, "The file with its weights: its sha256 is kept; it is not opened.", metavar="FILE"
     )
     segmentation: str | None = option(
         None, "Whose cells, where the table names them by number or point: a segment recipe."
     )
-    note: str | None = option(None, "A note to keep with the runs.", metavar="TEXT")
+    note: str | None = _note()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= len(self.name.strip()) <= 100 or not self.name.isprintable():
-            raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+        _check_model_name(self.name)
+
+
+@dataclass(frozen=True)
+class ApplyParams(Params):
+    """What a function of somebody's own is given of each cell, and what it makes of it.
+
+    ``features``: also these measurements, those of a feature set by name; ``subset``: train,
+    validation, test or all; ``trained_on`` as in :class:`AddedParams`.
+    """
+
+    name: str = option("", "What the model, or the feature set that it makes, is called.")
+    gives: Gives = option(
+        Gives.EMBEDDING,
+        "What its numbers are: an embedding of a cell, the probabilities of the classes of the "
+        "split, or features.",
+    )
+    image: bool = option(
+        True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
+    )
+    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
+    crop: int = option(96, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
+    mask: bool = option(False, "It is also given the mask of the cell, from 0 to 1.")
+    features: str | None = option(
+        None,
+        "It is also given the measurements of this feature set, or group as basic. An estimator "
+        "of scikit-learn is given nothing else. Default for it: basic.",
+    )
+    scaled: bool = option(
+        False,
+        "Measurements are scaled by the training subset of the split, as store.dataset does. "
+        "Default: as they were measured, as store.cells has them.",
+    )
+    intensity: str = option(
+        "plate",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
+        choices=("image", "plate"),
+    )
+    softmax: bool = option(
+        False, "Its numbers are logits: make probabilities of them by the softmax function."
+    )
+    split: str | None = option(
+        None, "The split whose classes and subsets are meant. Default: the latest."
+    )
+    subset: str | None = option(
+        None,
+        "Which subset of the split it is applied to. Default: test for probabilities, else all "
+        "images.",
+        choices=(*(item.value for item in Subset), "all"),
+    )
+    trained_on: tuple[str, ...] | None = _trained_on()
+    segmentation: str | None = option(
+        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
+    )
+    plates: tuple[str, ...] = _plates()
+    wells: tuple[str, ...] = _wells()
+    where: str | None = _where()
+    limit: int | None = _limit()
+    top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
+    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
+    note: str | None = _note()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_model_name(self.name)
+        if self.gives is Gives.PROBABILITIES:
+            return
+        for name in ("softmax", "trained_on", "top_k"):
+            if getattr(self, name) != option_of(type(self), name).default:
+                raise UserInputError(
+                    f"--{name.replace('_', '-')} is about probabilities: add --gives probabilities."
+                )
 
 
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {

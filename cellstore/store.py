@@ -10,7 +10,8 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from .config import (
     EVERYTHING,
     THIS_PROCESS,
     AddedParams,
+    ApplyParams,
     BaselineParams,
     ContrastParams,
     FinetuneParams,
@@ -39,7 +41,7 @@ from .config import (
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
-from .settings import Progress, find_store
+from .settings import Progress, find_store, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,15 +60,18 @@ if TYPE_CHECKING:
     from .report.audit import Audit
     from .report.comparison import Comparison
     from .report.event_log import EventLog
+    from .report.leaderboard import Leaderboard
     from .report.redo import Check
     from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.apply import ApplyResult
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
+    from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
@@ -412,20 +417,55 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         resume: RunName | None = None,
     ) -> TrainResult:
-        """Train a network on the training images of a split; see ``stages.train.train``."""
+        """Train a network on the training images of a split; see ``stages.train.train``.
+
+        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
+        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
+        its name. Interrupted, the same call goes on.
+        """
         from .stages.train import train
 
-        return train(
-            self.workspace,
-            params or TrainParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            device=device,
-            setup=setup or TrainSetup(),
-            force=force,
-            resume=resume,
+        params, setup = params or TrainParams(), setup or TrainSetup()
+        made: list[TrainResult] = []
+        folds = () if resume is not None else self._folds(split)
+        if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
+            raise UserInputError(
+                f"The folds of {split} are trained one after the other, by one process. Train each "
+                f"with several: --split {folds[0]} and so on; then all by their common name."
+            )
+        for name in self._each(folds) if folds else [split]:
+            result = train(
+                self.workspace,
+                params,
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                device=device,
+                setup=setup,
+                force=force,
+                resume=resume,
+            )
+            if folds:
+                labelled = self.predict(run=result.run_id, device=device)
+                result = replace(result, predict_run_id=labelled.run_id)
+            made.append(result)
+        if not folds:
+            return made[0]
+        return replace(
+            made[-1],
+            split=split or "",
+            already_done=all(fold.already_done for fold in made),
+            notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
+            folds=tuple(made),
         )
+
+    def _folds(self, split: str | None) -> tuple[str, ...]:
+        from .stages.split import folds_of
+
+        return folds_of(self.workspace, split)
+
+    def _each(self, folds: Sequence[str]) -> Iterator[str]:
+        yield from track(self.workspace.progress, "fold", len(folds), folds)
 
     def train_baselines(
         self,
@@ -440,25 +480,31 @@ class Store(AbstractContextManager["Store"]):
     ) -> tuple[BaselineResult, ...]:
         """Train baselines and label the test images; see ``stages.train_baselines``.
 
-        Without test images, or without ``predict``, nothing is labelled.
+        Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
+        there is a result for each fold and baseline.
         """
         from .stages.train_baselines import train_baselines
 
-        results = train_baselines(
-            self.workspace,
-            kinds,
-            params or BaselineParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            force=force,
-        )
-        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
-            return results
-        return tuple(
-            replace(item, predict_run_id=self.predict(run=item.run_id, device="cpu").run_id)
-            for item in results
-        )
+        folds = self._folds(split)
+        made: list[BaselineResult] = []
+        for name in self._each(folds) if folds else [split]:
+            results = train_baselines(
+                self.workspace,
+                kinds,
+                params or BaselineParams(),
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                force=force,
+            )
+            if predict and self.show_split(results[0].split).counts.get(Subset.TEST):
+                labelled = [self.predict(run=item.run_id, device="cpu") for item in results]
+                results = tuple(
+                    replace(item, predict_run_id=found.run_id)
+                    for item, found in zip(results, labelled, strict=True)
+                )
+            made += results
+        return tuple(made)
 
     def predict(
         self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
@@ -735,6 +781,44 @@ class Store(AbstractContextManager["Store"]):
             parameters=parameters,
         )
 
+    def apply(
+        self,
+        function: Any,
+        name: str,
+        *,
+        gives: str = "embedding",
+        device: str = "auto",
+        resources: Resources = THIS_PROCESS,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ApplyResult:
+        """Let a function or a model of your own look at the cells, and keep what it returns.
+
+        ``function``: a function, a module of torch, an estimator of scikit-learn, a file
+        ``model.onnx``, or ``module:name``. A function gets a dictionary of N cells: ``image``
+        (N, C, S, S) float32 from -1 (black) to about 1, ``mask`` (N, 1, S, S), ``features``
+        (N, F), ``cell_id`` (N,), and returns (N, D). ``gives``: ``embedding`` or ``features``,
+        kept as feature set ``name``; or ``probabilities`` of the classes of the split, kept as a
+        run. ``options`` are the fields of ``config.ApplyParams``: what it is given (``channels``,
+        ``crop``, ``mask``, ``features``), of which images (``split``, ``subset``, ``plates``,
+        ``where``), and what is declared of it (``trained_on``, ``note``). ``parameters`` are kept
+        with the run. See ``stages.apply.apply``.
+
+        >>> def light(batch):
+        ...     return batch["image"].mean(axis=(2, 3))
+        >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
+        """
+        from .stages.apply import apply
+
+        return apply(
+            self.workspace,
+            function,
+            ApplyParams(name=name, **{"gives": gives, **options}),
+            device=device,
+            resources=resources,
+            parameters=parameters,
+        )
+
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
         from .stages.own_models import withdraw
@@ -765,6 +849,17 @@ class Store(AbstractContextManager["Store"]):
             vote_options=vote_options,
             force=force,
         )
+
+    def runs(
+        self, split: str | None = None, *, by: str = "test", every: bool = False
+    ) -> Leaderboard:
+        """Return the models that were trained on a split, the best first.
+
+        See ``report.leaderboard.list_runs``.
+        """
+        from .report.leaderboard import list_runs
+
+        return list_runs(self.workspace, split, by=by, every=every)
 
     def votes(
         self,
@@ -989,6 +1084,41 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
         self.wrote(out)
+        return made
+
+    def export_crops(
+        self,
+        out: str | Path,
+        *,
+        split: str | None = None,
+        subset: str | None = None,
+        channels: Sequence[str] = (),
+        plates: Sequence[str] = (),
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ExportedCrops:
+        """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
+
+        ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
+        is there whole or not at all; ``force`` replaces an earlier one.
+
+        >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
+        """
+        from .stages.export_crops import export_crops
+
+        made = export_crops(
+            self.workspace,
+            Path(out),
+            split=split,
+            subset=_subset(subset),
+            channels=channels,
+            plates=plates,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        self.wrote(made.path)
         return made
 
     def rename(

@@ -15,9 +15,11 @@ from cellstore.config import (
     BASELINES,
     PRESETS,
     AddedParams,
+    ApplyParams,
     BaselineParams,
     ContrastParams,
     PredictParams,
+    Resources,
     Sources,
     TrainParams,
     TrainSetup,
@@ -29,6 +31,7 @@ from cellstore.errors import UserInputError
 from cellstore.store import Store
 
 from . import output
+from .answer_commands import show_report
 from .app import (
     DEVICE,
     MEASUREMENT,
@@ -41,6 +44,7 @@ from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.stages.apply import ApplyResult
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
     from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
@@ -87,10 +91,10 @@ def train(
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
-        "Train simple models for comparison instead of a network: logistic, forest, or a null "
-        "baseline, which knows nothing of how cells look (majority, shuffled, cellcount, "
-        "position); with commas between, or 'null' for all four, or 'all'. They label the test "
-        "images at once.",
+        "Train simple models for comparison instead of a network: logistic, knn (nearest "
+        "neighbours), forest, or a null baseline, which knows nothing of how cells look (majority, "
+        "shuffled, cellcount, position); with commas between, or 'null' for all four, 'probe' for "
+        "logistic and knn, or 'all'. They label the test images at once.",
         metavar="NAME,...",
         section=BASELINES,
     ),
@@ -111,6 +115,10 @@ def train(
     A training that was stopped is resumed after its last whole epoch when the same command is
     given again, or with --resume.
 
+    --split may name a cross-validation (split create five --folds 5): its folds are trained one
+    after the other, each labels its test images, and the scores are of every image once, by the
+    network that has not seen its well.
+
     \b
     Example:
       cellstore train --split by-well --epochs 20
@@ -119,6 +127,8 @@ def train(
       cellstore train --split as-published --preset published
       cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
+      cellstore train --split by-well --baseline probe --features dinov2-small
+      cellstore train --split five
     """
     if list_presets:
         _show_presets()
@@ -157,7 +167,17 @@ def train(
 
     if not is_first():  # of several processes that train together, one prints
         return
-    common.show(result, _show_train)
+    if not result.folds:
+        common.show(result, _show_train)
+        return
+    with common.open() as store:
+        report = store.report(f"{result.split}:{result.run_id}")
+    if common.as_json:
+        output.print_json({**asdict(result), "report": report})
+        return
+    _show_folds(result)
+    show_report(report)
+    say(*map(output.filled, (*result.notes, *report.notes)))
 
 
 def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
@@ -209,22 +229,39 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} images": number for subset, number in result.images.items()},
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
-            "best epoch": result.best_epoch,
+            "best epoch" if result.validation_subset else "kept epoch": result.best_epoch,
         }
     )
     if result.metrics:
-        rows = [[row.get(name) for name in EPOCH_COLUMNS] for row in result.metrics]
+        columns = [name for name in EPOCH_COLUMNS if any(name in row for row in result.metrics)]
+        rows = [[row.get(name) for name in columns] for row in result.metrics]
         whole = [
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
-        output.table(list(EPOCH_COLUMNS.values()), whole)
+        output.table([EPOCH_COLUMNS[name] for name in columns], whole)
+
+
+def _show_folds(result: TrainResult) -> None:
+    if result.already_done:
+        typer.echo("Nothing to do: all folds were trained with these options already.")
+    rows = []
+    for fold in result.folds:
+        best = next((row for row in fold.metrics if row["epoch"] == fold.best_epoch), {})
+        validation = [best.get(f"validation_{name}") for name in ("loss", "accuracy")]
+        rows.append(
+            (fold.split, fold.run_id, fold.epochs, fold.best_epoch, *validation,
+             fold.predict_run_id)
+        )  # fmt: skip
+    heads = ("fold", "train run", "epochs", "kept", "val. loss", "val. accuracy", "predict run")
+    output.table(heads, rows)
+    typer.echo("")
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
-    first = results[0]
+    first, several = results[0], len({item.split for item in results}) > 1
     output.pairs(
         {
-            "split": first.split,
+            "split": f"{first.split} to {results[-1].split}" if several else first.split,
             "classes": first.classes,
             "training images": first.images,
             "training cells": first.cells,
@@ -232,9 +269,10 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     typer.echo("")
     output.table(
-        ("baseline", "kind", "train run", "learned from", "predict run", ""),
+        (*["fold"] * several, "baseline", "kind", "train run", "learned from", "predict run", ""),
         [
             (
+                *[item.split] * several,
                 item.baseline,
                 "null" if item.null else "classical",
                 *(item.run_id, f"{item.rows:,}", item.predict_run_id),
@@ -245,6 +283,9 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     notes = dict.fromkeys(note for item in results for note in item.notes)
     say(*map(output.filled, notes))
+    if several and first.predict_run_id:
+        family = first.split.rpartition("-")[0]
+        say(f"All folds as one: cellstore report --run {shlex.quote(family)}:{first.baseline}")
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -347,6 +388,55 @@ def predict(
         end_with_failures(result.failures, result.done, "labelled", "the same command")
 
 
+def _show_apply(result: ApplyResult) -> None:
+    if result.done == 0 and not result.failures:
+        typer.echo(f"Nothing to do: {result.name} has what {result.function} makes already.")
+    made = {"run": result.run_id, "function": result.function}
+    if result.feature_set is None:
+        made |= {"model": f"{result.name} (run {result.train_run_id})", "split": result.split}
+    else:
+        made |= {"feature set": result.feature_set, "columns": result.columns}
+    made |= {"images done": result.done, "done before": result.earlier}
+    left = {"without cells or files": result.waiting, "failed before": result.failed_before}
+    made |= {name: number for name, number in left.items() if number}
+    output.pairs({**made, "cells": result.cells})
+    if result.failures and not are_gone(result.failures):
+        list_failures(result.failures)
+
+
+@command(app, "apply", then=True)
+def apply(
+    function: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME|MODEL.onnx", help="What looks at the cells.")
+    ],
+    params: ApplyParams,
+    resources: Resources,
+    store: Store,
+    common: Common,
+    device: str = DEVICE,
+) -> None:
+    """Let a function or a model of your own look at every cell, and keep what it returns.
+
+    MODULE is a file MODULE.py in this folder, or an installed module; NAME in it is a function, a
+    module of torch (with weights loaded) or an estimator of scikit-learn. A function gets a
+    dictionary with image (cells, channels, rows, columns), mask, features and cell_id, and returns
+    a row of numbers for each cell. An embedding or features become a feature set; probabilities
+    become predictions, for votes, report and audit. A stopped command goes on when it is given
+    again; images that were added since are added.
+
+    \b
+    Example:
+      cellstore apply my_model:embed --name mine --channels DNA,RNA --crop 64
+      cellstore apply my_model:vit --name vit --gives probabilities
+      cellstore apply model.onnx --name vit --device cuda
+    """
+    result = store.apply(function, **asdict(params), device=device, resources=resources)
+    common.show(result, _show_apply)
+    if result.failures:
+        again = "cellstore retry" if result.feature_set else "the same command"
+        end_with_failures(result.failures, result.done, "done", again)
+
+
 predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")
 app.add_typer(predictions, name="predictions")
 
@@ -434,7 +524,7 @@ def add_embeddings(
 
 def _show_withdrawn(done: dict[str, Any]) -> None:
     typer.echo(f"Run {done['run_id']} is withdrawn.")
-    say("Next: cellstore ask runs")
+    say("Next: cellstore runs")
 
 
 @command(predictions, "withdraw", _show_withdrawn)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from cellstore.config import IngestParams
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.notebooks import SHOWN_ROWS, Rows, Shown, html_of
 
-ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script>\u202e&"
 
 
@@ -266,24 +263,3 @@ def test_what_cannot_be_shown_is_said(store: Store, folder: Path) -> None:
             store.show(n=1)
     finally:
         images.with_name("gone").rename(images)
-
-
-def test_the_tutorial_notebook_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, store: Store
-) -> None:
-    path = ROOT / "docs" / "tutorial.ipynb"
-    assert path.stat().st_size < 300_000
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(r"/(tmp|work|home|root)/", text)
-    monkeypatch.chdir(folder)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-    for cell in cells:
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, str(path), "exec"), names)
-        if last is not None:
-            value = eval(compile(ast.Expression(last.value), str(path), "eval"), names)
-            if hasattr(value, "_repr_html_"):
-                assert value._repr_html_()
-    names["store"].close()
