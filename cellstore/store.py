@@ -599,13 +599,15 @@ class Store(AbstractContextManager["Store"]):
         trained_on: Sequence[str] | None = None,
         segmentation: str | None = None,
         note: str | None = None,
+        mlflow_run: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> AddedPredictions:
         """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run. See ``stages.own_models.add_predictions``.
+        the model are kept with the run, and so is the id of an ``mlflow_run``. See
+        ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
 
@@ -617,6 +619,7 @@ class Store(AbstractContextManager["Store"]):
             model=None if model is None else Path(model),
             segmentation=segmentation,
             note=note,
+            mlflow_run=mlflow_run,
         )
         return add_predictions(self.workspace, _table_of(table), params, parameters)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,6 +209,7 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
             "best epoch": result.best_epoch,
+            **tracker_lines(result.trackers),
         }
     )
     if result.metrics:
@@ -217,6 +218,11 @@ def _show_train(result: TrainResult) -> None:
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
         output.table(list(EPOCH_COLUMNS.values()), whole)
+
+
+def tracker_lines(trackers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return a line for each tracker: the link to its run, or its id."""
+    return {kind: known.get("link", known["run"]) for kind, known in trackers.items()}
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
@@ -365,6 +371,7 @@ def _show_added(result: AddedPredictions) -> None:
             "images": result.images,
             "cells": result.cells,
             "rows": result.rows,
+            **tracker_lines(result.trackers),
         }
     )
 

@@ -43,6 +43,7 @@ from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
+from ..learn.trackers import of_mlflow
 from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
@@ -144,7 +145,8 @@ class AddedPredictions:
 
     ``rows`` of ``cells`` cells of ``images`` images were written now; none where the same table was
     added before (``already_done``). ``cells`` is 0 for a model that sees whole images.
-    ``trained_on``: the subsets of the split that were declared.
+    ``trained_on``: the subsets of the split that were declared. ``trackers``: the MLflow run that
+    was named, with a link to it if ``$MLFLOW_TRACKING_URI`` is that of a server.
     """
 
     run_id: int
@@ -157,6 +159,7 @@ class AddedPredictions:
     images: int
     already_done: bool = False
     notes: tuple[str, ...] = ()
+    trackers: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,12 @@ def add_predictions(
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
+    trackers = {} if params.mlflow_run is None else {"mlflow": of_mlflow(params.mlflow_run)}
+    told = {
+        "note": params.note,
+        **_code_of_caller(),
+        **({"trackers": trackers} if trackers else {}),
+    }
     learned = None if params.trained_on is None else ",".join(params.trained_on)
     train = RecipeSpec(
         Stage.TRAIN,
@@ -293,11 +302,12 @@ def add_predictions(
             with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
             runs = select(Run).where(Run.recipe_id == recipe.id)
             latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
+            kept = {} if latest is None else (latest.result or {}).get("trackers", {})
         if trained is None:
             with running(
                 workspace.database, trained_recipe, split_id=split.id, origin=Origin.DECLARED
             ) as made:
-                made.result = {"labels": list(classes), "note": params.note, **_code_of_caller()}
+                made.result = {"labels": list(classes), **told}
             train_run_id = made.id
         else:
             train_run_id = trained.id
@@ -329,15 +339,19 @@ def add_predictions(
                 run.result = {
                     "images": len(images),
                     "cells": n_cells,
-                    "note": params.note,
                     "file": source.name,
-                    **_code_of_caller(),
+                    **told,
                 }
                 if did.failures:
                     raise StoreError(
                         f"Predictions of {len(did.failures):,} images could not be written: "
                         f"{did.failures[0][1]} Give the same command again to complete them."
                     )
+    if done and trackers and trackers["mlflow"]["run"] != kept.get("mlflow", {}).get("run"):
+        notes.append(
+            "These predictions are there already, and what is kept of them is not changed: MLflow "
+            f"run {params.mlflow_run} is not."
+        )
     if params.trained_on is None:
         notes.append(
             "Nobody said which subset of the split this model was trained on, so reports cannot "
@@ -354,6 +368,7 @@ def add_predictions(
         images=0 if done else len(images),
         already_done=done,
         notes=tuple(notes),
+        trackers=kept if done else trackers,
     )
 
 
