@@ -767,7 +767,8 @@ class SplitParams(Params):
     )
     validation_size: float = option(
         0.2,
-        "Share of the groups that decide when to stop training (grouped protocol). 0: none.",
+        "Share of the groups that decide when to stop training (grouped protocol). 0: none, and "
+        "train --epochs says how long.",
         min=0.0,
         below=1.0,
         unless="protocol",
@@ -782,6 +783,13 @@ class SplitParams(Params):
         "them; the next fold is its validation.",
         metavar="K",
         min=2,
+    )
+    leave_out: str | None = option(
+        None,
+        "Cross-validation with a fold for each plate (plate), or for each value of a metadata "
+        "column of wells or plates (batch, or replicate of Metadata_replicate): the fold tests "
+        "it, and trains on the others.",
+        metavar="plate|COLUMN",
     )
     seed: int = option(0, "Same seed, same split.", min=0)
     plates: tuple[str, ...] = _plates()
@@ -819,6 +827,7 @@ class SplitParams(Params):
                 "test_plates",
                 "validation_plates",
                 "folds",
+                "leave_out",
                 "downsample",
                 "downsample_by",
             ):
@@ -837,6 +846,16 @@ class SplitParams(Params):
                 "classes: none would be both trained and tested. Predict something coarser: "
                 "--field target."
             )
+        if self.leave_out is not None:
+            if self.folds is not None or self.test_plates or self.validation_plates:
+                raise UserInputError(
+                    "--leave-out makes a fold for each value: leave --folds and the plates of "
+                    "subsets out."
+                )
+            if self.leave_out == "plate":
+                object.__setattr__(self, "group_level", GroupLevel.PLATE)
+            elif self.group_level is not GroupLevel.WELL:
+                raise UserInputError("--leave-out says what stays together: leave --group out.")
         if self.test_plates or self.validation_plates:
             if self.group_level is not GroupLevel.PLATE:
                 raise UserInputError(
@@ -854,6 +873,11 @@ class SplitParams(Params):
             raise UserInputError(
                 "None is left to train: --test-size and --validation-size together must be below 1."
             )
+
+    @property
+    def several(self) -> bool:
+        """Whether these are the folds of a cross-validation."""
+        return self.folds is not None or self.leave_out is not None
 
 
 def one_selection(where: str | None, sql: str | None) -> bool:
@@ -891,11 +915,12 @@ class TrainParams(Params):
     backbone: str = network(
         "resnet18",
         "What looks at crops: a classifier of torchvision, for example efficientnet_b0, resnet18, "
-        "mobilenet_v3_small, convnext_tiny.",
+        "mobilenet_v3_small, convnext_tiny; or timm:NAME, a network of timm.",
     )
     weights: str = network(
         "none",
-        "What the backbone starts from: random numbers, ImageNet, or a file of its weights.",
+        "What the backbone starts from: random numbers, ImageNet (of timm: its pretrained "
+        "weights), or a file of its weights.",
         metavar="none|imagenet|FILE",
     )
     crop_size: int = network(64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
@@ -1020,6 +1045,9 @@ class BaselineParams(Params):
     )
     strength: float = baseline(
         1.0, "With --baseline: penalty of the logistic models (1 / C of scikit-learn).", above=0.0
+    )
+    neighbours: int = baseline(
+        20, "With --baseline: nearest training cells that knn asks (as DINO's protocol).", min=1
     )
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)

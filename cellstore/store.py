@@ -10,7 +10,8 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from .config import (
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
-from .settings import Progress, find_store
+from .settings import Progress, find_store, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .report.audit import Audit
     from .report.comparison import Comparison
     from .report.event_log import EventLog
+    from .report.leaderboard import Leaderboard
     from .report.redo import Check
     from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
@@ -395,20 +397,55 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         resume: RunName | None = None,
     ) -> TrainResult:
-        """Train a network on the training images of a split; see ``stages.train.train``."""
+        """Train a network on the training images of a split; see ``stages.train.train``.
+
+        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
+        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
+        its name. Interrupted, the same call goes on.
+        """
         from .stages.train import train
 
-        return train(
-            self.workspace,
-            params or TrainParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            device=device,
-            setup=setup or TrainSetup(),
-            force=force,
-            resume=resume,
+        params, setup = params or TrainParams(), setup or TrainSetup()
+        made: list[TrainResult] = []
+        folds = () if resume is not None else self._folds(split)
+        if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
+            raise UserInputError(
+                f"The folds of {split} are trained one after the other, by one process. Train each "
+                f"with several: --split {folds[0]} and so on; then all by their common name."
+            )
+        for name in self._each(folds) if folds else [split]:
+            result = train(
+                self.workspace,
+                params,
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                device=device,
+                setup=setup,
+                force=force,
+                resume=resume,
+            )
+            if folds:
+                labelled = self.predict(run=result.run_id, device=device)
+                result = replace(result, predict_run_id=labelled.run_id)
+            made.append(result)
+        if not folds:
+            return made[0]
+        return replace(
+            made[-1],
+            split=split or "",
+            already_done=all(fold.already_done for fold in made),
+            notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
+            folds=tuple(made),
         )
+
+    def _folds(self, split: str | None) -> tuple[str, ...]:
+        from .stages.split import folds_of
+
+        return folds_of(self.workspace, split)
+
+    def _each(self, folds: Sequence[str]) -> Iterator[str]:
+        yield from track(self.workspace.progress, "fold", len(folds), folds)
 
     def train_baselines(
         self,
@@ -423,25 +460,31 @@ class Store(AbstractContextManager["Store"]):
     ) -> tuple[BaselineResult, ...]:
         """Train baselines and label the test images; see ``stages.train_baselines``.
 
-        Without test images, or without ``predict``, nothing is labelled.
+        Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
+        there is a result for each fold and baseline.
         """
         from .stages.train_baselines import train_baselines
 
-        results = train_baselines(
-            self.workspace,
-            kinds,
-            params or BaselineParams(),
-            split=split,
-            segmentation=segmentation,
-            measurement=measurement,
-            force=force,
-        )
-        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
-            return results
-        return tuple(
-            replace(item, predict_run_id=self.predict(run=item.run_id, device="cpu").run_id)
-            for item in results
-        )
+        folds = self._folds(split)
+        made: list[BaselineResult] = []
+        for name in self._each(folds) if folds else [split]:
+            results = train_baselines(
+                self.workspace,
+                kinds,
+                params or BaselineParams(),
+                split=name,
+                segmentation=segmentation,
+                measurement=measurement,
+                force=force,
+            )
+            if predict and self.show_split(results[0].split).counts.get(Subset.TEST):
+                labelled = [self.predict(run=item.run_id, device="cpu") for item in results]
+                results = tuple(
+                    replace(item, predict_run_id=found.run_id)
+                    for item, found in zip(results, labelled, strict=True)
+                )
+            made += results
+        return tuple(made)
 
     def predict(
         self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
@@ -522,10 +565,8 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .query.cell_tables import cell_table
 
-        if subset is not None and subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
         sources = Sources(split, segmentation, measurement)
-        wanted = None if subset is None else Subset(subset)
+        wanted = _subset(subset)
         return cell_table(self.workspace, sources, wanted, features, exclude_flagged, where, sql)
 
     def dataset(
@@ -533,8 +574,9 @@ class Store(AbstractContextManager["Store"]):
         split: str | None = None,
         subset: str = "train",
         *,
+        unit: str = "cell",
         channels: Sequence[str] = (),
-        crop: int = 96,
+        crop: int | None = None,
         mask: bool = False,
         features: str | bool = False,
         sampler: str = "cells",
@@ -550,7 +592,8 @@ class Store(AbstractContextManager["Store"]):
     ) -> CellDataset:
         """Return the cells of a subset of a split as a data set for torch's ``DataLoader``.
 
-        ``channels``: those of the crops; default: all. ``crop``: their height and width in pixels.
+        ``unit="image"``: its whole images. ``channels``: those of the crops; default: all.
+        ``crop``: their height and width in pixels; default: 96, of whole images what they have.
         ``mask``: also which pixels are of the cell. ``features``: also its measurements, the
         built-in ones (``True``) or a feature set by name. ``sampler``: each cell once (``cells``),
         all classes alike (``classes``), or the largest class only as often as the second
@@ -569,24 +612,30 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .learn.datasets import cell_dataset
 
-        if subset not in list(Subset):
-            raise UnknownNameError.of("subset", subset, [item.value for item in Subset])
-        return cell_dataset(
-            self.workspace,
-            Sources(split, segmentation, measurement),
-            Subset(subset),
-            channels=channels,
-            crop=crop,
-            mask=mask,
-            features=features,
+        if unit not in ("cell", "image"):
+            raise UnknownNameError.of("unit", unit, ("cell", "image"))
+        asked = {"mask": mask, "image": True, "tabular": features}
+        params = TrainParams(
+            features=features if isinstance(features, str) else None,
+            branches=tuple(name for name, wanted in asked.items() if wanted),
+            channels=tuple(channels),
+            crop_size=96 if crop is None else crop,
             sampler=sampler,
-            shuffle=shuffle,
-            seed=seed,
             intensity=intensity,
-            transform=transform,
+            seed=seed,
             exclude_flagged=exclude_flagged,
             where=where,
             sql=sql,
+        )
+        return cell_dataset(
+            self.workspace,
+            Sources(split, segmentation, measurement),
+            _subset(subset) or Subset.TRAIN,
+            params,
+            unit=unit,
+            crop=params.crop_size if unit == "cell" else crop,
+            shuffle=shuffle,
+            transform=transform,
         )
 
     def add_predictions(
@@ -601,12 +650,14 @@ class Store(AbstractContextManager["Store"]):
         note: str | None = None,
         mlflow_run: str | None = None,
         parameters: Mapping[str, Any] | None = None,
+        query: str | CellTable | None = None,
     ) -> AddedPredictions:
         """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run, and so is the id of an ``mlflow_run``. See
+        the model are kept with the run, as are the id of an ``mlflow_run``, and ``query``, the
+        table (or its SQL) that the model has learned from. See
         ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
@@ -621,7 +672,8 @@ class Store(AbstractContextManager["Store"]):
             note=note,
             mlflow_run=mlflow_run,
         )
-        return add_predictions(self.workspace, _table_of(table), params, parameters)
+        sql = query if query is None or isinstance(query, str) else query.query
+        return add_predictions(self.workspace, _table_of(table), params, parameters, sql)
 
     def add_embeddings(
         self,
@@ -696,6 +748,17 @@ class Store(AbstractContextManager["Store"]):
             vote_options=vote_options,
             force=force,
         )
+
+    def runs(
+        self, split: str | None = None, *, by: str = "test", every: bool = False
+    ) -> Leaderboard:
+        """Return the models that were trained on a split, the best first.
+
+        See ``report.leaderboard.list_runs``.
+        """
+        from .report.leaderboard import list_runs
+
+        return list_runs(self.workspace, split, by=by, every=every)
 
     def votes(
         self,
@@ -894,6 +957,8 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        split: str | None = None,
+        subset: str | None = None,
         include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
@@ -911,6 +976,8 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            split=split,
+            subset=_subset(subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -1042,6 +1109,12 @@ class Store(AbstractContextManager["Store"]):
         from .stages.verify import seal
 
         return seal(self.workspace, file)
+
+
+def _subset(name: str | None) -> Subset | None:
+    if name is not None and name not in list(Subset):
+        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
+    return None if name is None else Subset(name)
 
 
 def _table_of(given: Any) -> Any:

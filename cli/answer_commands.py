@@ -22,6 +22,7 @@ from .output import AnswerOptions, Format, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
+    from cellstore.report.leaderboard import Leaderboard
     from cellstore.report.scoring import ReportResult, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -31,6 +32,12 @@ SHOWN_DIFFERENCES = 20
 SHOWN_OPTIONS = 8
 
 LEVEL = option("image", "Whether the cells of images or of wells vote.", choices=("image", "well"))
+RUN = option(
+    "latest",
+    "The predict run, by number, or 'latest'; the name of a cross-validation: the runs of all its "
+    "folds as one (NAME:logistic for a baseline, NAME:7 for the models trained as in run 7).",
+    metavar="RUN",
+)
 VOTE = option(
     "hard",
     "hard: each cell counts once, for its first choice; soft: with its probabilities; median: of "
@@ -45,7 +52,7 @@ def votes(
     answer: AnswerOptions,
     store: Store,
     common: Common,
-    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    run: str = RUN,
     level: str = LEVEL,
     vote: str = VOTE,
     ties: bool = option(False, "Show only those with a tie."),
@@ -77,7 +84,7 @@ def votes(
         show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
         counts = f"{count(result.units, level)}, {count(result.ties, 'tie')}"
         counts += f", {count(result.abstained, 'abstention')}"
-        show(f"Run {result.run_id}, {result.vote} vote: {counts}")
+        show(f"Run {result.name}, {result.vote} vote: {counts}")
         for item in result.subsets:
             trained = " - the network was trained on these" if item.subset == "train" else ""
             share = f"{100 * item.accuracy:.2f} %"
@@ -103,7 +110,8 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show_report(result: ReportResult) -> None:
+def show_report(result: ReportResult) -> None:
+    """Print the scores of a report."""
     from cellstore.report.scoring import by_baseline
 
     best = result.score("image", "hard")
@@ -117,12 +125,14 @@ def _show_report(result: ReportResult) -> None:
         typer.echo(f"the best null baseline ({most.baseline}): {percent(most.accuracy)}")
     typer.echo("")
     silent = f"{best.abstained:,} of {result.images:,} images (hard vote)"
+    runs: dict[str, Any] = {"predict run": result.run_id, "train run": result.train_run_id}
+    if result.folds:
+        runs = {"predict runs": ", ".join(map(str, result.folds)) + " (one for each fold)"}
     none = sum(item.n == 0 for item in result.by_well)
     silent += f"; none of {count(none, 'well')}" if none else ""
     output.pairs(
         {
-            "predict run": result.run_id,
-            "train run": result.train_run_id,
+            **runs,
             "split": f"{result.split} ({result.protocol}, by {result.group_level})",
             "scored": f"{', '.join(result.subsets)}; {output.cell(result.field)}",
             "cells": result.cells,
@@ -160,7 +170,7 @@ def _show_report(result: ReportResult) -> None:
                 for item in map(row.get, ("image", "well", "cell"))
             ]
             interval = percent(image.low, image.high) if image else "-"
-            rows.append((first.baseline, first.run_id, scored[0], interval, *scored[1:]))
+            rows.append((first.name, first.run_id, scored[0], interval, *scored[1:]))
         heads = ("baseline", "run", "per image", "95 % interval", "per well", "per cell")
         output.table(heads, rows)
         typer.echo("")
@@ -195,7 +205,7 @@ def _show_report(result: ReportResult) -> None:
                 ],
             )
     if result.comparison is not None:
-        typer.echo(f"Beside run {result.comparison.second.run_id}:")
+        typer.echo(f"Beside run {result.comparison.second.name}:")
         _show_comparison(result.comparison, shown=2 * FEW)
         typer.echo("")
     output.wrapped(result.against_nulls)
@@ -242,11 +252,11 @@ def _show_best_and_worst(heads: Sequence[str], found: Sequence[tuple[Any, ...]])
     typer.echo("")
 
 
-@command(app, "report", _show_report, then=True)
+@command(app, "report", show_report, then=True)
 def report(
     vote_options: VoteOptions,
     store: Store,
-    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    run: str = RUN,
     compare: str | None = option(
         None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
     ),
@@ -269,6 +279,7 @@ def report(
       cellstore report
       cellstore report --run 8 --html report.html --map area --map eccentricity
       cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
+      cellstore report --run cv
     """
     if maps and html is None:
         raise UserInputError("--map draws on the HTML page: add a file for it: --html report.html")
@@ -277,10 +288,75 @@ def report(
     )
 
 
+def _show_runs(found: Leaderboard) -> None:
+    typer.echo(f"split {found.split}" if found.split else "all splits")
+    typer.echo("")
+    ranks = [row.rank for row in found.runs]
+    rows = [
+        (
+            "-" if row.rank is None else f"{row.rank}{'=' * (ranks.count(row.rank) > 1)}",
+            *[row.split] * (found.split is None),
+            row.name.removeprefix(f"{row.split}:") if found.split is None else row.name,
+            row.model,
+            percent(row.accuracy) if row.accuracy is not None else row.status,
+            percent(row.low, row.high),
+            row.wells or None,
+            percent(row.validation_accuracy),
+        )
+        for row in found.runs
+    ]
+    split = ["split"] * (found.split is None)
+    output.table(
+        ("", *split, "run", "model", "accuracy", "95 % interval", "wells", "validation"), rows
+    )
+    typer.echo("")
+    for row in found.runs:
+        if row.differs:
+            values = "; ".join(f"{name} {value}" for name, value in row.differs.items())
+            output.wrapped(f"run {row.name}: {values}")
+        if row.then:
+            output.wrapped(f"run {row.name}, {row.status}: {row.then}")
+
+
+@command(app, "runs", _show_runs)
+def runs(
+    store: Store,
+    split: str | None = option(
+        None,
+        "Models on this split, or on all folds of this cross-validation. Default: the one that "
+        "was trained on last.",
+    ),
+    every: bool = option(False, "Models on all splits.", name="--all"),
+    by: str = option(
+        "test",
+        "What ranks them: images of the test subset, or cells of the validation subset.",
+        choices=("test", "validation"),
+    ),
+) -> Leaderboard:
+    """List trained models by their scores, the best first.
+
+    Networks, baselines and models of your own, each with the share of test images that it labels
+    right, a 95 % interval over wells, and in which parameters it differs from others of its kind.
+    The folds of a cross-validation are one row. The name of a run can be given to report and
+    compare.
+
+    \b
+    Example:
+      cellstore runs
+      cellstore runs --split five --by validation
+      cellstore runs --all --json
+    """
+    return store.runs(split, by=by, every=every)
+
+
 @command(app, "compare", then=True)
 def compare(
     first: Annotated[
-        str, typer.Argument(metavar="RUN", help="A predict run, by number, or 'latest'.")
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A predict run, by number, 'latest', or the name of a cross-validation.",
+        ),
     ],
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
     vote_options: VoteOptions,
@@ -307,6 +383,7 @@ def compare(
     \b
     Example:
       cellstore compare 8 12
+      cellstore compare cv cv:logistic
       cellstore compare 8 12 --level well --vote soft
       cellstore compare 8 12 --format csv --output differing.csv
     """
@@ -362,14 +439,14 @@ def _save(text: str, path: Path | None) -> None:
 
 def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     """Print where two runs differ; only the first ``shown`` of the differences, if it is given."""
-    first, second = found.first.run_id, found.second.run_id
+    first, second = found.first.name, found.second.name
     typer.echo(
         f"{count(found.n, found.level)} of {count(found.wells, 'well')} that both have labelled\n"
     )
 
     def cells(item: ComparedRun) -> tuple[object, ...]:
         accuracy = (percent(item.accuracy), percent(item.low, item.high))
-        return (item.run_id, item.train_run_id, item.split, item.correct, *accuracy,
+        return (item.name, item.train_run_id, item.split, item.correct, *accuracy,
                 item.wells_seen)  # fmt: skip
 
     output.table(
@@ -390,7 +467,8 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     else:
         low, high = 100 * found.difference_low, 100 * found.difference_high
         points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
-    typer.echo(f"\nrun {first} minus run {second}: {points}")
+    typer.echo("")
+    output.wrapped(f"run {first} minus run {second}: {points}")
     output.wrapped(found.conclusion)
     for warning in found.warnings:
         output.wrapped(f"Careful: {warning}")

@@ -17,6 +17,7 @@ import typer
 
 from cellstore.artifacts import part_prefix
 from cellstore.config import Selection, option, option_of
+from cellstore.enums import Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.store import Store
 
@@ -379,6 +380,12 @@ def export(
     segmentation: str | None = SEGMENTATION,
     measurement: str | None = MEASUREMENT,
     plates: tuple[str, ...] = option_of(Selection, "plates"),
+    split: str | None = option(
+        None, "The cells of a split only, with its subset and label of each."
+    ),
+    subset: str | None = option(
+        None, "One subset of the split only.", choices=tuple(item.value for item in Subset)
+    ),
     include_excluded: bool = option(
         False, "Write excluded cells, too, with the reason in Metadata_Excluded."
     ),
@@ -393,7 +400,8 @@ def export(
 
     Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
     the features as Cells_area and so on. Excluded cells do not count and are left out. Ingesting
-    the table into another store gives the same cells.
+    the table into another store gives the same cells. In this one, Metadata_CellId leads back to
+    them: add columns to the table, and bring these with cellstore embeddings add.
 
     \b
     Example:
@@ -413,6 +421,8 @@ def export(
         segmentation=segmentation,
         measurement=measurement,
         plates=plates,
+        split=split,
+        subset=subset,
         include_excluded=include_excluded,
         for_spreadsheet=for_spreadsheet,
         force=force,

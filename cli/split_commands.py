@@ -56,7 +56,7 @@ def _show_split(result: SplitResult) -> None:
         ]
     )
     if result.protocol == "grouped" and result.validation_classes < 2:
-        what = "there is no validation subset, so `cellstore train` cannot use this split"
+        what = "there is no validation subset, so nothing stops a training before its --epochs"
         if result.validation_classes:
             what = (
                 "the validation subset has one class only, so it cannot say when to stop training"
@@ -165,9 +165,10 @@ def create(
       cellstore split create by-plate --group plate --test-plates P7,P8
       cellstore split create new-drugs --group perturbation --field target
       cellstore split create five --folds 5 --downsample DMSO=median
+      cellstore split create each --leave-out plate --validation-size 0
       cellstore split create as-published --preset published --allow-missing
     """
-    if params.folds is None:
+    if not params.several:
         common.show(store.create_split(name, params), _show_new_split)
     else:
         common.show(store.create_folds(name, params), lambda made: _show_folds(name, made))

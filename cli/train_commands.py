@@ -22,12 +22,14 @@ from cellstore.config import (
     TrainParams,
     TrainSetup,
     option,
+    option_of,
     options_of,
 )
 from cellstore.errors import UserInputError
 from cellstore.store import Store
 
 from . import output
+from .answer_commands import show_report
 from .app import (
     DEVICE,
     MEASUREMENT,
@@ -42,7 +44,7 @@ from .output import say
 if TYPE_CHECKING:
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
-    from cellstore.stages.own_models import AddedPredictions
+    from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
     from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
@@ -86,10 +88,10 @@ def train(
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
-        "Train simple models for comparison instead of a network: logistic, forest, or a null "
-        "baseline, which knows nothing of how cells look (majority, shuffled, cellcount, "
-        "position); with commas between, or 'null' for all four, or 'all'. They label the test "
-        "images at once.",
+        "Train simple models for comparison instead of a network: logistic, knn (nearest "
+        "neighbours), forest, or a null baseline, which knows nothing of how cells look (majority, "
+        "shuffled, cellcount, position); with commas between, or 'null' for all four, 'probe' for "
+        "logistic and knn, or 'all'. They label the test images at once.",
         metavar="NAME,...",
         section=BASELINES,
     ),
@@ -110,6 +112,10 @@ def train(
     A training that was stopped is resumed after its last whole epoch when the same command is
     given again, or with --resume.
 
+    --split may name a cross-validation (split create five --folds 5): its folds are trained one
+    after the other, each labels its test images, and the scores are of every image once, by the
+    network that has not seen its well.
+
     \b
     Example:
       cellstore train --split by-well --epochs 20
@@ -118,6 +124,8 @@ def train(
       cellstore train --split as-published --preset published
       cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
+      cellstore train --split by-well --baseline probe --features dinov2-small
+      cellstore train --split five
     """
     if list_presets:
         _show_presets()
@@ -156,7 +164,17 @@ def train(
 
     if not is_first():  # of several processes that train together, one prints
         return
-    common.show(result, _show_train)
+    if not result.folds:
+        common.show(result, _show_train)
+        return
+    with common.open() as store:
+        report = store.report(f"{result.split}:{result.run_id}")
+    if common.as_json:
+        output.print_json({**asdict(result), "report": report})
+        return
+    _show_folds(result)
+    show_report(report)
+    say(*map(output.filled, (*result.notes, *report.notes)))
 
 
 def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
@@ -208,16 +226,33 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} images": number for subset, number in result.images.items()},
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
-            "best epoch": result.best_epoch,
+            "best epoch" if result.validation_subset else "kept epoch": result.best_epoch,
             **tracker_lines(result.trackers),
         }
     )
     if result.metrics:
-        rows = [[row.get(name) for name in EPOCH_COLUMNS] for row in result.metrics]
+        columns = [name for name in EPOCH_COLUMNS if any(name in row for row in result.metrics)]
+        rows = [[row.get(name) for name in columns] for row in result.metrics]
         whole = [
             [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
         ]
-        output.table(list(EPOCH_COLUMNS.values()), whole)
+        output.table([EPOCH_COLUMNS[name] for name in columns], whole)
+
+
+def _show_folds(result: TrainResult) -> None:
+    if result.already_done:
+        typer.echo("Nothing to do: all folds were trained with these options already.")
+    rows = []
+    for fold in result.folds:
+        best = next((row for row in fold.metrics if row["epoch"] == fold.best_epoch), {})
+        validation = [best.get(f"validation_{name}") for name in ("loss", "accuracy")]
+        rows.append(
+            (fold.split, fold.run_id, fold.epochs, fold.best_epoch, *validation,
+             fold.predict_run_id)
+        )  # fmt: skip
+    heads = ("fold", "train run", "epochs", "kept", "val. loss", "val. accuracy", "predict run")
+    output.table(heads, rows)
+    typer.echo("")
 
 
 def tracker_lines(trackers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
@@ -226,10 +261,10 @@ def tracker_lines(trackers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
-    first = results[0]
+    first, several = results[0], len({item.split for item in results}) > 1
     output.pairs(
         {
-            "split": first.split,
+            "split": f"{first.split} to {results[-1].split}" if several else first.split,
             "classes": first.classes,
             "training images": first.images,
             "training cells": first.cells,
@@ -237,9 +272,10 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     typer.echo("")
     output.table(
-        ("baseline", "kind", "train run", "learned from", "predict run", ""),
+        (*["fold"] * several, "baseline", "kind", "train run", "learned from", "predict run", ""),
         [
             (
+                *[item.split] * several,
                 item.baseline,
                 "null" if item.null else "classical",
                 *(item.run_id, f"{item.rows:,}", item.predict_run_id),
@@ -250,6 +286,9 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     notes = dict.fromkeys(note for item in results for note in item.notes)
     say(*map(output.filled, notes))
+    if several and first.predict_run_id:
+        family = first.split.rpartition("-")[0]
+        say(f"All folds as one: cellstore report --run {shlex.quote(family)}:{first.baseline}")
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -398,9 +437,49 @@ def add(
     return store.add_predictions(file, **asdict(params))
 
 
+embeddings = typer.Typer(no_args_is_help=True, help="Embeddings of models of your own.")
+app.add_typer(embeddings, name="embeddings")
+
+
+def _show_embeddings(result: AddedEmbeddings) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} holds these embeddings already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "feature set": result.feature_set,
+            "cells": result.cells,
+            "columns": result.columns,
+        }
+    )
+    say(f"Next: cellstore train --features {shlex.quote(result.feature_set)}")
+
+
+@command(embeddings, "add", _show_embeddings)
+def add_embeddings(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and numbers.")],
+    store: Store,
+    name: str = option("", "What the feature set is called, for example dinov3."),
+    model: Path | None = option_of(AddedParams, "model"),
+    segmentation: str | None = option_of(AddedParams, "segmentation"),
+    note: str | None = option_of(AddedParams, "note"),
+) -> AddedEmbeddings:
+    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+
+    FILE (CSV, TSV, Excel, Parquet) has a row for each cell, which is named as in cellstore
+    predictions add. All other columns are numbers; those that cellstore export wrote are left out,
+    so that an export with new columns can be brought as it is. No cell is added.
+
+    \b
+    Example:
+      cellstore embeddings add vectors.parquet --name dinov3 --model dinov3.safetensors
+    """
+    return store.add_embeddings(file, name, model=model, segmentation=segmentation, note=note)
+
+
 def _show_withdrawn(done: dict[str, Any]) -> None:
     typer.echo(f"Run {done['run_id']} is withdrawn.")
-    say("Next: cellstore ask runs")
+    say("Next: cellstore runs")
 
 
 @command(predictions, "withdraw", _show_withdrawn)

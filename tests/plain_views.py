@@ -145,6 +145,19 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     whole = found["treatment_table"]
     start, end = whole.index("CAST(to_json("), whole.index(" AS components")
     found["treatment_table"] = whole[:start] + COMPONENTS + whole[end:]
+    seconds = "EXTRACT(epoch FROM t.ended_at - t.started_at)"
+    if sqlite:
+        seconds = "86400 * (julianday(t.ended_at) - julianday(t.started_at))"
+    found["training_runs"] = (
+        found["training_runs"]
+        .replace("epoch(t.ended_at - t.started_at)", seconds)
+        .replace("p.parameters\n", "CAST(p.parameters AS VARCHAR) AS parameters\n")
+    )
+    each = "json_each(p.parameters)" if sqlite else "json_each_text(p.parameters)"
+    found["run_parameters"] = (
+        f"SELECT r.id AS run_id, r.stage, j.key AS name, CAST(j.value AS VARCHAR) AS value "
+        f"FROM runs AS r JOIN recipes AS p ON p.id = r.recipe_id CROSS JOIN {each} AS j"
+    )
     measured = [
         f"f.{column.name}"
         for column in CellFeatures.__table__.columns

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import MissingExtraError, UnknownNameError, UserInputError
 from cellstore.learn.exported_classifier import ImageBranch
 from cellstore.learn.networks import NetShape, build_net, start_from
 
@@ -36,6 +37,45 @@ def test_a_backbone_is_torchvisions_network_without_its_head(name: str, width: i
         seen = branch(crops)
         torch.testing.assert_close(head(seen), whole(crops))
     assert seen.shape == (2, width) == (2, branch.width)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "resnet10t"])
+def test_a_backbone_of_timm_is_its_network_without_the_head(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    whole = timm.create_model(name).eval()
+    path = tmp_path / "weights.safetensors"
+    save_file(whole.state_dict(), path)
+    shape = NetShape(2, 0, backbone=f"timm:{name}", branches=("mask", "image"), plane_channels=3)
+    net = build_net(shape, path, crop_size=64).eval()
+    # Of the size that it was trained with, which is the only one that all of them take.
+    crops = torch.rand((2, 3, 160, 160))
+    with torch.no_grad():
+        seen = net.image_branch(crops)
+        expected = whole.forward_head(whole.forward_features(crops), pre_logits=True)
+        torch.testing.assert_close(seen, expected)
+        small = {"mask": torch.rand((2, 4, 64, 64)), "image": torch.rand((2, 3, 64, 64))}
+        assert net(small, torch.empty((2, 0))).shape == (2, 2)
+    stem = net.mask_branch[0].get_submodule(net.mask_branch.stem)
+    first = whole.get_submodule(net.mask_branch.stem).weight
+    torch.testing.assert_close(stem.weight[:, 3], first.mean(dim=1))
+
+
+def test_a_network_that_timm_does_not_have_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UnknownNameError, match=r"network of timm 'resnet19t'.*resnet"):
+        NetShape(2, 2, backbone="timm:resnet19t")
+    with pytest.raises(UnknownNameError, match=r"weights of timm's resnet10t 'c9'.*c3_in1k"):
+        NetShape(2, 2, backbone="timm:resnet10t.c9")
+    with pytest.raises(UserInputError, match=r"takes no crops of 70 pixels.*timm:convnext_atto"):
+        build_net(NetShape(2, 2, backbone="timm:test_vit"), crop_size=70)
+    # The hub cannot be reached.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserInputError, match=r"timm/test_vit.r160_in1k could not be.*--weights"):
+        build_net(NetShape(2, 2, backbone="timm:test_vit"), "imagenet")
+    monkeypatch.setattr("cellstore.settings.find_spec", lambda _name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'cellstore\[embed\]'"):
+        NetShape(2, 2, backbone="timm:test_vit")
 
 
 def test_further_channels_start_from_the_mean_of_the_three() -> None:

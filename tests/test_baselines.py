@@ -60,6 +60,22 @@ def test_a_stored_forest_says_what_scikit_learn_says(n_classes: int) -> None:
     np.testing.assert_allclose(ours, theirs.predict_proba(rows), rtol=0, atol=1e-12)
 
 
+def test_stored_neighbours_vote_by_how_near_they_are() -> None:
+    rows, classes = some_cells(3, 40)
+    model = reopened("knn", baselines.fit_knn(rows, classes, neighbours=5), 3, 5)
+    asked = some_cells(4, 6)[0]
+    unit, other = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rows, asked))
+    far = 1 - other @ unit.T
+    for said, distances in zip(model.predict_proba(asked), far, strict=True):
+        nearest = distances.argsort()[:5]
+        votes = [sum(1 / distances[i] for i in nearest if classes[i] == k) for k in range(3)]
+        np.testing.assert_allclose(said, np.array(votes) / sum(votes), atol=1e-3)
+    # A cell that it has learned from is its own nearest, how long the row is says nothing, and
+    # of fewer cells than neighbours all vote.
+    assert model.predict_proba(7 * rows).argmax(axis=1).tolist() == classes.tolist()
+    assert baselines.fit_knn(rows[:4], classes[:4]).predict_proba(asked).shape == (6, 3)
+
+
 def test_a_logistic_model_that_did_not_converge_says_so() -> None:
     rows, classes = some_cells(3)
     assert not baselines.fit_logistic(rows, classes, steps=1)[1]
@@ -96,6 +112,7 @@ def test_positions_are_learned_by_heart_and_guessed_from_their_neighbours() -> N
 def test_names_are_chosen_alone_or_as_a_group() -> None:
     assert baselines.choose(["logistic", "null"]) == (*baselines.NULLS, "logistic")
     assert baselines.choose(["all"]) == baselines.BASELINES
+    assert baselines.choose(["probe"]) == ("logistic", "knn")
     with pytest.raises(UnknownNameError, match=r"Unknown baseline 'forrest'.*forest"):
         baselines.choose(["forrest"])
     with pytest.raises(UserInputError, match="Name a baseline"):

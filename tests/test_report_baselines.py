@@ -25,11 +25,13 @@ def add_baseline(
     kind: str,
     says: dict[str, str],
     status: Status = Status.DONE,
+    features: str | None = None,
 ) -> Run:
     """A baseline that was trained on the split and has labelled some wells."""
     make = screen.factory
-    recipe = make.recipe(Stage.TRAIN, parameters={"baseline": kind, "n": kind})
-    trained = make.run(Stage.TRAIN, recipe, split_id=screen.split.id)
+    recipe = make.recipe(Stage.TRAIN, parameters={"baseline": kind, "n": [kind, features]})
+    result = {"feature_set": features}
+    trained = make.run(Stage.TRAIN, recipe, split_id=screen.split.id, result=result)
     run = make.run(
         Stage.PREDICT,
         make.recipe(Stage.PREDICT, inputs=[recipe]),
@@ -41,6 +43,22 @@ def add_baseline(
         cells = make.cells_of(screen.segmentations[well])
         make.predict(run, cells, [[(screen.labels[label], 1.0)]] * len(cells))
     return run
+
+
+def test_the_probes_of_each_feature_set_stand_beside_a_network(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    right = {"B01": "DMSO", "B02": "taxol", "B03": "taxol"}
+    for features in ("basic", "vit"):
+        add_baseline(screen, "logistic", right, features=features)
+    add_baseline(screen, "knn", DMSO_EVERYWHERE, features="vit")
+    newest = add_baseline(screen, "knn", right, features="vit")
+    found = report(workspace)
+    names = [item.name for item in found.baselines if item.level == "image"]
+    assert names == ["logistic (vit)", "logistic (basic)", "knn (vit)"]
+    assert newest.id in {item.run_id for item in found.baselines}
+    assert "Not shown to be better than these simple models: logistic (vit) (" in (
+        found.against_nulls
+    )
 
 
 @pytest.mark.one_database
@@ -178,7 +196,7 @@ def null(
 ) -> BaselineScore:
     p = 0.01 if beaten else 0.3
     scores = (7, 6, level, "hard", 50, accuracy, 0.0, 0.9, p, beaten, why or None)
-    return BaselineScore(name, name != "forest", *scores)
+    return BaselineScore(name, name, name != "forest", *scores)
 
 
 def test_the_sentence_on_null_baselines() -> None:
@@ -189,6 +207,13 @@ def test_the_sentence_on_null_baselines() -> None:
     assert sentence.startswith(
         "Better per image than every null baseline: majority (30.0 %, p = 0.01), shuffled"
     )
+    assert sentence.endswith(
+        "Not shown to be better than these simple models: forest (90.0 %, p = 0.3)."
+    )
+    weak = against_nulls([*four, null("forest", 0.2)], None, "main")[1]
+    assert weak.endswith("Better than the simple models, too: forest (20.0 %, p = 0.01).")
+    # A report on a simple model does not say so of another one.
+    assert "simple" not in against_nulls([*four, null("forest", 0.2)], "logistic", "main")[1]
     # One that is not beaten is enough; other levels do not count.
     level = null("position", 0.1, "well", beaten=False)
     assert against_nulls([*four, level], None, "main")[0] is True

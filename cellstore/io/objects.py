@@ -88,6 +88,7 @@ class ObjectSource:
     images (indices) in which no object was found. The cells, in the order in
     which they are read, have an item each in ``image_index`` (into ``images``), in
     ``object_number``, and in ``origins``: per kind of table the index of the file and the line.
+    ``cell_ids``: the number that each had in the store that exported it.
     """
 
     tool: str
@@ -100,6 +101,7 @@ class ObjectSource:
     image_index: Integers = field(default_factory=_nothing)
     object_number: Integers = field(default_factory=_nothing)
     origins: list[tuple[Integers, Integers]] = field(default_factory=list)
+    cell_ids: Integers | None = None
     batches: Callable[[], Iterator[ObjectBatch]] = lambda: iter(())
     close: Callable[[], None] = lambda: None
     issues: list[RowIssue] = field(default_factory=list)

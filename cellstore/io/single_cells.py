@@ -34,8 +34,13 @@ from .objects import (
 )
 from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, opened
 
-EXCLUDED = "Metadata_Excluded"
+EXCLUDED, CELL_ID = "Metadata_Excluded", "Metadata_CellId"
+SEGMENTATION, SUBSET, LABEL = "Metadata_Segmentation", "Metadata_Subset", "Metadata_Label"
+"""Columns of our own exports: why a cell does not count, its number in its store, who found it,
+and what a split says of it."""
 TOOL = "single cells"
+
+_OURS = (EXCLUDED, CELL_ID, SEGMENTATION, SUBSET, LABEL)
 
 _NUMBERS = (
     "Metadata_ObjectNumber",
@@ -125,7 +130,7 @@ class _Columns:
                 name
                 for name in columns
                 if name.startswith("Metadata_")
-                and name not in {*_NUMBERS, *image.values(), *keys, *positions.values(), EXCLUDED}
+                and name not in {*_NUMBERS, *image.values(), *keys, *positions.values(), *_OURS}
             ),
             tuple(name for name in columns if _is_measure(name)),
             positions,
@@ -188,7 +193,8 @@ def _find_cells(
 ) -> Chosen:
     """Add the images and cells to ``source``; return which rows of the table are cells."""
     number = str(columns.object_number)
-    parts = [[np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]]
+    parts = [[np.empty(0, np.int64)] for _ in range(4)]
+    own = [CELL_ID] if CELL_ID in table.columns else []
     known: dict[str, tuple[int, list[str | None]]] = {}
     """By the key of an image: its index, and what the other columns have in its first row."""
     varying: set[str] = set()
@@ -196,7 +202,7 @@ def _find_cells(
     of_image = {**columns.image, **{name: name for name in columns.others}}
     rows_of = ImageRows({name: at for at, name in enumerate(of_image)}, plate)
     with opened(path):  # an image may be named by a column of an odd kind
-        for batch, lines in table.batches(list(dict.fromkeys([number, *columns.of_image]))):
+        for batch, lines in table.batches(list(dict.fromkeys([number, *own, *columns.of_image]))):
             keys = _joined(batch, columns.keys)
             codes = keys.indices.to_numpy(zero_copy_only=False).astype(np.int64)
             first = np.unique(codes, return_index=True)[1]
@@ -229,6 +235,7 @@ def _find_cells(
             parts[0].append(np.array(found, np.int64)[codes])
             parts[1].append(whole_numbers(batch.column(number)))
             parts[2].append(lines)
+            parts[3] += [whole_numbers(batch.column(name)) for name in own]
     if varying:
         names = sorted(name.removeprefix("Metadata_") for name in varying)
         for at, (file, content) in enumerate(source.images):
@@ -240,7 +247,7 @@ def _find_cells(
             "metadata not kept, because the cells of one image have different values: "
             f"{', '.join(names[:5])}{more}"
         )
-    image, numbers, lines = (np.concatenate(some) for some in parts)
+    image, numbers, lines, cell_ids = (np.concatenate(some) for some in parts)
     source.check_plate(path.name)
     kept = np.ones(len(image), bool)
     for index, (_, content) in enumerate(source.images):
@@ -262,6 +269,7 @@ def _find_cells(
     if rows == 0:
         source.problem(path.name, None, "no rows", "the file has no rows")
     source.image_index, source.object_number = image[kept], numbers[kept]
+    source.cell_ids = cell_ids[kept] if own else None
     source.origins = [(np.zeros(len(source.image_index), np.int64), lines[kept])]
     return kept
 

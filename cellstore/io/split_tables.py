@@ -20,20 +20,18 @@ from typing import Any
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
 from .filenames import format_well, parse_well
-from .tables import Refusal, known_text, nearest_columns, open_table
+from .tables import KEYS, Refusal, known_text, nearest_columns, open_table, plain_name
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "subset", "side", "set"),
-    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
-    "well": ("well", "wellposition"),
-    "site": ("site", "field", "fieldid", "fov"),
+    **KEYS,
     "identifier": ("broadsample", "identifier", "jcp2022"),
     "name": ("pertiname", "compoundname"),
     "target": ("target", "gene", "genes"),
     "inchikey": ("inchikey",),
     "smiles": ("smiles",),
 }
-"""Names of columns, without ``Metadata_``, case and underscores; the first that is there counts."""
+"""Names of columns, as ``plain_name`` gives them; the first that is there counts."""
 IDENTIFIERS = ("orf", "crispr", "compound")
 """Columns of JUMP-CP's pairs; each holds a treatment of its own."""
 SUBSETS: Mapping[str, Subset] = {
@@ -92,7 +90,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
         UserInputError: a file cannot be read.
     """
     # Held in memory are the columns that we know, and those that join two tables.
-    headers = [set(map(_normalised, open_table(path, whole=False).columns)) for path in paths]
+    headers = [set(map(plain_name, open_table(path, whole=False).columns)) for path in paths]
     counts = Counter(name for header in headers for name in header)
     wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
     wanted |= {name for name, count in counts.items() if count > 1}
@@ -123,16 +121,12 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     return SplitTables(tuple(rows), tuple(refusals), digests)
 
 
-def _normalised(column: str) -> str:
-    return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
-
-
 def _read(path: Path, wanted: set[str], refusals: list[tuple[str, Refusal]]) -> _Table:
     table = open_table(path)
     positions: dict[str, int] = {}
     for position, column in enumerate(table.columns):
-        if _normalised(column) in wanted:
-            positions.setdefault(_normalised(column), position)
+        if plain_name(column) in wanted:
+            positions.setdefault(plain_name(column), position)
     found = _Table(path, list(positions), [])
     for row in table.rows():
         if isinstance(row, Refusal):

@@ -72,6 +72,14 @@ _CELL_LINES = 20_000
 _COLUMN_SIGNS = ("ImageNumber", "ObjectNumber", "Metadata_", "FileName_", "AreaShape_")
 
 
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
+    "well": ("well", "wellposition"),
+    "site": ("site", "field", "fieldid", "fov"),
+}
+"""Names of the columns that say which image a row is about, as :func:`plain_name` gives them."""
+
+
 class Refusal(NamedTuple):
     """A row that cannot be used: the line it starts at, a reason to count by, and its details."""
 
@@ -682,6 +690,11 @@ def text_cells(path: Path) -> CellTable:
         reader = csv.reader(lines, delimiter=delimiter)
         rows = [TableRow(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))]
     return CellTable(path, (), delimiter, encoding or "", notes, cells=tuple(rows))
+
+
+def plain_name(column: str) -> str:
+    """Return the name of a column without ``Metadata_``, case, spaces and underscores."""
+    return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
 
 
 def known_text(column: str, text: str) -> str | None:

@@ -1,7 +1,9 @@
 """Models that a network has to beat: what they are, and how they are fitted and kept.
 
-Two are classical models on the measurements of a cell; four are null baselines, which know nothing
-of the cells that a treatment could have changed, or nothing of the treatments:
+Three are classical models on the measurements of a cell, or on what another network made of it:
+``logistic`` and ``knn``, which are the two usual probes of an embedding, and ``forest``. Four are
+null baselines, which know nothing of the cells that a treatment could have changed, or nothing of
+the treatments:
 
 * ``majority``: how frequent each class is among the training images. What guessing well gets.
 * ``shuffled``: as ``logistic``, but wells have exchanged their labels. What an able model gets
@@ -29,10 +31,11 @@ from ..errors import UnknownNameError, UserInputError
 Numbers = NDArray[np.float64]
 
 MAJORITY, SHUFFLED, CELLCOUNT, POSITION = "majority", "shuffled", "cellcount", "position"
-LOGISTIC, FOREST = "logistic", "forest"
+LOGISTIC, KNN, FOREST = "logistic", "knn", "forest"
 NULLS = (MAJORITY, SHUFFLED, CELLCOUNT, POSITION)
-BASELINES = (*NULLS, LOGISTIC, FOREST)
-ON_FEATURES = (SHUFFLED, LOGISTIC, FOREST)
+BASELINES = (*NULLS, LOGISTIC, KNN, FOREST)
+GROUPS = {"null": NULLS, "probe": (LOGISTIC, KNN), "all": BASELINES}
+ON_FEATURES = (SHUFFLED, LOGISTIC, KNN, FOREST)
 """Those that read the measurements of cells; the others say the same of all cells of an image."""
 
 POSITION_COLUMNS = ("row", "column")
@@ -43,18 +46,17 @@ STEPS = 1000
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
-    """Return baselines by name, in the order of ``BASELINES``; ``null`` and ``all`` are groups.
+    """Return baselines by name or by that of one of ``GROUPS``, in the order of ``BASELINES``.
 
     Raises ``UnknownNameError`` for another name, ``UserInputError`` for none.
     """
-    groups = {"null": NULLS, "all": BASELINES}
     wanted: set[str] = set()
     for name in names:
-        if name not in groups and name not in BASELINES:
-            raise UnknownNameError.of("baseline", name, (*BASELINES, *groups))
-        wanted.update(groups.get(name, (name,)))
+        if name not in GROUPS and name not in BASELINES:
+            raise UnknownNameError.of("baseline", name, (*BASELINES, *GROUPS))
+        wanted.update(GROUPS.get(name, (name,)))
     if not wanted:
-        raise UserInputError(f"Name a baseline: {', '.join((*BASELINES, *groups))}.")
+        raise UserInputError(f"Name a baseline: {', '.join((*BASELINES, *GROUPS))}.")
     return tuple(name for name in BASELINES if name in wanted)
 
 
@@ -91,6 +93,22 @@ def fit_logistic(
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(np.asarray(rows, dtype=np.float64), classes)
     return model, not any(issubclass(item.category, ConvergenceWarning) for item in caught)
+
+
+def fit_knn(rows: ArrayLike, classes: NDArray[np.int64], neighbours: int = 20) -> Any:
+    """Return a classifier by the nearest training cells; ``rows`` and ``classes`` as above.
+
+    The ``neighbours`` whose rows point most nearly the same way (cosine) vote, each by 1 / distance
+    (1 - cosine). Cosine and 20 neighbours are the protocol of DINO (Caron et al., ICCV 2021), which
+    weighs by exp(cosine / 0.07); 1 / distance is what scikit-learn keeps without code in the file.
+    It keeps all rows, and compares with each of them.
+    """
+    from sklearn.neighbors import KNeighborsClassifier
+
+    model = KNeighborsClassifier(
+        min(neighbours, len(classes)), metric="cosine", algorithm="brute", weights="distance"
+    )
+    return model.fit(np.asarray(rows, dtype=np.float32), classes)
 
 
 def fit_forest(

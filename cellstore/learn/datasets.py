@@ -1,21 +1,33 @@
-"""The cells of a split for a training loop of one's own: a data set for torch's ``DataLoader``."""
+"""The cells, or the images, of a split for a training loop of one's own: torch's data sets."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import ImageInput, Sources, TrainParams
 from ..enums import Subset
-from ..errors import UserInputError
+from ..errors import ImageError, StorageError, UserInputError
+from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace, open_workspace
-from ..query.cells import CellSource, ImageBlock, plane_of
+from ..models import Image, Plate, SplitMember, Well
+from ..query.cells import (
+    CellSource,
+    ImageBlock,
+    current_segmentation,
+    plane_of,
+    plate_of,
+    read_masks,
+)
 from ..settings import StoreSettings
 from .batches import (
     Block,
@@ -27,13 +39,19 @@ from .batches import (
     reading_threads,
 )
 from .branches import IMAGE, MASK, TABULAR, choose_branches, choose_channels
-from .crops import crop_cells
+from .crops import UNKNOWN_LABEL, CellCrops, Pictures, crop_cells, cut_crops
 from .normalising import Scaler, fit_inputs
 from .trained_models import planes_of
 from .training_cells import find_training_cells
 
 AT_ONCE = 64
 """Cells whose crops are resized together."""
+
+FIELDS_MIXED = {"buffer_cells": 32, "buffer_bytes": 256 << 20}
+"""Whole fields that are mixed: enough where a sampler reads some of them several times."""
+
+OBJECTS = "objects"
+"""Layer of the object numbers of a whole field."""
 
 Item = dict[str, Any]
 
@@ -52,7 +70,14 @@ class CellDataset(IterableDataset[Item]):
 
     Crops are cut from the images when they are needed, by the box of the cell, and resized. With
     several workers, or several processes of ``torch.distributed``, each has images of its own, so
-    that no cell comes twice. Call :meth:`set_epoch` before each epoch; workers that persist hear
+    that no cell comes twice.
+
+    Of ``unit="image"`` an item is a whole field, on the same scale of intensities: ``image``
+    (C, H, W) float32, or (C, S, S) with a ``crop``; ``mask`` (H, W) int64, the object numbers, 0
+    between the cells; ``label``; ``image_id``, and ``plate``, ``well``, ``site``, ``plane`` and
+    ``time_point``, by which :meth:`cellstore.Store.add_predictions` finds the image again.
+
+    Call :meth:`set_epoch` before each epoch; workers that persist hear
     of it. ``len`` counts the cells of an epoch in this process. Made by
     :meth:`cellstore.Store.dataset`.
     """
@@ -66,15 +91,18 @@ class CellDataset(IterableDataset[Item]):
     label_ids: tuple[int, ...]
     branches: tuple[str, ...]
     channels: tuple[str, ...]
-    crop: int
+    crop: int | None
     sampler: str
     shuffle: bool
     seed: int
     transform: Callable[[Item], Item] | None = None
     notes: tuple[str, ...] = ()
+    places: Mapping[int, Item] | None = None
+    """By image: what an item says of it, where items are images."""
     # Shared memory, so that workers that persist see it change.
     epoch: torch.Tensor = field(default_factory=lambda: _shared(torch.zeros((), dtype=torch.int64)))
     _opened: tuple[int, CellReader] | None = None
+    _shape: tuple[int, ...] | None = None
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -97,26 +125,69 @@ class CellDataset(IterableDataset[Item]):
         cells = BlockShuffle(
             self._blocks,
             lambda ids: prefetch(ids, reader.cut, threads),
-            AT_ONCE,
+            AT_ONCE if self.places is None else 2,
             self.seed,
             shuffle=self.shuffle,
             sampler=self.sampler,
             share=(rank * workers + number, world * workers),
             even=False,
+            **({} if self.places is None else FIELDS_MIXED),
         )
+        make = self._cell_items if self.places is None else self._image_items
         for some in cells(int(self.epoch)):
-            block = crop_cells(some, self.crop)
-            for index in range(len(block)):
-                item: Item = {"cell_id": int(block.cell_ids[index])}
-                item["label"] = int(block.labels[index])
-                if IMAGE in block.crops:
-                    item["image"] = block.crops[IMAGE][index]
-                if MASK in block.crops:
-                    # Crops are from -1 to 1, as networks like them.
-                    item["mask"] = (block.crops[MASK][index, :1] + 1) / 2
-                if TABULAR in self.branches:
-                    item["features"] = block.features[index]
+            for item in make(some):
                 yield item if self.transform is None else self.transform(item)
+
+    def _cell_items(self, cells: CellCrops) -> Iterator[Item]:
+        assert self.crop is not None
+        block = crop_cells(cells, self.crop)
+        for index in range(len(block)):
+            item: Item = {"cell_id": int(block.cell_ids[index])}
+            item["label"] = int(block.labels[index])
+            if IMAGE in block.crops:
+                item["image"] = block.crops[IMAGE][index]
+            if MASK in block.crops:
+                # Crops are from -1 to 1, as networks like them.
+                item["mask"] = (block.crops[MASK][index, :1] + 1) / 2
+            if TABULAR in self.branches:
+                item["features"] = block.features[index]
+            yield item
+
+    def _image_items(self, images: CellCrops) -> Iterator[Item]:
+        assert self.places is not None
+        crops = None if self.crop is None else crop_cells(images, self.crop).crops[IMAGE]
+        for index, (start, end) in enumerate(images.spans.tolist()):
+            image_id, shape = int(images.cell_ids[index]), tuple(images.sizes[index].tolist())
+            if crops is not None:
+                picture = crops[index]
+            else:
+                self._check_shape(shape)
+                flat = torch.from_numpy(images.layers[IMAGE][:, start:end])
+                picture = (flat * 2 - 1).reshape(-1, *shape)  # as crops
+            item: Item = {"image_id": image_id, **self.places[image_id]}
+            item |= {"label": int(images.labels[index]), "image": picture}
+            if OBJECTS in images.layers:
+                numbers = images.layers[OBJECTS][0, start:end].reshape(shape)
+                if self.crop is not None:  # the nearest pixel: numbers have no mean
+                    at = (np.arange(self.crop) + 0.5) / self.crop
+                    rows, columns = ((at * length).astype(np.int64) for length in shape)
+                    numbers = numbers[np.ix_(rows, columns)]
+                item["mask"] = torch.from_numpy(numbers)
+            yield item
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse fields that cannot stand in one batch.
+
+        Raises:
+            UserInputError: an earlier field has another size, and nobody makes them equal.
+        """
+        self._shape = self._shape or shape
+        if self.transform is None and shape != self._shape:
+            raise UserInputError(
+                f"Some fields have {self._shape[0]} x {self._shape[1]} pixels, others "
+                f"{shape[0]} x {shape[1]}. Give crop=512: all are resized to 512 x 512; or a "
+                "transform that makes them equal."
+            )
 
     @property
     def _blocks(self) -> list[Block]:
@@ -126,12 +197,12 @@ class CellDataset(IterableDataset[Item]):
     def _reader(self, workers: int) -> CellReader:
         """What reads the cells in this process: a connection does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            reader = CellReader(
+            reader = (CellReader if self.places is None else FieldReader)(
                 open_workspace(self.settings),
                 self.source,
                 self.plane,
                 self.scaler,
-                self.crop,
+                self.crop or 1,
                 {label_id: index for index, label_id in enumerate(self.label_ids)},
                 kept_bytes=default_memory() // (workers * _team()[1]),
                 branches=self.branches,
@@ -142,6 +213,47 @@ class CellDataset(IterableDataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
+
+
+class FieldReader(CellReader):
+    """Reads whole fields: :meth:`cut` returns one "cell", the field, with the id of the image."""
+
+    def cut(self, image_id: int) -> CellCrops:
+        """Return an image; its masks are layer ``OBJECTS``.
+
+        Raises:
+            ImageError: its pixels or masks cannot be read or do not fit each other.
+        """
+        if (found := self._kept.get(image_id)) is not None:
+            return found
+        database, names = self.workspace.database, self.channels
+        channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
+        with database.read() as session:
+            member = (
+                SplitMember.split_id == self.source.split_id,
+                SplitMember.image_id == image_id,
+            )
+            label_id = session.scalar(select(SplitMember.label_id).where(*member))
+            plate = plate_of(session, image_id)
+            masks = np.zeros(channels[0].shape, np.uint8)
+            if MASK in self.branches:
+                try:
+                    found_in = current_segmentation(session, self.source.segment_id, image_id)
+                    masks = read_masks(session, self.workspace.artifacts, found_in)
+                except StorageError as error:
+                    raise ImageError(str(error)) from error
+        scales = (self.scaler.intensities or {}).get(plate)
+        nothing = np.zeros_like(masks)  # the field as the one cell of itself, number 0
+        pictures = Pictures(nothing, None, None, channels, scales)
+        sizes, layers = cut_crops(pictures, np.array([[0, 0, *masks.shape]]), np.zeros(1))
+        if MASK in self.branches:
+            layers = {**layers, OBJECTS: masks.astype(np.int64).reshape(1, -1)}
+        label = np.array([self.classes.get(label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)])
+        found = CellCrops(sizes, layers, np.zeros((1, 0), np.float32), label, np.array([image_id]))
+        with self._lock:
+            if self._room and image_id not in self._kept and found.nbytes <= self._room:
+                self._kept[image_id], self._room = found, self._room - found.nbytes
+        return found
 
 
 def _shared(number: torch.Tensor) -> torch.Tensor:
@@ -159,68 +271,75 @@ def cell_dataset(
     workspace: Workspace,
     sources: Sources,
     subset: Subset,
+    params: TrainParams,
     *,
-    channels: Sequence[str] = (),
-    crop: int = 96,
-    mask: bool = False,
-    features: str | bool = False,
-    sampler: str = "cells",
+    unit: str = "cell",
+    crop: int | None = None,
     shuffle: bool | None = None,
-    seed: int = 0,
-    intensity: str = "plate",
     transform: Callable[[Item], Item] | None = None,
-    exclude_flagged: str | None = None,
-    where: str | None = None,
-    sql: str | None = None,
 ) -> CellDataset:
     """Return the data set of a subset of a split; see :meth:`cellstore.Store.dataset`.
+
+    ``params``: its branches are what an item has (``mask``, ``image``, ``tabular``).
 
     Raises:
         UnknownNameError: there is no such split, channel, recipe or feature set.
         UserInputError: there are no cells, or what was asked for is not known of all of them.
     """
-    params = TrainParams(
-        features=features if isinstance(features, str) else None,
-        crop_size=crop,
-        sampler=sampler,
-        intensity=intensity,
-        seed=seed,
-        exclude_flagged=exclude_flagged,
-        where=where,
-        sql=sql,
-    )
+    wanted = params.branches or ()
+    if unit == "image" and TABULAR in wanted:
+        raise UserInputError("Features are of cells: leave them out, or ask for unit='cell'.")
     with workspace.database.read() as session:
         cells = find_training_cells(session, workspace, sources, params, (subset,))
-        if not cells.blocks[subset]:
+        blocks = cells.blocks[subset]
+        if not blocks:
             raise UserInputError(
                 f"Split {cells.split.name} has no measured cells in its {subset.value} subset."
             )
-        wanted = (*((MASK,) if mask else ()), IMAGE, *((TABULAR,) if features else ()))
-        branches, _ = choose_branches(session, cells.source, wanted)
-        chosen = choose_channels(session, cells.source, channels)
-        planes = planes_of(cells.segment, chosen) if intensity == "plate" else ()
+        choose_branches(session, cells.source, wanted)
+        chosen = choose_channels(session, cells.source, params.channels)
+        planes = planes_of(cells.segment, chosen) if params.intensity == "plate" else ()
         scaler = fit_inputs(
             session,
             workspace.database,
             cells.source,
-            "train" if features else None,
+            "train" if TABULAR in wanted else None,
             planes,
             (subset,),
         )
+        places = None
+        if unit == "image":
+            places = _places(session, cells.source.split_id, subset)
+            blocks = tuple(replace(block, n_cells=1) for block in blocks)
     return CellDataset(
         settings=workspace.settings,
         source=cells.source,
         plane=plane_of(cells.segment),
         scaler=scaler,
-        blocks=cells.blocks[subset],
+        blocks=blocks,
         classes=tuple(cells.labels),
         label_ids=tuple(cells.labels.values()),
-        branches=branches,
+        branches=wanted,
         channels=chosen,
         crop=crop,
-        sampler=sampler,
+        sampler=params.sampler,
         shuffle=subset is Subset.TRAIN if shuffle is None else shuffle,
-        seed=seed,
+        seed=params.seed,
         transform=transform,
         notes=cells.notes,
+        places=places,
     )
+
+
+def _places(session: Session, split_id: int | None, subset: Subset) -> dict[int, Item]:
+    """What names the images of a subset in tables."""
+    columns = (Image.id, Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
+    query = select(*columns).join(Well, Well.id == Image.well_id)
+    query = query.join(Plate, Plate.id == Well.plate_id)
+    query = query.join(SplitMember, SplitMember.image_id == Image.id)
+    query = query.where(SplitMember.split_id == split_id, SplitMember.subset == subset)
+    names = ("plate", "well", "site", "plane", "time_point")
+    return {
+        image_id: dict(zip(names, place, strict=True))
+        for image_id, *place in session.execute(query)
+    }

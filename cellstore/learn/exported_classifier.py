@@ -1,8 +1,8 @@
 """A classifier of cells, made of the two files of an exported model.
 
 This file comes with the model and needs no cellstore: torch and torchvision for a network
-(model.safetensors), scikit-learn and skops for another model (model.skops). Reading the files runs
-no code from them.
+(model.safetensors), timm for one whose backbone begins with timm:, scikit-learn and skops for
+another model (model.skops). Reading the files runs no code from them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 TABULAR = "tabular"
+TIMM = "timm:"
+"""How the name of a backbone begins that is a network of timm."""
 
 TRUSTED = ["sklearn.tree._tree.Tree"]
 """What a file may hold beside what skops trusts by itself; :func:`check_tree` looks at these."""
@@ -160,10 +162,17 @@ class ImageBranch(nn.Sequential):
 
     A classifier of torchvision without its head, the last linear layer; its first convolution,
     ``stem``, is made to fit. Of EfficientNets only the features, pooled: without the dropout before
-    their head, as published.
+    their head, as published. A backbone ``timm:NAME`` is a network of timm without its head; its
+    vision transformers take crops of other sizes by interpolating the positions.
     """
 
     def __init__(self, channels: int, backbone: str) -> None:
+        if backbone.startswith(TIMM):
+            net = timm_network(backbone.removeprefix(TIMM), channels)
+            super().__init__(net)
+            self.backbone, self.stem = backbone, net.pretrained_cfg["first_conv"]
+            self.width = getattr(net, "head_hidden_size", net.num_features)
+            return
         whole = models.get_model(backbone, weights=None)
         layers = list(whole.named_modules())
         stem, old = next((n, m) for n, m in layers if isinstance(m, nn.Conv2d))
@@ -184,3 +193,16 @@ class ImageBranch(nn.Sequential):
             *((whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pooled else (whole,))
         )
         self.backbone, self.stem, self.width = backbone, stem, last.in_features
+
+
+def timm_network(name: str, channels: int, **options: Any) -> Any:
+    """Return a network of timm without its head: (N, channels, S, S) to (N, width)."""
+    import timm
+
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["dynamic_img_size"] = True
+    try:
+        return timm.create_model(name, in_chans=channels, num_classes=0, **options)
+    except TypeError:  # not each of a fixed size knows how to take another
+        options.pop("dynamic_img_size", None)
+        return timm.create_model(name, in_chans=channels, num_classes=0, **options)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -25,17 +26,19 @@ from torchvision import models
 
 from ..errors import UnknownNameError, UserInputError, first_line
 from ..io.uris import plain_file
+from ..settings import need
 from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR
-from .exported_classifier import ImageBranch, Network
+from .exported_classifier import TIMM, ImageBranch, Network
 
 EFFICIENTNET_B0 = "efficientnet_b0"
 """What the published network has."""
 
 WORKING = (
     "efficientnet_b0 to _b7, efficientnet_v2_s, resnet18 to 152, resnext, wide_resnet, "
-    "mobilenet_v2 and _v3, convnext, densenet, shufflenet_v2, regnet, swin, vgg"
+    "mobilenet_v2 and _v3, convnext, densenet, shufflenet_v2, regnet, swin, vgg; and most of timm, "
+    "for example timm:resnet18, timm:convnext_atto, timm:vit_small_patch16_224"
 )
-"""The families that take crops of 64 pixels, tried with torchvision 0.29."""
+"""The families that take crops of 64 pixels, tried with torchvision 0.29 and timm 1.0.31."""
 
 State = Mapping[str, Tensor]
 
@@ -55,11 +58,15 @@ def backbones() -> tuple[str, ...]:
 
 
 def check_backbone(name: str) -> None:
-    """Refuse a name that torchvision does not have, or a network that cannot be used here.
+    """Refuse a name that torchvision or timm does not have, or a network that cannot be used here.
 
     Raises:
         UnknownNameError, UserInputError
+        MissingExtraError: timm is not installed.
     """
+    if name.startswith(TIMM):
+        check_timm_name(name.removeprefix(TIMM))
+        return
     if name not in backbones():
         raise UnknownNameError.of("backbone", name, backbones())
     for family, why in _UNFIT.items():
@@ -67,8 +74,26 @@ def check_backbone(name: str) -> None:
             raise _unfit(name, why)
 
 
+def check_timm_name(name: str) -> None:
+    """Refuse a name that timm does not have: that of a network, or with the tag of its weights.
+
+    Raises:
+        UnknownNameError
+        MissingExtraError: timm is not installed.
+    """
+    need("embed")
+    import timm
+
+    network, _, tag = name.partition(".")
+    if not timm.is_model(network):
+        raise UnknownNameError.of("network of timm", network, timm.list_models())
+    tags = [item.partition(".")[2] for item in timm.list_pretrained(f"{network}.*")]
+    if tag and tag not in tags:
+        raise UnknownNameError.of(f"weights of timm's {network}", tag, tags)
+
+
 def start_from(branch: ImageBranch, state: State) -> None:
-    """Take over the weights of a torchvision network; ``state`` is its state dict.
+    """Take over the weights of a torchvision or timm network; ``state`` is its state dict.
 
     The first convolution is made to fit: the filters of red, green and blue come first, each
     further channel gets their mean. Raises ``UserInputError`` if they are of another network.
@@ -89,7 +114,7 @@ def start_from(branch: ImageBranch, state: State) -> None:
         branch[0].load_state_dict({name: body[f"{prefix}{name}"] for name in inner})
     except (KeyError, RuntimeError, IndexError) as error:
         raise UserInputError(
-            f"These are not the weights of torchvision's {branch.backbone} "
+            f"These are not the weights of {owner_of(branch.backbone)} "
             f"({first_line(error)}). Give a state dict of that network."
         ) from error
 
@@ -99,10 +124,13 @@ def check_crop_size(branch: ImageBranch, channels: int, size: int) -> None:
 
     Nothing is computed: shapes alone go through the network.
     """
-    tensors = {name: value.to("meta") for name, value in branch.state_dict().items()}
+    tensors = dict(branch.named_buffers()) | branch.state_dict()
+    tensors = {name: value.to("meta") for name, value in tensors.items()}
     crops = torch.empty((2, channels, size, size), device="meta")
     try:
-        functional_call(branch, tensors, (crops,))
+        seen = functional_call(branch, tensors, (crops,))
+        if seen.shape != (2, branch.width):
+            raise ValueError(f"it gives {tuple(seen.shape[1:])} numbers, not one row")
     except (RuntimeError, AssertionError, ValueError) as error:
         why = f"it takes no crops of {size} pixels: {first_line(error).rstrip('.')}"
         raise _unfit(branch.backbone, why) from error
@@ -114,11 +142,23 @@ def _unfit(backbone: str, why: str) -> UserInputError:
     )
 
 
+def owner_of(backbone: str) -> str:
+    """Return whose network it is, for a sentence: ``torchvision's resnet18``."""
+    name = backbone.removeprefix(TIMM)
+    return f"timm's {name}" if backbone.startswith(TIMM) else f"torchvision's {name}"
+
+
 def imagenet_state(backbone: str) -> State:
     """The best ImageNet weights that torchvision knows of a backbone, fetched and kept by it.
 
-    Raises ``UserInputError`` if they cannot be fetched.
+    Of a backbone of timm: its pretrained weights, those of the tag where the name has one, fetched
+    through the Hugging Face hub and kept in its cache. Raises ``UserInputError`` if they cannot be
+    fetched.
     """
+    if backbone.startswith(TIMM):
+        from .embedders import timm_state
+
+        return timm_state(backbone.removeprefix(TIMM))
     source = models.get_model_weights(backbone).DEFAULT
     try:
         state: State = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -131,22 +171,25 @@ def imagenet_state(backbone: str) -> State:
     return state
 
 
-def read_state(path: Path, backbone: str) -> State:
+def read_state(path: Path, owner: str) -> State:
     """The state dict in a file, ``.pth`` or ``.safetensors``; no code in it is run.
 
-    Raises ``UserInputError`` if there is none.
+    ``owner``: whose it should be, for a sentence. Raises ``UserInputError`` if there is none.
     """
     try:
         plain_file(path)
-        if path.suffix == ".safetensors":
+        # Some publish what torch has written under the name of the other format.
+        if path.suffix == ".safetensors" and not is_zipfile(path):
             return load_tensors(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its bytes, not by its name
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state["state_dict"] if set(state) == {"state_dict"} else state
     except FileNotFoundError as error:
         raise UserInputError(f"There is no file of weights {path}; check the path.") from error
     except Exception as error:  # torch raises errors of many kinds for a file that is no state
         raise UserInputError(
             f"{path} cannot be read as weights ({first_line(error)}). Give a state dict of "
-            f"torchvision's {backbone}, as .pth or .safetensors."
+            f"{owner}, as .pth or .safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserInputError(f"{path} holds no state dict; save net.state_dict() and give that.")
@@ -223,7 +266,7 @@ def build_net(
     """A new network on the CPU, in training mode; the same seed gives the same numbers.
 
     ``weights`` start the branches that look at crops: ``None`` (random), ``"imagenet"`` (fetched
-    through torchvision and kept in its cache) or the path of a state dict of torchvision's network
+    through torchvision or timm and kept in a cache) or the path of a state dict of the network
     of that backbone (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
     filters of red, green and blue come first, each further channel gets their mean. With
     ``crop_size``, in pixels, it is tried whether the backbone takes such crops.
@@ -249,7 +292,7 @@ def build_net(
         if weights == IMAGENET:
             state = imagenet_state(shape.backbone)
         else:
-            state = read_state(Path(weights), shape.backbone)
+            state = read_state(Path(weights), owner_of(shape.backbone))
         for branch in branches.values():
             start_from(branch, state)
     return net

@@ -250,6 +250,8 @@ class TrainingState:
 class EpochMetrics:
     """One epoch, counted from 1. Losses are per cell, accuracies shares of cells.
 
+    Those of validation are ``None`` where no image validates.
+
     Training numbers are those of the batches as they were trained on: with dropout, and while
     the network changed. ``learning_rate`` is the one the epoch used.
     """
@@ -257,8 +259,8 @@ class EpochMetrics:
     epoch: int
     train_loss: float
     train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
     learning_rate: float
     seconds: float
 
@@ -300,10 +302,12 @@ class Training:
     def run(
         self,
         train_batches: BatchesOf,
-        validation_batches: BatchesOf,
+        validation_batches: BatchesOf | None,
         on_step: Callable[[int, int], None] = lambda _epoch, _step: None,
     ) -> Generator[EpochMetrics, None, None]:
         """Train until no epoch is better than the best for ``patience`` epochs; yield each epoch.
+
+        Without ``validation_batches`` nothing stops it before the last epoch, which is the best.
 
         Adam on the loss, which is that of validation, too. ``train_batches`` has batches of two
         cells or more, with labels of 0 or more. ``on_step`` gets the numbers of the epoch and the
@@ -366,18 +370,16 @@ class Training:
                     net = self.wrapped if alone else self.net
                     sums = torch.zeros(5, dtype=torch.float64, device=team.device)
                     with torch.no_grad(), nullcontext() if alone else team.autocast():
-                        for cells in validation_batches(number):
+                        for cells in validation_batches(number) if validation_batches else ():
                             sums += self._loss(net, cells.to(team.device))[1]
-                    validated = self._mean(sums, "validation")
+                    validated: tuple[float | None, float | None] = (None, None)
+                    if validation_batches:
+                        validated = self._mean(sums, "validation")
 
                     seconds = time.perf_counter() - began
                     epoch = EpochMetrics(number + 1, *trained, *validated, rate, seconds)
                     self.epochs.append(epoch)
-                    best = self.epochs[self.best]
-                    better = epoch.validation_loss < best.validation_loss
-                    if params.monitor == "accuracy":
-                        better = epoch.validation_accuracy > best.validation_accuracy
-                    if better or number == 0:
+                    if _better(epoch, self.epochs[self.best], params.monitor) or number == 0:
                         self.best, self.best_state = number, _copy(self.net)
                     yield epoch
         except Exception as error:
@@ -462,6 +464,16 @@ class Training:
                 "again with --force."
             ) from error
         self.best_state = state.part("best") or _copy(self.net)
+
+
+def _better(epoch: EpochMetrics, best: EpochMetrics, monitor: str) -> bool:
+    """Whether an epoch is better than the best before it; the last one, where none validates."""
+    loss, accuracy = epoch.validation_loss, epoch.validation_accuracy
+    if loss is None or accuracy is None:
+        return True
+    if monitor == "accuracy":
+        return accuracy > (best.validation_accuracy or 0.0)
+    return best.validation_loss is None or loss < best.validation_loss
 
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:

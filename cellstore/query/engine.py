@@ -16,6 +16,7 @@ import re
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -133,6 +134,12 @@ _VOTE_VIEWS = {
 RANKED_COPIED = "level = 'image' AND vote <> 'median'"
 """Which of the ranked votes are kept: those that most people ask for."""
 
+_FOLD_IMAGES = """
+    SELECT p.id AS run_id, m.image_id FROM runs AS p
+    LEFT JOIN runs AS t ON t.id = p.parent_id
+    JOIN split_members AS m ON m.split_id = coalesce(p.split_id, t.split_id)
+    WHERE m.subset = 'test' AND list_contains(?, p.id)
+"""
 _ELIGIBLE = """
     CREATE VIEW eligible_predictions AS
     SELECT run_id, image_id, cell_id, rank, label_id, probability
@@ -249,8 +256,10 @@ def open_questions(
 
     ``vote_options``: how cells vote in the views; by default every cell that is not excluded does.
     ``runs``: the predict runs that are asked about; what others said is not read, as if they had
-    said nothing. ``only_image_votes``: of the votes only the hard and soft ones of images are asked
-    for, whose winners are kept; the others are left out.
+    said nothing. In a mapping several of them have one number (``NamedRun.read_as``): they are the
+    folds of a cross-validation, and read as one run of that number, of each only what it said of
+    the test images of its fold. ``only_image_votes``: of the votes only the hard and soft ones of
+    images are asked for, whose winners are kept; the others are left out.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -313,6 +322,27 @@ class Questions:
     def _empty(self) -> duckdb.DuckDBPyConnection:
         # Opened when it is needed: that takes as long as a small question.
         return self._stack.enter_context(locked_connection(self.limits, self._spill))
+
+    @cached_property
+    def _folds(self) -> dict[int, int]:
+        """The predict runs that are folds, each with the number under which it is read."""
+        runs = self.runs if isinstance(self.runs, Mapping) else {}
+        counts = Counter(runs.values())
+        folds = {run: number for run, number in runs.items() if counts[number] > 1}
+        if folds:
+            self.keep("fold_images", _FOLD_IMAGES, [list(folds)])
+        return folds
+
+    def _of_folds(self, query: str, image: str = "image_id") -> str:
+        """Return a query of rows of runs, so that those of folds have one number; see there."""
+        if not self._folds:
+            return query
+        cases = " ".join(f"WHEN {run} THEN {number}" for run, number in self._folds.items())
+        return f"""SELECT q.* REPLACE (CASE q.run_id {cases} ELSE q.run_id END AS run_id)
+            FROM ({query}) AS q LEFT JOIN fold_images AS f
+            ON f.run_id = q.run_id AND f.image_id = q.{image}
+            WHERE f.run_id IS NOT NULL OR q.run_id NOT IN ({", ".join(map(str, self._folds))})
+        """  # noqa: S608 - numbers and our own words
 
     @cached_property
     def _sets(self) -> dict[str, SetRelation]:
@@ -495,7 +525,7 @@ class Questions:
                     # Other views name it many times; made once, it is read as often for nothing.
                     numbers = ", ".join(str(int(run)) for run in self.runs)
                     once = True
-                    query = f"FROM ({query}) WHERE run_id IN ({numbers or -1})"
+                    query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
                 self._make(name, query, once=once)
             self._loaded.add(name)
             if rows is not None and rows <= FEW:
@@ -543,7 +573,10 @@ class Questions:
         ]
         if paths:
             files = reading_files(paths)
-            parts.append(f"SELECT {names} FROM {files}")  # noqa: S608
+            said = f"SELECT {names} FROM {files}"  # noqa: S608
+            if Stage.PREDICT in WRITERS[name]:
+                said = self._of_folds(said, "unit_id" if name == RANKED else "image_id")
+            parts.append(said)
             counted = self._full.execute(f"SELECT count(*) FROM {files}")  # noqa: S608
             few = counted.fetchall()[0][0] <= FEW
         others = [run for run, _, ended in runs if not ended]

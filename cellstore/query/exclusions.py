@@ -70,11 +70,11 @@ def with_flags(
     """
     if options.exclude_flagged is None:
         return options, ()
-    labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+    labelled = and_(Prediction.run_id.in_(run.read_as), Prediction.rank == 1)
     seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
     seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
     segment_ids = session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct())
-    whole = select(ImagePrediction.image_id).where(ImagePrediction.run_id == run.id)
+    whole = select(ImagePrediction.image_id).where(ImagePrediction.run_id.in_(run.read_as))
     of_cells = seen.with_only_columns(Segmentation.image_id)
     images = select(Image.id).where(or_(Image.id.in_(of_cells), Image.id.in_(whole)))
     qc, unseen = qc_run_for(session, options.exclude_flagged, images, segment_ids.all())

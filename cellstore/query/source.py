@@ -62,6 +62,8 @@ VIEWS = (
     "confusion",
     "class_report",
     "disagreements",
+    "training_runs",
+    "run_parameters",
     "lineage",
     "image_locations",
     *STEPS,

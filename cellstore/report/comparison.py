@@ -26,10 +26,12 @@ class ComparedRun:
     """One of two compared runs, on what both have answered.
 
     ``low`` and ``high`` bound the accuracy: 95 % interval over wells, ``None`` where these are too
-    few. ``wells_seen``: how many of the compared wells it had been trained on.
+    few. ``wells_seen``: how many of the compared wells it had been trained on. ``name``: its
+    number, or that of a cross-validation, of which ``run_id`` is the last run.
     """
 
     run_id: int
+    name: str
     train_run_id: int | None
     split: str
     correct: int
@@ -192,7 +194,7 @@ def compare(
     check_vote(level, vote)
     one = find_subject(workspace, first, vote_options)
     other = find_subject(workspace, second, vote_options)
-    about = {one.run.id, other.run.id}
+    about = one.read_as | other.read_as
     with open_questions(workspace, vote_options=one.vote_options, runs=about) as questions:
         return compare_subjects(
             questions, one, other, level=level, vote=vote, limit=limit, force=force
@@ -210,12 +212,12 @@ def compare_subjects(
     force: bool,
 ) -> Comparison:
     """Compare two predict runs; see :func:`compare`."""
-    if first.run.id == second.run.id:
-        raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
+    if both := first.read_as.keys() & second.read_as.keys():
+        raise UserInputError(f"Both are run {max(both)}: name another run to compare it with.")
     kinds = [subject.split.field for subject in (first, second)]
     if kinds[0] != kinds[1]:
         raise UserInputError(
-            f"Run {first.run.id} predicts {kinds[0]} and run {second.run.id} {kinds[1]}: their "
+            f"Run {first.name} predicts {kinds[0]} and run {second.name} {kinds[1]}: their "
             "labels are of different kinds and cannot be compared."
         )
     run_ids = [first.run.id, second.run.id]
@@ -227,12 +229,12 @@ def compare_subjects(
     one, other = pair
     if not one.size and n_other_truth:
         raise UserInputError(
-            f"Split {first.split.name} and split {second.split.name} have different true labels "
+            f"Split {first.split_name} and split {second.split_name} have different true labels "
             f"for every {level} that both runs have labelled."
         )
     if not one.size:
         raise UserInputError(
-            f"Runs {first.run.id} and {second.run.id} have answered no {level} in common that "
+            f"Runs {first.name} and {second.name} have answered no {level} in common that "
             "neither was trained on (--force compares them on those, too). Label the same images "
             "with both: cellstore predict --run RUN"
         )
@@ -245,8 +247,9 @@ def compare_subjects(
         compared.append(
             ComparedRun(
                 run_id=subject.run.id,
-                train_run_id=subject.run.parent_id,
-                split=subject.split.name,
+                name=subject.name,
+                train_run_id=None if subject.folds else subject.run.parent_id,
+                split=subject.split_name,
                 correct=int(correct.sum()),
                 accuracy=float(correct.mean()),
                 low=low,
@@ -257,17 +260,17 @@ def compare_subjects(
     judged = judge(*right, one.well, np.setxor1d(*seen).size)
     test = judged.test
     bounds = well_interval(right[0], one.well, minus=right[1]) or (None, None)
-    better = {1: first.run.id, -1: second.run.id}.get(judged.better or 0)
+    better = {1: first, -1: second}.get(judged.better or 0)
     wells = (
-        f"wells in which more is right: {test.first:,} with run {first.run.id}, {test.second:,} "
-        f"with run {second.run.id} (McNemar's test over wells: p = {test.p_value:.2g})"
+        f"wells in which more is right: {test.first:,} with run {first.name}, {test.second:,} "
+        f"with run {second.name} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
     conclusion = f"Neither run is shown to be better: {wells}."
     if judged.cannot_say:
         conclusion = f"Cannot say which run is better: {judged.cannot_say}; {wells}."
     elif better is not None:
-        worse = second.run.id if judged.better == 1 else first.run.id
-        conclusion = f"Run {better} is better than run {worse}: {wells}."
+        worse = second if judged.better == 1 else first
+        conclusion = f"Run {better.name} is better than run {worse.name}: {wells}."
     differs = one.answer != other.answer
     return Comparison(
         level=level,
@@ -291,7 +294,7 @@ def compare_subjects(
             how="McNemar's exact test with whole wells: how often the accuracies differ by as much "
             "where chance decides in each well which run is which.",
         ),
-        better=better,
+        better=None if better is None else better.run.id,
         conclusion=conclusion,
         cannot_say=judged.cannot_say,
         not_compared=np.union1d(answers[0].unit, answers[1].unit).size - one.size,
@@ -394,7 +397,7 @@ def _warnings(
     level: str,
 ) -> tuple[str, ...]:
     """Say why the runs may not be comparable."""
-    runs = [subject.run.id for subject in subjects]
+    runs = [subject.name for subject in subjects]
     found = [sentence for subject in subjects for sentence in subject.stale]
     for own, other in ((0, 1), (1, 0)):
         alone = np.setdiff1d(seen[own], seen[other]).size
@@ -410,10 +413,10 @@ def _warnings(
         for declared in questions.ask_ours(DECLARED, [subject.run.parent_id]).records():
             if declared["trained_on"] is None:
                 found.append(
-                    f"It is not known which of these wells run {subject.run.id} had seen in "
+                    f"It is not known which of these wells run {subject.name} had seen in "
                     "training: nobody declared it."
                 )
-    used = [list(questions.ask_ours(SEGMENTED_BY, [run]).rows()) for run in runs]
+    used = [list(questions.ask_ours(SEGMENTED_BY, [item.run.id]).rows()) for item in subjects]
     if used[0] != used[1]:
         labelled = [
             f"those of segmentation recipe {' and '.join(str(recipe) for (recipe,) in rows)}"
@@ -424,7 +427,7 @@ def _warnings(
         found.append(
             f"They label different cells: run {runs[0]} {labelled[0]}, run {runs[1]} {labelled[1]}."
         )
-    names = [subject.split.name for subject in subjects]
+    names = [subject.split_name for subject in subjects]
     if names[0] != names[1]:
         wells = ", so a well may have other images in each" if level == "well" else ""
         found.append(f"They learned from different splits: {names[0]} and {names[1]}{wells}.")

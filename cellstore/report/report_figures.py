@@ -42,13 +42,13 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
 
     ``best``: the score of images by hard votes, ``unseen`` without wells seen in training.
     """
-    beside = [Dot(f"run {result.run_id}", best.accuracy, best.low, best.high)]
+    beside = [Dot(f"run {result.name}", best.accuracy, best.low, best.high)]
     if unseen is not None:
         beside.append(Dot("… in unseen wells", unseen.accuracy, unseen.low, unseen.high))
     for item in result.baselines:
         if (item.level, item.vote) == HEADLINE:
             colour = ORANGE if item.null else GREY
-            beside.append(Dot(item.baseline, item.accuracy, item.low, item.high, colour))
+            beside.append(Dot(item.name, item.accuracy, item.low, item.high, colour))
     if best.majority is not None and not any(row.name == "majority" for row in beside):
         name = f"always {short(result.majority_label or '')}"
         beside.append(Dot(name, best.majority, colour=GREY))
@@ -68,7 +68,7 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
     agreement = None
     if result.comparison is not None:
         found = result.comparison
-        first, second = (f"run {side.run_id}" for side in (found.first, found.second))
+        first, second = (f"run {side.name}" for side in (found.first, found.second))
         counts = {
             "both right": found.both_right,
             f"only {first} right": found.only_first,

@@ -65,12 +65,16 @@ def write_page(
     best = result.score(*HEADLINE)
     unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
     drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps)
-    behind = [run_id]
-    try:
-        made = repro(workspace, str(run_id))
-        script, behind = made.script, [step.run_id for step in made.steps]
-    except CellstoreError as error:
-        script = f"# {error}"
+    scripts, steps = list[str](), set[int]()
+    for one in result.folds or (run_id,):
+        steps.add(one)
+        try:
+            made = repro(workspace, str(one))
+            scripts.append(made.script)
+            steps |= {step.run_id for step in made.steps}
+        except CellstoreError as error:
+            scripts.append(f"# {error}")
+    script, behind = "\n".join(scripts), sorted(steps)
     content = {
         "result": result,
         "run": subject.run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from ..analysis.statistics import FEWEST_WELLS, WellTest, mcnemar_over_wells, we
 from ..config import RunName, VoteOptions
 from ..db.fields import wells_relabelled
 from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
-from ..errors import UserInputError
-from ..jobs.run_names import find_predict_run
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.run_names import find_folds, find_predict_run
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..models import Recipe, Run, Split
@@ -76,10 +77,12 @@ class BaselineScore:
     accuracy as in :class:`Score`. ``null``: it knows nothing of what a treatment does to a cell.
     ``p_value``: of McNemar's test over wells between the run and the baseline, as ``compare`` does
     it; ``beaten``: whether it shows, at 5 % and for this baseline alone, that the run is better;
-    ``None`` where that cannot be said, and ``cannot_say`` is why.
+    ``None`` where that cannot be said, and ``cannot_say`` is why. ``name``: with the feature set
+    that it reads, for people.
     """
 
     baseline: str
+    name: str
     null: bool
     run_id: int
     train_run_id: int | None
@@ -197,7 +200,9 @@ class ReportResult:
     are compounds with known genes) are in order of name, ``by_dose`` (what has a dose, unless the
     labels have it) in order of name and dose, ``by_well`` in order of plate, row and column.
     ``comparison``: the run beside another, if one was named. ``vote_options`` say which images and
-    wells have an answer.
+    wells have an answer. ``folds``: the predict runs of a cross-validation that are scored as one,
+    each on the test images of its fold; ``run_id`` is then the last of them. ``name``: the number
+    of the run, or what was typed for the folds.
     """
 
     run_id: int
@@ -219,6 +224,8 @@ class ReportResult:
     notes: tuple[str, ...]
     vote_options: VoteOptions
     scores: tuple[Score, ...]
+    name: str = ""
+    folds: tuple[int, ...] = ()
     html: str | None = None
     qc_run_id: int | None = None
     images_flagged: int = 0
@@ -245,13 +252,14 @@ def by_baseline(found: Sequence[BaselineScore]) -> list[dict[str, BaselineScore]
     """Return the scores of each baseline by level: one record per baseline."""
     records: dict[str, dict[str, BaselineScore]] = {}
     for item in found:
-        records.setdefault(item.baseline, {})[item.level] = item
+        records.setdefault(item.name, {})[item.level] = item
     return list(records.values())
 
 
 HEADLINE = ("image", "hard")
 KEYS = (*(("image", vote) for vote in VOTES), *(("well", vote) for vote in VOTES), ("cell", "hard"))
 """Level and vote of all scores, in the order in which they are shown."""
+FOLDS = ", or cellstore split create NAME --folds 5"
 TOP = 5
 SIGNIFICANT = 0.05
 
@@ -289,7 +297,7 @@ ABOUT_RUN = """
         (SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = $split) AS classes,
         (
             SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
-            WHERE m.split_id = $split AND m.subset = 'train'
+            WHERE m.split_id = $split AND ($folds OR m.subset = 'train')
             GROUP BY l.value ORDER BY count(*) DESC, l.value LIMIT 1
         ) AS majority
 """
@@ -333,7 +341,7 @@ ANNOTATED = """
 """
 UNLABELLED = """
     SELECT count(*) AS images FROM split_members AS m
-    WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
+    WHERE list_contains(?, m.split_id) AND list_contains(?, m.subset) AND m.image_id NOT IN (
         SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
     )
 """
@@ -345,8 +353,12 @@ class Subject:
 
     ``vote_options`` say which images and cells have a vote, ``qc_run_id`` the quality-control run
     whose flagged ones have none. ``baseline``: which it labelled with, if any; ``rivals``: finished
-    runs of the baselines of its split, the newest first; ``feature_leak``: that its features know
-    labels of the scored images, if they do; ``stale``: that images have changed since.
+    runs of the baselines of its split by kind and name, the newest first; ``feature_leak``: that
+    its features know labels of the scored images, if they do; ``stale``: that images have changed
+    since.
+    ``folds``: the predict runs of a cross-validation that are read as one, ``run`` the last of
+    them; empty for a single run. ``name``: the number of the run, or what was typed for the folds.
+    ``read_as`` and ``rivals_read_as``: under which number each run is read.
     """
 
     run: Run
@@ -356,9 +368,23 @@ class Subject:
     qc_run_id: int | None
     qc_notes: tuple[str, ...]
     baseline: str | None
-    rivals: dict[str, list[Run]]
+    rivals: dict[tuple[str, str], list[Run]]
     feature_leak: str | None
     stale: tuple[str, ...]
+    folds: tuple[Run, ...]
+    name: str
+    read_as: dict[int, int]
+    rivals_read_as: dict[int, int]
+
+    @property
+    def splits(self) -> list[int]:
+        """The splits by which the images are scored: several for a cross-validation."""
+        return [fold.split_id or self.split.id for fold in self.folds] or [self.split.id]
+
+    @property
+    def split_name(self) -> str:
+        """The name of the split, or of the cross-validation."""
+        return str(self.split.family if self.folds else self.split.name)
 
 
 def find_subject(
@@ -371,33 +397,54 @@ def find_subject(
         split_id = run.split_id or (run.parent.split_id if run.parent else None)
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
+        split = session.get_one(Split, split_id)
+        folds = [session.get_one(Run, fold) for fold in found.folds]
         taught = None if run.parent is None else run.parent.recipe
         options, notes = with_flags(session, vote_options or VoteOptions(), found)
-        trained = aliased(Run)
-        kind = Recipe.parameters["baseline"].as_string()
-        query = (
-            select(kind, Run)
-            .join(trained, trained.id == Run.parent_id)
-            .join(Recipe, Recipe.id == trained.recipe_id)
-            .where(Run.stage == Stage.PREDICT, Run.status == Status.DONE, Run.id != run.id)
-            .where(trained.split_id == split_id, kind.is_not(None))
-            .where(or_(Run.split_id.is_(None), Run.split_id == split_id))
-            .order_by(Run.id.desc())
-        )
-        rivals: dict[str, list[Run]] = defaultdict(list)
-        for name, rival in session.execute(query):
-            rivals[str(name)].append(rival)
+        rivals: dict[tuple[str, str], list[Run]] = defaultdict(list)
+        read_as: dict[int, int] = {}
+        if folds:
+            for kind in BASELINES:
+                with suppress(UnknownNameError):
+                    rival = find_folds(session, f"{split.family}:{kind}")
+                    if rival is not None and rival.folds != found.folds:
+                        rivals[kind, kind].append(session.get_one(Run, rival.id))
+                        read_as |= rival.read_as
+        else:
+            trained = aliased(Run)
+            baseline = Recipe.parameters["baseline"].as_string()
+            query = (
+                select(baseline, trained.result["feature_set"].as_string(), Run)
+                .join(trained, trained.id == Run.parent_id)
+                .join(Recipe, Recipe.id == trained.recipe_id)
+                .where(Run.stage == Stage.PREDICT, Run.status == Status.DONE, Run.id != run.id)
+                .where(trained.split_id == split_id, baseline.is_not(None))
+                .where(or_(Run.split_id.is_(None), Run.split_id == split_id))
+                .order_by(Run.id.desc())
+            )
+            for kind, features, one in session.execute(query):
+                # One on another feature set is another baseline, unless it should know nothing.
+                shown = f"{kind} ({features})" if features and kind not in NULLS else kind
+                if kind in BASELINES:
+                    rivals[kind, shown].append(one)
+                    read_as[one.id] = one.id
+        splits = [one.split_id or split_id for one in folds] or [split_id]
+        leaks = [feature_leak(session, taught, one) for one in splits if taught is not None]
         return Subject(
             run,
-            session.get_one(Split, split_id),
+            split,
             run.recipe.parameters.get("top_k"),
             options,
             None if options.exclude_flagged is None else int(options.exclude_flagged),
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
-            rivals={name: rivals[name] for name in BASELINES if name in rivals},
-            feature_leak=None if taught is None else feature_leak(session, taught, split_id),
-            stale=stale_cells(session, run.id),
+            rivals=dict(sorted(rivals.items(), key=lambda item: BASELINES.index(item[0][0]))),
+            feature_leak=next(filter(None, leaks), None),
+            stale=tuple(note for one in found.read_as for note in stale_cells(session, one)),
+            folds=tuple(folds),
+            name=found.name or str(run.id),
+            read_as=found.read_as,
+            rivals_read_as=read_as,
         )
 
 
@@ -484,10 +531,9 @@ def report(
     subject = find_subject(workspace, run, vote_options)
     other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
     run_id, options = subject.run.id, subject.vote_options
-    about = {item.run.id for item in (subject, other) if item is not None}
-    about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
+    about = subject.rivals_read_as | subject.read_as | (other.read_as if other else {})
     with open_questions(workspace, vote_options=options, runs=about) as questions:
-        labels = class_names(questions, list(about))
+        labels = class_names(questions, sorted(set(about.values())))
         votes = read_answers(questions, run_id, "image", SUBSETS)
         votes |= read_answers(questions, run_id, "well", SUBSETS)
         images = np.bincount(votes[HEADLINE].subset, minlength=len(SUBSETS))
@@ -497,7 +543,7 @@ def report(
             narrowed += [] if options.controls else ["--no-controls"]
             again = f"Score it without {' and '.join(narrowed)}, or label more"
             raise UserInputError(
-                f"Run {run_id} has labelled no image that counts and whose truth is known. "
+                f"Run {subject.name} has labelled no image that counts and whose truth is known. "
                 f"{again if narrowed else 'Label some'} with: cellstore predict"
             )
         new = [name for name in SUBSETS if name in counts and name != Subset.TRAIN]
@@ -513,7 +559,7 @@ def report(
         answers |= read_answers(questions, run_id, "cell", subsets)
         if not given(answers[HEADLINE]).size:
             raise UserInputError(
-                f"No image that run {run_id} has labelled gets a label with these options. "
+                f"No image that run {subject.name} has labelled gets a label with these options. "
                 "Lower --min-cells or --min-margin."
             )
         result = score_answers(questions, subject, answers, labels, counts, subsets)
@@ -542,7 +588,8 @@ def score_answers(
     run, split, options = subject.run, subject.split, subject.vote_options
     images, cells = answers[HEADLINE], answers["cell", "hard"]
     answering = given(images)
-    (about,) = questions.ask_ours(ABOUT_RUN, {"split": split.id}).records()
+    values: Any = {"split": split.id, "folds": bool(subject.folds)}
+    (about,) = questions.ask_ours(ABOUT_RUN, values).records()
     classes, majority = int(about["classes"]), about["majority"]
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
     known = questions.ask_ours(SEEN, [run.id]).arrays()["well_id"].astype(np.int64)
@@ -577,7 +624,7 @@ def score_answers(
         # Of all answers it would say nothing new.
         parts.append(() if every else scores_of(part, labels, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
-    beats, against = against_nulls(baselines, subject.baseline, split.name)
+    beats, against = against_nulls(baselines, subject.baseline, subject.split_name)
 
     # The genes of each label, if labels are compounds; close: the answer is another compound of a
     # gene of the truth.
@@ -675,7 +722,7 @@ def score_answers(
         too_few.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
             f"{lonely}: too few for an interval, so their numbers hold for these wells only. To "
-            "test more wells: ingest more replicates, or cellstore split create NAME --folds 5."
+            f"test more wells: ingest more replicates{'' if subject.folds else FOLDS}."
         )
 
     with questions.workspace.database.read() as session:
@@ -686,9 +733,9 @@ def score_answers(
         wrong = answering.well[~answering.correct]
         there = int(np.isin(wrong, list(others)).sum())
         relabelled.append(
-            f"Relabelled since split {split.name} was made, and scored by its label all the same: "
-            f"{', '.join(named[:TOP])}{', ...' if len(named) > TOP else ''}. {there:,} of the "
-            f"{wrong.size:,} wrong images are of such wells: there the label may be wrong, "
+            f"Relabelled since split {subject.split_name} was made, and scored by its label all "
+            f"the same: {', '.join(named[:TOP])}{', ...' if len(named) > TOP else ''}. {there:,} "
+            f"of the {wrong.size:,} wrong images are of such wells: there the label may be wrong, "
             "not the network. A new split takes the new labels."
         )
 
@@ -712,7 +759,7 @@ def score_answers(
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
-        split=split.name,
+        split=subject.split_name,
         protocol=split.protocol,
         group_level=str(split.group_level.value),
         field=str(split.field),
@@ -743,6 +790,8 @@ def score_answers(
         by_well=by_well,
         calibration=tuple(calibration),
         vote_options=options,
+        name=subject.name,
+        folds=tuple(fold.id for fold in subject.folds),
     )
 
 
@@ -875,7 +924,7 @@ def score_rivals(
     counts all the same: it is scored on the very images that are scored.
     """
     found: list[BaselineScore] = []
-    for kind, runs in subject.rivals.items():
+    for (kind, name), runs in subject.rivals.items():
         for run in runs:
             scores = []
             for level in ("image", "well", "cell"):
@@ -898,6 +947,7 @@ def score_rivals(
                 scores.append(
                     BaselineScore(
                         baseline=kind,
+                        name=name,
                         null=kind in NULLS,
                         run_id=run.id,
                         train_run_id=run.parent_id,
@@ -921,7 +971,9 @@ def score_rivals(
 def against_nulls(
     rivals: Sequence[BaselineScore], own: str | None, split: str
 ) -> tuple[bool | None, str]:
-    """Return whether a run is shown to be better than every null baseline, and the sentence on it.
+    """Return whether a run is shown to be better than every null baseline, and the words on it.
+
+    Of a network, they say too whether it is better than the other baselines of its split.
 
     ``None``: that cannot be said. ``own``: the baseline that is scored, if it is one. It is better
     than all where it is better than each by :func:`judge`: the largest p counts, so that however
@@ -929,30 +981,39 @@ def against_nulls(
     intersection-union test: Berger, Technometrics 24, 1982).
     """
     command = f"Run: cellstore train --baseline null --split {shlex.quote(split)}"
-    nulls = [item for item in rivals if item.null and (item.level, item.vote) == HEADLINE]
+    every = [item for item in rivals if (item.level, item.vote) == HEADLINE]
+    nulls = [item for item in every if item.null]
     missing = [kind for kind in NULLS if kind not in {item.baseline for item in nulls} | {own}]
 
     def named(some: Sequence[BaselineScore]) -> str:
-        texts = (f"{i.baseline} ({100 * i.accuracy:.1f} %, p = {i.p_value:.2g})" for i in some)
+        texts = (f"{i.name} ({100 * i.accuracy:.1f} %, p = {i.p_value:.2g})" for i in some)
         return ", ".join(texts)
 
     test = "McNemar's test over wells"
+    others, also = [] if own else [item for item in every if not item.null], ""
+    if unbeaten := [item for item in others if not item.beaten]:
+        also = f" Not shown to be better than these simple models: {named(unbeaten)}."
+    elif others:
+        also = f" Better than the simple models, too: {named(others)}."
     if own in NULLS:
         return None, f"These labels are those of a null baseline ({own}): what others have to beat."
     if not nulls:
-        return None, f"No null baseline has labelled these images, so they may be easy. {command}"
+        return (
+            None,
+            f"No null baseline has labelled these images, so they may be easy. {command}{also}",
+        )
     if reasons := [item.cannot_say for item in nulls if item.cannot_say]:
         return None, (
             "Cannot say whether these labels are better than the null baselines: "
-            f"{reasons[0]}. Null baselines: {named(nulls)}."
+            f"{reasons[0]}. Null baselines: {named(nulls)}.{also}"
         )
     unbeaten = [item for item in nulls if not item.beaten]
     if unbeaten:
-        return False, f"Not shown to be better per image than {named(unbeaten)}; {test}."
+        return False, f"Not shown to be better per image than {named(unbeaten)}; {test}.{also}"
     if missing:
         rest = f"Not compared with: {', '.join(missing)}. {command}"
-        return None, f"Better per image than {named(nulls)}; {test}. {rest}"
-    return True, f"Better per image than every null baseline: {named(nulls)}; {test}."
+        return None, f"Better per image than {named(nulls)}; {test}. {rest}{also}"
+    return True, f"Better per image than every null baseline: {named(nulls)}; {test}.{also}"
 
 
 def notes_on(
@@ -966,6 +1027,18 @@ def notes_on(
     run, options = subject.run, subject.vote_options
     notes = [*([subject.feature_leak] if subject.feature_leak else []), *subject.stale]
     trained_on = counts.get(Subset.TRAIN.value, 0)
+    if subject.folds:
+        numbers = ", ".join(str(fold.id) for fold in subject.folds)
+        notes.append(
+            f"Out of fold: each image is scored once, by the model of the one of "
+            f"{len(subject.folds)} folds that tests it (predict runs {numbers})."
+        )
+    trained = run.parent.result if run.parent else None
+    if trained and trained.get("validation_subset", "") is None:
+        notes.append(
+            "No image validated the network: nothing stopped its training, and the number of "
+            f"epochs ({trained['best_epoch']}) was given."
+        )
     if Subset.TRAIN.value in subsets:
         notes.append(f"Forced: {trained_on:,} of these images were used to train the network.")
     elif trained_on:
@@ -995,7 +1068,7 @@ def notes_on(
         named = ", ".join(f"{row['n']:,} {row['level']}{'s'[: row['n'] != 1]}" for row in annotated)
         notes.append(f"Excluded by annotations, so that their cells have no vote: {named}.")
     if run.status == Status.DONE:
-        values = [subject.split.id, list(subsets), run.id]
+        values = [subject.splits, list(subsets), run.id]
         ((unlabelled,),) = questions.ask_ours(UNLABELLED, values).rows()
         if unlabelled:
             notes.append(

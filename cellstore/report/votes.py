@@ -86,7 +86,8 @@ class VotesResult:
     ``units``: how many images or wells there are, ``ties`` of which with a draw and ``abstained``
     without an answer; a well whose images are in several subsets has a row and an answer in each,
     and counts once. ``subsets``: those with a known truth, the test subset first if the run has
-    labelled it.
+    labelled it. ``name``: the number of the run, or what was typed for the folds of a
+    cross-validation, which are read as one.
     """
 
     run_id: int
@@ -98,6 +99,7 @@ class VotesResult:
     abstained: int
     subsets: tuple[SubsetVotes, ...]
     notes: tuple[str, ...]
+    name: str = ""
     table: pa.Table | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -148,13 +150,14 @@ def open_votes(
             )
 
             options, notes = with_flags(session, options, found)
-        notes += stale_cells(session, found.id)
+        for fold in found.read_as:
+            notes += stale_cells(session, fold)
     if found.status not in (Status.DONE, Status.WITHDRAWN):
         notes += (f"The run is {found.status.value}, so images may be missing here.",)
     with open_questions(
         workspace,
         vote_options=options,
-        runs=[found.id],
+        runs=found.read_as,
         only_image_votes=level == "image" and vote != "median",
     ) as questions:
         query = QUERY.format(level=level, vote=vote, **PARTS[level])
@@ -176,6 +179,7 @@ def open_votes(
                 if (row := by_subset.get(subset))
             ),
             notes=notes,
+            name=found.name or str(found.id),
         )
         yield result, questions.ask_ours(f"FROM counted_votes {'WHERE tie' if ties_only else ''}")
 

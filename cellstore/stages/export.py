@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,13 +18,13 @@ from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
-from ..enums import Stage
+from ..enums import Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..io.cellprofiler import COMPARTMENTS
 from ..io.objects import without_nan
-from ..io.single_cells import EXCLUDED
+from ..io.single_cells import CELL_ID, EXCLUDED, LABEL, SEGMENTATION, SUBSET
 from ..io.tables import disarmed
-from ..jobs.lookup import find_recipe, has_results
+from ..jobs.lookup import find_recipe, find_split, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
 from ..query.cells import choose_recipes, input_of
@@ -67,7 +67,14 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
 }
 """What all cells of an image share: name, where it is from, type."""
 
+SPLIT_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
+    SUBSET: ("sm.subset", pa.string()),
+    LABEL: ("l.value", pa.string()),
+}
+"""What a split says of an image."""
+
 CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
+    CELL_ID: ("c.id", pa.int64()),
     "Metadata_ObjectNumber": ("c.object_number", pa.int64()),
     "Metadata_MinRow": ("c.min_row", pa.int64()),
     "Metadata_MinCol": ("c.min_col", pa.int64()),
@@ -78,6 +85,11 @@ CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     EXCLUDED: ("c.reason", pa.string()),
 }
 """Name, what it is in ``CELLS``, type."""
+
+FILE_COLUMNS = ("Image_FileName_", "Image_PathName_")
+"""How the names of columns of files begin."""
+
+FINGERPRINT_DIGITS = 12
 
 FLOAT = pa.float64()
 _TYPES = {"int64": pa.int64(), "string": pa.string()}
@@ -92,6 +104,8 @@ IMAGES = """
     JOIN wells AS w ON w.id = i.well_id
     JOIN plates AS pl ON pl.id = w.plate_id
     LEFT JOIN treatments AS t ON t.id = w.treatment_id
+    LEFT JOIN split_members AS sm ON sm.image_id = s.image_id AND sm.split_id = $split::BIGINT
+    LEFT JOIN labels AS l ON l.id = sm.label_id
     LEFT JOIN (
         SELECT
             part.treatment_id,
@@ -113,6 +127,7 @@ IMAGES = """
     ) AS tp ON tp.treatment_id = t.id
     WHERE s.recipe_id = $segment AND s.n_cells > 0 AND list_contains($plates, i.plate)
         AND (s.content_sha256 IS NULL OR s.content_sha256 = m.content_sha256)
+        AND ($split IS NULL OR sm.subset = coalesce($subset::VARCHAR, sm.subset))
 """
 METADATA = """
     SELECT DISTINCT unnest(
@@ -190,6 +205,8 @@ def export(
     segmentation: str | None = None,
     measurement: str | None = None,
     plates: Sequence[str] = (),
+    split: str | None = None,
+    subset: Subset | None = None,
     include_excluded: bool = False,
     for_spreadsheet: bool = False,
     force: bool = False,
@@ -197,14 +214,15 @@ def export(
     """Write the current cells of a segmentation with their measurements; see the README.
 
     ``features`` names a feature set or a group of them; default: all sets of the segmentation
-    that was measured last, of each group the set measured last. ``include_excluded``: excluded
+    that was measured last, of each group the set measured last. ``split``: the cells of a split
+    (or one ``subset`` of it), with what it says of them. ``include_excluded``: excluded
     cells are rows, too, with their reason in ``Metadata_Excluded``. ``for_spreadsheet`` disarms
     texts that a spreadsheet would run as formulas; such a table no longer reads back as it was.
     Memory does not grow with the number of cells, but for AnnData, which holds its matrix.
 
     Raises:
         MissingExtraError: AnnData is asked for and not installed.
-        UnknownNameError: there is no such feature set, recipe or plate.
+        UnknownNameError: there is no such feature set, recipe, plate or split.
         UserInputError: there is no cell, or ``out`` exists and ``force`` is not given.
         StorageError: the file cannot be written; nothing is left of it.
     """
@@ -217,15 +235,20 @@ def export(
         segment, measures = _choose(session, features, segmentation, measurement)
         sets = [(measure, measure.feature_set) for measure in measures]
         known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
+        found_split = None if split is None and subset is None else find_split(session, split).id
     if unknown := set(plates) - set(known):
         raise UnknownNameError.of("plate", min(unknown), known[:500])
     values = {"segment": segment.id, "plates": list(plates) or known}
+    values |= {"split": found_split, "subset": subset and subset.value}
     with open_questions(workspace) as questions:
         columns = dict(IMAGE_COLUMNS)
         for (key,) in list(questions.ask_ours(METADATA.format(images=IMAGES), values).rows()):
             if f"Metadata_{key}" not in CELL_COLUMNS:
                 text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
                 columns.setdefault(f"Metadata_{key}", (text, pa.string()))
+        fingerprint = literal(segment.fingerprint[:FINGERPRINT_DIGITS])
+        columns[SEGMENTATION] = (fingerprint, pa.string())
+        columns |= {} if found_split is None else SPLIT_COLUMNS
         listed = ", ".join(
             f"{source.format(order=ORDER) if name in IMAGE_COLUMNS else source} AS {quoted(name)}"
             for name, (source, _) in columns.items()
@@ -263,9 +286,9 @@ def export(
                 relation = quoted(found.name)
             joins.append(FEATURES.format(relation=relation, name=f"f{at}"))
             for name, original, kind in of_set:
-                column = _column_name(original, kind)
+                column = column_name(original, kind)
                 if column in measured and found is not None:
-                    column = _column_name(original, kind, f"{found.name}_")
+                    column = column_name(original, kind, f"{found.name}_")
                 measured[column] = f"f{at}.{quoted(name)}", kind
         schema = pa.schema(
             [
@@ -358,7 +381,17 @@ def export(
     )
 
 
-def _column_name(name: str, kind: pa.DataType, of_set: str = "") -> str:
+def exported_columns(sets: Iterable[FeatureSet]) -> set[str]:
+    """Return what the columns of measurements of ``sets``, and the built-in ones, are called."""
+    found = {column_name(name, FLOAT) for name in FEATURE_NAMES}
+    for item in sets:
+        for column in item.columns:
+            kind = _TYPES.get(str(column["dtype"]), FLOAT)
+            found |= {column_name(str(column["name"]), kind, x) for x in ("", f"{item.name}_")}
+    return found
+
+
+def column_name(name: str, kind: pa.DataType, of_set: str = "") -> str:
     """Return the column of a feature: one of a compartment where it is a number, else of none."""
     if kind != pa.string():
         kept = not of_set and name.startswith(tuple(f"{role}_" for role in COMPARTMENTS))

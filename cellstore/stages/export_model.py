@@ -79,9 +79,16 @@ SCALE = (
 
 def readme(record: Mapping[str, Any]) -> str:
     """Return the README of a folder, for its ``model.json``."""
+    from ..learn.exported_classifier import TIMM
+
     lineage, labels = record["lineage"], record["labels"]
     split = lineage["split"]
     columns = len(record["columns"])
+    needs = ["torch", "torchvision", "safetensors"]
+    if record["model"] != "network":
+        needs += ["scikit-learn", "skops"]
+    elif record["shape"]["backbone"].startswith(TIMM):
+        needs += ["timm"]
     return f"""# A classifier of cells
 
 Kind: {record["model"]}. It tells {len(labels)} classes ({record["field"]}) apart:
@@ -97,8 +104,8 @@ know.
 
 - `{record["file"]}`: what was learned. `model.json`: labels, scales, how crops are made, lineage.
   Both are numbers and text. Reading them runs no code.
-- `classifier.py`: puts them together. Read it before you run it; it needs torch, torchvision and
-  safetensors{"" if record["model"] == "network" else ", scikit-learn and skops"}.
+- `classifier.py`: puts them together. Read it before you run it; it needs
+  {", ".join(needs[:-1])} and {needs[-1]}.
 - `cells.safetensors`: {record["example"]["cells"]} cells as they go into the model, and
   `example.py`, which labels them: `python example.py`.
 

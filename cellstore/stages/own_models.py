@@ -9,7 +9,6 @@ other predict run, so that votes, reports and audits read them as they read the 
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +35,15 @@ from ..errors import (
     first_line,
 )
 from ..io.filenames import format_well, parse_well
-from ..io.tables import MISSING, Refusal, disarmed_name, open_table
+from ..io.tables import KEYS, MISSING, Refusal, disarmed_name, open_table, plain_name
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
-from ..jobs.lookup import find_split, readable
+from ..jobs.lookup import find_split, readable, renamed_plates
 from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..learn.trackers import of_mlflow
-from ..models import FeatureSet, Image, Job, Label, Recipe, Run, Segmentation, SplitMember
+from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import (
@@ -57,6 +56,7 @@ from ..query.feature_files import (
 )
 from ..query.guard import literal
 from ..query.source import check_set_name
+from .export import FILE_COLUMNS, exported_columns
 from .predict import PredictionRows, insert_predictions
 
 VERSION = 1
@@ -65,9 +65,7 @@ SHOWN = 5
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "cell_id": ("cellid",),
-    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
-    "well": ("well", "wellposition"),
-    "site": ("site", "field", "fieldid", "fov"),
+    **KEYS,
     "plane": ("plane",),
     "time_point": ("timepoint", "timeid"),
     "object_number": ("objectnumber", "object", "objectid"),
@@ -76,7 +74,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "label": ("label", "class", "prediction", "predicted", "predictedlabel", "predictedclass"),
     "probability": ("probability", "confidence", "prob", "score"),
 }
-"""Names of columns, without ``Metadata_``, case, spaces and underscores; the first one counts."""
+"""Names of columns, as ``plain_name`` gives them; the first one counts."""
 
 ROWS_AT_ONCE = 65_536
 """Rows of a table in memory of which the digest is made at once; another number changes it."""
@@ -227,6 +225,7 @@ def add_predictions(
     table: Path | pa.Table,
     params: AddedParams,
     parameters: Mapping[str, Any] | None = None,
+    query: str | None = None,
 ) -> AddedPredictions:
     """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
@@ -235,7 +234,8 @@ def add_predictions(
     well, site and a point in pixels (x, y) that lies in its mask; plate, well and site alone: the
     model sees whole images, and an image has one vote. The class is one of the split's;
     a column ``probability`` says how probable it is (without one: 1). Or each class has a column
-    of its own with its probability. ``parameters``: of the model, to be kept with the run.
+    of its own with its probability. ``parameters``: of the model, to be kept with the run;
+    ``query``: the SQL of the cells that it has learned from.
 
     The same table again adds nothing; a call that was killed is completed by the same call.
 
@@ -250,9 +250,9 @@ def add_predictions(
     with workspace.database.read() as session:
         split = find_split(session, params.split)
         split_recipe = session.get_one(Recipe, split.recipe_id)
-        query = select(Label.value, Label.id).join(SplitMember, SplitMember.label_id == Label.id)
-        query = query.where(SplitMember.split_id == split.id).distinct()
-        classes: dict[str, int] = dict(sorted(session.execute(query).all()))
+        labels = select(Label.value, Label.id).join(SplitMember, SplitMember.label_id == Label.id)
+        labels = labels.where(SplitMember.split_id == split.id).distinct()
+        classes: dict[str, int] = dict(sorted(session.execute(labels).all()))
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
@@ -276,7 +276,7 @@ def add_predictions(
         (split_recipe,),
     )
     with open_questions(workspace) as questions:
-        keys = source.bring(questions, *source.classes(classes))
+        keys = source.bring(workspace, questions, *source.classes(classes))
         notes = list(source.notes)
         segment_id = _find_rows(workspace, questions, keys, segment, source.name, classes)
         (about,) = questions.ask_ours(
@@ -305,7 +305,11 @@ def add_predictions(
             kept = {} if latest is None else (latest.result or {}).get("trackers", {})
         if trained is None:
             with running(
-                workspace.database, trained_recipe, split_id=split.id, origin=Origin.DECLARED
+                workspace.database,
+                trained_recipe,
+                split_id=split.id,
+                query=query,
+                origin=Origin.DECLARED,
             ) as made:
                 made.result = {"labels": list(classes), **told}
             train_run_id = made.id
@@ -324,6 +328,7 @@ def add_predictions(
                 recipe,
                 parent_id=train_run_id,
                 split_id=split.id,
+                query=query,
                 resume=None if latest is None else latest.id,
                 origin=Origin.DECLARED,
             ) as run:
@@ -397,7 +402,11 @@ def add_embeddings(
     source = _TableSource(table)
     check_set_name(name, "name")
     weights = None if model is None else _sha256_of_weights(model)
-    known = {*source.found.values(), *(c for c in source.columns if c.startswith("Metadata_"))}
+    with workspace.database.read() as session:
+        sets = session.scalars(select(FeatureSet).where(FeatureSet.name != name))
+        known = exported_columns(sets) & set(source.columns)
+    known |= {*source.found.values()}
+    known |= {c for c in source.columns if c.startswith(("Metadata_", *FILE_COLUMNS))}
     columns = [column for column in source.columns if column not in known]
     names = [column.casefold() for column in columns]  # SQL knows no capitals
     for column in columns:
@@ -411,7 +420,9 @@ def add_embeddings(
                 "is empty, cell_id, or there twice. Rename it."
             )
     if left := known - {source.found[key] for key in source.named_by() if key in source.found}:
-        source.notes.append(f"Columns that were not kept: {', '.join(sorted(left))}.")
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        what = f"{', '.join(sorted(left)[:SHOWN])}{more}"
+        source.notes.append(f"Columns that were not kept: {what}.")
     if not columns:
         raise UserInputError(
             f"{source.name} has no column of numbers beside those that name cells."
@@ -428,7 +439,7 @@ def add_embeddings(
         segment_id = _find_rows(
             workspace,
             questions,
-            source.bring(questions, columns, values),
+            source.bring(workspace, questions, columns, values),
             segment,
             source.name,
             None,
@@ -586,8 +597,11 @@ class _TableSource:
                     else:
                         digest.update("\0".join(map(str, column.to_pylist())).encode())
             self.sha256 = digest.hexdigest()
+        truth = {*NAMES["label"], *NAMES["probability"]}  # where Metadata_ is before it
+        plain = [plain_name(name) for name in self.columns]
         plain = [
-            re.sub("[_ ]", "", name.removeprefix("Metadata_")).casefold() for name in self.columns
+            "" if name in truth and column.startswith("Metadata_") else name
+            for name, column in zip(plain, self.columns, strict=True)
         ]
         self.found = {
             key: self.columns[plain.index(name)]
@@ -626,7 +640,7 @@ class _TableSource:
             labels = ", ".join(map(literal, wide.values()))
             numbers = ", ".join(f"TRY_CAST({self.sql(c)} AS DOUBLE)" for c in wide)
             return list(wide), f"unnest([{labels}]) AS label, unnest([{numbers}]) AS p"
-        label, number = f"trim(CAST({self.sql(found['label'])} AS VARCHAR))", "1.0"
+        label = f"trim(CAST({self.sql(found['label'])} AS VARCHAR))"
         if "probability" not in found:
             self.notes.append("There is no column probability: each label counts with 1.")
             return [found["label"]], f"{label} AS label, 1.0 AS p"
@@ -647,7 +661,9 @@ class _TableSource:
             return keys | {"object_number"}
         return keys | {"x", "y"} if found & {"x", "y"} else keys
 
-    def bring(self, questions: Questions, columns: Sequence[str], values: str) -> set[str]:
+    def bring(
+        self, workspace: Workspace, questions: Questions, columns: Sequence[str], values: str
+    ) -> set[str]:
         """Make table ``rows_given``; return which keys of ``NAMES`` it has.
 
         It has ``line``, the keys, and ``values``, SQL over some ``columns``.
@@ -680,14 +696,20 @@ class _TableSource:
         for key in keys - {"plate", "well"}:
             made = f"TRY_CAST({self.sql(found[key])} AS DOUBLE)"
             of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
-        if "well" in of_keys:
-            well = of_keys["well"]
-            texts = f"SELECT DISTINCT {well} FROM table_given"  # noqa: S608 - our own names
-            wells = [(text, _well_of(text)) for (text,) in questions.ask_ours(texts).rows() if text]
-            kept = pa.table({"text": [w[0] for w in wells], "well": [w[1] for w in wells]})
-            text = pa.string()
-            questions.bring("wells_given", kept.cast(pa.schema([("text", text), ("well", text)])))
-            of_keys["well"] = f"(SELECT well FROM wells_given WHERE text = {well})"  # noqa: S608
+        for key in sorted(keys & {"plate", "well"}):
+            said = of_keys[key]
+            texts = f"SELECT DISTINCT {said} FROM table_given"  # noqa: S608 - our own names
+            names = [text for (text,) in questions.ask_ours(texts).rows() if text]
+            meant = [_well_of(name) for name in names]
+            if key == "plate":
+                with workspace.database.read() as session:
+                    absent = set(names) - set(session.scalars(select(Plate.barcode)))
+                    now = {old: name for old, (_, name) in renamed_plates(session, absent).items()}
+                meant = [now.get(name, name) for name in names]
+                self.notes += [f"Plate {old} was renamed: read as {now[old]}." for old in now]
+            columns_of = [pa.array(some, pa.string()) for some in (names, meant)]
+            questions.bring(f"{key}s_given", pa.table(columns_of, names=["text", "meant"]))
+            of_keys[key] = f"(SELECT meant FROM {key}s_given WHERE text = {said})"  # noqa: S608
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
         made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)

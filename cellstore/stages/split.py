@@ -144,7 +144,8 @@ class Candidate:
     """An image that could be in a split; ``key`` names it in every store.
 
     ``compound`` is what all treatments share that are the same compound, for splits by
-    perturbation; ``cells`` are counted where classes are balanced by cells.
+    perturbation; ``cells`` are counted where classes are balanced by cells; ``part`` is what a
+    fold tests as a whole, where one is left out in turn.
     """
 
     image_id: int
@@ -153,6 +154,7 @@ class Candidate:
     label: str
     compound: str = ""
     cells: int = 0
+    part: str = ""
 
     @classmethod
     def of(cls, row: Any, *more: Any) -> Candidate:
@@ -162,6 +164,8 @@ class Candidate:
 
     def group(self, level: GroupLevel) -> str:
         """Return the name of what it must stay with."""
+        if self.part:
+            return self.part
         match level:
             case GroupLevel.PLATE:
                 return self.key[0]
@@ -209,7 +213,7 @@ def create_split(workspace: Workspace, name: str, params: SplitParams | None = N
 
     """
     params = params or SplitParams()
-    if params.folds is not None:
+    if params.several:
         raise UserInputError("Folds are several splits: make them with create_folds.")
     (result,) = create_folds(workspace, name, params)
     return result
@@ -219,8 +223,9 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
     """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
 
     Their test subsets partition the images; of each, the next fold's test subset validates. They
-    are one family, and share the images, the classes and what is excluded. Without
-    ``params.folds`` one split is made, of that very name.
+    are one family, and share the images, the classes and what is excluded. With
+    ``params.leave_out`` each tests one plate, or one value of a column, in the order of these.
+    Without it and ``params.folds`` one split is made, of that very name.
 
     Raises:
         UserInputError: a name is taken by another split, or the images cannot be split so.
@@ -228,12 +233,12 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         MissingExtraError: groups that hold several classes need scikit-learn.
 
     """
-    names, family = [_checked_name(name)], None
-    if params.folds is not None:
-        family = _checked_name(name, more=5)
-        names = [f"{family}-{number}" for number in range(1, params.folds + 1)]
+    name = _checked_name(name, more=5 if params.several else 0)
+    family = name if params.several else None
     with workspace.database.read() as session:
         params = replace(params, field=check_field(session, params.field))
+        if params.leave_out not in (None, "plate"):
+            params = replace(params, leave_out=check_field(session, str(params.leave_out)))
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
         qc, unseen, segment = None, 0, None
         if params.exclude_flagged is not None:
@@ -254,9 +259,19 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         if segment is not None:
             cells = _cells(session, query, segment.id, len(rows))
         found = (
-            Candidate.of(row, compounds.get(row.treatment_id, ""), cells.get(row.image_id, 0))
+            Candidate.of(
+                row,
+                compounds.get(row.treatment_id, ""),
+                cells.get(row.image_id, 0),
+                row.part if params.leave_out else "",
+            )
             for row in rows
         )
+        if params.leave_out is not None and (lost := sum(not row.part for row in rows)):
+            raise UserInputError(
+                f"{lost} of {len(rows)} images have no {params.leave_out}, so no fold can test "
+                "them. Choose the others with --where, or complete the table of their wells."
+            )
         # Not by id, so that every store draws alike.
         candidates = sorted(found, key=lambda item: item.key)
         digest = hashlib.sha256()
@@ -264,6 +279,8 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
             digest.update(repr((item.key, item.well, item.label)).encode())
             if item.compound or item.cells:
                 digest.update(repr((item.compound, item.cells)).encode())
+            if item.part:
+                digest.update(item.part.encode())
         parameters = asdict(params) | {
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
@@ -272,6 +289,9 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(candidates, params)
+    names = [name]
+    if family is not None:
+        names = [f"{family}-{number}" for number in range(1, len(assignments) + 1)]
     new = []
     for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1):
         out = (*few, *assignment.excluded)
@@ -326,6 +346,10 @@ def _images(field: str, *columns: Any) -> Select[Any]:
 
 def _candidates(params: SplitParams, qc: Run | None) -> Select[Any]:
     query = _images(params.field).where(field_column(params.field).is_not(None))
+    if params.leave_out is not None:
+        by_plate = params.leave_out == "plate"
+        part: Any = Plate.barcode if by_plate else field_column(params.leave_out)
+        query = query.add_columns(part.label("part"))
     query = query.where(image_counts(None if qc is None else qc.id))
     if params.plates:
         query = query.where(Plate.barcode.in_(sorted(params.plates)))
@@ -430,14 +454,25 @@ def _assign(
     if params.min_images:
         images, few = enough(images, params.min_images)
     cut: Cut = {}
-    by_class = params.folds is None and params.group_level is GroupLevel.PERTURBATION
+    by_class = not params.several and params.group_level is GroupLevel.PERTURBATION
     if params.downsample is not None or by_cells:
         images, cut = balanced(images, seed, params.downsample, by_cells)
     elif params.protocol == "grouped" and not params.test_plates:
         images, cut = cut_by_groups(images, seed, by_class)
-    if params.folds is not None:
+    if params.several:
         need("train")
-        found = folds(images, seed, params.folds, params.validation_size > 0, unit)
+        values = {item.part for item in candidates}
+        if params.leave_out is not None:
+            unit = params.leave_out
+        found = folds(images, seed, params.folds or len(values), params.validation_size > 0, unit)
+        if params.leave_out is not None:
+            found.sort(
+                key=lambda one: min(
+                    candidates[position].part
+                    for position, subset in one.subsets.items()
+                    if subset is Subset.TEST
+                )
+            )
     elif params.protocol == "published":
         need("train")
         found = [published_split(images, seed, params.test_size)]
@@ -674,6 +709,13 @@ def _keep(
         replace(item, created=True, run_id=run.id) if item.name in made else item
         for item in results
     )
+
+
+def folds_of(workspace: Workspace, name: str | None) -> tuple[str, ...]:
+    """Return the splits of a cross-validation in their order; none: nothing is called so."""
+    query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+    with workspace.database.read() as session:
+        return () if name is None else tuple(session.scalars(query))
 
 
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:

@@ -255,13 +255,6 @@ STEPS = """
         ) AS features,
         EXISTS (SELECT 1 FROM wells WHERE treatment_id IS NOT NULL) AS treatments,
         (SELECT id FROM split) IS NOT NULL AS splits,
-        EXISTS (
-            SELECT 1 FROM splits AS s JOIN split ON split.id = s.id
-            JOIN split_members AS m ON m.split_id = s.id
-            WHERE s.protocol = 'grouped'
-            GROUP BY s.id
-            HAVING count(*) FILTER (WHERE m.subset = 'validation') = 0
-        ) AS unusable_split,
         (SELECT id FROM trained) IS NOT NULL AS networks,
         EXISTS (
             SELECT 1 FROM runs AS r JOIN trained ON trained.id = r.parent_id
@@ -272,7 +265,6 @@ STEPS = """
         EXISTS (SELECT 1 FROM runs WHERE stage = 'contrast' AND status = 'done') AS contrasts
 """
 PLATEMAP = "cellstore ingest PLATEMAP  (no well has a treatment yet)"
-UNUSABLE = "cellstore split create NAME  (the last split has no validation subset)"
 NEXT = {
     "images": ("cellstore ingest FOLDER", "cellstore ingest TABLE --images FOLDER"),
     "files": ("cellstore ingest TABLE --images FOLDER  (no image file was found yet)",),
@@ -318,7 +310,7 @@ def next_step(session: Session) -> tuple[str, ...]:
         useful = [step for name, step in USEFUL.items() if not steps[name]]
         return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
     if lacks[0] == "networks":
-        first = UNUSABLE if steps["unusable_split"] else NEXT["networks"][0]
+        first = NEXT["networks"][0]
         # Baselines have labelled the test images.
         return (first, "cellstore report") if steps["baselines"] else (first,)
     if lacks[0] != "cells":

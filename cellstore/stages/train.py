@@ -83,13 +83,18 @@ class TrainResult:
     """A finished training.
 
     ``images``, ``cells`` and ``images_without_cells`` count by subset (``train``,
-    ``validation``); ``validation_subset`` is the subset of the split that stopped the training.
+    ``validation``); ``validation_subset`` is the subset of the split that stopped the training,
+    ``None`` where no image validates: then all epochs were trained, and the last is kept.
     ``metrics`` has one record per epoch. ``already_done``: the run was there before this call.
     ``notes`` are sentences that a reader of the scores has to know. ``columns_excluded`` of the
     feature set have no value in the training subset. ``qc_run_id``: the quality-control run whose
     ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were excluded.
     ``resumed_after``: the epoch after which the run was resumed last; 0: it never was.
     ``trackers``: by name (mlflow, wandb) the id of its run there, and a link to it if there is one.
+
+    Of a cross-validation ``split`` is its name and ``folds`` has the result of each fold, with the
+    ``predict_run_id`` in which the model labelled the test images of the fold. All else but
+    ``notes`` and ``already_done`` is then that of the last fold.
     """
 
     run_id: int
@@ -101,7 +106,7 @@ class TrainResult:
     images: dict[str, int]
     cells: dict[str, int]
     images_without_cells: dict[str, int]
-    validation_subset: str
+    validation_subset: str | None
     epochs: int
     best_epoch: int
     stopped_early: bool
@@ -116,11 +121,13 @@ class TrainResult:
     cells_flagged: int = 0
     resumed_after: int = 0
     trackers: dict[str, dict[str, str]] = field(default_factory=dict)
+    predict_run_id: int | None = None
+    folds: tuple[TrainResult, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on which cells. ``validation``: the subset of the split that stops it.
+    """What is trained on which cells. ``validation``: the subset that stops it, if any.
 
     ``unknown``: how many of its images are of a class that is not in the training subset; they
     are excluded.
@@ -128,7 +135,7 @@ class Plan:
 
     params: TrainParams
     cells: TrainingCells
-    validation: Subset
+    validation: Subset | None
     unknown: int
     branches: tuple[str, ...]
     channels: tuple[str, ...]
@@ -150,6 +157,7 @@ def train(
 ) -> TrainResult:
     """Train on the training subset of a split (default: the latest) and keep the best epoch.
 
+    Of a split without a validation subset all epochs are trained, and the last is kept.
     Excluded cells do not count; features are scaled as the training subset is. Under the
     published protocol the test subset is the validation subset too, as in the study. A training
     that was finished with the same recipe is returned as it is, and one that was broken off after
@@ -205,13 +213,14 @@ def train(
                 done, run_id = team.of_first(lambda: find_earlier(workspace, plan))
                 if done is not None:
                     return done
-            if plan.unknown and not plan.cells.blocks[plan.validation]:
+            if plan.validation and plan.unknown and not plan.cells.blocks[plan.validation]:
                 raise UserInputError(
                     f"No class in the {plan.validation.value} subset of split "
                     f"{plan.cells.split.name!r} is in its training subset, too. Make another "
                     "split, without --allow-missing."
                 )
-            plan.cells.check(plan.cells.labels, Subset.TRAIN, plan.validation)
+            validated = () if plan.validation is None else (plan.validation,)
+            plan.cells.check(plan.cells.labels, Subset.TRAIN, *validated)
             state = None if run_id is None else read_state(workspace, run_id)
             if unfinished is not None and state is None and params.weights == FROM_FILE:
                 raise UserInputError(
@@ -229,9 +238,7 @@ def train(
                 def fitted() -> Scaler:
                     source, database = plan.cells.source, workspace.database
                     with database.read() as session:
-                        return fit_inputs(
-                            session, database, source, normalise, planes, (plan.validation,)
-                        )
+                        return fit_inputs(session, database, source, normalise, planes, validated)
 
                 scaler = team.of_first(fitted)
             else:
@@ -293,8 +300,8 @@ def make_training(
 
 def make_batches(
     workspace: Workspace, plan: Plan, scaler: Scaler, team: Team
-) -> tuple[Batches, Batches]:
-    """Return the batches that this process reads, to train on and to validate by."""
+) -> tuple[Batches, Batches | None]:
+    """Return the batches that this process reads, to train on and to validate by, if any."""
     from ..learn.batches import Batches, CellReader, default_memory
 
     params, cells = plan.params, plan.cells
@@ -310,8 +317,9 @@ def make_batches(
         kept_bytes=default_memory() // team.world_size,  # as if all processes were on one host
         device=str(team.device),
     )
-    train, validation = (
-        Batches(
+
+    def batches(subset: Subset) -> Batches:
+        return Batches(
             reader,
             cells.blocks[subset],
             batch_size=share_of_batch(params.batch_size, team.world_size),
@@ -320,9 +328,8 @@ def make_batches(
             shuffle=subset is Subset.TRAIN,
             sampler=params.sampler if subset is Subset.TRAIN else "cells",
         )
-        for subset in (Subset.TRAIN, plan.validation)
-    )
-    return train, validation
+
+    return batches(Subset.TRAIN), None if plan.validation is None else batches(plan.validation)
 
 
 def learn(
@@ -330,7 +337,7 @@ def learn(
     plan: Plan,
     scaler: Scaler,
     training: Training,
-    batches: tuple[Batches, Batches],
+    batches: tuple[Batches, Batches | None],
     trackers: Trackers,
     run: RunHandle | None,
 ) -> None:
@@ -357,8 +364,11 @@ def learn(
     def keep(epoch: EpochMetrics) -> None:
         """Write the metrics of an epoch, and the state at its end in the place of the last one."""
         assert run is not None
-        values = {name: float(value) for name, value in asdict(epoch).items() if name != "epoch"}
-        values["waited"] = train_batches.waited + validation_batches.waited  # in seconds, for cells
+        kept = {name: value for name, value in asdict(epoch).items() if value is not None}
+        values = {name: float(value) for name, value in kept.items() if name != "epoch"}
+        values["waited"] = train_batches.waited  # in seconds, for cells
+        if validation_batches is not None:
+            values["waited"] += validation_batches.waited
         # With the number of the run in it, so that its file is that of no other run.
         state = training.state(run=run.id, scaler=scaler.to_json(), trackers=trackers.ids)
         file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
@@ -374,11 +384,12 @@ def learn(
             workspace.artifacts.remove(path)
         trackers.write(epoch.epoch, values)
         progress.finish()
-        progress.note(
-            f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation "
-            f"{epoch.validation_loss:.3f}; accuracy {epoch.train_accuracy:.3f}, validation "
-            f"{epoch.validation_accuracy:.3f}"
-        )
+        parts = []
+        for name in ("loss", "accuracy"):
+            parts.append(f"{name} {values[f'train_{name}']:.3f}")
+            if f"validation_{name}" in values:
+                parts[-1] += f", validation {values[f'validation_{name}']:.3f}"
+        progress.note(f"epoch {epoch.epoch}: {'; '.join(parts)}")
         progress.advance()
 
     progress.start("train", plan.params.epochs)
@@ -466,7 +477,8 @@ def keep_model(
     }
     best = training.epochs[training.best]
     scores = {"best_epoch": best.epoch, "epochs": len(training.epochs)}
-    scores |= {f"best_{name}": value for name, value in asdict(best).items() if "_" in name}
+    measured = {name: value for name, value in asdict(best).items() if value is not None}
+    scores |= {f"best_{name}": value for name, value in measured.items() if "_" in name}
     trackers.keep([workspace.artifacts.existing(file.path) for file in files], scores)
     forgotten: list[str] = []
 
@@ -497,10 +509,15 @@ def make_plan(
         channels: tuple[str, ...] = ()
         if IMAGE in branches:
             channels = choose_channels(session, cells.source, params.channels)
-    validation = validation_subset(cells.split)
-    validated = cells.blocks[validation]
-    known = tuple(block for block in validated if block.label_id in cells.labels.values())
-    cells = replace(cells, blocks={**cells.blocks, validation: known})
+    validation: Subset | None = validation_subset(cells.split)
+    unknown = 0
+    if validation is None or not cells.members.get(validation):
+        validation = None
+    else:
+        validated = cells.blocks[validation]
+        known = tuple(block for block in validated if block.label_id in cells.labels.values())
+        cells = replace(cells, blocks={**cells.blocks, validation: known})
+        unknown = len(validated) - len(known)
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
     given = asdict(params)
@@ -516,7 +533,7 @@ def make_plan(
         params=params,
         cells=cells,
         validation=validation,
-        unknown=len(validated) - len(known),
+        unknown=unknown,
         branches=branches,
         channels=channels,
         notes=((note,) if note else ()) + cells.notes,
@@ -721,17 +738,27 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     from ..learn.normalising import describe_plates
 
     cells, params = plan.cells, plan.params
-    subsets = {"train": Subset.TRAIN, "validation": plan.validation}
+    subsets = {"train": Subset.TRAIN}
+    if plan.validation is not None:
+        subsets["validation"] = plan.validation
     blocks = {name: cells.blocks[subset] for name, subset in subsets.items()}
     without = {
         name: cells.members.get(subset, 0) - len(blocks[name]) for name, subset in subsets.items()
     }
-    without["validation"] -= plan.unknown
+    if plan.validation is not None:
+        without["validation"] -= plan.unknown
     seen = {block.label_id for block in blocks["train"]}
     unseen = [value for value, label_id in cells.labels.items() if label_id not in seen]
     columns = cells.source.features.columns if TABULAR in plan.branches else ()
     excluded, column_notes = excluded_columns(columns, scaler.names)
     notes, flagged = list(plan.notes), cells.flagged
+    if plan.validation is None:
+        usual = (TrainParams.patience, TrainParams.monitor)
+        vain = (params.patience, params.monitor) != usual
+        notes.append(
+            f"No image validates, so nothing stopped the training: its {params.epochs} epochs "
+            f"were given, and the last is kept.{' Patience and monitor did nothing.' * vain}"
+        )
     if plan.validation is Subset.TEST:
         notes.append(
             "As published, the test subset also decided when to stop, and its wells are in "
@@ -765,7 +792,7 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         "images": {name: len(some) for name, some in blocks.items()},
         "cells": {name: sum(b.n_cells for b in some) for name, some in blocks.items()},
         "images_without_cells": without,
-        "validation_subset": plan.validation.value,
+        "validation_subset": plan.validation and plan.validation.value,
         "epochs": len(training.epochs),
         "best_epoch": training.best + 1,
         "stopped_early": training.stopped_early,

@@ -37,6 +37,7 @@ USED = {
     baselines.CELLCOUNT: ("max_cells", "seed", "strength"),
     baselines.POSITION: ("max_cells", "seed", "trees"),
     baselines.LOGISTIC: ("max_cells", "seed", "strength"),
+    baselines.KNN: ("max_cells", "seed", "neighbours"),
     baselines.FOREST: ("max_cells", "seed", "trees", "depth", "smallest_leaf"),
 }
 """The parameters that decide what each baseline learns."""
@@ -85,8 +86,8 @@ def train_baselines(
 ) -> tuple[BaselineResult, ...]:
     """Train baselines on the training subset of a split (default: the latest).
 
-    ``kinds``: some of ``cellstore.learn.baselines.BASELINES``, or the groups ``null`` and ``all``.
-    A baseline that was finished with the same recipe is returned as it is, unless ``force``.
+    ``kinds``: some of ``cellstore.learn.baselines.BASELINES``, or of its ``GROUPS``. A baseline
+    that was finished with the same recipe is returned as it is, unless ``force``.
 
     Raises:
         MissingExtraError: scikit-learn and the like are not installed.
@@ -240,6 +241,8 @@ class Fitting:
             sizes = (params.trees, params.depth, params.smallest_leaf)
             model = baselines.fit_forest(rows, classes, params.seed, *sizes)
             return model, scaler, len(rows), notes
+        if kind == baselines.KNN:
+            return baselines.fit_knn(rows, classes, params.neighbours), scaler, len(rows), notes
         model, converged = baselines.fit_logistic(rows, classes, params.strength)
         if not converged:
             slow = (

@@ -115,3 +115,14 @@ def with_set(cellstore, store: Path) -> Path:
     words = ("--protocol", "published", "--test-size", "0.5", "--store", store)
     cellstore("split", "create", "main", *words)
     return store
+
+
+@pytest.fixture
+def cv(cellstore, tmp_path: Path) -> str:
+    """A screen of eight wells of two treatments with 3 cells in each image, in two folds."""
+    table = write_screen(tmp_path / "screen", ["DMSO", "taxol"] * 4, sites=1)
+    with Store.create(tmp_path / "store") as made:
+        made.ingest(table, IngestParams(images=table.parent / "images"))
+    add_foreign_cells(Path("store"), 3, by_id)
+    cellstore("split", "create", "cv", "--folds", 2, "--validation-size", 0, "--store", "store")
+    return "cv"

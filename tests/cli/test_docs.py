@@ -20,7 +20,7 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, relocate, segment, measure, qc, contrast, split create, split import,
 split list, split delete, split show, split check, train, predict, votes, report,
-compare, audit, log, repro, seal, ask,
+runs, compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
 db upgrade, db check, rename, relabel, exclude, include,
 undo, delete, backup, restore, log, predictions add, predictions withdraw

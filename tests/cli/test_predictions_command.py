@@ -39,6 +39,21 @@ def test_predict_says_what_it_did_and_what_the_model_has_met(cellstore, trained:
     assert (wrong, verified["jobs"]) == ([], 5)
 
 
+def test_embeddings_are_added_from_a_file(cellstore, trained: Path, tmp_path: Path):
+    cellstore("export", "cells.csv", *STORE)
+    header, *rows = Path("cells.csv").read_text(encoding="utf-8").splitlines()
+    lines = [f"{row},{number / 4}" for number, row in enumerate(rows)]
+    Path("more.csv").write_text("\n".join([f"{header},e0", *lines]), encoding="utf-8")
+    words = ("embeddings", "add", "more.csv", "--name", "mine", *STORE)
+    said = cellstore(*words)
+    assert "cellstore train --features mine" in said.err
+    count = cellstore("sql", "SELECT count(e0) AS n FROM mine", "--json", *STORE)
+    assert count.json[0]["n"] == len(rows)
+    assert cellstore(*words).out.startswith("Nothing to do")
+    said = cellstore("ingest", "more.csv", *STORE, code=2)
+    assert "cellstore embeddings add more.csv --name NAME" in said.err
+
+
 def test_mistakes_are_sentences(cellstore, trained: Path):
     said = cellstore("predict", "--embedding", "seen", *STORE, code=2)
     assert "is a baseline and has no embedding" in said.err

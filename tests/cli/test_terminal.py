@@ -25,7 +25,6 @@ status
 ask
 ask accuracy
 ask plates
-ask runs
 ask splits
 ask treatments
 ask votes
@@ -41,6 +40,7 @@ audit run
 votes
 votes --level well
 report
+runs
 jobs
 split list
 split show main

@@ -105,7 +105,7 @@ def test_the_example_says_what_predict_says_when_the_store_is_gone(
         assert labels == pytest.approx(expected[cell], abs=5e-5)
 
 
-@pytest.mark.parametrize("kind", ["logistic", "forest"])
+@pytest.mark.parametrize("kind", ["logistic", "forest", "knn"])
 def test_baselines_on_features_can_be_taken_elsewhere(
     built: Path, opened: Opener, tmp_path: Path, kind: str
 ) -> None:
@@ -218,7 +218,7 @@ def test_a_null_baseline_is_of_no_use_elsewhere(
         assert session.scalars(select(Run.id).order_by(Run.id.desc())).first() == run
 
 
-@pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18"])
+@pytest.mark.parametrize("backbone", ["efficientnet_b0", "resnet18", "timm:test_vit"])
 def test_the_network_of_the_folder_is_that_of_cellstore(backbone: str) -> None:
     branches = ("mask", "image", TABULAR)
     shape = NetShape(3, 2, backbone=backbone, branches=branches, plane_channels=2)

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_training import Opener, pixels
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from cellstore import Store
 from cellstore.analysis.features import FEATURE_NAMES
-from cellstore.errors import ImageError, UnknownNameError
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
 from cellstore.learn.batches import Batches, CellReader
@@ -232,6 +234,49 @@ def test_a_data_set_for_loops_of_ones_own(workspace: Workspace) -> None:
         store.dataset(channels=["Infrared"])
 
 
+AS_RESIZED = {"mode": "bilinear", "antialias": True, "align_corners": False}
+
+
+def test_whole_fields_are_a_data_set_too(workspace: Workspace) -> None:
+    store = Store(workspace)
+    cells = store.cells(subset="train").to_pandas()
+    data = store.dataset(subset="train", unit="image", mask=True)
+    loaded = [
+        dict(zip(batch, values, strict=True))
+        for batch in DataLoader(pickle.loads(pickle.dumps(data)), batch_size=2, num_workers=2)
+        for values in zip(*batch.values(), strict=True)
+    ]
+    by_name = {(item["plate"], item["well"], int(item["site"])): item for item in loaded}
+    assert len(by_name) == len(loaded) == len(data)  # each image once
+    crops = {item["cell_id"]: item for item in store.dataset(subset="train", crop=8)}
+    for name, of_image in cells.groupby(["plate", "well", "site"]):
+        item = by_name.pop(name)
+        for cell in of_image.itertuples():
+            box = np.s_[cell.min_row : cell.max_row, cell.min_col : cell.max_col]
+            assert (item["mask"][box] == cell.object_number).any()
+            assert data.classes[item["label"]] == cell.label
+            cut = interpolate(item["image"][(None, ..., *box)], (8, 8), **AS_RESIZED)[0]
+            assert torch.allclose(cut, crops[cell.cell_id]["image"], atol=1e-5)
+    assert by_name == {}
+    small = next(iter(store.dataset(subset="train", unit="image", mask=True, crop=5)))
+    assert small["image"].shape == (len(data.channels), 5, 5)
+    assert small["mask"].shape == (5, 5)
+    drawn = store.dataset(subset="train", unit="image", sampler="classes")
+    counts = np.bincount([item["label"] for item in drawn])
+    assert len(set(counts)) == 1
+    said = store.dataset(subset="test", unit="image", crop=4)
+    names = ("plate", "well", "site")
+    table = pd.DataFrame([{name: item[name] for name in names} for item in said])
+    table["label"] = data.classes[0]
+    added = store.add_predictions(table, "fields", trained_on=["train"])
+    assert (added.images, added.cells) == (len(said), 0)
+    with pytest.raises(UserInputError, match="Features are of cells"):
+        store.dataset(unit="image", features=True)
+    data._shape = (9, 9)
+    with pytest.raises(UserInputError, match=r"crop=512"):
+        next(iter(data))
+
+
 def test_the_examples_for_models_of_ones_own(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +290,7 @@ def test_the_examples_for_models_of_ones_own(
     assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
     image = store.votes(str(run)).table.to_pylist()[0]
     name = f"{image['plate']}/{image['well']}/{image['site']}"
-    last = store.audit(name, "image").record["labellings"][-1]
+    last, fields = store.audit(name, "image").record["labellings"][-2:]
+    assert (fields["run_id"], fields["model"]) == (values["whole"].run_id, "brightness")
     assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
     assert last["origin"] == "declared"

@@ -371,6 +371,63 @@ def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
     assert not [reason for reason in problems if "feature" in reason]
 
 
+def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_path: Path) -> None:
+    small_screen(workspace)
+    store, path = Store(workspace), tmp_path / "cells.parquet"
+    made = store.export(path, split="main", subset="test")
+    table = pd.read_parquet(path)
+    assert made.cells == len(table) > 0
+    with store.session() as session:
+        known = {
+            c.id: (s.recipe.fingerprint[:12], m.image.well.name, m.label.value)
+            for m in session.query(Split).one().members
+            for s in m.image.segmentations
+            for c in s.cells
+            if m.subset is Subset.TEST
+        }
+    columns = ["Metadata_Segmentation", "Metadata_Well", "Metadata_Label"]
+    rows = zip(table.Metadata_CellId, table[columns].itertuples(index=False), strict=True)
+    assert {cell: tuple(row) for cell, row in rows} == known
+    assert set(table.Metadata_Subset) == {"test"}
+    for number in range(16):
+        table[f"e{number}"] = np.arange(len(table)) / 8 + number
+    table.to_parquet(path)
+    before = store.status().cells
+    with pytest.raises(UserInputError, match=r"embeddings add cells.parquet --name NAME"):
+        store.ingest(path)
+    added = store.add_embeddings(path, "mine")
+    assert (added.cells, added.columns) == (len(known), 16)
+    assert any("not kept: Cells_area, " in note for note in added.notes)
+    kept = store.sql("SELECT cell_id, e0, e15 FROM mine ORDER BY cell_id").to_pandas()
+    wanted = table.sort_values("Metadata_CellId")
+    assert kept.to_numpy().tolist() == wanted[["Metadata_CellId", "e0", "e15"]].to_numpy().tolist()
+    assert store.status().cells == before
+    assert store.add_embeddings(path, "mine").already_done
+    # What the split says is never taken for a prediction.
+    with pytest.raises(UserInputError, match="says no class"):
+        store.add_predictions(path, "the truth")
+    table["DMSO"] = 0.75
+    assert store.add_predictions(table, "mine", trained_on=[]).rows == len(known)
+
+
+def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace) -> None:
+    own = small_screen(workspace).predict_run.id
+    store = Store(workspace)
+    cells = store.cells("main", "test", features=False)
+    table = cells.to_pandas()[["plate", "well", "site", "object_number", "label"]]
+    store.rename("plate", "BR1", "P7", reason="a slip")
+    added = store.add_predictions(table, "old name", trained_on=[], query=cells)
+    assert added.rows == len(table)
+    assert "Plate BR1 was renamed: read as P7." in added.notes
+    for run in (added.run_id, added.train_run_id):
+        assert store.audit(f"run {run}", "run").record["query"] == cells.query
+    assert store.audit(f"run {own}", "run").record["query"] != cells.query
+    vectors = table.drop(columns="label").assign(e0=1.0)
+    assert store.add_embeddings(vectors, "emb").cells == len(table)
+    with pytest.raises(UserInputError, match="no such image"):
+        store.add_embeddings(vectors.assign(plate="BR0"), "other")
+
+
 def test_names_and_kinds_of_columns_change_no_number(sqlite_workspace: Workspace) -> None:
     small_screen(sqlite_workspace)
     store = Store(sqlite_workspace)

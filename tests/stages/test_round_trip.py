@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sqlalchemy import select, update
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import IngestParams
 from cellstore.enums import Control, PerturbationKind, Stage
+from cellstore.errors import UserInputError
 from cellstore.io.tables import MISSING
 from cellstore.io.treatments import TreatmentRecord, target_of
 from cellstore.jobs.workspace import Workspace, create_workspace
@@ -206,10 +208,10 @@ def _cells(
 BOX = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col", "excluded")
 
 
-def exported(workspace: Workspace, out: Path) -> pa.Table:
-    """The Parquet export of a store, which is left in ``out``."""
-    export(workspace, out, include_excluded=True, force=True)
-    return pq.read_table(out)
+def exported(workspace: Workspace, out: Path, features: str | None = None) -> pa.Table:
+    """The Parquet export of a store, which is left in ``out``, without what is of this store."""
+    export(workspace, out, features=features, include_excluded=True, force=True)
+    return pq.read_table(out).drop(["Metadata_CellId", "Metadata_Segmentation"])
 
 
 def as_text(table: pa.Table) -> list[list[str]]:
@@ -387,9 +389,13 @@ def test_an_export_is_read_in_a_store_that_has_the_images(
 ) -> None:
     fill(workspace, EXAMPLE)
     wanted = exported(workspace, tmp_path / "cells.parquet")
+    with pytest.raises(UserInputError, match="in this store already"):
+        ingest(workspace, tmp_path / "cells.parquet", IngestParams(name="again"))
+    other: Any = deepcopy(EXAMPLE)  # the same images, in which another cell was found
+    other["001"]["wells"][1, 2]["images"][0]["cells"][7]["min_row"] = 0
     with new_store(tmp_path, empty) as second:
-        fill(second, EXAMPLE)
+        fill(second, other)
         result = ingest(second, tmp_path / "cells.parquet", IngestParams(name="again"))
         assert (result.refused, result.cells, result.images) == (0, 3, 2)
-        export(second, tmp_path / "b.parquet", features="again", include_excluded=True)
-    assert as_text(pq.read_table(tmp_path / "b.parquet")) == as_text(wanted)
+        found = exported(second, tmp_path / "b.parquet", "again")
+    assert as_text(found) == as_text(wanted)

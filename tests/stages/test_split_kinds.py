@@ -253,6 +253,37 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         assert recipe.parameters["downsample_by"] == "cell"
 
 
+@pytest.mark.each_database
+def test_one_plate_or_one_replicate_is_left_out_in_each_fold(workspace: Workspace) -> None:
+    fill(workspace, *["aspirin aspirin taxol taxol"] * 3)
+    made = create_folds(workspace, "plates", SplitParams(leave_out="plate"))
+    assert [item.group_level for item in made] == ["plate"] * 3
+    for number, item in enumerate(made, start=1):
+        on = parts(workspace, item.name, 0)
+        assert on[f"P{number}"] == {Subset.TEST}
+        assert Counter(side for (side,) in on.values()) == dict.fromkeys(Subset, 1)
+    again = create_folds(workspace, "plates", SplitParams(leave_out="plate"))
+    assert not any(item.created for item in again)
+
+    # Columns that tables have of wells: the first and the second well of each treatment.
+    with workspace.database.begin() as session:
+        for well in session.scalars(select(Well)):
+            well.metadata_ = {"replicate": str(2 - well.well_column % 2)}
+    params = SplitParams(leave_out="Metadata_replicate", validation_size=0)
+    first, second = create_folds(workspace, "replicates", params)
+    assert parts(workspace, first.name, 1) == {
+        "A01": {Subset.TEST},
+        "A02": {Subset.TRAIN},
+        "A03": {Subset.TEST},
+        "A04": {Subset.TRAIN},
+    }
+    assert (second.counts["test"], second.counts["validation"]) == (12, 0)
+    with workspace.database.begin() as session:
+        session.execute(update(Well).where(Well.name == "A01").values(metadata_=None))
+    with pytest.raises(UserInputError, match="6 of 24 images have no replicate"):
+        create_folds(workspace, "rest", params)
+
+
 def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) -> None:
     fill(sqlite_workspace, "aspirin aspirin taxol taxol")
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -268,6 +299,9 @@ def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) ->
             "every plate is tested",
         ),
         ({"folds": 3}, "create_folds"),
+        ({"folds": 3, "leave_out": "plate"}, "a fold for each value"),
+        ({"leave_out": "batch", "group_level": "image"}, "leave --group out"),
+        ({"protocol": "published", "leave_out": "plate"}, "without --leave-out"),
         ({"where": "colour = 'red'"}, "Unknown column 'colour'"),
         ({"min_images": 99}, "have 99 images or more"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,8 @@ from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.image_tables import ImageRecord
 from ...io.layouts import Layout
 from ...io.objects import BOX, CENTRE, DTYPES, Integers, ObjectBatch, ObjectSource, first_of_each
+from ...io.single_cells import CELL_ID, open_single_cells
 from ...io.single_cells import TOOL as SINGLE_CELLS
-from ...io.single_cells import open_single_cells
 from ...io.tables import LONGEST, Refusal
 from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
@@ -53,7 +54,7 @@ _READERS = {
     Layout.SINGLE_CELLS: ("single_cells", open_single_cells),
 }
 """By layout: what a feature set is called by default, and what opens the source."""
-_IMAGES_AT_ONCE = 1_000
+_IMAGES_AT_ONCE, _CELLS_COMPARED = 1_000, 1_000
 _CELL = ("segmentation_id", "object_number", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
 OTHER_VALUES = "other values than before"
@@ -102,6 +103,7 @@ def ingest_features(
         if len(opened.object_number) or opened.empty:
             target = _target_set(session, opened, name)
             of_cells = images[opened.image_index]
+            _refuse_known_cells(session, opened, of_cells, target.segment_id)
             empty = {int(images[number]): number for number in opened.empty}
             for image in (_UNKNOWN, *np.unique(of_cells).tolist()):
                 empty.pop(image, None)
@@ -145,6 +147,39 @@ def lacks_files(session: Session, artifacts: ArtifactFolder, name: str) -> bool:
     """Return whether a file of the feature set ``name`` is gone."""
     paths = sorted(row.path for row in list_files(session, FeatureSet.name == name))
     return bool(artifacts.missing(paths))
+
+
+def _refuse_known_cells(
+    session: Session, source: ObjectSource, images: Integers, segment_id: int
+) -> None:
+    """Refuse an export of this store: its cells would be there a second time, and count twice.
+
+    Raises:
+        UserInputError: its first cells are those of this store, found by another recipe.
+    """
+    if source.cell_ids is None or len(source.cell_ids) == 0:
+        return
+    batch = next(source.batches())
+    ids = source.cell_ids[batch.start : batch.start + batch.values.num_rows][:_CELLS_COMPARED]
+    boxes = batch.boxes[: len(ids)].tolist()
+    of_box = [getattr(Cell, name) for name in BOX]
+    query = select(Cell.id, Cell.object_number, Segmentation.image_id, *of_box)
+    query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
+    query = query.where(Segmentation.recipe_id != segment_id)
+    there = {row[0]: row[1:] for row in rows_in(session, query, Cell.id, ids.tolist())}
+    numbers = source.object_number[batch.start :].tolist()
+    given = zip(ids.tolist(), numbers, images[batch.start :].tolist(), boxes, strict=False)
+    for cell, number, image, box in given:
+        found = there.get(cell, ())
+        known = [np.nan if value is None else value for value in found[2:]]
+        if found[:2] != (number, image) or not np.array_equal(known, box, equal_nan=True):
+            return
+    name = source.files[0].name
+    raise UserInputError(
+        f"The cells of {name} are in this store already, by their {CELL_ID}: ingested, they would "
+        "be there twice and count twice. To add its new columns to them: cellstore embeddings add "
+        f"{shlex.quote(name)} --name NAME"
+    )
 
 
 class _Accounts:

@@ -1,0 +1,286 @@
+"""The trainings on a split beside each other, the best first."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sqlalchemy import JSON, Integer, Text, bindparam, text
+from sqlalchemy.orm import Session
+
+from ..errors import UnknownNameError
+from ..jobs.run_names import Model, models_of
+from ..jobs.workspace import Workspace
+from ..learn.baselines import NULLS
+from ..query.engine import open_questions
+
+ORDERS = ("test", "validation")
+
+TRAINED_LAST = """
+    SELECT s.id, s.name, s.family FROM runs AS r JOIN splits AS s ON s.id = r.split_id
+    WHERE r.stage = 'train' ORDER BY r.id DESC LIMIT 1
+"""
+UNFINISHED = """
+    SELECT r.id, r.split_id, r.status, r.command FROM runs AS r
+    WHERE r.stage = 'train' AND r.status <> 'done' AND r.split_id IN :splits AND NOT EXISTS (
+        SELECT 1 FROM runs AS other WHERE other.recipe_id = r.recipe_id
+        AND other.split_id = r.split_id AND other.status = 'done'
+    ) ORDER BY r.id
+"""
+ABOUT_RUNS = "SELECT id, command, result FROM runs WHERE id IN :runs"
+WITHDRAWN = """
+    SELECT parent_id, max(id) FROM runs WHERE status = 'withdrawn' AND parent_id IN :runs
+    GROUP BY parent_id
+"""
+VALIDATED = """
+    SELECT run_id, epoch, name, value FROM run_metrics
+    WHERE run_id IN :runs AND name IN ('validation_loss', 'validation_accuracy')
+"""
+# Level, vote and subset are written out, so that DuckDB skips the others.
+VOTES = """
+    SELECT run_id, well_id, truth, count(*) AS images, count(*) FILTER (correct) AS correct
+    FROM votes
+    WHERE level = 'image' AND vote = 'hard' AND subset = 'test' AND correct IS NOT NULL
+    GROUP BY run_id, well_id, truth ORDER BY run_id, well_id, truth
+"""
+
+
+@dataclass(frozen=True)
+class RankedRun:
+    """A model, and its images of the test subset by hard votes.
+
+    ``name`` is what ``report`` and ``compare`` call it: its train run, or those of all folds of a
+    cross-validation (``train_runs``, labelled by ``predict_runs``). ``model``: network, the name of
+    a baseline, or of a model that was declared. ``rank`` in its split counts from 1, alike for
+    equal scores; ``None`` where there is no score: ``status`` says why, ``then`` what to do.
+    ``low`` and ``high`` bound the accuracy: 95 % interval over wells. ``validation_loss`` and
+    ``validation_accuracy`` (share of cells) are those of the epoch that was kept, of folds their
+    mean. ``differs``: parameters in which it differs from others of its kind.
+    """
+
+    name: str
+    model: str
+    split: str
+    train_runs: tuple[int, ...]
+    predict_runs: tuple[int, ...] = ()
+    status: str = "done"
+    rank: int | None = None
+    images: int = 0
+    correct: int = 0
+    accuracy: float | None = None
+    balanced_accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    wells: int = 0
+    best_epoch: int | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    differs: Mapping[str, str] = field(default_factory=dict)
+    then: str | None = None
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The models on a split or a cross-validation (``None``: on all), the best first.
+
+    ``by``: whether test or validation images rank them; ``notes``: what a reader has to know.
+    """
+
+    split: str | None
+    by: str
+    runs: tuple[RankedRun, ...]
+    notes: tuple[str, ...]
+
+
+def list_runs(
+    workspace: Workspace, split: str | None = None, *, by: str = "test", every: bool = False
+) -> Leaderboard:
+    """Return the models on a split, or on the folds of a cross-validation as one, the best first.
+
+    By default those of the split that was trained on last; ``every``: of all splits. Networks,
+    baselines and declared models count. Of trainings that are alike the last counts.
+
+    Raises:
+        UnknownNameError: there is no such split or order, or no training yet.
+    """
+    if by not in ORDERS:
+        raise UnknownNameError.of("order", by, ORDERS)
+    with workspace.database.read() as session:
+        named, groups = _groups(session, split, every=every)
+        found: list[RankedRun] = []
+        parameters: list[dict[str, Any]] = []
+        for name, ids in groups.items():
+            models = models_of(session, list(ids))
+            found += [_row(session, name, ids, model) for model in models]
+            parameters += [model.parameters for model in models]
+        ids = {key: value for group in groups.values() for key, value in group.items()}
+        unfinished = session.execute(_in(UNFINISHED, "splits"), {"splits": list(ids)}).all()
+    read_as = {run: max(row.predict_runs) for row in found for run in row.predict_runs}
+    scores: dict[int, list[Any]] = defaultdict(list)
+    if read_as:
+        with open_questions(workspace, runs=read_as, only_image_votes=True) as questions:
+            for record in questions.ask_ours(VOTES).records():
+                scores[record["run_id"]].append(record)
+    rows = [
+        _scored(row, scores.get(max(row.predict_runs), ())) if row.predict_runs else row
+        for row in found
+    ]
+    rows = _apart(rows, parameters)
+    rows = [row for name in groups for row in _ranked([x for x in rows if x.split == name], by)]
+    rows += [
+        RankedRun(
+            str(row.id),
+            "not finished",
+            ids[row.split_id],
+            (row.id,),
+            status=row.status,
+            then=None if row.status == "running" else row.command,
+        )
+        for row in unfinished
+    ]
+    notes = []
+    chosen = Counter(row.split for row in rows if row.rank and row.model not in NULLS)
+    if by == "test" and (most := max(chosen.values(), default=0)) > 1:
+        notes.append(
+            f"The best of {most} models by test images looks better than it is on new wells, "
+            "because these very images chose it. Choose by validation images instead "
+            "(--by validation), and report the test score of that one."
+        )
+    if len({row.split for row in rows}) > 1:
+        notes.append("Ranks are within a split: each split tests other images.")
+    return Leaderboard(named, by, tuple(rows), tuple(notes))
+
+
+def _in(query: str, name: str) -> Any:
+    return text(query).bindparams(bindparam(name, expanding=True))
+
+
+def _groups(
+    session: Session, split: str | None, *, every: bool
+) -> tuple[str | None, dict[str, dict[int, str]]]:
+    """Return the name of what is listed, and of each of it the splits, by their ids."""
+    last = session.execute(text(TRAINED_LAST)).first()
+    if last is None:
+        raise UnknownNameError("There is no training yet. Next: cellstore train")
+    splits = session.execute(text("SELECT id, name, family FROM splits ORDER BY id")).all()
+    if every:
+        groups: dict[str, dict[int, str]] = defaultdict(dict)
+        for row in reversed(splits):  # the newest first
+            groups[row.family or row.name][row.id] = row.name
+        return None, groups
+    name = split or last.family or last.name
+    ids = {row.id: row.name for row in splits if name in (row.name, row.family)}
+    if not ids:
+        known = dict.fromkeys(name for row in splits for name in (row.family, row.name) if name)
+        raise UnknownNameError.of("split", name, list(known))
+    return name, {name: ids}
+
+
+def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) -> RankedRun:
+    """Return a model without its scores."""
+    runs = [run for run in map(model.runs.get, splits) if run is not None]
+    last, several = max(runs), len(splits) > 1
+    query = _in(ABOUT_RUNS, "runs").columns(id=Integer, command=Text, result=JSON)
+    about = {row.id: row for row in session.execute(query, {"runs": runs})}
+    results = [about[run].result or {} for run in runs]
+    best = {run: result.get("best_epoch") for run, result in zip(runs, results, strict=True)}
+    values: dict[str, list[float]] = defaultdict(list)
+    for row in session.execute(_in(VALIDATED, "runs"), {"runs": runs}):
+        if row.epoch == best[row.run_id] and row.value is not None:
+            values[row.name].append(row.value)
+    means = {name: sum(some) / len(some) for name, some in values.items()}
+    found = RankedRun(
+        f"{split}:{last}" if several else str(last),
+        model.kind or "network",
+        split,
+        tuple(runs),
+        best_epoch=None if several else best[last],
+        validation_loss=means.get("validation_loss"),
+        validation_accuracy=means.get("validation_accuracy"),
+    )
+    labelled = [model.labelled[run] for run in runs if run in model.labelled]
+    if len(labelled) == len(splits):
+        return replace(found, predict_runs=tuple(labelled))
+    withdrawn = dict(session.execute(_in(WITHDRAWN, "runs"), {"runs": runs}).all())
+    if withdrawn:
+        return replace(found, status="withdrawn")
+    if several:
+        status = f"{len(labelled)} of {len(splits)} folds"
+        return replace(found, status=status, then=about[last].command)
+    return replace(found, status="not predicted yet", then=f"cellstore predict --run {last}")
+
+
+def _scored(row: RankedRun, votes: Sequence[Mapping[str, Any]]) -> RankedRun:
+    """Return a model with the scores of its votes: right and all images by well and true label."""
+    import numpy as np
+
+    from ..analysis.statistics import FEWEST_WELLS, share_interval
+
+    if not votes:
+        return replace(row, status="no test images")
+    images, correct = (
+        np.array([vote[name] for vote in votes], dtype=np.float64) for name in ("images", "correct")
+    )
+    wells, truths = (
+        np.unique([vote[name] for vote in votes], return_inverse=True)[1]
+        for name in ("well_id", "truth")
+    )
+    of_wells = np.bincount(wells, weights=images)
+    low = high = None
+    if of_wells.size >= FEWEST_WELLS:
+        low, high = share_interval(np.bincount(wells, weights=correct), of_wells)
+    recall = np.bincount(truths, weights=correct) / np.bincount(truths, weights=images)
+    return replace(
+        row,
+        images=int(images.sum()),
+        correct=int(correct.sum()),
+        accuracy=float(correct.sum() / images.sum()),
+        balanced_accuracy=float(recall.mean()),
+        low=low,
+        high=high,
+        wells=of_wells.size,
+    )
+
+
+def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> list[RankedRun]:
+    """Say of each model in which parameters it differs from others of its kind and split."""
+    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        kinds[row.model, row.split].append(index)
+    found = []
+    for index, row in enumerate(rows):
+        others = [parameters[other] for other in kinds[row.model, row.split]]
+        names = dict.fromkeys(name for other in others for name in other)
+        differs = {
+            name: _shown(parameters[index].get(name))
+            for name in names
+            if len({repr(other.get(name)) for other in others}) > 1
+        }
+        found.append(replace(row, differs=differs))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    # Digests say that something is another, in few characters as well.
+    text = "none" if value is None else str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _ranked(rows: Sequence[RankedRun], by: str) -> list[RankedRun]:
+    """Return the rows in order, with their ranks; those without a score last."""
+
+    def score(row: RankedRun) -> tuple[float, ...] | None:
+        if by == "test":
+            return None if row.accuracy is None else (row.accuracy, row.balanced_accuracy or 0.0)
+        if row.validation_accuracy is None:
+            return None
+        return row.validation_accuracy, -(row.validation_loss or 0.0)
+
+    scored = sorted(((s, row) for row in rows if (s := score(row))), key=lambda x: x[0])[::-1]
+    scores = [found for found, _ in scored]
+    ranked = [replace(row, rank=1 + scores.index(found)) for found, row in scored]
+    return [*ranked, *(row for row in rows if score(row) is None)]
