@@ -714,6 +714,7 @@ class Store(AbstractContextManager["Store"]):
         trained_on: Sequence[str] | None = None,
         segmentation: str | None = None,
         note: str | None = None,
+        mlflow_run: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         query: str | CellTable | None = None,
     ) -> AddedPredictions:
@@ -721,8 +722,9 @@ class Store(AbstractContextManager["Store"]):
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run, as is ``query``, the table (or its SQL) that the model has
-        learned from. See ``stages.own_models.add_predictions``.
+        the model are kept with the run, as are the id of an ``mlflow_run``, and ``query``, the
+        table (or its SQL) that the model has learned from. See
+        ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
 
@@ -734,6 +736,7 @@ class Store(AbstractContextManager["Store"]):
             model=None if model is None else Path(model),
             segmentation=segmentation,
             note=note,
+            mlflow_run=mlflow_run,
         )
         sql = query if query is None or isinstance(query, str) else query.query
         return add_predictions(self.workspace, _table_of(table), params, parameters, sql)
