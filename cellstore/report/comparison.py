@@ -16,6 +16,7 @@ from ..config import RunName, VoteOptions
 from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
+from ..notebooks import Shown
 from ..query.engine import Questions, open_questions
 from .scoring import (
     SEEN,
@@ -91,7 +92,7 @@ class RecipeDifference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Two predict runs on the images (``level`` well: wells) that both have answered.
 
     ``both_right``, ``only_first``, ``only_second`` and ``both_wrong`` add up to ``n``; ``same``

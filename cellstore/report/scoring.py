@@ -25,6 +25,7 @@ from ..jobs.run_names import find_folds, find_predict_run
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..models import Recipe, Run, Split
+from ..notebooks import Shown
 from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
 from ..query.exclusions import with_flags
@@ -182,7 +183,7 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
-class ReportResult:
+class ReportResult(Shown):
     """The report on one predict run.
 
     ``subsets`` of the split are scored, ``chance`` is 1 / classes. ``wells`` counts those with an
