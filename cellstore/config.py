@@ -28,6 +28,7 @@ from .enums import (
     PERTURBATION,
     TARGET,
     TREATMENT,
+    Gives,
     GroupLevel,
     Look,
     Projection,
@@ -1142,6 +1143,22 @@ class PredictParams(Params):
     )
 
 
+_trained_on = partial(
+    option,
+    None,
+    "The subsets of the split that the model was trained on; none, if on no image of this "
+    "screen. Without it reports say that it is not known.",
+    metavar="A,B",
+    choices=tuple(item.value for item in Subset),
+)
+_note = partial(option, None, "A note to keep with the runs.", metavar="TEXT")
+
+
+def _check_model_name(name: str) -> None:
+    if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
+        raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+
+
 @dataclass(frozen=True)
 class AddedParams(Params):
     """What is said of predictions that a model outside cellstore made.
@@ -1154,25 +1171,89 @@ class AddedParams(Params):
     split: str | None = option(
         None, "The split that says which images are for training and which for tests."
     )
-    trained_on: tuple[str, ...] | None = option(
-        None,
-        "The subsets of the split that the model was trained on; none, if on no image of this "
-        "screen. Without it reports say that it is not known.",
-        metavar="A,B",
-        choices=tuple(item.value for item in Subset),
-    )
+    trained_on: tuple[str, ...] | None = _trained_on()
     model: Path | None = option(
         None, "The file with its weights: its sha256 is kept; it is not opened.", metavar="FILE"
     )
     segmentation: str | None = option(
         None, "Whose cells, where the table names them by number or point: a segment recipe."
     )
-    note: str | None = option(None, "A note to keep with the runs.", metavar="TEXT")
+    note: str | None = _note()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= len(self.name.strip()) <= 100 or not self.name.isprintable():
-            raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+        _check_model_name(self.name)
+
+
+@dataclass(frozen=True)
+class ApplyParams(Params):
+    """What a function of somebody's own is given of each cell, and what it makes of it.
+
+    ``features``: also these measurements, those of a feature set by name; ``subset``: train,
+    validation, test or all; ``trained_on`` as in :class:`AddedParams`.
+    """
+
+    name: str = option("", "What the model, or the feature set that it makes, is called.")
+    gives: Gives = option(
+        Gives.EMBEDDING,
+        "What its numbers are: an embedding of a cell, the probabilities of the classes of the "
+        "split, or features.",
+    )
+    image: bool = option(
+        True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
+    )
+    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
+    crop: int = option(96, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
+    mask: bool = option(False, "It is also given the mask of the cell, from 0 to 1.")
+    features: str | None = option(
+        None,
+        "It is also given the measurements of this feature set, or group as basic. An estimator "
+        "of scikit-learn is given nothing else. Default for it: basic.",
+    )
+    scaled: bool = option(
+        False,
+        "Measurements are scaled by the training subset of the split, as store.dataset does. "
+        "Default: as they were measured, as store.cells has them.",
+    )
+    intensity: str = option(
+        "plate",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
+        choices=("image", "plate"),
+    )
+    softmax: bool = option(
+        False, "Its numbers are logits: make probabilities of them by the softmax function."
+    )
+    split: str | None = option(
+        None, "The split whose classes and subsets are meant. Default: the latest."
+    )
+    subset: str | None = option(
+        None,
+        "Which subset of the split it is applied to. Default: test for probabilities, else all "
+        "images.",
+        choices=(*(item.value for item in Subset), "all"),
+    )
+    trained_on: tuple[str, ...] | None = _trained_on()
+    segmentation: str | None = option(
+        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
+    )
+    plates: tuple[str, ...] = _plates()
+    wells: tuple[str, ...] = _wells()
+    where: str | None = _where()
+    limit: int | None = _limit()
+    top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
+    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
+    note: str | None = _note()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_model_name(self.name)
+        if self.gives is Gives.PROBABILITIES:
+            return
+        for name in ("softmax", "trained_on", "top_k"):
+            if getattr(self, name) != option_of(type(self), name).default:
+                raise UserInputError(
+                    f"--{name.replace('_', '-')} is about probabilities: add --gives probabilities."
+                )
 
 
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {

@@ -94,6 +94,14 @@ class ExclusionSource(StrEnum):
     ANNOTATION = "annotation"
 
 
+class Gives(StrEnum):
+    """What the numbers are that a function makes of a cell."""
+
+    EMBEDDING = "embedding"
+    PROBABILITIES = "probabilities"
+    FEATURES = "features"
+
+
 class Origin(StrEnum):
     """How a result came into the store: this program made it, or somebody brought it."""
 

@@ -23,6 +23,7 @@ EXTRAS = {
     "segment": ("cellpose", "skimage", "scipy", "safetensors"),
     "segment-sam": ("cellpose", "segment_anything", "skimage", "scipy", "safetensors"),
     "train": ("torch", "torchvision", "lightning", "sklearn", "skops", "safetensors"),
+    "onnx": ("onnxruntime",),
     "embed": ("timm", "transformers", "huggingface_hub"),
     "report": ("matplotlib", "jinja2", "networkx"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),

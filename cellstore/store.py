@@ -21,6 +21,7 @@ from .config import (
     EVERYTHING,
     THIS_PROCESS,
     AddedParams,
+    ApplyParams,
     BaselineParams,
     ContrastParams,
     FinetuneParams,
@@ -63,10 +64,12 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.apply import ApplyResult
     from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
+    from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
@@ -715,6 +718,77 @@ class Store(AbstractContextManager["Store"]):
             parameters=parameters,
         )
 
+    def apply(
+        self,
+        function: Any,
+        name: str,
+        *,
+        gives: str = "embedding",
+        device: str = "auto",
+        resources: Resources = THIS_PROCESS,
+        parameters: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ApplyResult:
+        """Let a function or a model of your own look at the cells, and keep what it returns.
+
+        ``function``: a function, a module of torch, an estimator of scikit-learn, a file
+        ``model.onnx``, or ``module:name``. A function gets a dictionary of N cells: ``image``
+        (N, C, S, S) float32 from -1 (black) to about 1, ``mask`` (N, 1, S, S), ``features``
+        (N, F), ``cell_id`` (N,), and returns (N, D). ``gives``: ``embedding`` or ``features``,
+        kept as feature set ``name``; or ``probabilities`` of the classes of the split, kept as a
+        run. ``options`` are the fields of ``config.ApplyParams``: what it is given (``channels``,
+        ``crop``, ``mask``, ``features``), of which images (``split``, ``subset``, ``plates``,
+        ``where``), and what is declared of it (``trained_on``, ``note``). ``parameters`` are kept
+        with the run. See ``stages.apply.apply``.
+
+        >>> def light(batch):
+        ...     return batch["image"].mean(axis=(2, 3))
+        >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
+        """
+        from .stages.apply import apply
+
+        return apply(
+            self.workspace,
+            function,
+            ApplyParams(name=name, **{"gives": gives, **options}),
+            device=device,
+            resources=resources,
+            parameters=parameters,
+        )
+
+    def embed(
+        self,
+        model: str | Path,
+        name: str | None = None,
+        *,
+        mode: str | None = None,
+        weights: Path | None = None,
+        crop: int | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> ApplyResult:
+        """Embed the cells with a published network: a feature set ``name`` of them.
+
+        ``model``: ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]``, a name of
+        ``learn.embedders.KNOWN``, or a folder with ``config.json`` and ``model.safetensors``.
+        ``mode``: what it sees: ``channels`` (each channel by itself in grey, and what it makes of
+        them side by side), ``rgb`` (three channels as colours) or ``native`` (all as they are).
+        ``weights``: a file that was fetched before. ``crop``: of its input in pixels; default: that
+        of its training. ``options`` are those of :meth:`apply` that say which cells and channels.
+
+        >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
+        >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
+        """
+        from .settings import need
+
+        need("train")
+        from .learn.embedders import name_of, open_embedder
+
+        model = str(model)
+        network = open_embedder(model, mode, weights, crop)
+        options["crop"] = network.size
+        return self.apply(network, name or name_of(model), device=device, **options)
+
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
         from .stages.own_models import withdraw
@@ -980,6 +1054,41 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
         self.wrote(out)
+        return made
+
+    def export_crops(
+        self,
+        out: str | Path,
+        *,
+        split: str | None = None,
+        subset: str | None = None,
+        channels: Sequence[str] = (),
+        plates: Sequence[str] = (),
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ExportedCrops:
+        """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
+
+        ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
+        is there whole or not at all; ``force`` replaces an earlier one.
+
+        >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
+        """
+        from .stages.export_crops import export_crops
+
+        made = export_crops(
+            self.workspace,
+            Path(out),
+            split=split,
+            subset=_subset(subset),
+            channels=channels,
+            plates=plates,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        self.wrote(made.path)
         return made
 
     def rename(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
     from cellstore.query.guard import Limits
     from cellstore.stages.export import ExportResult
+    from cellstore.stages.export_crops import ExportedCrops
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -347,7 +348,20 @@ def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
 ENDINGS = {".csv": "csv", ".h5ad": "anndata", ".parquet": "parquet", ".pq": "parquet"}
 
 
-def _show_export(result: ExportResult) -> None:
+def _show_export(result: ExportResult | ExportedCrops) -> None:
+    from cellstore.stages.export_crops import ExportedCrops
+
+    if isinstance(result, ExportedCrops):
+        output.pairs(
+            {
+                "written": result.path,
+                "cells": f"{result.cells:,} of {result.images:,} images",
+                "channels": ", ".join(result.channels),
+                "files": f"{result.files} ({result.bytes / 1e6:,.1f} MB), and README.md",
+                "recipe": f"segment {result.segment_recipe}",
+            }
+        )
+        return
     output.pairs(
         {
             "written": result.path,
@@ -364,8 +378,14 @@ def _show_export(result: ExportResult) -> None:
 
 @command(app, "export", _show_export, then=True)
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file, or with --crops the folder, to write.")
+    ],
     store: Store,
+    crops: bool = option(
+        False, "Write the pixels of the cells: a folder of Parquet files with a README."
+    ),
+    channels: tuple[str, ...] = option((), "Of --crops: default: all.", metavar="A,B"),
     form: str | None = option(
         None,
         "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.",
@@ -395,8 +415,8 @@ def export(
         "table no longer reads back as it was.",
     ),
     force: bool = option(False, "Replace OUT if it is there."),
-) -> ExportResult:
-    """Write a table with a row per cell, for pycytominer and other tools.
+) -> ExportResult | ExportedCrops:
+    """Write a table with a row per cell, for pycytominer and other tools; or the crops of cells.
 
     Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
     the features as Cells_area and so on. Excluded cells do not count and are left out. Ingesting
@@ -407,7 +427,26 @@ def export(
     Example:
       cellstore export cells.parquet
       cellstore export cells.csv --plate BR00117035 --features texture
+      cellstore export crops --crops --split by-well --channels DNA,RNA
     """
+    if crops:
+        if form or features or include_excluded or for_spreadsheet:
+            raise UserInputError(
+                "--format, --features, --include-excluded and --for-spreadsheet are of tables: "
+                "remove them, or --crops."
+            )
+        return store.export_crops(
+            out,
+            split=split,
+            subset=subset,
+            channels=channels,
+            plates=plates,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+    if channels:
+        raise UserInputError("A table has no channels: add --crops, or remove --channels.")
     written = form or ENDINGS.get(out.suffix.lower())
     if written is None:
         raise UserInputError(

@@ -15,9 +15,11 @@ from cellstore.config import (
     BASELINES,
     PRESETS,
     AddedParams,
+    ApplyParams,
     BaselineParams,
     ContrastParams,
     PredictParams,
+    Resources,
     Sources,
     TrainParams,
     TrainSetup,
@@ -42,6 +44,7 @@ from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
+    from cellstore.stages.apply import ApplyResult
     from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
     from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
@@ -385,15 +388,61 @@ def predict(
         end_with_failures(result.failures, result.done, "labelled", "the same command")
 
 
-def _show_embedders() -> None:
-    from cellstore.learn.embedders import KNOWN
+def _show_apply(result: ApplyResult) -> None:
+    if result.done == 0 and not result.failures:
+        typer.echo(f"Nothing to do: {result.name} has what {result.function} makes already.")
+    made = {"run": result.run_id, "function": result.function}
+    if result.feature_set is None:
+        made |= {"model": f"{result.name} (run {result.train_run_id})", "split": result.split}
+    else:
+        made |= {"feature set": result.feature_set, "columns": result.columns}
+    made |= {"images done": result.done, "done before": result.earlier}
+    left = {"without cells or files": result.waiting, "failed before": result.failed_before}
+    made |= {name: number for name, number in left.items() if number}
+    output.pairs({**made, "cells": result.cells})
+    if result.failures and not are_gone(result.failures):
+        list_failures(result.failures)
 
-    for name, known in KNOWN.items():
-        typer.echo(name)
-        source = known.source if known.revision is None else f"{known.source}@{known.revision}"
-        told = {"source": source, "licence": known.licence, "preprocessing": known.preprocessing}
-        for key, text in told.items():
-            output.wrapped(f"  {key}: {text}")
+
+@command(app, "apply", then=True)
+def apply(
+    function: Annotated[
+        str, typer.Argument(metavar="MODULE:NAME|MODEL.onnx", help="What looks at the cells.")
+    ],
+    params: ApplyParams,
+    resources: Resources,
+    store: Store,
+    common: Common,
+    device: str = DEVICE,
+) -> None:
+    """Let a function or a model of your own look at every cell, and keep what it returns.
+
+    MODULE is a file MODULE.py in this folder, or an installed module; NAME in it is a function, a
+    module of torch (with weights loaded) or an estimator of scikit-learn. A function gets a
+    dictionary with image (cells, channels, rows, columns), mask, features and cell_id, and returns
+    a row of numbers for each cell. An embedding or features become a feature set; probabilities
+    become predictions, for votes, report and audit. A stopped command goes on when it is given
+    again; images that were added since are added.
+
+    \b
+    Example:
+      cellstore apply my_model:embed --name mine --channels DNA,RNA --crop 64
+      cellstore apply my_model:vit --name vit --gives probabilities
+      cellstore apply model.onnx --name vit --device cuda
+    """
+    result = store.apply(function, **asdict(params), device=device, resources=resources)
+    common.show(result, _show_apply)
+    if result.failures:
+        again = "cellstore retry" if result.feature_set else "the same command"
+        end_with_failures(result.failures, result.done, "done", again)
+
+
+def _show_embedders(known: list[dict[str, Any]]) -> None:
+    for row in known:
+        typer.echo(row["name"])
+        for key in ("source", "revision", "licence", "preprocessing"):
+            if row[key] is not None:
+                output.wrapped(f"  {key}: {row[key]}")
 
 
 @command(app, "embed", then=True)
@@ -456,7 +505,12 @@ def embed(
     if listed:
         from cellstore.learn.embedders import KNOWN
 
-        common.show(KNOWN, lambda _: _show_embedders())
+        shown = ("source", "revision", "licence", "preprocessing", "mode", "channels", "size")
+        rows = [
+            {"name": name} | {key: getattr(known, key) for key in shown}
+            for name, known in KNOWN.items()
+        ]
+        common.show(rows, _show_embedders)
         return
     if model is None:
         raise UserInputError("Name a network: --model MODEL. See: cellstore embed --list")

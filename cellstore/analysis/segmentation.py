@@ -391,7 +391,7 @@ class Batches:
                     if images == tiles == 1:
                         raise ImageError(
                             "The image does not fit into the memory of the GPU, even alone. "
-                            "Segment it with --device cpu."
+                            "Use --device cpu."
                         ) from error
                     torch.cuda.empty_cache()
                     images, tiles = (images // 2, tiles) if images > 1 else (1, tiles // 2)

@@ -201,17 +201,21 @@ def execute(
     images: Select[int],
     resources: Resources,
     parent_id: int | None = None,
+    result: Mapping[str, Any] | None = None,
+    *,
+    unseen: bool = False,
 ) -> list[JobsResult]:
     """Do what ``recipes`` have not done of some images, in a run for each, in one pass.
 
-    ``parent_id``: the run whose result these rely on.
+    ``parent_id``: the run whose result these rely on. ``result``: what else is kept with the runs.
+    ``unseen``: also images that have not been seen, for work that opens none.
 
     Raises:
         StorageError, KeyboardInterrupt, RunCancelledError: see :func:`run_jobs`.
     """
     with workspace.database.read() as session:
         lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}
-        counts = [count_images(session, recipe.id, images) for recipe in recipes]
+        counts = [count_images(session, recipe.id, images, unseen=unseen) for recipe in recipes]
     if any(found is not None for found in lost.values()):
         gone = list(in_lists({image for found in lost.values() for image in found or ()}))
         with workspace.database.begin() as session, recording_removed(session, gone):
@@ -222,7 +226,7 @@ def execute(
                 for images_without in in_lists(found or ()):  # what has failed for want of them
                     queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
-            counts = [count_images(session, recipe.id, images) for recipe in recipes]
+            counts = [count_images(session, recipe.id, images, unseen=unseen) for recipe in recipes]
     if resources.workers > 1 and any(counted.todo for counted in counts):
         start_importing(stage)
     counters: dict[int, RunCounter] = {}
@@ -236,12 +240,13 @@ def execute(
             if counted.todo
         }
         if runs:
-            scope = JobScope({recipe_id: run.id for recipe_id, run in runs.items()}, images)
+            by_recipe = {recipe_id: run.id for recipe_id, run in runs.items()}
+            scope = JobScope(by_recipe, images, unseen)
             counters = run_jobs(workspace, stage, scope, resources)
         for recipe_id, counter in counters.items():
             failed = len(counter.failures)
             done = {"images": counter.images, "failed": failed, "cells": counter.cells}
-            runs[recipe_id].result = done
+            runs[recipe_id].result = {**done, **(result or {})}
             if failed and not counter.images:  # so that it is never taken for the latest result
                 runs[recipe_id].error = f"None of the {failed} images could be done."
     nothing = RunCounter(0, 0)

@@ -40,7 +40,7 @@ from .queue import at_work, close_dead_runs, new_owner, shown_worker
 PACKAGES = (
     *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
     *("tifffile", "imagecodecs", "cellpose", "segment-anything", "scikit-image"),
-    *("torch", "torchvision", "lightning", "scikit-learn", "timm", "transformers"),
+    *("torch", "torchvision", "lightning", "scikit-learn", "onnxruntime", "timm", "transformers"),
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
 

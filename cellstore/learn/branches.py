@@ -92,11 +92,10 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
 
 
 def _images_with_cells(source: CellSource) -> Select[Any]:
-    """Ask for the images of the split in which the segmentation has found cells."""
+    """Ask for the images (of the split) in which the segmentation has found cells."""
+    query = select(Image).join(Segmentation, IS_CURRENT)
+    query = query.where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
+    if source.split_id is None:
+        return query
     member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
-    return (
-        select(Image)
-        .join(Segmentation, IS_CURRENT)
-        .join(SplitMember, member)
-        .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
-    )
+    return query.join(SplitMember, member)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config import ImageInput, Sources, TrainParams
@@ -19,11 +18,12 @@ from ..enums import Subset
 from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace, open_workspace
-from ..models import Image, Plate, SplitMember, Well
+from ..models import SplitMember
 from ..query.cells import (
     CellSource,
     ImageBlock,
     current_segmentation,
+    name_images,
     plane_of,
     plate_of,
     read_masks,
@@ -74,8 +74,8 @@ class CellDataset(IterableDataset[Item]):
 
     Of ``unit="image"`` an item is a whole field, on the same scale of intensities: ``image``
     (C, H, W) float32, or (C, S, S) with a ``crop``; ``mask`` (H, W) int64, the object numbers, 0
-    between the cells; ``label``; ``image_id``, and ``plate``, ``well``, ``site``, ``plane`` and
-    ``time_point``, by which :meth:`cellstore.Store.add_predictions` finds the image again.
+    between the cells; ``label``; ``image_id``, ``subset``, and ``plate``, ``well``, ``site``,
+    ``plane``, ``time_point``, by which :meth:`cellstore.Store.add_predictions` finds it again.
 
     Call :meth:`set_epoch` before each epoch; workers that persist hear
     of it. ``len`` counts the cells of an epoch in this process. Made by
@@ -309,7 +309,7 @@ def cell_dataset(
         )
         places = None
         if unit == "image":
-            places = _places(session, cells.source.split_id, subset)
+            places = name_images(session, replace(cells.source, subset=subset))
             blocks = tuple(replace(block, n_cells=1) for block in blocks)
     return CellDataset(
         settings=workspace.settings,
@@ -329,17 +329,3 @@ def cell_dataset(
         notes=cells.notes,
         places=places,
     )
-
-
-def _places(session: Session, split_id: int | None, subset: Subset) -> dict[int, Item]:
-    """What names the images of a subset in tables."""
-    columns = (Image.id, Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
-    query = select(*columns).join(Well, Well.id == Image.well_id)
-    query = query.join(Plate, Plate.id == Well.plate_id)
-    query = query.join(SplitMember, SplitMember.image_id == Image.id)
-    query = query.where(SplitMember.split_id == split_id, SplitMember.subset == subset)
-    names = ("plate", "well", "site", "plane", "time_point")
-    return {
-        image_id: dict(zip(names, place, strict=True))
-        for image_id, *place in session.execute(query)
-    }

@@ -151,7 +151,7 @@ class Embedder(nn.Module):
             values = (values - low) / (high - low + 1e-8)
         else:
             values = (values - self.mean) / self.std  # a grey picture becomes as many as these are
-        seen = torch.cat([self.net(some) for some in values.split(AT_ONCE)])
+        seen = torch.cat([self.net(some) for some in torch.split(values, AT_ONCE)])
         return seen.float().reshape(n, -1)
 
 

@@ -31,6 +31,7 @@ from ..models import (
     Cell,
     FeatureSet,
     Image,
+    Label,
     Plate,
     Recipe,
     RecipeInput,
@@ -52,6 +53,7 @@ _VALUES_AT_ONCE = 4_000_000
 class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
+    ``measure_id``: ``None``: also cells that are not measured, for what reads no measurement.
     ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is excluded.
     Excluded cells are not read. ``unflagged_by``: a quality-control run, whose flagged
@@ -61,7 +63,7 @@ class CellSource:
     """
 
     segment_id: int
-    measure_id: int
+    measure_id: int | None
     split_id: int | None = None
     subset: Subset | None = None
     plates: tuple[str, ...] = ()
@@ -183,6 +185,20 @@ def digests_of_chosen(session: Session, source: CellSource) -> dict[int, str]:
             of_image = numbers[images == image_id]
             found.setdefault(image_id, hashlib.sha256()).update(of_image.tobytes())
     return {image_id: digest.hexdigest() for image_id, digest in found.items()}
+
+
+def name_images(session: Session, source: CellSource) -> dict[int, dict[str, Any]]:
+    """Return by image id what names it in tables; with its subset and label, of a split."""
+    columns = (Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
+    query = select(Image.id, *columns, SplitMember.subset, Label.value)
+    query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+    of_split = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
+    query = query.join(SplitMember, of_split, isouter=source.split_id is None)
+    query = query.outerjoin(Label, Label.id == SplitMember.label_id)
+    if source.subset is not None:
+        query = query.where(SplitMember.subset == source.subset)
+    names = ("plate", "well", "site", "plane", "time_point", "subset", "label")
+    return {key: dict(zip(names, row, strict=True)) for key, *row in session.execute(query)}
 
 
 def read_cells(

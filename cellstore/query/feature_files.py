@@ -331,6 +331,8 @@ def are_chosen(chosen: bytes, cell_ids: Integers) -> NDArray[np.bool_]:
 class SetReader:
     """Call it with cell ids to get their values out of a feature set. Threads may share it.
 
+    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. With neither
+    it is all cells, and has no values.
     The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. ``chosen``:
     the cells that it is asked about, a bit for each id (see :func:`are_chosen`); None: all.
     """
@@ -348,7 +350,7 @@ class SetReader:
 
     def restrict(self, query: Select[Any]) -> Select[Any]:
         """Return a query of cells without those that the set lacks, if the database knows them."""
-        if self._files is not None:
+        if self._files is not None or self._measure_id is None:
             return query
         own = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == self._measure_id)
         return query.join(CellFeatures, own)
@@ -375,6 +377,8 @@ class SetReader:
         times = np.zeros(len(cell_ids), dtype=np.int64)
         read = self._of_table if self._files is None else self._of_files
         chosen: Any = True if self._chosen is None else are_chosen(self._chosen, cell_ids)
+        if self._files is None and self._measure_id is None:
+            return np.broadcast_to(chosen, len(cell_ids)), values
         asked = cell_ids if chosen is True else cell_ids[chosen]
         for found, numbers in read(session, asked, columns) if len(asked) else ():
             positions = np.searchsorted(cell_ids, found)

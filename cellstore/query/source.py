@@ -24,7 +24,7 @@ from sqlalchemy import text
 
 from ..artifacts import ArtifactFolder
 from ..config import VoteOptions
-from ..db.session import Database
+from ..db.session import SQLITE_BUSY_MS, Database
 from ..enums import FeatureStorage
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
 from .guard import quoted, reading_files
@@ -179,7 +179,10 @@ class Source:
 
             driver = adbc_driver_sqlite._driver_path()
             address = f"file:{quote(url.database or '')}?mode=ro"
-            begin = "SELECT count(*) FROM plates"  # the moment begins with a read
+            # Another process may be putting the log of the database in order. The moment begins
+            # with a read.
+            wait = f"PRAGMA busy_timeout = {SQLITE_BUSY_MS}"
+            begin = [wait, "SELECT count(*) FROM plates"]
         else:
             try:
                 import adbc_driver_postgresql
@@ -187,15 +190,16 @@ class Source:
                 raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
             driver = adbc_driver_postgresql._driver_path()
             address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-            begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+            begin = ["SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"]
         try:
             self._handle = adbc.AdbcDatabase(driver=driver, uri=address)
             self._connection = adbc.AdbcConnection(self._handle)
             self._connection.set_autocommit(False)
         except adbc.Error as error:
             raise self._failed(error) from error
-        with self._stream(begin):
-            pass
+        for statement in begin:
+            with self._stream(statement):
+                pass
 
     @cached_property
     def columns(self) -> dict[str, Columns]:

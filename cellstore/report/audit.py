@@ -37,7 +37,7 @@ from sqlalchemy.orm import Session
 from ..artifacts import sha256_of
 from ..config import RunName
 from ..db.fields import field_column, wells_changed
-from ..enums import TARGET, TREATMENT, Origin, Subset
+from ..enums import TARGET, TREATMENT, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     channels_now,
@@ -398,7 +398,7 @@ def _labellings(
         seen = [item for item in found if item["id"] in used]
         well_subsets = [s.value for s in Subset if (run["split_id"], s.value) in in_well]
         learned, known = {Subset.TRAIN.value}, True
-        if run["origin"] == Origin.DECLARED:
+        if run["model"] is not None:
             learned, known = (
                 set((run["trained_on"] or "").split(",")),
                 run["trained_on"] is not None,

@@ -253,8 +253,8 @@ def _renames(session: Session, run: Run) -> list[tuple[datetime, tuple[str, ...]
 
 def _before(session: Session, run: Run) -> list[Run]:
     """The runs before ``run`` that made what it reads."""
-    declared = run.origin is Origin.DECLARED  # one command brought the model and its predictions
-    found = [] if run.parent is None or declared else [run.parent]
+    # One command brought a declared model and its predictions.
+    found = [] if run.parent is None or run.parent.origin is Origin.DECLARED else [run.parent]
     flagged = run.recipe.parameters.get("exclude_flagged")
     if isinstance(flagged, int):
         found.append(session.get_one(Run, flagged))
@@ -278,8 +278,9 @@ def _step_of(session: Session, run: Run) -> Step:
     """How one run is redone."""
     options = options_of_run(session, run)
     typed = typed_words(run.command)
-    usual = ("ingest", "refresh") if run.stage is Stage.INGEST else (run.stage.value,)
-    usual = ("predictions",) if run.origin is Origin.DECLARED else usual
+    usual: tuple[str, ...] = (run.stage.value,)
+    usual = ("ingest", "refresh") if run.stage is Stage.INGEST else usual
+    usual = ("predictions", "apply", "embed") if "declared" in run.recipe.parameters else usual
     if typed is not None and typed[:1] not in [(word,) for word in usual]:
         typed = None  # of a command that does much more, such as demo
     if options is None:

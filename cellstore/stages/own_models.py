@@ -22,10 +22,10 @@ from sqlalchemy import case, exists, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
-from ..config import AddedParams, RunName
+from ..config import AddedParams, ApplyParams, RunName
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs, recording_removed
-from ..enums import FeatureStorage, Origin, Stage, Status
+from ..enums import FeatureStorage, Origin, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     ImageError,
@@ -80,6 +80,11 @@ ROWS_AT_ONCE = 65_536
 
 ADDS_UP = 1e-3
 """By how much the probabilities of a cell may add up to more than 1."""
+
+NOT_DECLARED = (
+    "Nobody said which subset of the split this model was trained on, so reports cannot "
+    "say whether it has seen the wells before. If you know: --trained-on train"
+)
 
 _WHOLE = """
     CASE WHEN TRY_CAST({0} AS BIGINT) = TRY_CAST({0} AS DOUBLE) THEN TRY_CAST({0} AS BIGINT) END
@@ -247,25 +252,10 @@ def add_predictions(
     with workspace.database.read() as session:
         split = find_split(session, params.split)
         split_recipe = session.get_one(Recipe, split.recipe_id)
-        labels = select(Label.value, Label.id).join(SplitMember, SplitMember.label_id == Label.id)
-        labels = labels.where(SplitMember.split_id == split.id).distinct()
-        classes: dict[str, int] = dict(sorted(session.execute(labels).all()))
+        classes = classes_of(session, split.id)
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
-    learned = None if params.trained_on is None else ",".join(params.trained_on)
-    train = RecipeSpec(
-        Stage.TRAIN,
-        VERSION,
-        {
-            "declared": params.name,
-            "trained_on": learned,
-            "weights": params.model and params.model.name,
-            "parameters": dict(parameters or {}),
-        },
-        weights,
-        (split_recipe,),
-    )
     with open_questions(workspace) as questions:
         keys = source.bring(workspace, questions, *source.classes(classes))
         notes = list(source.notes)
@@ -279,10 +269,13 @@ def add_predictions(
             int(image)
             for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
         ]
+        said: dict[str, Any] = {"weights": params.model and params.model.name}
+        said["parameters"] = dict(parameters or {})
+        kept = {"labels": list(classes), "note": params.note}
+        train = declared_training(split_recipe, params, said, weights)
+        train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
-            trained = finished_run(session, train, split.id)
-            trained_recipe = register(session, train)
-            inputs = [trained_recipe]
+            inputs = [register(session, train)]
             if segment_id is not None:
                 inputs.append(session.get_one(Recipe, segment_id))
             values = {"declared": params.name, "table": source.sha256, "top_k": int(about["top_k"])}
@@ -293,23 +286,7 @@ def add_predictions(
             with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
             runs = select(Run).where(Run.recipe_id == recipe.id)
             latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
-        if trained is None:
-            with running(
-                workspace.database,
-                trained_recipe,
-                split_id=split.id,
-                query=query,
-                origin=Origin.DECLARED,
-            ) as made:
-                made.result = {"labels": list(classes), "note": params.note, **_code_of_caller()}
-            train_run_id = made.id
-        else:
-            train_run_id = trained.id
-        if latest is not None and latest.status is Status.WITHDRAWN:
-            raise UserInputError(
-                f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
-                "right after all, add them with another --name."
-            )
+        check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
         run_id = latest.id if latest is not None else 0
         if not done:
@@ -336,7 +313,7 @@ def add_predictions(
                     "cells": n_cells,
                     "note": params.note,
                     "file": source.name,
-                    **_code_of_caller(),
+                    **code_of_caller(),
                 }
                 if did.failures:
                     raise StoreError(
@@ -344,10 +321,7 @@ def add_predictions(
                         f"{did.failures[0][1]} Give the same command again to complete them."
                     )
     if params.trained_on is None:
-        notes.append(
-            "Nobody said which subset of the split this model was trained on, so reports cannot "
-            "say whether it has seen the wells before. If you know: --trained-on train"
-        )
+        notes.append(NOT_DECLARED)
     return AddedPredictions(
         run_id=run_id,
         train_run_id=train_run_id,
@@ -360,6 +334,65 @@ def add_predictions(
         already_done=done,
         notes=tuple(notes),
     )
+
+
+def classes_of(session: Session, split_id: int, subset: Subset | None = None) -> dict[str, int]:
+    """Return the ids of the classes of a split, or of one subset of it, by class, sorted."""
+    query = select(Label.value, Label.id).join(SplitMember, SplitMember.label_id == Label.id)
+    query = query.where(SplitMember.split_id == split_id).distinct()
+    if subset is not None:
+        query = query.where(SplitMember.subset == subset)
+    return dict(sorted(session.execute(query).all()))
+
+
+def check_not_withdrawn(latest: Run | None) -> None:
+    """Refuse to make predictions again that were withdrawn.
+
+    Raises:
+        UserInputError: they were.
+    """
+    if latest is not None and latest.status is Status.WITHDRAWN:
+        raise UserInputError(
+            f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
+            "right after all, add them with another --name."
+        )
+
+
+def declared_training(
+    split_recipe: Recipe,
+    params: AddedParams | ApplyParams,
+    said: Mapping[str, Any],
+    weights: str | None = None,
+) -> RecipeSpec:
+    """Return the recipe of the training of a model that is not of cellstore.
+
+    ``said``: what else it says of the model, ``weights``: their sha256.
+    """
+    learned = None if params.trained_on is None else ",".join(params.trained_on)
+    declared = {"declared": params.name, "trained_on": learned, **said}
+    return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, (split_recipe,))
+
+
+def declare_training(
+    workspace: Workspace,
+    spec: RecipeSpec,
+    split_id: int,
+    kept: Mapping[str, Any],
+    query: str | None = None,
+) -> int:
+    """Return the run of a training that is declared, made with what is ``kept`` if it is new.
+
+    ``query``: the SQL of the cells that it has learned from.
+    """
+    with workspace.database.read() as session:
+        trained = finished_run(session, spec, split_id)
+    if trained is not None:
+        return trained.id
+    with running(
+        workspace.database, spec, split_id=split_id, query=query, origin=Origin.DECLARED
+    ) as made:
+        made.result = {**kept, **code_of_caller()}
+    return made.id
 
 
 def add_embeddings(
@@ -472,7 +505,7 @@ def add_embeddings(
             finally:
                 writer.abandon()
             run.result = {"cells": cells, "feature_set": name, "note": note}
-            run.result |= {"file": source.name, **_code_of_caller()}
+            run.result |= {"file": source.name, **code_of_caller()}
             described = [
                 {"name": column, "dtype": "float32", "unit": "1", "source": note or name}
                 | {"formula": "", "description": "Made by a model that is not of cellstore."}
@@ -534,7 +567,7 @@ def withdraw(workspace: Workspace, run: RunName, reason: str) -> int:
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
         found = session.get_one(Run, find_predict_run(session, run).id)
-        if found.origin is not Origin.DECLARED:
+        if found.parent is None or found.parent.origin is not Origin.DECLARED:
             raise UserInputError(
                 f"Run {found.id} was made by cellstore, and is not withdrawn. To leave out images "
                 "or cells that are wrong: cellstore exclude"
@@ -919,7 +952,7 @@ def _sha256_of_weights(path: Path) -> str:
     return sha256_of(path)
 
 
-def _code_of_caller() -> dict[str, str]:
+def code_of_caller() -> dict[str, str]:
     """The commit of the folder that this is called in, if it is a git repository."""
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=.changed"]
     try:

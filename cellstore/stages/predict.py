@@ -159,7 +159,7 @@ def predict(
         unseen = record.branches == (TABULAR,)
         segmented = selected.join(Segmentation, IS_CURRENT)
         segmented = segmented.where(Segmentation.recipe_id == source.segment_id)
-        images = _measured(segmented, source, pixels=not unseen)
+        images = measured_images(segmented, source, pixels=not unseen)
         named = select(func.count()).select_from(Image).where(Image.id.in_(selected))
         n_selected = session.scalar(named) or 0
         ready, *met = _count(session, images, trained)
@@ -286,13 +286,9 @@ def predict(
                 notes.append(
                     f"The embeddings of {again:,} images were made again: their files were gone."
                 )
-            if failed := len(did.failures):
+            if did.failures:
                 # A run that lacks images is not finished: the next call goes on with it.
-                current.error = (
-                    f"{failed} of {failed + did.images} images could not be labelled; the "
-                    "others are done. See why with: cellstore jobs --failed. Running the same "
-                    "command again retries them."
-                )
+                current.error = unfinished(did)
     assert did is not None
     return PredictResult(
         run_id=did.run_id,
@@ -310,7 +306,16 @@ def predict(
     )
 
 
-def _measured(images: Select[int], source: CellSource, *, pixels: bool) -> Select[int]:
+def unfinished(did: RunCounter) -> str:
+    """Say why a run is not finished in which some images failed."""
+    failed = len(did.failures)
+    return (
+        f"{failed} of {failed + did.images} images could not be labelled; the others are done. "
+        "See why with: cellstore jobs --failed. Running the same command again retries them."
+    )
+
+
+def measured_images(images: Select[int], source: CellSource, *, pixels: bool) -> Select[int]:
     """Those of ``images``, joined to their segmentations, whose cells are measured.
 
     An image without cells is measured, too. ``pixels``: not those that have not been seen.

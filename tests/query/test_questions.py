@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -464,6 +466,24 @@ def test_every_view_is_described() -> None:
         description = view(name).description
         assert len(description) > 60, name
         assert description.rstrip().endswith("."), name
+
+
+def test_a_question_waits_for_another_process_that_has_the_database_for_itself(
+    sqlite_workspace: Workspace,
+) -> None:
+    database = sqlite_workspace.database
+    code = (
+        "import sqlite3, sys, time; own = sqlite3.connect(sys.argv[1]); "
+        "own.execute('PRAGMA locking_mode = EXCLUSIVE'); own.execute('BEGIN IMMEDIATE'); "
+        "print('mine', flush=True); time.sleep(0.5); own.rollback()"
+    )
+    database.engine.dispose()  # nobody else may have it open
+    words = [sys.executable, "-c", code, str(database.engine.url.database)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"
+        with closing(source.Source(database)) as opened:
+            assert "plates" in opened.columns
 
 
 def test_a_database_that_is_gone_is_one_sentence(sqlite_workspace: Workspace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small_training import Opener, pixels
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from cellstore import Store
 from cellstore.analysis.features import FEATURE_NAMES
-from cellstore.errors import ImageError, UnknownNameError, UserInputError
+from cellstore.errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
 from cellstore.learn.batches import Batches, CellReader
@@ -33,6 +34,9 @@ from cellstore.query.cells import (
     plane_of,
     stream_features,
 )
+from cellstore.stages import export_crops
+
+AS_RESIZED: Any = {"mode": "bilinear", "antialias": True, "align_corners": False}
 
 
 @pytest.fixture
@@ -234,7 +238,63 @@ def test_a_data_set_for_loops_of_ones_own(workspace: Workspace) -> None:
         store.dataset(channels=["Infrared"])
 
 
-AS_RESIZED = {"mode": "bilinear", "antialias": True, "align_corners": False}
+def test_exported_crops_are_those_of_the_data_set(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_crops, "GROUP_BYTES", 700)
+    monkeypatch.setattr(export_crops, "FILE_BYTES", 2_000)
+    here = tmp_path / "here"
+    here.mkdir()
+    store, out = Store(workspace), here / "crops"
+    made = store.export_crops(out, split="by-well")
+    table = store.cells("by-well").to_pandas().set_index("cell_id")
+    assert (made.cells, made.images, made.channels) == (len(table), 6, ("DNA",))
+    assert made.files > 2
+    assert sorted(path.name for path in here.iterdir()) == ["crops"]
+    # The examples of the README read them.
+    numpy_way, torch_way = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    monkeypatch.chdir(out)
+    found: dict[int, Any] = {}
+    exec(numpy_way + " " * 12 + "found[cell['cell_id']] = cell, image, mask\n", {"found": found})
+    assert set(found) == set(table.index)
+    wanted = {
+        item["cell_id"]: item
+        for subset in ("train", "validation", "test")
+        for item in store.dataset("by-well", subset, crop=96, mask=True)
+    }
+    fields = {
+        (item["plate"], item["well"]): item["image"].numpy()
+        for item in store.dataset("by-well", unit="image")
+    }
+    for cell_id, (cell, image, mask) in found.items():
+        row = table.loc[cell_id]
+        for name in ("plate", "well", "site", "label", "subset", "object_number", "min_row"):
+            assert cell[name] == row[name]
+        assert cell["dtype"] == "<u2"
+        values = {"image": image}
+        exec(torch_way, values)
+        assert torch.allclose(values["image"], wanted[cell_id]["image"], atol=1e-5)
+        own = interpolate(torch.from_numpy(mask.astype("f4"))[None, None], (96, 96), **AS_RESIZED)
+        assert torch.allclose(own[0], wanted[cell_id]["mask"], atol=1e-5)
+        if cell["subset"] == "train":  # where nothing is resized, to the last bit
+            box = np.s_[:, cell["min_row"] : cell["max_row"], cell["min_col"] : cell["max_col"]]
+            assert np.array_equal(image, fields[cell["plate"], cell["well"]][box])
+    with pytest.raises(UserInputError, match="--force"):
+        store.export_crops(out)
+    part = store.export_crops(out, split="by-well", subset="test", channels=["dna"], force=True)
+    assert part.cells == (table.subset == "test").sum()
+    assert pq.read_table(out / "cells-00000.parquet").schema.metadata[b"channels"] == b'["DNA"]'
+    (out / "mine.txt").touch()
+    with pytest.raises(UserInputError, match="no export of crops"):
+        store.export_crops(out, force=True)
+    everything = store.export_crops(here / "all")
+    assert everything.cells == made.cells
+    assert pq.read_table(here / "all" / "cells-00000.parquet").column("label").null_count
+    for file in workspace.artifacts.root.rglob("*.tif"):
+        file.unlink()
+    with pytest.raises(CellstoreError):
+        store.export_crops(here / "broken")
+    assert sorted(path.name for path in here.iterdir()) == ["all", "crops"]
 
 
 def test_whole_fields_are_a_data_set_too(workspace: Workspace) -> None:
@@ -290,7 +350,11 @@ def test_the_examples_for_models_of_ones_own(
     assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
     image = store.votes(str(run)).table.to_pylist()[0]
     name = f"{image['plate']}/{image['well']}/{image['site']}"
-    last, fields = store.audit(name, "image").record["labellings"][-2:]
-    assert (fields["run_id"], fields["model"]) == (values["whole"].run_id, "brightness")
+    found = {item["run_id"]: item for item in store.audit(name, "image").record["labellings"]}
+    last = found[run]
+    assert found[values["labelled"].run_id]["model"] == "applied-network"
+    assert values["with_light"].embedding_000.notna().all()
+    fields = found[values["whole"].run_id]
+    assert fields["model"] == "brightness"
     assert (last["run_id"], last["model"], last["split"]) == (run, "my-network", "by-well")
     assert last["origin"] == "declared"

@@ -1,0 +1,497 @@
+"""A function or a model of somebody's own: found by its name, described by what it is, and called.
+
+It may be a function, a module of torch, an estimator of scikit-learn, or a file of ONNX. All are
+called with a batch of cells and return a row of numbers for each. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import hashlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..analysis.segmentation import Batches
+from ..artifacts import sha256_of
+from ..enums import Gives
+from ..errors import ImageError, MissingExtraError, UserInputError, first_line, some_of
+from .trained_models import save_estimator
+
+FUNCTION, NETWORK, ESTIMATOR, ONNX = "function", "network", "estimator", "onnx"
+
+INPUTS = ("image", "mask", "features")
+"""What of a cell a function may be given, in the order in which a network takes them."""
+
+NOT_OPENED = {
+    ".pt": "torch.load(FILE, weights_only=True)",
+    ".pth": "torch.load(FILE, weights_only=True)",
+    ".ckpt": "torch.load(FILE, weights_only=True)",
+    ".safetensors": "safetensors.torch.load_file(FILE)",
+    ".pkl": "skops.io.load(FILE)",
+    ".pickle": "skops.io.load(FILE)",
+    ".joblib": "skops.io.load(FILE)",
+    ".skops": "skops.io.load(FILE)",
+}
+"""Endings of files that hold weights, or that run code when they are opened."""
+
+
+@dataclass
+class OwnFunction:
+    """What is applied to cells, and how it is called.
+
+    ``name``: for people. ``reference``: ``module:name`` or the path of an ONNX file, by which other
+    processes find it; ``None``: it is in this process only. ``folder``: where its module may be.
+    ``gives``: what its numbers are. ``features``: the names of the columns that it is given.
+    ``labels``: what the classes of an estimator are called here, if they are numbers.
+    """
+
+    name: str
+    kind: str
+    reference: str | None
+    folder: str
+    given: Any = field(repr=False, compare=False)
+    gives: Gives = Gives.EMBEDDING
+    device: str = "cpu"
+    softmax: bool = False
+    features: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    batches: Batches = field(default_factory=lambda: Batches(128, 1), compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "given": None}
+
+    def load(self) -> None:
+        """Find it in this process, and put a network on its device.
+
+        Raises:
+            UserInputError: it is not there.
+        """
+        if self.given is None:
+            assert self.reference is not None
+            self.given = find_function(self.reference, self.folder).given
+        if self.kind == NETWORK:
+            self.given.to(self.device)
+        elif self.kind == ONNX and isinstance(self.given, Path):
+            self.given = _open_onnx(self.given, self.device)
+
+    @property
+    def is_estimator(self) -> bool:
+        """Whether it reads measurements only."""
+        return self.kind == ESTIMATOR
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The classes of a classifier of scikit-learn, in its order; of others they are unknown."""
+        known = getattr(self.given, "classes_", None) if self.is_estimator else None
+        return None if known is None else [str(item) for item in known]
+
+    @property
+    def crops_on(self) -> str:
+        """The device that crops are made on: that of a network, since they stay there."""
+        return self.device if self.kind == NETWORK else "cpu"
+
+    def choose_columns(self, known: Sequence[str]) -> tuple[str, ...]:
+        """Return which columns of a feature set it is given: all, or those it was fitted with.
+
+        Raises:
+            UserInputError: it was fitted with others.
+        """
+        if not self.is_estimator:
+            return tuple(known)
+        named = getattr(self.given, "feature_names_in_", None)
+        if named is not None:
+            wanted = tuple(str(name) for name in named)
+            if gone := [name for name in wanted if name not in set(known)]:
+                raise UserInputError(
+                    f"{self.name} was fitted with columns that this feature set does not have: "
+                    f"{some_of(gone)}. Name the feature set that has them: --features NAME"
+                )
+            return wanted
+        number = getattr(self.given, "n_features_in_", len(known))
+        if number != len(known):
+            raise UserInputError(
+                f"{self.name} was fitted with {number} columns, and the feature set has "
+                f"{len(known)}. Fit it on a table with names of columns, as store.cells gives it, "
+                "or name another set: --features NAME"
+            )
+        return tuple(known)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what it is: equal for equal functions, another one after every change.
+
+        Raises:
+            UserInputError: an estimator cannot be described.
+        """
+        found: dict[str, Any] = {"name": self.name, "kind": self.kind}
+        own = getattr(self.given, "identity", None)
+        if isinstance(own, Mapping):
+            return found | {"identity": dict(own)}
+        if isinstance(self.given, Path):
+            beside = sorted(self.given.parent.glob(f"{self.given.name}[._]data"))
+            digests = [sha256_of(path) for path in (self.given, *beside)]
+            return found | {"sha256": digests[0], **({"data": digests[1:]} if beside else {})}
+        digest = hashlib.sha256()
+        _feed(digest, self.given, set())
+        return found | {"sha256": digest.hexdigest()}
+
+    def __call__(
+        self, cells: Mapping[str, Any], number: int
+    ) -> tuple[list[str] | None, NDArray[Any]]:
+        """Return what it says of N cells: (N, D), and the names of the columns if it names them.
+
+        A batch that does not fit into the memory of a GPU is halved.
+
+        Raises:
+            ImageError: it raised an error, or did not return finite numbers of this shape.
+        """
+        names: list[str] | None = None
+
+        def call(some: Sequence[int], _: int) -> list[NDArray[Any]]:
+            nonlocal names
+            piece = np.s_[some[0] : some[-1] + 1]
+            batch = {key: value[piece] for key, value in cells.items()}
+            try:
+                answer = self._call(batch)
+            except (ImageError, MemoryError, torch.cuda.OutOfMemoryError):
+                raise
+            except Exception as error:
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                raise ImageError(
+                    f"{self.name} ended with {type(error).__name__}: {first_line(error)} "
+                    f"({Path(at.filename).name}, line {at.lineno})"
+                ) from None
+            found, numbers = self._numbers(answer, len(some))
+            if names is not None and found != names:
+                raise ImageError(
+                    f"{self.name} returned other columns for one batch than for another."
+                )
+            names = found
+            return list(numbers)
+
+        rows = self.batches.run(range(number), call)
+        if len({len(row) for row in rows}) > 1:
+            widths = sorted({len(row) for row in rows})
+            raise ImageError(
+                f"{self.name} returned {widths[0]} numbers for some cells and {widths[-1]} for "
+                "others. It should return the same number for each."
+            )
+        return names, np.stack(rows)
+
+    def _call(self, batch: Mapping[str, Any]) -> Any:
+        if self.kind == FUNCTION:
+            return self.given(
+                {k: v.numpy() if isinstance(v, Tensor) else v for k, v in batch.items()}
+            )
+        asked = [batch[name] for name in INPUTS if name in batch]
+        if self.is_estimator:
+            return self._ask_estimator(asked[0])
+        tensors = [torch.as_tensor(item).to(self.device, torch.float32) for item in asked]
+        if self.kind == ONNX:
+            return self._ask_onnx([item.cpu().numpy() for item in tensors])
+        with _evaluating(self.given), torch.inference_mode():
+            answer = self.given(*tensors)
+        if not isinstance(answer, Tensor):
+            raise ImageError(
+                f"{self.name} returned {type(answer).__name__}, not one tensor (N, D). Write a "
+                "function that returns the tensor that you mean, and apply that."
+            )
+        return answer
+
+    def _ask_estimator(self, rows: NDArray[Any]) -> Any:
+        import pandas as pd
+
+        model, table = self.given, rows  # type: Any, Any
+        if hasattr(model, "feature_names_in_"):
+            table = pd.DataFrame(rows, columns=list(self.features))
+        if self.gives is not Gives.PROBABILITIES and hasattr(model, "transform"):
+            answer = model.transform(table)
+            return answer.toarray() if hasattr(answer, "toarray") else answer
+        if hasattr(model, "predict_proba"):
+            columns = np.asarray(model.predict_proba(table)).T
+            return dict(zip(self.labels or self.classes or (), columns, strict=True))
+        said = np.asarray(model.predict(table))
+        if self.gives is not Gives.PROBABILITIES:
+            return said[:, None] if said.ndim == 1 else said
+        names = self.classes or sorted({str(item) for item in said})
+        called = zip(self.labels or names, names, strict=True)
+        return {label: (said.astype(str) == name).astype(float) for label, name in called}
+
+    def _ask_onnx(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
+        asked = self.given.get_inputs()
+        if len(asked) != len(arrays):
+            raise ImageError(
+                f"{self.name} reads {len(asked)} inputs ({some_of([a.name for a in asked])}), and "
+                f"is given {len(arrays)}."
+            )
+        feed = {}
+        for item, array in zip(asked, arrays, strict=True):
+            given, wanted = array.shape, tuple(item.shape)
+            same = len(given) == len(wanted) and all(
+                not isinstance(want, int) or want == have
+                for want, have in zip(wanted, given, strict=True)
+            )
+            if not same:
+                raise ImageError(
+                    f"{self.name} reads {item.name} of shape {wanted}, and is given {given}. "
+                    "Choose other --channels, another --crop or --batch-size 1."
+                )
+            feed[item.name] = array.astype(np.float16) if "float16" in item.type else array
+        answers = [a for a in self.given.run(None, feed) if np.ndim(a) == 2]
+        if not answers:
+            raise ImageError(
+                f"{self.name} has no output (N, D). Of a classifier of scikit-learn: export it "
+                "with zipmap=False."
+            )
+        return answers[-1]
+
+    def _numbers(self, answer: Any, number: int) -> tuple[list[str] | None, NDArray[Any]]:
+        """What was returned of N cells as numbers (N, D), and the names of its columns."""
+        names: list[str] | None = None
+        if isinstance(answer, Tensor):
+            answer = answer.detach().cpu()
+            answer = answer.numpy() if answer.dtype is torch.float64 else answer.float().numpy()
+        elif hasattr(answer, "column_names") or hasattr(answer, "columns"):
+            listed = getattr(answer, "column_names", None) or answer.columns
+            answer = {str(name): np.asarray(answer[name]) for name in listed}
+        if isinstance(answer, Mapping):
+            names = [str(name) for name in answer]
+            columns = [np.asarray(column) for column in answer.values()]
+            if not columns or any(column.shape != (number,) for column in columns):
+                shapes = some_of([column.shape for column in columns])
+                raise ImageError(
+                    f"{self.name} returned columns of shape {shapes or 'none'} for {number} cells. "
+                    f"Each should have the shape ({number},)."
+                )
+            answer = np.column_stack(columns)
+        found = np.asarray(answer)
+        if found.dtype.kind not in "fiub":
+            what = "text" if found.dtype.kind in "UST" else f"{type(answer).__name__}"
+            raise ImageError(f"{self.name} returned {what}. It should return an array of numbers.")
+        if found.ndim != 2 or len(found) != number or found.shape[1] == 0:
+            raise ImageError(
+                f"{self.name} returned an array of shape {found.shape} for {number} cells. It "
+                f"should have the shape ({number}, D): a row for each cell."
+            )
+        if found.dtype.kind != "f" or found.itemsize < 4:
+            found = found.astype(np.float32 if found.dtype.kind == "f" else np.float64)
+        unknown_is_fine = self.gives is Gives.FEATURES
+        bad = np.isinf(found) if unknown_is_fine else ~np.isfinite(found)
+        if bad.any():
+            raise ImageError(
+                f"{self.name} returned a number that is infinite or none at all (NaN), for "
+                f"{int(bad.any(axis=1).sum())} of {number} cells."
+            )
+        if self.softmax:
+            grown = np.exp(found.astype(np.float64) - found.max(axis=1, keepdims=True))
+            found = grown / grown.sum(axis=1, keepdims=True)
+        return names, found
+
+
+def find_function(given: Any, folder: str | None = None) -> OwnFunction:
+    """Return what somebody wants to apply: an object, ``module:name``, or an ONNX file.
+
+    ``folder``: where a module may be that is not installed; default: the current folder.
+
+    Raises:
+        UserInputError: it is not there, or cannot be applied.
+        MissingExtraError: ONNX, and its runtime is not installed.
+    """
+    folder = folder or os.getcwd()  # noqa: PTH109 - as sys.path has it
+    if isinstance(given, str | Path):
+        return _named(str(given), folder)
+    if inspect.isclass(given):
+        raise UserInputError(
+            f"{given.__qualname__} is a class. Make an object of it, and apply that."
+        )
+    if isinstance(given, nn.Module):
+        kind, described = NETWORK, type(given)
+    elif hasattr(given, "fit") and hasattr(given, "get_params"):
+        kind, described = ESTIMATOR, type(given)
+        if not any(hasattr(given, name) for name in ("predict_proba", "transform", "predict")):
+            raise UserInputError(f"{described.__qualname__} has no predict and no transform.")
+    elif callable(given):
+        plain = inspect.isfunction(given) or inspect.ismethod(given) or inspect.isbuiltin(given)
+        kind, described = FUNCTION, given if plain else type(given)
+    else:
+        raise UserInputError(
+            f"A {type(given).__name__} cannot be applied to cells. Give a function, a module of "
+            "torch, an estimator of scikit-learn, 'module:name' or a file model.onnx."
+        )
+    module, name = getattr(described, "__module__", "") or "", described.__qualname__
+    reference = None
+    if (
+        kind == FUNCTION
+        and module != "__main__"
+        and getattr(sys.modules.get(module), name, 0) is given
+    ):
+        reference = f"{module}:{name}"
+    return OwnFunction(f"{module}:{name}", kind, reference, folder, given)
+
+
+def _named(text: str, folder: str) -> OwnFunction:
+    """What ``module:name`` or the path of a file names."""
+    path = Path(text)
+    if path.suffix.lower() == ".onnx":
+        path = Path(folder, path)
+        if not path.is_file():
+            raise UserInputError(f"There is no file {path}.")
+        try:
+            import onnxruntime  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise MissingExtraError.of("onnxruntime", "onnx") from error
+        return OwnFunction(path.name, ONNX, str(path), folder, path)
+    if (how := NOT_OPENED.get(path.suffix.lower())) is not None:
+        raise UserInputError(
+            f"{path.name} is not opened: such a file holds weights without their model, or runs "
+            "code when it is opened. Write a module my_model.py that makes the model and reads "
+            f"them, for example with {how}, and name it: my_model:model"
+        )
+    module, colon, name = text.partition(":")
+    if not colon or not name or not module:
+        hint = f"{path.stem}:NAME" if path.suffix == ".py" else "my_model:embed"
+        raise UserInputError(
+            f"{text!r} does not name a function. Write module:name, for example {hint}, or "
+            "model.onnx."
+        )
+    if module.endswith(".py"):
+        module = module.removesuffix(".py").replace("/", ".")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module.split(".")[0] == error.name.split(".")[0]:
+            raise UserInputError(
+                f"There is no module {module!r} in this folder, and none is installed. Go to the "
+                f"folder of {module.split('.')[0]}.py, or check its name."
+            ) from error
+        raise UserInputError(
+            f"Module {module!r} needs {error.name}, which is not installed."
+        ) from error
+    except Exception as error:
+        raise UserInputError(
+            f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            own = [key for key, value in vars(found).items() if callable(value) and key[0] != "_"]
+            raise UserInputError(
+                f"Module {module!r} has no {name!r}." + (f" It has {some_of(own)}." if own else "")
+            )
+        found = getattr(found, part)
+    made = find_function(found, folder)
+    made.name = made.reference = f"{module}:{name}"
+    return made
+
+
+def _open_onnx(path: Path, device: str) -> Any:
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    wanted = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+    providers = [name for name in (*wanted, "CPUExecutionProvider") if name in there]
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=providers)
+    except Exception as error:  # its errors have no common class
+        raise UserInputError(
+            f"{path.name} cannot be opened as ONNX: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _evaluating(net: nn.Module) -> Iterator[None]:
+    """Switch to evaluation, and afterwards each part back to what it was."""
+    before = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def _feed(digest: Any, value: Any, seen: set[int]) -> None:
+    """Add to a digest what decides what a function returns, as far as that can be known.
+
+    Its source, its defaults, and the values that it refers to by name: numbers, texts, arrays,
+    networks, estimators and functions of its own module.
+    """
+    plain = isinstance(value, str | bytes | int | float)
+    if not plain and id(value) in seen:
+        return
+    seen.add(id(value))
+    if plain:
+        digest.update(f"{type(value).__name__} {value!r}".encode())
+    elif isinstance(value, tuple):
+        for item in value:
+            _feed(digest, item, seen)
+    elif isinstance(value, np.ndarray | np.generic):
+        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, nn.Module):
+        digest.update(f"{_source(type(value))}\n{value!r}".encode())
+        for name, state in value.state_dict().items():
+            digest.update(name.encode())
+            _feed(digest, state, seen)
+    elif hasattr(value, "fit") and hasattr(value, "get_params"):
+        try:
+            digest.update(save_estimator(value))
+        except Exception as error:
+            raise UserInputError(
+                f"It cannot be found out whether {type(value).__qualname__} has changed "
+                f"({first_line(error)}). Give it an attribute 'identity', a dictionary that says "
+                "what it is."
+            ) from error
+    elif isinstance(value, functools.partial):
+        _feed(digest, (value.func, *value.args, *sorted(value.keywords.items())), seen)
+    elif inspect.ismethod(value):
+        _feed(digest, value.__func__, seen)
+        _feed(digest, value.__self__, seen)
+    elif inspect.isfunction(plain_function := inspect.unwrap(value) if callable(value) else None):
+        digest.update(_source(plain_function).encode())
+        _feed(digest, plain_function.__defaults__ or (), seen)
+        with suppress(ValueError):  # a cell of a closure that is empty
+            known = inspect.getclosurevars(plain_function)
+            instructions = dis.get_instructions(plain_function)
+            made = {item.argval for item in instructions if item.opname == "STORE_GLOBAL"}
+            for name, item in sorted({**known.globals, **known.nonlocals}.items()):
+                elsewhere = callable(item) and not isinstance(item, nn.Module)
+                elsewhere &= getattr(item, "__module__", None) != plain_function.__module__
+                if name not in made and not elsewhere and not inspect.isclass(item):
+                    _feed(digest, (name, item), seen)
+    elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
+        digest.update(_source(type(value)).encode())
+        for name, item in sorted(getattr(value, "__dict__", {}).items()):
+            _feed(digest, (name, item), seen)
+
+
+def _source(described: Any) -> str:
+    """The source of a function or a class; where it is not known, what Python has made of it."""
+    name = f"{described.__module__}:{described.__qualname__}"
+    try:
+        return f"{name}\n{inspect.getsource(described)}"
+    except (OSError, TypeError):
+        code = getattr(described, "__code__", None)
+        return name if code is None else f"{name}\n{_code(code)}"
+
+
+def _code(code: Any) -> str:
+    inner = [_code(item) if inspect.iscode(item) else repr(item) for item in code.co_consts]
+    return f"{code.co_code.hex()} {code.co_names} {inner}"

@@ -1,0 +1,293 @@
+"""The export of crops: the pixels of cells in Parquet files, for learning without this store.
+
+Crops are as they are in the images, not resized and not scaled, which is lossless, and smaller than
+what :meth:`cellstore.Store.dataset` makes of them; the README of the folder says how to get that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import select
+
+from ..artifacts import part_prefix, sweep
+from ..config import ImageInput
+from ..enums import Subset
+from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
+from ..io.objects import BOX
+from ..jobs.lookup import find_split
+from ..jobs.planes import read_image
+from ..jobs.workspace import Workspace
+from ..models import Plate
+from ..query.cells import (
+    CellSource,
+    cells_query,
+    choose_recipes,
+    count_cells,
+    current_segmentation,
+    name_images,
+    read_cells,
+    read_masks,
+)
+from ..query.feature_files import open_set
+from ..settings import check_not_of_a_store, need, track
+
+GROUP_BYTES, FILE_BYTES = 16 << 20, 512 << 20
+"""Bytes of pixels of a group of rows, which is held in memory, and of a file."""
+
+_TEXT, _WHOLE = pa.string(), pa.int64()
+SCHEMA = pa.schema(
+    [
+        ("cell_id", _WHOLE),
+        *((name, _TEXT) for name in ("plate", "well")),
+        *((name, _WHOLE) for name in ("site", "plane", "time_point")),
+        *((name, _TEXT) for name in ("subset", "label")),
+        ("object_number", _WHOLE),
+        *((name, _WHOLE) for name in BOX),
+        *((name, _WHOLE) for name in ("height", "width")),
+        ("dtype", _TEXT),
+        ("scale", pa.list_(pa.float32())),
+        ("image", pa.binary()),
+        ("mask", pa.binary()),
+    ]
+)
+PIXELS = ("image", "mask")
+_FILE = re.compile(r"cells-\d{5}\.parquet")
+
+README = """# {cells:,} cells of {images:,} images
+
+Made by cellstore from segmentation {segmentation}{split}.
+Channels, in this order: {channels}.
+
+A row of `cells-*.parquet` is a cell: `cell_id`, `plate`, `well`, `site`, `plane`, `time_point`,
+`subset` and `label` (of the split), `object_number`, its box in the image (`min_row` to `max_col`,
+half open, in pixels), its pixels, and `scale`, the intensity of its plate that becomes 1. To read:
+
+```python
+from pathlib import Path
+import numpy as np
+import pyarrow.parquet as pq
+
+for file in sorted(Path(".").glob("cells-*.parquet")):
+    for batch in pq.ParquetFile(file).iter_batches(256):
+        for cell in batch.to_pylist():
+            shape = (-1, cell["height"], cell["width"])
+            raw = np.frombuffer(cell["image"], cell["dtype"]).reshape(shape)  # (C, H, W)
+            mask = np.frombuffer(cell["mask"], bool).reshape(shape[1:])  # (H, W), the cell
+            scale = np.array(cell["scale"], "float32")[:, None, None]
+            image = np.clip(raw.astype("float32") / scale, 0, 1) * 2 - 1  # -1 is black
+```
+
+`store.dataset(crop=96)` of cellstore gives the same, resized (equal but for rounding, 0.00001):
+
+```python
+import torch
+image = torch.nn.functional.interpolate(
+    torch.from_numpy(image)[None], (96, 96), mode="bilinear", antialias=True
+)[0]
+```
+
+Predictions with `cell_id` come back with: `cellstore predictions add FILE`.
+"""
+
+
+@dataclass(frozen=True)
+class ExportedCrops:
+    """A folder that was written: ``cells`` of ``images`` in ``files``; ``bytes`` on the disk."""
+
+    path: Path
+    cells: int
+    images: int
+    channels: tuple[str, ...]
+    files: int
+    bytes: int
+    segment_recipe: int
+
+
+def export_crops(
+    workspace: Workspace,
+    out: Path,
+    *,
+    split: str | None = None,
+    subset: Subset | None = None,
+    channels: Sequence[str] = (),
+    plates: Sequence[str] = (),
+    segmentation: str | None = None,
+    measurement: str | None = None,
+    force: bool = False,
+) -> ExportedCrops:
+    """Write the pixels of the cells of a split (default: of all cells) to the folder ``out``.
+
+    ``channels``: default: all. Excluded cells are not among them. The folder is there whole or not
+    at all; ``force`` replaces one that an earlier export made. Images are read one by one.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+        UnknownNameError: there is no such split, channel, plate or recipe.
+        UserInputError: there is no cell, or the folder is there already.
+        ImageError: an image or its masks cannot be read.
+        StorageError: the folder cannot be written; nothing is left of it.
+    """
+    need("train")
+    from ..learn.batches import prefetch, reading_threads
+    from ..learn.branches import choose_channels
+    from ..learn.crops import Pictures
+    from ..learn.normalising import Scaler, add_plates, fit_inputs, plates_of
+
+    out = out.absolute()
+    _check_folder(out, force)
+    database = workspace.database
+    with database.read() as session:
+        known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
+        if unknown := set(plates) - set(known):
+            raise UnknownNameError.of("plate", min(unknown), known[:500])
+        segment, measure = choose_recipes(session, segmentation, measurement)
+        found = None if split is None and subset is None else find_split(session, split)
+        features = open_set(session, workspace.artifacts, measure.id)
+        split_id = None if found is None else found.id
+        source = CellSource(segment.id, measure.id, split_id, subset, tuple(plates), features)
+        counts = count_cells(session, cells_query(source), source)
+        if not counts:
+            raise UserInputError(
+                "There are no measured cells to export. Name other plates or another subset, or "
+                "run: cellstore segment, then: cellstore measure"
+            )
+        names = choose_channels(session, source, channels)
+        planes = [ImageInput((name,)) for name in names]
+        if found is None:
+            barcodes = sorted(plates) or plates_of(session, source)
+            scaler = add_plates(session, database, source, planes, Scaler(intensities={}), barcodes)
+        else:  # as store.dataset has it: that of the training subset, where a plate is in it
+            whole = replace(source, subset=None)
+            scaler = fit_inputs(session, database, whole, None, planes, tuple(Subset))
+        places = name_images(session, source)
+    reader, intensities = source.reader(), scaler.intensities or {}
+
+    def read(image_id: int) -> pa.Table:
+        place = places[image_id]
+        with database.read() as session:
+            rows = read_cells(session, source, image_id, (), reader)
+            of_image = current_segmentation(session, segment.id, image_id)
+            masks = read_masks(session, workspace.artifacts, of_image)
+        planes_read = tuple(read_image(database, image_id, plane) for plane in planes)
+        image = np.stack(Pictures(masks, channels=planes_read).channels)  # they fit each other
+        if rows.boxes is None:
+            raise ImageError(
+                f"The boxes of the cells of {place['plate']}/{place['well']}/{place['site']} are "
+                "unknown. If you have their masks, run: cellstore ingest masks DIR"
+            )
+        whole = bool(((image >= 0) & (image < 1 << 16) & (image == np.floor(image))).all())
+        image = image.astype("<u2" if whole else "<f4")
+        scales = [scale if scale > 0 else np.inf for scale in intensities[str(place["plate"])]]
+        columns: dict[str, Any] = {name: [value] * len(rows.boxes) for name, value in place.items()}
+        columns |= {"cell_id": rows.cell_ids, "object_number": rows.labels}
+        columns |= dict(zip(BOX, rows.boxes.T, strict=True))
+        columns["height"], columns["width"] = (rows.boxes[:, 2:] - rows.boxes[:, :2]).T
+        columns["dtype"] = [image.dtype.str] * len(rows.boxes)
+        columns["scale"] = [scales] * len(rows.boxes)
+        boxes = [np.s_[a:c, b:d] for a, b, c, d in rows.boxes.tolist()]
+        columns["image"] = [image[(slice(None), *box)].tobytes() for box in boxes]
+        own = zip(boxes, rows.labels.tolist(), strict=True)
+        columns["mask"] = [(masks[box] == number).tobytes() for box, number in own]
+        return pa.table([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+    sweep(out.parent)
+    part = out.parent / f"{part_prefix()}{uuid.uuid4().hex}"
+    about = {"channels": json.dumps(names), "segmentation": segment.fingerprint}
+    try:
+        part.mkdir(parents=True)
+        tables = prefetch(sorted(counts), read, reading_threads())
+        cells = _write(part, track(workspace.progress, "export", len(counts), tables), about)
+        text = README.format(
+            cells=cells,
+            images=len(counts),
+            segmentation=segment.fingerprint[:12],
+            split="" if found is None else f", split {found.name}",
+            channels=", ".join(names),
+        )
+        (part / "README.md").write_text(text, encoding="utf-8")
+        files = [file.stat().st_size for file in part.iterdir()]
+        _put_in_place(part, out)
+    except OSError as error:
+        raise StorageError(
+            f"{out} cannot be written: {error.strerror or error}. Free some space, correct the "
+            "permissions, or name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return ExportedCrops(out, cells, len(counts), names, len(files) - 1, sum(files), segment.id)
+
+
+def _check_folder(out: Path, force: bool) -> None:
+    """Refuse a folder that would replace what is not an earlier export.
+
+    Raises:
+        UserInputError: it is so, or ``out`` is part of a store.
+    """
+    check_not_of_a_store(out)
+    if not out.exists():
+        return
+    inside = [] if not out.is_dir() else [path.name for path in out.iterdir()]
+    if not out.is_dir() or [n for n in inside if n != "README.md" and not _FILE.fullmatch(n)]:
+        raise UserInputError(f"{out} is there already, and no export of crops. Name a new folder.")
+    if inside and not force:
+        raise UserInputError(f"{out} is there already. Name a new folder, or add --force.")
+
+
+def _write(folder: Path, tables: Iterator[pa.Table], about: Mapping[str, str]) -> int:
+    """Write files of some hundred megabytes, each in groups of rows; return how many rows."""
+    cells = files = size = 0
+    held: list[pa.Table] = []
+    plain = [name for name in SCHEMA.names if name not in PIXELS]
+    writer = None
+    try:
+        for table in chain(tables, [None]):
+            held += [] if table is None else [table]
+            if not held or (table is not None and sum(t.nbytes for t in held) < GROUP_BYTES):
+                continue
+            group, held = pa.concat_tables(held), []
+            if writer is None:
+                writer = pq.ParquetWriter(
+                    folder / f"cells-{files:05d}.parquet",
+                    SCHEMA.with_metadata(about),
+                    compression="zstd",
+                    compression_level=3,
+                    use_dictionary=[name for name in plain if name != "scale"],
+                    write_statistics=[name for name in plain if name != "scale"],
+                )
+                files, size = files + 1, 0
+            writer.write_table(group, row_group_size=group.num_rows)
+            cells, size = cells + group.num_rows, size + group.nbytes
+            if size >= FILE_BYTES:
+                writer.close()
+                writer = None
+    finally:
+        if writer is not None:
+            writer.close()
+    return cells
+
+
+def _put_in_place(part: Path, out: Path) -> None:
+    """Make ``part`` the folder ``out``; what was there is gone after that, and not before."""
+    old = out.parent / f"{part_prefix()}{uuid.uuid4().hex}"
+    if not out.exists():
+        part.rename(out)
+        return
+    out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
