@@ -787,7 +787,8 @@ class Store(AbstractContextManager["Store"]):
         model = str(model)
         network = open_embedder(model, mode, weights, crop)
         options["crop"] = network.size
-        return self.apply(network, name or name_of(model), device=device, **options)
+        made = self.apply(network, name or name_of(model), device=device, **options)
+        return replace(made, function=network.identity["model"])
 
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""

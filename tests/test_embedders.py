@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_vit import save_dinov2
 from torch import nn
 
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
@@ -27,20 +28,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 def _without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-
-def save_dinov2(folder: Path, **normal: Any) -> Any:
-    """A tiny random DINOv2 as transformers keeps it, which reads 28 pixels; returned, too."""
-    torch.manual_seed(1)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    net = transformers.Dinov2Model(config).eval()
-    net.save_pretrained(folder)
-    values = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.4, 0.5, 0.6]}
-    values |= {"image_std": [0.2, 0.25, 0.3], **normal}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return net
 
 
 def crops(channels: int = 2, size: int = 28) -> torch.Tensor:

@@ -231,11 +231,15 @@ def licence_of(model: str) -> str:
 
 
 def fetch(
-    repository: str, names: Sequence[str], revision: str | None = None
+    repository: str,
+    names: Sequence[str],
+    revision: str | None = None,
+    bring: str = f"--weights DIR/{WEIGHTS}",
 ) -> tuple[dict[str, Path], str | None]:
     """Return files of a repository of the Hugging Face hub by name, and the commit they are of.
 
     They are kept in the cache of ``huggingface_hub``; what is there already is not fetched again.
+    ``bring``: the option that takes them, for the sentence where they cannot be had.
 
     Raises ``UserInputError`` if one cannot be had, with what to do.
     """
@@ -254,19 +258,18 @@ def fetch(
                 raise
             found = {name: Path(get(name)) for name in names}
     except Exception as error:  # of the hub, of the network, of the disk
+        errors = huggingface_hub.errors
+        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            reason = "it cannot be reached, or HF_HUB_OFFLINE is set"
         at = "" if revision is None else f" --revision {revision}"
-        hint = (
-            f"Where there is a network: hf download {repository} {' '.join(names)}{at} "
-            "--local-dir DIR. Then bring the folder here and give it: --model DIR, or --weights "
-            f"DIR/{WEIGHTS}."
-        )
-        if isinstance(error, huggingface_hub.errors.GatedRepoError):
-            hint = (
-                f"Accept its licence on the page of {repository}, and log in: hf auth login. {hint}"
-            )
+        login = ""
+        if isinstance(error, errors.GatedRepoError):
+            login = f"Accept its licence on the page of {repository}, and log in: hf auth login. "
         raise UserInputError(
-            f"{repository} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {first_line(error).rstrip('.')}). {hint}"
+            f"{repository} could not be fetched from the Hugging Face hub ({reason}). {login}"
+            f"Where there is a network: hf download {repository}{at} --include '*.json' "
+            f"'*.safetensors' --local-dir DIR. Then bring the folder here and give it: {bring}"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -334,9 +337,9 @@ def _open_hub(name: str, known: KnownModel | None) -> Opened:
     if found is None:
         raise UserInputError(f"Write hf:OWNER/NAME or hf:OWNER/NAME@REVISION, not {HUB}{name}.")
     repository, revision = found[1], found[2] or (None if known is None else known.revision)
-    files, revision = fetch(repository, [CONFIG], revision)
+    files, revision = fetch(repository, [CONFIG], revision, "--model DIR")
     more = [WEIGHTS] if "architecture" in _json(files[CONFIG]) else [WEIGHTS, PREPROCESSOR]
-    files, revision = fetch(repository, [CONFIG, *more], revision)
+    files, revision = fetch(repository, [CONFIG, *more], revision, "--model DIR")
     licence = "not known" if known is None else known.licence
     return replace(_open_folder(files[CONFIG].parent), revision=revision, licence=licence)
 
