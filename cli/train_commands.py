@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -230,6 +230,7 @@ def _show_train(result: TrainResult) -> None:
             **{f"{subset} cells": number for subset, number in result.cells.items()},
             "epochs": result.epochs,
             "best epoch" if result.validation_subset else "kept epoch": result.best_epoch,
+            **tracker_lines(result.trackers),
         }
     )
     if result.metrics:
@@ -255,6 +256,11 @@ def _show_folds(result: TrainResult) -> None:
     heads = ("fold", "train run", "epochs", "kept", "val. loss", "val. accuracy", "predict run")
     output.table(heads, rows)
     typer.echo("")
+
+
+def tracker_lines(trackers: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Return a line for each tracker: the link to its run, or its id."""
+    return {kind: known.get("link", known["run"]) for kind, known in trackers.items()}
 
 
 def _show_baselines(results: Sequence[BaselineResult]) -> None:
@@ -556,6 +562,7 @@ def _show_added(result: AddedPredictions) -> None:
             "images": result.images,
             "cells": result.cells,
             "rows": result.rows,
+            **tracker_lines(result.trackers),
         }
     )
 
