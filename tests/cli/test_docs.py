@@ -23,13 +23,14 @@ split list, split delete, split show, split check, train, predict, votes, report
 runs, compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
 db upgrade, db check, rename, relabel, exclude, include,
-undo, delete, backup, restore, log, predictions add, predictions withdraw, apply
+undo, delete, backup, restore, log, predictions add, predictions withdraw, embeddings add, embed,
+apply
 """
 
 
 def test_all_commands_are_there():
     wanted = {name.strip() for name in WANTED.replace("\n", " ").split(",")}
-    groups = {"split", "db", "predictions"}
+    groups = {"split", "db", "predictions", "embeddings"}
     assert {" ".join(path) for path in PATHS} == wanted | groups
 
 
@@ -42,7 +43,7 @@ def test_the_page_of_commands_is_up_to_date():
 def test_every_command_has_help_with_an_example(cellstore, path):
     said = cellstore(*path, "--help").out
     assert all(len(line) <= 88 for line in said.splitlines())
-    if path[0] not in ("split", "db", "predictions") or len(path) > 1:
+    if path[0] not in ("split", "db", "predictions", "embeddings") or len(path) > 1:
         assert f"cellstore {' '.join(path)}" in said.split("Example:")[1]
         described = said.split("Options:")[1]
         for option in re.findall(r"^  (--[a-z-]+).*$", described, re.MULTILINE):

@@ -116,6 +116,8 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Metadata_smiles": "C=O",
         "Metadata_pubchem_cid": "36314",
         "Metadata_ImageNumber": 1,
+        "Metadata_CellId": cell.id,
+        "Metadata_Segmentation": recipe_of(make, run).fingerprint[:12],
         "Metadata_ObjectNumber": 1,
         "Metadata_MinRow": cell.min_row,
         "Metadata_MinCol": cell.min_col,
