@@ -834,6 +834,40 @@ class Store(AbstractContextManager["Store"]):
             parameters=parameters,
         )
 
+    def embed(
+        self,
+        model: str | Path,
+        name: str | None = None,
+        *,
+        mode: str | None = None,
+        weights: Path | None = None,
+        crop: int | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> ApplyResult:
+        """Embed the cells with a published network: a feature set ``name`` of them.
+
+        ``model``: ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]``, a name of
+        ``learn.embedders.KNOWN``, or a folder with ``config.json`` and ``model.safetensors``.
+        ``mode``: what it sees: ``channels`` (each channel by itself in grey, and what it makes of
+        them side by side), ``rgb`` (three channels as colours) or ``native`` (all as they are).
+        ``weights``: a file that was fetched before. ``crop``: of its input in pixels; default: that
+        of its training. ``options`` are those of :meth:`apply` that say which cells and channels.
+
+        >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
+        >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
+        """
+        from .settings import need
+
+        need("train")
+        from .learn.embedders import name_of, open_embedder
+
+        model = str(model)
+        network = open_embedder(model, mode, weights, crop)
+        options["crop"] = network.size
+        made = self.apply(network, name or name_of(model), device=device, **options)
+        return replace(made, function=network.identity["model"])
+
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
         from .stages.own_models import withdraw
