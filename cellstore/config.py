@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -1019,9 +1020,9 @@ class TrainSetup(Params):
     )
     logs: tuple[str, ...] = hardware(
         (),
-        "Write metrics for other programs, too: some of csv, tensorboard and mlflow.",
+        "Tell other programs, too: some of mlflow, wandb (Weights & Biases) and tensorboard.",
         name="--log",
-        choices=("csv", "tensorboard", "mlflow"),
+        choices=("mlflow", "tensorboard", "wandb"),
     )
     log_dir: Path | None = hardware(
         None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"
@@ -1179,9 +1180,18 @@ class AddedParams(Params):
         None, "Whose cells, where the table names them by number or point: a segment recipe."
     )
     note: str | None = _note()
+    mlflow_run: str | None = option(
+        None,
+        "The id of the MLflow run that trained the model, to keep with the runs.",
+        metavar="ID",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mlflow_run is not None and not re.fullmatch(r"[\w-]{1,100}", self.mlflow_run):
+            raise UserInputError(
+                f"{self.mlflow_run!r} is no id of an MLflow run: letters, digits, - and _ alone."
+            )
         _check_model_name(self.name)
 
 

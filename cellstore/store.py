@@ -11,6 +11,7 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -45,11 +46,13 @@ from .settings import Progress, find_store, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .learn.datasets import CellDataset
+    from .notebooks import Rows
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
     from .query.engine import Answer, Questions
@@ -85,12 +88,27 @@ if TYPE_CHECKING:
     from .stages.verify import VerifyResult
 
 
+SOME_SECONDS = 10.0
+"""A fold that took less says nothing of the time that others will take."""
+
+
 @checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    def _repr_html_(self) -> str:
+        from .notebooks import html_of
+
+        found = self.status()
+        names = ("database", "plates", "wells", "images", "segmented", "measured", "cells")
+        counts = {name: getattr(found, name) for name in (*names, "splits", "runs", "predictions")}
+        return html_of({**counts, "next": " or ".join(found.next)}, f"Store {self.root}")
 
     @classmethod
     def open(
@@ -364,11 +382,15 @@ class Store(AbstractContextManager["Store"]):
         paths = [Path(path) for path in tables]
         return import_split(self.workspace, name, paths, field, group_level, allow_missing)
 
-    def list_splits(self) -> tuple[SplitLine, ...]:
-        """Return all splits with their subsets, the oldest first."""
+    def list_splits(self) -> Rows[SplitLine]:
+        """Return all splits with their subsets, the oldest first.
+
+        >>> pandas.DataFrame(store.list_splits())
+        """
+        from .notebooks import Rows
         from .stages.split import list_splits
 
-        return list_splits(self.workspace)
+        return Rows(list_splits(self.workspace))
 
     def show_split(self, name: str | None = None) -> SplitResult:
         """Return a split by name, else the latest."""
@@ -402,19 +424,21 @@ class Store(AbstractContextManager["Store"]):
     ) -> TrainResult:
         """Train a network on the training images of a split; see ``stages.train.train``.
 
-        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
-        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
-        its name. Interrupted, the same call goes on.
+        ``split`` may be a cross-validation (also where it is the latest that was made): then a
+        network is trained on each fold, one after the other, and labels the test images of its
+        fold; ``report`` and ``compare`` read them under its name. Interrupted, the same call goes
+        on.
         """
+        from .stages.split import folds_of
         from .stages.train import train
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else self._folds(split)
+        folds = () if resume is not None else folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
-                f"The folds of {split} are trained one after the other, by one process. Train each "
-                f"with several: --split {folds[0]} and so on; then all by their common name."
+                "Folds are trained one after the other, by one process. Train each with several: "
+                f"--split {folds[0]} and so on; then all by their common name."
             )
         for name in self._each(folds) if folds else [split]:
             result = train(
@@ -436,19 +460,23 @@ class Store(AbstractContextManager["Store"]):
             return made[0]
         return replace(
             made[-1],
-            split=split or "",
+            split=folds[0].rpartition("-")[0],
             already_done=all(fold.already_done for fold in made),
             notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
             folds=tuple(made),
         )
 
-    def _folds(self, split: str | None) -> tuple[str, ...]:
-        from .stages.split import folds_of
-
-        return folds_of(self.workspace, split)
-
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        yield from track(self.workspace.progress, "fold", len(folds), folds)
+        """Yield the folds, and say which one it is, and how long the others will take."""
+        progress, took = self.workspace.progress, list[float]()
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
+            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
+            about = f", about {max(1, round(left))} min left" if took else ""
+            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
+            began = time.monotonic()
+            yield fold
+            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
+                took.append(seconds)
 
     def train_baselines(
         self,
@@ -466,9 +494,10 @@ class Store(AbstractContextManager["Store"]):
         Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
         there is a result for each fold and baseline.
         """
+        from .stages.split import folds_of
         from .stages.train_baselines import train_baselines
 
-        folds = self._folds(split)
+        folds = folds_of(self.workspace, split)
         made: list[BaselineResult] = []
         for name in self._each(folds) if folds else [split]:
             results = train_baselines(
@@ -641,6 +670,52 @@ class Store(AbstractContextManager["Store"]):
             transform=transform,
         )
 
+    def show(
+        self,
+        what: Any = None,
+        *,
+        by: str | None = "treatment",
+        n: int | None = None,
+        channels: Sequence[str] = (),
+        numbers: Sequence[str] = (),
+        outlines: bool = True,
+        seed: int = 0,
+    ) -> NDArray[Any]:
+        """Draw cells, or whole fields, beside their numbers; return matplotlib's axes.
+
+        ``what``: nothing (cells of each treatment), ids of cells, a table with ``cell_id`` or
+        ``image_id`` (of pandas or polars, or :meth:`cells`), a condition in SQL on ``cell_table``,
+        names of images (``"PLATE/A01/1"``), or a ``Selection`` of images. Each line is a group:
+        ``by`` names a column of ``cell_table`` (of fields: ``image_table``), or of your table;
+        beside each treatment stand negative controls of the same plates. ``n``: pictures of a
+        group. ``channels``: each in a colour of its own; default: the plane that was segmented,
+        in grey. ``numbers``: the columns whose values are written below. All pictures of a plate
+        have the same black and white, and all cells the same size of window. The same ``seed``
+        draws the same cells.
+
+        >>> axes = store.show(channels=["DNA", "ER"])
+        >>> store.show("area > 900 AND plate = 'P1'", numbers=["area", "solidity"])
+        >>> axes[0, 0].figure.savefig("cells.png")
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            UnknownNameError: there is no such image, column or channel.
+            UserInputError: there is nothing to show.
+            CellstoreError: none of the images can be read; the problem of the first.
+        """
+        from .report.gallery import show
+
+        return show(
+            self.workspace,
+            what,
+            by=by,
+            n=n,
+            channels=channels,
+            numbers=numbers,
+            outlines=outlines,
+            seed=seed,
+        )
+
     def add_predictions(
         self,
         table: Any,
@@ -651,6 +726,7 @@ class Store(AbstractContextManager["Store"]):
         trained_on: Sequence[str] | None = None,
         segmentation: str | None = None,
         note: str | None = None,
+        mlflow_run: str | None = None,
         parameters: Mapping[str, Any] | None = None,
         query: str | CellTable | None = None,
     ) -> AddedPredictions:
@@ -658,8 +734,9 @@ class Store(AbstractContextManager["Store"]):
 
         ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
         split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run, as is ``query``, the table (or its SQL) that the model has
-        learned from. See ``stages.own_models.add_predictions``.
+        the model are kept with the run, as are the id of an ``mlflow_run``, and ``query``, the
+        table (or its SQL) that the model has learned from. See
+        ``stages.own_models.add_predictions``.
         """
         from .stages.own_models import add_predictions
 
@@ -671,6 +748,7 @@ class Store(AbstractContextManager["Store"]):
             model=None if model is None else Path(model),
             segmentation=segmentation,
             note=note,
+            mlflow_run=mlflow_run,
         )
         sql = query if query is None or isinstance(query, str) else query.query
         return add_predictions(self.workspace, _table_of(table), params, parameters, sql)
@@ -755,6 +833,40 @@ class Store(AbstractContextManager["Store"]):
             resources=resources,
             parameters=parameters,
         )
+
+    def embed(
+        self,
+        model: str | Path,
+        name: str | None = None,
+        *,
+        mode: str | None = None,
+        weights: Path | None = None,
+        crop: int | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> ApplyResult:
+        """Embed the cells with a published network: a feature set ``name`` of them.
+
+        ``model``: ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]``, a name of
+        ``learn.embedders.KNOWN``, or a folder with ``config.json`` and ``model.safetensors``.
+        ``mode``: what it sees: ``channels`` (each channel by itself in grey, and what it makes of
+        them side by side), ``rgb`` (three channels as colours) or ``native`` (all as they are).
+        ``weights``: a file that was fetched before. ``crop``: of its input in pixels; default: that
+        of its training. ``options`` are those of :meth:`apply` that say which cells and channels.
+
+        >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
+        >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
+        """
+        from .settings import need
+
+        need("train")
+        from .learn.embedders import name_of, open_embedder
+
+        model = str(model)
+        network = open_embedder(model, mode, weights, crop)
+        options["crop"] = network.size
+        made = self.apply(network, name or name_of(model), device=device, **options)
+        return replace(made, function=network.identity["model"])
 
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""

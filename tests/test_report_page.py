@@ -26,9 +26,10 @@ from cellstore.models import (
     RunMetric,
     Segmentation,
 )
+from cellstore.notebooks import plain
 from cellstore.query.engine import open_questions
 from cellstore.report import report_figures
-from cellstore.report.drawing import plain, short, svg
+from cellstore.report.drawing import short, svg
 from cellstore.report.report_figures import confusion_figures
 from cellstore.report.report_page import pictures, plate_maps
 from cellstore.report.scoring import report

@@ -51,6 +51,7 @@ from ..errors import (
     first_line,
 )
 from ..models import ImageFile, Job, Recipe
+from ..notebooks import Shown
 from ..settings import Progress
 from . import queue
 from .gone_files import FEW, find_gone, gone_sentence
@@ -172,7 +173,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class JobsResult:
+class JobsResult(Shown):
     """What a stage that goes image by image did.
 
     ``run_id`` is None when nothing was done. ``selected`` counts the images that the selection

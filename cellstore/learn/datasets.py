@@ -19,6 +19,7 @@ from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace, open_workspace
 from ..models import SplitMember
+from ..notebooks import html_of
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -108,6 +109,20 @@ class CellDataset(IterableDataset[Item]):
     def feature_names(self) -> tuple[str, ...]:
         """The columns of ``features``."""
         return self.scaler.names if TABULAR in self.branches else ()
+
+    def _repr_html_(self) -> str:
+        return html_of(
+            {
+                "cells of an epoch": len(self),
+                "classes": self.classes,
+                "channels": self.channels,
+                "crop": self.crop,
+                "features": self.feature_names,
+                "sampler": self.sampler,
+                "notes": self.notes,
+            },
+            "Cells for a DataLoader",
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order, and the cells of a sampler, of another epoch."""

@@ -270,12 +270,12 @@ def _use_of(chosen: bytes, blocks: Sequence[ImageBlock], subsets: Collection[Sub
     cells = Counter[Subset]()
     for block in blocks:
         cells[block.subset] += block.n_cells
-    used = [f"{cells[subset]:,} in the {subset.value} subset" for subset in subsets]
+    used = [f"{cells[s]:,} in the {s.value} subset" for s in Subset if s in subsets and cells[s]]
     unused = [f"{cells[s]:,} in {s.value}" for s in Subset if s not in subsets and cells[s]]
     if rest := total - cells.total():
         unused.append(f"{rest:,} outside the split, excluded or not measured")
     others = f" Not used: {', '.join(unused)}." if unused else ""
-    return f"{total:,} cells are selected, and used: {', '.join(used)}.{others}"
+    return f"{total:,} cells are selected, and used: {', '.join(used) or 'none'}.{others}"
 
 
 def excluded_columns(features: Sequence[str], kept: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
+from ..notebooks import html_of
 from .cells import choose_recipes, last_with_masks
 from .engine import Questions, open_questions
 from .exclusions import find_qc_run
@@ -155,6 +156,10 @@ class CellTable:
 
     workspace: Workspace = field(repr=False)
     query: str
+
+    def _repr_html_(self) -> str:
+        how = "to_pandas(), to_polars(), to_arrow() or batches()"
+        return html_of({"read it by": how, "query": self.query}, "Cells of a split")
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows as batches of Arrow, without holding all of them."""

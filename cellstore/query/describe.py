@@ -11,6 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from ..models import METADATA
+from ..notebooks import Shown
 from .engine import Questions
 from .source import STEPS, group_of, view
 
@@ -27,7 +28,7 @@ class ColumnWords:
 
 
 @dataclass(frozen=True)
-class RelationWords:
+class RelationWords(Shown):
     """A table, view, feature set, or a step of votes (``kind``); ``words`` say what a row is."""
 
     name: str

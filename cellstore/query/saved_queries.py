@@ -16,6 +16,7 @@ from ..enums import Stage
 from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
+from ..notebooks import Shown
 from .guard import MAX_CHARACTERS
 
 KINDS = (
@@ -51,7 +52,7 @@ class SavedParameter:
 
 
 @dataclass(frozen=True)
-class SavedQuestion:
+class SavedQuestion(Shown):
     """A question with a name; ``text`` is its whole file.
 
     ``path`` is the file of a user's own one, None for those that come with cellstore; ``replaces``:

@@ -53,6 +53,7 @@ from ..jobs.lookup import (
 from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
 from ..models import METADATA, UtcDateTime
+from ..notebooks import Shown
 from ..query.exclusions import cell_counts, image_counts, why_excluded
 
 T = METADATA.tables
@@ -78,7 +79,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Shown):
     """What the store knows of one thing, as a record; times are ISO 8601 in UTC.
 
     ``image``: of a cell the audit of its image, which the picture shows with it.

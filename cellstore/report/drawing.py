@@ -17,31 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import open_atomically
+from ..notebooks import plain
 from ..settings import check_not_of_a_store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-_PICTURES = 0x2400  # of the control characters from 0: U+2400 is the picture of U+0000
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-    "|[\ud800-\udfff\ufff9-\uffff]"
-)
-
-
-def plain(text: str) -> str:
-    """Return ``text`` with control characters and marks of direction written out.
-
-    Such characters could hide a part of a name or turn what follows around. Tabs and line feeds
-    stay as they are.
-    """
-
-    def written(found: re.Match[str]) -> str:
-        code = ord(found[0])
-        return chr(_PICTURES + code) if code < 0x20 else f"\\u{code:04x}"
-
-    return _HIDDEN.sub(written, text)
 
 
 def short(text: str, longest: int = 22) -> str:

@@ -14,6 +14,7 @@ from ..enums import Stage
 from ..jobs.lookup import find_plate, find_run, readable
 from ..jobs.workspace import Workspace
 from ..models import METADATA, Cell, Event, Image, Plate, Run, Segmentation, Well
+from ..notebooks import Shown
 
 SHOWN = 3
 """Changes of a command that are said one by one."""
@@ -44,7 +45,7 @@ class LogEntry:
 
 
 @dataclass(frozen=True)
-class EventLog:
+class EventLog(Shown):
     """The last entries, the newest first; ``more``: there are older ones."""
 
     entries: tuple[LogEntry, ...]

@@ -61,6 +61,7 @@ from ..models import (
     TreatmentPart,
     Well,
 )
+from ..notebooks import Shown
 from ..query.feature_files import BUILT_IN, SetReader, open_set
 from ..settings import StoreSettings
 from .repro import FROM_FILE, RunOptions, options_of_run
@@ -93,7 +94,7 @@ Value = tuple[Any, str, float | None]
 
 
 @dataclass
-class Check:
+class Check(Shown):
     """What came of redoing a run beside the store.
 
     ``compared`` of ``what`` were compared, ``differ`` of them differ: the first are described in

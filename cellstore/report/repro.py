@@ -40,6 +40,7 @@ from ..models import (
     Segmentation,
     Split,
 )
+from ..notebooks import Shown
 from ..query.cells import plane_of
 
 Params = SegmentParams | MeasureParams | SplitParams | TrainParams | BaselineParams | PredictParams
@@ -84,7 +85,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Repro:
+class Repro(Shown):
     """All steps up to a run, in the order of doing them. ``script`` does them, in a shell.
 
     Also the renames of channels that no recipe had named by then: later ones name them anew.

@@ -20,6 +20,7 @@ from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.queue import Task
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Well
+from ..notebooks import Shown
 from ..settings import track
 from ..stages.segment import open_segment
 from .drawing import outline_overlay
@@ -46,7 +47,7 @@ class PreviewImage:
 
 
 @dataclass(frozen=True)
-class PreviewResult:
+class PreviewResult(Shown):
     """What a preview showed. ``sheet``: all pictures in one, if there are any.
 
     ``available`` counts the images of the selection that have their files.

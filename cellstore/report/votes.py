@@ -15,6 +15,7 @@ from ..enums import Status, Subset
 from ..errors import UnknownNameError
 from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
+from ..notebooks import Shown
 from ..query.engine import Answer, open_questions
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class SubsetVotes:
 
 
 @dataclass(frozen=True)
-class VotesResult:
+class VotesResult(Shown):
     """The votes of a predict run; ``table`` holds their rows, where these were asked for.
 
     ``units``: how many images or wells there are, ``ties`` of which with a draw and ``abstained``

@@ -33,6 +33,7 @@ from ..db.session import Database, connect
 from ..errors import CellstoreError, StorageError, UserInputError, first_line
 from ..jobs.workspace import Workspace, create_workspace
 from ..models import METADATA, Artifact
+from ..notebooks import Shown
 from ..settings import MARKER, SQLITE_NAME, check_not_of_a_store, track
 
 FORMAT = 1
@@ -43,7 +44,7 @@ ROWS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
-class Backup:
+class Backup(Shown):
     """A backup that was written, or read. ``missing``: stored files that the store had lost.
 
     ``dry_run``: it was only checked, or is what would be written, about ``size_bytes`` large.

@@ -24,6 +24,7 @@ from ..jobs.lookup import images_of
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, result_of, running
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Run, Treatment, Well
+from ..notebooks import Shown
 from ..query.cells import (
     CellSource,
     as_text,
@@ -78,7 +79,7 @@ class ContrastRow:
 
 
 @dataclass(frozen=True)
-class ContrastResult:
+class ContrastResult(Shown):
     """Treatments against control, the most different first; rows of chance last.
 
     ``different`` of ``tested`` treatments look different from ``control``. ``already_done``: the

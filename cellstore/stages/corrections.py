@@ -63,6 +63,7 @@ from ..models import (
     TreatmentPart,
     Well,
 )
+from ..notebooks import Shown
 from .ingest.account import Account
 from .ingest.write_treatments import TreatmentWriter, retarget
 
@@ -76,7 +77,7 @@ _CLASSES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Correction:
+class Correction(Shown):
     """What a verb changed, or would change (``dry_run``).
 
     ``changes``: for each row what it is called, and its old and new values. ``images``, ``cells``

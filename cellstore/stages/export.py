@@ -27,6 +27,7 @@ from ..io.tables import disarmed
 from ..jobs.lookup import find_recipe, find_split, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
+from ..notebooks import Shown
 from ..query.cells import choose_recipes, input_of
 from ..query.engine import open_questions
 from ..query.guard import literal, quoted
@@ -179,7 +180,7 @@ class ExportFormat(StrEnum):
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Shown):
     """What was written: ``cells`` rows with ``features`` columns of measurements each.
 
     ``excluded`` cells were left out.

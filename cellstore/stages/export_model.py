@@ -21,6 +21,7 @@ from ..jobs.lookup import IS_CURRENT, find_run
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..models import Image, Recipe, Run, Segmentation, SplitMember
+from ..notebooks import Shown
 from ..query.cells import plate_of, read_cells
 from ..query.feature_files import set_of_recipe
 from ..settings import need
@@ -127,7 +128,7 @@ IMAGES_TRIED = 8
 
 
 @dataclass(frozen=True)
-class ExportedModel:
+class ExportedModel(Shown):
     """A folder that was written. ``model``: the kind; ``cells``: those of the example."""
 
     path: str

@@ -26,6 +26,7 @@ from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
+from ..notebooks import Shown
 from ..settings import need, track
 from .segment import OF_A_RUN, SIZE_MODEL, find_network
 
@@ -71,7 +72,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class FinetuneResult(Shown):
     """A fine-tuned network. ``model``: what ``segment --model`` calls it.
 
     ``before`` and ``after``: mean average precision at IoU 0.5 on the ``held_out`` images, each

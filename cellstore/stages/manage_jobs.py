@@ -16,6 +16,7 @@ from ..jobs.lookup import find_run, image_name, images_named
 from ..jobs.queue import CONTENT, close_dead_runs, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
+from ..notebooks import Shown
 
 STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
 """The stages that go image by image."""
@@ -61,7 +62,7 @@ class JobCounts:
 
 
 @dataclass(frozen=True)
-class JobsList:
+class JobsList(Shown):
     """``counts`` of every recipe; ``jobs``: those asked for, the latest first; ``more`` exist."""
 
     counts: tuple[JobCounts, ...]
@@ -70,7 +71,7 @@ class JobsList:
 
 
 @dataclass(frozen=True)
-class RetryResult:
+class RetryResult(Shown):
     """How many failed jobs are open again, and the commands that do them.
 
     ``lost_files`` are masks and files of features that are gone, which the commands make again.

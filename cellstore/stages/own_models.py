@@ -42,7 +42,9 @@ from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
+from ..learn.trackers import of_mlflow
 from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
+from ..notebooks import Shown
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import (
@@ -142,12 +144,13 @@ OF_IMAGES = """
 
 
 @dataclass(frozen=True)
-class AddedPredictions:
+class AddedPredictions(Shown):
     """What was added: ``run_id`` is the predict run, ``train_run_id`` that of the model.
 
     ``rows`` of ``cells`` cells of ``images`` images were written now; none where the same table was
     added before (``already_done``). ``cells`` is 0 for a model that sees whole images.
-    ``trained_on``: the subsets of the split that were declared.
+    ``trained_on``: the subsets of the split that were declared. ``trackers``: the MLflow run that
+    was named, with a link to it if ``$MLFLOW_TRACKING_URI`` is that of a server.
     """
 
     run_id: int
@@ -160,10 +163,11 @@ class AddedPredictions:
     images: int
     already_done: bool = False
     notes: tuple[str, ...] = ()
+    trackers: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class AddedEmbeddings:
+class AddedEmbeddings(Shown):
     """What was added: ``columns`` numbers of each of ``cells`` cells, in ``feature_set``."""
 
     run_id: int
@@ -256,6 +260,8 @@ def add_predictions(
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
+    trackers = {} if params.mlflow_run is None else {"mlflow": of_mlflow(params.mlflow_run)}
+    told = {"note": params.note, **({"trackers": trackers} if trackers else {})}
     with open_questions(workspace) as questions:
         keys = source.bring(workspace, questions, *source.classes(classes))
         notes = list(source.notes)
@@ -271,7 +277,7 @@ def add_predictions(
         ]
         said: dict[str, Any] = {"weights": params.model and params.model.name}
         said["parameters"] = dict(parameters or {})
-        kept = {"labels": list(classes), "note": params.note}
+        kept = {"labels": list(classes), **told}
         train = declared_training(split_recipe, params, said, weights)
         train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
@@ -286,6 +292,7 @@ def add_predictions(
             with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
             runs = select(Run).where(Run.recipe_id == recipe.id)
             latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
+            before = {} if latest is None else (latest.result or {}).get("trackers", {})
         check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
         run_id = latest.id if latest is not None else 0
@@ -311,8 +318,8 @@ def add_predictions(
                 run.result = {
                     "images": len(images),
                     "cells": n_cells,
-                    "note": params.note,
                     "file": source.name,
+                    **told,
                     **code_of_caller(),
                 }
                 if did.failures:
@@ -320,6 +327,11 @@ def add_predictions(
                         f"Predictions of {len(did.failures):,} images could not be written: "
                         f"{did.failures[0][1]} Give the same command again to complete them."
                     )
+    if done and trackers and trackers["mlflow"]["run"] != before.get("mlflow", {}).get("run"):
+        notes.append(
+            "These predictions are there already, and what is kept of them is not changed: MLflow "
+            f"run {params.mlflow_run} is not."
+        )
     if params.trained_on is None:
         notes.append(NOT_DECLARED)
     return AddedPredictions(
@@ -333,6 +345,7 @@ def add_predictions(
         images=0 if done else len(images),
         already_done=done,
         notes=tuple(notes),
+        trackers=before if done else trackers,
     )
 
 

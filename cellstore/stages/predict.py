@@ -53,6 +53,7 @@ from ..models import (
     SplitMember,
     Well,
 )
+from ..notebooks import Shown
 from ..query.cells import CellSource, as_text, cells_query
 from ..query.feature_files import (
     ROWS_OF_FILE,
@@ -84,7 +85,7 @@ COLUMNS = ("run_id", "cell_id", "rank", "label_id", "probability")
 
 
 @dataclass(frozen=True)
-class PredictResult:
+class PredictResult(Shown):
     """What a predict run did.
 
     ``selected`` images were asked for; ``waiting`` of them have no measured cells yet;

@@ -49,6 +49,7 @@ from ..models import (
     Segmentation,
     Well,
 )
+from ..notebooks import Shown
 from ..query.cells import last_with_masks
 from ..query.exclusions import cell_counts, image_counts
 from ..settings import track
@@ -89,7 +90,7 @@ class PlateSummary:
 
 
 @dataclass(frozen=True)
-class FlaggedImage:
+class FlaggedImage(Shown):
     """A flag of an image: its ``value`` is not from ``low`` to ``high``.
 
     ``channel`` is empty where the reason is about the whole image.
@@ -108,7 +109,7 @@ class FlaggedImage:
 
 
 @dataclass(frozen=True)
-class QcResult:
+class QcResult(Shown):
     """What quality control did and found.
 
     ``run_id`` is None when there was nothing to look at; ``already_done``: this run found the same

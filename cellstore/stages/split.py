@@ -54,6 +54,7 @@ from ..models import (
     TreatmentPart,
     Well,
 )
+from ..notebooks import Shown
 from ..query.cells import as_text, last_with_masks
 from ..query.exclusions import image_counts, qc_run_for
 from ..settings import need
@@ -64,7 +65,7 @@ EXAMPLES = 5
 
 
 @dataclass(frozen=True)
-class SplitResult:
+class SplitResult(Shown):
     """A split as it stands.
 
     ``counts`` are images by subset; ``excluded``: what is in no subset and why. ``leaking``: wells
@@ -95,7 +96,7 @@ class SplitResult:
 
 
 @dataclass(frozen=True)
-class SplitLine:
+class SplitLine(Shown):
     """A split in a list: images by subset, and how many runs name it."""
 
     name: str
@@ -113,7 +114,7 @@ class SplitLine:
 
 
 @dataclass(frozen=True)
-class Deleted:
+class Deleted(Shown):
     """Splits that are gone, or would go: one, or all folds of a family."""
 
     names: tuple[str, ...]
@@ -121,7 +122,7 @@ class Deleted:
 
 
 @dataclass(frozen=True)
-class CheckResult(SplitCheck):
+class CheckResult(SplitCheck, Shown):
     """What a split gives away.
 
     ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
@@ -712,10 +713,15 @@ def _keep(
 
 
 def folds_of(workspace: Workspace, name: str | None) -> tuple[str, ...]:
-    """Return the splits of a cross-validation in their order; none: nothing is called so."""
-    query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+    """Return the splits of a cross-validation in their order; none: nothing is called so.
+
+    Without a name those of the latest split, if it is a fold.
+    """
     with workspace.database.read() as session:
-        return () if name is None else tuple(session.scalars(query))
+        if name is None:
+            name = session.scalar(select(Split.family).order_by(Split.id.desc()).limit(1))
+        query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+        return tuple(session.scalars(query)) if name else ()
 
 
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:

@@ -17,6 +17,7 @@ from ..errors import UserInputError
 from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
+from ..notebooks import Shown
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class BrokenOff:
 
 
 @dataclass(frozen=True)
-class StatusResult:
+class StatusResult(Shown):
     """What is in a store.
 
     ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
     check_still_ours,
+    code_version,
     files_of,
     fingerprint,
     finished_run,
@@ -57,12 +58,14 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric
+from ..notebooks import Shown
 from ..query.cells import input_of, plane_of
 from ..settings import Progress, need
 
 if TYPE_CHECKING:
     from ..learn.batches import Batches
     from ..learn.normalising import Scaler
+    from ..learn.trackers import Trackers
     from ..learn.training import EpochMetrics, Team, Training, TrainingState
 
 VERSION = 1
@@ -77,7 +80,7 @@ LISTEN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """A finished training.
 
     ``images``, ``cells`` and ``images_without_cells`` count by subset (``train``,
@@ -88,6 +91,7 @@ class TrainResult:
     feature set have no value in the training subset. ``qc_run_id``: the quality-control run whose
     ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were excluded.
     ``resumed_after``: the epoch after which the run was resumed last; 0: it never was.
+    ``trackers``: by name (mlflow, wandb) the id of its run there, and a link to it if there is one.
 
     Of a cross-validation ``split`` is its name and ``folds`` has the result of each fold, with the
     ``predict_run_id`` in which the model labelled the test images of the fold. All else but
@@ -117,6 +121,7 @@ class TrainResult:
     images_flagged: int = 0
     cells_flagged: int = 0
     resumed_after: int = 0
+    trackers: dict[str, dict[str, str]] = field(default_factory=dict)
     predict_run_id: int | None = None
     folds: tuple[TrainResult, ...] = ()
 
@@ -173,8 +178,9 @@ def train(
     """
     need("train")
     from ..learn.normalising import Scaler, fit_inputs
+    from ..learn.trackers import check_logs
     from ..learn.trained_models import planes_of
-    from ..learn.training import Team, check_device, check_logs
+    from ..learn.training import Team, check_device
 
     # What to train, and whether it can be done, before anything is written.
     params, setup = params or TrainParams(), setup or TrainSetup()
@@ -242,10 +248,13 @@ def train(
             batches = make_batches(workspace, plan, scaler, team)
 
             forgotten: list[str] = []
-            with as_run(workspace, plan, run_id, training, team) as run:
-                learn(workspace, plan, scaler, training, batches, setup, run)
+            with (
+                as_run(workspace, plan, run_id, training, team) as run,
+                open_trackers(workspace, plan, setup, run, state) as trackers,
+            ):
+                learn(workspace, plan, scaler, training, batches, trackers, run)
                 if run is not None:
-                    forgotten = keep_model(workspace, plan, scaler, training, run, state)
+                    forgotten = keep_model(workspace, plan, scaler, training, run, state, trackers)
             for path in forgotten:
                 workspace.artifacts.remove(path)
 
@@ -330,24 +339,15 @@ def learn(
     scaler: Scaler,
     training: Training,
     batches: tuple[Batches, Batches | None],
-    setup: TrainSetup,
+    trackers: Trackers,
     run: RunHandle | None,
 ) -> None:
     """Train epoch by epoch; the process that has the run keeps each epoch before the next begins.
 
     Training stops by itself where validation gets no better; see :class:`Training`.
     """
-    from ..learn.training import TrainingLogs
-
     team, (train_batches, validation_batches) = training.team, batches
     progress = workspace.progress if run is not None else Progress()
-    logs = TrainingLogs((), LOGS, 0, {}, progress.note)
-    if run is not None and setup.logs:
-        folder = setup.log_dir or LOGS / f"run-{run.id}"
-        logs = TrainingLogs(setup.logs, folder, run.id, plan.spec.parameters, progress.note)
-        with workspace.database.read() as session:
-            for record in metrics_of(session.get_one(Run, run.id)):
-                logs.write(int(record.pop("epoch")), record)
     checked = time.monotonic()
 
     def on_step(epoch: int, step: int) -> None:
@@ -371,7 +371,7 @@ def learn(
         if validation_batches is not None:
             values["waited"] += validation_batches.waited
         # With the number of the run in it, so that its file is that of no other run.
-        state = training.state(run=run.id, scaler=scaler.to_json())
+        state = training.state(run=run.id, scaler=scaler.to_json(), trackers=trackers.ids)
         file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
         with workspace.database.begin() as session:
             check_still_ours(session, run)
@@ -383,7 +383,7 @@ def learn(
             keep_files(session, [file], run.id)
         for path in old:
             workspace.artifacts.remove(path)
-        logs.write(epoch.epoch, values)
+        trackers.write(epoch.epoch, values)
         progress.finish()
         parts = []
         for name in ("loss", "accuracy"):
@@ -395,15 +395,46 @@ def learn(
 
     progress.start("train", plan.params.epochs)
     progress.advance(len(training.epochs))
-    whole = False
     try:
         with closing(training.run(train_batches, validation_batches, on_step)) as epochs:
             for epoch in epochs:
                 team.of_first(partial(keep, epoch))
-        whole = True
     finally:
         progress.finish()
-        logs.close(done=whole)
+
+
+def open_trackers(
+    workspace: Workspace,
+    plan: Plan,
+    setup: TrainSetup,
+    run: RunHandle | None,
+    state: TrainingState | None,
+) -> Trackers:
+    """Return the trackers that were asked for, told all that is known of the run so far.
+
+    Their ids are kept with the run, and with its state for who resumes it.
+    """
+    from ..learn.trackers import TrackedRun, Trackers
+
+    known = {} if state is None else state.record.get("trackers", {})
+    if run is None or not setup.logs:
+        return Trackers((), None, known, workspace.progress.note)
+    tags = {
+        "cellstore.run": str(run.id),
+        "cellstore.store": workspace.settings.root.name,
+        "cellstore.split": plan.cells.split.name,
+        "cellstore.recipe": fingerprint(plan.spec),
+        "cellstore.version": code_version(),
+        "cellstore.database": workspace.database.engine.dialect.name,
+    }
+    folder = setup.log_dir or LOGS / f"run-{run.id}"
+    about = TrackedRun(run.id, folder, tags, plan.spec.parameters)
+    trackers = Trackers(setup.logs, about, known, workspace.progress.note)
+    run.result["trackers"] = trackers.ids
+    with workspace.database.read() as session:
+        for record in metrics_of(session.get_one(Run, run.id)):
+            trackers.write(int(record.pop("epoch")), record)
+    return trackers
 
 
 def keep_model(
@@ -413,6 +444,7 @@ def keep_model(
     training: Training,
     run: RunHandle,
     state: TrainingState | None,
+    trackers: Trackers,
 ) -> list[str]:
     """Write the best epoch and what the run keeps of its training.
 
@@ -442,7 +474,13 @@ def keep_model(
     run.result = summary(plan, training, scaler) | {
         "checkpoint_sha256": files[0].sha256,
         "resumed_after": 0 if state is None else len(state.record["epochs"]),
+        "trackers": trackers.ids,
     }
+    best = training.epochs[training.best]
+    scores = {"best_epoch": best.epoch, "epochs": len(training.epochs)}
+    measured = {name: value for name, value in asdict(best).items() if value is not None}
+    scores |= {f"best_{name}": value for name, value in measured.items() if "_" in name}
+    trackers.keep([workspace.artifacts.existing(file.path) for file in files], scores)
     forgotten: list[str] = []
 
     def close(session: Session) -> None:

@@ -22,6 +22,7 @@ from ..learn.baselines import NULLS, ON_FEATURES, choose
 from ..learn.branches import TABULAR
 from ..learn.training_cells import TrainingCells, excluded_columns, find_training_cells
 from ..models import Image, Run, SplitMember, Well
+from ..notebooks import Shown
 from ..query.cells import (
     cells_query,
     list_blocks,
@@ -46,7 +47,7 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class BaselineResult:
+class BaselineResult(Shown):
     """A trained baseline.
 
     ``images`` and ``cells`` of the training subset; ``rows``: how many cells, images or wells it

@@ -68,6 +68,7 @@ from ..models import (
     Treatment,
     Well,
 )
+from ..notebooks import Shown
 from ..query.feature_files import stream_ids
 from ..settings import track
 from .split import fingerprint_of_split
@@ -85,7 +86,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(Shown):
     """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,

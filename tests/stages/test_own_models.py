@@ -275,6 +275,30 @@ def test_wrong_predictions_are_withdrawn_and_stay(screen: tuple[Store, int]) -> 
         store.withdraw_predictions(own, reason="a try")
 
 
+@pytest.mark.one_database
+def test_the_mlflow_run_of_a_model_is_kept_and_linked(
+    screen: tuple[Store, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, own = screen
+    table = store.sql(EXPORT, [own])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.lab/base/?token=x")
+    added = store.add_predictions(table, "linked", trained_on=["train"], mlflow_run="ab12")
+    at = "https://mlflow.lab/base/"
+    assert added.trackers["mlflow"] == {"run": "ab12", "at": at, "link": f"{at}#/runs/ab12"}
+    for run in (added.run_id, added.train_run_id):
+        result = store.audit(str(run), "run").record["result"]
+        assert result["trackers"] == added.trackers
+    again = store.add_predictions(table, "linked", trained_on=["train"], mlflow_run="cd34")
+    assert again.already_done
+    assert again.trackers == added.trackers
+    assert "MLflow run cd34 is not" in again.notes[-1]
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    alone = store.add_predictions(table, "unlinked", trained_on=["train"], mlflow_run="ab12")
+    assert alone.trackers == {"mlflow": {"run": "ab12"}}
+    with pytest.raises(UserInputError, match="no id of an MLflow run"):
+        store.add_predictions(table, "odd", mlflow_run="https://x/#/runs/1")
+
+
 def test_the_cells_of_a_split_are_a_table(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed_training import PARAMS
-from small_training import Opener, StopsAfter, Trained, checkpoint
+from small_training import Opener, Trained, checkpoint
 from sqlalchemy import select, update
 
 from cellstore.config import (
@@ -16,12 +16,10 @@ from cellstore.config import (
     SegmentParams,
     SplitParams,
     TrainParams,
-    TrainSetup,
 )
 from cellstore.enums import Stage, Subset
-from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
+from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.learn import training as training_module
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.corrections import rename
 from cellstore.stages.predict import predict
@@ -177,40 +175,6 @@ def test_what_cannot_be_trained_is_told_before_a_run_begins(built: Path, opened:
     with workspace.database.read() as session:
         assert session.scalars(select(Run.id).where(Run.stage == Stage.TRAIN)).all() == []
         assert session.scalars(select(Recipe.id).where(Recipe.stage == Stage.TRAIN)).all() == []
-
-
-def test_logs_are_written_beside_the_store_or_their_package_is_named(
-    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace = opened(built)
-    setup = TrainSetup(logs=("csv",), log_dir=tmp_path / "logs")
-    result = train(workspace, replace(PARAMS, epochs=2), device="cpu", setup=setup)
-    lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
-    assert len(lines) == 1 + result.epochs
-    assert {"step", "validation_loss"} <= set(lines[0].split(","))
-    monkeypatch.setattr(training_module, "find_spec", lambda _: None)
-    for kind in ("tensorboard", "mlflow"):
-        with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
-            train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
-    with pytest.raises(UnknownNameError, match="Unknown name for --log 'wandb'"):
-        train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=("wandb",)))
-
-
-def test_a_log_that_fails_does_not_end_the_training(
-    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lightning.fabric.loggers.csv_logs import CSVLogger
-
-    def fail(*_: object, **__: object) -> None:
-        raise ConnectionError("the server is away")
-
-    monkeypatch.setattr(CSVLogger, "log_metrics", fail)
-    listener = StopsAfter(99)
-    workspace = replace(opened(built), progress=listener)
-    setup = TrainSetup(logs=("csv",), log_dir=tmp_path / "logs")
-    assert train(workspace, replace(PARAMS, epochs=2), device="cpu", setup=setup).epochs == 2
-    said = [text for text in listener.told if "log" in text]
-    assert said == ["The log for csv has ended: the server is away"]
 
 
 def relabel(workspace: Workspace, side: Subset, value: str) -> None:

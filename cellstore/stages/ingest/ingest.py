@@ -48,6 +48,7 @@ from ...models import (
     Treatment,
     Well,
 )
+from ...notebooks import Shown
 from ...settings import track
 from .account import SHOWN, Account, FileIdentity, Issue, UndoneError
 from .ingest_images import (
@@ -72,7 +73,7 @@ _ONLY_OF: Mapping[str, Collection[SourceKind]] = {
 
 
 @dataclass(frozen=True)
-class IngestResult:
+class IngestResult(Shown):
     """What a source brought. ``rows = created + updated + unchanged + refused``.
 
     ``updated`` rows were there and gained or changed something: a file, a treatment. ``reasons``
@@ -379,7 +380,7 @@ def _read_again(
 
 
 @dataclass(frozen=True)
-class RefreshResult:
+class RefreshResult(Shown):
     """What a look at the files brought. ``changed`` images have other bytes, or a file more.
 
     ``problems`` are the first thousand files that could not be read, ``n_problems`` all.
@@ -417,7 +418,7 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
 
 
 @dataclass(frozen=True)
-class RelocateResult:
+class RelocateResult(Shown):
     """Which ``folders`` (old, new, files) are elsewhere now.
 
     ``hashed`` of the files have another time there, or all were to be read: their sha256 was
