@@ -14,6 +14,7 @@ from ..errors import UnknownNameError
 from ..jobs.run_names import Model, models_of
 from ..jobs.workspace import Workspace
 from ..learn.baselines import NULLS
+from ..notebooks import Shown
 from ..query.engine import open_questions
 
 ORDERS = ("test", "validation")
@@ -82,7 +83,7 @@ class RankedRun:
 
 
 @dataclass(frozen=True)
-class Leaderboard:
+class Leaderboard(Shown):
     """The models on a split or a cross-validation (``None``: on all), the best first.
 
     ``by``: whether test or validation images rank them; ``notes``: what a reader has to know.
