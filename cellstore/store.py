@@ -11,6 +11,7 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -85,6 +86,10 @@ if TYPE_CHECKING:
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
     from .stages.verify import VerifyResult
+
+
+SOME_SECONDS = 10.0
+"""A fold that took less says nothing of the time that others will take."""
 
 
 @checked
@@ -419,19 +424,21 @@ class Store(AbstractContextManager["Store"]):
     ) -> TrainResult:
         """Train a network on the training images of a split; see ``stages.train.train``.
 
-        ``split`` may be a cross-validation: then a network is trained on each fold, one after the
-        other, and labels the test images of its fold; ``report`` and ``compare`` read them under
-        its name. Interrupted, the same call goes on.
+        ``split`` may be a cross-validation (also where it is the latest that was made): then a
+        network is trained on each fold, one after the other, and labels the test images of its
+        fold; ``report`` and ``compare`` read them under its name. Interrupted, the same call goes
+        on.
         """
+        from .stages.split import folds_of
         from .stages.train import train
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else self._folds(split)
+        folds = () if resume is not None else folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
-                f"The folds of {split} are trained one after the other, by one process. Train each "
-                f"with several: --split {folds[0]} and so on; then all by their common name."
+                "Folds are trained one after the other, by one process. Train each with several: "
+                f"--split {folds[0]} and so on; then all by their common name."
             )
         for name in self._each(folds) if folds else [split]:
             result = train(
@@ -453,19 +460,23 @@ class Store(AbstractContextManager["Store"]):
             return made[0]
         return replace(
             made[-1],
-            split=split or "",
+            split=folds[0].rpartition("-")[0],
             already_done=all(fold.already_done for fold in made),
             notes=tuple(dict.fromkeys(note for fold in made for note in fold.notes)),
             folds=tuple(made),
         )
 
-    def _folds(self, split: str | None) -> tuple[str, ...]:
-        from .stages.split import folds_of
-
-        return folds_of(self.workspace, split)
-
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        yield from track(self.workspace.progress, "fold", len(folds), folds)
+        """Yield the folds, and say which one it is, and how long the others will take."""
+        progress, took = self.workspace.progress, list[float]()
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
+            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
+            about = f", about {max(1, round(left))} min left" if took else ""
+            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
+            began = time.monotonic()
+            yield fold
+            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
+                took.append(seconds)
 
     def train_baselines(
         self,
@@ -483,9 +494,10 @@ class Store(AbstractContextManager["Store"]):
         Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
         there is a result for each fold and baseline.
         """
+        from .stages.split import folds_of
         from .stages.train_baselines import train_baselines
 
-        folds = self._folds(split)
+        folds = folds_of(self.workspace, split)
         made: list[BaselineResult] = []
         for name in self._each(folds) if folds else [split]:
             results = train_baselines(
@@ -821,6 +833,40 @@ class Store(AbstractContextManager["Store"]):
             resources=resources,
             parameters=parameters,
         )
+
+    def embed(
+        self,
+        model: str | Path,
+        name: str | None = None,
+        *,
+        mode: str | None = None,
+        weights: Path | None = None,
+        crop: int | None = None,
+        device: str = "auto",
+        **options: Any,
+    ) -> ApplyResult:
+        """Embed the cells with a published network: a feature set ``name`` of them.
+
+        ``model``: ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]``, a name of
+        ``learn.embedders.KNOWN``, or a folder with ``config.json`` and ``model.safetensors``.
+        ``mode``: what it sees: ``channels`` (each channel by itself in grey, and what it makes of
+        them side by side), ``rgb`` (three channels as colours) or ``native`` (all as they are).
+        ``weights``: a file that was fetched before. ``crop``: of its input in pixels; default: that
+        of its training. ``options`` are those of :meth:`apply` that say which cells and channels.
+
+        >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
+        >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
+        """
+        from .settings import need
+
+        need("train")
+        from .learn.embedders import name_of, open_embedder
+
+        model = str(model)
+        network = open_embedder(model, mode, weights, crop)
+        options["crop"] = network.size
+        made = self.apply(network, name or name_of(model), device=device, **options)
+        return replace(made, function=network.identity["model"])
 
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
         """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""

@@ -59,7 +59,7 @@ MODULES = {
         ("image_commands", "segment finetune measure qc"),
         ("train_commands", "contrast"),
         ("split_commands", "split"),
-        ("train_commands", "train predict predictions embeddings apply export-model"),
+        ("train_commands", "train predict predictions embeddings apply embed export-model"),
         ("answer_commands", "votes report runs compare"),
         ("audit_commands", "audit log repro"),
         ("correction_commands", "rename relabel exclude include undo delete"),

@@ -78,7 +78,7 @@ def _say_if_there(made: Sequence[SplitResult]) -> None:
         say("This was there already; nothing has changed.")
 
 
-def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
+def _show_folds(name: str, results: Sequence[SplitResult], left_out: str | None) -> None:
     """Print the folds of a cross-validation: what they share, then a line for each."""
     first = results[0]
     output.pairs(
@@ -87,6 +87,7 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
             ("protocol", _protocol(first)),
             ("predicts", f"{first.field}, {output.count(first.classes, 'class', 'classes')}"),
             ("images", f"{first.images:,}, each tested once"),
+            *([("each tests", f"one {left_out}, in the order of their names")] if left_out else []),
             *_excluded(first.excluded),
         ]
     )
@@ -171,7 +172,9 @@ def create(
     if not params.several:
         common.show(store.create_split(name, params), _show_new_split)
     else:
-        common.show(store.create_folds(name, params), lambda made: _show_folds(name, made))
+        common.show(
+            store.create_folds(name, params), lambda made: _show_folds(name, made, params.leave_out)
+        )
 
 
 @command(split, "import", _show_new_split, then=True)

@@ -127,7 +127,7 @@ def train(
       cellstore train --split as-published --preset published
       cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
-      cellstore train --split by-well --baseline probe --features dinov2-small
+      cellstore train --split by-well --baseline probe --features dinov2_small
       cellstore train --split five
     """
     if list_presets:
@@ -397,7 +397,8 @@ def predict(
 def _show_apply(result: ApplyResult) -> None:
     if result.done == 0 and not result.failures:
         typer.echo(f"Nothing to do: {result.name} has what {result.function} makes already.")
-    made = {"run": result.run_id, "function": result.function}
+    made: dict[str, Any] = {"run": result.run_id} if result.run_id else {}
+    made["function"] = result.function
     if result.feature_set is None:
         made |= {"model": f"{result.name} (run {result.train_run_id})", "split": result.split}
     else:
@@ -441,6 +442,106 @@ def apply(
     if result.failures:
         again = "cellstore retry" if result.feature_set else "the same command"
         end_with_failures(result.failures, result.done, "done", again)
+
+
+def _show_embedders(known: list[dict[str, Any]]) -> None:
+    for row in known:
+        typer.echo(row["name"])
+        for key in ("source", "revision", "licence", "preprocessing"):
+            if row[key] is not None:
+                output.wrapped(f"  {key}: {row[key]}")
+
+
+@command(app, "embed", then=True)
+def embed(
+    common: Common,
+    model: str | None = option(
+        None,
+        "The network: timm:NAME, torchvision:NAME, hf:OWNER/NAME[@REVISION] (Hugging Face), a name "
+        "that --list shows, or a folder with config.json and model.safetensors.",
+    ),
+    name: str | None = option(None, "What the feature set is called. Default: as the model."),
+    mode: str | None = option(
+        None,
+        "What the network sees: each channel by itself in grey, and what it makes of them side by "
+        "side (channels); three channels as red, green and blue (rgb); or all channels together, "
+        "for networks of microscopy (native). Default: that of the model, or channels.",
+        choices=("channels", "rgb", "native"),
+    ),
+    weights: Path | None = option(
+        None, "A file of its weights that you have fetched, instead of a download."
+    ),
+    crop: int | None = option(
+        None,
+        "Crops of cells are scaled to this. Default: what the network was trained with.",
+        metavar="PIXELS",
+        min=1,
+    ),
+    channels: tuple[str, ...] = option_of(ApplyParams, "channels"),
+    intensity: str = option_of(ApplyParams, "intensity"),
+    segmentation: str | None = SEGMENTATION,
+    plates: tuple[str, ...] = option_of(ApplyParams, "plates"),
+    wells: tuple[str, ...] = option_of(ApplyParams, "wells"),
+    where: str | None = option_of(ApplyParams, "where"),
+    limit: int | None = option_of(ApplyParams, "limit"),
+    batch_size: int = option_of(ApplyParams, "batch_size"),
+    note: str | None = option_of(ApplyParams, "note"),
+    device: str = DEVICE,
+    listed: bool = option(
+        False,
+        "List the known networks: source, revision, licence, preprocessing.",
+        name="--list",
+    ),
+) -> None:
+    """Embed every cell with a published network: a feature set of the cells that are there.
+
+    'cellstore train --baseline probe --features NAME' then says what it is worth, and every command
+    that reads a feature set can read it. Weights are fetched once through the Hugging Face hub or
+    torchvision, and kept in their caches; the commit and the sha256 of what was used are stored.
+    Some licences forbid commercial use: they are printed before anything is fetched. A stopped
+    command goes on when it is given again; images that were added since are added.
+
+    \b
+    Example:
+      cellstore embed --list
+      cellstore embed --model dinov2-small
+      cellstore embed --model openphenom --channels DNA,ER,RNA,AGP,Mito
+      cellstore embed --model timm:resnet50 --mode rgb --channels AGP,ER,DNA
+      cellstore embed --model my-vit/ --name my_vit --device cuda
+    """
+    if listed:
+        from cellstore.learn.embedders import KNOWN
+
+        shown = ("source", "revision", "licence", "preprocessing", "mode", "channels", "size")
+        rows = [
+            {"name": name} | {key: getattr(known, key) for key in shown}
+            for name, known in KNOWN.items()
+        ]
+        common.show(rows, _show_embedders)
+        return
+    if model is None:
+        raise UserInputError("Name a network: --model MODEL. See: cellstore embed --list")
+    from cellstore.learn.embedders import licence_of
+
+    say(f"Licence of {model}: {licence_of(model)}.")
+    given = {
+        "channels": channels,
+        "intensity": intensity,
+        "segmentation": segmentation,
+        "plates": plates,
+        "wells": wells,
+        "where": where,
+        "limit": limit,
+        "batch_size": batch_size,
+        "note": note,
+    }
+    with common.open() as store:
+        result = store.embed(
+            model, name, mode=mode, weights=weights, crop=crop, device=device, **given
+        )
+    common.show(result, _show_apply)
+    if result.failures:
+        end_with_failures(result.failures, result.done, "done", "cellstore retry")
 
 
 predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_vit import save_dinov2
 from torch import nn
 
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.learn import embedders
 from cellstore.learn.embedders import KNOWN, SubCell, open_embedder
 
@@ -29,20 +30,6 @@ def _without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def save_dinov2(folder: Path, **normal: Any) -> Any:
-    """A tiny random DINOv2 as transformers keeps it, which reads 28 pixels; returned, too."""
-    torch.manual_seed(1)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    net = transformers.Dinov2Model(config).eval()
-    net.save_pretrained(folder)
-    values = {"crop_size": {"height": 28, "width": 28}, "image_mean": [0.4, 0.5, 0.6]}
-    values |= {"image_std": [0.2, 0.25, 0.3], **normal}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values))
-    return net
-
-
 def crops(channels: int = 2, size: int = 28) -> torch.Tensor:
     return 2 * torch.rand((3, channels, size, size), generator=torch.manual_seed(0)) - 1
 
@@ -50,7 +37,7 @@ def crops(channels: int = 2, size: int = 28) -> torch.Tensor:
 def test_each_channel_is_shown_as_a_grey_picture(tmp_path: Path) -> None:
     net = save_dinov2(tmp_path / "tiny-vit")
     images = crops()
-    embedder = open_embedder(str(tmp_path / "tiny-vit"), ["DNA", "RNA"])
+    embedder = open_embedder(str(tmp_path / "tiny-vit"))
     with torch.inference_mode():
         found = embedder(images)
         parts = []
@@ -81,30 +68,30 @@ def test_each_channel_is_shown_as_a_grey_picture(tmp_path: Path) -> None:
 def test_three_channels_may_be_the_colours(tmp_path: Path) -> None:
     net = save_dinov2(tmp_path, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     images = crops(3)
-    embedder = open_embedder(str(tmp_path / "model.safetensors"), ["A", "B", "C"], "rgb")
+    embedder = open_embedder(str(tmp_path / "model.safetensors"), "rgb")
     with torch.inference_mode():
         expected = net(pixel_values=images).last_hidden_state[:, 0]
         torch.testing.assert_close(embedder(images), expected)
-        larger = open_embedder(str(tmp_path), ["A", "B", "C"], "rgb", size=56)
+        larger = open_embedder(str(tmp_path), "rgb", size=56)
         assert larger(images).shape == (3, 16)
-    with pytest.raises(UserInputError, match=r"three channels for red.*not 2 \(A, B\)"):
-        open_embedder(str(tmp_path), ["A", "B"], "rgb")
-    with pytest.raises(UserInputError, match=r"reads 3 channels in the order of its authors"):
-        open_embedder(str(tmp_path), ["A", "B"], "native")
-    with pytest.raises(UserInputError, match=r"cannot read crops of 9 pixels.*--input-size"):
-        open_embedder(str(tmp_path), ["A"], size=9)
+    with pytest.raises(ImageError, match=r"reads 3 channels with --mode rgb, and these are 2"):
+        embedder(crops(2))
+    with pytest.raises(UnknownNameError, match="Unknown mode 'colour'"):
+        open_embedder(str(tmp_path), "colour")
+    with pytest.raises(UserInputError, match=r"cannot read crops of 9 pixels.*--crop"):
+        open_embedder(str(tmp_path), size=9)
 
 
 def test_a_network_of_timm_is_opened_by_its_name_or_from_a_folder(tmp_path: Path) -> None:
     torch.manual_seed(2)
     net = timm.create_model("test_vit", num_classes=10).eval()
     save_file(net.state_dict(), tmp_path / "model.safetensors")
-    named = open_embedder("timm:test_vit", ["DNA"], weights=tmp_path / "model.safetensors")
+    named = open_embedder("timm:test_vit", weights=tmp_path / "model.safetensors")
     assert named.identity["licence"] == "apache-2.0"
     described = {"architecture": "test_vit", "pretrained_cfg": named.net[0].pretrained_cfg}
     described["model_args"] = {"checkpoint_path": "evil.pth", "in_chans": 9}
     (tmp_path / "config.json").write_text(json.dumps(described))
-    folder = open_embedder(str(tmp_path), ["DNA"])
+    folder = open_embedder(str(tmp_path))
     images = crops(1, 160)
     with torch.inference_mode():
         grey = images.expand(-1, 3, -1, -1)  # it was trained on -1 to 1
@@ -113,12 +100,12 @@ def test_a_network_of_timm_is_opened_by_its_name_or_from_a_folder(tmp_path: Path
             torch.testing.assert_close(one(images), expected)
     assert folder.identity["sha256"] == named.identity["sha256"]
     with pytest.raises(UserInputError, match="not the weights of timm's test_efficientnet"):
-        open_embedder("timm:test_efficientnet", ["A"], weights=tmp_path / "model.safetensors")
+        open_embedder("timm:test_efficientnet", weights=tmp_path / "model.safetensors")
     with pytest.raises(UnknownNameError, match=r"'test_vitt'.*Did you mean test_vit"):
-        open_embedder("timm:test_vitt", ["A"])
+        open_embedder("timm:test_vitt")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserInputError, match=r"not those of the network that config\.json"):
-        open_embedder(str(tmp_path), ["DNA"])
+        open_embedder(str(tmp_path))
 
 
 def test_a_repository_of_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None:
@@ -126,22 +113,22 @@ def test_a_repository_of_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(COMMIT)
     save_dinov2(folder / "snapshots" / COMMIT)
-    latest = open_embedder("hf:lab/vit", ["DNA"])
-    pinned = open_embedder(f"hf:lab/vit@{COMMIT}", ["DNA"])
+    latest = open_embedder("hf:lab/vit")
+    pinned = open_embedder(f"hf:lab/vit@{COMMIT}")
     assert latest.identity["revision"] == pinned.identity["revision"] == COMMIT
     with torch.inference_mode():
         assert torch.equal(latest(crops(1)), pinned(crops(1)))
     with pytest.raises(UserInputError, match=r"lab/other could not be fetched.*hf download lab/o"):
-        open_embedder("hf:lab/other", ["DNA"])
+        open_embedder("hf:lab/other")
     told = r"facebook/dinov2-small could not be fetched.*--revision ed25f3a.*--model DIR"
     with pytest.raises(UserInputError, match=told):
-        open_embedder("dinov2-small", ["DNA"])
+        open_embedder("dinov2-small")
     with pytest.raises(UserInputError, match=r"timm/test_vit.r160_in1k could not be fetched"):
-        open_embedder("timm:test_vit", ["DNA"])
+        open_embedder("timm:test_vit")
     with pytest.raises(UserInputError, match="Write hf:OWNER/NAME"):
-        open_embedder("hf:../etc", ["DNA"])
+        open_embedder("hf:../etc")
     with pytest.raises(UnknownNameError, match=r"'dinov2-smal'.*Did you mean dinov2-small"):
-        open_embedder("dinov2-smal", ["DNA"])
+        open_embedder("dinov2-smal")
 
 
 def test_files_that_may_hold_code_are_not_opened(tmp_path: Path) -> None:
@@ -151,23 +138,23 @@ def test_files_that_may_hold_code_are_not_opened(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     for path in (tmp_path, tmp_path / "pytorch_model.bin"):
         with pytest.raises(UserInputError, match="may hold code and are not opened"):
-            open_embedder(str(path), ["DNA"])
+            open_embedder(str(path))
     (tmp_path / "kept.safetensors").rename(tmp_path / "model.safetensors")
     config = json.loads((tmp_path / "config.json").read_text())
     # A class that the folder brings along is never looked up.
     config["auto_map"] = {"AutoModel": "evil.Model"}
     (tmp_path / "evil.py").write_text("raise SystemExit('code was run')")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    open_embedder(str(tmp_path), ["DNA"])
+    open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "MAE"}))
     with pytest.raises(UserInputError, match=r"type 'MAE', of which is not known.*dinov2"):
-        open_embedder(str(tmp_path), ["DNA"])
+        open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(UserInputError, match="not those of the network"):
-        open_embedder(str(tmp_path), ["DNA"])
+        open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserInputError, match="is no JSON"):
-        open_embedder(str(tmp_path), ["DNA"])
+        open_embedder(str(tmp_path))
 
 
 SUBCELL_NAMES = {
@@ -214,7 +201,7 @@ def test_openphenom_reads_any_number_of_channels(
     # Its file has the name of a safetensors file, and is one of torch.
     path = tmp_path / "model.safetensors"
     torch.save({"state_dict": {k: v.detach() for k, v in state.items()}}, path)
-    embedder = open_embedder("openphenom", ["DNA", "RNA"], weights=path)
+    embedder = open_embedder("openphenom", weights=path)
     assert embedder.identity["mode"] == "native"
     assert "no commercial use" in embedder.identity["licence"]
     one = crops(1, 256)
@@ -225,11 +212,11 @@ def test_openphenom_reads_any_number_of_channels(
         torch.testing.assert_close(embedder(one), expected)
         both = embedder(one.expand(-1, 2, -1, -1))
         assert both.shape == (3, 384)
-        apart = open_embedder("openphenom", ["DNA", "RNA"], "channels", weights=path)
+        apart = open_embedder("openphenom", "channels", weights=path)
         torch.testing.assert_close(apart(one.expand(-1, 2, -1, -1)), expected.repeat(1, 2))
     torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
     with pytest.raises(UserInputError, match="does not hold the weights of openphenom"):
-        open_embedder("openphenom", ["DNA"], weights=path)
+        open_embedder("openphenom", weights=path)
 
 
 def test_cell_dino_and_subcell_are_built_from_the_files_of_their_authors(tmp_path: Path) -> None:
@@ -244,22 +231,23 @@ def test_cell_dino_and_subcell_are_built_from_the_files_of_their_authors(tmp_pat
         for k, v in state.items()
     }  # fmt: skip
     torch.save(named | {"mask_token": torch.zeros(1, 384)}, tmp_path / "cell.pth")
-    five = ["DNA", "RNA", "ER", "AGP", "Mito"]
-    embedder = open_embedder("cell-dino-painting", five, weights=tmp_path / "cell.pth")
+    embedder = open_embedder("cell-dino-painting", weights=tmp_path / "cell.pth")
     net.load_state_dict(state)
     images = crops(5, 128)
     spread = images.std((2, 3), unbiased=False, keepdim=True)
     with torch.inference_mode():
         expected = net.eval()((images - images.mean((2, 3), keepdim=True)) / spread)
         torch.testing.assert_close(embedder(images), expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserInputError, match=r"reads 5 channels in the order of its authors"):
-        open_embedder("cell-dino-painting", five[:4], weights=tmp_path / "cell.pth")
+    with pytest.raises(ImageError, match=r"reads 5 channels with --mode native, and these are 4"):
+        embedder(images[:, :4])
+    with pytest.raises(UserInputError, match=r"reads 5 channels at once\. Use --mode native"):
+        open_embedder("cell-dino-painting", "channels", tmp_path / "cell.pth")
     with pytest.raises(UserInputError, match=r"cannot be fetched by a program.*ai\.meta\.com"):
-        open_embedder("cell-dino", five)
+        open_embedder("cell-dino")
     with pytest.raises(UserInputError, match=r"czi-subcell-public.*--weights FILE"):
-        open_embedder("subcell", five[:4])
+        open_embedder("subcell")
     with pytest.raises(UserInputError, match=r"does not hold the weights of subcell"):
-        open_embedder("subcell", five[:4], weights=tmp_path / "cell.pth")
+        open_embedder("subcell", weights=tmp_path / "cell.pth")
 
 
 def test_subcell_pools_the_tokens_of_a_vision_transformer_by_gated_attention(
@@ -303,3 +291,10 @@ def test_the_table_of_networks_is_whole() -> None:
             assert known.make is not None, name
         assert embedders.licence_of(name) == known.licence
     assert embedders.licence_of("timm:test_vit") == "apache-2.0"
+    for model, name in (
+        ("dinov2-small", "dinov2_small"),
+        ("timm:vit_small_patch16_224.dino", "vit_small_patch16_224_dino"),
+        (f"hf:Lab/Big-ViT@{COMMIT}", "big_vit"),
+        ("models/my vit/", "my_vit"),
+    ):
+        assert embedders.name_of(model) == name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.enums import Stage, Status, Subset
+from cellstore.enums import Origin, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Run, Split
@@ -43,8 +43,13 @@ def add_folds(screen: SmallScreen) -> list[Split]:
 def add_model(screen: SmallScreen, split: Split, kind: str, says: dict[str, str]) -> Run:
     """A model of a fold that has labelled wells, also those that it was trained on."""
     make = screen.factory
-    recipe = make.recipe(Stage.TRAIN, parameters={"kind": kind, "split": split.fingerprint})
-    trained = make.run(Stage.TRAIN, recipe, split_id=split.id)
+    parameters: dict[str, object] = {"kind": kind, "split": split.fingerprint}
+    if kind == "vit":  # whose weights are others in each fold
+        known = "train" if split.fold == 2 else None
+        parameters = {"declared": kind, "trained_on": known, "weights": split.name}
+    recipe = make.recipe(Stage.TRAIN, parameters=parameters)
+    origin = Origin.DECLARED if kind == "vit" else Origin.OBSERVED
+    trained = make.run(Stage.TRAIN, recipe, split_id=split.id, origin=origin)
     made = make.recipe(Stage.PREDICT, inputs=[recipe], parameters={"subset": None, "top_k": 2})
     run = make.run(Stage.PREDICT, made, parent_id=trained.id, split_id=split.id)
     for well, label in says.items():
@@ -137,6 +142,8 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     assert any(note.startswith("Out of fold: each image is scored once") for note in found.notes)
     alone = report(workspace, str(runs[0].id))
     assert (alone.score("image", "hard").n, alone.folds) == (2, ())
+    hint = f"All folds as one: cellstore report --run cv:{runs[0].parent_id}"
+    assert any(note.startswith("Fold 1 of") and note.endswith(hint) for note in alone.notes)
 
     for level in ("image", "well"):
         with open_votes(workspace, "cv", level=level) as (votes, rows):
@@ -155,6 +162,13 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     assert (compared.first.correct, compared.second.correct, compared.n) == (4, 2, 4)
     assert compared.cannot_say.startswith("too few wells (4 wells")
     assert "2 with run cv, 0 with run cv:" in compared.conclusion
+
+    # A model from elsewhere, of which nobody said what it has seen in the first fold.
+    for fold in folds:
+        add_model(screen, fold, "vit", TRUTH)
+    declared = report(workspace, "cv:vit")
+    assert declared.score("image", "hard").correct == 4
+    assert declared.leak.startswith("It is not known which wells vit has seen in training")
 
     # Votes are counted anew where something was excluded later; folds stay folds.
     screen.factory.exclude("well", screen.images["B01"].well_id)
@@ -176,5 +190,5 @@ def test_what_is_not_a_whole_cross_validation_is_refused(workspace: Workspace) -
         compare(workspace, "cv", str(run.id))
     with pytest.raises(UnknownNameError, match="Unknown model of cross-validation cv 'nonsense'"):
         report(workspace, "cv:nonsense")
-    with pytest.raises(UserInputError, match="or by the name of a cross-validation, not 'vc'"):
+    with pytest.raises(UserInputError, match="There is no cross-validation 'vc', and a run is"):
         report(workspace, "vc")

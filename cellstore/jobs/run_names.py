@@ -94,8 +94,7 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
         number = reference.strip().lstrip("#")
         if not number.isdecimal() or len(number) > 18:
             raise UserInputError(
-                "A run is named by its number, 'latest' or 'latest predict', or by the name of a "
-                f"cross-validation, not {reference!r}."
+                f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
             )
         chosen = query.where(runs.id == int(number))
     found = session.execute(chosen.limit(1)).first()
@@ -119,9 +118,14 @@ def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     """
     reference = str(reference).strip()
     named = reference not in RUN_WORDS
-    number = reference.lstrip("#").isdecimal()
-    if named and not number and (folds := find_folds(session, reference)) is not None:
-        return folds
+    if named and not reference.lstrip("#").isdecimal():
+        if (folds := find_folds(session, reference)) is not None:
+            return folds
+        if not re.search(rf"\d|{'|'.join(RUN_WORDS)}", reference.lower()):
+            raise UserInputError(
+                f"There is no cross-validation {reference!r}, and a run is named by its number, "
+                "'latest' or 'latest predict'."
+            )
     run = find_named_run(session, reference, () if named else (Stage.PREDICT,))
     if run.stage == Stage.TRAIN:
         later = select(_RUNS.c.id).where(_RUNS.c.parent_id == run.id)

@@ -24,7 +24,7 @@ from torchvision import models
 from torchvision.transforms.v2 import functional as transforms
 
 from ..artifacts import sha256_of
-from ..errors import UnknownNameError, UserInputError, first_line
+from ..errors import ImageError, UnknownNameError, UserInputError, first_line
 from ..settings import need
 from .crops import CROP_MEAN, CROP_STD
 from .exported_classifier import TIMM, ImageBranch, timm_network
@@ -47,6 +47,9 @@ CROP, IMAGE = "each channel of each crop", "all channels of a crop together"
 """What is normalised by itself, where no fixed mean and spread are subtracted and divided by."""
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+
+AT_ONCE = 128
+"""Pictures that go through a network together: of many channels, a batch of cells is more."""
 
 CLASS_TOKEN = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "vit_msn")
 POOLED = ("convnext", "convnextv2", "dinov3_convnext", "resnet", "swin", "swinv2")
@@ -101,7 +104,7 @@ class Embedder(nn.Module):
     def __init__(self, opened: Opened, mode: str, model: str) -> None:
         super().__init__()
         self.net, self.mode, self.size = opened.net.eval(), mode, opened.size
-        self.normalise = opened.normalise
+        self.channels, self.normalise = opened.channels, opened.normalise
         self.mean: Tensor
         self.std: Tensor
         for name in ("mean", "std"):
@@ -123,8 +126,17 @@ class Embedder(nn.Module):
 
         They are resized as torchvision does it (bilinear, with antialiasing), cut off at 0 and 1 on
         the scale where black is 0, and normalised.
+
+        Raises:
+            ImageError: there are more or fewer channels than it reads.
         """
         n, c = images.shape[:2]
+        if self.mode != CHANNELS and self.channels not in (None, c):
+            raise ImageError(
+                f"{self.identity['model']} reads {self.channels} channels with --mode {self.mode}, "
+                f"and these are {c}. Name them with --channels, in the order in which it was "
+                "trained with them, or use --mode channels."
+            )
         values = images * CROP_STD + CROP_MEAN
         if values.shape[-2:] != (self.size, self.size):
             values = transforms.resize(values, [self.size, self.size], antialias=True)
@@ -139,18 +151,14 @@ class Embedder(nn.Module):
             values = (values - low) / (high - low + 1e-8)
         else:
             values = (values - self.mean) / self.std  # a grey picture becomes as many as these are
-        seen: Tensor = self.net(values)
+        seen = torch.cat([self.net(some) for some in torch.split(values, AT_ONCE)])
         return seen.float().reshape(n, -1)
 
 
 def open_embedder(
-    model: str,
-    channels: Sequence[str],
-    mode: str | None = None,
-    weights: Path | None = None,
-    size: int | None = None,
+    model: str, mode: str | None = None, weights: Path | None = None, size: int | None = None
 ) -> Embedder:
-    """Return a network that embeds crops of these ``channels``, on the CPU and in evaluation mode.
+    """Return a network that embeds crops, on the CPU and in evaluation mode.
 
     ``mode``: one of :data:`MODES`; default: that of a known model, else ``channels``. ``weights``:
     a file that was fetched before, instead of a download. ``size``: of its input in pixels;
@@ -158,11 +166,13 @@ def open_embedder(
 
     Raises:
         MissingExtraError: timm or transformers is not installed.
-        UnknownNameError: there is no such network.
-        UserInputError: it cannot be fetched or read, or does not fit the mode or the channels.
+        UnknownNameError: there is no such network or mode.
+        UserInputError: it cannot be fetched or read, or does not fit the mode or the size.
     """
     need("train")
     need("embed")
+    if mode not in (None, *MODES):
+        raise UnknownNameError.of("mode", mode, MODES)
     known = KNOWN.get(model)
     source = model if known is None else known.source
     if known is not None and known.make is not None:
@@ -185,34 +195,27 @@ def open_embedder(
             KNOWN,
         )
     mode = mode or (CHANNELS if known is None else known.mode)
-    takes, names = opened.channels, ", ".join(channels)
-    if mode == RGB and len(channels) != 3:
-        raise UserInputError(
-            f"With mode rgb, name three channels for red, green and blue (--channels A,B,C), not "
-            f"{len(channels)} ({names})."
-        )
+    takes = opened.channels
     if mode == RGB and takes != 3:
-        raise UserInputError(
-            f"{model} reads no colours. Use --mode {known.mode if known else NATIVE}."
-        )
-    if mode == NATIVE and takes not in (None, len(channels)):
-        raise UserInputError(
-            f"{model} reads {takes} channels in the order of its authors, and these are "
-            f"{len(channels)} ({names}). Name them with --channels, or use --mode channels."
-        )
+        raise UserInputError(f"{model} reads no colours. Use --mode {NATIVE}.")
     if mode == CHANNELS and takes not in (None, 1, 3):
-        raise UserInputError(f"{model} reads {takes} channels at once. Use --mode native.")
+        raise UserInputError(f"{model} reads {takes} channels at once. Use --mode {NATIVE}.")
     embedder = Embedder(opened if size is None else replace(opened, size=size), mode, model)
     try:
         with torch.inference_mode():
-            shape = (1, len(channels), embedder.size, embedder.size)
-            embedder(torch.zeros(shape))
+            embedder(torch.zeros((1, takes or 1, embedder.size, embedder.size)))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserInputError(
             f"{model} cannot read crops of {embedder.size} pixels ({first_line(error)}). "
-            "Leave out --input-size, or name another size."
+            "Leave out --crop, or name another size."
         ) from error
     return embedder
+
+
+def name_of(model: str) -> str:
+    """Return what a feature set of a network is called where nothing else is said: dinov2_small."""
+    last = re.split(r"[:/]", model.partition("@")[0].rstrip("/"))[-1]
+    return re.sub(r"\W+", "_", last.lower()).strip("_")
 
 
 def licence_of(model: str) -> str:
@@ -228,11 +231,15 @@ def licence_of(model: str) -> str:
 
 
 def fetch(
-    repository: str, names: Sequence[str], revision: str | None = None
+    repository: str,
+    names: Sequence[str],
+    revision: str | None = None,
+    bring: str = f"--weights DIR/{WEIGHTS}",
 ) -> tuple[dict[str, Path], str | None]:
     """Return files of a repository of the Hugging Face hub by name, and the commit they are of.
 
     They are kept in the cache of ``huggingface_hub``; what is there already is not fetched again.
+    ``bring``: the option that takes them, for the sentence where they cannot be had.
 
     Raises ``UserInputError`` if one cannot be had, with what to do.
     """
@@ -251,19 +258,18 @@ def fetch(
                 raise
             found = {name: Path(get(name)) for name in names}
     except Exception as error:  # of the hub, of the network, of the disk
+        errors = huggingface_hub.errors
+        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            reason = "it cannot be reached, or HF_HUB_OFFLINE is set"
         at = "" if revision is None else f" --revision {revision}"
-        hint = (
-            f"Where there is a network: hf download {repository} {' '.join(names)}{at} "
-            "--local-dir DIR. Then bring the folder here and give it: --model DIR, or --weights "
-            f"DIR/{WEIGHTS}."
-        )
-        if isinstance(error, huggingface_hub.errors.GatedRepoError):
-            hint = (
-                f"Accept its licence on the page of {repository}, and log in: hf auth login. {hint}"
-            )
+        login = ""
+        if isinstance(error, errors.GatedRepoError):
+            login = f"Accept its licence on the page of {repository}, and log in: hf auth login. "
         raise UserInputError(
-            f"{repository} could not be fetched from the Hugging Face hub "
-            f"({type(error).__name__}: {first_line(error).rstrip('.')}). {hint}"
+            f"{repository} could not be fetched from the Hugging Face hub ({reason}). {login}"
+            f"Where there is a network: hf download {repository}{at} --include '*.json' "
+            f"'*.safetensors' --local-dir DIR. Then bring the folder here and give it: {bring}"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -331,9 +337,9 @@ def _open_hub(name: str, known: KnownModel | None) -> Opened:
     if found is None:
         raise UserInputError(f"Write hf:OWNER/NAME or hf:OWNER/NAME@REVISION, not {HUB}{name}.")
     repository, revision = found[1], found[2] or (None if known is None else known.revision)
-    files, revision = fetch(repository, [CONFIG], revision)
+    files, revision = fetch(repository, [CONFIG], revision, "--model DIR")
     more = [WEIGHTS] if "architecture" in _json(files[CONFIG]) else [WEIGHTS, PREPROCESSOR]
-    files, revision = fetch(repository, [CONFIG, *more], revision)
+    files, revision = fetch(repository, [CONFIG, *more], revision, "--model DIR")
     licence = "not known" if known is None else known.licence
     return replace(_open_folder(files[CONFIG].parent), revision=revision, licence=licence)
 

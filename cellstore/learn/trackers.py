@@ -197,9 +197,10 @@ class _TensorBoard:
     def __init__(self, run: TrackedRun, _: Mapping[str, str]) -> None:
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-        for old in (run.folder / "tensorboard").glob("events.out.tfevents.*"):
+        own = f"run-{run.run_id}"  # several runs may have one folder
+        for old in (run.folder / "tensorboard" / own).glob("events.out.tfevents.*"):
             old.unlink()
-        self.logger = TensorBoardLogger(run.folder, name="", version="tensorboard")
+        self.logger = TensorBoardLogger(run.folder, name="tensorboard", version=own)
         self.logger.log_hyperparams({name: str(value) for name, value in run.parameters.items()})
         self.last, self.about = 0, dict[str, str]()
 

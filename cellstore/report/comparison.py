@@ -18,7 +18,16 @@ from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
 from ..query.engine import Questions, open_questions
-from .scoring import DECLARED, SEEN, Answers, Subject, ask_answers, class_names, find_subject, judge
+from .scoring import (
+    SEEN,
+    Answers,
+    Subject,
+    ask_answers,
+    class_names,
+    declared_of,
+    find_subject,
+    judge,
+)
 from .votes import SUBSETS, check_vote
 
 
@@ -411,12 +420,12 @@ def _warnings(
     if both:
         found.append(f"Both runs had seen {both:,} of these wells in training.")
     for subject in subjects:
-        for declared in questions.ask_ours(DECLARED, [subject.run.parent_id]).records():
-            if declared["trained_on"] is None:
-                found.append(
-                    f"It is not known which of these wells run {subject.name} had seen in "
-                    "training: nobody declared it."
-                )
+        declared = declared_of(questions, subject)
+        if declared and declared["trained_on"] is None:
+            found.append(
+                f"It is not known which of these wells run {subject.name} had seen in "
+                "training: nobody declared it."
+            )
     used = [list(questions.ask_ours(SEGMENTED_BY, [item.run.id]).rows()) for item in subjects]
     if used[0] != used[1]:
         labelled = [

@@ -359,7 +359,8 @@ class Subject:
     since.
     ``folds``: the predict runs of a cross-validation that are read as one, ``run`` the last of
     them; empty for a single run. ``name``: the number of the run, or what was typed for the folds.
-    ``read_as`` and ``rivals_read_as``: under which number each run is read.
+    ``read_as`` and ``rivals_read_as``: under which number each run is read. ``splits``: all by
+    which images are scored, ``split_name``: the split, or the cross-validation.
     """
 
     run: Run
@@ -376,16 +377,8 @@ class Subject:
     name: str
     read_as: dict[int, int]
     rivals_read_as: dict[int, int]
-
-    @property
-    def splits(self) -> list[int]:
-        """The splits by which the images are scored: several for a cross-validation."""
-        return [fold.split_id or self.split.id for fold in self.folds] or [self.split.id]
-
-    @property
-    def split_name(self) -> str:
-        """The name of the split, or of the cross-validation."""
-        return str(self.split.family if self.folds else self.split.name)
+    splits: list[int]
+    split_name: str
 
 
 def find_subject(
@@ -446,6 +439,8 @@ def find_subject(
             name=found.name or str(run.id),
             read_as=found.read_as,
             rivals_read_as=read_as,
+            splits=splits,
+            split_name=str(split.family if folds else split.name),
         )
 
 
@@ -603,7 +598,8 @@ def score_answers(
             "network learned from other images of the same wells. These scores are for wells that "
             "it knows, not for new ones."
         )
-    for declared in questions.ask_ours(DECLARED, [run.parent_id]).records():
+    declared = declared_of(questions, subject)
+    if declared:
         leak += f" So it was declared of {declared['model']}."
         if declared["trained_on"] is None:
             leak = (
@@ -794,6 +790,13 @@ def score_answers(
         name=subject.name,
         folds=tuple(fold.id for fold in subject.folds),
     )
+
+
+def declared_of(questions: Questions, subject: Subject) -> dict[str, Any] | None:
+    """Return what was declared of the model, of several folds first where nothing was."""
+    parents = [one.parent_id for one in subject.folds or (subject.run,)]
+    found = [row for run in parents for row in questions.ask_ours(DECLARED, [run]).records()]
+    return min(found, key=lambda row: row["trained_on"] is not None, default=None)
 
 
 def score_group(
@@ -1032,7 +1035,14 @@ def notes_on(
         numbers = ", ".join(str(fold.id) for fold in subject.folds)
         notes.append(
             f"Out of fold: each image is scored once, by the model of the one of "
-            f"{len(subject.folds)} folds that tests it (predict runs {numbers})."
+            f"{len(subject.folds)} folds that tests it (predict runs {numbers}). So this is the "
+            "score of training in this way, not of one network."
+        )
+    elif subject.split.family is not None:
+        everything = shlex.quote(f"{subject.split.family}:{run.parent_id}")
+        notes.append(
+            f"Fold {subject.split.fold} of cross-validation {subject.split.family} alone. "
+            f"All folds as one: cellstore report --run {everything}"
         )
     trained = run.parent.result if run.parent else None
     if trained and trained.get("validation_subset", "") is None:

@@ -713,10 +713,15 @@ def _keep(
 
 
 def folds_of(workspace: Workspace, name: str | None) -> tuple[str, ...]:
-    """Return the splits of a cross-validation in their order; none: nothing is called so."""
-    query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+    """Return the splits of a cross-validation in their order; none: nothing is called so.
+
+    Without a name those of the latest split, if it is a fold.
+    """
     with workspace.database.read() as session:
-        return () if name is None else tuple(session.scalars(query))
+        if name is None:
+            name = session.scalar(select(Split.family).order_by(Split.id.desc()).limit(1))
+        query = select(Split.name).where(Split.family == name).order_by(Split.fold)
+        return tuple(session.scalars(query)) if name else ()
 
 
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:

@@ -23,7 +23,7 @@ split list, split delete, split show, split check, train, predict, votes, report
 runs, compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
 db upgrade, db check, rename, relabel, exclude, include,
-undo, delete, backup, restore, log, predictions add, predictions withdraw, embeddings add,
+undo, delete, backup, restore, log, predictions add, predictions withdraw, embeddings add, embed,
 apply
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,14 @@ def test_baselines_of_all_folds_are_one_report(cellstore, cv: str) -> None:
     ]
     text = cellstore("compare", "cv:logistic", "cv:majority", *IN).out
     assert "8 images of 8 wells that both have labelled" in text
-    page = cellstore("report", "--run", "cv:logistic", "--html", "page.html", *IN)
-    assert max(map(len, page.out.splitlines())) <= 80
-    assert "How good are the labels of run cv:logistic?" in Path("page.html").read_text("utf-8")
+    listed = cellstore("runs", *IN)
+    assert max(map(len, listed.out.splitlines())) <= 80
+    models = {row["model"]: row for row in cellstore("runs", *IN, "--json").json["runs"]}
+    assert models.keys() == {"logistic", "majority"}
+    best = found["scores"][0]
+    assert {name: models["logistic"][name] for name in ("accuracy", "low", "high")} == {
+        name: best[name] for name in ("accuracy", "low", "high")
+    }
 
 
 def test_networks_of_all_folds_are_trained_labelled_and_scored(
@@ -52,15 +58,17 @@ def test_networks_of_all_folds_are_trained_labelled_and_scored(
 
     def stop(_: Notes, text: str) -> None:
         told.append(text)
-        if len(told) == 3:
+        if sum(item.startswith("epoch ") for item in told) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(Notes, "note", stop)
         cellstore("train", "--split", cv, *QUICK, *IN, code=130)
-    assert told[0].startswith("epoch 1: loss ")
-    assert "validation" not in told[0]
-    found = cellstore("train", "--split", cv, *QUICK, *IN, "--json").json
+    assert told[0] == "fold 1 of 2: cv-1"
+    assert told[1].startswith("epoch 1: loss ")
+    assert "validation" not in told[1]
+    assert "fold 2 of 2: cv-2" in told
+    found = cellstore("train", *QUICK, *IN, "--json").json  # the latest split: all its folds
     first, second = found["folds"]
     assert (first["already_done"], first["split"], second["split"]) == (True, "cv-1", "cv-2")
     assert (second["resumed_after"], found["split"]) == (1, "cv")
@@ -86,9 +94,19 @@ def test_networks_of_all_folds_are_trained_labelled_and_scored(
     text = Path("page.html").read_text("utf-8")
     assert note in text
     assert "the last of the folds" in text
+    assert "How good are the labels of run cv?" in text
     assert "cellstore train --split=cv-2" in text
     several = cellstore("train", "--split", cv, *QUICK, "--devices", 2, *IN, code=2)
     assert "Train each with several: --split cv-1" in several.err
     patient = cellstore("train", "--split", "cv-1", *QUICK, "--patience", 3, *IN)
     assert "Patience and monitor did nothing" in patient.err.replace("\n", " ")
     assert "kept epoch" in patient.out
+
+    # A sweep is a table: what docs/training.md asks.
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
+    (question,) = re.findall(r'cellstore sql "(SELECT run_id, parameters.*?)"', guide, re.DOTALL)
+    rows = cellstore("sql", question.replace("by-well", "cv-1"), *IN, "--json").json
+    assert [(row["run_id"], row["rate"]) for row in rows if row["accuracy"] is not None] == [
+        (first["run_id"], "0.0005")
+    ]
+    assert len(rows) == 2
