@@ -397,7 +397,8 @@ def predict(
 def _show_apply(result: ApplyResult) -> None:
     if result.done == 0 and not result.failures:
         typer.echo(f"Nothing to do: {result.name} has what {result.function} makes already.")
-    made = {"run": result.run_id, "function": result.function}
+    made: dict[str, Any] = {"run": result.run_id} if result.run_id else {}
+    made["function"] = result.function
     if result.feature_set is None:
         made |= {"model": f"{result.name} (run {result.train_run_id})", "split": result.split}
     else:

@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -149,11 +149,12 @@ class OwnFunction:
         return found | {"sha256": digest.hexdigest()}
 
     def __call__(
-        self, cells: Mapping[str, Any], number: int
+        self, give: Callable[[slice], Mapping[str, Any]], number: int
     ) -> tuple[list[str] | None, NDArray[Any]]:
         """Return what it says of N cells: (N, D), and the names of the columns if it names them.
 
-        A batch that does not fit into the memory of a GPU is halved.
+        ``give`` returns the inputs of some of them. A batch that does not fit into the memory of a
+        GPU is halved.
 
         Raises:
             ImageError: it raised an error, or did not return finite numbers of this shape.
@@ -162,8 +163,7 @@ class OwnFunction:
 
         def call(some: Sequence[int], _: int) -> list[NDArray[Any]]:
             nonlocal names
-            piece = np.s_[some[0] : some[-1] + 1]
-            batch = {key: value[piece] for key, value in cells.items()}
+            batch = give(slice(some[0], some[-1] + 1))
             try:
                 answer = self._call(batch)
             except (ImageError, MemoryError, torch.cuda.OutOfMemoryError):

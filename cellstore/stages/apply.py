@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +75,7 @@ from ..models import (
     SplitMember,
     Well,
 )
+from ..notebooks import Shown
 from ..query.cells import (
     CellRows,
     CellSource,
@@ -110,6 +112,7 @@ from .own_models import (
 from .predict import PredictionRows, insert_predictions, measured_images, unfinished
 
 if TYPE_CHECKING:
+    from ..learn.crops import CellCrops
     from ..learn.functions import OwnFunction
 
 VERSION = 1
@@ -126,7 +129,7 @@ FEW = 4
 
 
 @dataclass(frozen=True)
-class ApplyResult:
+class ApplyResult(Shown):
     """What a function made of the cells.
 
     ``run_id``: ``None`` if there was nothing to do for a feature set. ``selected`` images were
@@ -319,14 +322,17 @@ def _plan(
         described["scaler"] = digest(scaler.to_json())
         own.features = columns = scaler.names
     if split is not None and (labels or channels):
-        described["split"] = split.fingerprint
+        described["fitted_on"] = split.fingerprint
     classes: dict[str, int] = {}
     n_learned = 0
     if labels and split is not None:
         known = classes_of(session, split.id)
         learned = classes_of(session, split.id, Subset.TRAIN) or known
         n_learned, classes = len(learned), learned | known  # those that it may know come first
-        described |= {"images": digest_of_images(session, images), "top_k": params.top_k}
+        described |= {"images": digest_of_images(session, images)}
+        same = ("softmax", "top_k", "plates", "wells", "where", "limit")
+        described |= {key: getattr(params, key) for key in same}
+        described["subset"] = None if subset == "all" else subset
         if measured and (mark := source.features.mark(session, segment.id, images)) is not None:
             described["feature_files"] = mark
         odd = [name for name in own.classes or () if name not in classes]
@@ -423,7 +429,7 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
             loaded = stage.read(item)
             number = min(FEW, len(loaded.ids))
             if number:
-                return stage.ask({key: v[:number] for key, v in loaded.batch.items()}, number)[0]
+                return stage.ask(loaded, number)[0]
         except ImageError as error:
             problem = problem or error
     raise UserInputError(
@@ -445,7 +451,9 @@ def _describe(
         if found is not None and found.recipe_id != recipe.id:
             old = session.get_one(Recipe, found.recipe_id).parameters
             odd = [key for key, value in plan.parameters.items() if old.get(key) != value]
-            other = f"with another {' and '.join(odd)}" if odd and "gives" in old else "otherwise"
+            other = "of other cells, or otherwise"
+            if odd and "gives" in old:
+                other = f"with another {' and '.join(odd).replace('fitted_on', 'split')}"
             raise UserInputError(
                 f"Feature set {params.name!r} is there already, and was made {other}. Give "
                 "another --name."
@@ -567,10 +575,14 @@ class ApplyInput:
 
 @dataclass(frozen=True)
 class LoadedCells:
-    """The N cells of an image, ``ids`` (N,), and what a function is given of them."""
+    """The N cells of an image: ``ids`` (N,), crops and ``features`` (N, F), if they are given.
+
+    Crops are resized when they are needed, a batch at a time.
+    """
 
     ids: NDArray[np.int64]
-    batch: Mapping[str, Any]
+    crops: CellCrops | None
+    features: NDArray[Any] | None
 
 
 @dataclass(frozen=True)
@@ -641,9 +653,10 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
 
     def read(self, task_input: ApplyInput) -> LoadedCells:
         """Cut the cells of an image out."""
-        rows, batch = task_input.rows, dict[str, Any]()
+        rows, crops = task_input.rows, None
+        features: NDArray[Any] | None = None
         if task_input.mask is not None and rows.boxes is not None:
-            from ..learn.crops import CellCrops, Pictures, crop_cells, cut_crops
+            from ..learn.crops import CellCrops, Pictures, cut_crops
 
             masks = decode_tiff(self.artifacts.read(*task_input.mask))
             planes = [project([open_file(file)], Projection.MEDIAN) for file in task_input.files]
@@ -658,26 +671,38 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
             )
             sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
             none = np.empty((len(sizes), 0), np.float32)
-            cells = CellCrops(sizes, layers, none, rows.labels, rows.cell_ids)
-            crops = crop_cells(cells, self.crop, self.function.crops_on).crops
+            crops = CellCrops(sizes, layers, none, rows.labels, rows.cell_ids)
+        if self.columns:
+            features = rows.features
+            if self.scaler is not None:
+                features = self.scaler.transform(rows.features, task_input.plate)
+        return LoadedCells(rows.cell_ids, crops, features)
+
+    def give(self, cells: LoadedCells, piece: slice) -> dict[str, Any]:
+        """Return what the function is given of some cells of an image."""
+        batch: dict[str, Any] = {"cell_id": cells.ids[piece]}
+        if cells.crops is not None:
+            from ..learn.crops import crop_cells
+
+            some = cells.crops.take(np.arange(len(cells.ids))[piece])
+            crops = crop_cells(some, self.crop, self.function.crops_on).crops
             if self.channels:
                 batch["image"] = crops[IMAGE]
             if self.mask:
                 batch["mask"] = (crops[MASK][:, :1] + 1) / 2
-        if self.columns:
-            batch["features"] = rows.features
-            if self.scaler is not None:
-                batch["features"] = self.scaler.transform(rows.features, task_input.plate)
-        batch["cell_id"] = rows.cell_ids
-        return LoadedCells(rows.cell_ids, batch)
+        if cells.features is not None:
+            batch["features"] = cells.features[piece]
+        return batch
 
-    def ask(self, batch: Mapping[str, Any], number: int) -> tuple[list[str], NDArray[Any]]:
+    def ask(self, cells: LoadedCells, number: int) -> tuple[list[str], NDArray[Any]]:
         """Return the names of the columns, or the classes, and the numbers (N, D) of N cells.
+
+        These are the first of an image.
 
         Raises:
             ImageError: the function ended with an error, or returned something else.
         """
-        names, values = self.function(batch, number)
+        names, values = self.function(partial(self.give, cells), number)
         called = self.function.name
         if self.classes:
             order = list(self.classes[: self.in_order])
@@ -721,7 +746,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         for cells in loaded:
             number = len(cells.ids)
             if number:
-                names, values = self.ask(cells.batch, number)
+                names, values = self.ask(cells, number)
             else:
                 names, values = list(self.classes), np.empty((0, len(self.expected)), np.float32)
             rows = self._rows(cells.ids, names, values) if self.classes else None

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +18,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_training import Opener
-from sqlalchemy import select
+from small_training import Opener, build
+from sqlalchemy import func, select
 from torch import nn
 from typer.testing import CliRunner
 
 from cellstore import Store
-from cellstore.config import Resources
-from cellstore.enums import Origin
+from cellstore.config import Resources, SplitParams
+from cellstore.enums import Origin, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.models import FeatureSet, Prediction, Run
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import FeatureSet, Job, Prediction, Recipe, Run
+from cellstore.stages.split import create_split
 from cellstore_cli.app import app
 
 COLUMNS = ["area", "eccentricity", "mean_intensity"]
@@ -313,29 +321,99 @@ def label(batch):
 """
 
 
-def command(store: Store, *words: str, code: int = 0) -> Any:
+WORDS = ("--crop", "6", "--name")
+
+
+def command(*words: str, code: int = 0) -> Any:
     """Give the command in this process."""
-    result = CliRunner().invoke(app, ["apply", *words, "--store", str(store.root)])
+    result = CliRunner().invoke(app, ["apply", *words])
     assert result.exit_code == code, result.output
     return result
 
 
-def test_by_command_with_workers(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module; one of an earlier test is forgotten."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MODULE)
-    Path("broken.py").write_text("import nothing_like_this\n")
-    words = ("--crop", "6", "--name", "mine")
-    said = command(store, "mine:embed", *words, "--workers", "2", "--json")
-    assert json.loads(said.stdout)["done"] == 6
-    said = command(store, "mine:embed", *words)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(MODULE)
+    return tmp_path
+
+
+def test_by_command(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELLSTORE_STORE", str(store.root))
+    (folder / "broken.py").write_text("import nothing_like_this\n")
+    (folder / "model.onnx").write_bytes(base64.b64decode(ONNX))
+    said = command("mine:embed", *WORDS, "mine")
+    assert re.search(r"feature set +mine\ncolumns +3\nimages done +6\n", said.stdout)
+    said = command("mine:embed", *WORDS, "mine")
     assert "Nothing to do: mine has what mine:embed makes already." in said.stdout
-    assert "needs nothing_like_this" in command(store, "broken:f", *words, code=2).output
-    assert "no 'f'. It has embed, label." in command(store, "mine:f", *words, code=2).output
-    alone = store.apply(light, "light", resources=Resources(workers=2), crop=8)
-    assert alone.notes == ()
+    assert "needs nothing_like_this" in command("broken:f", *WORDS, "x", code=2).output
+    assert "no 'f'. It has embed, label" in command("mine:f", *WORDS, "x", code=2).output
     local = store.apply(lambda b: light(b), "local", resources=Resources(workers=2), crop=8)
     assert "is known in this process only" in local.notes[0]
-    said = command(store, "mine:label", *words, "--gives", "probabilities")
-    assert "--trained-on train" in said.output
+    pytest.importorskip("onnxruntime")
+    said = command("model.onnx", "--crop", "8", "--name", "onnx", "--device", "cpu")
+    assert re.search(r"columns +1\nimages done +6\n", said.stdout)
+    found = store.cells("by-well", "train", features="onnx").to_pandas()
+    mine = store.cells("by-well", "train", features="local").to_pandas()
+    np.testing.assert_allclose(found.embedding_000, mine.embedding_000, rtol=1e-5)
+    said = command("model.onnx", *WORDS, "small", code=2)
+    assert "reads x of shape ('n', 1, 8, 8), and is given (4, 1, 6, 6)" in said.output
+    (folder / "model.onnx").write_bytes(b"no model")
+    assert "cannot be opened as ONNX" in command("model.onnx", *WORDS, "x", code=2).output
+
+
+def test_killed_and_given_again_the_rows_are_the_same(
+    workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probabilities on PostgreSQL, where rows are written one by one; a file on SQLite."""
+    (folder / "images").mkdir()
+    build(workspace, folder / "images")
+    create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
+    store, labels = Store(workspace), not workspace.database.is_sqlite
+    monkeypatch.setenv("CELLSTORE_STORE", str(store.root))
+    if workspace.settings.database:
+        monkeypatch.setenv("CELLSTORE_DATABASE_URL", workspace.settings.database)
+    words = ["mine:label" if labels else "mine:embed", *WORDS, "killed"]
+    more = ["--gives", "probabilities", "--subset", "all"] if labels else ["--workers", "2"]
+    program = [sys.executable, "-c", "from cellstore_cli.app import run; run()", "apply"]
+    environment = {**os.environ, "SLOW": "0.5"}
+    process = subprocess.Popen(
+        [*program, *words, *more], env=environment, start_new_session=True, cwd=folder
+    )
+    wanted = Job.status == Status.DONE if labels else Job.worker.is_not(None)
+    stage = Stage.PREDICT if labels else Stage.MEASURE
+    jobs = select(func.count()).join(Recipe, Recipe.id == Job.recipe_id)
+    jobs = jobs.where(wanted, Recipe.stage == stage, Recipe.parameters["declared"].is_not(None))
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        with store.session() as session:
+            if session.scalar(jobs.select_from(Job)):
+                break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    made = json.loads(command(*words, *more[: 4 if labels else 0], "--json").stdout)
+    assert made["done"] + made["earlier"] == 6
+    assert (made["earlier"] > 0) == labels
+    calm = json.loads(command(*words[:-1], "calm", *more[: 4 if labels else 0], "--json").stdout)
+    if labels:
+        assert rows_of(store, made["run_id"]) == rows_of(store, calm["run_id"])
+        assert len(rows_of(store, calm["run_id"])) == 48
+    else:
+        found = [store.sql(f"SELECT * FROM {n} ORDER BY cell_id") for n in ("killed", "calm")]
+        assert found[0].to_pylist() == found[1].to_pylist()
+        assert found[0].num_rows == 24
+    assert not store.verify(fix=True, minutes=0).problems
+    if labels:  # begun by the command that was killed
+        script = store.repro(str(made["run_id"])).script
+        assert "apply mine:label --crop 6" in script
+
+
+ONNX = (
+    "CAgSADprCjIKAXgSAXkiClJlZHVjZU1lYW4qDQoEYXhlc0ACQAOgAQcqDwoIa2VlcGRpbXMYAKABAhIBZ1ocCgF4EhcK"
+    "FQgBEhEKAxIBbgoCCAEKAggICgIICGIUCgF5Eg8KDQgBEgkKAxIBbgoCCAFCBAoAEA0="
+)
+"""The mean of crops (N, 1, 8, 8) over rows and columns: (N, 1)."""
