@@ -16,6 +16,7 @@ from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import MeasureParams, SegmentParams, SplitParams
 from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
+from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
@@ -32,7 +33,7 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+from cellstore.stages.ingest.write_treatments import treatment_values
 from cellstore.stages.split import create_split
 
 COMPOUND = PerturbationKind.COMPOUND
@@ -120,7 +121,7 @@ def _insert_images(
     with workspace.database.begin() as session:
         kinds = [
             Treatment(
-                **treatment_values([Part(PerturbationKey(COMPOUND, f"t{i}", None))]),
+                **treatment_values([TreatmentRecord(COMPOUND, f"t{i}")]),
                 parts=[
                     TreatmentPart(
                         position=1, perturbation=Perturbation(kind=COMPOUND, name=f"t{i}")

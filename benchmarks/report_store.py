@@ -39,6 +39,7 @@ from cellstore.enums import (
     Subset,
 )
 from cellstore.io.image_files import encode_tiff
+from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import RecipeSpec, keep_files, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
@@ -60,7 +61,7 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+from cellstore.stages.ingest.write_treatments import treatment_values
 
 COMPOUND = PerturbationKind.COMPOUND
 STORED = FEATURE_NAMES[:-2]
@@ -141,7 +142,7 @@ def _insert_images(workspace: Workspace, folder: Path, design: Design) -> list[t
 def _treatment(name: str, target: str) -> Treatment:
     named = Perturbation(kind=COMPOUND, name=name, target=target or None)
     return Treatment(
-        **treatment_values([Part(PerturbationKey(COMPOUND, name, None))]),
+        **treatment_values([TreatmentRecord(COMPOUND, name)]),
         target=target or None,
         parts=[TreatmentPart(position=1, perturbation=named)],
     )

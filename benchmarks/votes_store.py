@@ -22,6 +22,7 @@ from sqlalchemy import select
 
 from cellstore.config import PredictParams, SegmentParams, TrainParams
 from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
+from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
@@ -34,7 +35,7 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+from cellstore.stages.ingest.write_treatments import treatment_values
 
 COMPOUND = PerturbationKind.COMPOUND
 
@@ -83,7 +84,7 @@ def _insert_images(workspace: Workspace, images: int) -> NDArray[np.int64]:
         names = [f"compound {i:03d}" for i in range(LABELS)]
         kinds = [
             Treatment(
-                **treatment_values([Part(PerturbationKey(COMPOUND, name, None))]),
+                **treatment_values([TreatmentRecord(COMPOUND, name)]),
                 parts=[
                     TreatmentPart(position=1, perturbation=Perturbation(kind=COMPOUND, name=name))
                 ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from cellstore.config import IngestParams
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.notebooks import SHOWN_ROWS, Rows, Shown, html_of
 
+ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(1)</script>\u202e&"
 
 
@@ -130,6 +134,19 @@ def test_results_of_a_store_are_shown(read_screen: SmallScreen) -> None:
     frame = pd.DataFrame(splits)
     assert list(frame["name"]) == [read_screen.split.name]
     assert list(pd.DataFrame(report.scores).columns[:3]) == ["level", "vote", "n"]
+
+
+def test_all_results_of_a_store_are_shown() -> None:
+    source = (ROOT / "cellstore" / "store.py").read_text()
+    loaded = re.findall(r"^    from (\.\S+) import (.+)$", source.partition("class Store")[0], re.M)
+    found = 0
+    for module, names in loaded:
+        for name in names.split(", "):
+            kind = getattr(import_module(module, "cellstore"), name)
+            if re.search(rf"\) -> (\w+\[)?{name}\b", source) and is_dataclass(kind):
+                assert name in ("Questions",) or hasattr(kind, "_repr_html_"), name
+                found += 1
+    assert found > 30
 
 
 SCREEN = PlateDesign(
@@ -263,3 +280,24 @@ def test_what_cannot_be_shown_is_said(store: Store, folder: Path) -> None:
             store.show(n=1)
     finally:
         images.with_name("gone").rename(images)
+
+
+def test_the_tutorial_notebook_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
+    path = ROOT / "docs" / "tutorial.ipynb"
+    assert path.stat().st_size < 300_000
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(tmp|work|home|root)/", text)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, str(path), "exec"), names)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), str(path), "eval"), names)
+            if hasattr(value, "_repr_html_"):
+                assert value._repr_html_()
+    names["store"].close()

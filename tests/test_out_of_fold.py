@@ -142,6 +142,8 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     assert any(note.startswith("Out of fold: each image is scored once") for note in found.notes)
     alone = report(workspace, str(runs[0].id))
     assert (alone.score("image", "hard").n, alone.folds) == (2, ())
+    hint = f"All folds as one: cellstore report --run cv:{runs[0].parent_id}"
+    assert any(note.startswith("Fold 1 of") and note.endswith(hint) for note in alone.notes)
 
     for level in ("image", "well"):
         with open_votes(workspace, "cv", level=level) as (votes, rows):

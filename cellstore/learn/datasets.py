@@ -156,17 +156,16 @@ class CellDataset(IterableDataset[Item]):
     def _cell_items(self, cells: CellCrops) -> Iterator[Item]:
         assert self.crop is not None
         block = crop_cells(cells, self.crop)
-        for index in range(len(block)):
-            item: Item = {"cell_id": int(block.cell_ids[index])}
-            item["label"] = int(block.labels[index])
-            if IMAGE in block.crops:
-                item["image"] = block.crops[IMAGE][index]
-            if MASK in block.crops:
-                # Crops are from -1 to 1, as networks like them.
-                item["mask"] = (block.crops[MASK][index, :1] + 1) / 2
-            if TABULAR in self.branches:
-                item["features"] = block.features[index]
-            yield item
+        columns: Item = {"cell_id": block.cell_ids.tolist(), "label": block.labels.tolist()}
+        if IMAGE in block.crops:
+            columns["image"] = block.crops[IMAGE].unbind()
+        if MASK in block.crops:
+            # Crops are from -1 to 1, as networks like them.
+            columns["mask"] = ((block.crops[MASK][:, :1] + 1) / 2).unbind()
+        if TABULAR in self.branches:
+            columns["features"] = block.features.unbind()
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
     def _image_items(self, images: CellCrops) -> Iterator[Item]:
         assert self.places is not None
@@ -308,8 +307,9 @@ def cell_dataset(
         cells = find_training_cells(session, workspace, sources, params, (subset,))
         blocks = cells.blocks[subset]
         if not blocks:
+            kind = "measured" if cells.selection is None else "selected"
             raise UserInputError(
-                f"Split {cells.split.name} has no measured cells in its {subset.value} subset."
+                f"Split {cells.split.name} has no {kind} cells in its {subset.value} subset."
             )
         choose_branches(session, cells.source, wanted)
         chosen = choose_channels(session, cells.source, params.channels)

@@ -351,7 +351,7 @@ def _laid_out(
     limits, tile = pictures.limits(every), TILE if of_cells else FIELD_TILE
     side = _window(every) if of_cells else 0
     names = 1.4 if by is not None else 0.1
-    above, below = 0.35 if right else 0.1, 0.2 + 0.11 * len(numbers)
+    above, below = 0.35 if right else 0.1, 0.2 + 0.13 * len(numbers)
     size = (
         names + tile * (wide + right + 0.25 * bool(right)),
         above + (tile + below) * len(lines) + 0.15,
@@ -442,5 +442,5 @@ def _say(axes: Any, row: Row, numbers: Sequence[str], *, of_cells: bool) -> None
         if value is not None:
             texts.append(f"{number.replace('_', ' ')} {shown}")
     lines = [short(name, 24), *(short(text, 26) for text in texts)]
-    axes.text(0, -0.04, "\n".join(lines), size=6, color=GREY, va="top",
+    axes.text(0, -0.04, "\n".join(lines), size=7, color=GREY, va="top",
               transform=axes.transAxes, parse_math=False)  # fmt: skip

@@ -143,12 +143,19 @@ def list_runs(
     ]
     notes = []
     chosen = Counter(row.split for row in rows if row.rank and row.model not in NULLS)
-    if by == "test" and (most := max(chosen.values(), default=0)) > 1:
-        notes.append(
-            f"The best of {most} models by test images looks better than it is on new wells, "
-            "because these very images chose it. Choose by validation images instead "
-            "(--by validation), and report the test score of that one."
-        )
+    if (most := max(chosen.values(), default=0)) > 1:
+        folds = any(len(groups[name]) > 1 for name, number in chosen.items() if number > 1)
+        if by == "test":
+            notes.append(
+                f"The best of {most} models by test images looks better than it is on new wells, "
+                "because these very images chose it. Choose by validation images instead "
+                "(--by validation), and report the test score of that one."
+            )
+        if folds:
+            notes.append(
+                "What validates in one fold is tested in another, so in a cross-validation either "
+                "choice makes the best look too good: confirm it on wells that are in no fold."
+            )
     if len({row.split for row in rows}) > 1:
         notes.append("Ranks are within a split: each split tests other images.")
     return Leaderboard(named, by, tuple(rows), tuple(notes))

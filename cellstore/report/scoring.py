@@ -1035,7 +1035,14 @@ def notes_on(
         numbers = ", ".join(str(fold.id) for fold in subject.folds)
         notes.append(
             f"Out of fold: each image is scored once, by the model of the one of "
-            f"{len(subject.folds)} folds that tests it (predict runs {numbers})."
+            f"{len(subject.folds)} folds that tests it (predict runs {numbers}). So this is the "
+            "score of training in this way, not of one network."
+        )
+    elif subject.split.family is not None:
+        everything = shlex.quote(f"{subject.split.family}:{run.parent_id}")
+        notes.append(
+            f"Fold {subject.split.fold} of cross-validation {subject.split.family} alone. "
+            f"All folds as one: cellstore report --run {everything}"
         )
     trained = run.parent.result if run.parent else None
     if trained and trained.get("validation_subset", "") is None:

@@ -75,6 +75,7 @@ from ..models import (
     SplitMember,
     Well,
 )
+from ..notebooks import Shown
 from ..query.cells import (
     CellRows,
     CellSource,
@@ -128,7 +129,7 @@ FEW = 4
 
 
 @dataclass(frozen=True)
-class ApplyResult:
+class ApplyResult(Shown):
     """What a function made of the cells.
 
     ``run_id``: ``None`` if there was nothing to do for a feature set. ``selected`` images were

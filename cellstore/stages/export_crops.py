@@ -30,6 +30,7 @@ from ..jobs.lookup import find_split
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Plate
+from ..notebooks import Shown
 from ..query.cells import (
     CellSource,
     cells_query,
@@ -103,7 +104,7 @@ Predictions with `cell_id` come back with: `cellstore predictions add FILE`.
 
 
 @dataclass(frozen=True)
-class ExportedCrops:
+class ExportedCrops(Shown):
     """A folder that was written: ``cells`` of ``images`` in ``files``; ``bytes`` on the disk."""
 
     path: Path
