@@ -503,7 +503,7 @@ def _label(
     said = {"function": plan.parameters["function"], "parameters": plan.parameters["parameters"]}
     unseen = plan.unseen
     with workspace.database.begin() as session:
-        train = declared_training(session.get_one(Recipe, split.recipe_id), params, said)
+        train = declared_training(session, split, params, said)
         inputs = (register(session, train), *plan.inputs)
         recipe = register(
             session, RecipeSpec(Stage.PREDICT, VERSION, plan.parameters, None, inputs)
