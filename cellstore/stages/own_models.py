@@ -43,7 +43,18 @@ from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..learn.trackers import of_mlflow
-from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
+from ..models import (
+    FeatureSet,
+    Image,
+    Job,
+    Label,
+    Plate,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitMember,
+)
 from ..notebooks import Shown
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
@@ -118,7 +129,7 @@ CHECKED = """
             WHEN r.stale THEN 'the image has changed since the cell was found'
             {asked}
         END AS problem
-    FROM rows_found AS r {labels}
+    FROM rows_given AS r {labels}
 """
 CLASSES = """
             WHEN r.label IS NULL THEN 'no class'
@@ -134,7 +145,7 @@ UNIQUE = "WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice
 ADDED = """
     SELECT image_id, cell AS cell_id, label_id, p AS probability,
         row_number() OVER (PARTITION BY cell ORDER BY p DESC, label) AS rank
-    FROM rows_checked ORDER BY image_id, cell_id, rank
+    FROM rows_given ORDER BY image_id, cell_id, rank
 """
 OF_IMAGES = """
     SELECT image_id, cell_id, rank, label_id, probability FROM rows_added
@@ -255,11 +266,13 @@ def add_predictions(
     weights = None if params.model is None else _sha256_of_weights(params.model)
     with workspace.database.read() as session:
         split = find_split(session, params.split)
-        split_recipe = session.get_one(Recipe, split.recipe_id)
         classes = classes_of(session, split.id)
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
+        said: dict[str, Any] = {"weights": params.model and params.model.name}
+        said["parameters"] = dict(parameters or {})
+        train = declared_training(session, split, params, said, weights)
     trackers = {} if params.mlflow_run is None else {"mlflow": of_mlflow(params.mlflow_run)}
     told = {"note": params.note, **({"trackers": trackers} if trackers else {})}
     with open_questions(workspace) as questions:
@@ -275,10 +288,7 @@ def add_predictions(
             int(image)
             for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
         ]
-        said: dict[str, Any] = {"weights": params.model and params.model.name}
-        said["parameters"] = dict(parameters or {})
         kept = {"labels": list(classes), **told}
-        train = declared_training(split_recipe, params, said, weights)
         train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
             inputs = [register(session, train)]
@@ -372,18 +382,21 @@ def check_not_withdrawn(latest: Run | None) -> None:
 
 
 def declared_training(
-    split_recipe: Recipe,
+    session: Session,
+    split: Split,
     params: AddedParams | ApplyParams,
     said: Mapping[str, Any],
     weights: str | None = None,
 ) -> RecipeSpec:
     """Return the recipe of the training of a model that is not of cellstore.
 
-    ``said``: what else it says of the model, ``weights``: their sha256.
+    ``said``: what else it says of the model, ``weights``: their sha256. The folds of a
+    cross-validation have one recipe, so the fingerprint of the split is part of it.
     """
     learned = None if params.trained_on is None else ",".join(params.trained_on)
-    declared = {"declared": params.name, "trained_on": learned, **said}
-    return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, (split_recipe,))
+    declared = {"declared": params.name, "trained_on": learned, "split": split.fingerprint, **said}
+    inputs = (session.get_one(Recipe, split.recipe_id),)
+    return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, inputs)
 
 
 def declare_training(
@@ -479,7 +492,7 @@ def add_embeddings(
             raise UserInputError(f"{source.name} names images, not cells: add object_number.")
         for at, column in enumerate(columns):
             odd = (
-                f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_checked "  # noqa: S608
+                f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_given "  # noqa: S608
                 f"WHERE v{at} IS NULL AND t{at} IS NOT NULL "
                 f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
                 "ORDER BY line LIMIT 1"
@@ -541,7 +554,7 @@ def add_embeddings(
 
 
 def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> None:
-    """Make table ``rows_new``: those of ``rows_checked`` that no file of a feature set has.
+    """Make table ``rows_new``: those of ``rows_given`` that no file of a feature set has.
 
     Raises:
         StorageError: a file is damaged.
@@ -562,7 +575,7 @@ def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> Non
             f"A file of feature set {name!r} is damaged. See which with: cellstore verify; then "
             "remove it with --fix, and run the same command again."
         ) from error
-    new = "SELECT r.* FROM rows_checked AS r ANTI JOIN cells_there AS c ON c.cell = r.cell"
+    new = "SELECT r.* FROM rows_given AS r ANTI JOIN cells_there AS c ON c.cell = r.cell"
     questions.keep("rows_new", new)
 
 
@@ -679,7 +692,7 @@ class _TableSource:
         return [found["label"], found["probability"]], f"{label} AS label, {number} AS p"
 
     def sql(self, column: str) -> str:
-        """The name that a column has in ``table_given``: its own may be any text."""
+        """The name that a column has in ``rows_given``: its own may be any text."""
         return f"c{self.columns.index(column)}"
 
     def named_by(self) -> set[str]:
@@ -718,7 +731,7 @@ class _TableSource:
                     "ones that are not meant."
                 )
         try:
-            questions.bring("table_given", self._reader(list(wanted)))
+            questions.bring("rows_given", self._reader(list(wanted)))
         except duckdb.Error as error:
             if self.failed is not None:  # while it was read
                 raise self.failed from error
@@ -729,7 +742,7 @@ class _TableSource:
             of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
         for key in sorted(keys & {"plate", "well"}):
             said = of_keys[key]
-            texts = f"SELECT DISTINCT {said} FROM table_given"  # noqa: S608 - our own names
+            texts = f"SELECT DISTINCT {said} FROM rows_given"  # noqa: S608 - our own names
             names = [text for (text,) in questions.ask_ours(texts).rows() if text]
             meant = [_well_of(name) for name in names]
             if key == "plate":
@@ -742,7 +755,7 @@ class _TableSource:
             questions.bring(f"{key}s_given", pa.table(columns_of, names=["text", "meant"]))
             of_keys[key] = f"(SELECT meant FROM {key}s_given WHERE text = {said})"  # noqa: S608
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
-        made = f"SELECT line, {listed}, {values} FROM table_given"  # noqa: S608 - our own names
+        made = f"SELECT line, {listed}, {values} FROM rows_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)
         return keys
 
@@ -794,9 +807,10 @@ def _find_rows(
     name: str,
     classes: Mapping[str, int] | None,
 ) -> int | None:
-    """Make table ``rows_checked`` of ``rows_given``; return the recipe that found the cells.
+    """Find and check what ``rows_given`` are about; return the recipe that found the cells.
 
     None: the rows are about whole images. With ``classes``, ``rows_added`` has the predictions.
+    It is one table through all steps, so that memory holds the rows once or twice.
 
     Raises:
         UserInputError: some rows cannot be used, or they are about cells of two segmentations.
@@ -806,7 +820,7 @@ def _find_rows(
         questions.bring("classes_given", pa.table({"value": list(classes), "id": ids}))
     unknown_image, whole = "false", False
     if "cell_id" in keys:
-        questions.keep("rows_found", BY_ID)
+        questions.keep("rows_given", BY_ID)
     else:
         whole = keys.isdisjoint({"object_number", "x"})
         if segment is None and not whole:
@@ -829,7 +843,7 @@ def _find_rows(
             )
         joined = " AND i.".join(f"{key} = g.{key}" for key in of_image)
         if whole or segment is None:
-            questions.keep("rows_found", BY_IMAGE.format(keys=joined))
+            questions.keep("rows_given", BY_IMAGE.format(keys=joined))
         else:
             questions.keep(
                 "segmentations_given",
@@ -840,7 +854,7 @@ def _find_rows(
             )
             if "object_number" not in keys:
                 _find_points(workspace, questions, joined)
-            questions.keep("rows_found", BY_NUMBER.format(keys=joined))
+            questions.keep("rows_given", BY_NUMBER.format(keys=joined))
     unit = "image" if whole else "cell"
     asked = UNIQUE if classes is None else CLASSES
     labels = "" if classes is None else "LEFT JOIN classes_given AS l ON l.value = r.label"
@@ -850,8 +864,8 @@ def _find_rows(
         label_id="" if classes is None else ", l.id AS label_id",
         asked=asked.format(unit=unit, most=1 + ADDS_UP),
     )
-    questions.keep("rows_checked", checked)
-    problems = "SELECT * FROM rows_checked WHERE problem IS NOT NULL ORDER BY line"
+    questions.keep("rows_given", checked)
+    problems = "SELECT * FROM rows_given WHERE problem IS NOT NULL ORDER BY line"
     ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
     if wrong:
         refusals = []
@@ -862,7 +876,7 @@ def _find_rows(
         raise UserInputError(_nothing_added(name, wrong, refusals))
     recipes: list[Any] = [
         recipe
-        for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_checked").rows()
+        for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_given").rows()
     ]
     if not recipes:
         raise UserInputError(f"{name} has no rows.")
@@ -912,8 +926,7 @@ def _find_points(workspace: Workspace, questions: Questions, joined: str) -> Non
         "SELECT g.*, p.object_number FROM rows_given AS g LEFT JOIN "
         "(SELECT DISTINCT line, object_number FROM points_found) AS p ON p.line = g.line"
     )
-    questions.keep("rows_with_numbers", found_rows)
-    questions.keep("rows_given", "SELECT * FROM rows_with_numbers")
+    questions.keep("rows_given", found_rows)
 
 
 def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cellstore.models import Event, Prediction, Run, Segmentation, Split
 from cellstore.report.lineage_page import lineage_of
 from cellstore.stages import own_models
 
+TABLE = ["cell_id", "label", "probability"]
 EXPORT = """
     SELECT cell_id, l.value AS label, probability
     FROM predictions AS p JOIN labels AS l ON l.id = p.label_id
@@ -426,6 +429,95 @@ def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace) -> Non
     assert store.add_embeddings(vectors, "emb").cells == len(table)
     with pytest.raises(UserInputError, match="no such image"):
         store.add_embeddings(vectors.assign(plate="BR0"), "other")
+
+
+KILLED_AT = """
+import sys, time
+from cellstore import Store
+from cellstore.stages import own_models
+
+root, url, file, place = sys.argv[1:]
+real = getattr(own_models, place)
+
+def stop_here(*given, **more):
+    real(*given, **more)
+    print("here", flush=True)
+    time.sleep(600)
+
+setattr(own_models, place, stop_here)
+store = Store.open(root, database=url or None)
+store.add_predictions(file, "killed", trained_on=["train"])
+"""
+
+
+def test_a_killed_call_is_completed_by_the_same_call(
+    screen: tuple[Store, int], tmp_path: Path
+) -> None:
+    store, own = screen
+    problems = set(store.verify().problems)
+    pq.write_table(store.sql(EXPORT, [own]), file := tmp_path / "labels.parquet")
+    settings = store.workspace.settings
+    places = ["insert_predictions"]  # within the transaction
+    if store.workspace.database.is_sqlite:
+        places.insert(0, "_open_jobs")
+    for place in places:
+        words = [str(settings.root), settings.database or "", str(file), place]
+        program = [sys.executable, "-c", KILLED_AT, *words]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            process.kill()
+        (count,) = store.sql("SELECT count(*) FROM predictions WHERE run_id <> ?", [own])[0]
+        assert count.as_py() == 0
+    added = store.add_predictions(file, "killed", trained_on=["train"])
+    assert rows_of(store, added.run_id) == rows_of(store, own)
+    with store.session() as session:
+        made = session.query(Run).filter(Run.origin == Origin.DECLARED).order_by(Run.id).all()
+        finished = [(run.stage.value, run.status.value) for run in made]
+    assert finished == [("train", "done"), ("predict", "done")]
+    assert store.add_predictions(file, "killed", trained_on=["train"]).already_done
+    assert set(store.verify().problems) <= problems
+
+
+ODD: dict[str, pa.Array] = {
+    "lists": pa.array([[1], [2]]),
+    "structs": pa.array([{"a": 1}, {"a": 2}]),
+    "maps": pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())),
+    "bytes": pa.array([b"\xff\x00", b"1"]),
+    "times": pa.array([1, 2], pa.timestamp("us")),
+}
+
+
+def test_tables_with_other_types(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    small_screen(sqlite_workspace)
+    store = Store(sqlite_workspace)
+    some = store.cells("main", "test", features=False).to_arrow()[:2].select(["cell_id"])
+    ids, names = some.column(0).combine_chunks(), pa.array(["DMSO", "taxol"])
+    decimals = [pa.array(["0.5", "0.25"]).cast(pa.decimal128(5, 3))]
+    plain = pa.table([ids.cast(pa.decimal128(20, 0)), names, *decimals], TABLE)
+    coded = pa.table([ids.dictionary_encode(), names.dictionary_encode(), *decimals], TABLE)
+    added = []
+    for number, table in enumerate((plain, coded)):
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+        for given in (table, tmp_path / f"{number}.parquet"):
+            run = store.add_predictions(given, f"as {number}", trained_on=[]).run_id
+            added.append([row[1:] for row in rows_of(store, run)])
+    assert added == [added[0]] * 4
+    assert sorted(row[2] for row in added[0]) == [0.25, 0.5]
+    for what, odd in ODD.items():
+        for column in TABLE:
+            table = plain.set_column(TABLE.index(column), column, odd)
+            pq.write_table(table, tmp_path / "odd.parquet")
+            for given in (table, tmp_path / "odd.parquet"):
+                with pytest.raises(UserInputError, match=r"cannot be used|cannot be read|type"):
+                    store.add_predictions(given, what)
+    vectors = plain.drop(["label"]).append_column("v", ODD["lists"])
+    with pytest.raises(UserInputError, match=r"no number|cannot be read"):
+        store.add_embeddings(vectors, "odd")
+    for huge in ("1000000000000", "99999999999999999999999", "1e300", "-5", "0x10"):
+        (tmp_path / "huge.csv").write_text(f"cell_id,label\n{ids[0]},DMSO\n{huge},DMSO\n")
+        with pytest.raises(UserInputError, match=r"line 3: no such cell"):
+            store.add_predictions(tmp_path / "huge.csv", "huge")
 
 
 def test_names_and_kinds_of_columns_change_no_number(sqlite_workspace: Workspace) -> None:
