@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import pandas as pd
 from jobs_speed import postgres
 from killing import children
 
@@ -46,9 +47,22 @@ STEPS = (
     ("split", "create", "by-well"),
     ("train", "--split", "by-well", "--baseline", "logistic", "--no-predict"),
     ("predict",),
+    ("apply", "mine:embed", "--name", "mine", "--crop", "16", "--workers", "2"),
+    ("apply", "mine:label", "--name", "mine", "--gives", "probabilities", "--crop", "16"),
     ("votes",),
     ("export", "{store}.csv", "--force"),
 )
+MODULE = """
+import numpy as np
+from scipy.special import softmax
+
+def embed(batch):
+    return np.concatenate([batch["image"].mean((2, 3)), batch["image"].std((2, 3))], axis=1)
+
+def label(batch):
+    return softmax(embed(batch)[:, :3], axis=1)
+"""
+"""A function for each kind of result; the screen has three classes."""
 WHERE = "JOIN images AS i ON i.id = {0}.image_id JOIN wells AS w ON w.id = i.well_id"
 CELL = f"JOIN segmentations AS s ON s.id = c.segmentation_id {WHERE.format('s')}"
 FACTS = {
@@ -68,6 +82,8 @@ FACTS = {
     "predictions": "SELECT w.name, i.site, c.object_number, p.rank, l.value, "
     "round(p.probability, 4) FROM predictions AS p JOIN labels AS l ON l.id = p.label_id "
     f"JOIN cells AS c ON c.id = p.cell_id {CELL}",
+    "embedding": "SELECT w.name, i.site, c.object_number, round(f.embedding_000, 4), "
+    f"round(f.embedding_005, 4) FROM mine AS f JOIN cells AS c ON c.id = f.cell_id {CELL}",
     "votes": "SELECT level, vote, plate, well, site, winner, n_cells, round(share, 4) FROM votes",
 }
 
@@ -92,6 +108,7 @@ def survived(kind: str, kills: int, seed: int) -> bool:
             url = stack.enter_context(postgres(folder / "pg"))
             urls = [url.format("small"), url.format("large")]
         render_plates(folder / "plates", design=DESIGN)
+        (folder / "mine.py").write_text(MODULE)
         chance, calm, killed = random.Random(seed), folder / "calm", folder / "killed"
         seconds = [0.0] * len(STEPS)
         for store, address in zip((calm, killed), urls, strict=True):
@@ -130,7 +147,7 @@ def start(store: Path, step: Sequence[str], folder: Path) -> subprocess.Popen[by
     with (folder / "said").open("ab") as said:
         return subprocess.Popen(
             [*PROGRAM, *words, "--store", store],
-            stdout=said, stderr=said, start_new_session=True,
+            stdout=said, stderr=said, start_new_session=True, cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -189,8 +206,9 @@ def facts(store: Path, query: str) -> list[str]:
 
 
 def exported(store: Path) -> list[str]:
-    """The lines of the table, in an order of their own."""
-    return sorted(store.with_suffix(".csv").read_text(encoding="utf-8").splitlines())
+    """The lines of the table without the numbers of cells, in an order of their own."""
+    table = pd.read_csv(store.with_suffix(".csv"), dtype=str).drop(columns="Metadata_CellId")
+    return sorted(map(str, table.itertuples(index=False)))
 
 
 if __name__ == "__main__":

@@ -168,13 +168,34 @@ class Store(AbstractContextManager["Store"]):
         self.__exit__()
 
     def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
-        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
+        """Bring a source in: a table, an index, a database, or a folder of images, maps or masks.
+
+        ``params`` say how to read it: the plate, the plate map, where images are. Doing it again
+        changes nothing. Returns how many rows were created, updated, unchanged and refused, with
+        the reasons (``issues``), and what it has brought (``plates``, ``wells``, ``images``).
+
+        >>> store.ingest("images/", IngestParams(plate=("P1",), platemap=Path("map.xlsx")))
+
+        Raises:
+            BadTableError: the source is empty, damaged or ambiguous, or lacks columns.
+            UndoneError: rows were refused under ``strict``; nothing of the source is written.
+            UserInputError: a file or folder is not there, or the plate is not known.
+        """
         from .stages.ingest.ingest import ingest
 
         return ingest(self.workspace, source, params)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
-        """Look again at the image files that are known; see ``stages.ingest.ingest.refresh``."""
+        """Compare the image files of a selection with what is known of them.
+
+        What was derived from bytes that have changed is stale from now on: the next run of its
+        stage makes it anew. Returns how many images were looked at and have changed, with problems.
+
+        >>> store.refresh(Selection(plates=("P1",)))
+
+        Raises:
+            UnknownNameError: there is no such plate, well or column.
+        """
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
@@ -188,7 +209,17 @@ class Store(AbstractContextManager["Store"]):
         dry_run: bool = False,
         reason: str | None = None,
     ) -> RelocateResult:
-        """Say where image files are now; see ``stages.ingest.ingest.relocate``."""
+        """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
+
+        Every file must be there with its size and time; ``check`` reads all of them. All or
+        nothing; ``dry_run`` only looks. Returns the folders and how many files they hold.
+
+        >>> store.relocate("/mnt/old", "s3://bucket/new")
+
+        Raises:
+            UnknownNameError: the store knows no folder of this name.
+            UserInputError: a file is not in the new folder, or is another one there.
+        """
         from .stages.ingest.ingest import relocate
 
         return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
@@ -203,7 +234,20 @@ class Store(AbstractContextManager["Store"]):
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
     ) -> JobsResult:
-        """Find the cells of every image not done yet; see ``stages.segment.segment``."""
+        """Find the cells of the images of a selection that have their files, with Cellpose.
+
+        What is done by the same ``params`` is left alone, so that the same call goes on after an
+        interruption. ``weights_dir``: a folder with the named networks, for machines without
+        internet. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a Dask
+        cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
+        ``done``, the ``cells`` found, and ``failures`` as (image, reason).
+
+        >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
+
+        Raises:
+            MissingExtraError: Cellpose is not installed.
+            UserInputError: no such model, plate, recipe or channel, or a value out of range.
+        """
         from .stages.segment import segment
 
         return segment(
@@ -226,7 +270,17 @@ class Store(AbstractContextManager["Store"]):
         weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
-        """Segment a few images and draw what is found; see ``report.segment_preview.preview``."""
+        """Segment ``count`` images of a selection and draw what is found, without keeping it.
+
+        The pictures go into ``folder``. The same selection gives the same images. Returns the
+        images with their number of cells, and ``sheet``, a picture of all of them.
+
+        >>> store.preview(SegmentParams(diameter=35), folder="preview")
+
+        Raises:
+            UserInputError, MissingExtraError: as :meth:`segment`.
+            StorageError: the folder cannot be written.
+        """
         from .report.segment_preview import preview
 
         made = preview(
@@ -250,7 +304,18 @@ class Store(AbstractContextManager["Store"]):
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
     ) -> MeasureResult:
-        """Measure the cells of every image not done yet; see ``stages.measure.measure``."""
+        """Measure the cells that one segment recipe has found (default: the one used last).
+
+        ``params``: groups of features, and the channels. What is done is left alone. Returns the
+        run, the number of images ``done`` and of ``cells``, ``failures``, and the name of the
+        ``feature_set``; with several groups that of the others in ``others``.
+
+        >>> store.measure(MeasureParams(features=("basic", "texture"))).feature_set
+
+        Raises:
+            UnknownNameError: nothing has been segmented; no such recipe, plate, group or channel.
+            UserInputError: the masks of the cells are unknown.
+        """
         from .stages.measure import measure
 
         return measure(
@@ -273,9 +338,19 @@ class Store(AbstractContextManager["Store"]):
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
     ) -> QcResult:
-        """Flag what is odd on each plate; see ``stages.qc.qc``.
+        """Flag images and cells that are odd beside the others of their plate.
 
-        ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate.
+        ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate. Returns
+        the run, which other steps take as ``exclude_flagged``, and what was flagged on each plate
+        (``plates``).
+
+        >>> store.qc(html="qc.html")
+        >>> store.train(TrainParams(exclude_flagged="latest"))
+
+        Raises:
+            UnknownNameError: no such recipe, plate or well.
+            UserInputError: a limit is out of range, or a condition cannot be read.
+            MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.qc_page import write_page, write_picture
         from .settings import need
@@ -313,7 +388,16 @@ class Store(AbstractContextManager["Store"]):
         image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
-        """List jobs, the newest first, and count them all; see ``stages.manage_jobs.list_jobs``."""
+        """List jobs (an image in a stage), the newest first, and count them all by recipe.
+
+        ``status``: waiting, running, done, failed or cancelled; ``image``: a name such as
+        ``PLATE/A01/1``. Returns ``counts`` and the first ``limit`` of ``jobs`` with their errors.
+
+        >>> store.jobs(status="failed")
+
+        Raises:
+            UnknownNameError: no such stage, recipe, image or status.
+        """
         from .stages.manage_jobs import list_jobs
 
         return list_jobs(
@@ -323,13 +407,28 @@ class Store(AbstractContextManager["Store"]):
     def retry(
         self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
     ) -> RetryResult:
-        """Give failed jobs another try; see ``stages.manage_jobs.retry``."""
+        """Open the failed jobs of a stage, a run or an image (default: all) for another try.
+
+        Returns how many, and the commands that do them.
+
+        >>> store.retry(run=5)
+
+        Raises:
+            UnknownNameError: there is no such stage, run or image.
+        """
         from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
 
     def cancel(self, run: RunName | None = None) -> tuple[int, ...]:
-        """Ask running runs to end when what they have in hand is done; return their numbers."""
+        """Ask running runs (default: all) to end when what they have in hand is done.
+
+        Returns their numbers. What is done is kept.
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: it is over, or is of a stage that does not listen.
+        """
         from .stages.manage_jobs import cancel
 
         return cancel(self.workspace, run)
@@ -343,7 +442,19 @@ class Store(AbstractContextManager["Store"]):
         weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> FinetuneResult:
-        """Train a segmentation network on corrected masks; see ``stages.finetune.finetune``."""
+        """Train a segmentation network further on masks that you have corrected.
+
+        ``masks``: files and folders of label images, which find their image by name. A part of the
+        wells is held out. Returns the run, whose network is ``model="run:N"`` of
+        :class:`SegmentParams`, and the score ``before`` and ``after`` on the wells held out.
+
+        >>> made = store.finetune(["corrected/"])
+        >>> store.segment(SegmentParams(model=made.model))
+
+        Raises:
+            MissingExtraError: Cellpose 3 is not installed.
+            UserInputError: no usable masks; no such model, plate or channel.
+        """
         from .stages.finetune import finetune
 
         return finetune(
@@ -356,13 +467,33 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def create_split(self, name: str, params: SplitParams | None = None) -> SplitResult:
-        """Assign the images to train, validation and test; see ``stages.split.create_split``."""
+        """Assign the images that have a treatment to train, validation and test, under a name.
+
+        Whole wells stay together unless ``params`` say otherwise. The same images and parameters
+        give the same split. Returns it: how many images and ``classes``, ``counts`` by subset, what
+        is ``excluded`` and why.
+
+        >>> store.create_split("by-well", SplitParams(test_size=0.25, seed=1))
+
+        Raises:
+            UserInputError: the name is taken by another split, or the images cannot be split so.
+            UnknownNameError: no such field, plate, class or column.
+        """
         from .stages.split import create_split
 
         return create_split(self.workspace, name, params or SplitParams())
 
     def create_folds(self, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
-        """Make the splits of a cross-validation; see ``stages.split.create_folds``."""
+        """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
+
+        Each image is in the test of one of them. With ``leave_out`` each tests one plate, or one
+        value of a column. :meth:`train` takes their common name. Returns the splits.
+
+        >>> store.create_folds("cv", SplitParams(folds=5))
+
+        Raises:
+            UserInputError, UnknownNameError: as :meth:`create_split`.
+        """
         from .stages.split import create_folds
 
         return create_folds(self.workspace, name, params)
@@ -376,7 +507,19 @@ class Store(AbstractContextManager["Store"]):
         group_level: GroupLevel = GroupLevel.IMAGE,
         allow_missing: bool = False,
     ) -> SplitResult:
-        """Keep a split that tables of others say; see ``stages.split.import_split``."""
+        """Keep a split that tables of others say: which images train, validate and test.
+
+        A row names images by plate, well and site, as far as it says them, or by treatment.
+        ``field``: what is predicted. ``group_level``: what the split promises to keep together
+        (``well``, ``plate``), which is checked; ``image``: nothing. Returns the split.
+
+        >>> store.import_split("theirs", ["train.csv", "test.csv"])
+
+        Raises:
+            UserInputError: the name is taken, no row has an image, or an image is in two subsets.
+            BadTableError: no table says the subsets, or of what.
+            UnknownNameError: there is no such field.
+        """
         from .stages.split import import_split
 
         paths = [Path(path) for path in tables]
@@ -422,12 +565,26 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         resume: RunName | None = None,
     ) -> TrainResult:
-        """Train a network on the training images of a split; see ``stages.train.train``.
+        """Train a network on the training images of a split, and keep its best epoch.
 
-        ``split`` may be a cross-validation (also where it is the latest that was made): then a
-        network is trained on each fold, one after the other, and labels the test images of its
-        fold; ``report`` and ``compare`` read them under its name. Interrupted, the same call goes
-        on.
+        ``split``: its name; default: the latest. It may be a cross-validation (also where it is the
+        latest that was made): then a network is trained on each fold, one after the other, and
+        labels the test images of its fold; ``report`` and ``compare`` read them under its name.
+        ``segmentation``, ``measurement``: recipes, as ``status`` lists them; default: those used
+        last. ``setup``: GPUs and logs. What was finished with the same recipe is returned as it is,
+        unless ``force``; what was interrupted goes on by the same call, or with ``resume``: the
+        number of the run. Returns the run (``run_id``), ``epochs``, ``metrics`` of each, the
+        ``best_epoch``.
+
+        >>> trained = store.train(TrainParams(epochs=20, backbone="resnet18"), split="by-well")
+        >>> store.predict(run=trained.run_id)
+        >>> pandas.DataFrame(trained.metrics)
+
+        Raises:
+            MissingExtraError: torch and the like are not installed.
+            UnknownNameError: no such split, recipe, feature set or backbone.
+            UserInputError: a subset has no measured cells, or the run cannot be resumed.
+            RunCancelledError: :meth:`cancel` has ended it.
         """
         from .stages.split import folds_of
         from .stages.train import train
@@ -489,10 +646,19 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         predict: bool = True,
     ) -> tuple[BaselineResult, ...]:
-        """Train baselines and label the test images; see ``stages.train_baselines``.
+        """Train baselines on the training images of a split, and label the test images.
 
-        Without test images, or without ``predict``, nothing is labelled. Of a cross-validation
-        there is a result for each fold and baseline.
+        ``kinds``: such as ``majority``, ``logistic``, ``forest``, ``null`` (all that look at no
+        cell) or ``all``. Without test images, or without ``predict``, nothing is labelled. Returns
+        a result for each, of a cross-validation for each fold and baseline, with ``run_id`` and
+        ``predict_run_id``.
+
+        >>> store.train_baselines(["null", "forest"], split="by-well")
+
+        Raises:
+            MissingExtraError: scikit-learn is not installed.
+            UnknownNameError: no such baseline, split, recipe or feature set.
+            UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
         from .stages.train_baselines import train_baselines
@@ -521,7 +687,21 @@ class Store(AbstractContextManager["Store"]):
     def predict(
         self, params: PredictParams | None = None, *, run: RunName = "latest", device: str = "auto"
     ) -> PredictResult:
-        """Label cells with a trained run; see ``stages.predict.predict``."""
+        """Label cells with the model of a training run; by default the test images of its split.
+
+        ``run``: its number or ``latest``. Rows are appended, never changed; an interrupted call
+        goes on. Returns the predict run (``run_id``), which :meth:`report` and :meth:`votes` take,
+        and how many images were ``done``.
+
+        >>> store.predict(run=5)
+        >>> store.predict(PredictParams(subset=None, plates=("P7",)), run=5)
+
+        Raises:
+            MissingExtraError: torch and the like are not installed.
+            UnknownNameError: no such training run, split, plate, well or channel.
+            UserInputError: none of the images has measured cells, or the model cannot read them.
+            StorageError: the file of the model is damaged.
+        """
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
@@ -534,7 +714,18 @@ class Store(AbstractContextManager["Store"]):
         measurement: str | None = None,
         force: bool = False,
     ) -> ContrastResult:
-        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        """Test for each treatment whether its cells differ from control cells of their plates.
+
+        Returns a row for each treatment in ``rows``, with the area under the curve (``auc``) on
+        wells that were held out, and what control wells reach against control wells (``usual``).
+
+        >>> pandas.DataFrame(store.contrast(ContrastParams(folds=5)).rows)
+
+        Raises:
+            MissingExtraError: scikit-learn is not installed.
+            UnknownNameError: no such treatment, plate, recipe or feature set.
+            UserInputError: there is no control, or no measured cell.
+        """
         from .stages.contrast import contrast
 
         return contrast(
@@ -555,7 +746,23 @@ class Store(AbstractContextManager["Store"]):
         force: bool = False,
         maps: Sequence[str] = (),
     ) -> ReportResult:
-        """Score a predict run; see ``report.scoring.report``."""
+        """Score a predict run (its number, or ``latest``) against the labels of its split.
+
+        ``compare``: another run to put beside it. ``vote_options``: which images have an answer.
+        ``html``: also a page; ``maps``: features on its plate maps. Images that the network was
+        trained on count only with ``force``, and the result says so. Returns the ``scores`` by
+        level (cell, image, well) and vote with intervals over wells, those of classes, plates and
+        wells, and what baselines reach; ``score(level, vote)`` gives one.
+
+        >>> store.report(6).score("image", "hard").accuracy
+        >>> pandas.DataFrame(store.report(6, html="report.html").scores)
+
+        Raises:
+            UnknownNameError: there is no such run or feature.
+            UserInputError: the run has labelled nothing, or only what it was trained on.
+            MissingExtraError: a page needs matplotlib and Jinja2.
+            StorageError: the page cannot be written.
+        """
         from .report.scoring import report
 
         page = None if html is None else Path(html)
@@ -593,6 +800,11 @@ class Store(AbstractContextManager["Store"]):
 
         >>> store.cells("by-well", "train").to_pandas()
         >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
+
+        Raises:
+            UnknownNameError: there is no such split, subset, recipe, feature set or run.
+            UserInputError: nothing is measured yet, or the recipes do not belong together.
+            QueryError: the SQL is wrong.
         """
         from .config import Sources
         from .query.cell_tables import cell_table
@@ -637,6 +849,11 @@ class Store(AbstractContextManager["Store"]):
         >>> from torch.utils.data import DataLoader
         >>> cells = store.dataset("by-well", "train", channels=["DNA", "RNA"])
         >>> loader = DataLoader(cells, batch_size=64, num_workers=2, persistent_workers=True)
+
+        Raises:
+            MissingExtraError: torch is not installed.
+            UnknownNameError: there is no such split, subset, channel, recipe or feature set.
+            UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         from .settings import need
 
@@ -732,11 +949,21 @@ class Store(AbstractContextManager["Store"]):
     ) -> AddedPredictions:
         """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
 
-        ``table``: a file, or a table of pandas, polars or Arrow. ``trained_on``: the subsets of the
-        split that the model has learned from; empty: none; ``None``: not known. ``parameters`` of
-        the model are kept with the run, as are the id of an ``mlflow_run``, and ``query``, the
-        table (or its SQL) that the model has learned from. See
-        ``stages.own_models.add_predictions``.
+        ``table``: a file, or a table of pandas, polars or Arrow, with a row for each cell and class
+        (``cell_id``, ``label``, ``probability``), or a column for each class; or a row for each
+        image (``plate``, ``well``, ``site``). ``trained_on``: the subsets of the split that the
+        model has learned from; empty: none; ``None``: not known. ``model``: the file of its
+        weights. ``parameters`` of the model are kept with the run, as are the id of an
+        ``mlflow_run``, and ``query``, the table (or its SQL) that the model has learned from.
+        Returns the run (``run_id``); the same table again adds nothing.
+
+        >>> added = store.add_predictions(table, "my-vit", split="by-well", trained_on=["train"])
+        >>> store.report(added.run_id)
+
+        Raises:
+            UnknownNameError: there is no such split or segmentation.
+            UserInputError: a row cannot be used; then nothing is written.
+            BadTableError, StorageError: a file cannot be read.
         """
         from .stages.own_models import add_predictions
 
@@ -767,7 +994,15 @@ class Store(AbstractContextManager["Store"]):
         """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
 
         ``table``: a file, a table of pandas, polars or Arrow with a row for each cell, or an array
-        (N, D) with the ``cell_ids`` (N,) of its rows. See ``stages.own_models.add_embeddings``.
+        (N, D) with the ``cell_ids`` (N,) of its rows.
+
+        >>> store.add_embeddings(vectors, "dinov3", cell_ids=frame["cell_id"])
+
+        Raises:
+            UnknownNameError: there is no such segmentation.
+            UserInputError: a row cannot be used, or the set is there already with other rows; then
+                nothing is written.
+            BadTableError, StorageError: a file cannot be read or written.
         """
         import numpy as np
         import pyarrow as pa
@@ -817,11 +1052,15 @@ class Store(AbstractContextManager["Store"]):
         run. ``options`` are the fields of ``config.ApplyParams``: what it is given (``channels``,
         ``crop``, ``mask``, ``features``), of which images (``split``, ``subset``, ``plates``,
         ``where``), and what is declared of it (``trained_on``, ``note``). ``parameters`` are kept
-        with the run. See ``stages.apply.apply``.
+        with the run.
 
         >>> def light(batch):
         ...     return batch["image"].mean(axis=(2, 3))
         >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
+
+        Raises:
+            UnknownNameError: there is no such split, recipe, channel or option.
+            UserInputError: the function is not there, fails, or returns another shape.
         """
         from .stages.apply import apply
 
@@ -869,7 +1108,16 @@ class Store(AbstractContextManager["Store"]):
         return replace(made, function=network.identity["model"])
 
     def withdraw_predictions(self, run: RunName, *, reason: str) -> int:
-        """Mark predictions that were added as wrong; see ``stages.own_models.withdraw``."""
+        """Mark predictions that were added as wrong; return the number of their run.
+
+        They stay, so that whoever used them finds them; no command takes them by default any more.
+
+        >>> store.withdraw_predictions(12, reason="the classes were mixed up")
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: it was not added, or is withdrawn; the reason is empty.
+        """
         from .stages.own_models import withdraw
 
         return withdraw(self.workspace, run, reason)
@@ -885,7 +1133,19 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         force: bool = False,
     ) -> Comparison:
-        """Say where two predict runs differ, and which is right; see ``report.comparison``."""
+        """Put two predict runs side by side, on the images (or wells) that both have answered.
+
+        ``level``: image or well; ``vote``: hard, soft or median; ``limit``: of the differences
+        listed. Returns the accuracy of both, their ``difference`` with an interval, an exact
+        McNemar test, a ``conclusion`` in words, how their recipes differ, and the images in which
+        they differ (``differing``).
+
+        >>> store.compare(6, 11).conclusion
+
+        Raises:
+            UnknownNameError: there is no such run, level or vote.
+            UserInputError: both are the same run, or they answer other questions.
+        """
         from .report.comparison import compare
 
         return compare(
@@ -904,7 +1164,13 @@ class Store(AbstractContextManager["Store"]):
     ) -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
-        See ``report.leaderboard.list_runs``.
+        ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
+        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+
+        >>> pandas.DataFrame(store.runs().runs)
+
+        Raises:
+            UnknownNameError: there is no such split, or no training yet.
         """
         from .report.leaderboard import list_runs
 
@@ -920,7 +1186,14 @@ class Store(AbstractContextManager["Store"]):
     ) -> VotesResult:
         """Return the label of every image, or well, by the vote of its cells.
 
-        See ``report.votes.open_votes``, which does not need all rows in memory.
+        ``level``: image or well. ``vote``: hard (each cell counts once), soft (with its
+        probabilities) or median. ``table`` of the result is one of Arrow: plate, well, site,
+        winner, votes, share, runner_up, margin, cells, tie, abstained, subset, truth, correct.
+
+        >>> store.votes(6, level="well").table.to_pandas()
+
+        Raises:
+            UnknownNameError: there is no such run, level or vote.
         """
         with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
             return replace(opened[0], table=opened[1].table())
@@ -934,9 +1207,15 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         ties_only: bool = False,
     ) -> AbstractContextManager[tuple[VotesResult, Answer]]:
-        """Open the votes for their summary and, row by row, the votes themselves.
+        """Open the votes of :meth:`votes`, for a screen whose rows do not fit into memory.
 
-        See ``report.votes.open_votes``.
+        ``ties_only``: only the rows with a tie; the summary is of all.
+
+        >>> with store.open_votes(6) as (summary, answer):
+        ...     for batch in answer.batches(): ...
+
+        Raises:
+            UnknownNameError: there is no such run, level or vote.
         """
         from .report.votes import open_votes
 
@@ -952,8 +1231,15 @@ class Store(AbstractContextManager["Store"]):
     def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
 
-        ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
-        that name. See ``report.audit``.
+        ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; a number needs it. Without
+        it, whatever has that name. ``record`` of the result has it all as dictionaries and lists.
+
+        >>> store.audit("P1/B04/1").record
+        >>> store.audit(5, "run")
+
+        Raises:
+            UnknownNameError: nothing has that name.
+            UserInputError: it is a number without a kind, or several things have that name.
         """
         from .report.audit import audit
 
@@ -975,7 +1261,13 @@ class Store(AbstractContextManager["Store"]):
     def log(
         self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
     ) -> EventLog:
-        """Return the last commands that changed the store; see ``report.event_log.read_log``."""
+        """Return the last commands that changed the store, or a plate, or that a run did.
+
+        >>> store.log(run=5).entries
+
+        Raises:
+            UnknownNameError: there is no such plate or run.
+        """
         from .report.event_log import read_log
 
         return read_log(self.workspace, plate=plate, run=run, limit=limit)
@@ -996,7 +1288,13 @@ class Store(AbstractContextManager["Store"]):
             )
 
     def repro(self, run: RunName = "latest") -> Repro:
-        """Return the commands and versions that redo a run, and all that it relies on."""
+        """Return the commands and versions that redo a run (``script``), and what it relies on.
+
+        >>> print(store.repro(6).script)
+
+        Raises:
+            UnknownNameError: there is no such run.
+        """
         from .report.repro import repro
 
         return repro(self.workspace, run)
@@ -1009,7 +1307,18 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         weights: str | Path | None = None,
     ) -> Check:
-        """Redo a run beside the store, and compare; see ``report.redo.check``."""
+        """Redo a run beside the store, and compare; nothing is written to the store.
+
+        ``images``: only so many of its images. ``weights``: the file that a training began from, or
+        the network of a segmentation. Returns the ``outcome`` in a word, what was compared, and how
+        many values ``differ``.
+
+        >>> store.check_run(3, images=2).outcome
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: the run is not finished, or its stage cannot be redone.
+        """
         from .report.redo import check
 
         def carry_out(
@@ -1072,7 +1381,11 @@ class Store(AbstractContextManager["Store"]):
         return saved_questions(self.workspace)[0]
 
     def question(self, name: str) -> SavedQuestion:
-        """Return one saved question; see ``query.saved_queries.find_question``."""
+        """Return one saved question by its name.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
         from .query.saved_queries import find_question
 
         return find_question(self.workspace, name)
@@ -1113,7 +1426,22 @@ class Store(AbstractContextManager["Store"]):
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write the current cells with their measurements; see ``stages.export.export``."""
+        """Write the current cells of a segmentation with their measurements to a file.
+
+        ``format``: parquet, csv, anndata and others. ``features``: a feature set, or a group of
+        them; default: all. ``split``: only its cells (of one ``subset``), with what it says of
+        them. ``include_excluded``: those too, with their reason. ``for_spreadsheet``: CSV whose
+        texts no spreadsheet runs as formulas. ``force`` replaces ``out``. Returns how many cells,
+        features and plates were written.
+
+        >>> store.export("cells.parquet", split="by-well")
+
+        Raises:
+            MissingExtraError: AnnData is asked for and not installed.
+            UnknownNameError: there is no such format, feature set, recipe, plate or split.
+            UserInputError: there is no cell, or ``out`` is there already.
+            StorageError: the file cannot be written; nothing is left of it.
+        """
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -1180,7 +1508,16 @@ class Store(AbstractContextManager["Store"]):
         reason: str | None = None,
         dry_run: bool = False,
     ) -> Correction:
-        """Give a ``plate`` or a ``channel`` another name; see ``stages.corrections.rename``."""
+        """Give a ``plate`` or a ``channel`` (``kind``) another name; of one ``plate``, or all.
+
+        What was made of it stays valid. ``dry_run`` only says what would change.
+
+        >>> store.rename("channel", "w1", "DNA")
+
+        Raises:
+            UnknownNameError: there is no such plate or channel.
+            UserInputError: the new name is taken, or is none.
+        """
         from .stages.corrections import rename
 
         return rename(self.workspace, kind, old, new, plate=plate, reason=reason, dry_run=dry_run)
@@ -1195,7 +1532,16 @@ class Store(AbstractContextManager["Store"]):
         reason: str,
         dry_run: bool = False,
     ) -> Correction:
-        """Say what a well really got; see ``stages.corrections.relabel``."""
+        """Say what a well really got; ``treatment="none"``: it is not known.
+
+        ``control``: negative, positive or none. Returns what has changed, and what relies on it.
+
+        >>> store.relabel("P1/B04", treatment="taxol", dose="3 uM", reason="pipetting list")
+
+        Raises:
+            UnknownNameError: there is no such well.
+            UserInputError: nothing would change, or the treatment is ambiguous.
+        """
         from .stages.corrections import relabel
 
         return relabel(
@@ -1209,7 +1555,14 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def exclude(self, kind: str, name: str, *, reason: str, dry_run: bool = False) -> Correction:
-        """Let a plate, well, image or cell count nowhere; see ``corrections.set_excluded``."""
+        """Let a plate, well, image or cell (``kind``) count nowhere; it stays visible.
+
+        >>> store.exclude("well", "P1/B04", reason="air bubble")
+
+        Raises:
+            UnknownNameError: nothing has that name.
+            UserInputError: it is excluded already.
+        """
         from .stages.corrections import set_excluded
 
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
@@ -1217,13 +1570,25 @@ class Store(AbstractContextManager["Store"]):
     def include(
         self, kind: str, name: str, *, reason: str | None = None, dry_run: bool = False
     ) -> Correction:
-        """Let something count again that was excluded; see ``corrections.set_excluded``."""
+        """Let something count again that a person has excluded.
+
+        Raises:
+            UnknownNameError: nothing has that name.
+            UserInputError: nobody excluded it.
+        """
         from .stages.corrections import set_excluded
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
     def undo(self, run: RunName, *, reason: str | None = None, dry_run: bool = False) -> Correction:
-        """Take back what an ingest run brought; see ``stages.corrections.undo``."""
+        """Take back what an ingest run brought, if nothing relies on it.
+
+        >>> store.undo(1, reason="the wrong plate map")
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: it is no ingest run, or later work relies on it: the message names that.
+        """
         from .stages.corrections import undo
 
         return undo(self.workspace, run, reason=reason, dry_run=dry_run)
@@ -1231,13 +1596,25 @@ class Store(AbstractContextManager["Store"]):
     def delete_plate(
         self, name: str, *, reason: str | None = None, dry_run: bool = False
     ) -> Correction:
-        """Delete a plate that nothing relies on; see ``stages.corrections.delete_plate``."""
+        """Delete a plate with its wells, images, cells and measurements; image files stay.
+
+        Raises:
+            UnknownNameError: there is no such plate.
+            UserInputError: predictions or splits rely on it; the message names them.
+        """
         from .stages.corrections import delete_plate
 
         return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
 
     def backup(self, file: str | Path, *, dry_run: bool = False) -> Backup:
-        """Write the whole store to one file; see ``stages.backup.backup``."""
+        """Write the whole store to one file, as it is at this moment.
+
+        Returns how much went in, and which stored files are ``missing`` or changed.
+
+        Raises:
+            UserInputError: the file is part of a store.
+            StorageError: the file cannot be written.
+        """
         from .stages.backup import backup
 
         made = backup(self.workspace, Path(file), dry_run=dry_run)
@@ -1253,7 +1630,14 @@ class Store(AbstractContextManager["Store"]):
         database: str | None = None,
         dry_run: bool = False,
     ) -> Backup:
-        """Make a store of a backup; see ``stages.backup.restore``."""
+        """Make a store of a backup in the folder ``path``, on another ``database`` if wanted.
+
+        >>> Store.restore("screen.backup", "my-screen")
+
+        Raises:
+            UserInputError: there is a store with something in it, or the file is no backup.
+            StorageError: the backup is damaged; nothing is restored.
+        """
         from .stages.backup import restore
 
         return restore(Path(file), Path(path), database=database, dry_run=dry_run)
@@ -1261,7 +1645,17 @@ class Store(AbstractContextManager["Store"]):
     def export_model(
         self, run: RunName = "latest", output: str | Path | None = None
     ) -> ExportedModel:
-        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        """Write a folder with the model of a training run, which opens without cellstore.
+
+        ``output``: a new folder; default: ``model-RUN`` here. Returns its ``path`` and ``files``.
+
+        >>> store.export_model(5, "my-model").path
+
+        Raises:
+            UnknownNameError: there is no such training run.
+            UserInputError: the folder is not empty, or the run has no model to write.
+            StorageError: the file of the model is damaged, or the folder cannot be written.
+        """
         from .stages.export_model import export_model
 
         made = export_model(self.workspace, run, None if output is None else Path(output))
@@ -1269,7 +1663,7 @@ class Store(AbstractContextManager["Store"]):
         return made
 
     def next_step(self) -> tuple[str, ...]:
-        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        """Return the next useful command, or a few."""
         from .stages.status import next_step
 
         with self.workspace.database.read() as session:
@@ -1284,13 +1678,29 @@ class Store(AbstractContextManager["Store"]):
     def verify(
         self, *, fix: bool = False, minutes: float = 10.0, against: Path | None = None
     ) -> VerifyResult:
-        """Compare files, rows and the ledger with each other; see ``stages.verify.verify``."""
+        """Compare files, rows and the ledger with each other; ``ok`` says whether all fits.
+
+        ``fix`` removes files that no row names (older than ``minutes``) or whose bytes have
+        changed. ``against``: a file of :meth:`seal`, whose end of the ledger must still be there.
+
+        >>> store.verify().problems
+
+        Raises:
+            StorageError: a file cannot be removed.
+            UserInputError: ``against`` is no file of :meth:`seal`.
+        """
         from .stages.verify import verify
 
         return verify(self.workspace, fix=fix, minutes=minutes, against=against)
 
     def seal(self, file: Path) -> dict[str, Any]:
-        """Write the end of the ledger to a file, to be kept elsewhere; see ``stages.verify``."""
+        """Write the end of the ledger to a file, and return it; keep the file elsewhere.
+
+        :meth:`verify` takes it as ``against``.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         from .stages.verify import seal
 
         return seal(self.workspace, file)

@@ -14,6 +14,7 @@ from cellstore.report.comparison import compare
 from cellstore.report.leaderboard import list_runs
 from cellstore.report.scoring import report
 from cellstore.report.votes import open_votes
+from cellstore.store import Store
 
 # Cells: 3 of B01, 2 of B02, 2 of B03, 1 of B04.
 TRUTH = {"B01": "DMSO", "B02": "taxol", "B03": "DMSO", "B04": "taxol"}
@@ -22,6 +23,7 @@ TESTED = [("B01", "B02"), ("B03", "B04")]
 
 def add_folds(screen: SmallScreen) -> list[Split]:
     """Two folds, each of which trains on the wells that the other tests."""
+    recipe = screen.factory.recipe(Stage.SPLIT)  # as create_folds makes them
     return [
         screen.factory.split(
             [
@@ -33,6 +35,7 @@ def add_folds(screen: SmallScreen) -> list[Split]:
                 for well, truth in TRUTH.items()
             ],
             f"cv-{number}",
+            recipe_id=recipe.id,
             family="cv",
             fold=number,
         )
@@ -56,6 +59,17 @@ def add_model(screen: SmallScreen, split: Split, kind: str, says: dict[str, str]
         cells = make.cells_of(screen.segmentations[well])
         make.predict(run, cells, [[(screen.labels[label], 1.0)]] * len(cells))
     return run
+
+
+def test_one_table_of_predictions_is_kept_for_each_fold(workspace: Workspace) -> None:
+    add_folds(small_screen(workspace))
+    store = Store(workspace)
+    table = store.cells("cv-1", features=False).to_arrow().select(["cell_id", "label"])
+    made = [store.add_predictions(table, "vit", split=f"cv-{fold}") for fold in (1, 2, 1)]
+    assert [added.already_done for added in made] == [False, False, True]
+    assert made[0].run_id != made[1].run_id
+    scores = [store.report(added.run_id).score("image", "hard") for added in made[:2]]
+    assert [(score.correct, score.n) for score in scores if score] == [(2, 2), (2, 2)]
 
 
 def test_models_are_ranked(workspace: Workspace) -> None:

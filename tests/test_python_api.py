@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import io
 import multiprocessing
 import pickle
@@ -12,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -274,6 +277,29 @@ def test_all_files_of_the_packages_are_installed() -> None:
             above, _, part = package.rpartition(".")
             listed |= any(fnmatch(f"{part}/{file.name}", one) for one in data.get(above, ()))
             assert listed, file
+
+
+def test_the_methods_of_a_store_are_explained_in_themselves() -> None:
+    examples = 0
+    for name, method in inspect.getmembers(Store, inspect.isroutine):
+        if name.startswith("_"):
+            continue
+        words = inspect.getdoc(method) or ""
+        assert not re.search(r"``(stages|report|query|corrections)\.", words), name
+        code = "\n".join(re.findall(r"^(?:>>>|\.\.\.) (.*)$", words, re.M))
+        for call in ast.walk(ast.parse(code)):
+            if not isinstance(call, ast.Call):
+                continue
+            called = ast.unparse(call.func)
+            if called in cellstore.__all__:  # its names and types are checked when it is made
+                made = SimpleNamespace(model="run:1")
+                eval(ast.unparse(call), vars(cellstore.config) | {"Path": Path, "made": made})
+            elif re.fullmatch(r"store\.\w+", called):
+                function = getattr(Store, called.removeprefix("store."))
+                given = {item.arg: None for item in call.keywords}
+                bound = inspect.signature(function).bind(None, *call.args, **given)
+                examples += "options" not in bound.arguments or function is Store.apply
+    assert examples > 40
 
 
 def test_an_unknown_word_is_an_unknown_name() -> None:

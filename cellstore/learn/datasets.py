@@ -309,8 +309,9 @@ def cell_dataset(
         cells = find_training_cells(session, workspace, sources, params, (subset,))
         blocks = cells.blocks[subset]
         if not blocks:
+            kind = "measured" if cells.selection is None else "selected"
             raise UserInputError(
-                f"Split {cells.split.name} has no measured cells in its {subset.value} subset."
+                f"Split {cells.split.name} has no {kind} cells in its {subset.value} subset."
             )
         choose_branches(session, cells.source, wanted)
         chosen = choose_channels(session, cells.source, params.channels)

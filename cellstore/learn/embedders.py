@@ -268,8 +268,8 @@ def fetch(
             login = f"Accept its licence on the page of {repository}, and log in: hf auth login. "
         raise UserInputError(
             f"{repository} could not be fetched from the Hugging Face hub ({reason}). {login}"
-            f"Where there is a network: hf download {repository}{at} --include '*.json' "
-            f"'*.safetensors' --local-dir DIR. Then bring the folder here and give it: {bring}"
+            f"Where there is a network: hf download {repository}{at} --local-dir DIR. Then bring "
+            f"the folder here and give it: {bring}"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -277,13 +277,9 @@ def fetch(
     return found, folder.name if folder.parent.name == "snapshots" else None
 
 
-def timm_state(name: str) -> State:
-    """Return the pretrained state dict of a network of timm, fetched as :func:`fetch` does."""
-    found, _ = fetch(_timm_repository(name), [WEIGHTS])
-    return read_state(found[WEIGHTS], owner_of(f"{TIMM}{name}"))
-
-
-def _timm_repository(name: str) -> str:
+def timm_weights(name: str) -> tuple[Path, str | None]:
+    """Return the file of pretrained weights of a network of timm, and the commit it is of."""
+    check_timm_name(name)
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -292,7 +288,8 @@ def _timm_repository(name: str) -> str:
             f"timm's {name} has no pretrained weights of timm's own on the Hugging Face hub. Give "
             "a file of them (--weights FILE), or a name from timm.list_pretrained()."
         )
-    return str(config.hf_hub_id)
+    found, revision = fetch(str(config.hf_hub_id), [WEIGHTS])
+    return found[WEIGHTS], revision
 
 
 def _open_backbone(backbone: str, weights: Path | None) -> Opened:
@@ -306,8 +303,7 @@ def _open_backbone(backbone: str, weights: Path | None) -> Opened:
         size, mean, std = config.input_size[-1], config.mean, config.std
         licence = config.license or "not known"
         if weights is None:
-            found, revision = fetch(_timm_repository(name), [WEIGHTS])
-            weights = found[WEIGHTS]
+            weights, revision = timm_weights(name)
     else:
         usual = models.get_model_weights(name).DEFAULT.transforms()
         (size,), mean, std, licence = usual.crop_size, usual.mean, usual.std, "BSD-3-Clause"
@@ -435,6 +431,8 @@ def _of_transformers(described: Mapping[str, Any], normal: Mapping[str, Any], fi
     usual = sizes.get("height") or sizes.get("shortest_edge") if isinstance(sizes, dict) else sizes
     channels = int(getattr(config, "num_channels", 3))
     mean, std = (normal.get(f"image_{name}") or [0.5] * channels for name in ("mean", "std"))
+    if normal.get("do_normalize") is False:
+        mean, std = [0.0] * channels, [1.0] * channels
     size = int(usual or config.image_size)
     return Opened(OfTransformers(net, kind), channels, size, mean, std, sha256_of(file))
 
@@ -671,7 +669,7 @@ KNOWN: Mapping[str, KnownModel] = {
     ),
     "subcell": KnownModel(
         _SUBCELL.format("all_channels_MAE-CellS-ProtS-Pool.pth"),
-        "MIT",
+        "MIT (of its code)",
         "microtubules, ER, DNA and a protein together, 0 to 1",
         mode=NATIVE,
         channels=4,
@@ -681,7 +679,7 @@ KNOWN: Mapping[str, KnownModel] = {
     ),
     "subcell-er": KnownModel(
         _SUBCELL.format("ER-DNA-Protein_MAE-CellS-ProtS-Pool.pth"),
-        "MIT",
+        "MIT (of its code)",
         "ER, DNA and a protein together, 0 to 1",
         mode=NATIVE,
         channels=3,

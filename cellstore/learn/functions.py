@@ -168,7 +168,7 @@ class OwnFunction:
                 answer = self._call(batch)
             except (ImageError, MemoryError, torch.cuda.OutOfMemoryError):
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 at = traceback.extract_tb(error.__traceback__)[-1]
                 raise ImageError(
                     f"{self.name} ended with {type(error).__name__}: {first_line(error)} "
@@ -382,7 +382,7 @@ def _named(text: str, folder: str) -> OwnFunction:
         raise UserInputError(
             f"Module {module!r} needs {error.name}, which is not installed."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserInputError(
             f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}"
         ) from error

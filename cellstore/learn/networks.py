@@ -156,9 +156,9 @@ def imagenet_state(backbone: str) -> State:
     fetched.
     """
     if backbone.startswith(TIMM):
-        from .embedders import timm_state
+        from .embedders import timm_weights
 
-        return timm_state(backbone.removeprefix(TIMM))
+        return read_state(timm_weights(backbone.removeprefix(TIMM))[0], owner_of(backbone))
     source = models.get_model_weights(backbone).DEFAULT
     try:
         state: State = source.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -119,7 +119,7 @@ class TrainingCells:
             if self.selection is not None:
                 what = (
                     "a measured cell that the selection chose. Select cells of this subset, too: "
-                    "it needs some to learn from, or to stop by"
+                    "it needs some to learn from, or to stop by."
                 )
             elif self.flagged is not None and self.flagged.images:
                 what = (
@@ -238,7 +238,7 @@ def _select(
 ) -> tuple[CellSource, str, list[str]]:
     """Return the source with the selected cells only, the SQL, and sentences on what it reads."""
     from ..query.cell_tables import LIMITS, chosen_cells, selecting
-    from ..query.engine import PREDICTIONS, open_questions
+    from ..query.engine import open_questions
 
     where, sql = asked.get("where"), asked.get("sql")
     name = None if source.features.files is None else source.features.name
@@ -247,10 +247,10 @@ def _select(
         chosen = selecting(questions, where, sql, source.segment_id, source.measure_id, name)
         source = replace(source, chosen=chosen_cells(questions, chosen, last))
     notes = []
-    if said := chosen.reads & {PREDICTIONS, "predictions", "image_predictions"}:
+    if chosen.said:
         notes.append(
-            f"The selection reads {min(said)}: if a model behind them has learned from test wells "
-            "of this split, or from their labels, scores are too good."
+            f"The selection reads what models said ({', '.join(chosen.said)}). If one of them has "
+            "learned from test wells of this split, scores are too good."
         )
     if labels := sorted(chosen.reads & {"labels", "split_members"}):
         notes.append(

@@ -17,7 +17,7 @@ from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from ..notebooks import html_of
 from .cells import choose_recipes, last_with_masks
-from .engine import Questions, open_questions
+from .engine import PREDICTIONS, Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
 from .guard import Limits, literal, quoted
@@ -64,6 +64,7 @@ WHERE s.recipe_id = {segment} AND s.image_id IN (SELECT image_id FROM (
 {sql}
 ))"""
 
+_PREDICTED = ("predictions", "image_predictions")
 _SQL = re.compile(r"\s*(--|/\*|\(|(select|with|from)\s)", re.IGNORECASE)
 
 
@@ -86,10 +87,15 @@ def sql_of(given: str) -> str:
 
 @dataclass(frozen=True)
 class ChosenBy:
-    """A selection of cells. ``query``: their ids, in SQL; ``reads``: the relations it reads."""
+    """A selection of cells. ``query``: their ids, in SQL.
+
+    ``reads``: the relations that it names, in small letters; ``said``: those of them that hold
+    what models said.
+    """
 
     query: str
-    reads: frozenset[str]
+    reads: frozenset[str] = frozenset()
+    said: tuple[str, ...] = ()
 
 
 def selecting(
@@ -115,16 +121,17 @@ def selecting(
         built_in = "(SELECT * EXCLUDE (recipe_id, run_id) FROM features WHERE recipe_id = {})"
         features = built_in.format(measure_id) if name is None else quoted(name)
         text = OF_CONDITION.format(segment=segment_id, features=features, where=where)
-        return ChosenBy(questions.read(text)[0].text, frozenset())
+        return ChosenBy(questions.read(text)[0].text)
     assert sql is not None
     read, columns = questions.read(sql)
-    reads = frozenset(questions.behind(read.tables))
+    reads = frozenset(read.tables)
+    said = tuple(sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED}))
     for name, query in (
         ("cell_id", "SELECT cell_id FROM (\n{sql}\n)"),
         ("image_id", OF_IMAGES),
     ):
         if "INT" in columns.get(name, ""):
-            return ChosenBy(query.format(sql=read.text, segment=segment_id), reads)
+            return ChosenBy(query.format(sql=read.text, segment=segment_id), reads, said)
     given = ", ".join(columns)
     example = "SELECT cell_id FROM cell_table WHERE area > 500"
     raise UserInputError(

@@ -254,6 +254,8 @@ def _plan(
     measured = params.features is not None or not (image or params.mask)
     if own.is_estimator and params.mask:
         raise UserInputError("An estimator of scikit-learn reads measurements only: no --mask.")
+    if params.channels and not image:
+        raise UserInputError(f"{own.name} is given no crops: leave --channels out.")
     name = None if params.features == BASIC_GROUP.name else params.features
     measure = None
     if measured:
@@ -433,7 +435,7 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
         except ImageError as error:
             problem = problem or error
     raise UserInputError(
-        f"Nothing was written: of the first {len(tasks)} images none could be done. "
+        f"None of the first {len(tasks)} images could be done, so nothing was begun. "
         f"{problem or 'They have no measured cells.'}"
     ) from problem
 
@@ -501,7 +503,7 @@ def _label(
     said = {"function": plan.parameters["function"], "parameters": plan.parameters["parameters"]}
     unseen = plan.unseen
     with workspace.database.begin() as session:
-        train = declared_training(session.get_one(Recipe, split.recipe_id), params, said)
+        train = declared_training(session, split, params, said)
         inputs = (register(session, train), *plan.inputs)
         recipe = register(
             session, RecipeSpec(Stage.PREDICT, VERSION, plan.parameters, None, inputs)

@@ -43,7 +43,18 @@ from ..jobs.run_names import find_predict_run
 from ..jobs.runs import RecipeSpec, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..learn.trackers import of_mlflow
-from ..models import FeatureSet, Image, Job, Label, Plate, Recipe, Run, Segmentation, SplitMember
+from ..models import (
+    FeatureSet,
+    Image,
+    Job,
+    Label,
+    Plate,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitMember,
+)
 from ..notebooks import Shown
 from ..query.cells import choose_recipes, read_masks
 from ..query.engine import Questions, open_questions
@@ -255,11 +266,13 @@ def add_predictions(
     weights = None if params.model is None else _sha256_of_weights(params.model)
     with workspace.database.read() as session:
         split = find_split(session, params.split)
-        split_recipe = session.get_one(Recipe, split.recipe_id)
         classes = classes_of(session, split.id)
         segment = None
         if params.segmentation is not None:
             segment = choose_recipes(session, params.segmentation, None)[0]
+        said: dict[str, Any] = {"weights": params.model and params.model.name}
+        said["parameters"] = dict(parameters or {})
+        train = declared_training(session, split, params, said, weights)
     trackers = {} if params.mlflow_run is None else {"mlflow": of_mlflow(params.mlflow_run)}
     told = {"note": params.note, **({"trackers": trackers} if trackers else {})}
     with open_questions(workspace) as questions:
@@ -275,10 +288,7 @@ def add_predictions(
             int(image)
             for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
         ]
-        said: dict[str, Any] = {"weights": params.model and params.model.name}
-        said["parameters"] = dict(parameters or {})
         kept = {"labels": list(classes), **told}
-        train = declared_training(split_recipe, params, said, weights)
         train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
             inputs = [register(session, train)]
@@ -372,18 +382,21 @@ def check_not_withdrawn(latest: Run | None) -> None:
 
 
 def declared_training(
-    split_recipe: Recipe,
+    session: Session,
+    split: Split,
     params: AddedParams | ApplyParams,
     said: Mapping[str, Any],
     weights: str | None = None,
 ) -> RecipeSpec:
     """Return the recipe of the training of a model that is not of cellstore.
 
-    ``said``: what else it says of the model, ``weights``: their sha256.
+    ``said``: what else it says of the model, ``weights``: their sha256. The folds of a
+    cross-validation have one recipe, so the fingerprint of the split is part of it.
     """
     learned = None if params.trained_on is None else ",".join(params.trained_on)
-    declared = {"declared": params.name, "trained_on": learned, **said}
-    return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, (split_recipe,))
+    declared = {"declared": params.name, "trained_on": learned, "split": split.fingerprint, **said}
+    inputs = (session.get_one(Recipe, split.recipe_id),)
+    return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, inputs)
 
 
 def declare_training(

@@ -504,6 +504,14 @@ def make_plan(
                 "'imagenet'."
             )
         weights_sha256 = sha256_of(path)
+    if weights_sha256 is None and params.weights == IMAGENET:
+        from ..learn.exported_classifier import TIMM
+
+        if params.backbone.startswith(TIMM):
+            from ..learn.embedders import timm_weights
+
+            # The hub may have other weights of this name one day.
+            weights_sha256 = sha256_of(timm_weights(params.backbone.removeprefix(TIMM))[0])
     with workspace.database.read() as session:
         cells = find_training_cells(session, workspace, sources, params)
         branches, note = choose_branches(session, cells.source, params.branches)

@@ -17,6 +17,12 @@ WELLS = """
     SELECT count(DISTINCT well_id) AS n FROM split_members JOIN images ON images.id = image_id
     WHERE subset = 'train'
 """
+SELECTED = """
+    SELECT count(*) AS n FROM cp JOIN cells AS c ON c.id = cell_id
+    JOIN segmentations AS s ON s.id = c.segmentation_id
+    JOIN split_members AS m ON m.image_id = s.image_id
+    WHERE m.subset = 'train' AND y > 0 AND c.excluded IS NULL
+"""
 SETS = ("--features", "cp")
 IN = ("--store", "store")
 
@@ -66,6 +72,22 @@ def test_baselines_may_be_trained_alone(cellstore, with_set: Path) -> None:
     assert cellstore("predict", *IN, "--json").json["train_run_id"] == made[0]["run_id"]
     few = ("--baseline", "forest", "--max-cells", 9, "--force", *SETS, *IN, "--json")
     assert cellstore("train", *few).json[0]["rows"] == 9
+
+
+def test_cells_are_selected_by_a_condition_or_a_file(cellstore, with_set: Path) -> None:
+    asked = ("train", "--baseline", "logistic", "--no-predict", *SETS, *IN)
+    some = cellstore(*asked, "--where", "y > 0 AND plate <> 'none'")
+    (known,) = cellstore("sql", SELECTED, *IN, "--json").json
+    notes = " ".join(some.err.split())
+    assert f"used: {known['n']} in the train subset. Not used: {known['n']} in test" in notes
+    Path("few.sql").write_text("SELECT cell_id, y FROM cp WHERE y > 0;  -- and no more\n")
+    by_file = cellstore(*asked, "--sql", "few.sql", "--json").json[0]
+    assert by_file["rows"] == known["n"]
+    Path("few.sql").unlink()
+    script = cellstore("repro", by_file["run_id"], *IN).out
+    assert "'--sql=SELECT cell_id, y FROM cp WHERE y > 0;  -- and no more'" in script
+    both = cellstore(*asked, "--where", "y > 0", "--sql", "few.sql", code=2).err
+    assert "by --where or by --sql, not by both" in both
 
 
 def test_what_is_refused(cellstore, with_set: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_training import Opener
+from safetensors.torch import save_file
+from small_training import TINY, Opener
 from tiny_vit import save_dinov2
 from typer.testing import CliRunner
 
@@ -16,7 +18,7 @@ from cellstore import Store
 from cellstore.artifacts import sha256_of
 from cellstore.config import BaselineParams
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.models import FeatureSet, Recipe
+from cellstore.models import FeatureSet, Recipe, Run
 from cellstore_cli.app import app
 
 transformers = pytest.importorskip("transformers")
@@ -88,6 +90,31 @@ def test_another_network_or_another_preprocessing_is_another_feature_set(
         assert session.query(FeatureSet).filter_by(name="colours").count() == 0
 
 
+def test_a_training_from_weights_of_timm_names_their_file(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--timm--test_vit.r160_in1k"
+    folder = repository / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vit").state_dict(), folder / "model.safetensors")
+    params = replace(TINY, backbone="timm:test_vit", weights="imagenet", branches=("mask",))
+    params = replace(params, epochs=1)
+    made = store.train(params, split="by-well", device="cpu")
+    with store.session() as session:
+        recipe = session.get_one(Run, made.run_id).recipe
+        assert recipe.weights_sha256 == sha256_of(folder / "model.safetensors")
+        assert recipe.parameters["backbone"] == "timm:test_vit"
+    assert store.train(params, split="by-well", device="cpu").already_done
+    labelled = store.predict(run=str(made.run_id), device="cpu")
+    assert labelled.cells == 8
+
+
 def test_the_command_prints_licences_and_says_how_to_go_on(store: Store, vit: Path) -> None:
     def run(*words: str) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["embed", *words, "--store", str(store.root)])
@@ -101,7 +128,8 @@ def test_the_command_prints_licences_and_says_how_to_go_on(store: Store, vit: Pa
     code, said = run("--model", str(vit), "--channels", "DNA", "--device", "cpu", "--limit", "1")
     assert code == 0, said
     assert said.startswith(f"Licence of {vit}: not known.")
-    assert ("feature set  tiny_vit" in said, "Next:" in said) == (True, True)
+    assert "feature set  tiny_vit" in said
+    assert said.endswith("Next: cellstore train --baseline probe --features tiny_vit\n")
     code, said = run()
     assert (code, "Name a network: --model MODEL" in said) == (2, True)
     code, said = run("--model", str(vit), "--weights", "x.pth")

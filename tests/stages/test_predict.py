@@ -267,11 +267,12 @@ def test_a_split_without_cells_names_the_commands(built: Path, opened: Opener) -
         assert session.scalars(select(Split.frozen_at)).one() is None
 
 
-def test_a_split_without_a_validation_side_says_how_to_get_one(built: Path, opened: Opener) -> None:
+def test_a_split_without_a_validation_side_trains_all_epochs(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     create_split(workspace, "two", SplitParams(validation_size=0.0))
-    with pytest.raises(UserInputError, match="no image in its validation subset"):
-        train(workspace, TINY, split="two", device="cpu")
+    result = train(workspace, TINY, split="two", device="cpu")
+    assert (result.validation_subset, result.epochs, result.best_epoch) == (None, 2, 2)
+    assert any("nothing stopped the training" in note for note in result.notes)
 
 
 def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opener) -> None:

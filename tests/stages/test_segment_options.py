@@ -111,7 +111,7 @@ def test_cells_and_nuclei_go_to_the_network_together(
     assert segment(screen.workspace, both).done == 6
     assert network.planes == 3
     assert segment(screen.workspace, both).run_id is None
-    assert segment(screen.workspace, replace(both, nuclei=None)).done == 6
+    assert segment(screen.workspace, replace(both, nuclei=())).done == 6
     assert network.planes == 2
 
 

@@ -169,6 +169,7 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     run = learned(store).run_id
     store.predict(run=str(run))
     says = learned(store, sql="SELECT c.cell_id FROM cell_table c ANTI JOIN votes USING (image_id)")
-    assert any("if a model behind them has learned from test wells" in note for note in says.notes)
+    assert any("reads what models said (votes). If one" in note for note in says.notes)
+    assert not any("reads labels" in note or "split_members" in note for note in says.notes)
     labels = learned(store, sql="SELECT image_id FROM split_members WHERE subset = 'train'")
     assert any(note.startswith("The selection reads split_members") for note in labels.notes)
