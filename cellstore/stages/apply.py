@@ -35,7 +35,7 @@ from ..enums import (
 )
 from ..errors import CellstoreError, ImageError, UserInputError, some_of
 from ..io.image_files import decode_tiff, project
-from ..jobs.execute import ImageStage, RunCounter, execute, run_jobs
+from ..jobs.execute import NO_MEMORY, ImageStage, RunCounter, execute, run_jobs
 from ..jobs.lookup import (
     IS_CURRENT,
     find_channels,
@@ -301,12 +301,12 @@ def _plan(
 
     # How it is scaled, and what makes it the same work as before.
     columns = own.choose_columns(source.features.columns) if measured else ()
-    own.features = columns
+    own.features, own.known = columns, own.identity()
     inputs = [segment] if measure is None else [segment, measure]
     described: dict[str, Any] = {
         "declared": params.name,
         "gives": params.gives,
-        "function": own.identity(),
+        "function": own.known,
         "parameters": more,
         "columns": list(columns),
     }
@@ -434,6 +434,8 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
                 return stage.ask(loaded, number)[0]
         except ImageError as error:
             problem = problem or error
+        except MemoryError:
+            problem = problem or ImageError(NO_MEMORY)
     raise UserInputError(
         f"None of the first {len(tasks)} images could be done, so nothing was begun. "
         f"{problem or 'They have no measured cells.'}"
