@@ -452,7 +452,7 @@ def _show_embedders(known: list[dict[str, Any]]) -> None:
                 output.wrapped(f"  {key}: {row[key]}")
 
 
-@command(app, "embed", then=True)
+@command(app, "embed")
 def embed(
     common: Common,
     model: str | None = option(
@@ -542,6 +542,8 @@ def embed(
     common.show(result, _show_apply)
     if result.failures:
         end_with_failures(result.failures, result.done, "done", "cellstore retry")
+    elif not common.as_json:
+        say(f"Next: cellstore train --baseline probe --features {result.feature_set}")
 
 
 predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")

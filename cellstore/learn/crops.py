@@ -90,6 +90,18 @@ class CellCrops:
         """The cells at the positions ``index``, (M,), as a copy."""
         return CellCrops.gather([(self, index)])
 
+    def part(self, first: int, last: int) -> CellCrops:
+        """The cells from ``first`` to before ``last``, not copied."""
+        some = slice(first, last)
+        start, end = self.spans[some][0, 0], self.spans[some][-1, 1]
+        return CellCrops(
+            self.sizes[some],
+            {name: layer[:, start:end] for name, layer in self.layers.items()},
+            self.features[some],
+            self.labels[some],
+            self.cell_ids[some],
+        )
+
     @classmethod
     def gather(cls, parts: Sequence[tuple[CellCrops, NDArray[np.int64]]]) -> CellCrops:
         """The cells at some positions, (M,), of each of one or more blocks, as a copy."""

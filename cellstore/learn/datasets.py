@@ -45,8 +45,9 @@ from .normalising import Scaler, fit_inputs
 from .trained_models import planes_of
 from .training_cells import find_training_cells
 
-AT_ONCE = 64
-"""Cells whose crops are resized together."""
+DRAWN, AT_ONCE = 256, 64
+"""Cells that are drawn together, which takes as long as drawing few, and that are resized together,
+so that they stay in the cache of the processor."""
 
 FIELDS_MIXED = {"buffer_cells": 32, "buffer_bytes": 256 << 20}
 """Whole fields that are mixed: enough where a sampler reads some of them several times."""
@@ -140,7 +141,7 @@ class CellDataset(IterableDataset[Item]):
         cells = BlockShuffle(
             self._blocks,
             lambda ids: prefetch(ids, reader.cut, threads),
-            AT_ONCE if self.places is None else 2,
+            DRAWN if self.places is None else 2,
             self.seed,
             shuffle=self.shuffle,
             sampler=self.sampler,
@@ -155,17 +156,18 @@ class CellDataset(IterableDataset[Item]):
 
     def _cell_items(self, cells: CellCrops) -> Iterator[Item]:
         assert self.crop is not None
-        block = crop_cells(cells, self.crop)
-        columns: Item = {"cell_id": block.cell_ids.tolist(), "label": block.labels.tolist()}
-        if IMAGE in block.crops:
-            columns["image"] = block.crops[IMAGE].unbind()
-        if MASK in block.crops:
-            # Crops are from -1 to 1, as networks like them.
-            columns["mask"] = ((block.crops[MASK][:, :1] + 1) / 2).unbind()
-        if TABULAR in self.branches:
-            columns["features"] = block.features.unbind()
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+        for first in range(0, len(cells), AT_ONCE):
+            block = crop_cells(cells.part(first, first + AT_ONCE), self.crop)
+            columns: Item = {"cell_id": block.cell_ids.tolist(), "label": block.labels.tolist()}
+            if IMAGE in block.crops:
+                columns["image"] = block.crops[IMAGE].unbind()
+            if MASK in block.crops:
+                # Crops are from -1 to 1, as networks like them.
+                columns["mask"] = ((block.crops[MASK][:, :1] + 1) / 2).unbind()
+            if TABULAR in self.branches:
+                columns["features"] = block.features.unbind()
+            for values in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, values, strict=True))
 
     def _image_items(self, images: CellCrops) -> Iterator[Item]:
         assert self.places is not None

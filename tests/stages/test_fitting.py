@@ -23,8 +23,8 @@ from cellstore.learn.normalising import (
     fit_inputs,
     plates_of,
 )
-from cellstore.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Well
-from cellstore.query.cells import CellSource
+from cellstore.models import Cell, FeatureSet, Image, ImageFile, Recipe, SplitMember, Well
+from cellstore.query.cells import CellSource, list_blocks
 from cellstore.query.feature_files import open_set
 
 pytestmark = pytest.mark.one_database
@@ -100,6 +100,25 @@ def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in
     (note,) = describe_plates(more)
     assert note.endswith("are normalised against their own negative controls: P2, P4.")
     assert describe_plates(Scaler()) == []
+
+
+def test_a_selection_says_what_is_learned_from_and_all_controls_how_a_plate_looks(
+    plates: Plates,
+) -> None:
+    source, database = plates.source(), plates.workspace.database
+    with database.read() as session:
+        ids = session.scalars(select(Cell.id).order_by(Cell.id)).all()
+        values = [value for _, _, some in VALUES.values() for value in some]
+        bits = np.zeros(ids[-1] + 1, dtype=bool)
+        bits[[i for i, value in zip(ids, values, strict=True) if value in (5, 7, 40, 50)]] = True
+        chosen = replace(source, chosen=np.packbits(bits, bitorder="little").tobytes())
+        scaler = fit_inputs(session, database, chosen, "plate-controls", (), (Subset.VALIDATION,))
+        plain = fit_inputs(session, database, chosen, "train")
+        assert {block.n_cells for block in list_blocks(session, chosen)} == {2}
+        assert len(list_blocks(session, chosen)) == 2
+    assert scaler.plates == {"P1": Scale((2.0,), (1.0,), 2), "P2": Scale((20.0,), (10.0,), 2)}
+    assert (scaler.mean, scaler.scale) == ((4.0,), (1.0,))  # 5 and 7 are 3 and 5 on P1
+    assert (plain.mean, plain.scale) == ((6.0,), (1.0,))
 
 
 def test_a_plate_without_controls_is_named(plates: Plates) -> None:

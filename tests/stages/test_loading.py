@@ -23,6 +23,7 @@ from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
+from cellstore.learn import datasets
 from cellstore.learn.batches import Batches, CellReader
 from cellstore.learn.normalising import Scaler
 from cellstore.models import Cell, Image, Split
@@ -297,7 +298,9 @@ def test_exported_crops_are_those_of_the_data_set(
     assert sorted(path.name for path in here.iterdir()) == ["all", "crops"]
 
 
-def test_whole_fields_are_a_data_set_too(workspace: Workspace) -> None:
+def test_whole_fields_are_a_data_set_too(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(workspace)
     cells = store.cells(subset="train").to_pandas()
     data = store.dataset(subset="train", unit="image", mask=True)
@@ -321,6 +324,13 @@ def test_whole_fields_are_a_data_set_too(workspace: Workspace) -> None:
     small = next(iter(store.dataset(subset="train", unit="image", mask=True, crop=5)))
     assert small["image"].shape == (len(data.channels), 5, 5)
     assert small["mask"].shape == (5, 5)
+    shares = []
+    for rank in (0, 1):  # of torch.distributed
+        monkeypatch.setattr(datasets, "_team", lambda rank=rank: (rank, 2))
+        shares.append({item["image_id"] for item in data})
+    monkeypatch.undo()
+    assert shares[0].isdisjoint(shares[1])
+    assert shares[0] | shares[1] == {int(item["image_id"]) for item in loaded}
     drawn = store.dataset(subset="train", unit="image", sampler="classes")
     counts = np.bincount([item["label"] for item in drawn])
     assert len(set(counts)) == 1
