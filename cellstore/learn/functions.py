@@ -501,7 +501,7 @@ def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
         _feed(digest, parts, seen)
     elif _is_installed(kind.__module__):
         said = repr(value)
-        digest.update(said.encode() if " at 0x" not in said else b"")
+        digest.update((said if " at 0x" not in said else getattr(value, "__name__", "")).encode())
     else:
         _feed(digest, (kind, dict(getattr(value, "__dict__", {}))), seen)
 
