@@ -117,15 +117,16 @@ def selecting(
         QueryError: the SQL is wrong, or does more than read.
         UserInputError: it gives neither.
     """
+    text = sql or ""
     if where is not None:
         built_in = "(SELECT * EXCLUDE (recipe_id, run_id) FROM features WHERE recipe_id = {})"
         features = built_in.format(measure_id) if name is None else quoted(name)
         text = OF_CONDITION.format(segment=segment_id, features=features, where=where)
-        return ChosenBy(questions.read(text)[0].text)
-    assert sql is not None
-    read, columns = questions.read(sql)
+    read, columns = questions.read(text)
     reads = frozenset(read.tables)
     said = tuple(sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED}))
+    if where is not None:
+        return ChosenBy(read.text, reads, said)
     for name, query in (
         ("cell_id", "SELECT cell_id FROM (\n{sql}\n)"),
         ("image_id", OF_IMAGES),

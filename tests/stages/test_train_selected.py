@@ -171,5 +171,12 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     says = learned(store, sql="SELECT c.cell_id FROM cell_table c ANTI JOIN votes USING (image_id)")
     assert any("reads what models said (votes). If one" in note for note in says.notes)
     assert not any("reads labels" in note or "split_members" in note for note in says.notes)
-    labels = learned(store, sql="SELECT image_id FROM split_members WHERE subset = 'train'")
-    assert any(note.startswith("The selection reads split_members") for note in labels.notes)
+    of_split = "SELECT image_id FROM split_members WHERE subset = 'train'"
+    # A condition may ask other relations, too.
+    nested = f"image_id IN ({of_split} UNION SELECT image_id FROM votes)"
+    for selection in ({"sql": of_split}, {"where": nested}):
+        notes = learned(store, **selection).notes
+        assert any(note.startswith("The selection reads split_members") for note in notes)
+    assert any("reads what models said (votes). If one" in note for note in notes)
+    plain = learned(store, where=LARGE).notes
+    assert not any("The selection reads" in note for note in plain)
