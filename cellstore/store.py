@@ -809,9 +809,16 @@ class Store(AbstractContextManager["Store"]):
         from .config import Sources
         from .query.cell_tables import cell_table
 
-        sources = Sources(split, segmentation, measurement)
-        wanted = _subset(subset)
-        return cell_table(self.workspace, sources, wanted, features, exclude_flagged, where, sql)
+        asked = TrainParams(exclude_flagged=exclude_flagged, where=where, sql=sql)
+        return cell_table(
+            self.workspace,
+            Sources(split, segmentation, measurement),
+            _subset(subset),
+            features,
+            asked.exclude_flagged,
+            asked.where,
+            asked.sql,
+        )
 
     def dataset(
         self,

@@ -472,7 +472,7 @@ def _feed(digest: Any, value: Any, seen: set[int]) -> None:
             instructions = dis.get_instructions(plain_function)
             made = {item.argval for item in instructions if item.opname == "STORE_GLOBAL"}
             for name, item in sorted({**known.globals, **known.nonlocals}.items()):
-                elsewhere = callable(item) and not isinstance(item, nn.Module)
+                elsewhere = callable(item) and not isinstance(item, nn.Module | functools.partial)
                 elsewhere &= getattr(item, "__module__", None) != plain_function.__module__
                 if name not in made and not elsewhere and not inspect.isclass(item):
                     _feed(digest, (name, item), seen)

@@ -217,7 +217,10 @@ def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) 
     if several:
         status = f"{len(labelled)} of {len(splits)} folds"
         return replace(found, status=status, then=about[last].command)
-    return replace(found, status="not predicted yet", then=f"cellstore predict --run {last}")
+    # A declared model is not opened: the command that brought it goes on with it.
+    again = about[last].command if "declared" in model.parameters else None
+    then = again or f"cellstore predict --run {last}"
+    return replace(found, status="not predicted yet", then=then)
 
 
 def _scored(row: RankedRun, votes: Sequence[Mapping[str, Any]]) -> RankedRun:

@@ -1004,7 +1004,7 @@ def against_nulls(
     if not nulls:
         return (
             None,
-            f"No null baseline has labelled these images, so they may be easy. {command}{also}",
+            f"No null baseline has labelled these images, so they may be easy.{also} {command}",
         )
     if reasons := [item.cannot_say for item in nulls if item.cannot_say]:
         return None, (
@@ -1016,7 +1016,7 @@ def against_nulls(
         return False, f"Not shown to be better per image than {named(unbeaten)}; {test}.{also}"
     if missing:
         rest = f"Not compared with: {', '.join(missing)}. {command}"
-        return None, f"Better per image than {named(nulls)}; {test}. {rest}{also}"
+        return None, f"Better per image than {named(nulls)}; {test}.{also} {rest}"
     return True, f"Better per image than every null baseline: {named(nulls)}; {test}.{also}"
 
 

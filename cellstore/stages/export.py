@@ -19,12 +19,12 @@ from sqlalchemy.orm import Session
 from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
 from ..enums import Stage, Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UserInputError
 from ..io.cellprofiler import COMPARTMENTS
 from ..io.objects import without_nan
 from ..io.single_cells import CELL_ID, EXCLUDED, LABEL, SEGMENTATION, SUBSET
 from ..io.tables import disarmed
-from ..jobs.lookup import find_recipe, find_split, has_results
+from ..jobs.lookup import find_plate, find_recipe, find_split, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
 from ..notebooks import Shown
@@ -236,9 +236,9 @@ def export(
         segment, measures = _choose(session, features, segmentation, measurement)
         sets = [(measure, measure.feature_set) for measure in measures]
         known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
+        for barcode in plates:
+            find_plate(session, barcode)
         found_split = None if split is None and subset is None else find_split(session, split).id
-    if unknown := set(plates) - set(known):
-        raise UnknownNameError.of("plate", min(unknown), known[:500])
     values = {"segment": segment.id, "plates": list(plates) or known}
     values |= {"split": found_split, "subset": subset and subset.value}
     with open_questions(workspace) as questions:

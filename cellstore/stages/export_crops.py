@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import select
 
 from ..artifacts import part_prefix, sweep
 from ..config import ImageInput
 from ..enums import Subset
-from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
+from ..errors import ImageError, StorageError, UserInputError
 from ..io.objects import BOX
-from ..jobs.lookup import find_split
+from ..jobs.lookup import find_plate, find_split
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
-from ..models import Plate
 from ..notebooks import Shown
 from ..query.cells import (
     CellSource,
@@ -150,9 +148,8 @@ def export_crops(
     _check_folder(out, force)
     database = workspace.database
     with database.read() as session:
-        known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
-        if unknown := set(plates) - set(known):
-            raise UnknownNameError.of("plate", min(unknown), known[:500])
+        for barcode in plates:
+            find_plate(session, barcode)
         segment, measure = choose_recipes(session, segmentation, measurement)
         found = None if split is None and subset is None else find_split(session, split)
         features = open_set(session, workspace.artifacts, measure.id)

@@ -309,6 +309,23 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
         store.apply(light, "bad", channels=["Infrared"])
 
 
+def test_a_batch_is_halved_that_a_gpu_cannot_hold(store: Store) -> None:
+    sizes: list[int] = []
+
+    def needs_room(batch: dict[str, Any]) -> Any:
+        sizes.append(len(batch["cell_id"]))
+        if sizes[-1] > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return batch["cell_id"][:, None]
+
+    made = store.apply(needs_room, "halved", gives="features", image=False, limit=2)
+    assert (made.cells, set(sizes), sizes.count(4)) == (8, {4, 2}, 1)
+    table = store.sql("SELECT cell_id, feature_000 FROM halved").to_pylist()
+    assert all(row["cell_id"] == row["feature_000"] for row in table)
+    with pytest.raises(UserInputError, match="cropp"):
+        store.apply(needs_room, "halved", cropp=3)
+
+
 def widths(batch: dict[str, Any]) -> Any:
     return np.zeros((len(batch["cell_id"]), 2 + (batch["cell_id"].min() > 10)))
 

@@ -396,7 +396,7 @@ def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_pa
         table[f"e{number}"] = np.arange(len(table)) / 8 + number
     table.to_parquet(path)
     before = store.status().cells
-    with pytest.raises(UserInputError, match=r"embeddings add cells.parquet --name NAME"):
+    with pytest.raises(UserInputError, match=r"embeddings add \S+/cells.parquet --name NAME"):
         store.ingest(path)
     added = store.add_embeddings(path, "mine")
     assert (added.cells, added.columns) == (len(known), 16)
@@ -413,7 +413,7 @@ def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_pa
     assert store.add_predictions(table, "mine", trained_on=[]).rows == len(known)
 
 
-def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace) -> None:
+def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace, tmp_path: Path) -> None:
     own = small_screen(workspace).predict_run.id
     store = Store(workspace)
     cells = store.cells("main", "test", features=False)
@@ -429,6 +429,9 @@ def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace) -> Non
     assert store.add_embeddings(vectors, "emb").cells == len(table)
     with pytest.raises(UserInputError, match="no such image"):
         store.add_embeddings(vectors.assign(plate="BR0"), "other")
+    for export in (store.export, store.export_crops):
+        with pytest.raises(UnknownNameError, match="Plate BR1 was renamed: it is P7 now"):
+            export(tmp_path / "old", plates=("BR1",))
 
 
 KILLED_AT = """

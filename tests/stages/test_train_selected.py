@@ -87,7 +87,9 @@ def test_a_selection_narrows_what_is_learned_from_and_nothing_else(
     table = store.cells("by-well", "test", where=LARGE, features=False).to_pandas()
     assert set(table.cell_id) == wanted
     assert len(wanted) == 6
-    assert len(store.cells("by-well", sql=TWO_OF_A_WELL).to_pandas()) == 12
+    assert len(store.cells("by-well", sql=file).to_pandas()) == 12
+    with pytest.raises(UserInputError, match="where must be a text"):
+        store.cells("by-well", where=["area > 40"])
 
     # A condition over a feature set in files; here of each cell its id.
     ids = np.array(sorted(by_hand(store, "true")))

@@ -174,11 +174,11 @@ def _refuse_known_cells(
         known = [np.nan if value is None else value for value in found[2:]]
         if found[:2] != (number, image) or not np.array_equal(known, box, equal_nan=True):
             return
-    name = source.files[0].name
+    name, path = source.files[0].name, shlex.quote(str(source.files[0].path))
     raise UserInputError(
         f"The cells of {name} are in this store already, by their {CELL_ID}: ingested, they would "
         "be there twice and count twice. To add its new columns to them: cellstore embeddings add "
-        f"{shlex.quote(name)} --name NAME"
+        f"{path} --name NAME"
     )
 
 
