@@ -77,12 +77,14 @@ def sql_of(given: str) -> str:
     if _SQL.match(given):
         return given.strip()
     try:
-        return Path(given).read_text(encoding="utf-8-sig").strip()
+        text = Path(given).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise UserInputError(
             f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
         ) from error
+    # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
+    return text if _SQL.match(text) else f"--\n{text}"
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,11 @@ def test_a_network_stops_by_the_same_kind_of_cells_and_is_resumed(
     assert (check.outcome, check.same_recipe) == ("identical", True)
     assert store.audit(str(two), "run").record["recipe"]["parameters"]["sql"] in TWO_OF_A_WELL
 
+    # A file may hold what no command would take for SQL.
+    file = built.parent / "pivot.sql"
+    file.write_text("PIVOT (FROM cell_table) ON well USING count(*) GROUP BY cell_id")
+    assert store.check_run(learned(store, sql=str(file)).run_id).outcome == "identical"
+
     trained = store.cells("by-well", "train").to_pandas().well.unique()
     elsewhere = replace(params, where=f"well IN ('{trained[0]}', '{trained[1]}')")
     with pytest.raises(UserInputError, match="None of the 2 images in the validation subset"):
