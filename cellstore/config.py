@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -264,21 +264,21 @@ def checked(kind: type[T]) -> type[T]:
 
 
 def _checked(method: Callable[..., T]) -> Callable[..., T]:
-    @cache  # asked for at the first call: to read all signatures of a class takes a while
-    def known() -> tuple[inspect.Signature, dict[str, Any]]:
-        hints: dict[str, Any] = {}
-        signature = inspect.signature(method)
-        for name, item in signature.parameters.items():
-            alone = SimpleNamespace(__annotations__={name: item.annotation})
-            plain = item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
-            if plain and item.annotation is not item.empty:
-                with suppress(NameError):  # imported for mypy alone
-                    hints |= get_type_hints(alone, vars(sys.modules[method.__module__]))
-        return signature, hints
+    hints: dict[str, Any] = {}
+    known: list[inspect.Signature] = []
 
     @wraps(method)
     def call(*args: Any, **given: Any) -> T:
-        signature, hints = known()
+        if not known:  # at the first call: to read all signatures of a class takes a while
+            signature = inspect.signature(method)
+            for name, item in signature.parameters.items():
+                alone = SimpleNamespace(__annotations__={name: item.annotation})
+                plain = item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)
+                if plain and item.annotation is not item.empty:
+                    with suppress(NameError):  # imported for mypy alone
+                        hints.update(get_type_hints(alone, vars(sys.modules[method.__module__])))
+            known.append(signature)
+        signature = known[0]
         names = signature.parameters
         if all(item.kind is not item.VAR_KEYWORD for item in names.values()):
             for name in (name for name in given if name not in names):

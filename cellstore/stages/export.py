@@ -475,7 +475,8 @@ def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], c
         codes = pc.fill_null(encoded.indices, -1).to_numpy()
         categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
         series[name] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
-    obs = pd.DataFrame(series)
-    obs.index = obs.index.astype(str)
-    made = anndata.AnnData(matrix[:row], obs=obs, var=pd.DataFrame(index=pd.Index(names)))
+    # Objects, since h5ad does not take the texts of pandas 3.
+    cells = pd.Index(list(map(str, range(row))), dtype=object)
+    var = pd.DataFrame(index=pd.Index(names, dtype=object))
+    made = anndata.AnnData(matrix[:row], obs=pd.DataFrame(series).set_axis(cells), var=var)
     made.write_h5ad(path)
