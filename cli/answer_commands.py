@@ -316,6 +316,8 @@ def _show_runs(found: Leaderboard) -> None:
             output.wrapped(f"run {row.name}: {values}")
         if row.then:
             output.wrapped(f"run {row.name}, {row.status}: {row.then}")
+        elif row.accuracy is not None and row.status != "done":
+            output.wrapped(f"run {row.name}: {row.status}")
 
 
 @command(app, "runs", _show_runs)

@@ -47,6 +47,8 @@ def add_model(screen: SmallScreen, split: Split, kind: str, says: dict[str, str]
     """A model of a fold that has labelled wells, also those that it was trained on."""
     make = screen.factory
     parameters: dict[str, object] = {"kind": kind, "split": split.fingerprint}
+    if kind == "majority":
+        parameters = {"baseline": kind, "split": split.fingerprint}
     if kind == "vit":  # whose weights are others in each fold
         known = "train" if split.fold == 2 else None
         parameters = {"declared": kind, "trained_on": known, "weights": split.name}
@@ -140,6 +142,11 @@ def test_models_are_ranked(workspace: Workspace) -> None:
         (2, 2, 1.0),
     ]
 
+    # Who has labelled the easy image alone is not the best.
+    few = add_model(screen, folds[0], "few", {"B01": "DMSO"})
+    (row,) = (row for row in list_runs(workspace, "cv-1").runs if few.id in row.predict_runs)
+    assert (row.accuracy, row.rank, row.status) == (1.0, None, "1 of 2 test images labelled")
+
 
 def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     screen = small_screen(workspace)
@@ -176,6 +183,15 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     assert (compared.first.correct, compared.second.correct, compared.n) == (4, 2, 4)
     assert compared.cannot_say.startswith("too few wells (4 wells")
     assert "2 with run cv, 0 with run cv:" in compared.conclusion
+
+    # One run is not read as itself and as a fold at once: it would be missing in one of them.
+    for fold in folds:
+        add_model(screen, fold, "majority", TRUTH)
+    found = report(workspace, others[0].id)
+    assert {item.baseline for item in found.baselines} == {"majority"}
+    assert {item.baseline for item in report(workspace, "cv").baselines} == {"majority"}
+    with pytest.raises(UserInputError, match=r"one is a single fold.*compare \d+ cv:majority"):
+        report(workspace, others[0].id, compare="cv:majority")
 
     # A model from elsewhere, of which nobody said what it has seen in the first fold.
     for fold in folds:

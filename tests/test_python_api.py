@@ -166,6 +166,8 @@ def test_wrong_arguments_of_methods_are_refused_in_a_sentence(sqlite_workspace: 
         (lambda: store.log(limit="all"), "limit must be a whole number, not 'all'"),
         (lambda: store.import_split("s", ["t.csv"], group_level="x"), "Unknown group level 'x'"),
         (lambda: store.train_baselines("nul"), "Unknown baseline 'nul'"),
+        (lambda: store.export("x.parquet", plates=np.array("P1")), "plates must be a list"),
+        (lambda: store.report(-5), "A run is named by its number.*, not '-5'"),
     ):
         with pytest.raises(UserInputError, match=sentence):
             call()

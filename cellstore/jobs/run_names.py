@@ -60,8 +60,9 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
         UnknownNameError: there is none.
         UserInputError: it is no number, or a run of another stage is wanted.
     """
-    reference = str(reference)
-    words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
+    reference = str(reference).strip()
+    parts = [reference] if reference.startswith("-") else re.split(r"[\s_:-]+", reference.lower())
+    words = [word for word in parts if word]
     words = [word for word in words if word not in ("run", "the")]
     typed = [Stage(word) for word in words if word in list(Stage)]
     others = [word for word in words if word not in list(Stage)]

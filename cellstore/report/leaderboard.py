@@ -55,7 +55,8 @@ class RankedRun(Shown):
     ``name`` is what ``report`` and ``compare`` call it: its train run, or those of all folds of a
     cross-validation (``train_runs``, labelled by ``predict_runs``). ``model``: network, the name of
     a baseline, or of a model that was declared. ``rank`` in its split counts from 1, alike for
-    equal scores; ``None`` where there is no score: ``status`` says why, ``then`` what to do.
+    equal scores; ``None`` where there is no score, or one on fewer test images than others have
+    labelled: ``status`` says why, ``then`` what to do.
     ``low`` and ``high`` bound the accuracy: 95 % interval over wells. ``validation_loss`` and
     ``validation_accuracy`` (share of cells) are those of the epoch that was kept, of folds their
     mean. ``differs``: parameters in which it differs from others of its kind.
@@ -128,7 +129,7 @@ def list_runs(
         _scored(row, scores.get(max(row.predict_runs), ())) if row.predict_runs else row
         for row in found
     ]
-    rows = _apart(rows, parameters)
+    rows = _apart(_on_fewer(rows), parameters)
     rows = [row for name in groups for row in _ranked([x for x in rows if x.split == name], by)]
     rows += [
         RankedRun(
@@ -255,6 +256,22 @@ def _scored(row: RankedRun, votes: Sequence[Mapping[str, Any]]) -> RankedRun:
     )
 
 
+def _on_fewer(rows: Sequence[RankedRun]) -> list[RankedRun]:
+    """Say of which models fewer test images are known than of others on their split.
+
+    Perhaps these were the easy ones, so that they get no rank.
+    """
+    most: dict[str, int] = defaultdict(int)
+    for row in rows:
+        most[row.split] = max(most[row.split], row.images)
+    return [
+        replace(row, status=f"{row.images} of {most[row.split]} test images labelled")
+        if 0 < row.images < most[row.split]
+        else row
+        for row in rows
+    ]
+
+
 def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> list[RankedRun]:
     """Say of each model in which parameters it differs from others of its kind and split."""
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -267,7 +284,8 @@ def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> l
         differs = {
             name: _shown(parameters[index].get(name))
             for name in names
-            if len({repr(other.get(name)) for other in others}) > 1
+            # Which cells were selected is said by the selection.
+            if len({repr(one.get(name)) for one in others if name in one or name != "cells"}) > 1
         }
         found.append(replace(row, differs=differs))
     return found
@@ -286,7 +304,8 @@ def _ranked(rows: Sequence[RankedRun], by: str) -> list[RankedRun]:
 
     def score(row: RankedRun) -> tuple[float, ...] | None:
         if by == "test":
-            return None if row.accuracy is None else (row.accuracy, row.balanced_accuracy or 0.0)
+            known = row.accuracy is not None and row.status == "done"
+            return (row.accuracy or 0.0, row.balanced_accuracy or 0.0) if known else None
         if row.validation_accuracy is None:
             return None
         return row.validation_accuracy, -(row.validation_loss or 0.0)
