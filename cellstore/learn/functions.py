@@ -452,10 +452,11 @@ def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
     if value is None or isinstance(value, str | bytes | int | float | complex):
         digest.update(repr(value).encode())
         return
-    if (before := seen.get(id(value))) is not None:
-        digest.update(f"number {before[0]}".encode())
-        return
-    seen[id(value)] = (len(seen), value)
+    if not isinstance(value, tuple | frozenset):  # Python may make one of two equal constants
+        if (before := seen.get(id(value))) is not None:
+            digest.update(f"number {before[0]}".encode())
+            return
+        seen[id(value)] = (len(seen), value)
     if isinstance(value, tuple | list | set | frozenset | Mapping):
         items = value.items() if isinstance(value, Mapping) else value
         items = sorted(items, key=repr) if isinstance(value, set | frozenset) else list(items)

@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from sqlalchemy import case, exists, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
@@ -69,7 +69,7 @@ from ..query.feature_files import (
 from ..query.guard import literal
 from ..query.source import check_set_name
 from .export import FILE_COLUMNS, exported_columns
-from .predict import PredictionRows, insert_predictions
+from .predict import PredictionRows, insert_predictions, latest_run
 
 VERSION = 1
 SHOWN = 5
@@ -298,10 +298,7 @@ def add_predictions(
             recipe = register(
                 session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
             )
-            # The one that has the jobs: another that was begun at the same time has no rows.
-            with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
-            runs = select(Run).where(Run.recipe_id == recipe.id)
-            latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
+            latest = latest_run(session, recipe.id)
             before = {} if latest is None else (latest.result or {}).get("trackers", {})
         check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
