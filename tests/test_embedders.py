@@ -155,7 +155,9 @@ def test_files_that_may_hold_code_are_not_opened(tmp_path: Path) -> None:
         open_embedder(str(tmp_path))
     for hostile in ("[" * 100_000, json.dumps({"architecture": "test_vit", "model_args": [1]})):
         (tmp_path / "config.json").write_text(hostile)
-        with pytest.raises(UserInputError, match="is no JSON|not as timm or transformers write it"):
+        with pytest.raises(
+            UserInputError, match=r"is no JSON|not as timm or transformers write it"
+        ):
             open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserInputError, match="is no JSON"):
