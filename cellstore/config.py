@@ -208,6 +208,7 @@ def fitted(name: str, wanted: Any, value: Any) -> Any:
     listed = isinstance(value, Iterable) and not isinstance(
         value, str | bytes | Mapping | set | frozenset
     )
+    listed = listed and getattr(value, "ndim", 1) > 0  # numpy has arrays of no dimension
     for kind in kinds:
         parts, origin = get_args(kind), get_origin(kind) or kind
         if kind is bool and boolean:

@@ -265,6 +265,7 @@ def test_what_cannot_be_shown_is_said(store: Store, folder: Path) -> None:
         ("P9/Z99/1", {}, UnknownNameError, "P9"),
         (pd.DataFrame({"cell": [1]}), {}, UserInputError, "needs a column cell_id"),
         ([1.5, None], {}, UserInputError, "Give ids of cells"),
+        (pd.DataFrame({"cell_id": [1, None]}), {}, UserInputError, "Column cell_id needs a number"),
         (None, {"by": "treatmnt"}, UnknownNameError, "Did you mean treatment"),
         (None, {"numbers": ["aera"]}, UnknownNameError, "Did you mean area"),
         (None, {"channels": ["DNAA"]}, UnknownNameError, "channel"),

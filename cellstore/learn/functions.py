@@ -10,9 +10,12 @@ import dis
 import functools
 import hashlib
 import inspect
+import io
 import os
+import re
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -57,7 +60,8 @@ class OwnFunction:
     ``name``: for people. ``reference``: ``module:name`` or the path of an ONNX file, by which other
     processes find it; ``None``: it is in this process only. ``folder``: where its module may be.
     ``gives``: what its numbers are. ``features``: the names of the columns that it is given.
-    ``labels``: what the classes of an estimator are called here, if they are numbers.
+    ``labels``: what the classes of an estimator are called here, if they are numbers. ``known``:
+    its identity, which it should have in other processes, too.
     """
 
     name: str
@@ -70,6 +74,7 @@ class OwnFunction:
     softmax: bool = False
     features: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    known: dict[str, Any] = field(default_factory=dict)
     batches: Batches = field(default_factory=lambda: Batches(128, 1), compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,11 +84,18 @@ class OwnFunction:
         """Find it in this process, and put a network on its device.
 
         Raises:
-            UserInputError: it is not there.
+            UserInputError: it is not there, or is another one in this process.
         """
         if self.given is None:
             assert self.reference is not None
-            self.given = find_function(self.reference, self.folder).given
+            found = find_function(self.reference, self.folder)
+            if self.known and found.identity() != self.known | {"name": found.name}:
+                raise UserInputError(
+                    f"{self.name} is not the same in each process: its module was edited, or makes "
+                    "another one each time, such as a network of random weights. Set a seed in it, "
+                    "or use one process: --workers 1"
+                )
+            self.given = found.given
         if self.kind == NETWORK:
             self.given.to(self.device)
         elif self.kind == ONNX and isinstance(self.given, Path):
@@ -146,7 +158,7 @@ class OwnFunction:
             digests = [sha256_of(path) for path in (self.given, *beside)]
             return found | {"sha256": digests[0], **({"data": digests[1:]} if beside else {})}
         digest = hashlib.sha256()
-        _feed(digest, self.given, set())
+        _feed(digest, self.given, {})
         return found | {"sha256": digest.hexdigest()}
 
     def __call__(
@@ -278,7 +290,10 @@ class OwnFunction:
                     f"Each should have the shape ({number},)."
                 )
             answer = np.column_stack(columns)
-        found = np.asarray(answer)
+        try:
+            found = np.asarray(answer)
+        except ValueError:  # rows of several lengths
+            found = np.array(None)
         if found.dtype.kind not in "fiub":
             what = "text" if found.dtype.kind in "UST" else f"{type(answer).__name__}"
             raise ImageError(f"{self.name} returned {what}. It should return an array of numbers.")
@@ -431,72 +446,144 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _feed(digest: Any, value: Any, seen: set[int]) -> None:
+def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
     """Add to a digest what decides what a function returns, as far as that can be known.
 
-    Its source, its defaults, and the values that it refers to by name: numbers, texts, arrays,
-    networks, estimators and functions of its own module.
+    Its source and defaults, and all that it refers to by name: numbers, texts, arrays, networks,
+    estimators, and functions, classes, objects and modules, whole, where they are not of an
+    installed package: of these the name counts. ``seen`` are those that were met, by their address,
+    and is what keeps an address from being that of another value later.
     """
-    plain = isinstance(value, str | bytes | int | float)
-    if not plain and id(value) in seen:
+    kind = type(value)
+    digest.update(f"\n{kind.__module__}.{kind.__qualname__} ".encode())
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        digest.update(repr(value).encode())
         return
-    seen.add(id(value))
-    if plain:
-        digest.update(f"{type(value).__name__} {value!r}".encode())
-    elif isinstance(value, tuple):
-        for item in value:
+    if (before := seen.get(id(value))) is not None:
+        digest.update(f"number {before[0]}".encode())
+        return
+    seen[id(value)] = (len(seen), value)
+    if isinstance(value, tuple | list | set | frozenset | Mapping):
+        items = value.items() if isinstance(value, Mapping) else value
+        items = sorted(items, key=repr) if isinstance(value, set | frozenset) else list(items)
+        digest.update(f"{len(items)}".encode())
+        for item in items:
             _feed(digest, item, seen)
     elif isinstance(value, np.ndarray | np.generic):
-        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
+        digest.update(f"{value.dtype} {value.shape}".encode())
+        # Of objects an array has the addresses.
+        digest.update(repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes())
     elif isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, nn.Module):
-        digest.update(f"{_source(type(value))}\n{value!r}".encode())
-        for name, state in value.state_dict().items():
-            digest.update(name.encode())
-            _feed(digest, state, seen)
-    elif hasattr(value, "fit") and hasattr(value, "get_params"):
-        try:
-            digest.update(save_estimator(value))
-        except Exception as error:
-            raise UserInputError(
-                f"It cannot be found out whether {type(value).__qualname__} has changed "
-                f"({first_line(error)}). Give it an attribute 'identity', a dictionary that says "
-                "what it is."
-            ) from error
+        _feed_network(digest, value, seen)
+    elif hasattr(value, "fit") and hasattr(value, "get_params") and not inspect.isclass(value):
+        _feed_estimator(digest, value)
+        _feed(digest, kind, seen)
+    elif hasattr(value, "to_numpy"):  # a table, or a column of one
+        _feed(digest, (list(getattr(value, "columns", ())), value.to_numpy()), seen)
     elif isinstance(value, functools.partial):
-        _feed(digest, (value.func, *value.args, *sorted(value.keywords.items())), seen)
+        _feed(digest, (value.func, value.args, sorted(value.keywords.items())), seen)
     elif inspect.ismethod(value):
-        _feed(digest, value.__func__, seen)
-        _feed(digest, value.__self__, seen)
-    elif inspect.isfunction(plain_function := inspect.unwrap(value) if callable(value) else None):
-        digest.update(_source(plain_function).encode())
-        _feed(digest, plain_function.__defaults__ or (), seen)
-        with suppress(ValueError):  # a cell of a closure that is empty
-            known = inspect.getclosurevars(plain_function)
-            instructions = dis.get_instructions(plain_function)
-            made = {item.argval for item in instructions if item.opname == "STORE_GLOBAL"}
-            for name, item in sorted({**known.globals, **known.nonlocals}.items()):
-                elsewhere = callable(item) and not isinstance(item, nn.Module | functools.partial)
-                elsewhere &= getattr(item, "__module__", None) != plain_function.__module__
-                if name not in made and not elsewhere and not inspect.isclass(item):
-                    _feed(digest, (name, item), seen)
-    elif callable(value) and not inspect.isclass(value) and not inspect.isbuiltin(value):
-        digest.update(_source(type(value)).encode())
-        for name, item in sorted(getattr(value, "__dict__", {}).items()):
-            _feed(digest, (name, item), seen)
+        _feed(digest, (value.__func__, value.__self__), seen)
+    elif inspect.ismodule(value):
+        own = not _is_installed(value.__name__) and value.__file__
+        digest.update(Path(own).read_bytes() if own else value.__name__.encode())
+    elif inspect.isfunction(value):
+        digest.update(f"{value.__module__}:{value.__qualname__}".encode())
+        if not _is_installed(value.__module__):
+            _feed_function(digest, value, seen)
+    elif inspect.isclass(value):
+        digest.update(f"{value.__module__}:{value.__qualname__}".encode())
+        if not _is_installed(value.__module__):
+            digest.update(_source(value).encode())
+            made = {k: v for k, v in vars(value).items() if not k.startswith("__") or callable(v)}
+            _feed(digest, (value.__bases__, made), seen)
+    elif hasattr(value, "__wrapped__"):  # such as a function with a cache
+        _feed(digest, value.__wrapped__, seen)
+    elif isinstance(value, staticmethod | classmethod | property):
+        parts = [getattr(value, name, None) for name in ("__func__", "fget")]
+        _feed(digest, parts, seen)
+    elif _is_installed(kind.__module__):
+        said = repr(value)
+        digest.update((said if " at 0x" not in said else getattr(value, "__name__", "")).encode())
+    else:
+        _feed(digest, (kind, dict(getattr(value, "__dict__", {}))), seen)
+
+
+def _feed_network(digest: Any, net: nn.Module, seen: dict[int, tuple[int, Any]]) -> None:
+    """Its parts: what they are called and are, their attributes, weights and buffers."""
+    digest.update(repr(net).encode())
+    for name, part in net.named_modules():
+        plain = {k: v for k, v in vars(part).items() if k[0] != "_" and k != "training"}
+        held = {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers("", False))}
+        _feed(digest, (name, type(part), plain, held), seen)
+
+
+def _feed_estimator(digest: Any, estimator: Any) -> None:
+    """What was learned, whichever parts of it share their memory."""
+    try:
+        kept = save_estimator(estimator)
+    except Exception as error:
+        raise UserInputError(
+            f"It cannot be found out whether {type(estimator).__qualname__} has changed "
+            f"({first_line(error)}). Give it an attribute 'identity', a dictionary that says "
+            "what it is."
+        ) from error
+    with zipfile.ZipFile(io.BytesIO(kept)) as file:
+        for name in file.namelist():
+            held = file.read(name)
+            if name == "schema.json":
+                held = re.sub(rb'"__id__": \d+', b"", held)
+            digest.update(name.encode() + held)
+
+
+def _feed_function(digest: Any, given: Any, seen: dict[int, tuple[int, Any]]) -> None:
+    """Its source, its defaults, and what it and the functions inside it refer to by name."""
+    digest.update(_source(given).encode())
+    codes = [given.__code__]
+    for code in codes:
+        codes += [item for item in code.co_consts if inspect.iscode(item)]
+    names = {name for code in codes for name in code.co_names}
+    made = {
+        item.argval
+        for code in codes
+        for item in dis.get_instructions(code)
+        if item.opname == "STORE_GLOBAL"
+    }
+    known = {n: given.__globals__[n] for n in names - made if n in given.__globals__}
+    cells = zip(given.__code__.co_freevars, given.__closure__ or (), strict=True)
+    for name, cell in cells:
+        with suppress(ValueError):  # it is empty
+            known[name] = cell.cell_contents
+    _feed(digest, (given.__defaults__, given.__kwdefaults__, sorted(known)), seen)
+    for name in sorted(known):
+        _feed(digest, known[name], seen)
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    """Whether a module is of Python, of an installed package, or of cellstore itself."""
+    first = module.partition(".")[0]
+    if (first in sys.stdlib_module_names and first != "__main__") or first == "cellstore":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None:
+        return first not in ("__main__", "") and module in sys.modules
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _source(described: Any) -> str:
     """The source of a function or a class; where it is not known, what Python has made of it."""
-    name = f"{described.__module__}:{described.__qualname__}"
+    code = getattr(described, "__code__", None)
     try:
-        return f"{name}\n{inspect.getsource(described)}"
+        text = inspect.getsource(code or described)
     except (OSError, TypeError):
-        code = getattr(described, "__code__", None)
-        return name if code is None else f"{name}\n{_code(code)}"
+        return "" if code is None else _code(code)
+    # One line may have several functions without a name.
+    return text if code is None or code.co_name != "<lambda>" else f"{text}\n{_code(code)}"
 
 
 def _code(code: Any) -> str:

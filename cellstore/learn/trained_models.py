@@ -252,8 +252,23 @@ def save_estimator(model: Any) -> bytes:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
         # Most leaves of a forest know few of the classes: the rest are zeros.
         for old, new in names.items():
-            file.writestr(zipfile.ZipInfo(new), written.read(old), zipfile.ZIP_DEFLATED)
+            held = (
+                _without_padding(written.read(old)) if new.endswith(".npy") else written.read(old)
+            )
+            file.writestr(zipfile.ZipInfo(new), held, zipfile.ZIP_DEFLATED)
         file.writestr(zipfile.ZipInfo("schema.json"), schema, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _without_padding(npy: bytes) -> bytes:
+    """A file of numpy; the bytes between the fields of the nodes of a tree, any before, are 0."""
+    array = np.load(io.BytesIO(npy), allow_pickle=False)
+    if array.dtype.names is None:
+        return npy
+    clean, buffer = np.zeros(array.shape, array.dtype), io.BytesIO()
+    for name in array.dtype.names:
+        clean[name] = array[name]
+    np.save(buffer, clean, allow_pickle=False)
     return buffer.getvalue()
 
 

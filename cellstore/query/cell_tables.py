@@ -77,12 +77,14 @@ def sql_of(given: str) -> str:
     if _SQL.match(given):
         return given.strip()
     try:
-        return Path(given).read_text(encoding="utf-8-sig").strip()
+        text = Path(given).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise UserInputError(
             f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
         ) from error
+    # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
+    return text if _SQL.match(text) else f"--\n{text}"
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,16 @@ def selecting(
         QueryError: the SQL is wrong, or does more than read.
         UserInputError: it gives neither.
     """
+    text = sql or ""
     if where is not None:
         built_in = "(SELECT * EXCLUDE (recipe_id, run_id) FROM features WHERE recipe_id = {})"
         features = built_in.format(measure_id) if name is None else quoted(name)
         text = OF_CONDITION.format(segment=segment_id, features=features, where=where)
-        return ChosenBy(questions.read(text)[0].text)
-    assert sql is not None
-    read, columns = questions.read(sql)
+    read, columns = questions.read(text)
     reads = frozenset(read.tables)
     said = tuple(sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED}))
+    if where is not None:
+        return ChosenBy(read.text, reads, said)
     for name, query in (
         ("cell_id", "SELECT cell_id FROM (\n{sql}\n)"),
         ("image_id", OF_IMAGES),

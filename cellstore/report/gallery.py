@@ -157,7 +157,10 @@ def _asked(workspace: Workspace, what: Any) -> Asked:
         if unit is None:
             raise UserInputError("The table needs a column cell_id, or image_id for whole fields.")
         first = what.drop_duplicates(unit)
-        ids = [int(value) for value in first[unit]]
+        try:
+            ids = [int(value) for value in first[unit]]
+        except (TypeError, ValueError) as error:
+            raise UserInputError(f"Column {unit} needs a number in each row.") from error
         others = [name for name in what.columns if name != unit]
         extra = {str(name): dict(zip(ids, first[name], strict=True)) for name in others}
         return _by_ids(unit == "cell_id", ids, extra)

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import JSON, Integer, Text, bindparam, text
 from sqlalchemy.orm import Session
 
+from ..enums import Subset
 from ..errors import UnknownNameError
 from ..jobs.run_names import Model, models_of
 from ..jobs.workspace import Workspace
@@ -55,10 +56,12 @@ class RankedRun(Shown):
     ``name`` is what ``report`` and ``compare`` call it: its train run, or those of all folds of a
     cross-validation (``train_runs``, labelled by ``predict_runs``). ``model``: network, the name of
     a baseline, or of a model that was declared. ``rank`` in its split counts from 1, alike for
-    equal scores; ``None`` where there is no score: ``status`` says why, ``then`` what to do.
+    equal scores; ``None`` where there is no score, or one on fewer test images than others have
+    labelled: ``status`` says why, ``then`` what to do.
     ``low`` and ``high`` bound the accuracy: 95 % interval over wells. ``validation_loss`` and
     ``validation_accuracy`` (share of cells) are those of the epoch that was kept, of folds their
-    mean. ``differs``: parameters in which it differs from others of its kind.
+    mean; ``None`` where no image validates, or, as published, those of the test do. ``differs``:
+    parameters in which it differs from others of its kind.
     """
 
     name: str
@@ -128,7 +131,7 @@ def list_runs(
         _scored(row, scores.get(max(row.predict_runs), ())) if row.predict_runs else row
         for row in found
     ]
-    rows = _apart(rows, parameters)
+    rows = _apart(_on_fewer(rows), parameters)
     rows = [row for name in groups for row in _ranked([x for x in rows if x.split == name], by)]
     rows += [
         RankedRun(
@@ -146,17 +149,32 @@ def list_runs(
     if (most := max(chosen.values(), default=0)) > 1:
         folds = any(len(groups[name]) > 1 for name, number in chosen.items() if number > 1)
         if by == "test":
+            better = "No other image validates here: confirm it on wells that are in no subset."
+            if any(row.validation_accuracy is not None for row in rows):
+                better = (
+                    "Choose by validation images instead (--by validation), and report the test "
+                    "score of that one."
+                )
             notes.append(
                 f"The best of {most} models by test images looks better than it is on new wells, "
-                "because these very images chose it. Choose by validation images instead "
-                "(--by validation), and report the test score of that one."
+                f"because these very images chose it. {better}"
+            )
+        elif any(item.get("where") or item.get("sql") for item in parameters):
+            notes.append(
+                "A model for which cells were selected (--where, --sql) validates on such cells "
+                "only: its validation accuracy is of other cells than that of the others."
             )
         if folds:
             notes.append(
                 "What validates in one fold is tested in another, so in a cross-validation either "
                 "choice makes the best look too good: confirm it on wells that are in no fold."
             )
-    if len({row.split for row in rows}) > 1:
+    if by == "validation" and not chosen:
+        notes.append(
+            "No model here has a score on validation images. Networks get one, on a split with a "
+            "validation subset beside its test subset."
+        )
+    if len({row.split for row in rows if row.rank}) > 1:
         notes.append("Ranks are within a split: each split tests other images.")
     return Leaderboard(named, by, tuple(rows), tuple(notes))
 
@@ -194,8 +212,13 @@ def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) 
     about = {row.id: row for row in session.execute(query, {"runs": runs})}
     results = [about[run].result or {} for run in runs]
     best = {run: result.get("best_epoch") for run, result in zip(runs, results, strict=True)}
+    validated = [
+        run
+        for run, result in zip(runs, results, strict=True)
+        if result.get("validation_subset") != Subset.TEST
+    ]
     values: dict[str, list[float]] = defaultdict(list)
-    for row in session.execute(_in(VALIDATED, "runs"), {"runs": runs}):
+    for row in session.execute(_in(VALIDATED, "runs"), {"runs": validated}):
         if row.epoch == best[row.run_id] and row.value is not None:
             values[row.name].append(row.value)
     means = {name: sum(some) / len(some) for name, some in values.items()}
@@ -255,6 +278,22 @@ def _scored(row: RankedRun, votes: Sequence[Mapping[str, Any]]) -> RankedRun:
     )
 
 
+def _on_fewer(rows: Sequence[RankedRun]) -> list[RankedRun]:
+    """Say of which models fewer test images are known than of others on their split.
+
+    Perhaps these were the easy ones, so that they get no rank.
+    """
+    most: dict[str, int] = defaultdict(int)
+    for row in rows:
+        most[row.split] = max(most[row.split], row.images)
+    return [
+        replace(row, status=f"{row.images} of {most[row.split]} test images labelled")
+        if 0 < row.images < most[row.split]
+        else row
+        for row in rows
+    ]
+
+
 def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> list[RankedRun]:
     """Say of each model in which parameters it differs from others of its kind and split."""
     kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -269,7 +308,8 @@ def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> l
         differs = {
             name: _shown(parameters[index].get(name))
             for name in names
-            if len({repr(other.get(name)) for other in others}) > 1
+            # Which cells were selected is said by the selection.
+            if len({repr(one.get(name)) for one in others if name in one or name != "cells"}) > 1
         }
         found.append(replace(row, differs=differs))
     return found
@@ -288,7 +328,8 @@ def _ranked(rows: Sequence[RankedRun], by: str) -> list[RankedRun]:
 
     def score(row: RankedRun) -> tuple[float, ...] | None:
         if by == "test":
-            return None if row.accuracy is None else (row.accuracy, row.balanced_accuracy or 0.0)
+            known = row.accuracy is not None and row.status == "done"
+            return (row.accuracy or 0.0, row.balanced_accuracy or 0.0) if known else None
         if row.validation_accuracy is None:
             return None
         return row.validation_accuracy, -(row.validation_loss or 0.0)

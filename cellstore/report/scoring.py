@@ -527,7 +527,15 @@ def report(
     subject = find_subject(workspace, run, vote_options)
     other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
     run_id, options = subject.run.id, subject.vote_options
-    about = subject.rivals_read_as | subject.read_as | (other.read_as if other else {})
+    about = subject.rivals_read_as | subject.read_as
+    if other is not None:
+        if any(about.get(one, number) != number for one, number in other.read_as.items()):
+            raise UserInputError(
+                f"Of {subject.name} and {other.name} one is a single fold and one all folds as "
+                "one. Report on two of a kind, or compare these with: cellstore compare "
+                f"{shlex.quote(subject.name)} {shlex.quote(other.name)}"
+            )
+        about |= other.read_as
     with open_questions(workspace, vote_options=options, runs=about) as questions:
         labels = class_names(questions, sorted(set(about.values())))
         votes = read_answers(questions, run_id, "image", SUBSETS)

@@ -35,7 +35,7 @@ from ..enums import (
 )
 from ..errors import CellstoreError, ImageError, UserInputError, some_of
 from ..io.image_files import decode_tiff, project
-from ..jobs.execute import ImageStage, RunCounter, execute, run_jobs
+from ..jobs.execute import NO_MEMORY, ImageStage, RunCounter, execute, run_jobs
 from ..jobs.lookup import (
     IS_CURRENT,
     find_channels,
@@ -301,12 +301,12 @@ def _plan(
 
     # How it is scaled, and what makes it the same work as before.
     columns = own.choose_columns(source.features.columns) if measured else ()
-    own.features = columns
+    own.features, own.known = columns, own.identity()
     inputs = [segment] if measure is None else [segment, measure]
     described: dict[str, Any] = {
         "declared": params.name,
         "gives": params.gives,
-        "function": own.identity(),
+        "function": own.known,
         "parameters": more,
         "columns": list(columns),
     }
@@ -434,6 +434,8 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
                 return stage.ask(loaded, number)[0]
         except ImageError as error:
             problem = problem or error
+        except MemoryError:
+            problem = problem or ImageError(NO_MEMORY)
     raise UserInputError(
         f"None of the first {len(tasks)} images could be done, so nothing was begun. "
         f"{problem or 'They have no measured cells.'}"
@@ -465,13 +467,12 @@ def _describe(
         together = images_per_file(session, plan.inputs[0].id, ROWS_OF_FILE)
         lost = images_of_lost_files(session, workspace.artifacts, recipe.id)
         columns = None if found is None else [str(c["name"]) for c in found.columns]
-    stage = replace(plan.stage, images_per_file=together, name=params.name)
+    stage = plan.stage
     if counted.todo or lost is not None:
         stage = _with_scales(workspace, plan, recipe.id)
-        stage = replace(stage, images_per_file=together, name=params.name)
-        if columns is None:
-            columns = _try(workspace, plan, stage)
-        stage = replace(stage, expected=tuple(columns))
+        columns = columns or _try(workspace, plan, stage)
+        more: dict[str, Any] = {"images_per_file": together, "expected": tuple(columns)}
+        stage = replace(stage, name=params.name, **more)
     kept = {"feature_set": params.name, "note": params.note, **code_of_caller()}
     (did,) = execute(
         workspace, stage, [recipe], plan.images, resources, result=kept, unseen=plan.unseen
@@ -502,7 +503,6 @@ def _label(
     notes = list(plan.notes)
     assert split is not None
     said = {"function": plan.parameters["function"], "parameters": plan.parameters["parameters"]}
-    unseen = plan.unseen
     with workspace.database.begin() as session:
         train = declared_training(session, split, params, said)
         inputs = (register(session, train), *plan.inputs)
@@ -511,9 +511,9 @@ def _label(
         )
         runs = select(Run).where(Run.recipe_id == recipe.id)
         latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
-        counted = count_images(session, recipe.id, images, unseen=unseen)
+        counted = count_images(session, recipe.id, images, unseen=plan.unseen)
     check_not_withdrawn(latest)
-    ready, done = counted.selected - counted.waiting, latest is not None
+    ready = counted.selected - counted.waiting
     if latest is not None and latest.status is Status.DONE:
         did, train_run_id = RunCounter(latest.id, recipe.id), latest.parent_id
     else:
@@ -526,7 +526,6 @@ def _label(
         _try(workspace, plan, stage)
         kept = {"labels": list(plan.classes), "note": params.note}
         train_run_id = declare_training(workspace, train, split.id, kept)
-        done = False
         with running(
             workspace.database,
             recipe,
@@ -535,7 +534,7 @@ def _label(
             resume=None if latest is None else latest.id,
             device=own.device,
         ) as current:
-            scope = JobScope({recipe.id: current.id}, images, unseen)
+            scope = JobScope({recipe.id: current.id}, images, plan.unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.
                 requeue(session, Job.recipe_id == recipe.id, among(images))
@@ -556,7 +555,7 @@ def _label(
         function=own.name,
         selected=plan.selected,
         waiting=plan.selected - ready,
-        earlier=ready if done else ready - did.images - len(did.failures),
+        earlier=ready - did.images - len(did.failures),
         done=did.images,
         failures=tuple(did.failures),
         cells=did.cells,
@@ -625,6 +624,11 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
     label_ids: tuple[int, ...] = ()
     in_order: int = 0
     top_k: int = 0
+
+    @property
+    def device(self) -> str:
+        """Where networks compute."""
+        return self.function.device
 
     def load(self) -> None:
         """Find the function, and put a network on its device."""

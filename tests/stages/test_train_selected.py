@@ -147,6 +147,11 @@ def test_a_network_stops_by_the_same_kind_of_cells_and_is_resumed(
     assert (check.outcome, check.same_recipe) == ("identical", True)
     assert store.audit(str(two), "run").record["recipe"]["parameters"]["sql"] in TWO_OF_A_WELL
 
+    # A file may hold what no command would take for SQL.
+    file = built.parent / "pivot.sql"
+    file.write_text("PIVOT (FROM cell_table) ON well USING count(*) GROUP BY cell_id")
+    assert store.check_run(learned(store, sql=str(file)).run_id).outcome == "identical"
+
     trained = store.cells("by-well", "train").to_pandas().well.unique()
     elsewhere = replace(params, where=f"well IN ('{trained[0]}', '{trained[1]}')")
     with pytest.raises(UserInputError, match="None of the 2 images in the validation subset"):
@@ -173,5 +178,12 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     says = learned(store, sql="SELECT c.cell_id FROM cell_table c ANTI JOIN votes USING (image_id)")
     assert any("reads what models said (votes). If one" in note for note in says.notes)
     assert not any("reads labels" in note or "split_members" in note for note in says.notes)
-    labels = learned(store, sql="SELECT image_id FROM split_members WHERE subset = 'train'")
-    assert any(note.startswith("The selection reads split_members") for note in labels.notes)
+    of_split = "SELECT image_id FROM split_members WHERE subset = 'train'"
+    # A condition may ask other relations, too.
+    nested = f"image_id IN ({of_split} UNION SELECT image_id FROM votes)"
+    for selection in ({"sql": of_split}, {"where": nested}):
+        notes = learned(store, **selection).notes
+        assert any(note.startswith("The selection reads split_members") for note in notes)
+    assert any("reads what models said (votes). If one" in note for note in notes)
+    plain = learned(store, where=LARGE).notes
+    assert not any("The selection reads" in note for note in plain)
