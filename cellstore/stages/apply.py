@@ -464,7 +464,8 @@ def _describe(
             odd = [key for key, value in plan.parameters.items() if old.get(key) != value]
             other = "of other cells, or otherwise"
             if odd and "gives" in old:
-                other = f"with another {' and '.join(odd).replace('fitted_on', 'split')}"
+                names = " and ".join(odd).replace("fitted_on", "split")
+                other = f"with {'other' if names.endswith('s') else 'another'} {names}"
             raise UserInputError(
                 f"Feature set {params.name!r} is there already, and was made {other}. Give "
                 "another --name."

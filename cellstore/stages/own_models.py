@@ -490,7 +490,7 @@ def add_embeddings(
         for at, column in enumerate(columns):
             odd = (
                 f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_given "  # noqa: S608
-                f"WHERE v{at} IS NULL AND t{at} IS NOT NULL "
+                f"WHERE (v{at} IS NULL OR isinf(v{at})) AND t{at} IS NOT NULL "
                 f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
                 "ORDER BY line LIMIT 1"
             )
@@ -862,7 +862,12 @@ def _find_rows(
         asked=asked.format(unit=unit, most=1 + ADDS_UP),
     )
     questions.keep("rows_given", checked)
-    problems = "SELECT * FROM rows_given WHERE problem IS NOT NULL ORDER BY line"
+    # A line with a column for each class is several rows, and counts once.
+    first = "line" if classes is None else "p DESC, label"
+    problems = (
+        "SELECT * FROM rows_given WHERE problem IS NOT NULL "  # noqa: S608 - our own names
+        f"QUALIFY row_number() OVER (PARTITION BY line ORDER BY {first}) = 1 ORDER BY line"
+    )
     ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
     if wrong:
         refusals = []
@@ -870,7 +875,12 @@ def _find_rows(
             about = [key for key in (*NAMES, "p") if row.get(key) is not None]
             said = ", ".join(f"{'probability' if k == 'p' else k} {row[k]}" for k in about)
             refusals.append(Refusal(row["line"], row["problem"], said))
-        raise UserInputError(_nothing_added(name, wrong, refusals))
+        refused = _nothing_added(name, wrong, refusals)
+        if classes is not None and any("not in the split" in row.reason for row in refusals):
+            known = [disarmed_name(value) for value in list(classes)[:SHOWN]]
+            more = ["..."] if len(classes) > SHOWN else []
+            refused += f"\nThe classes of the split: {', '.join(known + more)}"
+        raise UserInputError(refused)
     recipes: list[Any] = [
         recipe
         for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_given").rows()
@@ -932,7 +942,8 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
         f"  line {item.line}: {item.reason} ({disarmed_name(item.detail)})" for item in refusals
     ]
     more = [f"  and {wrong - len(refusals):,} more"] if wrong > len(refusals) else []
-    head = f"Nothing was added: {wrong:,} rows of {name} cannot be used."
+    rows = "1 row" if wrong == 1 else f"{wrong:,} rows"
+    head = f"Nothing was added: {rows} of {name} cannot be used."
     return "\n".join([head, *lines, *more])
 
 

@@ -308,8 +308,9 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
             store.apply(function, "bad", gives="probabilities", crop=4)
     assert runs(store) == before
     for given, sentence in (
-        (3, "A int cannot be applied"),
+        (3, "has the type int cannot be applied"),
         (Small, "Small is a class"),
+        (torch.nn.LazyLinear(2), "LazyLinear have no weights yet"),
         ("no_such_module:f", "There is no module 'no_such_module'"),
         ("json:nothing", "Module 'json' has no 'nothing'"),
         ("json", "does not name a function"),
