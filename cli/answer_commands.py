@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -291,10 +292,10 @@ def report(
 def _show_runs(found: Leaderboard) -> None:
     typer.echo(f"split {found.split}" if found.split else "all splits")
     typer.echo("")
-    ranks = [row.rank for row in found.runs]
+    ranks = Counter((row.split, row.rank) for row in found.runs)
     rows = [
         (
-            "-" if row.rank is None else f"{row.rank}{'=' * (ranks.count(row.rank) > 1)}",
+            "-" if row.rank is None else f"{row.rank}{'=' * (ranks[row.split, row.rank] > 1)}",
             *[row.split] * (found.split is None),
             row.name.removeprefix(f"{row.split}:") if found.split is None else row.name,
             row.model,

@@ -8,7 +8,7 @@ from screens import SmallScreen, small_screen
 from cellstore.enums import Origin, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Run, Split
+from cellstore.models import Run, RunMetric, Split
 from cellstore.query.engine import open_questions
 from cellstore.report.comparison import compare
 from cellstore.report.leaderboard import list_runs
@@ -100,6 +100,7 @@ def test_models_are_ranked(workspace: Workspace) -> None:
     assert (unfinished.name, unfinished.rank) == (str(stopped.id), None)
     assert (unfinished.status, unfinished.then) == ("failed", "cellstore train --split x")
     assert found.notes[0].startswith("The best of 2 models by test images looks better")
+    assert "No other image validates here" in found.notes[0]
     # A fold by itself; models that have labelled nothing, and what was withdrawn.
     alone = list_runs(workspace, "cv-1")
     assert [(row.name, row.accuracy) for row in alone.runs][:2] == [
@@ -204,6 +205,38 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     screen.factory.exclude("well", screen.images["B01"].well_id)
     left = report(workspace, f"cv:{runs[0].id}")
     assert (left.score("image", "hard").correct, left.score("image", "hard").n) == (1, 3)
+
+
+@pytest.mark.one_database
+def test_models_are_ranked_by_validation_images(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+
+    def trained(split: Split, epochs: list[float], **more: str) -> Run:
+        recipe = make.recipe(Stage.TRAIN, parameters={"kind": str(epochs), **more})
+        subset = "test" if split.protocol == "published" else "validation"
+        result = {"best_epoch": 1, "validation_subset": subset}
+        run = make.run(Stage.TRAIN, recipe, split_id=split.id, result=result)
+        for epoch, value in enumerate(epochs, start=1):
+            make.add(RunMetric(run_id=run.id, epoch=epoch, name="validation_accuracy", value=value))
+        return run
+
+    low, high = trained(screen.split, [0.5, 0.9]), trained(screen.split, [0.6])
+    found = list_runs(workspace, "main", by="validation")
+    ranked = [(row.name, row.rank, row.validation_accuracy) for row in found.runs if row.rank]
+    assert ranked == [(str(high.id), 1, 0.6), (str(low.id), 2, 0.5)]
+    assert found.notes == ()
+    easy = trained(screen.split, [0.8], where="area > 500")
+    found = list_runs(workspace, "main", by="validation")
+    assert found.runs[0].name == str(easy.id)
+    assert found.notes[0].startswith("A model for which cells were selected (--where, --sql)")
+
+    # As published, test images validate: to choose by them is to choose by test images.
+    members = [(image, Subset.TEST, screen.labels["DMSO"]) for image in screen.images.values()]
+    trained(make.split(members, "published", protocol="published"), [0.7])
+    found = list_runs(workspace, "published", by="validation")
+    assert [(row.rank, row.validation_accuracy) for row in found.runs] == [(None, None)]
+    assert found.notes[0].startswith("No model here has a score on validation images")
 
 
 @pytest.mark.one_database

@@ -43,6 +43,7 @@ from cellstore.io.image_files import probe, read_plane
 from cellstore.io.uris import FETCHED
 from cellstore.jobs.planes import read_image
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.learn.datasets import CellDataset
 from cellstore.models import ImageFile
 from cellstore.settings import StoreSettings
 
@@ -212,6 +213,9 @@ def test_a_password_does_not_travel(
     opened = replace(workspace, settings=StoreSettings(tmp_path / "store", secret))
     sent = pickle.dumps(Store(opened))
     assert b"s3cret" not in sent
+    items: Any = CellDataset(opened, *[None] * 12)  # type: ignore[arg-type]
+    assert b"s3cret" not in pickle.dumps(items)
+    assert "s3cret" not in repr(items)
     with pickle.loads(sent) as without:
         assert "s3cret" not in str(without.workspace.settings.database)
     monkeypatch.setenv("CELLSTORE_DATABASE_URL", secret)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
             raise UnknownNameError.of(f"model of cross-validation {family}", wanted, known)
         raise UnknownNameError(
             f"No fold of cross-validation {family!r} has a model yet. Next: cellstore train "
-            f"--split {family}"
+            f"--split {shlex.quote(family)}"
         )
 
     def labelled(model: Model, split: int) -> int | None:
@@ -244,7 +245,7 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
     if missing:
         raise UnknownNameError(
             f"Fold {', '.join(missing)} of cross-validation {family!r} has no labels yet. Finish "
-            f"it with the command that began it: cellstore train --split {family}"
+            f"it with the command that began it: cellstore train --split {shlex.quote(family)}"
         )
     folds = tuple(run for row in found if (run := labelled(model, row.id)))
     return NamedRun(max(folds), Stage.PREDICT, Status.DONE, folds, reference)

@@ -29,7 +29,6 @@ from ..query.cells import (
     plate_of,
     read_masks,
 )
-from ..settings import StoreSettings
 from .batches import (
     Block,
     BlockShuffle,
@@ -84,7 +83,7 @@ class CellDataset(IterableDataset[Item]):
     :meth:`cellstore.Store.dataset`.
     """
 
-    settings: StoreSettings
+    workspace: Workspace = field(repr=False)
     source: CellSource
     plane: ImageInput
     scaler: Scaler
@@ -214,7 +213,7 @@ class CellDataset(IterableDataset[Item]):
         """What reads the cells in this process: a connection does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
             reader = (CellReader if self.places is None else FieldReader)(
-                open_workspace(self.settings),
+                open_workspace(self.workspace.settings),
                 self.source,
                 self.plane,
                 self.scaler,
@@ -329,7 +328,7 @@ def cell_dataset(
             places = name_images(session, replace(cells.source, subset=subset))
             blocks = tuple(replace(block, n_cells=1) for block in blocks)
     return CellDataset(
-        settings=workspace.settings,
+        workspace=workspace,
         source=cells.source,
         plane=plane_of(cells.segment),
         scaler=scaler,

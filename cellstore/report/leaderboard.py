@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import JSON, Integer, Text, bindparam, text
 from sqlalchemy.orm import Session
 
+from ..enums import Subset
 from ..errors import UnknownNameError
 from ..jobs.run_names import Model, models_of
 from ..jobs.workspace import Workspace
@@ -59,7 +60,8 @@ class RankedRun(Shown):
     labelled: ``status`` says why, ``then`` what to do.
     ``low`` and ``high`` bound the accuracy: 95 % interval over wells. ``validation_loss`` and
     ``validation_accuracy`` (share of cells) are those of the epoch that was kept, of folds their
-    mean. ``differs``: parameters in which it differs from others of its kind.
+    mean; ``None`` where no image validates, or, as published, those of the test do. ``differs``:
+    parameters in which it differs from others of its kind.
     """
 
     name: str
@@ -147,17 +149,32 @@ def list_runs(
     if (most := max(chosen.values(), default=0)) > 1:
         folds = any(len(groups[name]) > 1 for name, number in chosen.items() if number > 1)
         if by == "test":
+            better = "No other image validates here: confirm it on wells that are in no subset."
+            if any(row.validation_accuracy is not None for row in rows):
+                better = (
+                    "Choose by validation images instead (--by validation), and report the test "
+                    "score of that one."
+                )
             notes.append(
                 f"The best of {most} models by test images looks better than it is on new wells, "
-                "because these very images chose it. Choose by validation images instead "
-                "(--by validation), and report the test score of that one."
+                f"because these very images chose it. {better}"
+            )
+        elif any(item.get("where") or item.get("sql") for item in parameters):
+            notes.append(
+                "A model for which cells were selected (--where, --sql) validates on such cells "
+                "only: its validation accuracy is of other cells than that of the others."
             )
         if folds:
             notes.append(
                 "What validates in one fold is tested in another, so in a cross-validation either "
                 "choice makes the best look too good: confirm it on wells that are in no fold."
             )
-    if len({row.split for row in rows}) > 1:
+    if by == "validation" and not chosen:
+        notes.append(
+            "No model here has a score on validation images. Networks get one, on a split with a "
+            "validation subset beside its test subset."
+        )
+    if len({row.split for row in rows if row.rank}) > 1:
         notes.append("Ranks are within a split: each split tests other images.")
     return Leaderboard(named, by, tuple(rows), tuple(notes))
 
@@ -195,8 +212,13 @@ def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) 
     about = {row.id: row for row in session.execute(query, {"runs": runs})}
     results = [about[run].result or {} for run in runs]
     best = {run: result.get("best_epoch") for run, result in zip(runs, results, strict=True)}
+    validated = [
+        run
+        for run, result in zip(runs, results, strict=True)
+        if result.get("validation_subset") != Subset.TEST
+    ]
     values: dict[str, list[float]] = defaultdict(list)
-    for row in session.execute(_in(VALIDATED, "runs"), {"runs": runs}):
+    for row in session.execute(_in(VALIDATED, "runs"), {"runs": validated}):
         if row.epoch == best[row.run_id] and row.value is not None:
             values[row.name].append(row.value)
     means = {name: sum(some) / len(some) for name, some in values.items()}
@@ -281,6 +303,8 @@ def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> l
     for index, row in enumerate(rows):
         others = [parameters[other] for other in kinds[row.model, row.split]]
         names = dict.fromkeys(name for other in others for name in other)
+        if not all("cells" in other for other in others):  # left out where a selection says it
+            names.pop("cells", None)
         differs = {
             name: _shown(parameters[index].get(name))
             for name in names
