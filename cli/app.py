@@ -235,13 +235,22 @@ def say_next(steps: Sequence[str], common: Common) -> None:
             say(filled(f"({why}", " " * len(start)))
 
 
+def _say_next_of_store(common: Common, done: str) -> None:
+    try:
+        with common.open() as store:
+            steps = store.next_step()
+    except StoreNotFoundError:  # of doctor, which needs none
+        steps = "cellstore init DIR", "cellstore demo"
+    say_next([step for step in steps if step.partition("  (")[0] != done], common)
+
+
 def command(
     app: typer.Typer,
     name: str,
     show: Callable[[T], None] | None = None,
     failed: Callable[[T], int] | None = None,
     *,
-    then: bool = False,
+    then: bool | Callable[[T], Sequence[str]] = False,
     **more: Any,
 ) -> Callable[[Callable[..., T | None]], Callable[..., T | None]]:
     """Register a function as a command; ``show`` prints what it returns, if JSON is not wanted.
@@ -252,7 +261,8 @@ def command(
     function gets the filled object. One whose default is an ``option`` becomes that option.
     Options that were not typed are filled in by ``--preset``, if the command has that, else by the
     defaults of the dataclass. A parameter of type ``Store`` gets the open store, and every command
-    has the options of :class:`Common`. ``then``: it ends with the next useful step.
+    has the options of :class:`Common`. ``then``: it ends with the next useful step of the store, or
+    those that this function returns for the result.
     """
 
     def register(function: Callable[..., T | None]) -> Callable[..., T | None]:
@@ -267,7 +277,7 @@ def _with_options(
     show: Callable[[T], None] | None,
     failed: Callable[[T], int] | None,
     *,
-    then: bool,
+    then: bool | Callable[[T], Sequence[str]],
 ) -> Callable[..., None]:
     function.__annotations__.pop("return", None)  # often not imported, but for mypy
     hints = get_type_hints(function, include_extras=True)
@@ -333,14 +343,11 @@ def _with_options(
                 common.show(result, show)
         if result is not None and failed is not None and (code := failed(result)):
             raise typer.Exit(int(code))
-        if then and not common.as_json and not typed & ONLY_SHOWN:
-            try:
-                with common.open() as store:
-                    steps = store.next_step()
-            except StoreNotFoundError:  # of doctor, which needs none
-                steps = "cellstore init DIR", "cellstore demo"
-            done = f"cellstore {context.info_name}"
-            say_next([step for step in steps if step.partition("  (")[0] != done], common)
+        if callable(then):
+            if result is not None and not common.as_json:
+                say_next(then(result), common)
+        elif then and not common.as_json and not typed & ONLY_SHOWN:
+            _say_next_of_store(common, f"cellstore {context.info_name}")
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context

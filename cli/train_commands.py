@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -131,7 +133,8 @@ def train(
       cellstore train --split five
     """
     if list_presets:
-        _show_presets()
+        every = {"default": TrainParams()} | {name: TrainParams.of(name) for name in PRESETS}
+        common.show(every, _show_presets)
         return
     if baseline is not None:
         _refuse(common, common.typed - _OF_BASELINES - _ANYWAY, "Baselines have no option {flags}.")
@@ -186,7 +189,7 @@ def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> 
         raise UserInputError(sentence.format(flags=flags))
 
 
-def _show_presets() -> None:
+def _show_presets(every: Mapping[str, TrainParams]) -> None:
     def shown(value: Any) -> str:
         if isinstance(value, tuple):
             return ",".join(value) or "none"
@@ -194,12 +197,11 @@ def _show_presets() -> None:
             return "yes" if value else "no"
         return "none" if value is None else output.cell(value)
 
-    every = [TrainParams(), *(TrainParams.of(name) for name in PRESETS)]
     rows = [
-        [item.name.replace("_", "-"), *(shown(getattr(values, item.name)) for values in every)]
+        [item.name.replace("_", "-"), *(shown(getattr(x, item.name)) for x in every.values())]
         for item in options_of(TrainParams)
     ]
-    output.table(["option", "default", *PRESETS], rows)
+    output.table(["option", *every], rows)
 
 
 def _say_processors(device: str, devices: int) -> None:
@@ -411,7 +413,29 @@ def _show_apply(result: ApplyResult) -> None:
         list_failures(result.failures)
 
 
-@command(app, "apply", then=True)
+def _failed_apply(result: ApplyResult) -> int:
+    if result.failures:
+        again = "cellstore retry" if result.feature_set else "the same command"
+        end_with_failures(result.failures, result.done, "done", again)
+    return 0
+
+
+def _then_predicted(result: ApplyResult | AddedPredictions) -> tuple[str, ...]:
+    return (
+        f"cellstore report --run {result.run_id or result.train_run_id}",
+        f"cellstore runs --split {shlex.quote(result.split or '')}",
+    )
+
+
+def _then_learn(result: Any) -> tuple[str, ...]:
+    """Of what made a feature set, or predictions, as ``apply`` may."""
+    if result.feature_set is None:
+        return _then_predicted(result)
+    learn = f"cellstore train --baseline probe --features {shlex.quote(result.feature_set)}"
+    return ("cellstore retry", learn) if getattr(result, "failed_before", 0) else (learn,)
+
+
+@command(app, "apply", _show_apply, _failed_apply, then=_then_learn)
 def apply(
     function: Annotated[
         str, typer.Argument(metavar="MODULE:NAME|MODEL.onnx", help="What looks at the cells.")
@@ -419,9 +443,8 @@ def apply(
     params: ApplyParams,
     resources: Resources,
     store: Store,
-    common: Common,
     device: str = DEVICE,
-) -> None:
+) -> ApplyResult:
     """Let a function or a model of your own look at every cell, and keep what it returns.
 
     MODULE is a file MODULE.py in this folder, or an installed module; NAME in it is a function, a
@@ -437,11 +460,9 @@ def apply(
       cellstore apply my_model:vit --name vit --gives probabilities
       cellstore apply model.onnx --name vit --device cuda
     """
-    result = store.apply(function, **asdict(params), device=device, resources=resources)
-    common.show(result, _show_apply)
-    if result.failures:
-        again = "cellstore retry" if result.feature_set else "the same command"
-        end_with_failures(result.failures, result.done, "done", again)
+    # What the function prints is not the answer of this command, which may be JSON.
+    with redirect_stdout(sys.stderr):
+        return store.apply(function, **asdict(params), device=device, resources=resources)
 
 
 def _show_embedders(known: list[dict[str, Any]]) -> None:
@@ -452,7 +473,7 @@ def _show_embedders(known: list[dict[str, Any]]) -> None:
                 output.wrapped(f"  {key}: {row[key]}")
 
 
-@command(app, "embed")
+@command(app, "embed", _show_apply, _failed_apply, then=_then_learn)
 def embed(
     common: Common,
     model: str | None = option(
@@ -492,7 +513,7 @@ def embed(
         "List the known networks: source, revision, licence, preprocessing.",
         name="--list",
     ),
-) -> None:
+) -> ApplyResult | None:
     """Embed every cell with a published network: a feature set of the cells that are there.
 
     'cellstore train --baseline probe --features NAME' then says what it is worth, and every command
@@ -518,7 +539,7 @@ def embed(
             for name, known in KNOWN.items()
         ]
         common.show(rows, _show_embedders)
-        return
+        return None
     if model is None:
         raise UserInputError("Name a network: --model MODEL. See: cellstore embed --list")
     from cellstore.learn.embedders import licence_of
@@ -536,14 +557,9 @@ def embed(
         "note": note,
     }
     with common.open() as store:
-        result = store.embed(
+        return store.embed(
             model, name, mode=mode, weights=weights, crop=crop, device=device, **given
         )
-    common.show(result, _show_apply)
-    if result.failures:
-        end_with_failures(result.failures, result.done, "done", "cellstore retry")
-    elif not common.as_json:
-        say(f"Next: cellstore train --baseline probe --features {result.feature_set}")
 
 
 predictions = typer.Typer(no_args_is_help=True, help="Predictions of models of your own.")
@@ -570,7 +586,7 @@ def _show_added(result: AddedPredictions) -> None:
     )
 
 
-@command(predictions, "add", _show_added, then=True)
+@command(predictions, "add", _show_added, then=_then_predicted)
 def add(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and classes.")],
     params: AddedParams,
@@ -607,10 +623,9 @@ def _show_embeddings(result: AddedEmbeddings) -> None:
             "columns": result.columns,
         }
     )
-    say(f"Next: cellstore train --features {shlex.quote(result.feature_set)}")
 
 
-@command(embeddings, "add", _show_embeddings)
+@command(embeddings, "add", _show_embeddings, then=_then_learn)
 def add_embeddings(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A table of cells and numbers.")],
     store: Store,

@@ -53,6 +53,7 @@ def test_each_channel_is_shown_as_a_grey_picture(tmp_path: Path) -> None:
     assert embedder.identity == {
         "model": "folder tiny-vit",
         "revision": None,
+        "config": embedders.sha256_of(tmp_path / "tiny-vit" / "config.json"),
         "mode": "channels",
         "input_size": 28,
         "licence": "not known",
@@ -152,6 +153,12 @@ def test_files_that_may_hold_code_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(UserInputError, match="not those of the network"):
         open_embedder(str(tmp_path))
+    for hostile in ("[" * 100_000, json.dumps({"architecture": "test_vit", "model_args": [1]})):
+        (tmp_path / "config.json").write_text(hostile)
+        with pytest.raises(
+            UserInputError, match=r"is no JSON|not as timm or transformers write it"
+        ):
+            open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserInputError, match="is no JSON"):
         open_embedder(str(tmp_path))

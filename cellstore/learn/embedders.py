@@ -81,7 +81,10 @@ class KnownModel:
 
 @dataclass(frozen=True)
 class Opened:
-    """A network and what it reads: ``channels``, ``size`` in pixels, ``mean`` and ``std``."""
+    """A network and what it reads: ``channels``, ``size`` in pixels, ``mean`` and ``std``.
+
+    ``digest``: of its weights; ``config``: of the file that describes it, where there is one.
+    """
 
     net: nn.Module
     channels: int | None
@@ -92,13 +95,15 @@ class Opened:
     revision: str | None = None
     licence: str = "not known"
     normalise: str | None = None
+    config: str | None = None
 
 
 class Embedder(nn.Module):
     """Crops to embeddings; ``identity`` says which network this is and what it is shown.
 
     ``identity`` holds what decides the numbers: ``model``, ``revision``, ``sha256`` of the weights,
-    ``mode``, ``input_size`` in pixels, ``mean`` and ``std`` or ``normalise``; and the ``licence``.
+    that of its ``config``, ``mode``, ``input_size`` in pixels, ``mean`` and ``std`` or
+    ``normalise``; and the ``licence``.
     """
 
     def __init__(self, opened: Opened, mode: str, model: str) -> None:
@@ -115,6 +120,7 @@ class Embedder(nn.Module):
             "model": model,
             "revision": opened.revision,
             "sha256": opened.digest,
+            "config": opened.config,
             "mode": mode,
             "input_size": opened.size,
             "licence": opened.licence,
@@ -349,23 +355,29 @@ def _open_folder(path: Path) -> Opened:
             f"{path} is not a network that can be opened: give a folder with {CONFIG} (of timm or "
             f"transformers) and {WEIGHTS}. Other files of weights may hold code and are not opened."
         )
-    described = _json(config)
-    if "architecture" in described:
-        return _of_timm_config(described, file)
-    kind = described.get("model_type")
-    if kind not in CLASS_TOKEN + POOLED:
-        raise UserInputError(
-            f"{config} describes a network of type {kind!r}, of which is not known what of it is "
-            f"an embedding. These are: {', '.join(CLASS_TOKEN + POOLED)}, and those of timm."
-        )
+    described, digest = _json(config), sha256_of(config)
     normal = _json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
-    return _of_transformers(described, normal, file)
+    kind = described.get("model_type")
+    try:
+        if "architecture" in described:
+            return replace(_of_timm_config(described, file), config=digest)
+        if kind in CLASS_TOKEN + POOLED:
+            return replace(_of_transformers(described, normal, file), config=digest)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserInputError(
+            f"{config}, or {PREPROCESSOR} beside it, is not as timm or transformers write it "
+            f"({first_line(error)}). Fetch it again."
+        ) from error
+    raise UserInputError(
+        f"{config} describes a network of type {kind!r}, of which is not known what of it is "
+        f"an embedding. These are: {', '.join(CLASS_TOKEN + POOLED)}, and those of timm."
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserInputError(f"{path} is no JSON ({error}). Fetch it again.") from error
     if not isinstance(found, dict):
         raise UserInputError(f"{path} describes no network. Give that of timm or transformers.")
@@ -387,7 +399,7 @@ def _of_timm_config(described: Mapping[str, Any], file: Path) -> Opened:
         net.load_state_dict({key: state[key] for key in net.state_dict()})
     except (KeyError, RuntimeError, TypeError) as error:
         raise _do_not_fit(file, error) from error
-    mean, std = config.get("mean", [0.5] * channels), config.get("std", [0.5] * channels)
+    mean, std = (list(map(float, config.get(k) or [0.5] * channels)) for k in ("mean", "std"))
     licence = str(config.get("license") or "not known")
     return Opened(net, channels, height, mean, std, sha256_of(file), licence=licence)
 
@@ -430,7 +442,8 @@ def _of_transformers(described: Mapping[str, Any], normal: Mapping[str, Any], fi
     sizes = normal.get("crop_size") or normal.get("size") or {}
     usual = sizes.get("height") or sizes.get("shortest_edge") if isinstance(sizes, dict) else sizes
     channels = int(getattr(config, "num_channels", 3))
-    mean, std = (normal.get(f"image_{name}") or [0.5] * channels for name in ("mean", "std"))
+    given = (normal.get(f"image_{name}") or [0.5] * channels for name in ("mean", "std"))
+    mean, std = (list(map(float, values)) for values in given)
     if normal.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels
     size = int(usual or config.image_size)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..analysis.segmentation import Batches
 from ..artifacts import sha256_of
@@ -334,6 +335,11 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
         )
     if isinstance(given, nn.Module):
         kind, described = NETWORK, type(given)
+        if any(is_lazy(value) for value in given.state_dict(keep_vars=True).values()):
+            raise UserInputError(
+                f"Layers of {described.__qualname__} have no weights yet (LazyLinear and its "
+                "relatives). Call the network once, or load its weights, before you apply it."
+            )
     elif hasattr(given, "fit") and hasattr(given, "get_params"):
         kind, described = ESTIMATOR, type(given)
         if not any(hasattr(given, name) for name in ("predict_proba", "transform", "predict")):
@@ -343,8 +349,9 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
         kind, described = FUNCTION, given if plain else type(given)
     else:
         raise UserInputError(
-            f"A {type(given).__name__} cannot be applied to cells. Give a function, a module of "
-            "torch, an estimator of scikit-learn, 'module:name' or a file model.onnx."
+            f"What has the type {type(given).__name__} cannot be applied to cells. Give a "
+            "function, a module of torch, an estimator of scikit-learn, 'module:name' or a file "
+            "model.onnx."
         )
     module, name = getattr(described, "__module__", "") or "", described.__qualname__
     reference = None
@@ -452,10 +459,11 @@ def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
     if value is None or isinstance(value, str | bytes | int | float | complex):
         digest.update(repr(value).encode())
         return
-    if (before := seen.get(id(value))) is not None:
-        digest.update(f"number {before[0]}".encode())
-        return
-    seen[id(value)] = (len(seen), value)
+    if not isinstance(value, tuple | frozenset):  # Python may make one of two equal constants
+        if (before := seen.get(id(value))) is not None:
+            digest.update(f"number {before[0]}".encode())
+            return
+        seen[id(value)] = (len(seen), value)
     if isinstance(value, tuple | list | set | frozenset | Mapping):
         items = value.items() if isinstance(value, Mapping) else value
         items = sorted(items, key=repr) if isinstance(value, set | frozenset) else list(items)

@@ -84,13 +84,18 @@ Row = dict[str, Any]
 
 
 class Asked(NamedTuple):
-    """What is to be shown. ``chosen``: a condition in SQL on ``t``; ``extra``: columns by unit."""
+    """What is to be shown.
+
+    ``chosen``: a condition in SQL on ``t``; ``extra``: columns by unit; ``split``: SQL with the
+    label and the subset of cells of a split.
+    """
 
     of_cells: bool
     chosen: str
     parameters: list[Any]
     extra: Mapping[str, Mapping[int, Any]]
     listed: bool
+    split: str = ""
 
 
 def show(
@@ -141,7 +146,7 @@ def _asked(workspace: Workspace, what: Any) -> Asked:
         return Asked(segmented is not None, "t.excluded IS NULL", [], {}, False)
     if isinstance(what, CellTable):
         chosen = f"c.id IN (SELECT cell_id FROM (\n{what.query}\n))"  # noqa: S608 - guarded
-        return Asked(True, chosen, [], {}, False)
+        return Asked(True, chosen, [], {}, False, what.query)
     if isinstance(what, Selection):
         with workspace.database.read() as session:
             ids = list(session.scalars(images_of(session, what)))
@@ -197,14 +202,19 @@ def _drawn(
     """The rows to draw, by the name of their group."""
     relation = "cell_table" if asked.of_cells else "image_table"
     known = questions.ask(f"FROM {relation} LIMIT 0").names
+    of_split = by in ("label", "subset") and bool(asked.split)
+    if of_split:
+        known = [*known, str(by)]
     for name in (*numbers, *([by] if by else [])):
         if name not in known and name not in asked.extra:
             raise UnknownNameError.of("column", name, [*asked.extra, *known])
     columns = [f"t.{quoted(name)} AS {quoted(f'number {name}')}" for name in numbers
                if name in known]  # fmt: skip
     of_table = by is not None and by not in asked.extra
-    columns.append(f"CAST(t.{quoted(by)} AS VARCHAR) AS group_name" if by is not None and of_table
-                   else "NULL AS group_name")  # fmt: skip
+    group = f"CAST(t.{quoted(by)} AS VARCHAR)" if by is not None and of_table else "NULL"
+    if of_split:
+        group = f"(SELECT o.{by} FROM (\n{asked.split}\n) AS o WHERE o.cell_id = c.id)"  # noqa: S608
+    columns.append(f"{group} AS group_name")
     usual = OF_GROUP if asked.of_cells else FIELDS_OF_GROUP
     each = n or (MOST if asked.listed else usual)
     sql = (CELLS if asked.of_cells else FIELDS).format(

@@ -303,6 +303,8 @@ def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> l
     for index, row in enumerate(rows):
         others = [parameters[other] for other in kinds[row.model, row.split]]
         names = dict.fromkeys(name for other in others for name in other)
+        if not all("cells" in other for other in others):  # left out where a selection says it
+            names.pop("cells", None)
         differs = {
             name: _shown(parameters[index].get(name))
             for name in names

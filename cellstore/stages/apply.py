@@ -109,7 +109,14 @@ from .own_models import (
     declare_training,
     declared_training,
 )
-from .predict import PredictionRows, insert_predictions, measured_images, unfinished
+from .predict import (
+    PredictionRows,
+    check_alone,
+    insert_predictions,
+    latest_run,
+    measured_images,
+    unfinished,
+)
 
 if TYPE_CHECKING:
     from ..learn.crops import CellCrops
@@ -457,7 +464,8 @@ def _describe(
             odd = [key for key, value in plan.parameters.items() if old.get(key) != value]
             other = "of other cells, or otherwise"
             if odd and "gives" in old:
-                other = f"with another {' and '.join(odd).replace('fitted_on', 'split')}"
+                names = " and ".join(odd).replace("fitted_on", "split")
+                other = f"with {'other' if names.endswith('s') else 'another'} {names}"
             raise UserInputError(
                 f"Feature set {params.name!r} is there already, and was made {other}. Give "
                 "another --name."
@@ -508,8 +516,7 @@ def _label(
         recipe = register(
             session, RecipeSpec(Stage.PREDICT, VERSION, plan.parameters, None, inputs)
         )
-        runs = select(Run).where(Run.recipe_id == recipe.id)
-        latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
+        latest = latest_run(session, recipe.id)
         counted = count_images(session, recipe.id, images, unseen=plan.unseen)
     check_not_withdrawn(latest)
     ready = counted.selected - counted.waiting
@@ -533,6 +540,8 @@ def _label(
             resume=None if latest is None else latest.id,
             device=own.device,
         ) as current:
+            if latest is None:
+                check_alone(workspace, recipe.id, current.id)
             scope = JobScope({recipe.id: current.id}, images, plan.unseen)
             with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.

@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from sqlalchemy import case, exists, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
@@ -69,7 +69,7 @@ from ..query.feature_files import (
 from ..query.guard import literal
 from ..query.source import check_set_name
 from .export import FILE_COLUMNS, exported_columns
-from .predict import PredictionRows, insert_predictions
+from .predict import PredictionRows, insert_predictions, latest_run
 
 VERSION = 1
 SHOWN = 5
@@ -298,10 +298,7 @@ def add_predictions(
             recipe = register(
                 session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
             )
-            # The one that has the jobs: another that was begun at the same time has no rows.
-            with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
-            runs = select(Run).where(Run.recipe_id == recipe.id)
-            latest = session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
+            latest = latest_run(session, recipe.id)
             before = {} if latest is None else (latest.result or {}).get("trackers", {})
         check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
@@ -493,7 +490,7 @@ def add_embeddings(
         for at, column in enumerate(columns):
             odd = (
                 f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_given "  # noqa: S608
-                f"WHERE v{at} IS NULL AND t{at} IS NOT NULL "
+                f"WHERE (v{at} IS NULL OR isinf(v{at})) AND t{at} IS NOT NULL "
                 f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
                 "ORDER BY line LIMIT 1"
             )
@@ -865,7 +862,12 @@ def _find_rows(
         asked=asked.format(unit=unit, most=1 + ADDS_UP),
     )
     questions.keep("rows_given", checked)
-    problems = "SELECT * FROM rows_given WHERE problem IS NOT NULL ORDER BY line"
+    # A line with a column for each class is several rows, and counts once.
+    first = "line" if classes is None else "p DESC, label"
+    problems = (
+        "SELECT * FROM rows_given WHERE problem IS NOT NULL "  # noqa: S608 - our own names
+        f"QUALIFY row_number() OVER (PARTITION BY line ORDER BY {first}) = 1 ORDER BY line"
+    )
     ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
     if wrong:
         refusals = []
@@ -873,7 +875,12 @@ def _find_rows(
             about = [key for key in (*NAMES, "p") if row.get(key) is not None]
             said = ", ".join(f"{'probability' if k == 'p' else k} {row[k]}" for k in about)
             refusals.append(Refusal(row["line"], row["problem"], said))
-        raise UserInputError(_nothing_added(name, wrong, refusals))
+        refused = _nothing_added(name, wrong, refusals)
+        if classes is not None and any("not in the split" in row.reason for row in refusals):
+            known = [disarmed_name(value) for value in list(classes)[:SHOWN]]
+            more = ["..."] if len(classes) > SHOWN else []
+            refused += f"\nThe classes of the split: {', '.join(known + more)}"
+        raise UserInputError(refused)
     recipes: list[Any] = [
         recipe
         for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_given").rows()
@@ -935,7 +942,8 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
         f"  line {item.line}: {item.reason} ({disarmed_name(item.detail)})" for item in refusals
     ]
     more = [f"  and {wrong - len(refusals):,} more"] if wrong > len(refusals) else []
-    head = f"Nothing was added: {wrong:,} rows of {name} cannot be used."
+    rows = "1 row" if wrong == 1 else f"{wrong:,} rows"
+    head = f"Nothing was added: {rows} of {name} cannot be used."
     return "\n".join([head, *lines, *more])
 
 

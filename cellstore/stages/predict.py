@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, exists, false, func, or_, select
+from sqlalchemy import Select, and_, case, exists, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
@@ -233,8 +233,7 @@ def predict(
                     forget_lost_files(session, workspace.artifacts, embedding.recipe_id)
             embedded = count_images(session, embedding.recipe_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
-        runs = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
-        latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
+        latest = latest_run(session, recipe.id)
         whole = latest is not None and latest.status is Status.DONE
     did: RunCounter | None = None
     if latest is not None and whole and todo == again == 0:
@@ -257,6 +256,8 @@ def predict(
             resume=None if latest is None or (whole and todo) else latest.id,
             device=chosen,
         ) as current:
+            if latest is None:
+                check_alone(workspace, recipe.id, current.id)
             if plates:
                 text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                 file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
@@ -305,6 +306,32 @@ def predict(
         feature_set=embedding.name if embedding else None,
         notes=tuple(notes),
     )
+
+
+def latest_run(session: Session, recipe_id: int) -> Run | None:
+    """Return the latest run of a recipe that has jobs; if none has any, the latest.
+
+    One that was begun at the same time as another, and gave up, has none.
+    """
+    with_jobs = case((exists().where(Job.run_id == Run.id), 0), else_=1)
+    runs = select(Run).where(Run.recipe_id == recipe_id)
+    return session.scalars(runs.order_by(with_jobs, Run.id.desc()).limit(1)).first()
+
+
+def check_alone(workspace: Workspace, recipe_id: int, run_id: int) -> None:
+    """Refuse a run that another command has begun at the same time: neither would be whole.
+
+    Raises:
+        UserInputError: there is another.
+    """
+    others = select(Run.id).where(Run.recipe_id == recipe_id, Run.id != run_id)
+    others = others.where(Run.status.in_((Status.RUNNING, Status.DONE)))
+    with workspace.database.read() as session:
+        if (other := session.scalar(others.limit(1))) is not None:
+            raise UserInputError(
+                f"Another command began the same at the same time, as run {other}. Wait until it "
+                "is over, and give the same command again."
+            )
 
 
 def unfinished(did: RunCounter) -> str:

@@ -46,12 +46,46 @@ def test_embeddings_are_added_from_a_file(cellstore, trained: Path, tmp_path: Pa
     Path("more.csv").write_text("\n".join([f"{header},e0", *lines]), encoding="utf-8")
     words = ("embeddings", "add", "more.csv", "--name", "mine", *STORE)
     said = cellstore(*words)
-    assert "cellstore train --features mine" in said.err
+    assert said.err.endswith("train --baseline probe --features mine\n")
+    infinite = "\n".join([f"{header},e0", *lines[:2], f"{rows[2]},inf"])
+    Path("odd.csv").write_text(infinite, encoding="utf-8")
+    said_of_it = cellstore("embeddings", "add", "odd.csv", "--name", "odd", *STORE, code=2)
+    assert "1 row of odd.csv cannot be used.\n  line 4: no number (e0 inf)" in said_of_it.err
     count = cellstore("sql", "SELECT count(e0) AS n FROM mine", "--json", *STORE)
     assert count.json[0]["n"] == len(rows)
     assert cellstore(*words).out.startswith("Nothing to do")
     said = cellstore("ingest", "more.csv", *STORE, code=2)
     assert "cellstore embeddings add more.csv --name NAME" in said.err
+
+
+def test_a_table_of_predictions_is_added_or_its_lines_are_named(cellstore, trained: Path):
+    asked = (
+        "SELECT c.cell_id FROM cell_table AS c JOIN split_members AS m ON m.image_id = c.image_id "
+        "WHERE m.subset = 'test' ORDER BY 1 LIMIT 2"
+    )
+    cells = cellstore("sql", asked, "--json", *STORE).json
+    asked = "SELECT DISTINCT l.value AS label FROM split_members AS m JOIN labels AS l ON "
+    asked += "l.id = m.label_id ORDER BY 1"
+    names = [row["label"] for row in cellstore("sql", asked, "--json", *STORE).json]
+    keys = [row["cell_id"] for row in cells]
+
+    def table(file: str, columns: str, values: str) -> tuple[str, ...]:
+        lines = [f"cell_id,{columns}", *(f"{key},{values}" for key in keys)]
+        Path(file).write_text("\n".join(lines), encoding="utf-8")
+        return ("predictions", "add", file, "--name", "mine", *STORE)
+
+    said = cellstore(*table("other.csv", "label", "Taxxol"), code=2)
+    assert "line 2: a class that is not in the split" in said.err
+    assert said.err.endswith(f"The classes of the split: {', '.join(names)}\n")
+    # A line with a column for each class is one row that cannot be used.
+    wide = table("wide.csv", ",".join(names), ",".join(["0.9"] * len(names)))
+    assert "Nothing was added: 2 rows of wide.csv" in cellstore(*wide, code=2).err
+    said = cellstore(*table("good.csv", "label", names[0]))
+    run = said.out.split()[1]
+    assert said.err.splitlines()[-2:] == [
+        f"Next: cellstore --store store report --run {run}",
+        "  or: cellstore --store store runs --split main",
+    ]
 
 
 def test_mistakes_are_sentences(cellstore, trained: Path):

