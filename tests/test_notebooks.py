@@ -246,6 +246,8 @@ def test_what_is_shown_can_be_said_in_many_ways(store: Store) -> None:
     assert len([t for t in texts(store.show(few, by=None)) if t]) == 3
     assert len([t for t in texts(store.show(list(few), by=None)) if t]) == 3
     assert store.show(test, n=1).shape == (3, 3)
+    by_label = store.show(test, by="label", n=1)
+    assert by_label.shape == (frame["label"].nunique(), 1)
     assert store.show(store.sql("SELECT 1 AS cell_id"), by=None).shape == (1, 1)
     large = store.show("area > 300", by="well", n=1, channels=["Mito", "RNA"])
     assert all(float(t.split()[-1].replace(",", "")) > 300 for t in texts(large) if t)

@@ -32,7 +32,6 @@ SELECT
     i.control,
     c.id AS cell_id,
     c.object_number,
-    c.object_number AS label,
     coalesce(c.excluded, x.reason, i.excluded) AS excluded,
     f.* EXCLUDE (cell_id, recipe_id, run_id),
     f.area * i.pixel_size * i.pixel_size AS area_um2,
