@@ -1049,7 +1049,7 @@ class BaselineParams(Params):
         1.0, "With --baseline: penalty of the logistic models (1 / C of scikit-learn).", above=0.0
     )
     neighbours: int = baseline(
-        20, "With --baseline: nearest training cells that knn asks (as DINO's protocol).", min=1
+        20, "With --baseline: nearest training cells that vote in knn (as DINO's protocol).", min=1
     )
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)

@@ -1729,7 +1729,7 @@ def _table_of(given: Any) -> Any:
         if hasattr(given, "iloc"):
             return pa.Table.from_pandas(given, preserve_index=False)
         return pa.table(given)
-    except (TypeError, pa.ArrowException) as error:
+    except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
             f"This is no table that can be read: {first_line(error)}. Give a file, or a table of "
             "pandas, polars or Arrow with one kind of value in each column; with an array also "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -321,7 +322,16 @@ def _show_runs(found: Leaderboard) -> None:
             output.wrapped(f"run {row.name}: {row.status}")
 
 
-@command(app, "runs", _show_runs)
+def _then_of_runs(found: Leaderboard) -> tuple[str, ...]:
+    best = [row for row in found.runs if row.predict_runs and row.images][:2]
+    names = [shlex.quote(row.name) for row in best]
+    steps = tuple(f"cellstore report --run {name}" for name in names[:1])
+    if len(best) == 2 and best[0].split == best[1].split:
+        steps += (f"cellstore compare {' '.join(names)}",)
+    return steps
+
+
+@command(app, "runs", _show_runs, then=_then_of_runs)
 def runs(
     store: Store,
     split: str | None = option(

@@ -602,7 +602,7 @@ def add(
 
     \b
     Example:
-      cellstore predictions add labels.csv --name vit --split by-well --trained-on train
+      cellstore predictions add labels.csv --name vit --trained-on train
       cellstore predictions add labels.parquet --name forest --split by-well
     """
     return store.add_predictions(file, **asdict(params))
@@ -642,7 +642,7 @@ def add_embeddings(
 
     \b
     Example:
-      cellstore embeddings add vectors.parquet --name dinov3 --model dinov3.safetensors
+      cellstore embeddings add vectors.parquet --name dinov3
     """
     return store.add_embeddings(file, name, model=model, segmentation=segmentation, note=note)
 

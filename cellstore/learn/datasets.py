@@ -98,7 +98,7 @@ class CellDataset(IterableDataset[Item]):
     seed: int
     transform: Callable[[Item], Item] | None = None
     notes: tuple[str, ...] = ()
-    places: Mapping[int, Item] | None = None
+    image_names: Mapping[int, Item] | None = None
     """By image: what an item says of it, where items are images."""
     # Shared memory, so that workers that persist see it change.
     epoch: torch.Tensor = field(default_factory=lambda: _shared(torch.zeros((), dtype=torch.int64)))
@@ -140,15 +140,15 @@ class CellDataset(IterableDataset[Item]):
         cells = BlockShuffle(
             self._blocks,
             lambda ids: prefetch(ids, reader.cut, threads),
-            DRAWN if self.places is None else 2,
+            DRAWN if self.image_names is None else 2,
             self.seed,
             shuffle=self.shuffle,
             sampler=self.sampler,
             share=(rank * workers + number, world * workers),
             even=False,
-            **({} if self.places is None else FIELDS_MIXED),
+            **({} if self.image_names is None else FIELDS_MIXED),
         )
-        make = self._cell_items if self.places is None else self._image_items
+        make = self._cell_items if self.image_names is None else self._image_items
         for some in cells(int(self.epoch)):
             for item in make(some):
                 yield item if self.transform is None else self.transform(item)
@@ -169,7 +169,7 @@ class CellDataset(IterableDataset[Item]):
                 yield dict(zip(columns, values, strict=True))
 
     def _image_items(self, images: CellCrops) -> Iterator[Item]:
-        assert self.places is not None
+        assert self.image_names is not None
         crops = None if self.crop is None else crop_cells(images, self.crop).crops[IMAGE]
         for index, (start, end) in enumerate(images.spans.tolist()):
             image_id, shape = int(images.cell_ids[index]), tuple(images.sizes[index].tolist())
@@ -179,7 +179,7 @@ class CellDataset(IterableDataset[Item]):
                 self._check_shape(shape)
                 flat = torch.from_numpy(images.layers[IMAGE][:, start:end])
                 picture = (flat * 2 - 1).reshape(-1, *shape)  # as crops
-            item: Item = {"image_id": image_id, **self.places[image_id]}
+            item: Item = {"image_id": image_id, **self.image_names[image_id]}
             item |= {"label": int(images.labels[index]), "image": picture}
             if OBJECTS in images.layers:
                 numbers = images.layers[OBJECTS][0, start:end].reshape(shape)
@@ -212,7 +212,7 @@ class CellDataset(IterableDataset[Item]):
     def _reader(self, workers: int) -> CellReader:
         """What reads the cells in this process: a connection does not survive a fork."""
         if self._opened is None or self._opened[0] != os.getpid():
-            reader = (CellReader if self.places is None else FieldReader)(
+            reader = (CellReader if self.image_names is None else FieldReader)(
                 open_workspace(self.workspace.settings),
                 self.source,
                 self.plane,
@@ -323,9 +323,9 @@ def cell_dataset(
             planes,
             (subset,),
         )
-        places = None
+        image_names = None
         if unit == "image":
-            places = name_images(session, replace(cells.source, subset=subset))
+            image_names = name_images(session, replace(cells.source, subset=subset))
             blocks = tuple(replace(block, n_cells=1) for block in blocks)
     return CellDataset(
         workspace=workspace,
@@ -343,5 +343,5 @@ def cell_dataset(
         seed=params.seed,
         transform=transform,
         notes=cells.notes,
-        places=places,
+        image_names=image_names,
     )

@@ -52,9 +52,9 @@ def of_mlflow(run_id: str, uri: str | None = None) -> dict[str, str]:
     left out.
     """
     known = {"run": run_id}
-    if place := uri or os.environ.get(MLFLOW_URI):
-        known["at"] = shown(place)
-        if place.startswith(("http://", "https://")):
+    if address := uri or os.environ.get(MLFLOW_URI):
+        known["at"] = shown(address)
+        if address.startswith(("http://", "https://")):
             known["link"] = f"{known['at'].rstrip('/')}/#/runs/{run_id}"
     return known
 
@@ -208,7 +208,7 @@ class _TensorBoard:
         self.logger.log_metrics(dict(metrics), step=epoch)
 
     def keep(self, files: Sequence[Path], scores: Mapping[str, float]) -> None:
-        """It has no place for files, and the metrics say what came out."""
+        """It takes no files, and the metrics say what came out."""
 
     def end(self, *, done: bool) -> None:
         self.logger.finalize("success" if done else "failed")

@@ -332,9 +332,8 @@ class SetReader:
     """Call it with cell ids to get their values out of a feature set. Threads may share it.
 
     The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. With neither
-    it is all cells, and has no values.
-    The set is ``files``, or what table ``features`` has of the recipe ``measure_id``. ``chosen``:
-    the cells that it is asked about, a bit for each id (see :func:`are_chosen`); None: all.
+    it is all cells, and has no values. ``chosen``: only of these cells, a bit for each id (see
+    :func:`are_chosen`); None: of all.
     """
 
     def __init__(

@@ -421,15 +421,18 @@ def check_set_name(name: str, option: str = "--name") -> str:
     """Return the name of a feature set, if it can be one; ``option`` is what gives another.
 
     Raises:
-        UserInputError: it is no plain name, or that of a table.
+        UserInputError: it is no plain name, or that of a table or of a group of features.
     """
     if not _SET_NAME.fullmatch(name):
         raise UserInputError(
             f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
             f"letter first: {option} nuclei_v2"
         )
+    from ..analysis.features import GROUPS
     from ..models import METADATA  # they load slowly, and questions need no classes of tables
 
+    if name in GROUPS:  # it would be found in their place
+        raise UserInputError(f"{name!r} is a group of cellstore's features. Give another {option}.")
     if name in {*METADATA.tables, "exclusions", *VIEWS}:
         raise UserInputError(f"{name!r} is the name of a table. Give another {option}.")
     return name

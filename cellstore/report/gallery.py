@@ -1,4 +1,4 @@
-"""Pictures of cells, or of whole fields, side by side, for a notebook: axes of matplotlib."""
+"""Pictures of cells, or of whole fields, beside each other, for a notebook: axes of matplotlib."""
 
 from __future__ import annotations
 
@@ -351,7 +351,7 @@ def _laid_out(
     """A line of axes for each group, with its controls to the right."""
     from matplotlib import pyplot
 
-    left_out = len(groups) - GROUPS
+    hidden = len(groups) - GROUPS
     lines: list[tuple[str, list[Row], list[Row]]] = []
     for name, rows in list(groups.items())[:GROUPS]:
         per_line = PER_LINE if of_cells else 4
@@ -362,7 +362,7 @@ def _laid_out(
     right = max(len(beside) for _, _, beside in lines)
     every = [row for _, rows, beside in lines for row in (*rows, *beside)]
     limits, tile = pictures.limits(every), TILE if of_cells else FIELD_TILE
-    side = _window(every) if of_cells else 0
+    side = _side(every) if of_cells else 0
     names = 1.4 if by is not None else 0.1
     above, below = 0.35 if right else 0.1, 0.2 + 0.13 * len(numbers)
     size = (
@@ -389,8 +389,8 @@ def _laid_out(
     said = " + ".join(pictures.channels) or "the plane that was segmented"
     if of_cells:
         said = f"{side} x {side} pixels each, {said}"
-    if left_out > 0:
-        said += f"; {left_out} more groups are not shown"
+    if hidden > 0:
+        said += f"; {hidden} more groups are not shown"
     figure.text(names / size[0], 0.04 / height, said, size=7, color=GREY)
     if right:
         x = (names + tile * (wide + 0.25)) / size[0]
@@ -405,14 +405,14 @@ def _filled(rows: Sequence[Row], wide: int, beside: Sequence[Row], right: int) -
     ]
 
 
-def _window(rows: Sequence[Row]) -> int:
+def _side(rows: Sequence[Row]) -> int:
     """Pixels of the side of a square that holds nearly every cell, with a margin."""
     sides = [max(r["max_row"] - r["min_row"], r["max_col"] - r["min_col"]) for r in rows]
     return int(np.ceil(1.3 * np.percentile(sides, 90) / 4) * 4)
 
 
 def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], side: int) -> None:
-    """One picture: the window around a cell, or, with no ``side``, the whole field."""
+    """One picture: the part around a cell, or, with no ``side``, the whole field."""
     key = row["image_id"], row["segmentation_id"]
     if key not in pictures.planes:
         axes.text(0.5, 0.5, "cannot be\nread", size=7, color=GREY, ha="center", va="center")
@@ -429,16 +429,16 @@ def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], si
     top = (row["min_row"] + row["max_row"] - side) // 2
     left = (row["min_col"] + row["max_col"] - side) // 2
     shape = planes[0].shape
-    window = np.s_[max(0, top) : top + side, max(0, left) : left + side]
+    part = np.s_[max(0, top) : top + side, max(0, left) : left + side]
     before = max(0, -top), max(0, -left)
     picture = np.zeros((side, side, 3), np.float32)
-    inner = pictures.coloured([plane[window] for plane in planes], limits)
+    inner = pictures.coloured([plane[part] for plane in planes], limits)
     target = np.s_[before[0] : before[0] + inner.shape[0], before[1] : before[1] + inner.shape[1]]
     picture[target] = inner
     axes.imshow(picture, interpolation="bicubic")
     if masks is not None and masks.shape == shape:
         own = np.zeros((side, side), np.float32)
-        own[target] = masks[window] == row["object_number"]
+        own[target] = masks[part] == row["object_number"]
         if own.any():
             colour = tuple(part / 255 for part in OUTLINE_COLOUR)
             axes.contour(own, levels=[0.5], colors=[colour], linewidths=0.9)

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from ..analysis.features import BASIC_GROUP
 from ..analysis.segmentation import Batches, pick_device
 from ..artifacts import ArtifactFolder, StoredFile
-from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection
+from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection, option_of
 from ..db.bulk import insert_new
 from ..enums import (
     PROJECTION_CHANNEL,
@@ -259,10 +259,7 @@ def _plan(
     # What it is given.
     image = params.image and not own.is_estimator
     measured = params.features is not None or not (image or params.mask)
-    if own.is_estimator and params.mask:
-        raise UserInputError("An estimator of scikit-learn reads measurements only: no --mask.")
-    if params.channels and not image:
-        raise UserInputError(f"{own.name} is given no crops: leave --channels out.")
+    _check_options(own, params, image=image)
     name = None if params.features == BASIC_GROUP.name else params.features
     measure = None
     if measured:
@@ -375,6 +372,19 @@ def _plan(
     return _Plan(
         images, stage, described, tuple(inputs), planes, split, classes, unseen, number, notes
     )
+
+
+def _check_options(own: OwnFunction, params: ApplyParams, *, image: bool) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        UserInputError: there is one.
+    """
+    if own.is_estimator and params.mask:
+        raise UserInputError("An estimator of scikit-learn reads measurements only: no --mask.")
+    for option, used in (("channels", image), ("intensity", image), ("crop", image or params.mask)):
+        if not used and getattr(params, option) != option_of(ApplyParams, option).default:
+            raise UserInputError(f"{own.name} is given no crops: leave --{option} out.")
 
 
 def _channels(session: Session, images: Select[int], named: Sequence[str]) -> tuple[str, ...]:
@@ -695,7 +705,8 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
 
     def give(self, cells: LoadedCells, piece: slice) -> dict[str, Any]:
         """Return what the function is given of some cells of an image."""
-        batch: dict[str, Any] = {"cell_id": cells.ids[piece]}
+        # A copy: whose cells these are does not change with what a function does to it.
+        batch: dict[str, Any] = {"cell_id": cells.ids[piece].copy()}
         if cells.crops is not None:
             from ..learn.crops import crop_cells
 
@@ -753,7 +764,15 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                 f"{called} returned {len(names)} columns ({some_of(names, 2)}), and "
                 f"{len(self.expected)} ({some_of(self.expected, 2)}) for other images."
             )
-        return names, values.astype(np.float32) if kind == "embedding" else values
+        if kind == "embedding":
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+            if np.isinf(values).any():
+                raise ImageError(
+                    f"{called} returned numbers above {np.finfo(np.float32).max:.1g}, more than an "
+                    "embedding holds. Scale them, or add: --gives features"
+                )
+        return names, values
 
     def compute(self, loaded: Sequence[LoadedCells]) -> list[ApplyOutput]:
         """Return what the function says of the cells of each image."""

@@ -43,6 +43,8 @@ def test_baselines_of_all_folds_are_one_report(cellstore, cv: str) -> None:
     listed = cellstore("runs", *IN)
     assert max(map(len, listed.out.splitlines())) <= 80
     models = {row["model"]: row for row in cellstore("runs", *IN, "--json").json["runs"]}
+    first = next(iter(models.values()))["name"]
+    assert listed.err.startswith(f"Next: cellstore --store store report --run {first}\n")
     assert models.keys() == {"logistic", "majority"}
     best = found["scores"][0]
     assert {name: models["logistic"][name] for name in ("accuracy", "low", "high")} == {

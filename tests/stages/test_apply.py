@@ -223,6 +223,7 @@ def test_of_two_commands_at_once_one_makes_the_run(store: Store) -> None:
 def test_features_have_names_and_may_have_gaps(store: Store) -> None:
     def ratio(batch: dict[str, Any]) -> pd.DataFrame:
         area = batch["features"][:, 0]
+        batch["cell_id"] -= 1  # whatever it does to it, its answer is of these cells
         return pd.DataFrame({"area": area, "odd": np.where(area < 60, np.nan, area / 2)})
 
     made = store.apply(ratio, "ratio", gives="features", image=False)
@@ -284,6 +285,9 @@ HOSTILE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "vector": (lambda b: b["image"].mean(axis=(1, 2, 3)), r"shape \(4,\) for 4 cells"),
     "too few rows": (lambda b: light(b)[:-1], r"shape \(3, 2\) for 4 cells"),
     "not finite": (lambda b: light(b) / 0, "infinite or none at all"),
+    "too large": (lambda b: np.full((len(b["image"]), 1), 1e300), "more than an embedding holds"),
+    "ragged": (lambda b: [[1], [1, 2], [1], [1]], "returned list. It should return an array"),
+    "no memory": (lambda b: bytearray(1 << 60), "too little memory"),
     "text": (lambda b: np.full((len(b["image"]), 2), "x"), "returned text"),
     "nothing": (lambda b: None, "returned NoneType"),
     "columns": (lambda b: {"a": light(b)}, r"columns of shape \(4, 2\)"),
@@ -324,6 +328,10 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
         store.apply(light, "bad", softmax=True)
     with pytest.raises(UserInputError, match="is given no crops: leave --channels out"):
         store.apply(light, "bad", image=False, channels=["DNA"])
+    with pytest.raises(UserInputError, match="leave --intensity out"):
+        store.apply(light, "bad", image=False, intensity="image")
+    with pytest.raises(UserInputError, match="'texture' is a group of cellstore's features"):
+        store.apply(light, "texture")
     with pytest.raises(UnknownNameError, match="channel"):
         store.apply(light, "bad", channels=["Infrared"])
 

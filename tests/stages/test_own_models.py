@@ -149,6 +149,7 @@ def test_one_bad_row_and_nothing_is_written(
         ("cell_id,label\n1,DMSO\n2\n", "line 3: wrong number of cells"),
         (pa.table({"cell_id": [1], "label": ["DMSO"], "taxol": [1.0]}), "no predictions"),
         ([[1.0, 2.0]], "no table that can be read"),
+        ([1, 2], "no table that can be read"),
     ],
 )
 def test_what_is_no_plain_table_is_refused(

@@ -2,8 +2,9 @@
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
 -- where the split does not name the image; truth is the split's label, else what its well
 -- has in the split's field, else null. well_in_training: the network was trained on an
--- image of this very well; null: that was not declared of a model from elsewhere. control: what the well is a control of, else null; of a well that got
--- another label since the split was made, what the other wells of the split's label are.
+-- image of this very well; null: that was not declared of a model from elsewhere. control: what the
+-- well is a control of, else null; of a well that got another label since the split was made, what
+-- the other wells of the split's label are.
 WITH predicting AS (
     SELECT
         r.id AS run_id,

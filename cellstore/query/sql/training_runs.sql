@@ -23,7 +23,7 @@ scored AS (
         avg(1.0 * v.n_correct / v.n) AS balanced_accuracy,
         row_number() OVER (
             PARTITION BY r.parent_id ORDER BY sum(v.n) DESC, v.run_id DESC
-        ) AS place
+        ) AS position
     FROM voted AS v
     JOIN runs AS r ON r.id = v.run_id
     WHERE r.status = 'done'
@@ -62,4 +62,4 @@ LEFT JOIN run_metrics AS vl
     ON vl.run_id = t.id AND vl.epoch = t.best_epoch AND vl.name = 'validation_loss'
 LEFT JOIN run_metrics AS va
     ON va.run_id = t.id AND va.epoch = t.best_epoch AND va.name = 'validation_accuracy'
-LEFT JOIN scored AS x ON x.parent_id = t.id AND x.place = 1
+LEFT JOIN scored AS x ON x.parent_id = t.id AND x.position = 1
