@@ -358,7 +358,7 @@ def test_the_examples_for_models_of_ones_own(
     for block in re.findall("```python\n(.*?)```", page, re.DOTALL):
         exec(block, values)
     store, run = values["store"], values["added"].run_id
-    name = values["audit"].record["name"]
+    name = "{plate}/{well}/{site}".format(**values["image"])
     found = {item["run_id"]: item for item in store.audit(name, "image").record["labellings"]}
     last = {item["run_id"]: item for item in values["audit"].record["labellings"]}[run]
     weights = hashlib.sha256((tmp_path / "my-network.pt").read_bytes()).hexdigest()
