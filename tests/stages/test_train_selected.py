@@ -114,6 +114,11 @@ def test_a_selection_narrows_what_is_learned_from_and_nothing_else(
         ({"where": "area > 1000"}, "None of the 2 images in the training subset"),
         ({"where": "treatment = 'drug'"}, "one class only, drug"),
         ({"sql": "SELECT 9000000000000000000 AS cell_id"}, "None of the 2 images"),
+        ({"sql": "SELECT CAST(2 AS HUGEINT) ** 100 AS cell_id"}, "whole numbers"),
+        ({"sql": "SELECT CAST('1' || repeat('0', 30) AS HUGEINT) AS Cell_ID"}, "None of the 2"),
+        ({"sql": "SELECT [cell_id] AS cell_id FROM cell_table"}, "whole numbers"),
+        ({"sql": "SELECT INTERVAL 1 DAY AS cell_id"}, "whole numbers"),
+        ({"sql": " "}, "SQL is empty"),
     ],
 )
 def test_what_selects_nothing_useful_is_refused(
