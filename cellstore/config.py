@@ -890,6 +890,8 @@ def one_selection(where: str | None, sql: str | None) -> bool:
     """
     if where is not None and not where.strip():
         raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+    if sql is not None and not sql.strip():
+        raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
     if where is not None and sql is not None:
         raise UserInputError("Select cells by --where or by --sql, not by both.")
     return where is not None or sql is not None

@@ -248,6 +248,9 @@ def test_what_is_not_a_whole_cross_validation_is_refused(workspace: Workspace) -
     run = add_model(screen, folds[0], "one", dict.fromkeys(TRUTH, "DMSO"))
     with pytest.raises(UnknownNameError, match=r"Fold 2 of cross-validation 'cv' has no labels"):
         report(workspace, "cv")
+    add_model(screen, folds[0], "vit", TRUTH)
+    with pytest.raises(UnknownNameError, match=r"Fold 2 .* began it: cellstore predictions add"):
+        report(workspace, "cv:vit")
     add_model(screen, folds[1], "one", dict.fromkeys(TRUTH, "DMSO"))
     with pytest.raises(UserInputError, match=f"Both are run {run.id}"):
         compare(workspace, "cv", str(run.id))

@@ -243,9 +243,12 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
     model = max(named, key=rank)
     missing = [str(row.fold) for row in found if not labelled(model, row.id)]
     if missing:
+        command = f"cellstore train --split {shlex.quote(family)}"
+        if "declared" in model.parameters:
+            command = "cellstore predictions add"
         raise UnknownNameError(
-            f"Fold {', '.join(missing)} of cross-validation {family!r} has no labels yet. Finish "
-            f"it with the command that began it: cellstore train --split {shlex.quote(family)}"
+            f"Fold {', '.join(missing)} of cross-validation {family!r} has no labels. Finish it "
+            f"with the command that began it: {command}"
         )
     folds = tuple(run for row in found if (run := labelled(model, row.id)))
     return NamedRun(max(folds), Stage.PREDICT, Status.DONE, folds, reference)

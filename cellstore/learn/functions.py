@@ -579,8 +579,13 @@ def _feed_function(digest: Any, given: Any, seen: dict[int, tuple[int, Any]]) ->
 
 
 @functools.cache
-def _is_installed(module: str) -> bool:
-    """Whether a module is of Python, of an installed package, or of cellstore itself."""
+def _is_installed(module: str | None) -> bool:
+    """Whether a module is of Python, of an installed package, or of cellstore itself.
+
+    What is made by ``exec`` may have none.
+    """
+    if module is None:
+        return False
     first = module.partition(".")[0]
     if (first in sys.stdlib_module_names and first != "__main__") or first == "cellstore":
         return True

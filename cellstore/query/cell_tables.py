@@ -129,11 +129,12 @@ def selecting(
     said = tuple(sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED}))
     if where is not None:
         return ChosenBy(read.text, reads, said)
+    kinds = {name.lower(): kind for name, kind in columns.items()}
     for name, query in (
-        ("cell_id", "SELECT cell_id FROM (\n{sql}\n)"),
+        ("cell_id", "SELECT try_cast(cell_id AS BIGINT) AS cell_id FROM (\n{sql}\n)"),
         ("image_id", OF_IMAGES),
     ):
-        if "INT" in columns.get(name, ""):
+        if re.fullmatch("[A-Z]*INT(EGER)?", kinds.get(name, "")):
             return ChosenBy(query.format(sql=read.text, segment=segment_id), reads, said)
     given = ", ".join(columns)
     example = "SELECT cell_id FROM cell_table WHERE area > 500"
@@ -150,7 +151,7 @@ def chosen_cells(questions: Questions, chosen: ChosenBy, last: int) -> bytes:
     """
     bits = np.zeros((last >> 3) + 1, dtype=np.uint8)
     for batch in questions.ask(chosen.query).batches():
-        ids = batch.column(0).drop_null().cast("int64").to_numpy()
+        ids = batch.column(0).drop_null().to_numpy()
         ids = ids[(ids > 0) & (ids <= last)]
         np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
     return bits.tobytes()

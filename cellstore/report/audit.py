@@ -369,7 +369,9 @@ def _labellings(
             runs.code_version, runs.parent_id AS train_run_id, splits.name AS split, protocol,
             splits.id AS split_id, splits.field, subset, labels.value AS truth, runs.origin,
             runs.status,
-            parameters ->> 'declared' AS model, parameters ->> 'trained_on' AS trained_on
+            parameters ->> 'declared' AS model, parameters ->> 'trained_on' AS trained_on,
+            CASE WHEN parameters ->> 'declared' IS NOT NULL THEN weights_sha256 END
+                AS weights_sha256
         FROM runs LEFT JOIN runs AS parents ON parents.id = runs.parent_id
         LEFT JOIN recipes ON recipes.id = parents.recipe_id
         LEFT JOIN splits ON splits.id = coalesce(runs.split_id, parents.split_id)
@@ -405,7 +407,7 @@ def _labellings(
                 run["trained_on"] is not None,
             )
         keys = ["run_id", "started_at", "user", "host", "code_version", "train_run_id"]
-        keys += ["origin", "status", "model"]
+        keys += ["origin", "status", "model", "weights_sha256"]
         if (trained := run["train_run_id"]) not in checkpoints:
             checkpoints[trained] = _checkpoints(session, trained)
         labellings.append(

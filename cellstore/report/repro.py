@@ -161,15 +161,22 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
             by_name = feature_set and feature_set.storage is FeatureStorage.FILES
             more: Any = {"features": feature_set.name if feature_set and by_name else None}
             more |= flagging
+            selection = str(stored.get("where") or stored.get("sql") or "")
+            if re.search(r"\b(select|from)\b", selection, re.IGNORECASE):
+                doubt = (
+                    "its cells are selected by SQL, which may read what is not made again with it: "
+                    "images outside the split, predictions, numbers of rows"
+                )
+                doubts = (doubt,)
             if "baseline" in stored:
                 inputs = {"baseline": str(stored["baseline"])} | inputs
-                return RunOptions(BaselineParams.from_recipe(stored, **more), inputs)
+                return RunOptions(BaselineParams.from_recipe(stored, **more), inputs, doubts)
             if stored.get("weights") == FROM_FILE:
                 doubt = (
                     "it began from a file of weights that the store does not hold: put the path "
                     f"of the file with sha256 {recipe.weights_sha256} in place of --weights=file"
                 )
-                doubts = (doubt,)
+                doubts = (doubt, *doubts)
             return RunOptions(TrainParams.from_recipe(stored, **more), inputs, doubts)
         case Stage.PREDICT:
             labelled = PredictParams.from_recipe(stored)

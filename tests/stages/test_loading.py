@@ -1,5 +1,6 @@
 """Batches as training takes them from a store: the same on any machine, and no cell lost."""
 
+import hashlib
 import pickle
 import re
 from collections.abc import Iterator
@@ -361,11 +362,13 @@ def test_the_examples_for_models_of_ones_own(
     for block in re.findall("```python\n(.*?)```", page, re.DOTALL):
         exec(block, values)
     store, run = values["store"], values["added"].run_id
-    assert values["audit"].record["recipe"]["parameters"]["declared"] == "my-network"
-    image = store.votes(str(run)).table.to_pylist()[0]
-    name = f"{image['plate']}/{image['well']}/{image['site']}"
+    name = "{plate}/{well}/{site}".format(**values["image"])
     found = {item["run_id"]: item for item in store.audit(name, "image").record["labellings"]}
-    last = found[run]
+    last = {item["run_id"]: item for item in values["audit"].record["labellings"]}[run]
+    weights = hashlib.sha256((tmp_path / "my-network.pt").read_bytes()).hexdigest()
+    assert (last["weights_sha256"], last["well_in_training"]) == (weights, False)
+    rivals = {item.baseline for item in values["report"].baselines}
+    assert rivals == {"majority", "shuffled", "cellcount", "position", "logistic"}
     assert found[values["labelled"].run_id]["model"] == "applied-network"
     assert values["with_light"].embedding_000.notna().all()
     fields = found[values["whole"].run_id]

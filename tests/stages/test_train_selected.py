@@ -114,6 +114,11 @@ def test_a_selection_narrows_what_is_learned_from_and_nothing_else(
         ({"where": "area > 1000"}, "None of the 2 images in the training subset"),
         ({"where": "treatment = 'drug'"}, "one class only, drug"),
         ({"sql": "SELECT 9000000000000000000 AS cell_id"}, "None of the 2 images"),
+        ({"sql": "SELECT CAST(2 AS HUGEINT) ** 100 AS cell_id"}, "whole numbers"),
+        ({"sql": "SELECT CAST('1' || repeat('0', 30) AS HUGEINT) AS Cell_ID"}, "None of the 2"),
+        ({"sql": "SELECT [cell_id] AS cell_id FROM cell_table"}, "whole numbers"),
+        ({"sql": "SELECT INTERVAL 1 DAY AS cell_id"}, "whole numbers"),
+        ({"sql": " "}, "SQL is empty"),
     ],
 )
 def test_what_selects_nothing_useful_is_refused(
@@ -178,6 +183,10 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     says = learned(store, sql="SELECT c.cell_id FROM cell_table c ANTI JOIN votes USING (image_id)")
     assert any("reads what models said (votes). If one" in note for note in says.notes)
     assert not any("reads labels" in note or "split_members" in note for note in says.notes)
+    redone = store.check_run(says.run_id)  # without the predictions
+    assert not redone.same_recipe
+    assert redone.reasons[0].startswith("its cells are selected by SQL, which may read what is not")
+    assert f"# Note: {redone.reasons[0]}" in store.repro(says.run_id).script
     of_split = "SELECT image_id FROM split_members WHERE subset = 'train'"
     # A condition may ask other relations, too.
     nested = f"image_id IN ({of_split} UNION SELECT image_id FROM votes)"
