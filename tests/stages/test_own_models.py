@@ -407,6 +407,8 @@ def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_pa
     assert kept.to_numpy().tolist() == wanted[["Metadata_CellId", "e0", "e15"]].to_numpy().tolist()
     assert store.status().cells == before
     assert store.add_embeddings(path, "mine").already_done
+    by_number = table.drop(columns="Metadata_CellId")
+    assert store.add_embeddings(by_number, "by_number").cells == len(known)
     # What the split says is never taken for a prediction.
     with pytest.raises(UserInputError, match="says no class"):
         store.add_predictions(path, "the truth")
