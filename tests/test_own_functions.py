@@ -117,3 +117,33 @@ def test_another_function_in_a_worker_is_refused(
     ragged = find_function("one_of_random_weights:seen", str(tmp_path))
     with pytest.raises(ImageError, match=r"returned list.*array of numbers"):
         ragged(lambda part: {}, 2)
+
+
+def test_weights_beside_an_onnx_file_are_part_of_it(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(3, 2), "w")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [value("x", TensorProto.FLOAT, ["n", 3])],
+        [value("y", TensorProto.FLOAT, ["n", 2])],
+        [weights],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        helper.make_model(graph),
+        str(path),
+        save_as_external_data=True,
+        location="weights of it.bin",
+        size_threshold=0,
+    )
+    first = find_function(path).identity()
+    (tmp_path / "unused.bin").write_bytes(b"other")
+    assert find_function(path).identity() == first
+    (tmp_path / "weights of it.bin").write_bytes(bytes(24))
+    assert find_function(path).identity() != first

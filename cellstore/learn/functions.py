@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import io
+import mmap
 import os
 import re
 import sys
@@ -154,8 +155,8 @@ class OwnFunction:
         if isinstance(own, Mapping):
             return found | {"identity": dict(own)}
         if isinstance(self.given, Path):
-            beside = sorted(self.given.parent.glob(f"{self.given.name}[._]data"))
-            digests = [sha256_of(path) for path in (self.given, *beside)]
+            beside = [self.given.parent / name for name in _data_of_onnx(self.given)]
+            digests = [sha256_of(path) for path in (self.given, *beside) if path.is_file()]
             return found | {"sha256": digests[0], **({"data": digests[1:]} if beside else {})}
         digest = hashlib.sha256()
         _feed(digest, self.given, {})
@@ -418,6 +419,19 @@ def _named(text: str, folder: str) -> OwnFunction:
     made = find_function(found, folder)
     made.name = made.reference = f"{module}:{name}"
     return made
+
+
+def _data_of_onnx(path: Path) -> list[str]:
+    """The files beside an ONNX file that hold its weights, relative to its folder, sorted.
+
+    Each tensor in such a file says so: an entry of the key ``location`` (onnx.proto, TensorProto).
+    """
+    if path.stat().st_size == 0:
+        return []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        found = re.finditer(rb"\n\x08location\x12([\x01-\x7f])", held)
+        names = {held[item.end() : item.end() + item[1][0]] for item in found}
+    return sorted(name.decode(errors="replace") for name in names if b"\0" not in name)
 
 
 def _open_onnx(path: Path, device: str) -> Any:

@@ -236,8 +236,9 @@ def _check_folder(out: Path, force: bool) -> None:
     check_not_of_a_store(out)
     if not out.exists():
         return
-    inside = [] if not out.is_dir() else [path.name for path in out.iterdir()]
-    if not out.is_dir() or [n for n in inside if n != "README.md" and not _FILE.fullmatch(n)]:
+    inside = [path.name for path in out.iterdir()] if out.is_dir() else [""]
+    crops = [name for name in inside if _FILE.fullmatch(name)]
+    if inside and (not crops or set(inside) - {*crops, "README.md"}):
         raise UserInputError(f"{out} is there already, and no export of crops. Name a new folder.")
     if inside and not force:
         raise UserInputError(f"{out} is there already. Name a new folder, or add --force.")

@@ -289,6 +289,10 @@ def test_exported_crops_are_those_of_the_data_set(
     (out / "mine.txt").touch()
     with pytest.raises(UserInputError, match="no export of crops"):
         store.export_crops(out, force=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("My project")
+    with pytest.raises(UserInputError, match="no export of crops"):
+        store.export_crops(tmp_path / "mine", force=True)
     everything = store.export_crops(here / "all")
     assert everything.cells == made.cells
     assert pq.read_table(here / "all" / "cells-00000.parquet").column("label").null_count
