@@ -136,18 +136,24 @@ def train(
         every = {"default": TrainParams()} | {name: TrainParams.of(name) for name in PRESETS}
         common.show(every, _show_presets)
         return
+    only = {
+        item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
+    }
     if baseline is not None:
+        from cellstore.learn.baselines import choose
+        from cellstore.stages.train_baselines import USED
+
         _refuse(common, common.typed - _OF_BASELINES - _ANYWAY, "Baselines have no option {flags}.")
         kinds = [word.strip() for word in baseline.split(",") if word.strip()]
+        read = {name for kind in choose(kinds) for name in USED[kind]}
+        sentence = f"Baseline {baseline} does not read {{flags}}: remove it."
+        _refuse(common, common.typed & only - read, sentence)
         with common.open() as store:
             made = store.train_baselines(
                 kinds, baselines, **asdict(sources), force=force, predict=not no_predict
             )
         common.show(made, _show_baselines)
         return
-    only = {
-        item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
-    }
     _refuse(
         common,
         common.typed & (only | {"no_predict"}),

@@ -43,17 +43,20 @@ def add_folds(screen: SmallScreen) -> list[Split]:
     ]
 
 
-def add_model(screen: SmallScreen, split: Split, kind: str, says: dict[str, str]) -> Run:
+def add_model(
+    screen: SmallScreen, split: Split, kind: str, says: dict[str, str], *, declared: bool = False
+) -> Run:
     """A model of a fold that has labelled wells, also those that it was trained on."""
     make = screen.factory
     parameters: dict[str, object] = {"kind": kind, "split": split.fingerprint}
     if kind == "majority":
         parameters = {"baseline": kind, "split": split.fingerprint}
-    if kind == "vit":  # whose weights are others in each fold
+    declared = declared or kind == "vit"
+    if declared:  # its weights are others in each fold
         known = "train" if split.fold == 2 else None
         parameters = {"declared": kind, "trained_on": known, "weights": split.name}
     recipe = make.recipe(Stage.TRAIN, parameters=parameters)
-    origin = Origin.DECLARED if kind == "vit" else Origin.OBSERVED
+    origin = Origin.DECLARED if declared else Origin.OBSERVED
     trained = make.run(Stage.TRAIN, recipe, split_id=split.id, origin=origin)
     made = make.recipe(Stage.PREDICT, inputs=[recipe], parameters={"subset": None, "top_k": 2})
     run = make.run(Stage.PREDICT, made, parent_id=trained.id, split_id=split.id)
@@ -191,6 +194,12 @@ def test_folds_are_read_as_one_run(workspace: Workspace) -> None:
     found = report(workspace, others[0].id)
     assert {item.baseline for item in found.baselines} == {"majority"}
     assert {item.baseline for item in report(workspace, "cv").baselines} == {"majority"}
+    # A model from elsewhere may have the name of a baseline, and is none.
+    one = [item.run_id for item in report(workspace, "cv").baselines]
+    for fold in folds:
+        for kind in ("majority", "position"):
+            add_model(screen, fold, kind, wrong, declared=True)
+    assert [item.run_id for item in report(workspace, "cv").baselines] == one
     with pytest.raises(UserInputError, match=r"one is a single fold.*compare \d+ cv:majority"):
         report(workspace, others[0].id, compare="cv:majority")
 

@@ -238,7 +238,9 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
 
     def rank(model: Model) -> tuple[bool, bool, int]:
         whole = all(labelled(model, row.id) for row in found)
-        return whole, not model.kind, max(model.runs.values())
+        # What was declared may have the name of a baseline.
+        first = "baseline" in model.parameters if wanted else not model.kind
+        return whole, first, max(model.runs.values())
 
     model = max(named, key=rank)
     missing = [str(row.fold) for row in found if not labelled(model, row.id)]

@@ -401,8 +401,11 @@ def find_subject(
             for kind in BASELINES:
                 with suppress(UnknownNameError):
                     rival = find_folds(session, f"{split.family}:{kind}")
-                    if rival is not None and rival.folds != found.folds:
-                        rivals[kind, kind].append(session.get_one(Run, rival.id))
+                    if rival is None or rival.folds == found.folds:
+                        continue
+                    last = session.get_one(Run, rival.id)
+                    if last.parent and last.parent.recipe.parameters.get("baseline") == kind:
+                        rivals[kind, kind].append(last)
                         read_as |= rival.read_as
         else:
             trained = aliased(Run)

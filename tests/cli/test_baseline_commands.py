@@ -96,6 +96,7 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
         ("--baseline", ","): "Name a baseline: majority",
         ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
         ("--max-cells", 3): "Only with --baseline: --max-cells.",
+        ("--baseline", "logistic", "--trees", 3): "Baseline logistic does not read --trees: remove",
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err
