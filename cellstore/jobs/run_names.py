@@ -123,7 +123,7 @@ def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     if named and not reference.lstrip("#").isdecimal():
         if (folds := find_folds(session, reference)) is not None:
             return folds
-        if not re.search(rf"\d|{'|'.join(RUN_WORDS)}", reference.lower()):
+        if not re.search(rf"\d|{'|'.join((*RUN_WORDS, *Stage))}", reference.lower()):
             raise UserInputError(
                 f"There is no cross-validation {reference!r}, and a run is named by its number, "
                 "'latest' or 'latest predict'."
