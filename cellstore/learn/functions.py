@@ -41,14 +41,15 @@ FUNCTION, NETWORK, ESTIMATOR, ONNX = "function", "network", "estimator", "onnx"
 INPUTS = ("image", "mask", "features")
 """What of a cell a function may be given, in the order in which a network takes them."""
 
+_AFTER_PICKLE = "skops.io.load(FILE), once it was saved with skops.io.dump"
 NOT_OPENED = {
     ".pt": "torch.load(FILE, weights_only=True)",
     ".pth": "torch.load(FILE, weights_only=True)",
     ".ckpt": "torch.load(FILE, weights_only=True)",
     ".safetensors": "safetensors.torch.load_file(FILE)",
-    ".pkl": "skops.io.load(FILE)",
-    ".pickle": "skops.io.load(FILE)",
-    ".joblib": "skops.io.load(FILE)",
+    ".pkl": _AFTER_PICKLE,
+    ".pickle": _AFTER_PICKLE,
+    ".joblib": _AFTER_PICKLE,
     ".skops": "skops.io.load(FILE)",
 }
 """Endings of files that hold weights, or that run code when they are opened."""

@@ -318,7 +318,7 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
         ("no_such_module:f", "There is no module 'no_such_module'"),
         ("json:nothing", "Module 'json' has no 'nothing'"),
         ("json", "does not name a function"),
-        ("model.pkl", "is not opened"),
+        ("model.pkl", r"is not opened.*once it was saved with skops.io.dump"),
         ("net.pt", "weights_only=True"),
         ("model.onnx", "There is no file"),
     ):
