@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import linecache
 import pickle
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_what_a_function_refers_to_is_part_of_it(what: str) -> None:
     first = identity(source.format(1))
     assert identity(source.format(other)) != first
     assert identity(source.format(1)) == first
+
+
+def test_what_somebody_has_installed_is_known_by_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    found = []
+    for number in (1, 1, 2):
+        text = f"def g():\n    return {number}\ndef f(b):\n    return g()\n"
+        (folder / "installed_by_me.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "installed_by_me", raising=False)
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+        found.append(find_function("installed_by_me:f", str(tmp_path)).identity())
+    assert found[0] == found[1] != found[2]
 
 
 def test_an_estimator_is_what_it_has_learned_however_it_lies_in_memory() -> None:

@@ -161,7 +161,7 @@ class OwnFunction:
             return found | {"sha256": digests[0], **({"data": digests[1:]} if beside else {})}
         digest = hashlib.sha256()
         try:
-            _feed(digest, self.given, {})
+            _feed(digest, self.given, _Seen(self.given))
         except Exception as error:  # weights that are not there yet, objects of any kind
             raise UserInputError(
                 f"It cannot be found out whether {self.name} has changed ({first_line(error)}). "
@@ -467,7 +467,23 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
+class _Seen(dict[int, tuple[int, Any]]):
+    """The values that were met, by address; what is of the module of ``given`` is somebody's own.
+
+    So is what is of no installed package.
+    """
+
+    def __init__(self, given: Any) -> None:
+        super().__init__()
+        given = given.func if isinstance(given, functools.partial) else given
+        plain = inspect.isfunction(given) or inspect.ismethod(given)
+        self.module = (given if plain else type(given)).__module__
+
+    def is_of_others(self, module: str) -> bool:
+        return module != self.module and _is_installed(module)
+
+
+def _feed(digest: Any, value: Any, seen: _Seen) -> None:
     """Add to a digest what decides what a function returns, as far as that can be known.
 
     Its source and defaults, and all that it refers to by name: numbers, texts, arrays, networks,
@@ -511,15 +527,15 @@ def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
     elif inspect.ismethod(value):
         _feed(digest, (value.__func__, value.__self__), seen)
     elif inspect.ismodule(value):
-        own = not _is_installed(value.__name__) and value.__file__
+        own = not seen.is_of_others(value.__name__) and value.__file__
         digest.update(Path(own).read_bytes() if own else value.__name__.encode())
     elif inspect.isfunction(value):
         digest.update(f"{value.__module__}:{value.__qualname__}".encode())
-        if not _is_installed(value.__module__):
+        if not seen.is_of_others(value.__module__):
             _feed_function(digest, value, seen)
     elif inspect.isclass(value):
         digest.update(f"{value.__module__}:{value.__qualname__}".encode())
-        if not _is_installed(value.__module__):
+        if not seen.is_of_others(value.__module__):
             digest.update(_source(value).encode())
             made = {k: v for k, v in vars(value).items() if not k.startswith("__") or callable(v)}
             _feed(digest, (value.__bases__, made), seen)
@@ -528,14 +544,14 @@ def _feed(digest: Any, value: Any, seen: dict[int, tuple[int, Any]]) -> None:
     elif isinstance(value, staticmethod | classmethod | property):
         parts = [getattr(value, name, None) for name in ("__func__", "fget")]
         _feed(digest, parts, seen)
-    elif _is_installed(kind.__module__):
+    elif seen.is_of_others(kind.__module__):
         said = repr(value)
         digest.update((said if " at 0x" not in said else getattr(value, "__name__", "")).encode())
     else:
         _feed(digest, (kind, dict(getattr(value, "__dict__", {}))), seen)
 
 
-def _feed_network(digest: Any, net: nn.Module, seen: dict[int, tuple[int, Any]]) -> None:
+def _feed_network(digest: Any, net: nn.Module, seen: _Seen) -> None:
     """Its parts: what they are called and are, their attributes, weights and buffers."""
     digest.update(repr(net).encode())
     for name, part in net.named_modules():
@@ -555,7 +571,7 @@ def _feed_estimator(digest: Any, estimator: Any) -> None:
             digest.update(name.encode() + held)
 
 
-def _feed_function(digest: Any, given: Any, seen: dict[int, tuple[int, Any]]) -> None:
+def _feed_function(digest: Any, given: Any, seen: _Seen) -> None:
     """Its source, its defaults, and what it and the functions inside it refer to by name."""
     digest.update(_source(given).encode())
     codes = [given.__code__]
