@@ -12,9 +12,11 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+import torch
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 
 from cellstore.errors import ImageError, UserInputError
 from cellstore.learn.functions import find_function
@@ -117,6 +119,21 @@ def test_another_function_in_a_worker_is_refused(
     ragged = find_function("one_of_random_weights:seen", str(tmp_path))
     with pytest.raises(ImageError, match=r"returned list.*array of numbers"):
         ragged(lambda part: {}, 2)
+
+
+def test_a_compiled_network_is_its_code_and_one_without_weights_yet_is_refused() -> None:
+    class Times(nn.Module):
+        def __init__(self, k: float) -> None:
+            super().__init__()
+            self.k = k
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.k if self.k > 2 else x + self.k
+
+    one, other = (torch.fx.symbolic_trace(Times(k)) for k in (1.0, 3.0))
+    assert find_function(one).identity() != find_function(other).identity()
+    with pytest.raises(UserInputError, match=r"cannot be found out whether .*Linear has changed"):
+        find_function(nn.Linear(2, 2, device="meta")).identity()
 
 
 def test_weights_beside_an_onnx_file_are_part_of_it(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class OwnFunction:
         """Return what it is: equal for equal functions, another one after every change.
 
         Raises:
-            UserInputError: an estimator cannot be described.
+            UserInputError: it cannot be described.
         """
         found: dict[str, Any] = {"name": self.name, "kind": self.kind}
         own = getattr(self.given, "identity", None)
@@ -159,7 +159,13 @@ class OwnFunction:
             digests = [sha256_of(path) for path in (self.given, *beside) if path.is_file()]
             return found | {"sha256": digests[0], **({"data": digests[1:]} if beside else {})}
         digest = hashlib.sha256()
-        _feed(digest, self.given, {})
+        try:
+            _feed(digest, self.given, {})
+        except Exception as error:  # weights that are not there yet, objects of any kind
+            raise UserInputError(
+                f"It cannot be found out whether {self.name} has changed ({first_line(error)}). "
+                "Give it an attribute 'identity', a dictionary that says what it is."
+            ) from error
         return found | {"sha256": digest.hexdigest()}
 
     def __call__(
@@ -534,20 +540,13 @@ def _feed_network(digest: Any, net: nn.Module, seen: dict[int, tuple[int, Any]])
     for name, part in net.named_modules():
         plain = {k: v for k, v in vars(part).items() if k[0] != "_" and k != "training"}
         held = {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers("", False))}
-        _feed(digest, (name, type(part), plain, held), seen)
+        code = getattr(part, "code", None)  # of one that torch has compiled
+        _feed(digest, (name, type(part), code, plain, held), seen)
 
 
 def _feed_estimator(digest: Any, estimator: Any) -> None:
     """What was learned, whichever parts of it share their memory."""
-    try:
-        kept = save_estimator(estimator)
-    except Exception as error:
-        raise UserInputError(
-            f"It cannot be found out whether {type(estimator).__qualname__} has changed "
-            f"({first_line(error)}). Give it an attribute 'identity', a dictionary that says "
-            "what it is."
-        ) from error
-    with zipfile.ZipFile(io.BytesIO(kept)) as file:
+    with zipfile.ZipFile(io.BytesIO(save_estimator(estimator))) as file:
         for name in file.namelist():
             held = file.read(name)
             if name == "schema.json":

@@ -525,8 +525,10 @@ def add_embeddings(
             made = []
             try:
                 for batch in questions.ask_ours(rows).batches():
-                    made.append(batch.column(0).to_numpy())
-                    writer.write(made[-1], batch.drop_columns(["cell"]))
+                    ids = batch.column(0).to_numpy()
+                    writer.write(ids, batch.drop_columns(["cell"]))
+                    if before is not None:  # rows that are lost are made again
+                        made.append(ids)
                 writer.finish()
             finally:
                 writer.abandon()
@@ -545,8 +547,8 @@ def add_embeddings(
                 assert found is not None
                 if before is not None:
                     with recording_removed(session, ()):
-                        ids = np.concatenate(made)
-                        forget_lost_files(session, workspace.artifacts, recipe.id, ids)
+                        gone = np.concatenate(made)
+                        forget_lost_files(session, workspace.artifacts, recipe.id, gone)
                 register_files(session, workspace.artifacts, found.id, run.id, writer.files)
 
             run.at_end.append(keep)
@@ -913,7 +915,7 @@ def _find_points(workspace: Workspace, questions: Questions, joined: str) -> Non
     points = (
         "SELECT g.line, g.x, g.y, s.id FROM rows_given AS g "  # noqa: S608 - our own names
         f"JOIN images_given AS i ON i.{joined} "
-        "JOIN segmentations_given AS s ON s.image_id = i.image_id"
+        "JOIN segmentations_given AS s ON s.image_id = i.image_id ORDER BY s.id"
     )
     questions.keep("points_given", points)
     ids = [row[0] for row in questions.ask_ours("SELECT DISTINCT id FROM points_given").rows()]
