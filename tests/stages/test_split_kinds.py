@@ -284,6 +284,15 @@ def test_one_plate_or_one_replicate_is_left_out_in_each_fold(workspace: Workspac
         create_folds(workspace, "rest", params)
 
 
+def test_a_fold_that_would_test_nothing_is_refused(sqlite_workspace: Workspace) -> None:
+    fill(sqlite_workspace, "aspirin taxol", "aspirin taxol", "zinc zinc")
+    with pytest.raises(UserInputError, match=r"1 of 3 folds would test nothing.*'zinc' has 1 plat"):
+        create_folds(sqlite_workspace, "p", SplitParams(leave_out="plate", validation_size=0))
+    where = "plate <> 'P3'"
+    params = SplitParams(leave_out="plate", validation_size=0, where=where)
+    assert len(create_folds(sqlite_workspace, "p", params)) == 2
+
+
 def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) -> None:
     fill(sqlite_workspace, "aspirin aspirin taxol taxol")
     wrong: list[tuple[dict[str, Any], str]] = [
