@@ -289,7 +289,7 @@ def test_a_fold_that_would_test_nothing_is_refused(sqlite_workspace: Workspace) 
     with pytest.raises(UserInputError, match=r"1 of 3 folds would test nothing.*'zinc' has 1 plat"):
         create_folds(sqlite_workspace, "p", SplitParams(leave_out="plate", validation_size=0))
     two = SplitParams(leave_out="plate", where="plate <> 'P3'")
-    with pytest.raises(UserInputError, match="two plates: one would test.*--validation-size 0"):
+    with pytest.raises(UserInputError, match=r"two plates: one would test.*--validation-size 0"):
         create_folds(sqlite_workspace, "p", two)
     assert len(create_folds(sqlite_workspace, "p", replace(two, validation_size=0))) == 2
     with pytest.raises(UserInputError, match="All images have the same plate"):
