@@ -382,8 +382,9 @@ def folds(
     that are alike in the order drawn by ``seed``. Classes that some split would test without
     having trained on them are excluded from all.
 
-    Raises ``UserInputError``: there are fewer parts than subsets, fewer groups than parts, or fewer
-    than two classes are left. It names the classes and their groups, called by ``unit``.
+    Raises ``UserInputError``: there are fewer parts than subsets, fewer groups than parts, a part
+    without images, or fewer than two classes are left. It names the classes and their groups,
+    called by ``unit``.
     """
     pool = by_id(images)
     n_subsets = 3 if validation else 2
@@ -437,6 +438,13 @@ def folds(
         pool, kept, f"needs {n_subsets} {unit}s or more, in different folds, to train in each"
     )
     part_of = {image.image_id: parts[image.group] for image in pool if image.label in kept}
+    if idle := set(range(count)) - set(part_of.values()):
+        few = {key: some for key, some in groups.items() if key not in kept}
+        raise UserInputError(
+            f"{len(idle)} of {count} folds would test nothing: all their classes have too few "
+            f"{unit}s: {_counts(few, unit)}. Ask for fewer folds, or choose images that have other "
+            "classes, with --where."
+        )
     return [
         Assignment({key: subset(part, tested) for key, part in part_of.items()}, out)
         for tested in range(count)

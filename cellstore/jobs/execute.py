@@ -335,8 +335,6 @@ def run_jobs(
         lease = float(text)
     if not lease >= 1:
         raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
-    if number < 1:
-        raise UserInputError("There must be at least one worker. Give --workers 1 or more.")
     if resources.scheduler is not None:
         from .dask_cluster import DaskCluster
 

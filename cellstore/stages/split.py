@@ -465,6 +465,15 @@ def _assign(
         values = {item.part for item in candidates}
         if params.leave_out is not None:
             unit = params.leave_out
+            if len(values) == 1:
+                raise UserInputError(
+                    f"All images have the same {unit}: without it nothing is left to train on."
+                )
+            if len(values) == 2 and params.validation_size > 0:
+                raise UserInputError(
+                    f"There are two {unit}s: one would test, one validate, and none train. Let "
+                    "none validate: --validation-size 0"
+                )
         found = folds(images, seed, params.folds or len(values), params.validation_size > 0, unit)
         if params.leave_out is not None:
             found.sort(

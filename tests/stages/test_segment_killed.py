@@ -127,7 +127,7 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(
     killing.fill(sqlite_workspace, tmp_path / "images", 2)
     with pytest.raises(StoreError, match="does not answer"):
         killing.segment_slowly(sqlite_workspace, resources=Resources(scheduler="tcp://127.0.0.1:9"))
-    with pytest.raises(UserInputError, match="at least one worker"):
+    with pytest.raises(UserInputError, match="--workers must be at least 1"):
         killing.segment_slowly(sqlite_workspace, resources=Resources(workers=0))
     assert killing.segment_slowly(sqlite_workspace).done == 2
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -282,6 +282,18 @@ def test_one_plate_or_one_replicate_is_left_out_in_each_fold(workspace: Workspac
         session.execute(update(Well).where(Well.name == "A01").values(metadata_=None))
     with pytest.raises(UserInputError, match="6 of 24 images have no replicate"):
         create_folds(workspace, "rest", params)
+
+
+def test_a_fold_that_would_test_nothing_is_refused(sqlite_workspace: Workspace) -> None:
+    fill(sqlite_workspace, "aspirin taxol", "aspirin taxol", "zinc zinc")
+    with pytest.raises(UserInputError, match=r"1 of 3 folds would test nothing.*'zinc' has 1 plat"):
+        create_folds(sqlite_workspace, "p", SplitParams(leave_out="plate", validation_size=0))
+    two = SplitParams(leave_out="plate", where="plate <> 'P3'")
+    with pytest.raises(UserInputError, match=r"two plates: one would test.*--validation-size 0"):
+        create_folds(sqlite_workspace, "p", two)
+    assert len(create_folds(sqlite_workspace, "p", replace(two, validation_size=0))) == 2
+    with pytest.raises(UserInputError, match="All images have the same plate"):
+        create_folds(sqlite_workspace, "one", replace(two, plates=("P1",)))
 
 
 def test_what_contradicts_itself_is_one_sentence(sqlite_workspace: Workspace) -> None:
