@@ -11,7 +11,7 @@ from sqlalchemy import JSON, Integer, Text, bindparam, text
 from sqlalchemy.orm import Session
 
 from ..enums import Subset
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, UserInputError
 from ..jobs.run_names import Model, models_of
 from ..jobs.workspace import Workspace
 from ..learn.baselines import NULLS
@@ -108,9 +108,12 @@ def list_runs(
 
     Raises:
         UnknownNameError: there is no such split or order, or no training yet.
+        UserInputError: one split and all are asked for.
     """
     if by not in ORDERS:
         raise UnknownNameError.of("order", by, ORDERS)
+    if every and split is not None:
+        raise UserInputError("Name one split, or list the models on all of them: not both.")
     with workspace.database.read() as session:
         named, groups = _groups(session, split, every=every)
         found: list[RankedRun] = []
