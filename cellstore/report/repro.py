@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..config import (
+    BASELINES,
     BaselineParams,
     MeasureParams,
     PredictParams,
@@ -52,12 +53,14 @@ class RunOptions:
 
     ``inputs``: ``split``, ``segmentation``, ``measurement``, ``baseline`` and ``run`` are options
     of the command; ``name`` is that of a split. ``doubts`` are sentences on what a command cannot
-    express, or the store does not know.
+    express, or the store does not know. ``unread``: parameters that the baseline does not read, and
+    its command refuses.
     """
 
     params: Params
     inputs: dict[str, str] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
+    unread: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,12 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
                 doubts = (doubt,)
             if "baseline" in stored:
                 inputs = {"baseline": str(stored["baseline"])} | inputs
-                return RunOptions(BaselineParams.from_recipe(stored, **more), inputs, doubts)
+                params = BaselineParams.from_recipe(stored, **more)
+                known = (
+                    item for item in options_of(params) if item.metadata["section"] == BASELINES
+                )
+                unread = frozenset(item.name for item in known) - stored.keys()
+                return RunOptions(params, inputs, doubts, unread)
             if stored.get("weights") == FROM_FILE:
                 doubt = (
                     "it began from a file of weights that the store does not hold: put the path "
@@ -196,6 +204,8 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words += [f"--{name}={value}" for name, value in inputs.items() if name != "name"]
     doubts = list(options.doubts)
     for item in options_of(params):
+        if item.name in options.unread:
+            continue
         value = getattr(params, item.name)
         words += spelled(item, value)
         doubts += [
