@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import linecache
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -104,6 +106,31 @@ def test_what_somebody_has_installed_is_known_by_its_source(
         shutil.rmtree(folder / "__pycache__", ignore_errors=True)
         found.append(find_function("installed_by_me:f", str(tmp_path)).identity())
     assert found[0] == found[1] != found[2]
+
+
+def test_it_is_the_same_in_each_process(tmp_path: Path) -> None:
+    """Whatever the order of sets there, and wherever things lie."""
+    (tmp_path / "with_sets.py").write_text(
+        "import re\nS, R, T = {'x', 'y', 'zz'}, re.compile('a+'), (1, (2, 3))\n"
+        "class H:\n    @property\n    def p(self):\n        return S\n"
+        "f = lambda b: b in {'u', 'v', 'w', 'x'} or (S, R, T, H, re.sub)\n"
+    )
+    program = (
+        "from cellstore.learn.functions import find_function as f\n"
+        f"print(f('with_sets:f', {str(tmp_path)!r}).identity()['sha256'])"
+    )
+    # One at a time, as they differ in what is compiled already, too.
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in (1, 2)
+    }
+    assert len(said) == 1
 
 
 def test_an_estimator_is_what_it_has_learned_however_it_lies_in_memory() -> None:

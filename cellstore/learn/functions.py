@@ -623,5 +623,7 @@ def _source(described: Any) -> str:
 
 
 def _code(code: Any) -> str:
-    inner = [_code(item) if inspect.iscode(item) else repr(item) for item in code.co_consts]
+    # The order of a set is another one in each process.
+    constants = (sorted(c, key=repr) if isinstance(c, frozenset) else c for c in code.co_consts)
+    inner = [_code(item) if inspect.iscode(item) else repr(item) for item in constants]
     return f"{code.co_code.hex()} {code.co_names} {inner}"
