@@ -169,7 +169,7 @@ def test_boxes_are_half_open_and_in_label_order() -> None:
     assert found.min_row.dtype == np.int64
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(label_images(9, 4), st.sampled_from([bool, np.uint16, np.float32, np.float64]))
 @example(np.eye(9, dtype=np.uint16), np.uint16)
 @example(np.eye(9, dtype=np.uint16)[::-1] * 60_000, np.float64)

@@ -143,7 +143,7 @@ def test_images_that_are_not_alike_count_more_than_their_well() -> None:
     assert found[0] == pytest.approx(expected, abs=1e-4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=6, max_size=40))
 def test_an_interval_contains_its_share_and_mirrors(counts: list[tuple[int, int]]) -> None:
     images = np.array([right + wrong + 1 for right, wrong in counts], dtype=float)
@@ -163,7 +163,7 @@ def test_an_interval_contains_its_share_and_mirrors(counts: list[tuple[int, int]
         assert after[0] >= before[0] and after[1] >= before[1]  # noqa: PT018
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.floats(-4, 8), st.floats(-4, 8), st.floats(0.001, 0.999))
 def test_shares_of_a_beta_distribution_are_those_of_scipy(a: float, b: float, x: float) -> None:
     first, second = float(np.exp(a)), float(np.exp(b))
@@ -224,7 +224,7 @@ def test_two_runs_that_never_differ_may_still_do_so_in_other_wells() -> None:
     assert well_interval(same[:9], wells[:9], minus=same[:9]) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(6, 20))
 def test_the_interval_of_a_difference_contains_it(seed: int, wells: int) -> None:
     rng = np.random.default_rng(seed)

@@ -364,7 +364,7 @@ def test_the_index_of_other_images_is_not_read(tmp_path: Path) -> None:
     assert index_of(tmp_path / "screen") is None
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60), st.integers(0, 2000))
 def test_damage_is_told_and_never_a_traceback(tmp_path: Path, junk: bytes, start: int) -> None:
     path = index(tmp_path, [image(1), image(2), image(1, field=2)])
@@ -386,7 +386,7 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.dictionaries(

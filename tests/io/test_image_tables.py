@@ -432,7 +432,7 @@ def image_rows(draw: st.DrawFn) -> list[dict[str, str]]:
     )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(image_rows(), st.sampled_from([",", ";", "\t"]), st.sampled_from(["utf-8", "utf-8-sig"]))
 def test_random_tables_come_back_row_by_row(
     tmp_path: Path, rows: list[dict[str, str]], delimiter: str, encoding: str
@@ -456,7 +456,7 @@ def test_random_tables_come_back_row_by_row(
         }
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damage_loses_no_row(tmp_path: Path, data: st.DataObject) -> None:
     rows = [PHENIX | {"Metadata_Site": "4", "PathName_OrigDNA": 'a "b", c'}] * 4
@@ -474,7 +474,7 @@ def test_damage_loses_no_row(tmp_path: Path, data: st.DataObject) -> None:
     assert [record.line for record in records] == lines
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.fixed_dictionaries(

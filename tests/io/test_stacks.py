@@ -438,7 +438,7 @@ def test_pages_are_found_in_folders(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @example(bytes(19) + b"\x01\x81", 162)  # the second page lies at a place that is none
 @given(st.binary(min_size=1, max_size=80), st.integers(0, 900))

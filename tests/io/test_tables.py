@@ -332,7 +332,7 @@ def covered(item: TableRow | Refusal) -> int:
     return 1 + sum(len(re.findall("\r\n|\r|\n", cell)) for cell in item.cells)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables(), st.sampled_from([0, 1]), st.data())
 def test_damage_loses_no_line_and_shows_no_traceback(
     tmp_path: Path,
@@ -374,7 +374,7 @@ def pieces(path: Path, block: int) -> list[tuple[int, str | Sequence[str]]]:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(tables(), st.sampled_from([0, 1]), st.integers(1, 40), st.data())
 def test_pieces_have_the_rows_of_the_whole_table(

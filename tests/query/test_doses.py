@@ -55,7 +55,10 @@ def test_wells_and_cells_have_treatment_and_dose_apart(workspace: Workspace, pla
     ]
     found = ask(workspace, f"SELECT {names} FROM well_table ORDER BY well")
     assert found == expected
-    cells = ask(workspace, f"SELECT {names}, site, label FROM cell_table ORDER BY well, label")
+    cells = ask(
+        workspace,
+        f"SELECT {names}, site, object_number FROM cell_table ORDER BY well, object_number",
+    )
     assert cells == [(*row, 2, number) for row in expected for number in (1, 2)]
 
 

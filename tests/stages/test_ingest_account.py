@@ -317,7 +317,7 @@ def ingested(workspace: Workspace, table: Path) -> IngestResult | None:
 
 
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

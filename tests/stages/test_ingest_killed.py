@@ -19,7 +19,7 @@ from cellstore.settings import StoreSettings
 from cellstore.stages.ingest import ingest_images as images
 from cellstore.stages.ingest.ingest import ingest
 
-KILLS = 12
+KILLS = 7
 PLATES, SITES = 6, 50
 
 

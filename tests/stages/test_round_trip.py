@@ -241,7 +241,7 @@ def new_store(folder: Path, template: Path) -> Iterator[Workspace]:
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(screen=SCREENS)
 def test_parquet_out_and_in_again(screen: dict[str, Any], empty: Path, tmp_path: Path) -> None:
