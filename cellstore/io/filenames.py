@@ -14,9 +14,8 @@ from ..enums import PROJECTION_CHANNEL
 from ..errors import UserInputError
 from .tables import LONGEST, RowRefusedError
 
-PLATES = ((8, 12), (16, 24), (32, 48))
-"""Rows and columns of plates with 96, 384 and 1536 wells, the largest there is."""
-ROWS, COLUMNS = PLATES[-1]
+ROWS, COLUMNS = 32, 48
+"""Rows and columns of a 1536-well plate, the largest there is."""
 
 PLANE_COLUMNS = (
     "Metadata_PlaneID",

@@ -179,6 +179,8 @@ def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], al
     return f'{head}{style} role="img"{label}>{rest}'
 
 
+PLATES = ((8, 12), (16, 24), (32, 48))
+"""Rows and columns of plates with 96, 384 and 1536 wells."""
 SMALL_MAP, LARGE_MAP = 3.6, 7.4
 """Inches: how wide one of several plate maps is, and one that stands alone."""
 LEFT, RIGHT, ABOVE, BELOW = 0.3, 0.7, 0.35, 0.05

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from math import comb, inf, prod
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from ..config import HitsParams, RunName
 from ..db.bulk import in_lists
 from ..enums import Control, ScoreLevel, Stage, Verdict
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..io.filenames import PLATES
 from ..jobs.run_names import NamedRun, find_predict_run
 from ..jobs.runs import (
     RecipeSpec,
@@ -166,9 +165,9 @@ class HitsResult(Shown):
 class PlateSet:
     """The N wells of the plates of one cell line and time point that are compared together.
 
-    ``groups`` (N,): the position in ``names`` of each well's treatment, -1 of a control. ``plates``
-    (N,) number the plates. ``compared`` (N,): wells on plates that have controls. ``counts`` (N,)
-    cells per image; ``values`` (N, F) are NaN in wells without cells.
+    ``groups`` (N,): the row in ``treatments`` of each well's treatment, -1 of a control. ``plates``
+    (N,) number the plates, ``counts`` (N,) are cells per image. ``values`` (N, F) are NaN in wells
+    without cells. ``compared`` (N,): wells on plates that have controls, with an image that counts.
     """
 
     name: str
@@ -192,10 +191,10 @@ class PlateSet:
         return self.groups < 0
 
     @property
-    def profiled(self) -> Flags:
-        """Which wells that are compared have a profile (N,)."""
-        known: Flags = self.compared & np.isfinite(self.values).any(axis=1)
-        return known
+    def empty(self) -> Flags:
+        """Which wells have images that count, but no profile (N,)."""
+        unknown: Flags = self.compared & ~np.isfinite(self.values).any(axis=1)
+        return unknown
 
     def add(
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
@@ -526,46 +525,39 @@ def _single_perturbations(session: Session, ids: pd.Series[Any]) -> set[int]:
 def _score(part: PlateSet, params: HitsParams) -> None:
     """Compare each treatment of a plate set with its controls, and judge it."""
     from ..analysis import activity
+    from ..analysis.well_profiles import on_edge
 
-    used = part.profiled
-    profiles, groups, plates = part.values[used], part.groups[used], part.plates[used]
-    controls, edge = groups < 0, _on_edge(part.table)
-    zones, strata = edge[used], plates
-    check = activity.edge_check(profiles, controls, plates, zones)
+    groups, controls, plates = part.groups, part.controls, part.plates
+    check = activity.edge_check(part.values, controls, plates, on_edge(part.table))
+    strata = plates
     if params.edge == "match" or (params.edge == "auto" and check.matched):
         part.strata = "plate and zone"
-        strata = 2 * plates + zones
+        strata = 2 * plates + on_edge(part.table)
     if params.edge == "auto":
         part.notes += check.warnings
+    data = (part.values, groups, controls)
     how = {"permutations": params.permutations, "seed": params.seed}
     scores = {
-        "activity": activity.activity(profiles, groups, controls, strata, **how),
+        "activity": activity.activity(*data, strata, **how),
         "activity_copairs": activity.activity_by_copairs(
-            *(profiles, groups, controls, strata),
-            null_size=params.permutations,
-            seed=params.seed,
+            *data, strata, null_size=params.permutations, seed=params.seed
         ),
-        "replicate_correlation": activity.replicate_correlation(
-            profiles, groups, controls, plates, **how
-        ),
+        "replicate_correlation": activity.replicate_correlation(*data, plates, **how),
     }
-    scores["effect"], of_wells = activity.effects(profiles, groups, controls, plates)
-    counted = part.compared
+    scores["effect"], effects = activity.effects(*data, plates)
     scores["cell_count"], changes = activity.cell_counts(
-        part.counts[counted], part.groups[counted], part.controls[counted], part.plates[counted],
-        **how,
-    )  # fmt: skip
-    part.table = part.table.assign(effect=np.nan, change=np.nan)
-    part.table.loc[used, "effect"] = of_wells
-    part.table.loc[counted, "change"] = changes
-    rule = scores["activity" if params.measure == "activity" else "activity_copairs"]
-    floors = {
-        code: _smallest_p(code, groups, strata, params) for code in range(len(part.treatments))
-    }
+        part.counts, groups, controls, plates, **how
+    )
+    part.table = part.table.assign(effect=effects)
+    floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
+    rule = scores["activity_copairs"]
+    if params.measure == "activity":
+        rule = scores["activity"]
+        floors |= activity.smallest_p(groups, controls, strata, params.permutations)
     for code, item in enumerate(part.treatments.itertuples(index=False)):
-        mine = part.groups == code
+        mine = part.compared & (groups == code)
         of_one = {measure: found.get(code) for measure, found in scores.items()}
-        change = part.table.loc[mine & counted, "change"]
+        change = changes[mine & np.isfinite(changes)]
         verdict, note = judge(
             params,
             rule.get(code),
@@ -573,7 +565,7 @@ def _score(part: PlateSet, params: HitsParams) -> None:
             of_one["cell_count"],
             change=float(change.mean()) if len(change) else None,
             floor=floors[code],
-            empty=int((mine & counted & ~used).sum()),
+            empty=int((mine & part.empty).sum()),
         )
         dose = None if item.dose is None or item.dose != item.dose else float(item.dose)
         about = {
@@ -597,9 +589,9 @@ def _score(part: PlateSet, params: HitsParams) -> None:
             note=note,
             p=None if decided is None else decided.p,
             q=None if decided is None else decided.q,
-            n_wells=int((mine & counted).sum()),
-            n_controls=int((part.controls & np.isin(part.plates, part.plates[mine])).sum()),
-            n_plates=len(np.unique(part.plates[mine & counted])),
+            n_wells=int(mine.sum()),
+            n_controls=int((part.compared & controls & np.isin(plates, plates[mine])).sum()),
+            n_plates=len(np.unique(plates[mine])),
             **about,
         )
     part.notes += _notes(part, params, floors, rule)
@@ -649,30 +641,6 @@ def judge(
     return Verdict.HIT, "Its wells are alike, and unlike the controls."
 
 
-def _smallest_p(code: int, groups: Ids, strata: Ids, params: HitsParams) -> float:
-    """Return the smallest p value that a treatment can have, by how many exchanges there are."""
-    mine, controls = strata[groups == code], strata[groups < 0]
-    sizes = [(int((controls == s).sum()), int((mine == s).sum())) for s in np.unique(mine)]
-    exchanges = prod(comb(c + n, n) for c, n in sizes)
-    drawn = 1 / (params.permutations + 1)
-    return drawn if params.measure == "copairs" else max(drawn, 1 / exchanges)
-
-
-def _on_edge(table: pd.DataFrame) -> Flags:
-    """Return which wells (N,) are in the outermost rows and columns of their plate."""
-    found = np.zeros(len(table), dtype=bool)
-    row, column = table["well_row"].to_numpy(), table["well_column"].to_numpy()
-    plates = table["plate"].to_numpy()
-    for plate in np.unique(plates):
-        there = plates == plate
-        fits = (
-            s for s in PLATES if row[there].max() <= s[0] and column[there].max() <= s[1]
-        )
-        last = next(fits, PLATES[-1])
-        found |= there & ((row == 1) | (column == 1) | (row == last[0]) | (column == last[1]))
-    return found
-
-
 def _notes(
     part: PlateSet, params: HitsParams, floors: Mapping[int, float], rule: Mapping[int, Score]
 ) -> Iterator[str]:
@@ -712,9 +680,8 @@ def _notes(
         yield (
             "There is one plate only: whether the same comes out on another plate is not known."
         )
-    empty = part.compared & ~part.profiled
-    if empty.any():
-        some = [f"{row.plate}/{row.well}" for row in part.table[empty].itertuples()]
+    if part.empty.any():
+        some = [f"{row.plate}/{row.well}" for row in part.table[part.empty].itertuples()]
         yield (
             f"{len(some)} wells have no cells that count ({some_of(some)}): they count for the "
             "cell count, and have no profile."
@@ -782,9 +749,9 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
             members[target] += 1
     if not any(number > 1 for number in members.values()):
         return
-    used = part.profiled
+    there = part.compared & ~part.empty
     values = np.array(
-        [np.nanmedian(part.values[used & (part.groups == code)], axis=0) for code in codes]
+        [np.nanmedian(part.values[there & (part.groups == code)], axis=0) for code in codes]
     )
     both = {
         "consistency": activity.consistency(
