@@ -26,6 +26,7 @@ from .config import (
     BaselineParams,
     ContrastParams,
     FinetuneParams,
+    HitsParams,
     IngestParams,
     MeasureParams,
     PredictParams,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
+    from .stages.hits import HitsResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
@@ -735,6 +737,39 @@ class Store(AbstractContextManager["Store"]):
             measurement=measurement,
             force=force,
         )
+
+    def hits(
+        self,
+        params: HitsParams | None = None,
+        *,
+        html: str | Path | None = None,
+        force: bool = False,
+    ) -> HitsResult:
+        """Say which treatments differ from the controls of their plates, how surely, and how much.
+
+        The wells are those of a profile run; see :meth:`profile`. Returns a row for each treatment
+        with its dose in ``rows``, hits first, by effect, each with its verdict and the reason;
+        whether hits of one target look alike in ``targets``, and dose curves in ``doses``.
+        ``html``: also a page with pictures. ``force``: compare again, even if nothing has changed.
+
+        >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
+
+        Raises:
+            MissingExtraError: pycytominer, copairs or scipy is not installed.
+            UnknownNameError: there is no such run, treatment, plate, feature or label.
+            UserInputError: there is no control, nothing to compare it with, or no profile.
+            StorageError: the page cannot be written.
+        """
+        from .stages.hits import hits
+
+        found = hits(self.workspace, params or HitsParams(), force=force)
+        if html is not None:
+            from .report.hits_page import write_hits_page
+
+            write_hits_page(self.workspace, found.run_id, Path(html), force=True)
+            found = replace(found, html=str(html))
+            self.wrote(Path(html))
+        return found
 
     def report(
         self,

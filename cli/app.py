@@ -60,6 +60,7 @@ MODULES = {
         ("train_commands", "contrast"),
         ("split_commands", "split"),
         ("train_commands", "train predict predictions embeddings apply embed export-model"),
+        ("hit_commands", "hits"),
         ("answer_commands", "votes report runs compare"),
         ("audit_commands", "audit log repro"),
         ("correction_commands", "rename relabel exclude include undo delete"),

@@ -10,15 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..config import HitsParams, RunName
+from ..config import HitsParams
 from ..db.bulk import in_lists
 from ..enums import Control, ScoreLevel, Stage, Verdict
 from ..errors import UnknownNameError, UserInputError, some_of
@@ -32,7 +32,7 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..models import Label, Recipe, Run, Treatment, TreatmentPart, TreatmentScore
+from ..models import Recipe, Run, Treatment, TreatmentPart, TreatmentScore
 from ..notebooks import Shown
 from ..query.cells import trainings_of_features
 from ..query.engine import open_questions
@@ -57,7 +57,6 @@ ORDER = (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL, Verdict.NO, Verdict.UN
 Numbers = NDArray[np.float64]
 Ids = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class PlateSet:
     treatments: pd.DataFrame
     barcodes: tuple[str, ...]
     strata: str = "plate"
-    rows: Rows = field(default_factory=list)
+    rows: list[TreatmentScore] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -199,20 +198,15 @@ class PlateSet:
     def add(
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
     ) -> None:
-        """Keep a row of the scores."""
-        values = {} if score is None else asdict(score)
-        usual = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
-        empty = dict.fromkeys(
-            ("treatment_id", "dose", "dose_unit", "quantity", "value", "low", "high")
-            + ("p", "q", "verdict", "note")
-        )
-        where = {
-            "plate_set": self.name,
-            "cell_line": self.cell_line,
-            "time_point": self.time_point,
-        }
-        keys = {"level": level, "name": name, "measure": measure}
-        self.rows.append({**empty, **usual, **values, **where, **keys, **more})
+        """Keep a row of the scores; what is no finite number is null."""
+        values = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
+        values |= {} if score is None else asdict(score)
+        values |= {"cell_line": self.cell_line, "time_point": self.time_point, **more}
+        for key, value in values.items():
+            if isinstance(value, float) and not isfinite(value):
+                values[key] = None
+        keys = {"level": level, "name": name, "measure": measure, "plate_set": self.name}
+        self.rows.append(TreatmentScore(**keys, **values))
 
 
 def hits(
@@ -260,8 +254,7 @@ def hits(
                 "what wells got: a difference on wells of its split proves nothing. Use "
                 "measurements.",
             )
-        judged = [row for part in parts for row in part.rows if row["verdict"] is not None]
-        verdicts = [row["verdict"] for row in judged]
+        verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
         handle.result = {
             "answer": " ".join(
                 f"{part.name}: {_answer(part)}" if len(parts) > 1 else _answer(part)
@@ -273,8 +266,8 @@ def hits(
             "columns": len(profiles.columns),
             "control": _control_names(parts),
             "measure": params.measure,
-            "treatments": len(judged),
-            "tested": len(judged) - verdicts.count(Verdict.UNKNOWN),
+            "treatments": len(verdicts),
+            "tested": len(verdicts) - verdicts.count(Verdict.UNKNOWN),
             "hits": verdicts.count(Verdict.HIT),
             "fewer_cells": verdicts.count(Verdict.FEWER_CELLS),
             "plate_sets": {part.name: list(part.barcodes) for part in parts},
@@ -283,8 +276,9 @@ def hits(
             "versions": {name: version(name) for name in PACKAGES},
             "notes": list(dict.fromkeys(notes)),
         }
-        rows = [row | {"run_id": handle.id} for part in parts for row in part.rows]
-        handle.at_end.append(lambda session: _insert(session, rows))
+        for row in (rows := [row for part in parts for row in part.rows]):
+            row.run_id = handle.id
+        handle.at_end.append(lambda session: session.add_all(rows))
     with workspace.database.read() as session:
         return replace(_result(session, session.get_one(Run, handle.id)), already_done=False)
 
@@ -306,7 +300,7 @@ def rule_of(params: HitsParams) -> str:
     )
 
 
-# --- which wells are compared ----------------------------------------------------------------------
+# --- which wells are compared ---------------------------------------------------------------------
 
 
 def _plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
@@ -519,7 +513,7 @@ def _single_perturbations(session: Session, ids: pd.Series[Any]) -> set[int]:
     return single
 
 
-# --- scores ----------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def _score(part: PlateSet, params: HitsParams) -> None:
@@ -633,11 +627,8 @@ def judge(
             f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}.",
         )
     if change is not None and change < 0 and effect.value + change <= params.min_over_count:
-        return (
-            Verdict.FEWER_CELLS,
-            f"Its cell count is {-change:.2g} standard deviations lower, its effect is "
-            f"{effect.value:.2g} only.",
-        )
+        lower = f"Its cell count is {-change:.2g} standard deviations lower"
+        return Verdict.FEWER_CELLS, f"{lower}, its effect is {effect.value:.2g} only."
     return Verdict.HIT, "Its wells are alike, and unlike the controls."
 
 
@@ -677,9 +668,7 @@ def _notes(
             "said."
         )
     if len(np.unique(part.plates[part.compared])) == 1:
-        yield (
-            "There is one plate only: whether the same comes out on another plate is not known."
-        )
+        yield ("There is one plate only: whether the same comes out on another plate is not known.")
     if part.empty.any():
         some = [f"{row.plate}/{row.well}" for row in part.table[part.empty].itertuples()]
         yield (
@@ -696,7 +685,7 @@ def _notes(
 
 def _answer(part: PlateSet) -> str:
     """Return what was found in a plate set, in one sentence."""
-    found = [row["verdict"] for row in part.rows if row["verdict"] is not None]
+    found = [row.verdict for row in part.rows if row.verdict is not None]
     number = {verdict: found.count(verdict) for verdict in ORDER}
     hit, fewer, small = (number[v] for v in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL))
     unknown, tested = number[Verdict.UNKNOWN], len(found) - number[Verdict.UNKNOWN]
@@ -710,7 +699,9 @@ def _answer(part: PlateSet) -> str:
         more.append(f"of {unknown} more it cannot be said" if tested else "")
     if not tested:
         return f"Of none of {unknown} treatments can it be said whether it differs."
-    first = f"{differ} of {tested} {word} {'differs' if differ == 1 else 'differ'} from the controls"
+    first = (
+        f"{differ} of {tested} {word} {'differs' if differ == 1 else 'differ'} from the controls"
+    )
     if not differ:
         first = f"None of {tested} {word} differs from the controls"
     return "; ".join([first, *more]) + "."
@@ -728,12 +719,11 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
     from ..analysis import activity
 
     best: dict[str, tuple[float, int]] = {}
-    at = {(row["treatment_id"], row["measure"]): row for row in part.rows}
+    at = {(row.treatment_id, row.measure): row for row in part.rows}
     for code, item in enumerate(part.treatments.itertuples(index=False)):
-        row = at[int(item.treatment_id), "hit"]
-        if row["verdict"] is not Verdict.HIT:
+        if at[int(item.treatment_id), "hit"].verdict is not Verdict.HIT:
             continue
-        effect = at[int(item.treatment_id), "effect"]["value"]
+        effect = at[int(item.treatment_id), "effect"].value or 0.0
         best[item.perturbation] = max(best.get(item.perturbation, (-inf, -1)), (effect, code))
     codes = [code for _, code in best.values()]
     said = [part.treatments["target"][code] for code in codes]
@@ -832,16 +822,7 @@ def _ratios(part: PlateSet) -> Numbers:
     return found
 
 
-# --- rows and results ------------------------------------------------------------------------------
-
-
-def _insert(session: Session, rows: Rows) -> None:
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, float) and not np.isfinite(value):
-                row[name] = None
-    if rows:
-        session.execute(insert(TreatmentScore), rows)
+# --- rows and results -----------------------------------------------------------------------------
 
 
 def _result(session: Session, run: Run) -> HitsResult:
