@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import (
         BaselineParams,
-        ContrastParams,
         FinetuneParams,
         HitsParams,
         IngestParams,
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaselineParams",
-    "ContrastParams",
     "FinetuneParams",
     "HitsParams",
     "IngestParams",

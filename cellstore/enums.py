@@ -16,7 +16,6 @@ class Stage(StrEnum):
     TRAIN = "train"
     PREDICT = "predict"
     FINETUNE = "finetune"
-    CONTRAST = "contrast"
     PROFILE = "profile"
     HITS = "hits"
 

@@ -24,7 +24,6 @@ from .config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
-    ContrastParams,
     FinetuneParams,
     HitsParams,
     IngestParams,
@@ -70,7 +69,6 @@ if TYPE_CHECKING:
     from .report.votes import VotesResult
     from .stages.apply import ApplyResult
     from .stages.backup import Backup
-    from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
     from .stages.export_crops import ExportedCrops
@@ -708,36 +706,6 @@ class Store(AbstractContextManager["Store"]):
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
 
-    def contrast(
-        self,
-        params: ContrastParams | None = None,
-        *,
-        segmentation: str | None = None,
-        measurement: str | None = None,
-        force: bool = False,
-    ) -> ContrastResult:
-        """Test for each treatment whether its cells differ from control cells of their plates.
-
-        Returns a row for each treatment in ``rows``, with the area under the curve (``auc``) on
-        wells that were held out, and what control wells reach against control wells (``usual``).
-
-        >>> pandas.DataFrame(store.contrast(ContrastParams(folds=5)).rows)
-
-        Raises:
-            MissingExtraError: scikit-learn is not installed.
-            UnknownNameError: no such treatment, plate, recipe or feature set.
-            UserInputError: there is no control, or no measured cell.
-        """
-        from .stages.contrast import contrast
-
-        return contrast(
-            self.workspace,
-            params or ContrastParams(),
-            segmentation=segmentation,
-            measurement=measurement,
-            force=force,
-        )
-
     def hits(
         self,
         params: HitsParams | None = None,
@@ -766,7 +734,7 @@ class Store(AbstractContextManager["Store"]):
         if html is not None:
             from .report.hits_page import write_hits_page
 
-            write_hits_page(self.workspace, found.run_id, Path(html), force=True)
+            write_hits_page(self.workspace, found.run_id, Path(html))
             found = replace(found, html=str(html))
             self.wrote(Path(html))
         return found

@@ -226,7 +226,7 @@ def hits(
     need("hits")
     params = params or HitsParams()
     profile_run, profiles = open_profiles(workspace, params.profiles)
-    parts = _plate_sets(profiles, params)
+    parts = plate_sets(profiles, params)
     curves, predicted = _curves(workspace, params, profiles)
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, session.get_one(Run, profile_run).recipe_id)
@@ -237,7 +237,7 @@ def hits(
         spec = _recipe(session, params, parts, curves, tuple(inputs))
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
-            return _result(session, earlier)
+            return hits_result(session, earlier)
         training = next(trainings_of_features(session, recipe), None)
         single = _single_perturbations(session, profiles.table["treatment_id"])
         made = session.get_one(Run, profile_run).result or {}
@@ -280,7 +280,7 @@ def hits(
             row.run_id = handle.id
         handle.at_end.append(lambda session: session.add_all(rows))
     with workspace.database.read() as session:
-        return replace(_result(session, session.get_one(Run, handle.id)), already_done=False)
+        return replace(hits_result(session, session.get_one(Run, handle.id)), already_done=False)
 
 
 def rule_of(params: HitsParams) -> str:
@@ -303,7 +303,7 @@ def rule_of(params: HitsParams) -> str:
 # --- which wells are compared ---------------------------------------------------------------------
 
 
-def _plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
+def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
     """Return the wells by plate set; all that cannot be compared at all is refused here."""
     table, values = profiles.table, profiles.values
     if params.plates:
@@ -768,7 +768,7 @@ def _score_doses(
     """Fit curves over the doses of each perturbation that has several in one unit."""
     from ..analysis.dose_curves import dose_rows
 
-    responses = {"effect": part.table["effect"].to_numpy(), "cell_count": _ratios(part)}
+    responses = {"effect": part.table["effect"].to_numpy(), "cell_count": cell_ratios(part)}
     ids = part.table["well_id"].tolist()
     for name in params.curves:
         if _is_label(name):
@@ -811,7 +811,7 @@ def _score_doses(
                 )
 
 
-def _ratios(part: PlateSet) -> Numbers:
+def cell_ratios(part: PlateSet) -> Numbers:
     """Return the cell count of each well (N,) as a ratio to the mean of its plate's controls."""
     found = np.full(len(part.counts), np.nan)
     for plate in np.unique(part.plates):
@@ -825,7 +825,7 @@ def _ratios(part: PlateSet) -> Numbers:
 # --- rows and results -----------------------------------------------------------------------------
 
 
-def _result(session: Session, run: Run) -> HitsResult:
+def hits_result(session: Session, run: Run) -> HitsResult:
     """Return what a run found, from its rows."""
     query = (
         select(TreatmentScore, Treatment.target)
