@@ -81,9 +81,8 @@ def _show_hits(result: HitsResult) -> None:
         _some(heads, map(_hit_cells, rows))
     if result.targets:
         typer.echo("Do hits of one target look alike?")
-        heads = ("target", "perturbations", "consistency", "q")
         _some(
-            heads,
+            ("target", "perturbations", "consistency", "q"),
             (
                 (row.target, row.perturbations, _short(row.consistency), _short(row.q))
                 for row in result.targets
@@ -91,8 +90,10 @@ def _show_hits(result: HitsResult) -> None:
         )
     if result.doses:
         typer.echo("What changes with the dose?")
-        heads = ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)")
-        _some(heads, map(_dose_cells, result.doses))
+        _some(
+            ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)"),
+            map(_dose_cells, result.doses),
+        )
     output.wrapped(result.rule)
     if result.html:
         typer.echo(f"page: {result.html}")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,11 +160,22 @@ class HitsResult(Shown):
     html: str | None = None
 
 
+class Treated(NamedTuple):
+    """A treatment of a plate set; ``perturbation`` is its name without doses."""
+
+    treatment_id: int
+    name: str
+    perturbation: str
+    dose: float | None
+    dose_unit: str | None
+    target: str | None
+
+
 @dataclass
 class PlateSet:
     """The N wells of the plates of one cell line and time point that are compared together.
 
-    ``groups`` (N,): the row in ``treatments`` of each well's treatment, -1 of a control. ``plates``
+    ``groups`` (N,): the position in ``treatments`` of each well's, -1 of a control. ``plates``
     (N,) number the plates, ``counts`` (N,) are cells per image. ``values`` (N, F) are NaN in wells
     without cells. ``compared`` (N,): wells on plates that have controls, with an image that counts.
     """
@@ -178,7 +189,7 @@ class PlateSet:
     plates: Ids
     compared: Flags
     counts: Numbers
-    treatments: pd.DataFrame
+    treatments: tuple[Treated, ...]
     barcodes: tuple[str, ...]
     strata: str = "plate"
     rows: list[TreatmentScore] = field(default_factory=list)
@@ -199,7 +210,7 @@ class PlateSet:
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
     ) -> None:
         """Keep a row of the scores; what is no finite number is null."""
-        values = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
+        values: dict[str, Any] = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
         values |= {} if score is None else asdict(score)
         values |= {"cell_line": self.cell_line, "time_point": self.time_point, **more}
         for key, value in values.items():
@@ -379,7 +390,11 @@ def _plate_set(
     counts = np.divide(cells, images, out=np.full(len(images), np.nan), where=images > 0)
     columns = ["treatment_id", "name_with_dose", "perturbation", "dose", "dose_unit", "target"]
     treated = table.loc[~controls, columns].drop_duplicates("treatment_id")
-    treated = treated.sort_values("treatment_id").reset_index(drop=True)
+    said = treated.sort_values("treatment_id")[columns[1:]].to_numpy(dtype=object).tolist()
+    treatments = []
+    for key, row in zip(known.tolist(), said, strict=True):
+        words: list[Any] = [None if value != value else value for value in row]
+        treatments.append(Treated(key, *words))
     part = PlateSet(
         name=name,
         cell_line=line,
@@ -390,7 +405,7 @@ def _plate_set(
         plates=plates.astype(np.int64),
         compared=with_controls & np.isfinite(counts),
         counts=counts,
-        treatments=treated,
+        treatments=tuple(treatments),
         barcodes=tuple(barcodes.tolist()),
     )
     bare = np.unique(plates[~with_controls])
@@ -423,7 +438,7 @@ def _recipe(
     """Everything that decides the scores, without numbers of this store."""
     found: set[int] = set()
     for part in parts:
-        found.update(part.treatments["treatment_id"].astype(int))
+        found.update(item.treatment_id for item in part.treatments)
     identities: dict[int, str] = {}
     for some in in_lists(sorted(found)):
         query = select(Treatment.id, Treatment.identity, Treatment.target)
@@ -431,11 +446,11 @@ def _recipe(
             identities[key] = str(said)
     wells, numbers = [], []
     for part in parts:
-        ids = part.treatments["treatment_id"].astype(int).tolist()
-        said = [*(identities[key] for key in ids), "control"]  # -1 is the last
+        said = [*(identities[item.treatment_id] for item in part.treatments), "control"]
         columns = part.table[["plate", "well", "well_id"]].itertuples(index=False)
+        row: Any
         for row, group in zip(columns, part.groups.tolist(), strict=True):
-            wells.append([part.name, row.plate, row.well, said[group]])
+            wells.append([part.name, row.plate, row.well, said[group]])  # -1 is the last
             numbers += [[curve.get(int(row.well_id), np.nan) for curve in curves.values()]]
     order = sorted(range(len(wells)), key=lambda i: [str(text) for text in wells[i]])
     parameters = asdict(params) | {"wells": digest([wells[i] for i in order])}
@@ -522,15 +537,16 @@ def _score(part: PlateSet, params: HitsParams) -> None:
     from ..analysis.well_profiles import on_edge
 
     groups, controls, plates = part.groups, part.controls, part.plates
-    check = activity.edge_check(part.values, controls, plates, on_edge(part.table))
-    strata = plates
+    strata, edge = plates, on_edge(part.table)
+    names = dict(enumerate(part.barcodes))
+    check = activity.edge_check(part.values, controls, plates, edge, seed=params.seed, names=names)
     if params.edge == "match" or (params.edge == "auto" and check.matched):
         part.strata = "plate and zone"
-        strata = 2 * plates + on_edge(part.table)
-    if params.edge == "auto":
+        strata = 2 * plates + edge
+    if params.edge == "auto" and (edge & part.compared & ~controls).any():
         part.notes += check.warnings
     data = (part.values, groups, controls)
-    how = {"permutations": params.permutations, "seed": params.seed}
+    how: dict[str, Any] = {"permutations": params.permutations, "seed": params.seed}
     scores = {
         "activity": activity.activity(*data, strata, **how),
         "activity_copairs": activity.activity_by_copairs(
@@ -547,8 +563,11 @@ def _score(part: PlateSet, params: HitsParams) -> None:
     rule = scores["activity_copairs"]
     if params.measure == "activity":
         rule = scores["activity"]
-        floors |= activity.smallest_p(groups, controls, strata, params.permutations)
-    for code, item in enumerate(part.treatments.itertuples(index=False)):
+        known = ~part.empty
+        floors |= activity.smallest_p(
+            groups[known], controls[known], strata[known], params.permutations
+        )
+    for code, item in enumerate(part.treatments):
         mine = part.compared & (groups == code)
         of_one = {measure: found.get(code) for measure, found in scores.items()}
         change = changes[mine & np.isfinite(changes)]
@@ -561,23 +580,22 @@ def _score(part: PlateSet, params: HitsParams) -> None:
             floor=floors[code],
             empty=int((mine & part.empty).sum()),
         )
-        dose = None if item.dose is None or item.dose != item.dose else float(item.dose)
-        about = {
-            "treatment_id": int(item.treatment_id),
-            "dose": dose,
-            "dose_unit": item.dose_unit if dose is not None else None,
+        about: dict[str, Any] = {
+            "treatment_id": item.treatment_id,
+            "dose": item.dose,
+            "dose_unit": item.dose_unit,
         }
         for measure, score in of_one.items():
             if score is not None:
                 quantity = measure if measure == "cell_count" else None
                 part.add(
-                    ScoreLevel.TREATMENT, item.name_with_dose, measure, score,
+                    ScoreLevel.TREATMENT, item.name, measure, score,
                     quantity=quantity, **about,
                 )  # fmt: skip
         decided = rule.get(code)
         part.add(
             ScoreLevel.TREATMENT,
-            item.name_with_dose,
+            item.name,
             "hit",
             verdict=verdict,
             note=note,
@@ -664,8 +682,8 @@ def _notes(
             )
     if single:
         yield (
-            f"{single} of {number} treatments have one well only: whether they differ cannot be "
-            "said."
+            f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells: whether they "
+            "differ cannot be said."
         )
     if len(np.unique(part.plates[part.compared])) == 1:
         yield ("There is one plate only: whether the same comes out on another plate is not known.")
@@ -720,19 +738,14 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
 
     best: dict[str, tuple[float, int]] = {}
     at = {(row.treatment_id, row.measure): row for row in part.rows}
-    for code, item in enumerate(part.treatments.itertuples(index=False)):
-        if at[int(item.treatment_id), "hit"].verdict is not Verdict.HIT:
+    for code, item in enumerate(part.treatments):
+        if at[item.treatment_id, "hit"].verdict is not Verdict.HIT:
             continue
-        effect = at[int(item.treatment_id), "effect"].value or 0.0
+        effect = at[item.treatment_id, "effect"].value or 0.0
         best[item.perturbation] = max(best.get(item.perturbation, (-inf, -1)), (effect, code))
     codes = [code for _, code in best.values()]
-    said = [part.treatments["target"][code] for code in codes]
-    targets = [
-        frozenset(t.strip() for t in text.split("|") if t.strip())
-        if isinstance(text, str)
-        else frozenset[str]()
-        for text in said
-    ]
+    said = [(part.treatments[code].target or "").split("|") for code in codes]
+    targets = [frozenset(text.strip() for text in texts if text.strip()) for texts in said]
     members: dict[str, int] = defaultdict(int)
     for some in targets:
         for target in some:
@@ -766,7 +779,7 @@ def _score_doses(
     single: set[int],
 ) -> None:
     """Fit curves over the doses of each perturbation that has several in one unit."""
-    from ..analysis.dose_curves import dose_rows
+    from ..analysis.dose_curves import fit_curve, lowest_active
 
     responses = {"effect": part.table["effect"].to_numpy(), "cell_count": cell_ratios(part)}
     ids = part.table["well_id"].tolist()
@@ -776,28 +789,32 @@ def _score_doses(
             responses[_quantity(name)] = np.array(given)
         else:
             responses[name] = part.values[:, columns.index(name)]
-    several = []
-    for name, found in part.treatments[part.treatments["dose"].notna()].groupby("perturbation"):
-        of_one = found[found["treatment_id"].astype(int).isin(single)]
-        for unit, doses in of_one.groupby("dose_unit", dropna=False):
-            if doses["dose"].nunique() >= FEWEST_DOSES:
-                known = unit if isinstance(unit, str) else None
-                several.append((str(name), known, doses.index.to_numpy()))
-        left = sorted(set(found["name_with_dose"]) - set(of_one["name_with_dose"]))
-        if left:
-            part.notes.append(f"No dose curve of combinations: {some_of(left)}.")
-    doses = part.treatments["dose"].to_numpy(dtype=np.float64)
-    for name, unit, codes in several:
+    several: dict[tuple[str, str | None], list[int]] = defaultdict(list)
+    combined = []
+    for code, item in enumerate(part.treatments):
+        if item.treatment_id not in single:
+            combined.append(item.name)
+        elif item.dose is not None:
+            several[item.perturbation, item.dose_unit].append(code)
+    if combined:
+        part.notes.append(f"No dose curve of combinations: {some_of(combined)}.")
+    doses = np.array([item.dose or np.nan for item in part.treatments], dtype=np.float64)
+    for (name, unit), codes in several.items():
+        if len(set(doses[codes])) < FEWEST_DOSES:
+            continue
         for quantity, response in responses.items():
             there = part.compared & np.isfinite(response)
             mine = there & np.isin(part.groups, codes)
             controls = there & part.controls & np.isin(part.plates, part.plates[mine])
-            found = dose_rows(
-                *(doses[part.groups[mine]], response[mine], response[controls]),
-                permutations=params.permutations,
-                seed=params.seed,
-            )
-            for measure, row in found.items():
+            data = (doses[part.groups[mine]], response[mine], response[controls])
+            curve = fit_curve(*data, seed=params.seed)
+            lowest, p, note = lowest_active(*data)
+            ec50 = {"value": curve.ec50, "low": curve.low, "high": curve.high}
+            for measure, values in (
+                ("ec50", {**ec50, "p": curve.p_flat, "note": curve.note}),
+                ("trend", {"value": curve.trend, "p": curve.trend_p}),
+                ("lowest_active_dose", {"value": lowest, "p": p, "note": note}),
+            ):
                 part.add(
                     ScoreLevel.PERTURBATION,
                     name,
@@ -807,7 +824,7 @@ def _score_doses(
                     n_wells=int(mine.sum()),
                     n_controls=int(controls.sum()),
                     n_plates=len(np.unique(part.plates[mine])),
-                    **asdict(row),
+                    **values,
                 )
 
 
@@ -835,7 +852,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
     )
     treatments: dict[Any, dict[str, TreatmentScore]] = defaultdict(dict)
     doses: dict[Any, dict[str, TreatmentScore]] = defaultdict(dict)
-    targets, target_of = list[TargetRow](), dict[int, str | None]()
+    targets, target_of = list[TargetRow](), dict[int | None, str | None]()
     for score, target in session.execute(query):
         if score.level is ScoreLevel.TREATMENT:
             treatments[score.plate_set, score.treatment_id][score.measure] = score
