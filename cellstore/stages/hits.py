@@ -258,6 +258,12 @@ def hits(
             _score_targets(part, params)
             _score_doses(part, params, profiles.columns, curves, single)
         notes = [note for part in parts for note in _named(part, parts, part.notes)]
+        if made.get("controls") not in (None, int(profiles.controls.sum())):
+            notes.insert(
+                0,
+                f"Wells were marked as controls, or no longer are, since profile run {profile_run}: "
+                "make the profiles again with 'cellstore profile', then repeat this.",
+            )
         if training is not None:
             notes.insert(
                 0,
