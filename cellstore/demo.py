@@ -30,7 +30,6 @@ class DemoPlates:
     truth: Path
     store: Path
     report: Path
-    hits: Path
 
 
 def render_plates(
@@ -61,7 +60,6 @@ def render_plates(
         truth=folder / "truth",
         store=folder / "store",
         report=folder / "report.html",
-        hits=folder / "hits.html",
     )
     table = _table(design, plates.images.name).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:
@@ -109,8 +107,6 @@ def commands(plates: DemoPlates) -> list[list[str]]:
         ["predict", *store],
         ["train", "--split", SPLIT, "--baseline", "null", *store],
         ["report", "--html", str(plates.report), *store],
-        ["profile", *store],
-        ["hits", "--html", str(plates.hits), *store],
     ]
 
 

@@ -261,7 +261,7 @@ def hits(
         if made.get("controls") not in (None, int(profiles.controls.sum())):
             notes.insert(
                 0,
-                f"Wells were marked as controls, or no longer are, since profile run {profile_run}: "
+                f"Wells became controls, or no longer are, since profile run {profile_run}: "
                 "make the profiles again with 'cellstore profile', then repeat this.",
             )
         if training is not None:
