@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import (
         BaselineParams,
-        ContrastParams,
         FinetuneParams,
         IngestParams,
         MeasureParams,
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaselineParams",
-    "ContrastParams",
     "FinetuneParams",
     "IngestParams",
     "MeasureParams",

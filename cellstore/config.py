@@ -27,7 +27,6 @@ from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 from .enums import (
     DEFAULT_MODEL,
     PERTURBATION,
-    TARGET,
     TREATMENT,
     Gives,
     GroupLevel,
@@ -1060,40 +1059,6 @@ class BaselineParams(Params):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_selection(self.where, self.sql)
-
-
-@dataclass(frozen=True)
-class ContrastParams(Params):
-    """Which treatments are compared with which control, and how."""
-
-    treatments: tuple[str, ...] = option(
-        (),
-        "Compare only this treatment, with its dose or all its doses; may be given several times. "
-        "Default: all.",
-        name="--treatment",
-        metavar="NAME",
-        repeated=True,
-    )
-    control: str | None = option(
-        None, "Compare with this treatment. Default: the wells that are negative controls."
-    )
-    field: str = option(
-        TREATMENT,
-        "What is compared, one after the other: each treatment (each dose by itself), each "
-        "perturbation (all its doses together), or each target.",
-        choices=(TREATMENT, PERTURBATION, TARGET),
-    )
-    pooled: bool = option(False, "Compare all treatments as one, as the study did.")
-    features: str | None = _features()
-    plates: tuple[str, ...] = _plates()
-    folds: int = option(5, "Parts in which wells are held out in turn.", min=2)
-    max_cells: int = option(
-        2_000,
-        "Compare at most this many cells of a treatment, and of control, evenly from their wells.",
-        min=2,
-    )
-    nulls: int = option(20, "How often control wells are compared with control wells.", min=19)
-    seed: int = option(0, "Same seed, same cells and folds.", min=0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from .config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
-    ContrastParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -69,7 +68,6 @@ if TYPE_CHECKING:
     from .report.votes import VotesResult
     from .stages.apply import ApplyResult
     from .stages.backup import Backup
-    from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
     from .stages.export_crops import ExportedCrops
@@ -705,36 +703,6 @@ class Store(AbstractContextManager["Store"]):
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
-
-    def contrast(
-        self,
-        params: ContrastParams | None = None,
-        *,
-        segmentation: str | None = None,
-        measurement: str | None = None,
-        force: bool = False,
-    ) -> ContrastResult:
-        """Test for each treatment whether its cells differ from control cells of their plates.
-
-        Returns a row for each treatment in ``rows``, with the area under the curve (``auc``) on
-        wells that were held out, and what control wells reach against control wells (``usual``).
-
-        >>> pandas.DataFrame(store.contrast(ContrastParams(folds=5)).rows)
-
-        Raises:
-            MissingExtraError: scikit-learn is not installed.
-            UnknownNameError: no such treatment, plate, recipe or feature set.
-            UserInputError: there is no control, or no measured cell.
-        """
-        from .stages.contrast import contrast
-
-        return contrast(
-            self.workspace,
-            params or ContrastParams(),
-            segmentation=segmentation,
-            measurement=measurement,
-            force=force,
-        )
 
     def report(
         self,
