@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
-    from .report.comparison import Comparison
+    from .report.comparison import Comparison, HitsComparison
     from .report.event_log import EventLog
     from .report.leaderboard import Leaderboard
     from .report.redo import Check
@@ -1107,19 +1107,25 @@ class Store(AbstractContextManager["Store"]):
         limit: int | None = None,
         vote_options: VoteOptions | None = None,
         force: bool = False,
-    ) -> Comparison:
-        """Put two predict runs side by side, on the images (or wells) that both have answered.
+    ) -> Comparison | HitsComparison:
+        """Put two predict runs, or two hits runs, side by side, on what both have answered.
 
+        Of predict runs: on the images, or wells.
         ``level``: image or well; ``vote``: hard, soft or median; ``limit``: of the differences
         listed. Returns the accuracy of both, their ``difference`` with an interval, an exact
         McNemar test, a ``conclusion`` in words, how their recipes differ, and the images in which
         they differ (``differing``).
 
+        Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
+        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
+        effects, and the ``treatments`` with both verdicts.
+
         >>> store.compare(6, 11).conclusion
 
         Raises:
             UnknownNameError: there is no such run, level or vote.
-            UserInputError: both are the same run, or they answer other questions.
+            UserInputError: both are the same run, or they answer other questions or have nothing in
+                common.
         """
         from .report.comparison import compare
 

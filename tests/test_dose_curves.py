@@ -17,7 +17,7 @@ from cellstore.errors import UserInputError
 
 # Data set "ryegrass" of the R package drc: root length in cm by ferulic acid in mM (Inderjit,
 # Streibig and Olofsdotter, Physiologia Plantarum 114, 2002). The numbers of the tests are those of
-# drm(rootl ~ conc, data = ryegrass, fct = LL.4()), coef() and confint(), in the documentation of
+# drm(rootl ~ conc, data = ryegrass, fct = LL.4()), coef() and vcov(), in the documentation of
 # drc; drc calls the response without treatment d, the one at high doses c.
 DOSES = np.repeat([0.94, 1.88, 3.75, 7.5, 15, 30], 3)
 ROOTS = np.array(
@@ -63,9 +63,11 @@ def test_published_numbers_of_ryegrass() -> None:
     assert found.top == pytest.approx(0.48141319, rel=1e-4)
     assert found.bottom == pytest.approx(7.79295829, rel=1e-5)
     assert found.ec50 == pytest.approx(3.05795497, rel=1e-5)
-    # confint() of d, from drc's numeric second derivatives.
-    assert [float(end[0]) for end in found.band([0.0])] == pytest.approx(
-        [7.39961398, 8.1863026], abs=0.005
+    # vcov(corr = TRUE) of c and d, d and e, b and c; drc takes second derivatives for it.
+    error = np.sqrt(np.diag(found.covariance))
+    related = found.covariance / np.outer(error, error)
+    assert [related[1, 0], related[0, 2], related[3, 1]] == pytest.approx(
+        [-0.1177611, -0.36743943, 0.4662936], abs=0.03
     )
     assert found.trend < -0.9
     assert found.trend_p == 1e-4
@@ -85,10 +87,31 @@ def test_interval_ends_where_the_best_other_curve_is_just_too_bad() -> None:
 
         return 2 * least_squares(left, [7.5, 0.5, 1.0], xtol=1e-12, ftol=1e-12).cost
 
-    smallest = squares(found.ec50)
+    # The treated wells vary more than the controls, so the variance is theirs: 18 wells, 3 numbers.
+    about = (ROOTS - found.at(DOSES)) ** 2
+    assert about.sum() / 15 > UNTREATED.var(ddof=1)
     for end in (found.low, found.high):
-        ratio = (squares(end) - smallest) / (smallest / (24 - 4))
-        assert ratio == pytest.approx(stats.f.ppf(0.95, 1, 20), rel=1e-4)
+        ratio = (squares(end) - squares(found.ec50)) / (about.sum() / 15)
+        assert ratio == pytest.approx(stats.f.ppf(0.95, 1, 15), rel=1e-4)
+    low, high = found.band([0.0])
+    assert found.covariance[0, 0] == pytest.approx(
+        ((high[0] - low[0]) / 2 / stats.t.ppf(0.975, 15)) ** 2
+    )
+
+
+def test_the_variance_is_that_of_all_wells_where_controls_vary_as_much() -> None:
+    curve = DoseCurve(0.0, 8.0, 1.2, 2.0)
+    controls = np.tile([-2.0, 2.0], 10)
+    responses = curve.at(TESTED) + 0.1 * np.array([1, -1, 1, 1, -1, 1])
+    found = fit_curve(TESTED, responses, controls)
+    squares = ((responses - found.at(TESTED)) ** 2).sum() + ((controls - found.bottom) ** 2).sum()
+    assert found.reach == stats.t.ppf(0.975, 22)
+    few = fit_curve(TESTED, responses, controls[:2])
+    assert few.reach == stats.t.ppf(0.975, 4)
+    jacobian = np.linalg.inv(found.covariance / (squares / 22))
+    assert jacobian[0, 0] == pytest.approx(
+        20 + ((1 - (found.at(TESTED) - found.bottom) / (found.top - found.bottom)) ** 2).sum()
+    )
 
 
 def test_a_change_of_unit_or_scale_changes_nothing_else() -> None:

@@ -29,7 +29,7 @@ BEYOND = 1.0
 """Powers of ten below and above the tested doses in which an EC50 is looked for, only to say that
 it lies there."""
 _STEEPNESS = np.linspace(math.log(SLOPES[0]), math.log(SLOPES[1]), 60)
-STARTS = 4
+STARTS = 3
 ALPHA = 0.05
 DRAWS = 9_999
 """Random orders of a trend test; fewer, where there are more than 200 wells and controls."""
@@ -114,7 +114,9 @@ def fit_curve(
     Wild, Nonlinear Regression, 1989, 5.9) and the whole interval of the EC50 lies within the tested
     doses. The interval is by profile likelihood: all EC50s at which the best curve is not worse
     than the best of all by the F test of one parameter (Bates and Watts, Nonlinear Regression
-    Analysis, 1988, 6.1). Doses are compared by their logarithms.
+    Analysis, 1988, 6.1). The variance for it is that of all wells about the curve; where treated
+    wells vary more than controls, that of the treated wells alone, with fewer degrees of freedom.
+    Doses are compared by their logarithms.
     """
     doses, responses, controls = _checked(doses, responses, controls)
     correlation, trend_p = dose_trend(doses, responses, controls, seed=seed) or (None, None)
@@ -138,24 +140,24 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
     middle, steepness = data.best((lowest - BEYOND, highest + BEYOND))
     squares, bottom, rise = (float(found[0]) for found in data.fit([middle], [steepness]))
     noise = max(squares, 1e-20 * data.total) / freedom
+    p_flat = float(stats.f.sf((data.total - squares) / 3 / noise, 3, freedom))
+    noise, freedom = data.noise(middle, steepness) or (noise, freedom)
     curve = replace(
         curve,
         bottom=bottom,
         top=bottom + rise,
         halfway=10**middle,
         slope=math.exp(steepness),
-        p_flat=float(stats.f.sf((data.total - squares) / 3 / noise, 3, freedom)),
+        p_flat=p_flat,
         reach=float(stats.t.ppf((1 + level) / 2, freedom)),
     )
     _, jacobian = curve._at(10**data.log_dose)
     information = jacobian.T @ (data.number[:, None] * jacobian)
     curve = replace(curve, covariance=noise * np.linalg.pinv(information, hermitian=True))
-    assert curve.p_flat is not None
-    if not curve.p_flat < ALPHA:
-        flat = f"a curve fits no better than a flat line, p = {curve.p_flat:.2g}"
+    if p_flat >= ALPHA:
+        flat = f"a curve fits no better than a flat line, p = {p_flat:.2g}"
         return replace(curve, note=f"no response: {flat}")
-    limit = noise * (freedom + float(stats.f.ppf(level, 1, freedom)))
-    low, high = data.interval(middle, limit)
+    low, high = data.interval(middle, squares + noise * float(stats.f.ppf(level, 1, freedom)))
     curve = replace(
         curve, low=None if low is None else 10**low, high=None if high is None else 10**high
     )
@@ -172,13 +174,13 @@ class _Doses:
     """Wells by their dose, K of them: controls, if there are any, first with -inf.
 
     ``log_dose`` (K,) is log10 of the dose, ``number`` (K,) counts wells, ``mean`` (K,) is their
-    mean response. ``within``: sum of squares about these means; ``total``: about the mean of all.
+    mean response. ``within`` (K,): squares about these means; ``total``: about that of all.
     """
 
     log_dose: Floats
     number: Floats
     mean: Floats
-    within: float
+    within: Floats
     total: float
 
     @classmethod
@@ -192,13 +194,14 @@ class _Doses:
             _log10(levels),
             number,
             mean,
-            float(((values - mean[which]) ** 2).sum()),
+            np.bincount(which, weights=(values - mean[which]) ** 2).astype(np.float64),
             float(((values - values.mean()) ** 2).sum()),
         )
 
     @property
     def tested(self) -> Floats:
-        return self.log_dose[np.isfinite(self.log_dose)]
+        known: Floats = self.log_dose[np.isfinite(self.log_dose)]
+        return known
 
     def fit(self, middles: ArrayLike, steepness: ArrayLike) -> tuple[Floats, Floats, Floats]:
         """Return sum of squares, bottom and rise (G,) of the best curves with these two given.
@@ -215,7 +218,22 @@ class _Doses:
         rise = (apart * weight) @ (self.mean - mean) / np.maximum(spread, 1e-300)
         bottom = mean - rise * centre[:, 0]
         left = self.mean - bottom[:, None] - rise[:, None] * share
-        return self.within + left**2 @ self.number, bottom, rise
+        return self.within.sum() + left**2 @ self.number, bottom, rise
+
+    def noise(self, middle: float, steepness: float) -> tuple[float, int] | None:
+        """Return the variance of the treated wells about this curve, and its degrees of freedom.
+
+        ``None`` where the controls vary as much or more, or there are too few to know: then all
+        wells have one variance. The bottom of the curve is known from the controls.
+        """
+        if np.isfinite(self.log_dose[0]) or self.number[0] < FEWEST_CONTROLS:
+            return None
+        _, bottom, rise = self.fit([middle], [steepness])
+        left = self.mean - bottom - rise * _shares(self.log_dose, middle, steepness)
+        squares = self.within + self.number * left**2
+        freedom = int(self.number[1:].sum()) - 3
+        treated = float(squares[1:].sum()) / freedom
+        return (treated, freedom) if treated > self.within[0] / (self.number[0] - 1) else None
 
     def best(self, between: tuple[float, float]) -> tuple[float, float]:
         """Return log10 of the EC50 and log of the slope with the smallest sum of squares."""
@@ -243,9 +261,9 @@ class _Doses:
                 left,
                 np.clip([middles[start], steepness[start]], lower + 1e-9, upper - 1e-9),
                 bounds=(lower, upper),
-                xtol=1e-12,
-                ftol=1e-12,
-                gtol=1e-12,
+                xtol=1e-10,
+                ftol=1e-10,
+                gtol=1e-10,
             )
             for start in starts
         ]
@@ -394,7 +412,8 @@ def _log10(doses: Floats) -> Floats:
     return np.log10(doses, out=np.full(doses.shape, -np.inf), where=doses > 0)
 
 
-def _shares(log_doses: Floats, middle: ArrayLike, steepness: ArrayLike) -> Floats:
+def _shares(log_doses: Floats, middle: Floats | float, steepness: Floats | float) -> Floats:
     """Return how much of its rise a curve has done: log10 of doses, of EC50s, log of slopes."""
     rate = np.exp(steepness) * np.log(10)
-    return 1 / (1 + np.exp(np.clip(rate * (middle - log_doses), -700, 700)))
+    shares: Floats = 1 / (1 + np.exp(np.clip(rate * (middle - log_doses), -700, 700)))
+    return shares

@@ -348,15 +348,20 @@ def draw_curve(
 ) -> str:
     """Return a dose curve as an element of a page, for one perturbation.
 
-    ``doses`` and ``responses`` (N,) of its wells, in ``unit``; ``controls`` (M,) responses of control
-    wells, which stand at the left. ``label`` says what the response is. Wells without a response are
-    not drawn. ``name`` makes its ids others than those of the next figure; see :func:`svg`.
+    ``doses`` (N,), in ``unit``, and ``responses`` (N,) of its wells; ``controls`` (M,) responses of
+    control wells, which stand at the left. ``label`` says what the response is. The curve is drawn
+    if it fits better than a flat line, in dashes if its EC50 is not determined. ``name`` makes the
+    ids of this figure others than those of the next; see :func:`svg`. Empty without any response.
     """
+    from ..analysis.dose_curves import ALPHA
+
     at, values = np.asarray(doses, np.float64), np.asarray(responses, np.float64)
     known = np.isfinite(values) & (at > 0)
     at, values = at[known], values[known]
     beside = np.asarray(controls, np.float64)
     beside = beside[np.isfinite(beside)]
+    if not values.size:
+        return ""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -367,7 +372,7 @@ def draw_curve(
         lowest = min([*values.tolist(), *beside.tolist()])
         highest = max([*values.tolist(), *beside.tolist()])
         margin = 0.12 * (highest - lowest) or 1.0
-        if curve.halfway is not None:
+        if curve.p_flat is not None and curve.p_flat < ALPHA:
             axes.fill_between(line, *curve.band(line), color=BLUE, alpha=0.18, lw=0)
             dashes = "-" if curve.ec50 is not None else (0, (4, 2))
             axes.plot(line, curve.at(line), color=BLUE, lw=1.8, ls=dashes)
