@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from factories import Factory
+from factories import Factory, hits_run
 
-from cellstore.enums import TARGET, GroupLevel, ScoreLevel, Stage, Subset, Verdict
+from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Image, Run, Segmentation, Split, TreatmentScore
+from cellstore.models import Image, Run, Segmentation, Split
 from cellstore.report.comparison import compare
 from cellstore.report.scoring import report
 
@@ -188,27 +188,6 @@ def test_a_truth_that_was_corrected_is_left_out(sqlite_workspace: Workspace) -> 
     found = compare(sqlite_workspace, str(one.id), str(more.id))
     # b2 is on both test subsets, a2 outside of the newer split, which is as good.
     assert (found.n, found.both_right, found.better) == (2, 2, None)
-
-
-def hits_run(make: Factory, verdicts: Mapping[str, str], **result: object) -> Run:
-    """A hits run with a verdict and an effect for each treatment: ``{"a": "hit 5.0"}``."""
-    recipe = make.recipe(Stage.HITS, parameters={"q": 0.05, "measure": "activity"})
-    made = {"rule": "q < 0.05", "plate_sets": {"all plates": ["P1"]}, "feature_set": "own"}
-    profile = make.run(Stage.PROFILE)
-    run = make.run(Stage.HITS, recipe, parent_id=profile.id, result={**made, **result})
-    scores = []
-    for name, said in verdicts.items():
-        verdict, _, effect = said.rpartition(" ")
-        common = {
-            "run_id": run.id, "level": ScoreLevel.TREATMENT, "name": name, "n_wells": 4,
-            "treatment_id": make.treatment(name).id, "plate_set": "all plates",
-            "n_controls": 16, "n_plates": 4,
-        }  # fmt: skip
-        value = None if effect == "-" else float(effect)
-        scores.append(TreatmentScore(measure="hit", verdict=Verdict(verdict), **common))
-        scores.append(TreatmentScore(measure="effect", value=value, **common))
-    make.add_all(scores)
-    return run
 
 
 def test_two_hits_runs_which_finds_more(workspace: Workspace) -> None:
