@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import (
         BaselineParams,
-        ContrastParams,
         FinetuneParams,
         IngestParams,
         MeasureParams,
         PredictParams,
+        ProfileParams,
         QcParams,
         Resources,
         SegmentParams,
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BaselineParams",
-    "ContrastParams",
     "FinetuneParams",
     "IngestParams",
     "MeasureParams",
     "PredictParams",
+    "ProfileParams",
     "QcParams",
     "Resources",
     "SegmentParams",

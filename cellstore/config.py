@@ -27,7 +27,6 @@ from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 from .enums import (
     DEFAULT_MODEL,
     PERTURBATION,
-    TARGET,
     TREATMENT,
     Gives,
     GroupLevel,
@@ -1063,37 +1062,47 @@ class BaselineParams(Params):
 
 
 @dataclass(frozen=True)
-class ContrastParams(Params):
-    """Which treatments are compared with which control, and how."""
+class ProfileParams(Params):
+    """How cells become profiles of wells; see ``cellstore.analysis.well_profiles``."""
 
-    treatments: tuple[str, ...] = option(
-        (),
-        "Compare only this treatment, with its dose or all its doses; may be given several times. "
-        "Default: all.",
-        name="--treatment",
-        metavar="NAME",
-        repeated=True,
-    )
-    control: str | None = option(
-        None, "Compare with this treatment. Default: the wells that are negative controls."
-    )
-    field: str = option(
-        TREATMENT,
-        "What is compared, one after the other: each treatment (each dose by itself), each "
-        "perturbation (all its doses together), or each target.",
-        choices=(TREATMENT, PERTURBATION, TARGET),
-    )
-    pooled: bool = option(False, "Compare all treatments as one, as the study did.")
     features: str | None = _features()
     plates: tuple[str, ...] = _plates()
-    folds: int = option(5, "Parts in which wells are held out in turn.", min=2)
-    max_cells: int = option(
-        2_000,
-        "Compare at most this many cells of a treatment, and of control, evenly from their wells.",
-        min=2,
+    exclude_flagged: str | None = _exclude_flagged()
+    average: str = option(
+        "median",
+        "What is kept of the cells of a well: their median, their mean, or the medians of its "
+        "images, each with the weight of its cells (weighted).",
+        choices=("median", "mean", "weighted"),
     )
-    nulls: int = option(20, "How often control wells are compared with control wells.", min=19)
-    seed: int = option(0, "Same seed, same cells and folds.", min=0)
+    positions: str = option(
+        "none",
+        "Take out what rows, columns and edges of a plate do: by the median polish of all wells, "
+        "or by the negative controls alone.",
+        choices=("none", "median-polish", "controls"),
+    )
+    normalise: str = option(
+        "mad",
+        "Compare wells with the controls of their plate by median and median absolute deviation "
+        "(mad), by mean and standard deviation, or so that features no longer go together "
+        "(sphere).",
+        choices=("mad", "standardise", "sphere", "none"),
+    )
+    against: str = option(
+        "controls",
+        "Compare with the negative controls of the plate, or with all its wells.",
+        choices=("controls", "all"),
+    )
+    select: tuple[str, ...] = option(
+        ("missing", "blocklist", "variance", "correlation"),
+        "Remove features: missing in many wells, on pycytominer's blocklist, without variance, "
+        "or like another one.",
+        choices=("missing", "blocklist", "variance", "correlation"),
+    )
+    harmony: str = option(
+        "none",
+        "Bring plates, or batches, together by Harmony.",
+        choices=("none", "plate", "batch"),
+    )
 
 
 @dataclass(frozen=True)

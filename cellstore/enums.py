@@ -16,7 +16,8 @@ class Stage(StrEnum):
     TRAIN = "train"
     PREDICT = "predict"
     FINETUNE = "finetune"
-    CONTRAST = "contrast"
+    PROFILE = "profile"
+    HITS = "hits"
 
 
 class Status(StrEnum):
@@ -125,8 +126,27 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint"
     REPORT = "report"
     FEATURES = "features"
+    PROFILES = "profiles"
     NETWORK = "network"
     TRAINING_STATE = "training_state"
+
+
+class Verdict(StrEnum):
+    """What a hits run says of a treatment, by its rule."""
+
+    HIT = "hit"
+    FEWER_CELLS = "fewer cells only"  # the effect is no larger than that on the number of cells
+    SMALL = "small effect"  # surely there, but smaller than the rule asks for
+    NO = "no difference"
+    UNKNOWN = "cannot say"  # too few wells or controls
+
+
+class ScoreLevel(StrEnum):
+    """What a treatment score is about."""
+
+    TREATMENT = "treatment"  # with its dose
+    PERTURBATION = "perturbation"  # all doses of it
+    TARGET = "target"  # all perturbations that act on it
 
 
 class ImageFlagReason(StrEnum):

@@ -57,10 +57,12 @@ from .enums import (
     Level,
     Origin,
     PerturbationKind,
+    ScoreLevel,
     Severity,
     Stage,
     Status,
     Subset,
+    Verdict,
 )
 
 NAMING = {
@@ -207,6 +209,9 @@ class Treatment(Base):
         viewonly=True,
     )
     wells: Mapped[list["Well"]] = relationship(back_populates="treatment", order_by="Well.id")
+    scores: Mapped[list["TreatmentScore"]] = relationship(
+        back_populates="treatment", order_by="TreatmentScore.id"
+    )
 
 
 class TreatmentPart(Base):
@@ -434,6 +439,9 @@ class Run(Base):
     image_predictions: Mapped[list["ImagePrediction"]] = relationship(back_populates="run")
     image_flags: Mapped[list["ImageFlag"]] = relationship(back_populates="run")
     cell_flags: Mapped[list["CellFlag"]] = relationship(back_populates="run")
+    scores: Mapped[list["TreatmentScore"]] = relationship(
+        back_populates="run", order_by="TreatmentScore.id"
+    )
     files: Mapped[list["IngestFile"]] = relationship(back_populates="run", order_by="IngestFile.id")
     issues: Mapped[list["IngestIssue"]] = relationship(
         back_populates="run", order_by="IngestIssue.id"
@@ -786,6 +794,45 @@ class CellFlag(Base):
     value: Mapped[float | None]
     run: Mapped["Run"] = relationship(back_populates="cell_flags")
     cell: Mapped["Cell"] = relationship(back_populates="flags")
+
+
+class TreatmentScore(Base):
+    """What a hits run measured of a treatment, a perturbation or a target. Append only (triggers).
+
+    ``name`` is that of the treatment with its dose, of the perturbation or of the target
+    (``level``). ``plate_set``: the plates that were scored together, ``run.result["plate_sets"]``
+    lists them. ``quantity``: what the measure is about where it is not the whole profile. ``low``
+    and ``high`` are the 95 % interval of ``value``; ``q`` is ``p``, corrected for the number of
+    treatments. Rows of the measure ``hit`` have a ``verdict``. ``note``: why something cannot be
+    said.
+    """
+
+    __tablename__ = "treatment_scores"
+
+    id: Mapped[Id]
+    run_id: Mapped[int] = refers_to("runs.id", index=True)
+    level: Mapped[ScoreLevel]
+    name: Mapped[str] = mapped_column(Text)
+    treatment_id: Mapped[int | None] = refers_to("treatments.id", index=True)
+    dose: Mapped[float | None]
+    dose_unit: Mapped[Name | None]
+    cell_line: Mapped[Name | None]
+    time_point: Mapped[Name | None]
+    plate_set: Mapped[Name]
+    measure: Mapped[Name]
+    quantity: Mapped[Name | None]
+    value: Mapped[float | None]
+    low: Mapped[float | None]
+    high: Mapped[float | None]
+    p: Mapped[float | None]
+    q: Mapped[float | None]
+    n_wells: Mapped[int]
+    n_controls: Mapped[int]
+    n_plates: Mapped[int]
+    verdict: Mapped[Verdict | None]
+    note: Mapped[str | None] = mapped_column(Text)
+    run: Mapped["Run"] = relationship(back_populates="scores")
+    treatment: Mapped["Treatment | None"] = relationship(back_populates="scores")
 
 
 class Split(Base):

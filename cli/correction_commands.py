@@ -119,7 +119,7 @@ def exclude(
 ) -> Correction:
     """Exclude a plate, well, image or cell: it no longer counts, but stays visible.
 
-    Trainings, splits, votes, reports, contrasts and cell counts leave it out from now on, and
+    Trainings, splits, votes, reports, profiles and cell counts leave it out from now on, and
     audit shows the reason. To undo it: cellstore include.
 
     \b

@@ -1,4 +1,4 @@
-"""Commands about learning: train, contrast, predict, export-model."""
+"""Commands about learning: train, predict, export-model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from cellstore.config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
-    ContrastParams,
     PredictParams,
     Resources,
     Sources,
@@ -36,7 +35,6 @@ from . import output
 from .answer_commands import show_report
 from .app import (
     DEVICE,
-    MEASUREMENT,
     PRESET,
     SEGMENTATION,
     Common,
@@ -47,7 +45,6 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.apply import ApplyResult
-    from cellstore.stages.contrast import ContrastResult, ContrastRow
     from cellstore.stages.export_model import ExportedModel
     from cellstore.stages.own_models import AddedEmbeddings, AddedPredictions
     from cellstore.stages.predict import PredictResult
@@ -300,61 +297,6 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     if several and first.predict_run_id:
         family = first.split.rpartition("-")[0]
         say(f"All folds as one: cellstore report --run {shlex.quote(family)}:{first.baseline}")
-
-
-def _show_contrast(result: ContrastResult) -> None:
-    if result.already_done:
-        typer.echo(f"Nothing to do: run {result.run_id} has compared these cells already.")
-    output.pairs(
-        {
-            "run": result.run_id,
-            "control": result.control,
-            "feature set": result.feature_set or "built-in",
-            "measurements": result.columns,
-            "different": f"{result.different} of {result.tested} that could be compared",
-        }
-    )
-    typer.echo("")
-
-    def cells(row: ContrastRow) -> tuple[Any, ...]:
-        accuracy, auc, chance = (
-            None if value is None else f"{value:.3f}"
-            for value in (row.accuracy, row.auc, row.usual)
-        )
-        counts = (row.wells or None, row.cells or None)
-        return (row.treatment, row.different, *counts, accuracy, auc, chance)
-
-    headers = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "chance up to")
-    output.table(headers, map(cells, result.rows))
-    for row in result.rows:
-        if row.note:
-            typer.echo(f"{row.treatment}: {row.note}")
-
-
-@command(app, "contrast", _show_contrast, then=True)
-def contrast(
-    params: ContrastParams,
-    store: Store,
-    segmentation: str | None = SEGMENTATION,
-    measurement: str | None = MEASUREMENT,
-    force: bool = option(False, "Compare again, even if nothing has changed."),
-) -> ContrastResult:
-    """Show which treatments change the cells at all, compared with control wells.
-
-    A logistic regression learns to distinguish cells of a treatment from as many control cells of
-    the same plates, by their measurements. It is trained on some wells and tested on other wells.
-    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
-    always recognised. The last rows compare control wells with other control wells: they show
-    what chance looks like.
-
-    \b
-    Example:
-      cellstore contrast
-      cellstore contrast --treatment taxol --control DMSO
-      cellstore contrast --field perturbation
-      cellstore contrast --pooled
-    """
-    return store.contrast(params, segmentation=segmentation, measurement=measurement, force=force)
 
 
 def _show_predict(result: PredictResult) -> None:

@@ -30,6 +30,7 @@ from cellstore.enums import (
     ImageFlagReason,
     Level,
     PerturbationKind,
+    ScoreLevel,
     Stage,
     Status,
     Subset,
@@ -67,6 +68,7 @@ from cellstore.models import (
     SplitMember,
     Treatment,
     TreatmentPart,
+    TreatmentScore,
     Well,
 )
 from cellstore.stages.ingest.write_treatments import treatment_values
@@ -529,6 +531,21 @@ class Factory:
                 for rank, (label, probability) in enumerate(choices, start=1)
             ]
         )
+
+    def score(
+        self, run: Run, measure: str, treatment: Treatment | None = None, **more: Any
+    ) -> TreatmentScore:
+        """What a hits run says of a treatment, or of the perturbation or target ``name``."""
+        values: dict[str, Any] = {
+            "run_id": run.id,
+            "level": ScoreLevel.TREATMENT if treatment else ScoreLevel.TARGET,
+            "name": treatment.name_with_dose if treatment else "TUBB",
+            "treatment_id": treatment.id if treatment else None,
+            "plate_set": "all plates",
+            "measure": measure,
+            **dict.fromkeys(("n_wells", "n_controls", "n_plates"), 1),
+        }
+        return self.add(TreatmentScore(**values | more))
 
 
 DEFAULT_PARAMETERS: dict[Stage, dict[str, Any]] = {

@@ -34,6 +34,7 @@ BIG = (
     *("images", "image_files", "segmentations", "cells", "features", "predictions", "jobs"),
     *("artifacts", "run_artifacts", "split_members", "events", "ingest_files", "wells"),
     *("image_flags", "cell_flags", "feature_files", "run_metrics", "image_quality"),
+    "treatment_scores",
 )
 """Tables that grow with the screen: none of them may be read from end to end."""
 

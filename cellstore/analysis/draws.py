@@ -76,11 +76,6 @@ class Lowest:
             self._kept[name] = _lowest(both, most, self._seed)
             self.counts[name] = self.counts.get(name, 0) + len(some)
 
-    @property
-    def kept(self) -> dict[int, int]:
-        """How many ids of each group can be drawn."""
-        return {name: len(ids) for name, ids in self._kept.items()}
-
     def drawn(self, shares: Mapping[int, int]) -> dict[int, Ids]:
         """Return the ids that are drawn of each group, in ascending order."""
         return {

@@ -46,6 +46,7 @@ from ..models import (
     Segmentation,
     Split,
     Treatment,
+    TreatmentScore,
     Well,
 )
 from .bulk import in_lists
@@ -195,6 +196,7 @@ _OF_PLATES: dict[str, Any] = {
 }
 """Larger ones: with the plate first, since a digest for each is made anew where it is changed."""
 
+_WRITTEN_ONCE = (ImageFlag, CellFlag, ImagePrediction, IngestFile, IngestIssue, TreatmentScore)
 _MASK = METADATA.tables["artifacts"].alias()
 _ROWS: tuple[tuple[str, Any], ...] = (
     (
@@ -234,7 +236,7 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ),
     *(
         (table.__tablename__, select(table.run_id, *columns))
-        for table in (ImageFlag, CellFlag, ImagePrediction, IngestFile, IngestIssue)
+        for table in _WRITTEN_ONCE
         for columns in ([c for c in table.__table__.columns if c.name not in ("id", "run_id")],)
     ),
 )

@@ -422,6 +422,21 @@ class Questions:
         self._full.unregister("brought")
         self._loaded.add(name)
 
+    def reading(self, name: str, first: int, last: int) -> str:
+        """Return the SQL that reads the cells of a feature set from one id to another.
+
+        Files without such cells are not opened.
+
+        Raises:
+            StorageError: a file of it is gone.
+        """
+        found = self._sets[name.lower()]
+        if found.in_table:
+            self._load({"features"})
+        between = (int(first), int(last))
+        rows = found.query(self._source, self.workspace.artifacts, self._full, between)
+        return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608
+
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
 

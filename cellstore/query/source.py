@@ -460,9 +460,13 @@ class SetRelation:
     in_files: Mapping[str, str]
 
     def query(
-        self, source: Source, artifacts: ArtifactFolder, target: duckdb.DuckDBPyConnection
+        self,
+        source: Source,
+        artifacts: ArtifactFolder,
+        target: duckdb.DuckDBPyConnection,
+        between: tuple[int, int] | None = None,
     ) -> str:
-        """Return the SQL behind the set.
+        """Return the SQL behind the set; ``between``: only files with cells from one to another.
 
         Raises:
             StorageError: a file of it is gone.
@@ -474,6 +478,9 @@ class SetRelation:
         condition = (
             f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}"
         )
+        if between is not None:
+            first, last = between
+            condition += f" AND f.first_cell_id <= {last} AND f.last_cell_id >= {first}"
         rows = source.fetch(target, "artifacts", condition)
         paths = [artifacts.existing(row["path"]) for row in rows]
         return reading_set(self.columns, paths, self.in_files)

@@ -263,7 +263,8 @@ STEPS = """
         ) AS predictions,
         EXISTS (SELECT 1 FROM trainings WHERE baseline IS NOT NULL) AS baselines,
         EXISTS (SELECT 1 FROM runs WHERE stage = 'qc' AND status = 'done') AS qc,
-        EXISTS (SELECT 1 FROM runs WHERE stage = 'contrast' AND status = 'done') AS contrasts
+        EXISTS (SELECT 1 FROM runs WHERE stage = 'profile' AND status = 'done') AS profiles,
+        EXISTS (SELECT 1 FROM runs WHERE stage = 'hits' AND status = 'done') AS hits
 """
 PLATEMAP = "cellstore ingest PLATEMAP  (no well has a treatment yet)"
 NEXT = {
@@ -272,7 +273,7 @@ NEXT = {
     "cells": ("cellstore segment",),
     "features": ("cellstore measure",),
     "treatments": (PLATEMAP,),
-    "splits": ("cellstore split create by-well", "cellstore contrast"),
+    "splits": ("cellstore split create by-well",),
     "networks": ("cellstore train",),
     "predictions": ("cellstore predict",),
 }
@@ -280,9 +281,10 @@ NEXT = {
 USEFUL = {
     "baselines": "cellstore train --baseline null  (scores that the network has to beat)",
     "qc": "cellstore qc",
-    "contrasts": "cellstore contrast",
 }
 """What is useful where a store lacks these only."""
+WHICH = {"profiles": "cellstore profile", "hits": "cellstore hits"}
+"""What says which treatments do something, as soon as cells are measured."""
 BROKEN_OFF = """
     SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
     FROM runs AS r
@@ -307,15 +309,16 @@ def next_step(session: Session) -> tuple[str, ...]:
     """Return the next useful commands, the first one first, by what a store has and lacks."""
     steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
     lacks = [name for name in NEXT if not steps[name]]
+    which = [step for name, step in WHICH.items() if not steps[name]][:1]
     if not lacks:
-        useful = [step for name, step in USEFUL.items() if not steps[name]]
+        useful = [*which, *(step for name, step in USEFUL.items() if not steps[name])]
         return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
     if lacks[0] == "networks":
         first = NEXT["networks"][0]
         # Baselines have labelled the test images.
         return (first, "cellstore report") if steps["baselines"] else (first,)
     if lacks[0] != "cells":
-        return NEXT[lacks[0]]
+        return (*(which if lacks[0] == "splits" else ()), *NEXT[lacks[0]])
     from ..jobs.planes import choose_channels
 
     try:

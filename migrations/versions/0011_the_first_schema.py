@@ -437,16 +437,32 @@ table(
     sa.CheckConstraint("probability >= 0 AND probability <= 1", name="probability"),
     sa.CheckConstraint("rank >= 1", name="rank"),
 )
+table(
+    "treatment_scores",
+    identity(),
+    refers("run_id", "runs", index=True),
+    given(WORD, "level"),
+    given(TEXT, "name"),
+    refers("treatment_id", "treatments", nullable=True, index=True),
+    maybe(FLOAT, "dose"),
+    maybe(NAME, "dose_unit", "cell_line", "time_point"),
+    given(NAME, "plate_set", "measure"),
+    maybe(NAME, "quantity"),
+    maybe(FLOAT, "value", "low", "high", "p", "q"),
+    given(INT, "n_wells", "n_controls", "n_plates"),
+    maybe(WORD, "verdict"),
+    maybe(TEXT, "note"),
+)
 
 
 # What was once said stays, whoever holds the connection.
-APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
+APPEND_ONLY = (*("predictions", "image_predictions", "treatment_scores", "annotations", "events"),)
 
 # A run that has ended is closed: no such row comes to it any more.
 OF_RUN = (
     *("predictions", "image_predictions", "run_metrics", "run_artifacts", "segmentations"),
     *("features", "feature_files", "image_quality", "image_flags", "cell_flags"),
-    *("ingest_files", "ingest_issues"),
+    *("ingest_files", "ingest_issues", "treatment_scores"),
 )
 CLOSED = "run has ended"
 KEPT = "run stays as it began"

@@ -1,4 +1,4 @@
-"""train --baseline and contrast: what is asked, and what is said."""
+"""train --baseline: what is asked, and what is said."""
 
 from __future__ import annotations
 
@@ -100,23 +100,6 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err
-
-
-def test_a_contrast_is_a_table(cellstore, with_set: Path) -> None:
-    asked = ("contrast", *SETS, *IN)
-    said = cellstore(*asked)
-    rows = [line.split()[:3] for line in said.out.splitlines()]
-    assert ["aspirin", "too", "few"] in rows  # four wells in all: chance cannot be measured
-    told = " ".join(said.err.split())
-    assert "too few control wells on their plates to measure what chance looks like" in told
-    found = cellstore(*asked, "--json").json
-    assert found["already_done"]
-    assert [row["treatment"] for row in found["rows"]] == ["aspirin", "taxol"]
-    assert (found["rows"][0]["auc"], found["rows"][0]["cells"]) == (1, 24)
-    assert cellstore(*asked, "--treatment", "taxol", "--json").json["treatments"] == 1
-    pooled = cellstore(*asked, "--pooled", "--json").json
-    assert [row["treatment"] for row in pooled["rows"]] == ["all treatments"]
-    assert not cellstore(*asked, "--force", "--json").json["already_done"]
 
 
 def test_a_metadata_column_may_be_what_is_predicted(cellstore, with_set: Path) -> None:

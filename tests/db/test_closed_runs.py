@@ -48,6 +48,7 @@ from cellstore.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
+    TreatmentScore,
 )
 
 ENDED = "This run has ended"
@@ -98,6 +99,9 @@ class Closing:
             | dict.fromkeys(("n_rows", "n_created", "n_updated", "n_unchanged", "n_refused"), 0),
             IngestIssue: of_run
             | {"severity": Severity.PROBLEM, "file": "a.csv", "reason": "x", "detail": "y"},
+            TreatmentScore: of_run
+            | {"level": "target", "name": "TUBB", "plate_set": "all plates", "measure": "hit"}
+            | dict.fromkeys(("n_wells", "n_controls", "n_plates"), 1),
             Segmentation: of_run
             | {"image_id": other.id, "recipe_id": run.recipe_id, "n_cells": 0}
             | {"content_sha256": content, "created_at": MOMENT},

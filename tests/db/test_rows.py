@@ -23,6 +23,7 @@ from cellstore.enums import (
     Severity,
     Stage,
     Subset,
+    Verdict,
 )
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
@@ -60,6 +61,7 @@ from cellstore.models import (
     SplitMember,
     Treatment,
     TreatmentPart,
+    TreatmentScore,
     Well,
 )
 
@@ -110,6 +112,7 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
     make.quality(image, qc)
     make.flag_image(qc, image, ImageFlagReason.CELL_COUNT)
     make.flag_cell(qc, cells[1])
+    make.score(make.run(Stage.HITS), "hit", make.treatment("aspirin", "PTGS1"), verdict=Verdict.HIT)
     with workspace.database.read() as session:
         return {table: session.scalars(select(table).limit(1)).one() for table in TABLES}
 
@@ -249,7 +252,7 @@ def test_tables_without_an_id_have_a_natural_primary_key():
         TreatmentPart: {"treatment_id", "position"},
         ImagePrediction: {"run_id", "image_id", "rank"},
     }
-    append_only = {Run, IngestFile, IngestIssue, Annotation, Event}
+    append_only = {Run, IngestFile, IngestIssue, Annotation, Event, TreatmentScore}
     assert without | set(NATURAL_KEYS) | append_only == set(TABLES)
 
 
@@ -312,17 +315,23 @@ def test_predictions_are_in_range_and_append_only(workspace: Workspace):
     for wrong in ({"probability": 1.01}, {"probability": -0.01}, {"rank": 0}):
         with refusal(workspace, str(wrong)) as session:
             session.add(Prediction(**values | wrong))
-    for action in (update(Prediction).values(rank=3), delete(Prediction)):
+    for action in (
+        *(update(Prediction).values(rank=3), delete(Prediction)),
+        *(update(TreatmentScore).values(q=0), delete(TreatmentScore)),
+    ):
         with pytest.raises(DBAPIError, match="append"), workspace.database.begin() as session:
             session.execute(action)
     with workspace.database.read() as session:
+        (score,) = session.scalars(select(Run).where(Run.stage == Stage.HITS)).one().scores
+        assert (score.verdict, score.treatment.scores) == (Verdict.HIT, [score])
+        assert score.treatment.name == "aspirin"
         assert session.scalars(select(Prediction.rank)).all() == [1]
         # Enums are kept by value.
         stages = set(session.scalars(text("SELECT stage FROM runs")))
         sides = set(session.scalars(text("SELECT subset FROM split_members")))
         fields = set(session.scalars(text("SELECT field FROM labels")))
         back = set(session.scalars(select(Run.stage)))
-    assert stages == {"ingest", "segment", "measure", "qc", "train", "predict"}
+    assert stages == {"ingest", "segment", "measure", "qc", "train", "predict", "hits"}
     assert (sides, fields) == ({"test"}, {"perturbation"})
     assert {stage.value for stage in back} == stages
     assert Stage.QC in back

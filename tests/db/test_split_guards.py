@@ -306,12 +306,12 @@ def test_no_later_migration_lost_a_trigger(workspace: Workspace) -> None:
     assert found == (ON_SQLITE if workspace.database.is_sqlite else ON_POSTGRESQL)
 
 
-APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
+APPEND_ONLY = ("predictions", "image_predictions", "treatment_scores", "annotations", "events")
 CLOSED = {
     *("predictions_closed", "image_predictions_closed", "run_metrics_closed", "cells_closed"),
     *("run_artifacts_closed", "segmentations_closed", "features_closed", "feature_files_closed"),
     *("image_quality_closed", "image_flags_closed", "cell_flags_closed", "ingest_files_closed"),
-    "ingest_issues_closed",
+    *("ingest_issues_closed", "treatment_scores_closed"),
 }
 COUNTED = ("predictions", "features", "image_quality", "cell_flags", "segmentations", "cells")
 ON_SQLITE = {
@@ -334,4 +334,4 @@ ON_POSTGRESQL = {
     *("runs_freeze", "splits_emptied", "split_members_emptied", "split_groups_emptied"),
     *(f"{name.removesuffix('_closed')}_emptied" for name in CLOSED),
     *("runs_emptied", "jobs_emptied"),
-} - {"predictions_emptied", "image_predictions_emptied"}
+} - {"predictions_emptied", "image_predictions_emptied", "treatment_scores_emptied"}

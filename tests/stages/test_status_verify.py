@@ -258,18 +258,24 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, segment.recipe_id)
     make.feature_files("cp", make.cells_of(found), {"a": [1.0, 2.0]}, recipe)
-    assert first() == "split create"
+    assert status(workspace).next == ("cellstore profile", "cellstore split create by-well")
+    make.run(Stage.PROFILE)
+    assert status(workspace).next == ("cellstore hits", "cellstore split create by-well")
+    hits = make.run(Stage.HITS, status=Status.FAILED)
     split = make.split([], "first")
     assert first() == "train"
     train = make.run(Stage.TRAIN, split_id=split.id)
     assert first() == "predict"
     make.run(Stage.PREDICT, parent_id=train.id)
-    report, baselines, _, contrast, votes, export = status(workspace).next
-    assert (report, votes) == ("cellstore report", "cellstore votes")
+    report, found, baselines, _, votes, export = status(workspace).next
+    assert (report, found, votes) == ("cellstore report", "cellstore hits", "cellstore votes")
     assert baselines.startswith("cellstore train --baseline null")
     make.run(Stage.QC)
     null = make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
     make.run(Stage.TRAIN, null, split_id=split.id)
-    assert status(workspace).next == (report, contrast, votes, export)
+    assert status(workspace).next == (report, found, votes, export)
+    with workspace.database.begin() as session:
+        session.execute(update(Run).where(Run.id == hits.id).values(status=Status.DONE))
+    assert status(workspace).next == (report, votes, export)
     make.split([], "second")
     assert first() == "train"
