@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Recipe, Run, Segmentation, Well
 from cellstore.stages import profile as reading
+from cellstore.stages.export import ExportFormat, export_profiles
 from cellstore.stages.profile import open_profiles, profile
 
 FEATURES = ("area", "Area_2", "gaps", "texture", "flat")
@@ -229,6 +231,34 @@ def test_what_cannot_be_averaged_is_a_sentence(screen: Screen) -> None:
     made = profile(workspace, replace(PLAIN, select=("missing",)))
     assert any("Plate P3 has fewer than 2 negative control wells" in note for note in made.notes)
     assert MISSING not in made.gone
+
+
+@pytest.mark.one_database
+def test_profiles_leave_as_pycytominer_reads_them(screen: Screen, tmp_path: Path) -> None:
+    workspace = screen.workspace
+    made = profile(workspace, replace(PLAIN, select=("variance",)))
+    found = open_profiles(workspace)[1]
+    with workspace.database.begin() as session:
+        session.get_one(Well, screen.wells[3].id).metadata_ = {"moa": "tubulin"}
+    for name in ("wells.parquet", "wells.csv", "wells.h5ad"):
+        form = {".csv": ExportFormat.CSV, ".h5ad": ExportFormat.ANNDATA}
+        path = tmp_path / name
+        written = export_profiles(
+            workspace, path, format=form.get(path.suffix, ExportFormat.PARQUET)
+        )
+        assert (written.run_id, written.wells, written.plates) == (made.run_id, 12, 2)
+        frame = pycytominer.cyto_utils.load_profiles(path)
+        features = pycytominer.cyto_utils.infer_cp_features(frame)
+        assert features == ["Cells_area", "Cells_Area_2", "Cells_gaps", "Cells_texture"]
+        np.testing.assert_allclose(frame[features], found.values)
+        about = frame.loc[3].to_dict()
+        assert about["Metadata_Plate"] == "P1"
+        assert (about["Metadata_Well"], about["Metadata_pert_iname"]) == ("B04", "taxol")
+        assert (about["Metadata_dose"], about["Metadata_moa"]) == (2.0, "tubulin")
+        assert list(frame["Metadata_Object_Count"]) == list(found.table["n_cells"])
+        assert list(frame["Metadata_control_type"][:3]) == ["negative"] * 3
+    with pytest.raises(UserInputError, match="is there already"):
+        export_profiles(workspace, tmp_path / "wells.csv")
 
 
 def last_run(workspace: Workspace) -> int:
