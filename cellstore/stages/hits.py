@@ -250,6 +250,7 @@ def hits(
         if earlier is not None:
             return hits_result(session, earlier)
         training = next(trainings_of_features(session, recipe), None)
+        sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
         single = _single_perturbations(session, profiles.table["treatment_id"])
         made = session.get_one(Run, profile_run).result or {}
     with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
@@ -263,6 +264,13 @@ def hits(
                 0,
                 f"Wells became controls, or no longer are, since profile run {profile_run}: "
                 "make the profiles again with 'cellstore profile', then repeat this.",
+            )
+        if sphered == ["sphere", "controls"]:
+            notes.insert(
+                0,
+                "These profiles were sphered on the controls, which are then alike by themselves: "
+                "effects are too large and p values too cautious. Make profiles with --against all "
+                "or --normalise mad.",
             )
         if training is not None:
             notes.insert(
