@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +16,7 @@ from cellstore.analysis.dose_curves import (
     lowest_active,
 )
 from cellstore.errors import UserInputError
+from cellstore.report.drawing import draw_curve
 
 # Data set "ryegrass" of the R package drc: root length in cm by ferulic acid in mM (Inderjit,
 # Streibig and Olofsdotter, Physiologia Plantarum 114, 2002). The numbers of the tests are those of
@@ -162,8 +165,12 @@ def test_too_little_for_a_curve() -> None:
     assert fit_curve(TESTED, np.full(6, 2.0), np.full(4, 2.0)).note.startswith("no response")
     # A missing response is left out, with its dose.
     assert fit_curve([1, 2, 4, 8], [0.0, 1.0, 2.0, np.nan], np.zeros(8)).note.endswith("are 3")
-    with pytest.raises(UserInputError, match="not a number above 0"):
-        fit_curve([0, 1], [1.0, 2.0])
+    # A well with the dose 0 is neither a control nor on a scale of logarithms.
+    assert fit_curve([0, 1, 2, 4], np.arange(4.0), np.zeros(8)).note.endswith("there are 3")
+    assert lowest_active([0, 1], [9.0, 0.1], np.tile([-1.0, 1.0], 8))[0] is None
+    for dose in (-1.0, np.nan):
+        with pytest.raises(UserInputError, match="missing, infinite or below 0"):
+            fit_curve([dose, 1], [1.0, 2.0])
     with pytest.raises(UserInputError, match="2 doses and 1 responses"):
         fit_curve([1, 2], [1.0])
 
@@ -203,3 +210,17 @@ def test_the_lowest_active_dose_and_all_above_it_differ_from_the_controls() -> N
     assert none[1] > 0.05
     assert "highest dose" in none[2]
     assert "needs 4 control wells" in lowest_active(doses, np.zeros(6), [1.0, 2.0])[2]
+
+
+def test_the_picture_of_a_curve_says_what_is_seen() -> None:
+    found = fit_curve(DOSES, ROOTS, UNTREATED)
+    given = (DOSES.tolist(), [*ROOTS[:-1].tolist(), np.nan], UNTREATED.tolist())
+    picture = draw_curve("c", found, *given, unit="mM", label='<script>"root" & length')
+    alt = re.search(r'aria-label="([^"]*)"', picture)[1]
+    assert "by dose, 17 wells and 6 control wells. EC50 3.06 mM (95 %: 2.66 to 3.51)." in alt
+    assert "<script" not in picture
+    flat = fit_curve(*noisy(DoseCurve(0.0, 0.0, 1.0, 1.0), 1.0))
+    plain = draw_curve("f", flat, *noisy(DoseCurve(0.0, 0.0, 1.0, 1.0), 1.0))
+    assert "EC50 not determined: no response: a curve fits no better than" in plain
+    assert (picture.count("PolyCollection"), plain.count("PolyCollection")) == (1, 0)  # the band
+    assert draw_curve("e", DoseCurve(), [1.0], [np.nan]) == ""

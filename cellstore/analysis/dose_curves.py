@@ -108,7 +108,7 @@ def fit_curve(
     """Fit a four-parameter log-logistic curve by least squares.
 
     ``doses`` (N,) > 0 and ``responses`` (N,) of the treated wells, ``controls`` (M,) responses of
-    the control wells. Missing responses are left out.
+    the control wells. Missing responses are left out, and so are treated wells with a dose of 0.
 
     The EC50 is determined where the curve fits better than a flat line (F test at 5 %, Seber and
     Wild, Nonlinear Regression, 1989, 5.9) and the whole interval of the EC50 lies within the tested
@@ -396,15 +396,15 @@ def _t_test(wells: Floats, controls: Floats) -> tuple[float, float]:
 
 
 def _checked(doses: ArrayLike, responses: ArrayLike, controls: ArrayLike) -> list[Floats]:
-    """Return the three as arrays, without wells whose response is missing."""
+    """Return the three as arrays, without wells whose response is missing or whose dose is 0."""
     dose, response, control = (
         np.asarray(some, np.float64) for some in (doses, responses, controls)
     )
     if dose.shape != response.shape or dose.ndim != 1:
         raise UserInputError(f"There are {dose.size} doses and {response.size} responses.")
-    if not (np.isfinite(dose) & (dose > 0)).all():
-        raise UserInputError("A dose is not a number above 0.")
-    known = np.isfinite(response)
+    if not (np.isfinite(dose) & (dose >= 0)).all():
+        raise UserInputError("A dose is missing, infinite or below 0.")
+    known = np.isfinite(response) & (dose > 0)
     return [dose[known], response[known], control[np.isfinite(control)]]
 
 
