@@ -78,7 +78,7 @@ def votes(
       cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
       cellstore votes --ties --format csv --output ties.csv
     """
-    answer.check()
+    answer = answer.checked()
     with store.open_votes(
         run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
     ) as (result, rows):
