@@ -32,7 +32,7 @@ _STEEPNESS = np.linspace(math.log(SLOPES[0]), math.log(SLOPES[1]), 60)
 STARTS = 3
 ALPHA = 0.05
 DRAWS = 9_999
-"""Random orders of a trend test; fewer, where there are more than 200 wells and controls."""
+"""Random orders of a trend test; fewer, where there are more than 200 wells."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def fit_curve(
     Doses are compared by their logarithms.
     """
     doses, responses, controls = _checked(doses, responses, controls)
-    correlation, trend_p = dose_trend(doses, responses, controls, seed=seed) or (None, None)
+    correlation, trend_p = dose_trend(doses, responses, seed=seed) or (None, None)
     tested = np.unique(doses)
     curve = DoseCurve(trend=correlation, trend_p=trend_p)
     if tested.size < FEWEST_DOSES:
@@ -315,23 +315,23 @@ class _Doses:
 
 
 def dose_trend(
-    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike = (), *, seed: int = 0
+    doses: ArrayLike, responses: ArrayLike, *, seed: int = 0
 ) -> tuple[float, float] | None:
     """Return Spearman's rank correlation of dose and response, and its two-sided p.
 
-    ``doses`` (N,) > 0, ``responses`` (N,), ``controls`` (M,) responses of wells with dose 0. Above
-    0 the response grows with the dose. p is the share of orders of the responses with a correlation
-    as far from 0 or farther: of all orders of 7 wells or fewer, else of ``DRAWS`` random ones and
-    that of the data (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010). ``None`` where
-    there are fewer than two doses or all responses are equal.
+    ``doses`` (N,) > 0 and ``responses`` (N,) of treated wells. Above 0 the response grows with the
+    dose. p is the share of orders of the responses with a correlation as far from 0 or farther: of
+    all orders of 7 wells or fewer, else of ``DRAWS`` random ones and that of the data (Phipson and
+    Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010). Controls do not count: their responses are
+    relative to themselves, so treated wells without an effect may differ from them a little, which
+    is no trend. ``None`` where there are fewer than two doses or all responses are equal.
     """
     from scipy.stats import rankdata
 
-    doses, responses, controls = _checked(doses, responses, controls)
+    doses, responses, _ = _checked(doses, responses, ())
     if np.unique(doses).size < 2:
         return None
-    by_dose = rankdata(np.concatenate((doses, np.zeros(controls.size))))
-    by_response = rankdata(np.concatenate((responses, controls)))
+    by_dose, by_response = rankdata(doses), rankdata(responses)
     by_dose, by_response = by_dose - by_dose.mean(), by_response - by_response.mean()
     size, scale = by_dose.size, math.sqrt(float((by_dose**2).sum() * (by_response**2).sum()))
     if scale == 0:
