@@ -1823,6 +1823,9 @@ def _carry_out(
             kinds = [names["baseline"]]
             made = store.train_baselines(kinds, params, **sources, force=True, predict=False)
             return made[0].run_id, ()
+        case ProfileParams():
+            sources.pop("split")
+            return store.profile(params, **sources, force=True).run_id, ()
         case _:
             result = store.predict(params, run=names["run"], device=device)
     return result.run_id, tuple(result.failures)

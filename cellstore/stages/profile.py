@@ -185,7 +185,9 @@ def profile(
             )
             earlier = None if force else finished_run(session, spec)
             if earlier is not None:
-                return _result(earlier)
+                files = files_of(session, earlier.id, ArtifactKind.PROFILES)
+                if not workspace.artifacts.missing(file.path for file in files):
+                    return _result(earlier)
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
@@ -201,6 +203,7 @@ def profile(
             run.result = {
                 "feature_set": features.name,
                 "plates": int(table["plate"].nunique()),
+                "barcodes": sorted(set(table["plate"])),
                 "wells": len(table),
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),
