@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .config import (
         BaselineParams,
         FinetuneParams,
+        HitsParams,
         IngestParams,
         MeasureParams,
         PredictParams,
+        ProfileParams,
         QcParams,
         Resources,
         SegmentParams,
@@ -33,9 +35,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BaselineParams",
     "FinetuneParams",
+    "HitsParams",
     "IngestParams",
     "MeasureParams",
     "PredictParams",
+    "ProfileParams",
     "QcParams",
     "Resources",
     "SegmentParams",

@@ -1062,6 +1062,116 @@ class BaselineParams(Params):
 
 
 @dataclass(frozen=True)
+class ProfileParams(Params):
+    """How cells become profiles of wells; see ``cellstore.analysis.well_profiles``."""
+
+    features: str | None = _features()
+    plates: tuple[str, ...] = _plates()
+    exclude_flagged: str | None = _exclude_flagged()
+    average: str = option(
+        "median",
+        "What is kept of the cells of a well: their median, their mean, or the medians of its "
+        "images, each with the weight of its cells (weighted).",
+        choices=("median", "mean", "weighted"),
+    )
+    positions: str = option(
+        "none",
+        "Take out what rows, columns and edges of a plate do: by the median polish of all wells, "
+        "or by the negative controls alone.",
+        choices=("none", "median-polish", "controls"),
+    )
+    normalise: str = option(
+        "mad",
+        "Compare wells with the controls of their plate by median and median absolute deviation "
+        "(mad), by mean and standard deviation, or so that features no longer go together "
+        "(sphere).",
+        choices=("mad", "standardise", "sphere", "none"),
+    )
+    against: str = option(
+        "controls",
+        "Compare with the negative controls of the plate, or with all its wells.",
+        choices=("controls", "all"),
+    )
+    select: tuple[str, ...] = option(
+        ("missing", "blocklist", "variance", "correlation"),
+        "Remove features: missing in many wells, on pycytominer's blocklist, without variance, "
+        "or like another one.",
+        choices=("missing", "blocklist", "variance", "correlation"),
+    )
+    harmony: str = option(
+        "none",
+        "Bring plates, or batches, together by Harmony.",
+        choices=("none", "plate", "batch"),
+    )
+
+
+@dataclass(frozen=True)
+class HitsParams(Params):
+    """Which treatments are compared with which controls, and when one is a hit."""
+
+    profiles: str | None = option(
+        None,
+        "The profile run whose wells are compared. Default: the latest.",
+        metavar="RUN",
+    )
+    plates: tuple[str, ...] = _plates()
+    control: str | None = option(
+        None,
+        "Compare with the wells of this treatment; a name without dose means all its doses. "
+        "Default: the wells that are negative controls.",
+    )
+    measure: str = option(
+        "activity",
+        "What the q value of the rule is of: activity exchanges treated wells and controls on each "
+        "plate, copairs takes the p value of that library.",
+        choices=("activity", "copairs"),
+    )
+    q: float = option(
+        0.05,
+        "A hit has a smaller q value than this: the share of false ones that you accept among the "
+        "hits.",
+        above=0.0,
+        below=1.0,
+    )
+    min_effect: float = option(
+        0.0,
+        "A hit has at least this effect, in standard deviations of the controls.",
+        metavar="SD",
+        min=0.0,
+    )
+    min_over_count: float = option(
+        0.0,
+        "The effect of a hit exceeds the loss of cells by more than this, both in standard "
+        "deviations of the controls; else it is called 'fewer cells only'.",
+        metavar="SD",
+        min=0.0,
+    )
+    edge: str = option(
+        "auto",
+        "Wells at the edge of a plate: match compares them with controls at the edge only, ignore "
+        "with all; auto matches where controls at the edge differ from those inside.",
+        choices=("auto", "match", "ignore"),
+    )
+    curves: tuple[str, ...] = option(
+        (),
+        "Also fit a dose curve of this feature, or of the probability of a label, written "
+        "probability:LABEL; may be given several times. Effect and cell count have one always.",
+        name="--curve",
+        metavar="NAME",
+        repeated=True,
+    )
+    run: str | None = option(
+        None,
+        "The predict run of --curve probability:LABEL. Default: the latest.",
+        metavar="RUN",
+    )
+    permutations: int = option(
+        10_000, "How often wells are exchanged at most to find a p value.", min=100
+    )
+    seed: int = option(0, "Same seed, same p values.", min=0)
+
+
+@dataclass(frozen=True)
 class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 

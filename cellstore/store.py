@@ -25,9 +25,11 @@ from .config import (
     ApplyParams,
     BaselineParams,
     FinetuneParams,
+    HitsParams,
     IngestParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     QcParams,
     Resources,
     RunName,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
+    from .analysis.well_profiles import WellProfiles
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .learn.datasets import CellDataset
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
-    from .report.comparison import Comparison
+    from .report.comparison import Comparison, HitsComparison
     from .report.event_log import EventLog
     from .report.leaderboard import Leaderboard
     from .report.redo import Check
@@ -69,15 +72,17 @@ if TYPE_CHECKING:
     from .stages.apply import ApplyResult
     from .stages.backup import Backup
     from .stages.corrections import Correction
-    from .stages.export import ExportResult
+    from .stages.export import ExportedProfiles, ExportResult
     from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
+    from .stages.hits import HitsResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
+    from .stages.profile import ProfileResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
@@ -704,6 +709,78 @@ class Store(AbstractContextManager["Store"]):
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
 
+    def profile(
+        self,
+        params: ProfileParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ProfileResult:
+        """Average the cells of each well, and compare wells with the controls of their plate.
+
+        Returns how many ``wells`` and ``features`` the profiles have, and why other features went;
+        :meth:`profiles` reads them. ``force``: also where they were made of the same cells before.
+
+        >>> store.profile(ProfileParams(average="mean", positions="median-polish"))
+
+        Raises:
+            MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
+            UnknownNameError: no such plate, recipe, feature set or quality-control run.
+            UserInputError: there is no measured cell, no control, or no feature is left.
+        """
+        from .stages.profile import profile
+
+        return profile(
+            self.workspace,
+            params,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+
+    def profiles(self, run: RunName = "latest") -> WellProfiles:
+        """Return the profiles of a profile run (its number, or ``latest``).
+
+        ``table`` says of each well its plate, position, treatment, control and number of cells,
+        ``values`` (wells, features) are its numbers, ``columns`` the names of the features.
+
+        >>> found = store.profiles()
+        >>> found.table.join(pandas.DataFrame(found.values, columns=found.columns))
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: it did not come to its end.
+            StorageError: its file is gone or damaged.
+        """
+        from .stages.profile import open_profiles
+
+        return open_profiles(self.workspace, run)[1]
+
+    def hits(
+        self,
+        params: HitsParams | None = None,
+        *,
+        force: bool = False,
+    ) -> HitsResult:
+        """Say which treatments differ from the controls of their plates, how surely, and how much.
+
+        The wells are those of a profile run; see :meth:`profile`. Returns a row for each treatment
+        with its dose in ``rows``, hits first, by effect, each with its verdict and the reason;
+        whether hits of one target look alike in ``targets``, and dose curves in ``doses``.
+        ``force``: compare again, even if nothing has changed.
+
+        >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
+
+        Raises:
+            MissingExtraError: pycytominer, copairs or scipy is not installed.
+            UnknownNameError: there is no such run, treatment, plate, feature or label.
+            UserInputError: there is no control, nothing to compare it with, or no profile.
+        """
+        from .stages.hits import hits
+
+        return hits(self.workspace, params or HitsParams(), force=force)
+
     def report(
         self,
         run: RunName = "latest",
@@ -1107,19 +1184,25 @@ class Store(AbstractContextManager["Store"]):
         limit: int | None = None,
         vote_options: VoteOptions | None = None,
         force: bool = False,
-    ) -> Comparison:
-        """Put two predict runs side by side, on the images (or wells) that both have answered.
+    ) -> Comparison | HitsComparison:
+        """Put two predict runs, or two hits runs, side by side, on what both have answered.
 
+        Of predict runs: on the images, or wells.
         ``level``: image or well; ``vote``: hard, soft or median; ``limit``: of the differences
         listed. Returns the accuracy of both, their ``difference`` with an interval, an exact
         McNemar test, a ``conclusion`` in words, how their recipes differ, and the images in which
         they differ (``differing``).
 
+        Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
+        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
+        effects, and the ``treatments`` with both verdicts.
+
         >>> store.compare(6, 11).conclusion
 
         Raises:
             UnknownNameError: there is no such run, level or vote.
-            UserInputError: both are the same run, or they answer other questions.
+            UserInputError: both are the same run, or they answer other questions or have nothing in
+                common.
         """
         from .report.comparison import compare
 
@@ -1400,16 +1483,19 @@ class Store(AbstractContextManager["Store"]):
         include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
-    ) -> ExportResult:
+        profiles: RunName | None = None,
+    ) -> ExportResult | ExportedProfiles:
         """Write the current cells of a segmentation with their measurements to a file.
 
         ``format``: parquet, csv, anndata and others. ``features``: a feature set, or a group of
         them; default: all. ``split``: only its cells (of one ``subset``), with what it says of
         them. ``include_excluded``: those too, with their reason. ``for_spreadsheet``: CSV whose
-        texts no spreadsheet runs as formulas. ``force`` replaces ``out``. Returns how many cells,
+        texts no spreadsheet runs as formulas. ``force`` replaces ``out``. ``profiles``: instead the
+        wells of a profile run (its number, or ``latest``). Returns how many cells (or wells),
         features and plates were written.
 
         >>> store.export("cells.parquet", split="by-well")
+        >>> store.export("wells.parquet", profiles="latest")
 
         Raises:
             MissingExtraError: AnnData is asked for and not installed.
@@ -1417,10 +1503,21 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: there is no cell, or ``out`` is there already.
             StorageError: the file cannot be written; nothing is left of it.
         """
-        from .stages.export import ExportFormat, export
+        from .stages.export import ExportFormat, export, export_profiles
 
         if format not in list(ExportFormat):
             raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        if profiles is not None:
+            wells = export_profiles(
+                self.workspace,
+                Path(out),
+                profiles,
+                format=ExportFormat(format),
+                for_spreadsheet=for_spreadsheet,
+                force=force,
+            )
+            self.wrote(out)
+            return wells
         made = export(
             self.workspace,
             Path(out),
@@ -1726,6 +1823,9 @@ def _carry_out(
             kinds = [names["baseline"]]
             made = store.train_baselines(kinds, params, **sources, force=True, predict=False)
             return made[0].run_id, ()
+        case ProfileParams():
+            sources.pop("split")
+            return store.profile(params, **sources, force=True).run_id, ()
         case _:
             result = store.predict(params, run=names["run"], device=device)
     return result.run_id, tuple(result.failures)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from unguarded import open_runs
 
 from cellstore.analysis.features import FEATURE_NAMES
+from cellstore.artifacts import StoredFile
 from cellstore.enums import (
     PERTURBATION,
     AnnotationKind,
@@ -34,6 +35,7 @@ from cellstore.enums import (
     Stage,
     Status,
     Subset,
+    Verdict,
 )
 from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import keep_files
@@ -456,6 +458,24 @@ class Factory:
                 )
             )
 
+    def profiles(
+        self, run: Run, wells: Sequence[Well], columns: Mapping[str, Sequence[float | None]]
+    ) -> StoredFile:
+        """What a profile run keeps: a real Parquet file with a row for each of its wells."""
+        counts = {"n_cells": [10] * len(wells), "n_images": [1] * len(wells)}
+        sink = pa.BufferOutputStream()
+        names = ["well_id", *counts, *columns]
+        values = [[well.id for well in wells], *counts.values(), *columns.values()]
+        types = [*(3 * [pa.int64()]), *(len(columns) * [pa.float64()])]
+        arrays = [pa.array(v, kind) for v, kind in zip(values, types, strict=True)]
+        pq.write_table(pa.Table.from_arrays(arrays, names), sink)
+        stored = self.workspace.artifacts.write(
+            ArtifactKind.PROFILES, sink.getvalue().to_pybytes(), ".parquet"
+        )
+        with self.workspace.database.begin() as session:
+            keep_files(session, [stored], run.id)
+        return stored
+
     def features(self, cells: Sequence[Cell], run: Run, **values: float) -> list[CellFeatures]:
         """Measurements: each column 1.0 unless given; the centroid is that of the cell."""
         numbers = {**dict.fromkeys(FEATURE_NAMES[:-2], 1.0), **values}
@@ -551,6 +571,20 @@ class Factory:
 DEFAULT_PARAMETERS: dict[Stage, dict[str, Any]] = {
     Stage.SEGMENT: {"model": "test", "channels": [], "projection": "median"},
 }
+
+
+def hits_run(make: Factory, verdicts: Mapping[str, str], **result: object) -> Run:
+    """A hits run with a verdict and an effect for each treatment: ``{"a": "hit 5.0"}``."""
+    recipe = make.recipe(Stage.HITS, parameters={"q": 0.05, "measure": "activity"})
+    made = {"rule": "q < 0.05", "plate_sets": {"all plates": ["P1"]}, "feature_set": "own"}
+    profile = make.run(Stage.PROFILE)
+    run = make.run(Stage.HITS, recipe, parent_id=profile.id, result={**made, **result})
+    for name, said in verdicts.items():
+        verdict, _, effect = said.rpartition(" ")
+        treatment = make.treatment(name)
+        make.score(run, "hit", treatment, verdict=Verdict(verdict))
+        make.score(run, "effect", treatment, value=None if effect == "-" else float(effect))
+    return run
 
 
 def _cell(segmentation_id: int, label: int, excluded: str | None) -> Cell:
