@@ -61,6 +61,7 @@ from ..models import (
     SplitMember,
     Treatment,
     TreatmentPart,
+    TreatmentScore,
     Well,
 )
 from ..notebooks import Shown
@@ -454,6 +455,9 @@ def _compare(
         case Stage.PROFILE:
             found.what, found.tolerance = "values of profiles", TOLERANCE
             found.count_all("{1} of well {0}", *map(_profiled, both))
+        case Stage.HITS:
+            found.what, found.tolerance = "scores", TOLERANCE
+            found.count_all("{0} {1}, {2} {3} {4} {5}: {6}", *map(_scored, both))
         case Stage.SEGMENT:
             found.what = "images' masks"
             query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
@@ -515,6 +519,20 @@ def _profiled(one: Stored) -> Iterator[Value]:
         wells, names = table["well_id"].to_pylist(), sorted(table.column_names)
         for well, row in zip(wells, table.select(names).to_pylist(), strict=True):
             yield from (((well, name), "", value) for name, value in row.items())
+
+
+def _scored(one: Stored) -> list[Value]:
+    """The numbers of a hits run by what they are about; a verdict is a text."""
+    keys = ("level", "name", "plate_set", "measure", "quantity", "dose_unit")
+    names = ("verdict", "value", "low", "high", "p", "q", "n_wells", "n_controls", "n_plates")
+    query = select(*(getattr(TreatmentScore, name) for name in (*keys, *names)))
+    found = list[Value]()
+    for row in _rows(one, query, TreatmentScore.run_id):
+        key = tuple(str(value or "") for value in row[: len(keys)])
+        verdict, *numbers = row[len(keys) :]
+        found.append(((*key, "verdict"), str(verdict or ""), None))
+        found += [((*key, n), "", x) for n, x in zip(names[1:], numbers, strict=True)]
+    return sorted(found, key=lambda value: value[0])
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:
