@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Select, delete, insert, select, update
+from sqlalchemy import Select, delete, false, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
-from ..config import PredictParams, RunName, SegmentParams, TrainParams
+from ..config import HitsParams, PredictParams, RunName, SegmentParams, TrainParams
 from ..db.bulk import in_lists
 from ..db.session import connect
 from ..enums import ArtifactKind, Stage, Status
@@ -210,6 +210,8 @@ def check(
         options = replace(options, params=replace(options.params, where=asked, limit=None))
     found = Check(run.id, run.stage.value)
     try:
+        if isinstance(options.params, HitsParams) and options.params.run is not None:
+            raise UserInputError("its dose curves of probabilities read predictions of another run")
         with scratch_store(workspace, run.id, every) as redone:
             new_id, failures = carry_out(redone, options, where)
             if failures:
@@ -290,6 +292,8 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
+    elif run.stage is Stage.HITS:  # it reads profiles
+        images = select(Image.id).where(false())
     elif run.stage is Stage.PROFILE:
         images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
         images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)

@@ -222,8 +222,8 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
             more = {"profiles": str(run.parent_id), "plates": () if whole else tuple(compared)}
             labels = read.get(Stage.PREDICT)
             if labels is not None:
-                of = select(func.max(Run.id)).where(Run.recipe_id == labels.id, Run.id < run.id)
-                more["run"] = str(session.scalar(of.where(Run.status == Status.DONE)))
+                last = select(func.max(Run.id)).where(Run.recipe_id == labels.id, Run.id < run.id)
+                more["run"] = str(session.scalar(last.where(Run.status == Status.DONE)))
             more["curves"] = tuple(stored["curves"])
             return RunOptions(HitsParams.from_recipe(stored, **more))
     return None
