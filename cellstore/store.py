@@ -25,6 +25,7 @@ from .config import (
     ApplyParams,
     BaselineParams,
     FinetuneParams,
+    HitsParams,
     IngestParams,
     MeasureParams,
     PredictParams,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
-    from .report.comparison import Comparison
+    from .report.comparison import Comparison, HitsComparison
     from .report.event_log import EventLog
     from .report.leaderboard import Leaderboard
     from .report.redo import Check
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
+    from .stages.hits import HitsResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
@@ -755,6 +757,30 @@ class Store(AbstractContextManager["Store"]):
 
         return open_profiles(self.workspace, run)[1]
 
+    def hits(
+        self,
+        params: HitsParams | None = None,
+        *,
+        force: bool = False,
+    ) -> HitsResult:
+        """Say which treatments differ from the controls of their plates, how surely, and how much.
+
+        The wells are those of a profile run; see :meth:`profile`. Returns a row for each treatment
+        with its dose in ``rows``, hits first, by effect, each with its verdict and the reason;
+        whether hits of one target look alike in ``targets``, and dose curves in ``doses``.
+        ``force``: compare again, even if nothing has changed.
+
+        >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
+
+        Raises:
+            MissingExtraError: pycytominer, copairs or scipy is not installed.
+            UnknownNameError: there is no such run, treatment, plate, feature or label.
+            UserInputError: there is no control, nothing to compare it with, or no profile.
+        """
+        from .stages.hits import hits
+
+        return hits(self.workspace, params or HitsParams(), force=force)
+
     def report(
         self,
         run: RunName = "latest",
@@ -1158,19 +1184,25 @@ class Store(AbstractContextManager["Store"]):
         limit: int | None = None,
         vote_options: VoteOptions | None = None,
         force: bool = False,
-    ) -> Comparison:
-        """Put two predict runs side by side, on the images (or wells) that both have answered.
+    ) -> Comparison | HitsComparison:
+        """Put two predict runs, or two hits runs, side by side, on what both have answered.
 
+        Of predict runs: on the images, or wells.
         ``level``: image or well; ``vote``: hard, soft or median; ``limit``: of the differences
         listed. Returns the accuracy of both, their ``difference`` with an interval, an exact
         McNemar test, a ``conclusion`` in words, how their recipes differ, and the images in which
         they differ (``differing``).
 
+        Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
+        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
+        effects, and the ``treatments`` with both verdicts.
+
         >>> store.compare(6, 11).conclusion
 
         Raises:
             UnknownNameError: there is no such run, level or vote.
-            UserInputError: both are the same run, or they answer other questions.
+            UserInputError: both are the same run, or they answer other questions or have nothing in
+                common.
         """
         from .report.comparison import compare
 
@@ -1791,6 +1823,9 @@ def _carry_out(
             kinds = [names["baseline"]]
             made = store.train_baselines(kinds, params, **sources, force=True, predict=False)
             return made[0].run_id, ()
+        case ProfileParams():
+            sources.pop("split")
+            return store.profile(params, **sources, force=True).run_id, ()
         case _:
             result = store.predict(params, run=names["run"], device=device)
     return result.run_id, tuple(result.failures)

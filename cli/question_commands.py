@@ -92,9 +92,7 @@ def _memory(megabytes: int) -> Iterator[None]:
 
 def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
     """Return the answer that is wanted; ``--json`` is the same as ``--format json``."""
-    answer = replace(answer, format=Format.JSON) if common.as_json else answer
-    answer.check()
-    return answer
+    return (replace(answer, format=Format.JSON) if common.as_json else answer).checked()
 
 
 @command(app, "sql")

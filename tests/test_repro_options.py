@@ -19,6 +19,7 @@ from cellstore.config import (
     BaselineParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     SegmentParams,
     SplitParams,
     TrainParams,
@@ -268,6 +269,22 @@ def test_predict(asked: Any, params: PredictParams, everything: bool) -> None:
     spelled, _ = words_of(RunOptions(params, {"run": "12"}))
     method, args, more = asked(spelled)
     assert (method, args[0], more["run"]) == ("predict", params, "12")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        ProfileParams(),
+        ProfileParams(select=(), plates=("P 1", "-P2"), exclude_flagged="7", features="cp"),
+        ProfileParams(select=("variance",), average="weighted", normalise="sphere"),
+    ],
+)
+def test_profile(asked: Any, params: ProfileParams) -> None:
+    sources = {"segmentation": "0a1b", "measurement": "ff00"}
+    spelled, doubts = words_of(RunOptions(params, sources))
+    method, args, more = asked(spelled)
+    assert (method, args[0], doubts) == ("profile", params, ())
+    assert {name: more[name] for name in sources} == sources
 
 
 def test_what_a_command_cannot_say_is_said() -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
@@ -28,7 +30,7 @@ from ..db.session import connect
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_run, recipe_channels
-from ..jobs.runs import code_version, environment
+from ..jobs.runs import code_version, environment, files_of
 from ..jobs.workspace import Workspace
 from ..models import (
     METADATA,
@@ -287,6 +289,11 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
+    elif run.stage is Stage.PROFILE:
+        images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
+        images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        images = images.where(Plate.barcode.in_((run.result or {}).get("barcodes", ())))
+        images = images.where(Segmentation.recipe_id.in_(_read_by(run)[1]))
     elif run.stage is Stage.TRAIN:
         images = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
     every = sorted(session.scalars(images))
@@ -444,6 +451,9 @@ def _compare(
             found.count_all("epoch {}, {}", *metrics)
             if tensors[0] != tensors[1] and found.compared == 1:
                 found.differ += 1  # a baseline has no metrics that could decide
+        case Stage.PROFILE:
+            found.what, found.tolerance = "values of profiles", TOLERANCE
+            found.count_all("{1} of well {0}", *map(_profiled, both))
         case Stage.SEGMENT:
             found.what = "images' masks"
             query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
@@ -494,6 +504,17 @@ def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
     _, session, its_run = one
     mine = query.where(run == its_run.id)
     yield from session.execute(mine.execution_options(yield_per=ROWS))
+
+
+def _profiled(one: Stored) -> Iterator[Value]:
+    """The values of profiles by well and name."""
+    workspace, session, run = one
+    for file in files_of(session, run.id, ArtifactKind.PROFILES):
+        data = workspace.artifacts.read(file.path, file.sha256)
+        table = pq.read_table(pa.BufferReader(data)).sort_by("well_id")
+        wells, names = table["well_id"].to_pylist(), sorted(table.column_names)
+        for well, row in zip(wells, table.select(names).to_pylist(), strict=True):
+            yield from (((well, name), "", value) for name, value in row.items())
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:

@@ -17,6 +17,7 @@ from ..config import (
     BaselineParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     RunName,
     SegmentParams,
     SplitParams,
@@ -37,14 +38,24 @@ from ..models import (
     IngestFile,
     Job,
     Plate,
+    Recipe,
     Run,
     Segmentation,
     Split,
+    Well,
 )
 from ..notebooks import Shown
 from ..query.cells import plane_of
 
-Params = SegmentParams | MeasureParams | SplitParams | TrainParams | BaselineParams | PredictParams
+Params = (
+    SegmentParams
+    | MeasureParams
+    | SplitParams
+    | TrainParams
+    | BaselineParams
+    | PredictParams
+    | ProfileParams
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,7 @@ _COMMANDS: Mapping[type, tuple[str, ...]] = {
     TrainParams: ("train",),
     BaselineParams: ("train", "--no-predict"),
     PredictParams: ("predict",),
+    ProfileParams: ("profile",),
 }
 
 _SELECTION = ("--plate", "--well", "--where", "--limit")
@@ -159,11 +171,7 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
         case Stage.TRAIN:
             if run.split is not None:
                 inputs = {"split": run.split.name} | inputs
-            feature_set = None if measure is None else measure.feature_set
-            # A set in files is named; the built-in measurements are found by their recipe.
-            by_name = feature_set and feature_set.storage is FeatureStorage.FILES
-            more: Any = {"features": feature_set.name if feature_set and by_name else None}
-            more |= flagging
+            more: Any = {"features": _named_set(measure)} | flagging
             selection = str(stored.get("where") or stored.get("sql") or "")
             if re.search(r"\b(select|from)\b", selection, re.IGNORECASE):
                 doubt = (
@@ -194,7 +202,22 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
                 doubts = () if known else ("the split whose subset it labelled is deleted",)
                 labelled = replace(labelled, split=known or labelled.split)
             return RunOptions(labelled, {"run": str(run.parent_id)}, doubts)
+        case Stage.PROFILE if segment is not None:
+            of = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+            of = of.join(Image, Image.well_id == Well.id)
+            of = of.join(Segmentation, Segmentation.image_id == Image.id).distinct()
+            every = set(session.scalars(of.where(Segmentation.recipe_id == segment.id)))
+            read_plates = (run.result or {}).get("barcodes", [])
+            more = {"features": _named_set(measure), "select": tuple(stored["select"]), **flagging}
+            more["plates"] = () if every == set(read_plates) else tuple(read_plates)
+            return RunOptions(ProfileParams.from_recipe(stored, **more), inputs, doubts)
     return None
+
+
+def _named_set(measure: Recipe | None) -> str | None:
+    """Return the name of a feature set in files; the built-in ones are found by their recipe."""
+    found = None if measure is None else measure.feature_set
+    return found.name if found and found.storage is FeatureStorage.FILES else None
 
 
 def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -36,7 +36,7 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..models import Image, Plate, Recipe, Run, Treatment, TreatmentPart, Well
+from ..models import FeatureSet, Image, Plate, Recipe, Run, Treatment, TreatmentPart, Well
 from ..notebooks import Shown
 from ..query.cell_tables import LIMITS
 from ..query.cells import choose_recipes
@@ -159,7 +159,11 @@ def profile(
         need("harmony")
     notes: list[str] = []
     with workspace.database.read() as session:
-        segment, measure = choose_recipes(session, segmentation, measurement, params.features)
+        asked = params.features
+        if (asked, segmentation, measurement) == (None, None, None):
+            sets = session.scalars(select(FeatureSet.name).limit(2)).all()
+            asked = sets[0] if len(sets) == 1 else None  # also one that another tool made
+        segment, measure = choose_recipes(session, segmentation, measurement, asked)
         features = open_set(session, workspace.artifacts, measure.id)
         images = images_of(session, Selection(plates=params.plates))
         flagged, inputs = None, [segment, measure]
@@ -188,7 +192,9 @@ def profile(
             )
             earlier = None if force else finished_run(session, spec)
             if earlier is not None:
-                return _result(earlier)
+                files = files_of(session, earlier.id, ArtifactKind.PROFILES)
+                if not workspace.artifacts.missing(file.path for file in files):
+                    return _result(earlier)
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
@@ -204,6 +210,7 @@ def profile(
             run.result = {
                 "feature_set": features.name,
                 "plates": int(table["plate"].nunique()),
+                "barcodes": sorted(set(table["plate"])),
                 "wells": len(table),
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),

@@ -133,7 +133,7 @@ def test_profiles_are_those_of_pycytominer_and_are_kept(screen: Screen) -> None:
     assert (taxol["n_cells"], taxol["n_images"], taxol["control"]) == (7, 2, None)
     assert (empty["n_cells"], empty["n_images"]) == (0, 2)
     assert wells.loc[screen.wells[0].id, "control"] == "negative"
-    again = profile(workspace, PLAIN)
+    again = profile(workspace, ProfileParams(select=()))  # it is the only feature set
     assert again == replace(made, already_done=True)
     assert profile(workspace, PLAIN, force=True).run_id > made.run_id
     (workspace.artifacts.root / path_of(workspace, made.run_id)).unlink()
