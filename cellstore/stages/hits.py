@@ -64,7 +64,7 @@ class HitRow:
     """A treatment with its dose against the controls of the plates of one plate set.
 
     ``effect``: how much farther its wells are from the controls than controls are from each other,
-    in standard deviations of the latter, with a 95 % interval over wells. ``activity`` is a mean
+    in standard deviations (see ``activity.effects``), with a 95 % interval. ``activity`` is a mean
     average precision in 0..1, with ``p`` and ``q`` of the measure that the rule reads.
     ``cell_count`` is the ratio to the controls. ``note`` says in words why the verdict is so.
     """
