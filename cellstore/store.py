@@ -1826,6 +1826,8 @@ def _carry_out(
         case ProfileParams():
             sources.pop("split")
             return store.profile(params, **sources, force=True).run_id, ()
+        case HitsParams():
+            return store.hits(params, force=True).run_id, ()
         case _:
             result = store.predict(params, run=names["run"], device=device)
     return result.run_id, tuple(result.failures)

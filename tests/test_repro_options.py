@@ -17,6 +17,7 @@ import cellstore
 from cellstore.config import (
     PRESETS,
     BaselineParams,
+    HitsParams,
     MeasureParams,
     PredictParams,
     ProfileParams,
@@ -285,6 +286,20 @@ def test_profile(asked: Any, params: ProfileParams) -> None:
     method, args, more = asked(spelled)
     assert (method, args[0], doubts) == ("profile", params, ())
     assert {name: more[name] for name in sources} == sources
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        HitsParams(),
+        HitsParams(profiles="7", plates=("P 1",), control="none", curves=("a,b", "probability:x")),
+        HitsParams(run="3", q=0.1, min_effect=0.5, measure="copairs", edge="match", seed=4),
+    ],
+)
+def test_hits(asked: Any, params: HitsParams) -> None:
+    spelled, doubts = words_of(RunOptions(params))
+    method, args, _ = asked(spelled)
+    assert (method, args[0], doubts) == ("hits", params, ())
 
 
 def test_what_a_command_cannot_say_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import func, select, update
+from typer.testing import CliRunner
 
 from cellstore.analysis.activity import Score
 from cellstore.analysis.well_profiles import WELL_COLUMNS, WellProfiles
@@ -22,6 +24,7 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import Run, TreatmentScore, Well
 from cellstore.stages.hits import HitRow, judge, plate_sets, rule_of
 from cellstore.store import Store
+from cellstore_cli.app import app
 
 pytest.importorskip("copairs")
 pytest.importorskip("pycytominer")
@@ -126,9 +129,8 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert {row.target: row.perturbations for row in found.targets}["CCC"] == 1
     curve = next(row for row in found.doses if row.quantity == "effect")
     assert (curve.name, curve.unit) == ("serial", "uM")
-    assert curve.low is not None
-    assert curve.high is not None
-    assert curve.low < EC50 < curve.high
+    assert curve.ec50 is not None
+    assert 0.3 < curve.ec50 < 1.5  # of distances, on the scale of logarithms
     assert curve.trend_p is not None
     assert curve.trend_p < 0.01
     assert curve.lowest_active in (0.3, 1.0)
@@ -139,6 +141,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert found.versions.keys() == {"copairs", "pycytominer", "scipy"}
     check_rows(store, found.run_id)
     if store.workspace.database.is_sqlite:
+        check_command(store)
         check_same_again(store)
         check_words(store)
 
@@ -169,6 +172,28 @@ def check_rows(store: Store, run_id: int) -> None:
     assert dict(zip(asked["verdict"].to_pylist(), asked["n"].to_pylist(), strict=True))["hit"] >= 7
 
 
+def check_command(store: Store) -> None:
+    """The command answers first; JSON has the rows, and a rule of one's own is another run."""
+
+    def said(*words: str) -> Any:
+        done = CliRunner().invoke(app, ["hits", "--store", str(store.root), *words])
+        assert done.exit_code == 0, done.output
+        return done
+
+    text = said("--permutations", "2000")
+    lines = text.stdout.splitlines()
+    assert lines[0].startswith("Nothing to do: run ")
+    assert "of 12 treatments differ from the controls; 1 of them only by fewer cells" in lines[1]
+    order = ["serial 30 uM", "killer", "idle", "once"]
+    rows = [next(at for at, line in enumerate(lines) if line.startswith(name)) for name in order]
+    assert rows == sorted(rows)
+    assert "Do hits of one target look alike?" in lines
+    assert "hit_table" in text.stderr
+    found = json.loads(said("--permutations", "2000", "--q", "1e-9", "--json").stdout)
+    assert (found["already_done"], found["hits"]) == (False, 0)
+    assert "No treatment could have been called a hit" in found["notes"][-2]
+
+
 def check_same_again(store: Store) -> None:
     """Nothing is computed twice; another rule, or a well with another treatment, is another run."""
     first, second = store.hits(FAST), store.hits(FAST)
@@ -183,8 +208,15 @@ def check_same_again(store: Store) -> None:
     assert {row.verdict for row in one.rows} == {"cannot say"}
     assert one.answer.startswith("Of none of 13 treatments can it be said")
     assert "There is one plate only" in notes
-    by_feature = store.hits(replace(FAST, curves=("Cells_F0",), edge="match"))
-    assert {row.quantity for row in by_feature.doses} == {"effect", "cell_count", "Cells_F0"}
+    change = planted(np.random.default_rng(3))["serial 30.0"][2]
+    name = f"Cells_F{np.argmax(np.abs(change))}"  # the feature that changes most
+    by_feature = store.hits(replace(FAST, curves=(name,), edge="match"))
+    curves = {row.quantity: row for row in by_feature.doses}
+    assert curves.keys() == {"effect", "cell_count", name}
+    feature = curves[name]
+    assert feature.low is not None
+    assert feature.high is not None
+    assert feature.low < EC50 < feature.high
 
 
 def check_words(store: Store) -> None:
