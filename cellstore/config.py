@@ -1062,6 +1062,50 @@ class BaselineParams(Params):
 
 
 @dataclass(frozen=True)
+class ProfileParams(Params):
+    """How cells become profiles of wells; see ``cellstore.analysis.well_profiles``."""
+
+    features: str | None = _features()
+    plates: tuple[str, ...] = _plates()
+    exclude_flagged: str | None = _exclude_flagged()
+    average: str = option(
+        "median",
+        "What is kept of the cells of a well: their median, their mean, or the medians of its "
+        "images, each with the weight of its cells (weighted).",
+        choices=("median", "mean", "weighted"),
+    )
+    positions: str = option(
+        "none",
+        "Take out what rows, columns and edges of a plate do: by the median polish of all wells, "
+        "or by the negative controls alone.",
+        choices=("none", "median-polish", "controls"),
+    )
+    normalise: str = option(
+        "mad",
+        "Compare wells with the controls of their plate by median and median absolute deviation "
+        "(mad), by mean and standard deviation, or so that features no longer go together "
+        "(sphere).",
+        choices=("mad", "standardise", "sphere", "none"),
+    )
+    against: str = option(
+        "controls",
+        "Compare with the negative controls of the plate, or with all its wells.",
+        choices=("controls", "all"),
+    )
+    select: tuple[str, ...] = option(
+        ("missing", "blocklist", "variance", "correlation"),
+        "Remove features: missing in many wells, on pycytominer's blocklist, without variance, "
+        "or like another one.",
+        choices=("missing", "blocklist", "variance", "correlation"),
+    )
+    harmony: str = option(
+        "none",
+        "Bring plates, or batches, together by Harmony.",
+        choices=("none", "plate", "batch"),
+    )
+
+
+@dataclass(frozen=True)
 class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 

@@ -25,6 +25,8 @@ EXTRAS = {
     "train": ("torch", "torchvision", "lightning", "sklearn", "skops", "safetensors"),
     "onnx": ("onnxruntime",),
     "embed": ("timm", "transformers", "huggingface_hub"),
+    "hits": ("pycytominer", "copairs", "scipy", "sklearn"),
+    "harmony": ("harmonypy",),
     "report": ("matplotlib", "jinja2", "networkx"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),
     "cloud": ("fsspec", "s3fs"),

@@ -28,6 +28,7 @@ from .config import (
     IngestParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     QcParams,
     Resources,
     RunName,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
+    from .analysis.well_profiles import WellProfiles
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .learn.datasets import CellDataset
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from .stages.measure import MeasureResult
     from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
+    from .stages.profile import ProfileResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
@@ -703,6 +706,54 @@ class Store(AbstractContextManager["Store"]):
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
+
+    def profile(
+        self,
+        params: ProfileParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ProfileResult:
+        """Average the cells of each well, and compare wells with the controls of their plate.
+
+        Returns how many ``wells`` and ``features`` the profiles have, and why other features went;
+        :meth:`profiles` reads them. ``force``: also where they were made of the same cells before.
+
+        >>> store.profile(ProfileParams(average="mean", positions="median-polish"))
+
+        Raises:
+            MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
+            UnknownNameError: no such plate, recipe, feature set or quality-control run.
+            UserInputError: there is no measured cell, no control, or no feature is left.
+        """
+        from .stages.profile import profile
+
+        return profile(
+            self.workspace,
+            params,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+
+    def profiles(self, run: RunName = "latest") -> WellProfiles:
+        """Return the profiles of a profile run (its number, or ``latest``).
+
+        ``table`` says of each well its plate, position, treatment, control and number of cells,
+        ``values`` (wells, features) are its numbers, ``columns`` the names of the features.
+
+        >>> found = store.profiles()
+        >>> found.table.join(pandas.DataFrame(found.values, columns=found.columns))
+
+        Raises:
+            UnknownNameError: there is no such run.
+            UserInputError: it did not come to its end.
+            StorageError: its file is gone or damaged.
+        """
+        from .stages.profile import open_profiles
+
+        return open_profiles(self.workspace, run)[1]
 
     def report(
         self,

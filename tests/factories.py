@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from unguarded import open_runs
 
 from cellstore.analysis.features import FEATURE_NAMES
+from cellstore.artifacts import StoredFile
 from cellstore.enums import (
     PERTURBATION,
     AnnotationKind,
@@ -455,6 +456,24 @@ class Factory:
                     last_cell_id=ids[-1].as_py(),
                 )
             )
+
+    def profiles(
+        self, run: Run, wells: Sequence[Well], columns: Mapping[str, Sequence[float | None]]
+    ) -> StoredFile:
+        """What a profile run keeps: a real Parquet file with a row for each of its wells."""
+        counts = {"n_cells": [10] * len(wells), "n_images": [1] * len(wells)}
+        sink = pa.BufferOutputStream()
+        names = ["well_id", *counts, *columns]
+        values = [[well.id for well in wells], *counts.values(), *columns.values()]
+        types = [*(3 * [pa.int64()]), *(len(columns) * [pa.float64()])]
+        arrays = [pa.array(v, kind) for v, kind in zip(values, types, strict=True)]
+        pq.write_table(pa.Table.from_arrays(arrays, names), sink)
+        stored = self.workspace.artifacts.write(
+            ArtifactKind.PROFILES, sink.getvalue().to_pybytes(), ".parquet"
+        )
+        with self.workspace.database.begin() as session:
+            keep_files(session, [stored], run.id)
+        return stored
 
     def features(self, cells: Sequence[Cell], run: Run, **values: float) -> list[CellFeatures]:
         """Measurements: each column 1.0 unless given; the centroid is that of the cell."""

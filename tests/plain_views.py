@@ -142,6 +142,9 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     # Whole numbers divide to whole numbers here.
     found["class_report"] = found["class_report"].replace("sum(correct) /", "1.0 * sum(correct) /")
     found["class_report"] = found["class_report"].replace("2 * sum(", "2.0 * sum(")
+    counts = ", ".join(f"CAST(NULL AS BIGINT) AS {name}" for name in ("well_id", *COUNTED))
+    none = f"(SELECT CAST(NULL AS BIGINT) AS run_id, {counts} LIMIT 0)"  # the stores have none
+    found["profiles"] = found["profiles"].replace("{values}", none)
     whole = found["treatment_table"]
     start, end = whole.index("CAST(to_json("), whole.index(" AS components")
     found["treatment_table"] = whole[:start] + COMPONENTS + whole[end:]
@@ -171,6 +174,8 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     order = (*reversed([name for name in VIEWS if name not in EARLY]),)
     return {name: found[name] for name in (*EARLY, *order)}
 
+
+COUNTED = ("n_cells", "n_images")
 
 EARLY = (
     "later_exclusions",

@@ -41,6 +41,7 @@ PACKAGES = (
     *("cellstore", "numpy", "scipy", "pandas", "pyarrow", "duckdb", "sqlalchemy"),
     *("tifffile", "imagecodecs", "cellpose", "segment-anything", "scikit-image"),
     *("torch", "torchvision", "lightning", "scikit-learn", "onnxruntime", "timm", "transformers"),
+    *("pycytominer", "copairs", "harmonypy", "umap-learn"),
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
 

@@ -13,7 +13,9 @@ from typing import Any
 from ..models import METADATA
 from ..notebooks import Shown
 from .engine import Questions
-from .source import STEPS, group_of, view
+from .source import PROFILES, STEPS, group_of, view
+
+_OF_PROFILE = "value of the well; its unit is what the run normalised it to"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ def described(questions: Questions) -> list[RelationWords]:
                 parts = [str(part) for part in (item.get("source"), unit) if part]
                 text = ", ".join(parts) or "a measurement"
             else:
-                text = own.get(column) or words["shared"].get(column) or words["features"][column]
+                text = own.get(column) or words["shared"].get(column) or ""
+                if not text:
+                    text = _OF_PROFILE if name == PROFILES else words["features"][column]
             columns.append(ColumnWords(column, type_, text, key, refers))
         found.append(RelationWords(name, kind, about, tuple(columns)))
     return found

@@ -47,10 +47,13 @@ from .source import (
     EXCLUDED,
     LATER,
     PREDICTION_COLUMNS,
+    PROFILES,
     VIEWS,
     Columns,
+    ProfileFiles,
     SetRelation,
     Source,
+    list_profiles,
     list_sets,
     view,
 )
@@ -280,7 +283,8 @@ def open_questions(
     roots = [artifacts.root]
     if isinstance(artifacts, BorrowingFolder):
         roots.append(artifacts.lender.root)
-    readable = [copies, *(root.resolve() / ArtifactKind.FEATURES.value for root in roots)]
+    kinds = (ArtifactKind.FEATURES, ArtifactKind.PROFILES)
+    readable = [copies, *(root.resolve() / kind.value for root in roots for kind in kinds)]
     with ExitStack() as stack:
         yield Questions(
             workspace,
@@ -354,6 +358,10 @@ class Questions:
             if item.name.lower() not in taken
         }
 
+    @cached_property
+    def _profiles(self) -> ProfileFiles:
+        return list_profiles(self._source, self._full, self.workspace.artifacts)
+
     @property
     def names(self) -> list[str]:
         """All that can stand behind FROM: tables, views and feature sets."""
@@ -422,6 +430,21 @@ class Questions:
         self._full.unregister("brought")
         self._loaded.add(name)
 
+    def reading(self, name: str, first: int, last: int) -> str:
+        """Return the SQL that reads the cells of a feature set from one id to another.
+
+        Files without such cells are not opened.
+
+        Raises:
+            StorageError: a file of it is gone.
+        """
+        found = self._sets[name.lower()]
+        if found.in_table:
+            self._load({"features"})
+        between = (int(first), int(last))
+        rows = found.query(self._source, self.workspace.artifacts, self._full, between)
+        return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608
+
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
 
@@ -454,13 +477,21 @@ class Questions:
             raise not_readable(settings[0])
         # All of them where a name is unknown, for DuckDB's hint at similar ones.
         every = statement.lists_tables or not statement.tables <= known
+        if PROFILES in named:  # else a column of a file that is gone would be called unknown
+            self._query_of(PROFILES)
         self._declare(known if every else named)
         text = statement.text if statement.explains else f"EXPLAIN {statement.text}"
         empty = self._empty
         run_limited(empty, self.limits.seconds, lambda: empty.execute(text, parameters))
 
-    def _query_of(self, name: str) -> str | None:
-        """Return the query of a view or a feature set; ``None``: there is neither of that name."""
+    def _query_of(self, name: str, *, files: bool = True) -> str | None:
+        """Return the query of a view or a feature set; ``None``: there is neither of that name.
+
+        ``files``: whether it may read the files of profiles.
+        """
+        if name == PROFILES:
+            artifacts = self.workspace.artifacts if files else None
+            return view(name).query.replace("{values}", self._profiles.query(artifacts))
         if name in VIEWS:
             return view(name, self.vote_options).query
         if name == "predictions":
@@ -486,7 +517,7 @@ class Questions:
             if columns is not None:
                 listed = ", ".join(f"{quoted(item)} {kind}" for item, kind in columns.items())
                 self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
-            elif (query := self._query_of(name)) is not None:
+            elif (query := self._query_of(name, files=False)) is not None:
                 self._declare(sources_of(query))
                 self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
             self._declared.add(name)
@@ -520,7 +551,8 @@ class Questions:
                 rows = self._source.feed_table(self._full, create, name)
             elif (query := self._query_of(name)) is not None:
                 self._load(sources_of(query))
-                once = sources_of(query) <= self._few
+                # Of profiles, with their many columns, a question reads a few.
+                once = sources_of(query) <= self._few and name != PROFILES
                 if name == "run_images" and self.runs is not None:
                     # Other views name it many times; made once, it is read as often for nothing.
                     numbers = ", ".join(str(int(run)) for run in self.runs)

@@ -20,7 +20,7 @@ from ..notebooks import Shown
 from .guard import MAX_CHARACTERS
 
 KINDS = (
-    *("predict run", "two predict runs", "train run", "qc run", "run"),
+    *("predict run", "two predict runs", "train run", "qc run", "hits run", "run"),
     *("text", "number", "whole number", "yes or no"),
 )
 """What a parameter can be. Runs are named as everywhere: by number, or ``latest``."""
@@ -191,6 +191,7 @@ _STAGES = {
     "two predict runs": (Stage.PREDICT,),
     "train run": (Stage.TRAIN,),
     "qc run": (Stage.QC,),
+    "hits run": (Stage.HITS,),
     "run": (),
 }
 _TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}

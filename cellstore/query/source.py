@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -27,7 +27,7 @@ from ..config import VoteOptions
 from ..db.session import SQLITE_BUSY_MS, Database
 from ..enums import FeatureStorage
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
-from .guard import quoted, reading_files
+from .guard import literal, quoted, reading_files, without_wildcards
 
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
@@ -49,6 +49,9 @@ STEPS = (
 )
 """Views that the others are made of: what counts, and the steps of a vote."""
 
+PROFILES = "profiles"
+"""The view of all profiles; its values are in files."""
+
 VIEWS = (
     "image_table",
     "well_table",
@@ -64,6 +67,8 @@ VIEWS = (
     "disagreements",
     "training_runs",
     "run_parameters",
+    PROFILES,
+    "hit_table",
     "lineage",
     "image_locations",
     *STEPS,
@@ -460,9 +465,13 @@ class SetRelation:
     in_files: Mapping[str, str]
 
     def query(
-        self, source: Source, artifacts: ArtifactFolder, target: duckdb.DuckDBPyConnection
+        self,
+        source: Source,
+        artifacts: ArtifactFolder,
+        target: duckdb.DuckDBPyConnection,
+        between: tuple[int, int] | None = None,
     ) -> str:
-        """Return the SQL behind the set.
+        """Return the SQL behind the set; ``between``: only files with cells from one to another.
 
         Raises:
             StorageError: a file of it is gone.
@@ -474,6 +483,9 @@ class SetRelation:
         condition = (
             f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}"
         )
+        if between is not None:
+            first, last = between
+            condition += f" AND f.first_cell_id <= {last} AND f.last_cell_id >= {first}"
         rows = source.fetch(target, "artifacts", condition)
         paths = [artifacts.existing(row["path"]) for row in rows]
         return reading_set(self.columns, paths, self.in_files)
@@ -489,6 +501,70 @@ def reading_set(columns: Columns, paths: Sequence[Path], in_files: Mapping[str, 
         for name, kind in columns.items()
     )
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
+
+
+@dataclass(frozen=True)
+class ProfileFiles:
+    """The values of all profile runs that are done.
+
+    ``columns`` has the types of run, well and counts, then of the features. ``files``: of each run
+    the path of a file, and the names that the columns have in it, by those in ``columns``.
+    """
+
+    columns: Columns
+    files: tuple[tuple[int, str, Mapping[str, str]], ...]
+
+    def query(self, artifacts: ArtifactFolder | None) -> str:
+        """Return the SQL behind the profiles, without rows where no files may be read.
+
+        Raises:
+            StorageError: a file is gone.
+        """
+        parts = [f"({reading_set(self.columns, (), {})})"]
+        if artifacts is not None:
+            for run, path, in_file in self.files:
+                values = [f"CAST({run} AS BIGINT) AS run_id"]
+                values += (f"{quoted(name)} AS {quoted(shown)}" for shown, name in in_file.items())
+                rows = reading_files([artifacts.existing(path)])
+                parts.append(f"SELECT {', '.join(values)} FROM {rows}")  # noqa: S608
+        return f"({' UNION ALL BY NAME '.join(parts)})"
+
+
+_PROFILED = (
+    "run_artifacts",
+    """JOIN runs AS r ON r.id = t.run_id JOIN artifacts AS a ON a.id = t.artifact_id
+    WHERE r.stage = 'profile' AND r.status = 'done' AND a.kind = 'profiles'
+""",
+)
+_OF_WELL = dict.fromkeys(("well_id", "n_cells", "n_images"), "BIGINT")
+_SHOWN_OF_WELL = ("plate", "well", "treatment", "dose", "dose_unit", "target", "control")
+
+
+def list_profiles(
+    source: Source, target: duckdb.DuckDBPyConnection, artifacts: ArtifactFolder
+) -> ProfileFiles:
+    """Return what profile runs have written; of files that are gone no column is known."""
+    links = [(row["run_id"], row["artifact_id"]) for row in source.fetch(target, *_PROFILED)]
+    rows = source.fetch(target, "artifacts", "WHERE t.kind = 'profiles'")
+    paths = {row["id"]: row["path"] for row in rows}
+    columns: Columns = {"run_id": "BIGINT", **_OF_WELL}
+    taken = {*_SHOWN_OF_WELL, *columns}
+    names: dict[str, str] = {name: name for name in _OF_WELL}
+    files = []
+    for run, artifact in sorted(links):
+        path = paths[artifact]
+        in_file: dict[str, str] = {}
+        with suppress(StorageError):
+            plain = literal(without_wildcards(artifacts.existing(path)))
+            query = f"SELECT name FROM parquet_schema({plain}) WHERE num_children IS NULL"  # noqa: S608
+            stored = set[str]()
+            for (name,) in target.execute(query).fetchall():
+                if name not in names:
+                    names[name] = _unique(name, taken)
+                    columns[names[name]] = "DOUBLE"
+                in_file[names[name]] = _unique(name, stored)
+        files.append((run, path, in_file))
+    return ProfileFiles(columns, tuple(files))
 
 
 _MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
@@ -535,7 +611,8 @@ def _renamed_everywhere(source: Source, target: duckdb.DuckDBPyConnection) -> di
 
 def _relation(row: dict[str, Any], known: Columns, now: Mapping[str, str]) -> SetRelation:
     in_table = row["storage"] == FeatureStorage.TABLE
-    columns, stored = {"cell_id": "BIGINT"}, {"cell_id": ""}
+    columns = {"cell_id": "BIGINT"}
+    taken, stored = {"cell_id"}, {"cell_id"}
     in_files: dict[str, str] = {}
     of_channels = now if group_of(row["name"]) else {}
     try:
@@ -544,8 +621,8 @@ def _relation(row: dict[str, Any], known: Columns, now: Mapping[str, str]) -> Se
                 name = item["name"]
                 kept = max((c for c in of_channels if name.endswith(f"_{c}")), key=len, default="")
                 shown = name.removesuffix(kept) + of_channels[kept] if kept else name
-                shown, name = _unique(shown, columns), _unique(name, stored)
-                columns[shown], stored[name] = _FEATURE_TYPES[item["dtype"]], ""
+                shown, name = _unique(shown, taken), _unique(name, stored)
+                columns[shown] = _FEATURE_TYPES[item["dtype"]]
                 in_files |= {shown: name} if shown != name else {}
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(
@@ -555,11 +632,14 @@ def _relation(row: dict[str, Any], known: Columns, now: Mapping[str, str]) -> Se
     return SetRelation(row["id"], row["name"], row["recipe_id"], in_table, columns, in_files)
 
 
-def _unique(name: str, taken: Columns) -> str:
-    """Return the name of a column as DuckDB has it, where ``Area`` and ``AREA`` are the same."""
-    known = {other.lower() for other in taken}
+def _unique(name: str, taken: set[str]) -> str:
+    """Return the name of a column as DuckDB has it, where ``Area`` and ``AREA`` are the same.
+
+    ``taken``: the others, in small letters; the new one is added.
+    """
     number, found = 0, name
-    while found.lower() in known:
+    while found.lower() in taken:
         number += 1
         found = f"{name}_{number}"
+    taken.add(found.lower())
     return found

@@ -24,6 +24,7 @@ from cellstore.enums import (
     Stage,
     Status,
     Subset,
+    Verdict,
 )
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Label, Plate, Run
@@ -117,6 +118,12 @@ def add_plate(make: Factory, labels: list[Label], random: Random) -> Run:
             make.flag_cell(flags, cell, CellFlagReason.BORDER)
             if random.random() < 0.3:
                 make.exclude(Level.CELL, cell.id)
+    hits = make.run(Stage.HITS)
+    for treatment in treatments:
+        for measure in random.sample(("hit", "effect", "activity", "cell_count"), 3):
+            numbers = {name: random.random() for name in ("value", "low", "high", "p", "q")}
+            verdict = Verdict.HIT if measure == "hit" else None
+            make.score(hits, measure, treatment, **numbers, verdict=verdict, note=plate.barcode)
     make.exclude(Level.WELL, wells[0].id)
     make.undo(make.exclude(Level.PLATE, plate.id))
     return flags

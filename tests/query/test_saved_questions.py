@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.enums import ImageFlagReason, Stage, Status
+from cellstore.enums import ImageFlagReason, Stage, Status, Verdict
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.saved_queries import own_folder, parsed, shipped_questions
@@ -41,6 +41,13 @@ def filled(workspace: Workspace) -> tuple[Store, SmallScreen, dict[str, dict[str
     qc = make.run(Stage.QC)
     make.flag_image(qc, screen.images["B01"], ImageFlagReason.OUT_OF_FOCUS)
     make.job(screen.segment_run, screen.images["B02"], Status.FAILED, error="truncated")
+    hits, (dmso, taxol) = (
+        make.run(Stage.HITS),
+        (make.treatment("DMSO"), make.treatment("taxol", "TUBB")),
+    )
+    for treatment, verdict, effect in ((dmso, Verdict.NO, 0.1), (taxol, Verdict.HIT, 8.0)):
+        make.score(hits, "hit", treatment, verdict=verdict, q=0.01, n_wells=4)
+        make.score(hits, "effect", treatment, value=effect, low=effect - 1, high=effect + 1)
     needs = {
         "disagreements": {"runs": f"{screen.predict_run.id},{other.id}"},
         "plate-lineage": {"plate": "BR1"},
@@ -90,6 +97,8 @@ def test_every_question_answers_on_both_databases(workspace: Workspace) -> None:
     assert wells["plate-lineage"] == ["B01", "B02", "B03", "B04"]
     assert len(answers["learning"]) == 8
     assert [(r["subset"], r["images"]) for r in answers["splits"]] == [("test", 3), ("train", 2)]
+    found = [(r["treatment"], r["verdict"], r["effect"], r["n_wells"]) for r in answers["hits"]]
+    assert found == [("taxol", "hit", 8.0, 4), ("DMSO", "no difference", 0.1, 4)]
     for name in ("stale", "unmeasured", "wells-without-cells", "seen-wells", "missing-files"):
         assert answers[name] == [], name
 
