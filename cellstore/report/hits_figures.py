@@ -51,7 +51,7 @@ ALIKE, SIMILAR = 0.5, 5
 MAP_ROWS, MAP_COLUMNS = 80, 60
 """Treatments and features of the heat map."""
 SHOWN_PLATES = 12
-FEWEST_WELLS, MOST_WELLS = 15, 3_000
+FEWEST_WELLS, MOST_WELLS = 15, 2_000
 """Wells that UMAP needs, and wells that are drawn."""
 COMPONENTS = 50
 TARGETS = 7
@@ -522,10 +522,19 @@ def layout_of(screen: Screen, seed: int) -> Layout | None:
         return Layout(note, wells, parts[:, :2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from sklearn.neighbors import NearestNeighbors
         from umap import UMAP
 
+        # UMAP finds neighbours of few points by a function of Python for each pair.
         near = min(15, len(wells) - 1)
-        points = UMAP(n_neighbors=near, random_state=seed, n_jobs=1).fit_transform(parts)
+        found = NearestNeighbors(n_neighbors=near).fit(parts).kneighbors(parts)
+        made = UMAP(
+            n_neighbors=near,
+            random_state=seed,
+            precomputed_knn=found[::-1],
+            force_approximation_algorithm=True,
+        )
+        points = made.fit_transform(parts)
     return Layout(f"UMAP{method}, seed {seed}", wells, np.asarray(points, np.float64))
 
 

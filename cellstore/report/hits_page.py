@@ -128,15 +128,14 @@ def read_screen(
     first, judged, tables = 0, list[Judged](), []
     for part in parts.values():
         tables.append(part.table)
-        for code, about in enumerate(part.treatments.itertuples(index=False)):
-            row = rows.get((part.name, int(about.treatment_id)))
+        for code, about in enumerate(part.treatments):
+            row = rows.get((part.name, about.treatment_id))
             if row is None:
                 continue
             mine = part.compared & (part.groups == code)
             usual = part.compared & part.controls & np.isin(part.plates, part.plates[mine])
-            dose = None if about.dose is None or about.dose != about.dose else float(about.dose)
             wells, controls = (first + np.flatnonzero(some) for some in (mine, usual))
-            judged.append(Judged(0, row, str(about.perturbation), dose, wells, controls))
+            judged.append(Judged(0, row, about.perturbation, about.dose, wells, controls))
         first += len(part.table)
     order = list(MARKS)
     judged.sort(
