@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
-    from .report.comparison import Comparison
+    from .report.comparison import Comparison, HitsComparison
     from .report.event_log import EventLog
     from .report.leaderboard import Leaderboard
     from .report.redo import Check
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from .stages.apply import ApplyResult
     from .stages.backup import Backup
     from .stages.corrections import Correction
-    from .stages.export import ExportResult
+    from .stages.export import ExportedProfiles, ExportResult
     from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
@@ -1158,19 +1158,25 @@ class Store(AbstractContextManager["Store"]):
         limit: int | None = None,
         vote_options: VoteOptions | None = None,
         force: bool = False,
-    ) -> Comparison:
-        """Put two predict runs side by side, on the images (or wells) that both have answered.
+    ) -> Comparison | HitsComparison:
+        """Put two predict runs, or two hits runs, side by side, on what both have answered.
 
+        Of predict runs: on the images, or wells.
         ``level``: image or well; ``vote``: hard, soft or median; ``limit``: of the differences
         listed. Returns the accuracy of both, their ``difference`` with an interval, an exact
         McNemar test, a ``conclusion`` in words, how their recipes differ, and the images in which
         they differ (``differing``).
 
+        Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
+        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
+        effects, and the ``treatments`` with both verdicts.
+
         >>> store.compare(6, 11).conclusion
 
         Raises:
             UnknownNameError: there is no such run, level or vote.
-            UserInputError: both are the same run, or they answer other questions.
+            UserInputError: both are the same run, or they answer other questions or have nothing in
+                common.
         """
         from .report.comparison import compare
 
@@ -1451,16 +1457,19 @@ class Store(AbstractContextManager["Store"]):
         include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
-    ) -> ExportResult:
+        profiles: RunName | None = None,
+    ) -> ExportResult | ExportedProfiles:
         """Write the current cells of a segmentation with their measurements to a file.
 
         ``format``: parquet, csv, anndata and others. ``features``: a feature set, or a group of
         them; default: all. ``split``: only its cells (of one ``subset``), with what it says of
         them. ``include_excluded``: those too, with their reason. ``for_spreadsheet``: CSV whose
-        texts no spreadsheet runs as formulas. ``force`` replaces ``out``. Returns how many cells,
+        texts no spreadsheet runs as formulas. ``force`` replaces ``out``. ``profiles``: instead the
+        wells of a profile run (its number, or ``latest``). Returns how many cells (or wells),
         features and plates were written.
 
         >>> store.export("cells.parquet", split="by-well")
+        >>> store.export("wells.parquet", profiles="latest")
 
         Raises:
             MissingExtraError: AnnData is asked for and not installed.
@@ -1468,10 +1477,21 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: there is no cell, or ``out`` is there already.
             StorageError: the file cannot be written; nothing is left of it.
         """
-        from .stages.export import ExportFormat, export
+        from .stages.export import ExportFormat, export, export_profiles
 
         if format not in list(ExportFormat):
             raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        if profiles is not None:
+            wells = export_profiles(
+                self.workspace,
+                Path(out),
+                profiles,
+                format=ExportFormat(format),
+                for_spreadsheet=for_spreadsheet,
+                force=force,
+            )
+            self.wrote(out)
+            return wells
         made = export(
             self.workspace,
             Path(out),

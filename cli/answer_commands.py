@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cellstore.config import VoteOptions, option, option_of
-from cellstore.errors import UserInputError
+from cellstore.errors import UserInputError, some_of
 from cellstore.settings import check_new_file
 from cellstore.store import Store
 
@@ -23,7 +23,14 @@ from .app import HTML, Common, command
 from .output import AnswerOptions, Format, count, percent, say
 
 if TYPE_CHECKING:
-    from cellstore.report.comparison import ComparedRun, Comparison
+    from typing_extensions import TypeIs
+
+    from cellstore.report.comparison import (
+        ComparedRun,
+        Comparison,
+        HitsComparison,
+        RecipeDifference,
+    )
     from cellstore.report.leaderboard import Leaderboard
     from cellstore.report.scoring import ReportResult, Score
 
@@ -71,7 +78,7 @@ def votes(
       cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
       cellstore votes --ties --format csv --output ties.csv
     """
-    answer.check()
+    answer = answer.checked()
     with store.open_votes(
         run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
     ) as (result, rows):
@@ -368,7 +375,8 @@ def compare(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A predict run, by number, 'latest', or the name of a cross-validation.",
+            help="A predict run, by number, 'latest', or the name of a cross-validation; or a hits "
+            "run.",
         ),
     ],
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
@@ -388,10 +396,11 @@ def compare(
     replace: bool = option_of(AnswerOptions, "replace"),
     for_spreadsheet: bool = option_of(AnswerOptions, "for_spreadsheet"),
 ) -> None:
-    """Show where two predict runs differ, and which of them is right.
+    """Show where two predict or two hits runs differ, and which is right or finds more.
 
-    They are compared on the images that both have labelled. McNemar's test takes each well once,
-    because images of a well are alike.
+    Predict runs are compared on the images that both have labelled. McNemar's test takes each well
+    once, because images of a well are alike. Hits runs are compared on the treatments that both
+    could judge: which profiles find more of them at the same false discovery rate?
 
     \b
     Example:
@@ -417,7 +426,7 @@ def compare(
         force=force,
     )
     if form == "text":
-        _show_comparison(found)
+        _show_hits_comparison(found) if _of_hits(found) else _show_comparison(found)
     elif form == "csv":
         _save(_as_csv(found, for_spreadsheet=for_spreadsheet), out)
     else:
@@ -425,15 +434,25 @@ def compare(
     store.wrote(out)
 
 
-def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
-    from cellstore.io.tables import disarmed_name
+def _of_hits(found: Comparison | HitsComparison) -> TypeIs[HitsComparison]:
+    from cellstore.report.comparison import HitsComparison
 
-    columns = ("unit_id", "name", "truth", "first", "second", "right")
+    return isinstance(found, HitsComparison)
+
+
+def _as_csv(found: Comparison | HitsComparison, *, for_spreadsheet: bool) -> str:
+    from cellstore.io.tables import disarmed_name
+    from cellstore.report.comparison import ComparedTreatment, Difference
+
+    kind = ComparedTreatment if _of_hits(found) else Difference
+    items: Sequence[Any] = found.treatments if _of_hits(found) else found.differing
+    columns = [field.name for field in fields(kind)]
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(columns)
-    for item in found.differing:
-        row = [str(getattr(item, name)) for name in columns]
+    for item in items:
+        values = [getattr(item, name) for name in columns]
+        row = ["" if value is None else str(value) for value in values]
         writer.writerow([disarmed_name(text) for text in row] if for_spreadsheet else row)
     return target.getvalue()
 
@@ -485,15 +504,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     output.wrapped(found.conclusion)
     for warning in found.warnings:
         output.wrapped(f"Careful: {warning}")
-    if not found.recipes:
-        typer.echo("Their recipes are the same.")
-    else:
-        typer.echo("")
-        output.table(
-            ("option", f"run {first}", f"run {second}"),
-            [(item.what, item.first, item.second) for item in found.recipes[:SHOWN_OPTIONS]],
-        )
-        output.say_more(len(found.recipes) - SHOWN_OPTIONS, " of the options")
+    _show_recipes(found.recipes, first, second)
     listed = found.differing[:shown]
     if not listed:
         return
@@ -505,3 +516,78 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     )
     more = found.n_differing - len(listed)
     output.say_more(more, " in which they differ", "all with --json, or --format csv")
+
+
+def _show_recipes(recipes: Sequence[RecipeDifference], first: object, second: object) -> None:
+    """Print in which options two runs differ."""
+    if not recipes:
+        typer.echo("Their recipes are the same.")
+        return
+    typer.echo("")
+    output.table(
+        ("option", f"run {first}", f"run {second}"),
+        [(item.what, item.first, item.second) for item in recipes[:SHOWN_OPTIONS]],
+    )
+    output.say_more(len(recipes) - SHOWN_OPTIONS, " of the options")
+
+
+def _show_hits_comparison(found: HitsComparison) -> None:
+    """Print which of two hits runs finds more, and the treatments that are a hit of one alone."""
+    first, second = found.first, found.second
+    typer.echo(f"{count(found.n, 'treatment')} that both could judge\n")
+    output.table(
+        ("run", "profiles", "features", "columns", "hits"),
+        [
+            (one.run_id, one.profile_run, one.features, one.columns, one.hits)
+            for one in (first, second)
+        ],
+    )
+    typer.echo("")
+    output.table(
+        ("", f"hit of {second.run_id}", f"not of {second.run_id}"),
+        [
+            (f"hit of {first.run_id}", found.both, found.only_first),
+            (f"not of {first.run_id}", found.only_second, found.neither),
+        ],
+    )
+    typer.echo("")
+    output.wrapped(found.conclusion)
+    if found.effect_correlation is not None:
+        number = f"{found.effect_correlation:.2f}"
+        output.wrapped(f"Rank correlation of their effects: {number} (1: the same order).")
+    if found.not_judged:
+        typer.echo(f"{count(found.not_judged, 'treatment')} could not be judged by one or both.")
+    for one, alone_in in ((first, found.only_in_first), (second, found.only_in_second)):
+        if alone_in:
+            typer.echo(f"{count(alone_in, 'treatment')} only in run {one.run_id}.")
+    for warning in found.warnings:
+        output.wrapped(f"Careful: {warning}")
+    _show_recipes(found.recipes, first.run_id, second.run_id)
+
+    def effect(value: float | None) -> str | None:
+        return None if value is None else f"{value:.1f}"
+
+    alone = [item for item in found.treatments if item.hit_of in ("first", "second")]
+    if alone:
+        typer.echo("")
+        output.table(
+            ("hit of one alone", f"run {first.run_id}", "effect", f"run {second.run_id}", "effect"),
+            [
+                (
+                    " ".join(filter(None, (item.name, item.cell_line, item.time_point))),
+                    item.first,
+                    effect(item.first_effect),
+                    item.second,
+                    effect(item.second_effect),
+                )
+                for item in alone
+            ],
+        )
+        output.say_more(
+            found.only_first + found.only_second - len(alone),
+            "",
+            "all with --json, or --format csv",
+        )
+    both = [item.name for item in found.treatments if item.hit_of == "both"]
+    if both:
+        output.wrapped(f"Hits of both: {some_of(both, SHOWN_DIFFERENCES)}")

@@ -11,11 +11,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import typer
 
 from cellstore.config import option
-from cellstore.errors import UserInputError
+from cellstore.errors import MissingExtraError, UserInputError
 from cellstore.settings import Progress, check_new_file
 
 if TYPE_CHECKING:
@@ -278,6 +279,13 @@ class Format(StrEnum):
     CSV = "csv"
     JSON = "json"
     PARQUET = "parquet"
+    XLSX = "xlsx"
+
+
+EXCEL_ROWS, EXCEL_COLUMNS, EXCEL_CHARACTERS = 1_048_576, 16_384, 32_767
+"""The most that a sheet of Excel and one of its cells hold."""
+EXACT = 1 << 53
+"""From here on Excel changes the last digits of a whole number."""
 
 
 @dataclass(frozen=True)
@@ -290,28 +298,36 @@ class AnswerOptions:
         metavar="N",
         min=0,
     )
-    format: Format = option(Format.TABLE, "How the answer is written.")
+    format: Format | None = option(
+        None, "How the answer is written. Default: by the ending of --output, else as a table."
+    )
     output: Path | None = option(
-        None, "Write the answer to a file. Needed for parquet.", metavar="FILE"
+        None, "Write the answer to a file. Needed for parquet and xlsx (Excel).", metavar="FILE"
     )
     replace: bool = option(False, "Replace the file of --output if it is there.")
     for_spreadsheet: bool = option(
         False, "CSV: put a ' before texts that a spreadsheet would run as formulas."
     )
 
-    def check(self) -> None:
-        """Refuse what cannot be written, before any work.
+    def checked(self) -> "AnswerOptions":
+        """Return the options with their format; refuse what cannot be written, before any work.
 
         Raises:
-            UserInputError: Parquet on the screen, a spreadsheet of something else than CSV, or a
-                file that is there already, or that has no folder.
+            UserInputError: Parquet or Excel on the screen, a spreadsheet of something else than
+                CSV, or a file that is there already, or that has no folder.
         """
+        found = self.format
         if self.output is not None:
             check_new_file(self.output, replace=self.replace)
-        if self.format is Format.PARQUET and self.output is None:
-            raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
-        if self.for_spreadsheet and self.format is not Format.CSV:
+            ending = self.output.suffix.lower().removeprefix(".")
+            if found is None and ending in [item.value for item in Format]:
+                found = Format(ending)
+        elif found in (Format.PARQUET, Format.XLSX):
+            name = "Excel" if found is Format.XLSX else "Parquet"
+            raise UserInputError(f"{name} cannot be printed. Write it to a file: --output FILE.")
+        if self.for_spreadsheet and found is not Format.CSV:
             raise UserInputError("--for-spreadsheet is for CSV only: add --format csv.")
+        return replace(self, format=found or Format.TABLE)
 
 
 def write(
@@ -348,6 +364,8 @@ def write(
                 _write_csv(taken, file, for_spreadsheet=wanted.for_spreadsheet)
             case Format.PARQUET:
                 _write_parquet(taken, file)
+            case Format.XLSX:
+                _write_excel(taken, file)
         file.flush()
     if wanted.output is not None:
         say(f"{count(taken.number, 'row')} written to {wanted.output}")
@@ -455,6 +473,44 @@ def _write_parquet(taken: _First, file: BinaryIO) -> None:
             f"Parquet cannot hold this answer: {str(error).splitlines()[0]}. Cast the column to "
             "text, or take another --format."
         ) from error
+
+
+def _write_excel(taken: _First, file: BinaryIO) -> None:
+    """Write one sheet, row by row; no text becomes a formula, a number or a link."""
+    try:
+        xlsxwriter = import_module("xlsxwriter")
+    except ImportError as error:
+        raise MissingExtraError.of("xlsxwriter", "excel") from error
+
+    def value(found: Any) -> Any:
+        found = found if isinstance(found, float) else plain(found)
+        if isinstance(found, dict | list):
+            found = json.dumps(found, ensure_ascii=False)
+        number = isinstance(found, int) and not isinstance(found, bool)
+        if number and abs(found) > EXACT:
+            found = str(found)
+        if isinstance(found, str) and len(found) > EXCEL_CHARACTERS:
+            raise UserInputError(
+                f"Excel cannot hold this answer: a text has {len(found):,} characters. Take "
+                "--format csv or parquet."
+            )
+        return found
+
+    keeping = {"constant_memory": True, "nan_inf_to_errors": True}
+    as_it_is = dict.fromkeys(
+        ("strings_to_formulas", "strings_to_urls", "strings_to_numbers"), False
+    )
+    with xlsxwriter.Workbook(file, {**keeping, **as_it_is}) as book:
+        sheet = book.add_worksheet("answer")
+        sheet.freeze_panes(1, 0)
+        sheet.write_row(0, 0, taken.answer.names, book.add_format({"bold": True}))
+        for number, row in enumerate(taken.rows(), start=1):
+            if number >= EXCEL_ROWS or len(row) > EXCEL_COLUMNS:
+                raise UserInputError(
+                    f"Excel holds {EXCEL_ROWS - 1:,} rows and {EXCEL_COLUMNS:,} columns, and this "
+                    "answer has more. Take --format csv or parquet, or ask for less."
+                )
+            sheet.write_row(number, 0, map(value, row))
 
 
 class Notes(Progress):

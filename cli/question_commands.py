@@ -28,7 +28,7 @@ from .output import AnswerOptions, Format, say
 if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
     from cellstore.query.guard import Limits
-    from cellstore.stages.export import ExportResult
+    from cellstore.stages.export import ExportedProfiles, ExportResult
     from cellstore.stages.export_crops import ExportedCrops
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -92,9 +92,7 @@ def _memory(megabytes: int) -> Iterator[None]:
 
 def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
     """Return the answer that is wanted; ``--json`` is the same as ``--format json``."""
-    answer = replace(answer, format=Format.JSON) if common.as_json else answer
-    answer.check()
-    return answer
+    return (replace(answer, format=Format.JSON) if common.as_json else answer).checked()
 
 
 @command(app, "sql")
@@ -348,8 +346,21 @@ def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
 ENDINGS = {".csv": "csv", ".h5ad": "anndata", ".parquet": "parquet", ".pq": "parquet"}
 
 
-def _show_export(result: ExportResult | ExportedCrops) -> None:
+def _show_export(result: ExportResult | ExportedProfiles | ExportedCrops) -> None:
+    from cellstore.stages.export import ExportedProfiles
     from cellstore.stages.export_crops import ExportedCrops
+
+    if isinstance(result, ExportedProfiles):
+        output.pairs(
+            {
+                "written": result.path,
+                "format": result.format,
+                "profiles": f"run {result.run_id}",
+                "wells": f"{result.wells:,} on {output.count(result.plates, 'plate')}",
+                "features": result.features,
+            }
+        )
+        return
 
     if isinstance(result, ExportedCrops):
         output.pairs(
@@ -409,13 +420,16 @@ def export(
     include_excluded: bool = option(
         False, "Write excluded cells, too, with the reason in Metadata_Excluded."
     ),
+    profiles: str | None = option(
+        None, "The profiles of wells of this profile run, instead of cells.", metavar="RUN|latest"
+    ),
     for_spreadsheet: bool = option(
         False,
         "CSV: put a ' before texts that a spreadsheet would run as formulas. Such a "
         "table no longer reads back as it was.",
     ),
     force: bool = option(False, "Replace OUT if it is there."),
-) -> ExportResult | ExportedCrops:
+) -> ExportResult | ExportedProfiles | ExportedCrops:
     """Write a table with a row per cell, for pycytominer and other tools; or the crops of cells.
 
     Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
@@ -427,8 +441,15 @@ def export(
     Example:
       cellstore export cells.parquet
       cellstore export cells.csv --plate BR00117035 --features texture
+      cellstore export wells.parquet --profiles latest
       cellstore export crops --crops --split by-well --channels DNA,RNA
     """
+    of_cells = (features, segmentation, measurement, plates, split, subset, include_excluded)
+    if profiles is not None and (crops or channels or any(of_cells)):
+        raise UserInputError(
+            "Profiles are of the cells and plates that their run has read: besides --profiles only "
+            "--format, --for-spreadsheet and --force can be given."
+        )
     if crops:
         if form or features or include_excluded or for_spreadsheet:
             raise UserInputError(
@@ -465,4 +486,5 @@ def export(
         include_excluded=include_excluded,
         for_spreadsheet=for_spreadsheet,
         force=force,
+        profiles=profiles,
     )

@@ -597,10 +597,9 @@ def add_embeddings(
 
 def _show_withdrawn(done: dict[str, Any]) -> None:
     typer.echo(f"Run {done['run_id']} is withdrawn.")
-    say("Next: cellstore runs")
 
 
-@command(predictions, "withdraw", _show_withdrawn)
+@command(predictions, "withdraw", _show_withdrawn, then=lambda _: ("cellstore runs",))
 def withdraw(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The predict run, by number.")],
     store: Store,

@@ -35,6 +35,7 @@ from cellstore.enums import (
     Stage,
     Status,
     Subset,
+    Verdict,
 )
 from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.runs import keep_files
@@ -570,6 +571,20 @@ class Factory:
 DEFAULT_PARAMETERS: dict[Stage, dict[str, Any]] = {
     Stage.SEGMENT: {"model": "test", "channels": [], "projection": "median"},
 }
+
+
+def hits_run(make: Factory, verdicts: Mapping[str, str], **result: object) -> Run:
+    """A hits run with a verdict and an effect for each treatment: ``{"a": "hit 5.0"}``."""
+    recipe = make.recipe(Stage.HITS, parameters={"q": 0.05, "measure": "activity"})
+    made = {"rule": "q < 0.05", "plate_sets": {"all plates": ["P1"]}, "feature_set": "own"}
+    profile = make.run(Stage.PROFILE)
+    run = make.run(Stage.HITS, recipe, parent_id=profile.id, result={**made, **result})
+    for name, said in verdicts.items():
+        verdict, _, effect = said.rpartition(" ")
+        treatment = make.treatment(name)
+        make.score(run, "hit", treatment, verdict=Verdict(verdict))
+        make.score(run, "effect", treatment, value=None if effect == "-" else float(effect))
+    return run
 
 
 def _cell(segmentation_id: int, label: int, excluded: str | None) -> Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from factories import Factory
+from factories import Factory, hits_run
 
 from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
@@ -188,3 +188,51 @@ def test_a_truth_that_was_corrected_is_left_out(sqlite_workspace: Workspace) -> 
     found = compare(sqlite_workspace, str(one.id), str(more.id))
     # b2 is on both test subsets, a2 outside of the newer split, which is as good.
     assert (found.n, found.both_right, found.better) == (2, 2, None)
+
+
+def test_two_hits_runs_which_finds_more(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    alone = dict.fromkeys("cdefgh", "hit 3.0")
+    one = hits_run(
+        make, {"a": "hit 9", "b": "no difference 0", "i": "hit 1", "j": "hit 2", **alone}
+    )
+    less = dict.fromkeys(alone, "small effect 1.0")
+    other = hits_run(
+        make,
+        {"a": "hit 7", "b": "fewer cells only 0.5", "i": "cannot say -", "k": "hit 2", **less},
+        rule="q < 0.1", plate_sets={"all plates": ["P1", "P2"]}, feature_set="embedding",
+    )  # fmt: skip
+    found = compare(workspace, one.id, f"hits {other.id}")
+    assert (found.n, found.both, found.only_first, found.only_second, found.neither) == (
+        8, 1, 6, 0, 1,
+    )  # fmt: skip
+    assert (found.first.hits, found.second.hits, found.first.judged) == (7, 1, 10)
+    assert (found.not_judged, found.only_in_first, found.only_in_second) == (1, 1, 1)
+    assert found.p_value == 2 / 2**6  # six of six tosses of a coin
+    assert found.better == one.id
+    assert f"Run {one.id} finds more" in found.conclusion
+    assert (found.second.features, found.second.profile_run) == ("embedding", other.parent_id)
+    # Effects 9, 0, 3 x 6 with 7, 0.5, 1 x 6: the same order.
+    assert found.effect_correlation == pytest.approx(1)
+    assert [item.name for item in found.treatments] == [*"cdefgh", "a", "b"]
+    assert found.treatments[0].second == "small effect"
+    assert warned(found.warnings, "Their rules differ")
+    assert warned(found.warnings, f"Only run {other.id} has plate P2.")
+    back = compare(workspace, str(other.id), str(one.id), limit=2)
+    assert (back.only_second, back.better, len(back.treatments)) == (6, one.id, 4)
+    same = hits_run(make, {"a": "hit 8", "c": "hit 1"})
+    few = compare(workspace, one.id, "latest")
+    assert few.second.run_id == same.id
+    assert (few.n, few.better, few.warnings) == (2, None, ())
+    assert "fewer than 6 treatments are a hit of one run alone" in few.conclusion
+    elsewhere = hits_run(make, {"x": "hit 8"})
+    with pytest.raises(UserInputError, match="about different treatments: none is in both"):
+        compare(workspace, one.id, elsewhere.id)
+    with pytest.raises(UserInputError, match=f"Both are run {one.id}"):
+        compare(workspace, one.id, one.id)
+    with pytest.raises(UserInputError, match="is a predict run, the other one a hits run"):
+        compare(workspace, one.id, make.run(Stage.PREDICT).id)
+    with pytest.raises(UserInputError, match="hits runs, without votes"):
+        compare(workspace, one.id, other.id, vote="soft")
+    with pytest.raises(UnknownNameError, match="hits run '999'"):
+        compare(workspace, one.id, 999)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import harmonypy
 import numpy as np
@@ -62,7 +63,14 @@ def by_hand(profiles: WellProfiles, method: str, samples: str) -> pd.DataFrame:
         pycytominer.normalize(part, list(profiles.columns), samples=samples, method=method)
         for _, part in frame.groupby("Metadata_plate", sort=False)
     ]
-    return pd.concat(parts)
+    found: pd.DataFrame = pd.concat(parts)
+    return found
+
+
+def marked(profiles: WellProfiles, which: Any) -> WellProfiles:
+    """The same with these wells (N,) as the negative controls."""
+    marks = pd.Series(["negative" if mark else None for mark in which])
+    return replace(profiles, table=profiles.table.assign(control=marks))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ def test_what_cannot_be_normalised_is_a_sentence() -> None:
     none = replace(profiles, table=profiles.table.assign(control=None))
     with pytest.raises(UserInputError, match="No well is a negative control"):
         normalise(none, "mad")
-    one = replace(profiles, table=profiles.table.assign(control=["negative"] + [None] * 23))
+    one = marked(profiles, np.arange(24) == 0)
     with pytest.raises(UserInputError, match="No plate has 2 negative control wells"):
         normalise(one, "mad")
     flat = replace(profiles, values=np.ones_like(profiles.values))
@@ -191,8 +199,7 @@ def test_controls_stay_as_far_from_zero_as_wells_that_nothing_was_done_to() -> N
     for seed in range(20):
         profiles = some_profiles(plates=1, rows=8, columns=12, features=40, seed=seed)
         few = profiles.controls & (np.arange(96) % 8 == 0)
-        table = profiles.table.assign(control=np.where(few, "negative", None))
-        found = correct_positions(replace(profiles, table=table), "controls").values
+        found = correct_positions(marked(profiles, few), "controls").values
         rest = found - found.mean(axis=0)
         ratios.append(np.mean(rest[few] ** 2) / np.mean(rest[~few] ** 2))
     assert 0.9 < np.mean(ratios) < 1.35
@@ -203,8 +210,7 @@ def test_positions_that_cannot_be_corrected_are_notes() -> None:
     found = correct_positions(profiles, "controls")
     assert "Plate P0 is not corrected for positions" in found.notes[0]
     np.testing.assert_array_equal(found.values, profiles.values)
-    first = np.where(profiles.table["well_column"] == 1, "negative", None)
-    filled = replace(profiles, table=profiles.table.assign(control=first))
+    filled = marked(profiles, (profiles.table["well_column"] == 1).to_numpy())
     assert "fill rows or columns" in correct_positions(filled, "median-polish").notes[0]
     assert correct_positions(profiles, "median-polish").notes == ()
 

@@ -42,6 +42,8 @@ FEWEST_CONTROLS = 2
 """Wells of a plate that are needed to say how much wells differ by themselves."""
 FEWEST_FOR_POSITIONS = 8
 """Controls of a plate from which four numbers are estimated: twice as many."""
+FEWEST_OF_LINE = 3
+"""Wells of a row or column from which a median polish says what the row or column does."""
 POLISHES = 10
 """Rounds of a median polish, at most; it ends before where nothing changes by more than 1 %."""
 
@@ -190,9 +192,7 @@ def normalise(profiles: WellProfiles, method: str, against: str = "controls") ->
         )
         profiles = replace(profiles, notes=(*profiles.notes, note))
     found = replace(profiles, values=values)
-    return _checked(
-        found.without(CONSTANT, [found.columns[at] for at in np.flatnonzero(gone)]), found
-    )
+    return _checked(found.without(CONSTANT, [found.columns[at] for at in np.flatnonzero(gone)]))
 
 
 def _sphered(
@@ -259,11 +259,11 @@ def select_features(profiles: WellProfiles, operations: Sequence[str]) -> WellPr
         else:
             like = correlation_threshold(frame, names, threshold=MOST_CORRELATION)
             found = found.without(CORRELATION, like)
-        found = _checked(found, profiles)
+        found = _checked(found)
     return found
 
 
-def _checked(found: WellProfiles, before: WellProfiles) -> WellProfiles:
+def _checked(found: WellProfiles) -> WellProfiles:
     """Return ``found`` if it has features.
 
     Raises:
@@ -343,7 +343,8 @@ def _polish(values: Numbers, rows: NDArray[np.int64], columns: NDArray[np.int64]
             for axis in (1, 0):
                 effect = _median(grid, axis)
                 effect -= _median(effect, 1 - axis)  # the middle of the plate stays
-                grid -= np.nan_to_num(effect)
+                wells = (~np.isnan(grid)).sum(axis=axis, keepdims=True)
+                grid -= np.where(wells < FEWEST_OF_LINE, 0, np.nan_to_num(effect))
             before, size = size, np.nansum(np.abs(grid))
             if abs(before - size) <= 0.01 * size:
                 break
@@ -408,7 +409,7 @@ def correct_batches(profiles: WellProfiles, by: str, seed: int = 0) -> WellProfi
         )
     gaps = np.isnan(profiles.values[known]).any(axis=0)
     names = [profiles.columns[at] for at in np.flatnonzero(gaps)]
-    profiles = _checked(profiles.without(MISSING, names), profiles)
+    profiles = _checked(profiles.without(MISSING, names))
     few = {"nclust": 1} if known.sum() < 30 else {}  # it would make no cluster of them
     made = harmonypy.run_harmony(
         profiles.values[known], groups.to_frame(), [by], verbose=False, random_state=seed, **few

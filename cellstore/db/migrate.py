@@ -18,10 +18,10 @@ from .session import Database, _translated
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0011"
+HEAD = "0012"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
 
-_TRIGGERS = "cellstore.migrations.versions.0011_the_first_schema"
+_TRIGGERS = "cellstore.migrations.versions.0012_the_first_schema"
 """The revision that says which triggers there are."""
 
 

@@ -1,4 +1,4 @@
-"""Two predict runs beside each other, on what both have answered."""
+"""Two predict runs, or two hits runs, beside each other, on what both have answered."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sqlalchemy import select
 
-from ..analysis.statistics import well_interval
+from ..analysis.statistics import FEWEST_WELLS, exchange_test, well_interval
 from ..config import RunName, VoteOptions
-from ..enums import Subset
-from ..errors import UserInputError
+from ..enums import ScoreLevel, Stage, Status, Subset, Verdict
+from ..errors import UserInputError, some_of
+from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..jobs.workspace import Workspace
+from ..models import Run, TreatmentScore
 from ..notebooks import Shown
+from ..query.cells import trainings_of_features
 from ..query.engine import Questions, open_questions
 from .scoring import (
     SEEN,
@@ -130,6 +134,77 @@ class Comparison(Shown):
     differing: tuple[Difference, ...] = ()
 
 
+@dataclass(frozen=True)
+class ComparedHits:
+    """One of two compared hits runs: its profile run, and its ``hits`` among the compared.
+
+    ``judged``: all treatments that it could judge. ``features``: the feature set of its profiles,
+    ``columns`` how many numbers these have.
+    """
+
+    run_id: int
+    profile_run: int | None
+    features: str | None
+    columns: int | None
+    judged: int
+    hits: int
+
+
+@dataclass(frozen=True)
+class ComparedTreatment:
+    """A treatment by two hits runs. ``hit_of`` is first, second, both or neither.
+
+    ``first`` and ``second`` are their verdicts, the effects are in control standard deviations.
+    """
+
+    treatment_id: int
+    name: str
+    cell_line: str | None
+    time_point: str | None
+    hit_of: str
+    first: str
+    second: str
+    first_effect: float | None
+    second_effect: float | None
+
+
+@dataclass(frozen=True)
+class HitsComparison(Shown):
+    """Two hits runs on the ``n`` treatments that both could judge: which finds more.
+
+    ``both``, ``only_first``, ``only_second`` and ``neither`` add up to ``n``: hits of both runs,
+    and so on. A treatment with wells of two cell lines or time points counts in each.
+    ``p_value``: McNemar's exact test, two-sided. ``better`` is the number of the run that finds
+    more by it at 5 %, or ``None``; ``conclusion`` says it in words, or why it cannot be said
+    (``cannot_say``). ``effect_correlation`` is Spearman's, in -1..1, of the effects of the first
+    with those of the second. ``not_judged``: treatments of both runs that one or both could not
+    judge; ``only_in_first`` and ``only_in_second``: those that the other run has not.
+    ``warnings`` say why the two may not be comparable. ``treatments``: hits of the first alone,
+    of the second alone, of both, and the others, each by their effects; with a ``limit`` so many of
+    each.
+    """
+
+    n: int
+    first: ComparedHits
+    second: ComparedHits
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float
+    better: int | None
+    conclusion: str
+    cannot_say: str | None
+    effect_correlation: float | None
+    not_judged: int
+    only_in_first: int
+    only_in_second: int
+    warnings: tuple[str, ...]
+    recipes: tuple[RecipeDifference, ...]
+    treatments: tuple[ComparedTreatment, ...]
+
+
+HIT_OF = ("first", "second", "both", "neither")
 LONGEST = 60
 """Characters of an option that are shown."""
 
@@ -171,7 +246,7 @@ RECIPES_BEHIND = """
     SELECT recipes.* FROM recipes JOIN above ON above.id = recipes.id ORDER BY recipes.id
 """
 RUNS = """
-    SELECT p.code_version AS predicted_by, t.code_version AS trained_by, t.seed, s.name AS split
+    SELECT p.stage, p.code_version AS made_by, t.code_version AS trained_by, t.seed, s.name AS split
     FROM runs AS p LEFT JOIN runs AS t ON t.id = p.parent_id
     LEFT JOIN splits AS s ON s.id = coalesce(p.split_id, t.split_id) WHERE p.id = ?
 """
@@ -187,21 +262,33 @@ def compare(
     limit: int | None = None,
     vote_options: VoteOptions | None = None,
     force: bool = False,
-) -> Comparison:
-    """Put two predict runs (numbers or ``latest``) side by side.
+) -> Comparison | HitsComparison:
+    """Put two predict runs, or two hits runs (numbers or ``latest``), side by side.
 
-    They are compared on the images, or at ``level`` well the wells, that both have answered: those
+    Of hits runs see :class:`HitsComparison`; of the options only ``limit`` is about them. Predict
+    runs are compared on the images, or at ``level`` well the wells, that both have answered: those
     of the test subset; where there are none those outside of the split, else those of validation.
     Of two splits, the one may test what is outside of the other.
     Images that one of them was trained on count only with ``force``. ``vote`` is hard, soft or
     median. The first ``limit`` units in which their labels differ are listed, all by default.
 
     Raises:
-        UnknownNameError: there is no such predict run, level or vote.
-        UserInputError: both are the same run; they have answered nothing in common; or they answer
-            other questions (compounds and genes).
+        UnknownNameError: there is no such run, level or vote.
+        UserInputError: both are the same run; they have answered nothing in common; they answer
+            other questions (compounds and genes), or are of different stages.
     """
     check_vote(level, vote)
+    pair = _hits_runs(workspace, first, second)
+    if pair is not None:
+        if (level, vote, force) != ("image", "hard", False) or vote_options not in (
+            None,
+            VoteOptions(),
+        ):
+            raise UserInputError(
+                "These are hits runs, without votes: level, vote, force and the options of votes "
+                "are for predict runs."
+            )
+        return compare_hits(workspace, *pair, limit=limit)
     one = find_subject(workspace, first, vote_options)
     other = find_subject(workspace, second, vote_options)
     about = one.read_as | other.read_as
@@ -315,6 +402,215 @@ def compare_subjects(
     )
 
 
+def _hits_runs(workspace: Workspace, first: RunName, second: RunName) -> tuple[int, int] | None:
+    """Return the numbers of both if one is named as a hits run; ``latest`` is then one, too."""
+    names = [str(name).strip().lower() for name in (first, second)]
+    with workspace.database.read() as session:
+        found = list[NamedRun | None]()
+        for name in names:
+            try:
+                found.append(None if name in RUN_WORDS else find_named_run(session, name))
+            except UserInputError:  # no run at all, or a cross-validation
+                found.append(None)
+        if not any(run and run.stage is Stage.HITS for run in found):
+            return None
+        for run in found:
+            if run and run.stage is not Stage.HITS:
+                raise UserInputError(
+                    f"Run {run.id} is a {run.stage.value} run, the other one a hits run: only "
+                    "runs of one kind can be compared."
+                )
+        one, other = (find_named_run(session, name, [Stage.HITS]).id for name in names)
+    return one, other
+
+
+def compare_hits(
+    workspace: Workspace, first: int, second: int, *, limit: int | None = None
+) -> HitsComparison:
+    """Compare two hits runs by their numbers; see :class:`HitsComparison`.
+
+    Hits are those by the rule of each run, so both hold the same false discovery rate where their
+    rules are the same.
+
+    Raises:
+        UserInputError: both are the same run, or they have no treatment in common.
+    """
+    if first == second:
+        raise UserInputError(f"Both are run {first}: name another run to compare it with.")
+    scores = [_treatments_of(workspace, run_id) for run_id in (first, second)]
+    in_both = scores[0].keys() & scores[1].keys()
+    if not in_both:
+        raise UserInputError(
+            f"Runs {first} and {second} are about different treatments: none is in both. Compare "
+            "runs of cellstore hits on the same plates."
+        )
+    judged = [
+        {key for key, (row, _) in found.items() if row["verdict"] is not Verdict.UNKNOWN}
+        for found in scores
+    ]
+    both_judged = in_both & judged[0] & judged[1]
+    treatments = [_paired(*(found[key] for found in scores)) for key in both_judged]
+    treatments.sort(
+        key=lambda item: (
+            HIT_OF.index(item.hit_of),
+            -max(item.first_effect or 0.0, item.second_effect or 0.0),
+            item.name,
+        )
+    )
+    counts = {name: sum(item.hit_of == name for item in treatments) for name in HIT_OF}
+    alone, others = counts["first"], counts["second"]
+    p = exchange_test([1] * alone + [-1] * others) if treatments else 1.0
+    words = (
+        f"hits of run {first} alone: {alone:,}, of run {second} alone: {others:,}, of both: "
+        f"{counts['both']:,} (McNemar's exact test: p = {p:.2g})"
+    )
+    cannot_say, better = None, None
+    if not treatments:
+        cannot_say = "there is no treatment that both could judge"
+    elif alone + others < FEWEST_WELLS:
+        cannot_say = (
+            f"fewer than {FEWEST_WELLS} treatments are a hit of one run alone, too few to rule out "
+            "chance"
+        )
+    elif p < 0.05:
+        better = first if alone > others else second
+    conclusion = f"Neither run is shown to find more treatments: {words}."
+    if cannot_say:
+        conclusion = f"Cannot say which run finds more treatments: {cannot_say}; {words}."
+    elif better:
+        worse = second if better == first else first
+        conclusion = f"Run {better} finds more treatments than run {worse}: {words}."
+    pairs = [(item.first_effect, item.second_effect) for item in treatments]
+    with workspace.database.read() as session:
+        runs = [session.get_one(Run, run_id) for run_id in (first, second)]
+        compared = [
+            ComparedHits(
+                run_id=run.id,
+                profile_run=run.parent_id,
+                features=(run.result or {}).get("feature_set"),
+                columns=(run.result or {}).get("columns"),
+                judged=len(known),
+                hits=counts["both"] + counts[name],
+            )
+            for run, known, name in zip(runs, judged, HIT_OF, strict=False)
+        ]
+        warnings = _hits_warnings(runs)
+        for run in runs:
+            recipes = [run.recipe, *run.recipe.inputs]
+            training = next(
+                (t for one in recipes for t in trainings_of_features(session, one)), None
+            )
+            if training is not None:
+                warnings.append(
+                    f"The features of run {run.id} are an embedding by training run {training.id}, "
+                    "which learned what wells got: on wells of its split it finds too much."
+                )
+    with open_questions(workspace) as questions:
+        recipes_differ = recipes_apart(questions, first, second)
+    return HitsComparison(
+        n=len(treatments),
+        first=compared[0],
+        second=compared[1],
+        both=counts["both"],
+        only_first=alone,
+        only_second=others,
+        neither=counts["neither"],
+        p_value=p,
+        better=better,
+        conclusion=conclusion,
+        cannot_say=cannot_say,
+        effect_correlation=_rank_correlation(pairs),
+        not_judged=len(in_both) - len(treatments),
+        only_in_first=len(scores[0].keys() - in_both),
+        only_in_second=len(scores[1].keys() - in_both),
+        warnings=tuple(warnings),
+        recipes=recipes_differ,
+        treatments=tuple(
+            item
+            for name in HIT_OF
+            for item in [item for item in treatments if item.hit_of == name][:limit]
+        ),
+    )
+
+
+Scored = tuple[Mapping[str, Any], float | None]
+"""The row of a verdict, and the effect."""
+
+
+def _paired(first: Scored, second: Scored) -> ComparedTreatment:
+    (row, effect), (other, other_effect) = first, second
+    hits = [item["verdict"] is Verdict.HIT for item in (row, other)]
+    return ComparedTreatment(
+        treatment_id=row["treatment_id"],
+        name=row["name"],
+        cell_line=row["cell_line"],
+        time_point=row["time_point"],
+        hit_of="both" if all(hits) else "first" if hits[0] else "second" if hits[1] else "neither",
+        first=row["verdict"].value,
+        second=other["verdict"].value,
+        first_effect=effect,
+        second_effect=other_effect,
+    )
+
+
+def _treatments_of(workspace: Workspace, run_id: int) -> dict[tuple[Any, ...], Scored]:
+    """Return verdict and effect by treatment, cell line and time point of a hits run."""
+    columns = TreatmentScore.__table__.c
+    names = ("treatment_id", "cell_line", "time_point")
+    query = (
+        select(*(columns[name] for name in (*names, "name", "measure", "verdict", "value")))
+        .where(columns.run_id == run_id, columns.level == ScoreLevel.TREATMENT)
+        .where(columns.measure.in_(("hit", "effect")))
+    )
+    with workspace.database.read() as session:
+        rows = [dict(row) for row in session.execute(query).mappings()]
+    keys = [tuple(row[name] for name in names) for row in rows]
+    effects = {
+        key: row["value"] for key, row in zip(keys, rows, strict=True) if row["measure"] == "effect"
+    }
+    return {
+        key: (row, effects.get(key))
+        for key, row in zip(keys, rows, strict=True)
+        if row["measure"] == "hit"
+    }
+
+
+def _hits_warnings(runs: Sequence[Run]) -> list[str]:
+    """Say where two hits runs have other rules or plates."""
+    one, other = (run.result or {} for run in runs)
+    found = []
+    for run in runs:
+        if run.status is not Status.DONE:
+            found.append(f"Run {run.id} is {run.status.value}: it may lack treatments.")
+    if one.get("rule") != other.get("rule"):
+        rules = "; ".join(f"run {run.id}: {(run.result or {}).get('rule')}" for run in runs)
+        found.append(f"Their rules differ, so not at the same false discovery rate: {rules}")
+    if one.get("control") != other.get("control"):
+        found.append(
+            f"They compare with other controls: {one.get('control')} and {other.get('control')}."
+        )
+    plates = [
+        {plate for some in result.get("plate_sets", {}).values() for plate in some}
+        for result in (one, other)
+    ]
+    for run, alone in zip(runs, (plates[0] - plates[1], plates[1] - plates[0]), strict=True):
+        if alone:
+            found.append(f"Only run {run.id} has plate {some_of(sorted(alone))}.")
+    return found
+
+
+def _rank_correlation(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
+    """Return Spearman's correlation of the pairs without gaps; ``None`` for fewer than 3."""
+    known = np.array([pair for pair in pairs if None not in pair], np.float64)
+    if len(known) < 3 or (np.ptp(known, axis=0) == 0).any():
+        return None
+    ranks = []
+    for column in known.T:  # ties have the mean of their ranks
+        _, which, counts = np.unique(column, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[which])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def common_answers(
     first: Answers, second: Answers, *, one_split: bool, force: bool
 ) -> tuple[tuple[Answers, Answers], int]:
@@ -356,7 +652,7 @@ def common_answers(
 
 
 def recipes_apart(questions: Questions, first: int, second: int) -> tuple[RecipeDifference, ...]:
-    """Return the options in which two predict runs, and all that they read from, differ.
+    """Return the options in which two runs, and all that they read from, differ.
 
     Options are called ``stage.option``; those of one stage with several recipes are numbered.
     """
@@ -385,7 +681,7 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
     add("split", row["split"])
     add("train.seed", row["seed"])
     add("train.code", row["trained_by"])
-    add("predict.code", row["predicted_by"])
+    add(f"{row['stage']}.code", row["made_by"])
     numbers: dict[str, int] = {}
     for recipe in questions.ask_ours(RECIPES_BEHIND, [[run]]).records():
         stage = recipe["stage"]

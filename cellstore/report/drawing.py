@@ -24,6 +24,8 @@ from ..settings import check_not_of_a_store
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..analysis.dose_curves import DoseCurve
+
 
 def short(text: str, longest: int = 22) -> str:
     """Return a text for a tick of a figure: in one line, and its beginning if it is too long."""
@@ -368,6 +370,82 @@ def plate_maps_png(maps: Sequence[PlateMap]) -> bytes:
         target = io.BytesIO()
         figure.savefig(target, format="png", dpi=150, metadata={"Software": None})
     return target.getvalue()
+
+
+def draw_curve(
+    name: str,
+    curve: DoseCurve,
+    doses: Sequence[float],
+    responses: Sequence[float],
+    controls: Sequence[float] = (),
+    *,
+    unit: str = "",
+    label: str = "",
+) -> str:
+    """Return a dose curve as an element of a page, for one perturbation.
+
+    ``doses`` (N,), in ``unit``, and ``responses`` (N,) of its wells; ``controls`` (M,) responses of
+    control wells, which stand at the left. ``label`` says what the response is. The curve is drawn
+    if it fits better than a flat line, in dashes if its EC50 is not determined. ``name`` makes the
+    ids of this figure others than those of the next; see :func:`svg`. Empty without any response.
+    """
+    from ..analysis.dose_curves import ALPHA
+
+    at, values = np.asarray(doses, np.float64), np.asarray(responses, np.float64)
+    known = np.isfinite(values) & (at > 0)
+    at, values = at[known], values[known]
+    beside = np.asarray(controls, np.float64)
+    beside = beside[np.isfinite(beside)]
+    if not values.size:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        first, last = float(at.min()), float(at.max())
+        line = np.geomspace(first, last, 80)
+        left = first / (last / first) ** 0.16 if last > first else first / 3
+        lowest = min([*values.tolist(), *beside.tolist()])
+        highest = max([*values.tolist(), *beside.tolist()])
+        margin = 0.12 * (highest - lowest) or 1.0
+        if curve.p_flat is not None and curve.p_flat < ALPHA:
+            axes.fill_between(line, *curve.band(line), color=BLUE, alpha=0.18, lw=0)
+            dashes = "-" if curve.ec50 is not None else (0, (4, 2))
+            axes.plot(line, curve.at(line), color=BLUE, lw=1.8, ls=dashes)
+        if beside.size:
+            # A narrow column of points, spread so that many of them can be seen.
+            shift = np.linspace(-0.5, 0.5, beside.size) if beside.size > 1 else np.zeros(1)
+            x = left * (last / first if last > first else 3) ** (0.06 * shift)
+            axes.scatter(x, beside, s=11, color=GREY, alpha=0.7, lw=0)
+            axes.axhline(float(beside.mean()), color=GREY, lw=0.8, ls=(0, (2, 3)), zorder=0)
+        axes.scatter(at, values, s=20, color=ORANGE, edgecolors=HALO, linewidths=0.5, zorder=3)
+        if curve.ec50 is not None and curve.low is not None and curve.high is not None:
+            half = float(curve.at([curve.ec50])[0])
+            axes.plot([curve.low, curve.high], [half, half], color=INK, lw=2.2, zorder=4)
+            axes.plot(curve.ec50, half, "D", color=INK, ms=5, zorder=5)
+        axes.set_ylim(lowest - margin, highest + margin)
+        axes.set_xlim(left / 1.5, last * 1.5)
+        ticks = np.unique(at)[:: -(-np.unique(at).size // 6)]
+        names = [brief(float(dose)) for dose in ticks]
+        if beside.size:
+            ticks, names = np.append(left, ticks), ["0", *names]
+        axes.set_xticks(ticks, names)
+        axes.minorticks_off()
+        axes.tick_params(labelsize=9)
+        axes.set_xlabel(f"dose, {unit}" if unit else "dose")
+        axes.set_ylabel(short(label, 34))
+        axes.set_title(ec50_in_words(curve, unit), size=9, wrap=True)
+
+    about = f"{plain(label)} by dose, {at.size} wells and {beside.size} control wells"
+    return svg(name, (3.9, 2.7), draw, f"{about}. {ec50_in_words(curve, unit)}.")
+
+
+def ec50_in_words(curve: DoseCurve, unit: str = "") -> str:
+    """Return the EC50 with its interval, or why it is not determined."""
+    if curve.ec50 is None or curve.low is None or curve.high is None:
+        return f"EC50 not determined: {curve.note}"
+    low, high = brief(curve.low), brief(curve.high)
+    return f"EC50 {brief(curve.ec50)} {unit} (95 %: {low} to {high})".replace("  ", " ")
 
 
 def brief(value: float) -> str:

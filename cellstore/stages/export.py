@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
+from ..config import RunName
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..io.cellprofiler import COMPARTMENTS
@@ -33,6 +34,7 @@ from ..query.engine import open_questions
 from ..query.guard import literal, quoted
 from ..query.source import group_of
 from ..settings import check_new_file, need
+from .profile import open_profiles
 
 PREFIX, TEXT_PREFIX = "Cells_", "Text_"
 """Before the name of a feature: pycytominer takes what begins with a compartment for numbers."""
@@ -68,6 +70,12 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
 }
 """What all cells of an image share: name, where it is from, type."""
 
+OF_IMAGES = (
+    *("Metadata_Site", "Metadata_Plane", "Metadata_Timepoint", "Metadata_CoreName"),
+    "Metadata_ImageNumber",
+)
+"""Those of them that the images of a well do not share."""
+
 SPLIT_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     SUBSET: ("sm.subset", pa.string()),
     LABEL: ("l.value", pa.string()),
@@ -98,7 +106,7 @@ _TYPES = {"int64": pa.int64(), "string": pa.string()}
 ORDER = """
     ORDER BY i.plate, i.well_row, i.well_column, i.site, i.plane, i.time_point, s.id
 """
-IMAGES = """
+JOINS = """
     FROM segmentations AS s
     JOIN images AS m ON m.id = s.image_id
     JOIN image_table AS i ON i.image_id = s.image_id
@@ -126,9 +134,16 @@ IMAGES = """
         JOIN perturbations AS p ON p.id = part.perturbation_id
         GROUP BY part.treatment_id
     ) AS tp ON tp.treatment_id = t.id
+"""
+IMAGES = f"""
+    {JOINS}
     WHERE s.recipe_id = $segment AND s.n_cells > 0 AND list_contains($plates, i.plate)
         AND (s.content_sha256 IS NULL OR s.content_sha256 = m.content_sha256)
         AND ($split IS NULL OR sm.subset = coalesce($subset::VARCHAR, sm.subset))
+"""
+WELLS = f"""
+    {JOINS}
+    WHERE s.recipe_id = $segment AND list_contains($wells, i.well_id) AND $split IS NULL
 """
 METADATA = """
     SELECT DISTINCT unnest(
@@ -180,6 +195,18 @@ class ExportFormat(StrEnum):
 
 
 @dataclass(frozen=True)
+class ExportedProfiles(Shown):
+    """What was written of the profiles of ``run_id``: ``wells`` rows with ``features`` each."""
+
+    path: Path
+    format: str
+    run_id: int
+    plates: int
+    wells: int
+    features: int
+
+
+@dataclass(frozen=True)
 class ExportResult(Shown):
     """What was written: ``cells`` rows with ``features`` columns of measurements each.
 
@@ -227,11 +254,7 @@ def export(
         UserInputError: there is no cell, or ``out`` exists and ``force`` is not given.
         StorageError: the file cannot be written; nothing is left of it.
     """
-    if format is ExportFormat.ANNDATA:
-        need("anndata")
-    if for_spreadsheet and format is not ExportFormat.CSV:
-        raise UserInputError("Only CSV is opened in spreadsheets: give --format csv, too.")
-    check_new_file(out, replace=force, option="--force")
+    _check(out, format, for_spreadsheet=for_spreadsheet, force=force)
     with workspace.database.read() as session:
         segment, measures = _choose(session, features, segmentation, measurement)
         sets = [(measure, measure.feature_set) for measure in measures]
@@ -351,17 +374,7 @@ def export(
         workspace.progress.start("export", n_cells)
         try:
             with open_atomically(out) as file:
-                if format is ExportFormat.PARQUET:  # a row group for each batch
-                    with pq.ParquetWriter(file, schema, compression="zstd") as parquet:
-                        for batch in batches():
-                            parquet.write_table(batch)
-                elif format is ExportFormat.CSV:
-                    header = disarmed(schema.empty_table()).schema if for_spreadsheet else schema
-                    with pc_csv.CSVWriter(file, header) as text:
-                        for batch in batches():
-                            text.write_table(disarmed(batch) if for_spreadsheet else batch)
-                else:
-                    _write_anndata(Path(file.name), schema, batches(), n_cells)
+                _write(file, format, schema, batches(), n_cells, for_spreadsheet=for_spreadsheet)
                 if not any(written):
                     raise UserInputError(
                         f"All {n_cells:,} cells are excluded. To write them with the reason: "
@@ -380,6 +393,83 @@ def export(
         excluded=sum(not_counted),
         features=len(measured),
     )
+
+
+def export_profiles(
+    workspace: Workspace,
+    out: Path,
+    run: RunName = "latest",
+    *,
+    format: ExportFormat = ExportFormat.PARQUET,  # noqa: A002 - the word of the command line
+    for_spreadsheet: bool = False,
+    force: bool = False,
+) -> ExportedProfiles:
+    """Write the profiles of a profile run, a row for each well, in the columns of pycytominer.
+
+    Raises:
+        MissingExtraError: AnnData is asked for and not installed.
+        UnknownNameError: there is no such run.
+        UserInputError: the run has no profiles, or ``out`` exists and ``force`` is not given.
+        StorageError: the file cannot be written; nothing is left of it.
+    """
+    _check(out, format, for_spreadsheet=for_spreadsheet, force=force)
+    run_id, profiles = open_profiles(workspace, run)
+    with workspace.database.read() as session:
+        segment = input_of(session.get_one(Run, run_id).recipe, Stage.SEGMENT).id
+    ids = profiles.table["well_id"].tolist()
+    values = {"segment": segment, "wells": ids, "split": None}
+    columns = {name: what for name, what in IMAGE_COLUMNS.items() if name not in OF_IMAGES}
+    with open_questions(workspace) as questions:
+        for (key,) in list(questions.ask_ours(METADATA.format(images=WELLS), values).rows()):
+            text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
+            columns.setdefault(f"Metadata_{key}", (text, pa.string()))
+        listed = ", ".join(f"{source} AS {quoted(name)}" for name, (source, _) in columns.items())
+        question = f"SELECT DISTINCT i.well_id, {listed} {WELLS}"
+        found = questions.ask_ours(question, values).table()
+    row_of = {well_id: row for row, well_id in enumerate(found["well_id"].to_pylist())}
+    about = found.take(pa.array([row_of[well_id] for well_id in ids], pa.int64()))
+    arrays = {name: about[name].cast(kind) for name, (_, kind) in columns.items()}
+    counts = {"Metadata_Object_Count": "n_cells", "Metadata_Site_Count": "n_images"}
+    arrays |= {name: pa.array(profiles.table[of]) for name, of in counts.items()}
+    names = [column_name(name, FLOAT) for name in profiles.columns]
+    for name, column in zip(names, profiles.values.T, strict=True):
+        arrays[name] = pa.array(column, FLOAT, from_pandas=True)
+    table = pa.table(arrays)
+    with open_atomically(out) as file:
+        _write(file, format, table.schema, iter([table]), len(ids), for_spreadsheet=for_spreadsheet)
+    plates = profiles.table["plate"].nunique()
+    return ExportedProfiles(out, format.value, run_id, plates, len(ids), len(names))
+
+
+def _check(out: Path, format: ExportFormat, *, for_spreadsheet: bool, force: bool) -> None:  # noqa: A002
+    if format is ExportFormat.ANNDATA:
+        need("anndata")
+    if for_spreadsheet and format is not ExportFormat.CSV:
+        raise UserInputError("Only CSV is opened in spreadsheets: give --format csv, too.")
+    check_new_file(out, replace=force, option="--force")
+
+
+def _write(
+    file: BinaryIO,
+    format: ExportFormat,  # noqa: A002
+    schema: pa.Schema,
+    batches: Iterator[pa.Table],
+    rows: int,
+    *,
+    for_spreadsheet: bool,
+) -> None:
+    """Write tables, at most so many ``rows`` together, one after the other."""
+    if format is ExportFormat.PARQUET:  # a row group for each batch
+        with pq.ParquetWriter(file, schema, compression="zstd") as parquet:
+            for batch in batches:
+                parquet.write_table(batch)
+    elif format is ExportFormat.CSV:
+        header = disarmed(schema.empty_table()).schema if for_spreadsheet else schema
+        with pc_csv.CSVWriter(file, header) as text:
+            for batch in batches:
+                text.write_table(disarmed(batch) if for_spreadsheet else batch)
+    else:
+        _write_anndata(Path(file.name), schema, batches, rows)
 
 
 def exported_columns(sets: Iterable[FeatureSet]) -> set[str]:

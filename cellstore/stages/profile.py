@@ -287,8 +287,8 @@ def _nothing_measured(
         return f"No image{where} that counts is segmented. Run: cellstore segment"
     if not any(cells for cells, _ in counts.values()):
         return (
-            f"None of the {len(counts):,} segmented images{where} has a cell that counts, so there "
-            "is nothing to average. See why: cellstore ask wells-without-cells"
+            f"None of the segmented images{where} has a cell that counts, so there is nothing to "
+            "average. See why: cellstore ask wells-without-cells"
         )
     group = measure.parameters.get("group")
     option = f" --features {group}" if group else ""

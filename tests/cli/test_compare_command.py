@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import pytest
+from factories import Factory, hits_run
 from screens import SmallScreen, small_screen
 
 from cellstore.enums import Stage
@@ -95,6 +96,33 @@ def test_what_differs_is_written_and_harmless_in_a_spreadsheet(
         assert next(csv.DictReader(file))["second"] == f"'{HOSTILE}"
     refused = cellstore("compare", first, second, *IN, "--output", "x.txt", code=2)
     assert "--format csv or json" in refused.err
+
+
+def test_two_hits_runs_side_by_side(cellstore, tmp_path: Path) -> None:
+    cellstore("init", "store")
+    others = {f"treatment {i}": "hit 2.5" for i in range(30)}
+    with Store.open(tmp_path / "store") as store:
+        make = Factory(store.workspace)
+        first = hits_run(make, {"taxol": "hit 9.25", HOSTILE: "no difference -0.5", **others}).id
+        less = dict.fromkeys(others, "fewer cells only 1.25")
+        second = hits_run(make, {"taxol": "hit 7", HOSTILE: "hit 3", **less}, rule="q < 0.1").id
+    said = cellstore("compare", first, second, *IN).out
+    assert max(map(len, said.splitlines())) <= 80
+    assert said.startswith("32 treatments that both could judge")
+    words = " ".join(said.split())
+    assert (
+        f"Run {first} finds more treatments than run {second}: hits of run {first} alone: " in words
+    )
+    assert "Careful: Their rules differ" in words
+    assert "Hits of both: taxol" in words
+    assert "and 10 more (all with --json, or --format csv)" in words
+    found = cellstore("compare", first, second, *IN, "--json").json
+    assert (found["both"], found["only_first"], found["only_second"]) == (1, 30, 1)
+    out = cellstore("compare", first, second, *IN, "--format", "csv", "--for-spreadsheet").out
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(out))}
+    assert len(rows) == 32
+    assert (rows["taxol"]["hit_of"], rows["taxol"]["first_effect"]) == ("both", "9.25")
+    assert rows[f"'{HOSTILE}"]["second"] == "hit"
 
 
 @pytest.mark.parametrize(

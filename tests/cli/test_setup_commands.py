@@ -272,7 +272,7 @@ def test_a_table_that_cannot_be_read_writes_nothing(cellstore, store, tmp_path, 
 
 
 def test_db_commands(cellstore, store):
-    assert "as it should be (revision 0011)" in cellstore("db", "check", "--store", store).out
+    assert "as it should be (revision 0012)" in cellstore("db", "check", "--store", store).out
     assert "up to date" in cellstore("db", "upgrade", "--store", store).err
 
 

@@ -11,6 +11,7 @@ import time
 
 import pyarrow.parquet
 import pytest
+import python_calamine
 
 COUNT = (
     "SELECT t.name AS treatment, count(*) AS wells FROM wells "
@@ -46,6 +47,30 @@ def test_parquet_goes_to_a_file(cellstore, store, tmp_path):
     (entry,) = cellstore("log", "--limit", "1", "--store", store, "--json").json["entries"]
     assert entry["changes"] == [f"wrote {target.resolve()}"]
     assert pyarrow.parquet.read_table(target).num_rows == 3
+
+
+def test_excel_goes_to_a_file_that_reads_back(cellstore, store, tmp_path, monkeypatch):
+    folder, at = tmp_path / "answers", ("--store", store)
+    folder.mkdir()
+    odd = (
+        f"SELECT '=1+1' AS formula, 1.5 AS x, {1 << 60} AS large, [1, 2] AS a, NULL AS n, true AS t"
+    )
+    said = cellstore("sql", odd, "--output", folder / "a.xlsx", *at)
+    assert "1 row written" in said.err
+    sheet = python_calamine.load_workbook(folder / "a.xlsx").get_sheet_by_name("answer")
+    assert sheet.to_python() == [
+        ["formula", "x", "large", "a", "n", "t"],
+        ["=1+1", 1.5, str(1 << 60), "[1, 2]", "", True],
+    ]
+    # The ending says the format where none is asked for.
+    cellstore("sql", COUNT, "--output", folder / "a.csv", *at)
+    assert (folder / "a.csv").read_text().startswith('"treatment","wells"\n')
+    assert "--output" in cellstore("sql", COUNT, "--format", "xlsx", *at, code=2).err
+    monkeypatch.setattr("cellstore_cli.output.EXCEL_ROWS", 3)
+    for long in ("SELECT repeat('x', 40000) AS x", "SELECT unnest(range(3)) AS x"):
+        said = cellstore("sql", long, "--output", folder / "b.xlsx", *at, code=2)
+        assert "--format csv or parquet" in said.err
+    assert sorted(path.name for path in folder.iterdir()) == ["a.csv", "a.xlsx"]
 
 
 def test_the_question_can_come_from_stdin(cellstore, store):

@@ -89,7 +89,7 @@ def test_a_newer_schema_is_refused_with_the_command(workspace):
 
 def test_an_older_schema_is_refused_with_the_command(workspace, monkeypatch):
     monkeypatch.setattr(migrate, "HEAD", "9999")
-    with pytest.raises(SchemaError, match=r"older schema 0011.*cellstore db upgrade"):
+    with pytest.raises(SchemaError, match=r"older schema 0012.*cellstore db upgrade"):
         open_workspace(workspace.settings)
 
 

@@ -321,7 +321,7 @@ def test_names_of_features_are_harmless_for_a_spreadsheet_too(
         assert next(csv.reader(file))[-1] == 'Cells_=HYPERLINK("x")'
 
 
-def imported(make: Factory, image: Image, values: pa.Table, name: str = "profiles") -> None:
+def imported(make: Factory, image: Image, values: pa.Table, name: str = "theirs") -> None:
     """Cells of another tool, and a feature set of theirs."""
     segment = make.recipe(Stage.SEGMENT, parameters={"imported": "test", "name": name})
     found = make.segmentation(image, make.run(Stage.INGEST, segment), values.num_rows)
@@ -346,7 +346,7 @@ def test_features_in_files_keep_names_and_types_and_nan_is_null(
     monkeypatch.setattr(reading, "VALUES_AT_ONCE", 3)
     out = tmp_path / "cells.parquet"
     result = export(make.workspace, out)  # what was ingested last
-    assert (result.feature_sets, result.cells, result.features) == (("profiles",), 3, 3)
+    assert (result.feature_sets, result.cells, result.features) == (("theirs",), 3, 3)
     names = ["Nuclei_AreaShape_Area", "Nuclei_Number", "Text_Nuclei_Class"]
     table = pq.read_table(out).select(names)
     assert table.schema.types == VALUES.schema.types
@@ -358,12 +358,12 @@ def test_features_in_files_keep_names_and_types_and_nan_is_null(
     built_in = f"{screen.measure_run.recipe_id}"
     assert export(make.workspace, out, measurement=built_in, force=True).cells == 10
     with pytest.raises(UserInputError, match="belongs to measure recipe"):
-        export(make.workspace, out, features="profiles", measurement=built_in, force=True)
+        export(make.workspace, out, features="theirs", measurement=built_in, force=True)
     with pytest.raises(UserInputError, match="belongs to segment recipe"):
         export(
             make.workspace,
             out,
-            features="profiles",
+            features="theirs",
             segmentation=str(screen.segment_run.recipe_id),
             force=True,
         )
@@ -476,7 +476,7 @@ def test_anndata_keeps_texts_and_gaps_apart_from_numbers(
 
     imported(screen.factory, screen.images["B01"], VALUES)
     out = tmp_path / "a.h5ad"
-    export(screen.factory.workspace, out, format=ExportFormat.ANNDATA, features="profiles")
+    export(screen.factory.workspace, out, format=ExportFormat.ANNDATA, features="theirs")
     found = anndata.read_h5ad(out)
     assert list(found.var_names) == ["Nuclei_AreaShape_Area", "Nuclei_Number"]
     assert repr(found.X.tolist()) == "[[1.5, 1.0], [nan, nan], [nan, 3.0]]"

@@ -1,6 +1,6 @@
 """The first schema
 
-Revision: 0011
+Revision: 0012
 Follows:
 
 Triggers keep what was said as it was said, and splits as they were drawn. On SQLite, whoever
@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0011"
+revision = "0012"
 down_revision = None
 branch_labels = None
 depends_on = None
