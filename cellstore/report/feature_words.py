@@ -34,10 +34,10 @@ SHAPES = {
 """What a higher and a lower value of a shape says; ``{}``: the cells, nuclei or cytoplasm."""
 LIGHTS = {
     **dict.fromkeys(
-        ("mean_intensity", "median_intensity", "min_intensity", "max_intensity")
-        + ("lower_quartile_intensity", "upper_quartile_intensity"),
+        [f"{n}_intensity" for n in ("mean", "median", "min", "max", "lower_quartile")],
         ("{} brighter", "{} darker"),
     ),
+    "upper_quartile_intensity": ("{} brighter", "{} darker"),
     "integrated_intensity": ("more {} in total", "less {} in total"),
     "std_intensity": ("{} more uneven", "{} more even"),
     "mad_intensity": ("{} more uneven", "{} more even"),

@@ -20,7 +20,16 @@ from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.guard import quoted
 from ..settings import need, track
-from .drawing import GREY, OUTLINE_COLOUR, Limits, brief, coloured, grey_limits, outline_overlay, short
+from .drawing import (
+    GREY,
+    OUTLINE_COLOUR,
+    Limits,
+    brief,
+    coloured,
+    grey_limits,
+    outline_overlay,
+    short,
+)
 
 GROUPS = 8
 """Groups that are drawn at once."""

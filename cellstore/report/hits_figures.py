@@ -64,10 +64,9 @@ MARKS: Mapping[Verdict, tuple[str, str, str]] = {
     Verdict.FEWER_CELLS: ("▲", "^", ORANGE),
     Verdict.SMALL: ("◆", "D", PURPLE),
     Verdict.NO: ("○", ".", PALE),
-    Verdict.UNKNOWN: ("×", "x", GREY),
+    Verdict.UNKNOWN: ("\u00d7", "x", GREY),
 }
 """By verdict, in the order of the page: a letter, matplotlib's mark and a colour."""
-DIFFERENT = (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
 GROUP_COLOURS = ("#3b82c4", "#d97b28", "#2f9e78", "#b04a9c", "#a88b16", "#5b57c9", "#c2453f")
 
 
@@ -88,15 +87,18 @@ class Judged:
 
     @property
     def name(self) -> str:
+        """With its dose."""
         return self.row.name
 
     @property
     def verdict(self) -> Verdict:
+        """By the rule of the run."""
         return Verdict(self.row.verdict)
 
     @property
     def is_different(self) -> bool:
-        return self.verdict in DIFFERENT
+        """Whether it differs from the controls in any way."""
+        return self.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Screen:
     @cached_property
     def plates(self) -> NDArray[np.str_]:
         """The barcodes (N,)."""
-        return self.table["plate"].to_numpy(dtype=str)
+        return np.asarray(self.table["plate"].to_numpy(dtype=str))
 
     @cached_property
     def middles(self) -> Floats:
@@ -155,7 +157,9 @@ class Screen:
     def layouts(self) -> Mapping[str, tuple[int, int]]:
         """Rows and columns of each plate."""
         return {
-            plate: plate_layout([self.position(well) for well in np.flatnonzero(self.plates == plate)])
+            plate: plate_layout(
+                [self.position(well) for well in np.flatnonzero(self.plates == plate)]
+            )
             for plate in sorted(set(self.plates))
         }
 
@@ -199,7 +203,6 @@ def effect_bar(item: Judged, limits: Limits) -> str:
     return _element("bar", width, height, zero + line + dot, alt)
 
 
-
 def strip(screen: Screen, item: Judged) -> str:
     """The effect of each well of a treatment above that of the controls of their plates."""
     effects = screen.effects
@@ -216,10 +219,9 @@ def strip(screen: Screen, item: Judged) -> str:
         return left + (width - 2 * left) * (value - low) / (high - low)
 
     colour = MARKS[item.verdict][2]
-    parts = [
-        f'<rect x="{x(max(low, -2)):.1f}" y="{top}" width="{x(min(2, high)) - x(max(low, -2)):.1f}" '
-        'height="66" fill="currentColor" opacity=".07"/>'
-    ]
+    begin, end = x(max(low, -2)), x(min(2, high))
+    shade = f'x="{begin:.1f}" y="{top}" width="{end - begin:.1f}" height="66"'
+    parts = [f'<rect {shade} fill="currentColor" opacity=".07"/>']
     for rows, y, spread, tint, radius in (
         (mine, 28.0, 9.0, colour, 3.6),
         (usual[::step], 60.0, 12.0, GREY, 2.2),
@@ -321,7 +323,7 @@ def volcano(screen: Screen, limit: float | None) -> str:
         if limit is not None:
             axes.axhline(-np.log10(limit), color=GREY, lw=0.9, ls=(0, (2, 3)))
         axes.set(xlabel="effect, SD of the controls", ylabel="q (higher: surer)")
-        _name_points(axes, points)
+        _name_points(figure, axes, points)
 
     counted = Counter(item.verdict.value for item, _, _ in points)
     alt = f"Effect against q: {', '.join(f'{n} {name}' for name, n in counted.items())}."
@@ -344,15 +346,15 @@ def counts_figure(screen: Screen) -> str:
         values = [y for _, _, y in points]
         axes.set_ylim(min(0.5, min(values) / 1.2), max(1.5, max(values) * 1.2))
         _scatter(axes, points)
-        ticks = [n for n in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)]
+        ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
         low, high = axes.get_ylim()
         shown = [tick for tick in ticks if low <= tick <= high]
-        axes.set_yticks(shown, [f"{tick:g}×" for tick in shown])
+        axes.set_yticks(shown, [f"{tick:g}\u00d7" for tick in shown])
         axes.minorticks_off()
         axes.axhline(1, color=GREY, lw=0.8, alpha=0.6)
         axes.axvline(0, color=GREY, lw=0.8, alpha=0.6)
         axes.set(xlabel="effect, SD of the controls", ylabel="cells, of those of the controls")
-        _name_points(axes, points)
+        _name_points(figure, axes, points)
 
     fewest, _, least = min(points, key=lambda point: point[2])
     alt = f"Cells against effect of {len(points)} treatments; fewest: {fewest.name} {least:.2f}."
@@ -363,27 +365,26 @@ Point = tuple[Judged, float, float]
 
 
 def _scatter(axes: Axes, points: Sequence[Point]) -> None:
-    for verdict, (_, mark, colour) in reversed(MARKS.items()):
-        some = [(x, y) for item, x, y in points if item.verdict == verdict]
-        if some:
+    for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
+        some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
+        if len(some):
             size = {".": 16, "x": 22}.get(mark, 26)
-            lines = {"linewidths": 1.2} if mark == "x" else {"edgecolors": "none"}
-            axes.scatter(*zip(*some, strict=True), s=size, c=colour, marker=mark, **lines)
+            line = 1.2 if mark == "x" else 0
+            axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
     axes.margins(x=0.12)
 
 
-def _name_points(axes: Axes, points: Sequence[Point]) -> None:
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     """Write the names of the strongest beside their points, where they cover no other name."""
     strongest = sorted(
         (point for point in points if point[0].is_different), key=lambda point: -abs(point[1])
     )
-    figure = axes.figure
     wide, high = (72 * side for side in figure.get_size_inches())
     wide, high = wide - 60, high - 45  # about what axes leave
     into = axes.transData + axes.transAxes.inverted()
     at = [into.transform((x, y)) * (wide, high) for _, x, y in strongest]
     taken = [(y, x - 3, x + 3) for x, y in at]
-    for (item, *point), (x, y) in zip(strongest[:NAMED], at, strict=False):
+    for (item, *point), (x, y) in zip(strongest[:NAMED], at[:NAMED], strict=True):
         text = short(item.name, 20)
         length = 4.6 * len(text)
         tries = ((side, shift) for shift in (0, 10, -10, 20, -20, 30, -30) for side in (1, -1))
@@ -396,7 +397,7 @@ def _name_points(axes: Axes, points: Sequence[Point]) -> None:
             if free and 0 < line < high and 0 < start < wide - length:
                 taken.append((line, start, start + length))
                 axes.annotate(
-                    text, point, (6 * side, shift), textcoords="offset points",
+                    text, (point[0], point[1]), (6 * side, shift), textcoords="offset points",
                     size=8, va="center", ha="left" if side > 0 else "right",
                 )  # fmt: skip
                 break
@@ -425,12 +426,10 @@ def clusters_of(screen: Screen) -> Clusters:
     if not rows:
         return Clusters()
     strongest = np.abs(screen.middles[rows]).max(axis=0)
-    columns = np.flatnonzero(strongest >= 2 * CHANGED)
-    columns = columns[np.argsort(-strongest[columns], kind="stable")][:MAP_COLUMNS]
-    if not len(columns):
-        columns = np.argsort(-strongest, kind="stable")[:MAP_COLUMNS]
+    columns = np.argsort(-strongest, kind="stable")[:MAP_COLUMNS]
+    columns = columns[strongest[columns] >= min(2 * CHANGED, strongest.max())]
     order, groups = _linked(screen.directions[rows])
-    of_columns = screen.middles[np.ix_(rows, columns)].T
+    of_columns = screen.middles[rows][:, columns].T
     lengths = np.linalg.norm(of_columns, axis=1, keepdims=True)
     across, _ = _linked(of_columns / np.where(lengths > 0, lengths, 1))
     first = dict.fromkeys(groups[i] for i in order)
@@ -460,7 +459,7 @@ def _linked(directions: Floats) -> tuple[list[int], list[int]]:
 
 def heat_map(screen: Screen, found: Clusters) -> str:
     """Median profiles of treatments (rows) in the features that changed most (columns)."""
-    values = screen.middles[np.ix_(found.rows, found.columns)]
+    values = screen.middles[list(found.rows)][:, list(found.columns)]
     limit = float(np.clip(np.percentile(np.abs(values), 97), 2, 10))
     tall, wide = len(found.rows), len(found.columns)
     names = [
@@ -552,7 +551,9 @@ def well_figures(screen: Screen, layout: Layout) -> list[str]:
     targets = np.full(len(screen.table), -1)
     order = list(MARKS)
     counted = Counter(
-        item.row.target for item in screen.judged if item.is_different and item.row.target is not None
+        item.row.target
+        for item in screen.judged
+        if item.is_different and item.row.target is not None
     )
     named = [target for target, _ in counted.most_common(TARGETS)]
     for item in screen.judged:
@@ -563,7 +564,7 @@ def well_figures(screen: Screen, layout: Layout) -> list[str]:
     figures = []
     groups = [("controls or others", -1, PALE, ".")]
     by_verdict = [
-        ("controls", -1, "#14171c", "+"),
+        ("controls", -1, GREY, "+"),
         *((v.value, order.index(v), MARKS[v][2], MARKS[v][1]) for v in reversed(order)),
     ]
     groups += [(t, i, GROUP_COLOURS[i], "osD^v<>"[i]) for i, t in enumerate(named)]
@@ -582,10 +583,9 @@ def well_figures(screen: Screen, layout: Layout) -> list[str]:
                 x, y = layout.points[codes == code].T
                 if not len(x):
                     continue
-                colour = GREY if mark == "+" else colour
-                size = {".": 30, "+": 24}.get(mark, 20)
-                lines = {"linewidths": 0.8} if mark in "+x" else {"edgecolors": "none"}
-                axes.scatter(x, y, s=size, c=colour, marker=mark, label=short(label, 26), **lines)
+                size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0
+                said = short(label, 26)
+                axes.scatter(x, y, s=size, c=colour, marker=mark, label=said, linewidths=line)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set(visible=True, alpha=0.3)
@@ -610,9 +610,7 @@ def plate_figures(screen: Screen) -> tuple[list[tuple[PlateMap, str, str]], int]
             for i, where in zip(rows, positions, strict=True)
             if np.isfinite(screen.effects[i])
         }
-        marked = [
-            where for i, where in zip(rows, positions, strict=True) if screen.controls[i]
-        ]
+        marked = [where for i, where in zip(rows, positions, strict=True) if screen.controls[i]]
         made = PlateMap(plate, "Effect", "SD of the controls", values, limits, positions, marked)
         width = LARGE_MAP if len(names) == 1 else SMALL_MAP
         found.append((made, plate_map_svg(made, width), edge_sentence(screen, rows)))
@@ -634,5 +632,3 @@ def edge_sentence(screen: Screen, rows: Wells) -> str:
     said = f"Controls at the edge {apart:+.1f} SD from those inside"
     many = min(len(edge), len(inside)) > 3
     return f"⚠ {said}: an edge effect." if abs(apart) > 1 and many else f"{said}."
-
-

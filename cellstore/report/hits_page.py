@@ -111,9 +111,7 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
     write_html(path, "hits.html.j2", content, {"brief": brief, "q": q_text, "sd": sd_text})
 
 
-def read_screen(
-    workspace: Workspace, result: Any, parameters: Mapping[str, Any]
-) -> Screen:
+def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]) -> Screen:
     """Return the wells that a hits run compared, with its parameters, and what it found."""
     import pandas as pd
 
@@ -138,9 +136,7 @@ def read_screen(
             judged.append(Judged(0, row, about.perturbation, about.dose, wells, controls))
         first += len(part.table)
     order = list(MARKS)
-    judged.sort(
-        key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), item.name)
-    )
+    judged.sort(key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), item.name))
     table = pd.concat(tables, ignore_index=True)
     away = [effects(p.values, p.groups, p.controls, p.plates)[1] for p in parts.values()]
     return Screen(
@@ -183,15 +179,15 @@ def against_controls(part: PlateSet) -> Floats:
 def q_text(value: float | None) -> str:
     """A q value in few digits."""
     if value is None:
-        return "–"
+        return "\u2013"
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
 
 
 def sd_text(value: float | None) -> str:
     """A distance in standard deviations, with its sign."""
     if value is None:
-        return "–"
-    return (f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.1f}").replace("-", "−")
+        return "\u2013"
+    return (f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.1f}").replace("-", "\u2212")
 
 
 def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
@@ -286,7 +282,7 @@ def replicates(screen: Screen, item: Judged) -> str:
         return "How many wells would be needed cannot be said: two are needed to know."
     mean, spread = float(own.mean()), float(own.std(ddof=1))
     if mean <= 0:
-        return "Its wells are as close to the controls as controls are: no number of wells can be given."
+        return "No number can be given: its wells are as close to the controls as controls are."
     number = replicates_needed(mean, spread, len(item.controls))
     if number is None:
         return "To tell an effect of this size from the controls takes more than 100 wells."
@@ -393,8 +389,8 @@ class Thumbnails:
                 rows = session.execute(query.where(Image.well_id.in_(some)))
                 self.images.update({ids[well]: image for well, image in rows})
             files = channel_files(session, list(self.images.values()))
-        for image_id, some in files.items():
-            names = [file.channel for file in some if file.channel != PROJECTION_CHANNEL]
+        for image_id, channels in files.items():
+            names = [file.channel for file in channels if file.channel != PROJECTION_CHANNEL]
             nuclear = [name for name in names if NUCLEAR.search(name)][:1]
             self.channels[image_id] = (nuclear + [n for n in names if n not in nuclear])[:3]
 
@@ -406,7 +402,9 @@ class Thumbnails:
         names = list(several[0])
         said = [f"{name} blue" for name in names if NUCLEAR.search(name)]
         others = [name for name in names if not NUCLEAR.search(name)]
-        said += [f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"))]
+        said += [
+            f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"), strict=False)
+        ]
         return ", ".join(said)
 
     def pair(self, well: int, control: int) -> tuple[dict[str, Any], dict[str, Any]]:
