@@ -5,7 +5,8 @@ trial: a log-logistic curve from 0 to a rise of 4 to 16 control standard deviati
 noise. Planted EC50s lie inside the tested doses, evenly on the log scale, a third of a step or more
 away from the lowest and the highest dose. One line for each number of doses, wells at a dose, and
 kind of noise, over all slopes and rises: trials with a determined EC50; the share of these in whose
-interval the planted one lies, in the worst slope and rise, too; what was said of the others. Then
+interval the planted one lies, in the worst slope and rise, too; the same of all trials with a
+response, open ends included; what was said where it was not determined. Then
 the same without any effect: how often an EC50 is determined, a curve is better than a flat line, a
 dose is called active; and quantiles of the p of the trend, 0.05, 0.5 and 0.95 if it is right.
 
@@ -47,13 +48,16 @@ def draw(
 def planted(layout: tuple[int, int, int], growing: bool, trials: int, seed: int) -> str:
     rng = np.random.default_rng(seed)
     notes: Counter[str] = Counter()
-    shares, held, found = [], 0, 0
+    shares, held, found, responding, within = [], 0, 0, 0, 0
     for slope, rise in product(SLOPES, RISES):
         inside = determined = 0
         for _ in range(trials):
             middle = rng.uniform(1 / 3, layout[0] - 1 - 1 / 3)
             curve = DoseCurve(0.0, rise, slope, 3.0**middle)
             fitted = fit_curve(*draw(rng, curve, layout, growing), seed=seed)
+            if (fitted.p_flat or 1) < dose_curves.ALPHA:
+                responding += 1
+                within += (fitted.low or 0) <= curve.halfway <= (fitted.high or np.inf)
             if fitted.ec50 is None:
                 notes[(fitted.note or "").partition(":")[0]] += 1
                 continue
@@ -67,7 +71,7 @@ def planted(layout: tuple[int, int, int], growing: bool, trials: int, seed: int)
     others = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in notes.most_common())
     return (
         f"{100 * found / total:5.0f} %   {100 * held / found:5.1f} %   {100 * worst:5.1f} % "
-        f"({setting:19})  {others}"
+        f"({setting:19})  {100 * within / responding:5.1f} %  {others}"
     )
 
 
@@ -93,7 +97,10 @@ def main() -> None:
     parser.add_argument("--flat", type=int, default=1000)
     options = parser.parse_args()
     dose_curves.DRAWS = 999  # as many as there are trials are enough here
-    print("doses wells controls noise     determined  held     worst                  else")
+    print(
+        "doses wells controls noise    determined    held      worst                      "
+        "       all     else"
+    )
     for layout, growing in product(LAYOUTS, (False, True)):
         kind = "growing" if growing else "even"
         line = planted(layout, growing, options.trials, seed=1)

@@ -50,6 +50,8 @@ STEPS = (
     ("apply", "mine:embed", "--name", "mine", "--crop", "16", "--workers", "2"),
     ("apply", "mine:label", "--name", "mine", "--gives", "probabilities", "--crop", "16"),
     ("votes",),
+    ("profile", "--select", "none"),
+    ("hits", "--permutations", "100"),
     ("export", "{store}.csv", "--force"),
 )
 MODULE = """
@@ -84,6 +86,9 @@ FACTS = {
     f"JOIN cells AS c ON c.id = p.cell_id {CELL}",
     "embedding": "SELECT w.name, i.site, c.object_number, round(f.embedding_000, 4), "
     f"round(f.embedding_005, 4) FROM mine AS f JOIN cells AS c ON c.id = f.cell_id {CELL}",
+    "profiles": "SELECT well, n_cells, n_images, round(area, 6), round(extent, 6) FROM profiles",
+    "scores": "SELECT level, name, measure, quantity, verdict, round(value, 6), round(q, 6) "
+    "FROM treatment_scores",
     "votes": "SELECT level, vote, plate, well, site, winner, n_cells, round(share, 4) FROM votes",
 }
 

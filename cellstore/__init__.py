@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .config import (
         BaselineParams,
         FinetuneParams,
+        HitsParams,
         IngestParams,
         MeasureParams,
         PredictParams,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BaselineParams",
     "FinetuneParams",
+    "HitsParams",
     "IngestParams",
     "MeasureParams",
     "PredictParams",

@@ -1106,6 +1106,72 @@ class ProfileParams(Params):
 
 
 @dataclass(frozen=True)
+class HitsParams(Params):
+    """Which treatments are compared with which controls, and when one is a hit."""
+
+    profiles: str | None = option(
+        None,
+        "The profile run whose wells are compared. Default: the latest.",
+        metavar="RUN",
+    )
+    plates: tuple[str, ...] = _plates()
+    control: str | None = option(
+        None,
+        "Compare with the wells of this treatment; a name without dose means all its doses. "
+        "Default: the wells that are negative controls.",
+    )
+    measure: str = option(
+        "activity",
+        "What the q value of the rule is of: activity exchanges treated wells and controls on each "
+        "plate, copairs takes the p value of that library.",
+        choices=("activity", "copairs"),
+    )
+    q: float = option(
+        0.05,
+        "A hit has a smaller q value than this: the share of false ones that you accept among the "
+        "hits.",
+        above=0.0,
+        below=1.0,
+    )
+    min_effect: float = option(
+        0.0,
+        "A hit has at least this effect, in standard deviations of the controls.",
+        metavar="SD",
+        min=0.0,
+    )
+    min_over_count: float = option(
+        0.0,
+        "The effect of a hit exceeds the loss of cells by more than this, both in standard "
+        "deviations of the controls; else it is called 'fewer cells only'.",
+        metavar="SD",
+        min=0.0,
+    )
+    edge: str = option(
+        "auto",
+        "Wells at the edge of a plate: match compares them with controls at the edge only, ignore "
+        "with all; auto matches where controls at the edge differ from those inside.",
+        choices=("auto", "match", "ignore"),
+    )
+    curves: tuple[str, ...] = option(
+        (),
+        "Also fit a dose curve of this feature, or of the probability of a label, written "
+        "probability:LABEL; may be given several times. Effect and cell count have one always.",
+        name="--curve",
+        metavar="NAME",
+        repeated=True,
+    )
+    run: str | None = option(
+        None,
+        "The predict run of --curve probability:LABEL. Default: the latest.",
+        metavar="RUN",
+    )
+    permutations: int = option(
+        10_000, "How often wells are exchanged at most to find a p value.", min=100
+    )
+    seed: int = option(0, "Same seed, same p values.", min=0)
+
+
+@dataclass(frozen=True)
 class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 

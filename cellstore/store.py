@@ -25,6 +25,7 @@ from .config import (
     ApplyParams,
     BaselineParams,
     FinetuneParams,
+    HitsParams,
     IngestParams,
     MeasureParams,
     PredictParams,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .stages.export_crops import ExportedCrops
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
+    from .stages.hits import HitsResult
     from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
@@ -754,6 +756,30 @@ class Store(AbstractContextManager["Store"]):
         from .stages.profile import open_profiles
 
         return open_profiles(self.workspace, run)[1]
+
+    def hits(
+        self,
+        params: HitsParams | None = None,
+        *,
+        force: bool = False,
+    ) -> HitsResult:
+        """Say which treatments differ from the controls of their plates, how surely, and how much.
+
+        The wells are those of a profile run; see :meth:`profile`. Returns a row for each treatment
+        with its dose in ``rows``, hits first, by effect, each with its verdict and the reason;
+        whether hits of one target look alike in ``targets``, and dose curves in ``doses``.
+        ``force``: compare again, even if nothing has changed.
+
+        >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
+
+        Raises:
+            MissingExtraError: pycytominer, copairs or scipy is not installed.
+            UnknownNameError: there is no such run, treatment, plate, feature or label.
+            UserInputError: there is no control, nothing to compare it with, or no profile.
+        """
+        from .stages.hits import hits
+
+        return hits(self.workspace, params or HitsParams(), force=force)
 
     def report(
         self,
@@ -1797,6 +1823,11 @@ def _carry_out(
             kinds = [names["baseline"]]
             made = store.train_baselines(kinds, params, **sources, force=True, predict=False)
             return made[0].run_id, ()
+        case ProfileParams():
+            sources.pop("split")
+            return store.profile(params, **sources, force=True).run_id, ()
+        case HitsParams():
+            return store.hits(params, force=True).run_id, ()
         case _:
             result = store.predict(params, run=names["run"], device=device)
     return result.run_id, tuple(result.failures)

@@ -57,7 +57,7 @@ MODULES = {
         ("setup_commands", "demo init"),
         ("ingest_commands", "ingest refresh relocate"),
         ("image_commands", "segment finetune measure qc"),
-        ("hit_commands", "profile"),
+        ("hit_commands", "profile hits"),
         ("split_commands", "split"),
         ("train_commands", "train predict predictions embeddings apply embed export-model"),
         ("answer_commands", "votes report runs compare"),

@@ -1,23 +1,27 @@
-"""Commands about wells and treatments: profile."""
+"""Commands about wells and treatments: profile, hits."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cellstore.config import ProfileParams, option
+from cellstore.config import HitsParams, ProfileParams, option
 from cellstore.store import Store
 
 from . import output
-from .app import MEASUREMENT, SEGMENTATION, command
-from .output import count, say
+from .app import MEASUREMENT, SEGMENTATION, Common, command, say_next
+from .output import count, say, say_more, span
 
 if TYPE_CHECKING:
+    from cellstore.stages.hits import DoseRow, HitRow, HitsResult
     from cellstore.stages.profile import ProfileResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-app.callback()(lambda: None)  # of one command alone Typer makes no group
+
+SHOWN_ROWS = 40
 
 
 def _show_profile(result: ProfileResult) -> None:
@@ -63,3 +67,103 @@ def profile(
       cellstore profile --select none --harmony plate
     """
     return store.profile(params, segmentation=segmentation, measurement=measurement, force=force)
+
+
+def _short(value: float | None) -> float | None:
+    """A number of two digits."""
+    return None if value is None else float(f"{value:.2g}")
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else span(_short(low), _short(high))
+
+
+def _hit_cells(row: HitRow) -> tuple[Any, ...]:
+    ratio = None if row.cell_count is None else f"{100 * row.cell_count:.0f} %"
+    effect = (_short(row.effect), _interval(row.effect_low, row.effect_high))
+    return (row.name, row.verdict, row.n_wells, *effect, _short(row.q), ratio)
+
+
+def _dose_cells(row: DoseRow) -> tuple[Any, ...]:
+    unit = f" {row.unit}" if row.unit else ""
+    ec50 = f"not determined: {row.note}" if row.note else "not determined"
+    if row.ec50 is not None:
+        ec50 = f"{row.ec50:.3g}{unit}"
+    if row.low is not None and row.high is not None:
+        ec50 += f" ({_interval(row.low, row.high)})"
+    lowest = None if row.lowest_active is None else f"{row.lowest_active:.3g}{unit}"
+    return (row.name, row.quantity.replace("_", " "), _short(row.trend_p), lowest, ec50)
+
+
+def _some(headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
+    listed = list(rows)
+    output.table(headers, listed[:SHOWN_ROWS])
+    say_more(len(listed) - SHOWN_ROWS)
+    typer.echo("")
+
+
+def _show_hits(result: HitsResult) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} has compared these wells already.")
+    output.wrapped(result.answer)
+    typer.echo("")
+    plates = sum(map(len, result.plate_sets.values()))
+    output.pairs(
+        {
+            "run": result.run_id,
+            "profile run": str(result.profile_run),
+            "features": f"{result.columns:,} of {result.feature_set or 'the built-in set'}",
+            "controls": result.control,
+            "plates": plates,
+        }
+    )
+    typer.echo("")
+    heads = ("treatment", "verdict", "wells", "effect", "95 % interval", "q", "cells")
+    for name, rows in groupby(result.rows, lambda row: row.plate_set):
+        if len(result.plate_sets) > 1:
+            typer.echo(f"{name} ({count(len(result.plate_sets[name]), 'plate')})")
+        _some(heads, map(_hit_cells, rows))
+    if result.targets:
+        typer.echo("Do hits of one target look alike?")
+        _some(
+            ("target", "perturbations", "consistency", "q"),
+            (
+                (row.target, row.perturbations, _short(row.consistency), _short(row.q))
+                for row in result.targets
+            ),
+        )
+    if result.doses:
+        typer.echo("What changes with the dose?")
+        _some(
+            ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)"),
+            map(_dose_cells, result.doses),
+        )
+    output.wrapped(result.rule)
+
+
+@command(app, "hits")
+def hits(
+    params: HitsParams,
+    store: Store,
+    common: Common,
+    force: bool = option(False, "Compare again, even if nothing has changed."),
+) -> None:
+    """Show which treatments differ from the controls, how surely, and from which dose on.
+
+    The wells of each treatment are compared with the negative controls of the same plates, by the
+    profiles that 'cellstore profile' made. effect: how much farther from the controls they are than
+    controls are from each other, in standard deviations of the controls. q: the share of false
+    hits among all treatments that are as clear as this one. cells: their number, relative to the
+    controls. See docs/hits.md.
+
+    \b
+    Example:
+      cellstore hits
+      cellstore hits --q 0.1 --min-effect 2 --control DMSO
+      cellstore hits --curve area --curve probability:taxol --run 8
+    """
+    found = store.hits(params, force=force)
+    common.show(found, _show_hits)
+    if common.as_json:
+        return
+    say_next(('cellstore sql "FROM hit_table"',), common)

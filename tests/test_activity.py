@@ -77,6 +77,7 @@ def test_the_same_as_copairs_on_the_same_profiles() -> None:
     for plate in (0, 1):  # as activity does, with the wells of one treatment
         here = (plates == plate) & (controls | (groups == 0))
         values[here] = (values[here] - values[here].mean(0)) / values[here].std(0)
+    values /= np.median(np.abs(values[controls | (groups == 0)]), axis=0)
     ours, theirs = (
         measure(values, np.where(groups == 0, 0, -1), controls, plates)
         for measure in (activity, activity_by_copairs)
@@ -151,9 +152,13 @@ def test_effects_by_hand() -> None:
     # One feature; controls 0, 1, 2, 3 on one plate. Without each: mean, SD (n - 1).
     controls = np.array([0.0, 1, 2, 3])
     rest = [np.delete(controls, i) for i in range(4)]
-    own = np.array([abs(x - r.mean()) / r.std(ddof=1) for x, r in zip(controls, rest, strict=True)])
+
+    def log_distance(x: float, some: Numbers) -> float:
+        return float(np.log(abs(x - some.mean()) / some.std(ddof=1)))
+
+    own = np.array([log_distance(*pair) for pair in zip(controls, rest, strict=True)])
     wells = np.array([9.0, 11.0])
-    away = np.array([np.mean([abs(x - r.mean()) / r.std(ddof=1) for r in rest]) for x in wells])
+    away = np.array([np.mean([log_distance(x, some) for some in rest]) for x in wells])
     expected = (away - own.mean()) / own.std(ddof=1)
     values = np.r_[wells, controls][:, None]
     groups = np.array([0, 0, -1, -1, -1, -1])
@@ -232,8 +237,10 @@ def test_what_cannot_be_said_has_a_reason() -> None:
     assert np.isnan(each[groups == 0]).all()
     assert cell_counts(counts, groups, controls, plates)[0][0].value is not None
     few = controls & (np.cumsum(controls) < 4)
-    for found in (activity(values, groups, few, plates), effects(values, groups, few, plates)[0]):
-        assert found[2].note == "There are fewer than 4 negative controls to compare with."
+    found = activity(values, groups, few, plates)
+    assert found[2].note == "There are fewer than 4 negative controls to compare with."
+    found = effects(values, groups, few, plates)[0]
+    assert found[2].note == "No plate has 4 negative controls with a profile."
     none = activity(values, groups, np.zeros_like(controls), plates)
     assert none[2].note == "2 of 2 wells have no negative controls beside them."
     flat = effects(np.ones_like(values), groups, controls, plates)[0][2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -14,6 +16,7 @@ from cellstore.analysis.dose_curves import (
     lowest_active,
 )
 from cellstore.errors import UserInputError
+from cellstore.report.drawing import draw_curve
 
 # Data set "ryegrass" of the R package drc: root length in cm by ferulic acid in mM (Inderjit,
 # Streibig and Olofsdotter, Physiologia Plantarum 114, 2002). The numbers of the tests are those of
@@ -162,8 +165,12 @@ def test_too_little_for_a_curve() -> None:
     assert fit_curve(TESTED, np.full(6, 2.0), np.full(4, 2.0)).note.startswith("no response")
     # A missing response is left out, with its dose.
     assert fit_curve([1, 2, 4, 8], [0.0, 1.0, 2.0, np.nan], np.zeros(8)).note.endswith("are 3")
-    with pytest.raises(UserInputError, match="not a number above 0"):
-        fit_curve([0, 1], [1.0, 2.0])
+    # A well with the dose 0 is neither a control nor on a scale of logarithms.
+    assert fit_curve([0, 1, 2, 4], np.arange(4.0), np.zeros(8)).note.endswith("there are 3")
+    assert lowest_active([0, 1], [9.0, 0.1], np.tile([-1.0, 1.0], 8))[0] is None
+    for dose in (-1.0, np.nan):
+        with pytest.raises(UserInputError, match="missing, infinite or below 0"):
+            fit_curve([dose, 1], [1.0, 2.0])
     with pytest.raises(UserInputError, match="2 doses and 1 responses"):
         fit_curve([1, 2], [1.0])
 
@@ -171,17 +178,21 @@ def test_too_little_for_a_curve() -> None:
 def test_the_trend_of_few_wells_is_exact() -> None:
     assert dose_trend([1, 2, 3, 4, 5], [1, 2, 3, 4, 5]) == (pytest.approx(1), 2 / 120)
     assert dose_trend([1, 2, 3, 4, 5], [5, 4, 3, 2, 1]) == (pytest.approx(-1), 2 / 120)
-    # Two wells at dose 2 above two controls: 4 of 24 orders are as far, on either side.
-    assert dose_trend([1, 2, 2], [0.5, 3, 4], [0.1]) == (pytest.approx(0.9486833), 4 / 24)
+    # The wells of dose 2 are the highest: so are they in 4 of 24 orders, and the lowest in 4.
+    assert dose_trend([1, 1, 2, 2], [0.1, 0.5, 3, 4]) == (pytest.approx(0.8944272), 8 / 24)
     assert dose_trend([3, 3], [1, 2]) is None
     assert dose_trend([1, 2], [7, 7]) is None
-    rng = np.random.default_rng(1)
-    doses, responses = np.repeat(TESTED, 2), rng.normal(size=12)
-    rho, p = dose_trend(doses, responses, rng.normal(size=4))
-    assert dose_trend(doses, responses, rng.normal(size=4), seed=3) != (rho, p)
-    far = dose_trend(np.repeat(TESTED, 3), np.arange(18.0), np.full(40, -1.0))
+    doses = np.repeat(TESTED, 3)
+    far = dose_trend(doses, np.arange(18.0))
     assert far[0] > 0.9
-    assert far[1] == 1e-4
+    assert far[1] == 1e-4  # 1 of 10,000: the smallest there is
+    responses = np.random.default_rng(1).normal(size=18)
+    some = dose_trend(doses, responses)
+    assert some == dose_trend(doses, responses)
+    # Drawn orders come near to what Student's t says of so many wells.
+    assert some[1] == pytest.approx(stats.spearmanr(doses, responses).pvalue, abs=0.02)
+    # Controls that differ from all treated wells alike are no trend.
+    assert fit_curve(doses, responses, np.full(30, -9.0)).trend_p == some[1]
 
 
 def test_the_lowest_active_dose_and_all_above_it_differ_from_the_controls() -> None:
@@ -203,3 +214,17 @@ def test_the_lowest_active_dose_and_all_above_it_differ_from_the_controls() -> N
     assert none[1] > 0.05
     assert "highest dose" in none[2]
     assert "needs 4 control wells" in lowest_active(doses, np.zeros(6), [1.0, 2.0])[2]
+
+
+def test_the_picture_of_a_curve_says_what_is_seen() -> None:
+    found = fit_curve(DOSES, ROOTS, UNTREATED)
+    given = (DOSES.tolist(), [*ROOTS[:-1].tolist(), np.nan], UNTREATED.tolist())
+    picture = draw_curve("c", found, *given, unit="mM", label='<script>"root" & length')
+    alt = re.search(r'aria-label="([^"]*)"', picture)[1]
+    assert "by dose, 17 wells and 6 control wells. EC50 3.06 mM (95 %: 2.66 to 3.51)." in alt
+    assert "<script" not in picture
+    flat = fit_curve(*noisy(DoseCurve(0.0, 0.0, 1.0, 1.0), 1.0))
+    plain = draw_curve("f", flat, *noisy(DoseCurve(0.0, 0.0, 1.0, 1.0), 1.0))
+    assert "EC50 not determined: no response: a curve fits no better than" in plain
+    assert (picture.count("PolyCollection"), plain.count("PolyCollection")) == (1, 0)  # the band
+    assert draw_curve("e", DoseCurve(), [1.0], [np.nan]) == ""

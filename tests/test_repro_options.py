@@ -17,8 +17,10 @@ import cellstore
 from cellstore.config import (
     PRESETS,
     BaselineParams,
+    HitsParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     SegmentParams,
     SplitParams,
     TrainParams,
@@ -268,6 +270,36 @@ def test_predict(asked: Any, params: PredictParams, everything: bool) -> None:
     spelled, _ = words_of(RunOptions(params, {"run": "12"}))
     method, args, more = asked(spelled)
     assert (method, args[0], more["run"]) == ("predict", params, "12")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        ProfileParams(),
+        ProfileParams(select=(), plates=("P 1", "-P2"), exclude_flagged="7", features="cp"),
+        ProfileParams(select=("variance",), average="weighted", normalise="sphere"),
+    ],
+)
+def test_profile(asked: Any, params: ProfileParams) -> None:
+    sources = {"segmentation": "0a1b", "measurement": "ff00"}
+    spelled, doubts = words_of(RunOptions(params, sources))
+    method, args, more = asked(spelled)
+    assert (method, args[0], doubts) == ("profile", params, ())
+    assert {name: more[name] for name in sources} == sources
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        HitsParams(),
+        HitsParams(profiles="7", plates=("P 1",), control="none", curves=("a,b", "probability:x")),
+        HitsParams(run="3", q=0.1, min_effect=0.5, measure="copairs", edge="match", seed=4),
+    ],
+)
+def test_hits(asked: Any, params: HitsParams) -> None:
+    spelled, doubts = words_of(RunOptions(params))
+    method, args, _ = asked(spelled)
+    assert (method, args[0], doubts) == ("hits", params, ())
 
 
 def test_what_a_command_cannot_say_is_said() -> None:

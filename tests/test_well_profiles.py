@@ -120,6 +120,23 @@ def test_selected_features_are_those_of_pycytominer() -> None:
     assert select_features(profiles, ()) is profiles
 
 
+@pytest.mark.parametrize("gap", [False, True])
+def test_features_that_are_alike_are_those_of_pycytominer(gap: bool) -> None:
+    profiles = some_profiles(features=60)
+    sources = np.random.default_rng(1).integers(0, 12, 60)
+    profiles.values[:] = profiles.values[:, sources] + 0.3 * profiles.values
+    profiles.values[:, 7] = -profiles.values[:, 3]
+    profiles.values[:, 9] = profiles.values[:, 3]  # exactly
+    if gap:
+        profiles.values[4, 20] = np.nan
+    found = select_features(profiles, ("correlation",))
+    theirs = pycytominer.feature_select(
+        as_pycytominer(profiles), list(profiles.columns), operation="correlation_threshold"
+    )
+    assert 10 < len(found.columns) < 50
+    assert list(found.columns) == [name for name in theirs if name in profiles.columns]
+
+
 def test_wells_without_cells_count_in_nothing() -> None:
     profiles = some_profiles()
     emptied = replace(profiles, values=profiles.values.copy())

@@ -37,6 +37,8 @@ FEWEST_CONTROLS = 4
 """With fewer, nothing says how far controls are from each other."""
 TAIL = 0.025
 """Of a 95 % interval, on each side."""
+_NORMAL_MAD = 1.4826
+"""Of a normal distribution, the standard deviation over the median absolute deviation."""
 _LARGEST = 4_000_000
 """Numbers that one block of exchanges may hold."""
 
@@ -86,9 +88,9 @@ def activity(
     The value is the mean average precision (Kalinin et al., Nature Communications 16, 2025): for
     each well of the treatment, controls of its stratum and the other wells of the treatment are
     ranked by cosine similarity. Profiles are standardised before, in each stratum, over the wells
-    that are compared, treated and controls alike. So they can be exchanged within the stratum, and
-    p is right where the treatment does nothing. Equal means are told apart by the mean similarity
-    of the wells of the treatment. Equal similarities are ranked at random.
+    that are compared, treated and controls alike (:func:`_standardised`). So they can be exchanged
+    within the stratum, and p is right where the treatment does nothing. Equal means are told apart
+    by the mean similarity of the wells of the treatment. Equal similarities are ranked at random.
     """
     clean, usable = _complete(values)
     found: dict[int, Score] = {}
@@ -262,12 +264,13 @@ def effects(
 ) -> tuple[dict[int, Score], Numbers]:
     """Return how far treatments are from controls, and how far each well is (N,).
 
-    The distance of a well is the mean over features of the size of z, z from the mean of the
-    controls of its plate and the standard deviation of controls within plates. For a control these
-    are of the other controls; for other wells the distance is averaged over leaving out each
-    control, so that both mean the same. A distance is then expressed by those of the controls: 0 is
-    as far as controls of the plate are on average, 1 one standard deviation (within plates)
-    farther. NaN: no profile, or fewer than 2 controls on its plate, or ``FEWEST_CONTROLS`` in all.
+    The distance of a well is the mean over features of the size of z, z from the mean and standard
+    deviation of the controls of its plate, for a control of the other controls. Its logarithm is
+    then expressed by those of the controls: 0 is as far as controls of the plate are on average, 1
+    one standard deviation (within plates) farther. The logarithm, as distances are skewed, and as
+    few controls know a unit by a factor only. Of wells that are no controls it is the mean over
+    leaving out each control, so that it means the same. NaN: no profile, or fewer than
+    ``FEWEST_CONTROLS`` on its plate. Features that are constant among them do not count there.
 
     The interval of the mean over wells is Welch's (Biometrika 34, 1947) with three sources of
     error: the wells; the controls that they are compared with, by jackknife; the unit, by the
@@ -275,41 +278,40 @@ def effects(
     """
     clean, usable = _complete(values)
     each, ours = np.full(len(groups), np.nan), controls & usable
-    there = [plate for plate in np.unique(plates[ours]) if (ours & (plates == plate)).sum() > 1]
-    blocks = [
-        (np.flatnonzero(usable & (plates == p)), np.flatnonzero(ours & (plates == p)))
-        for p in there
-    ]
-    compared = sum(len(own) for _, own in blocks)
-    free = compared - len(blocks)
-    squares = np.zeros(clean.shape[1])
-    for _, own in blocks:
-        squares += ((clean[own] - clean[own].mean(axis=0)) ** 2).sum(axis=0)
-    varies = squares > 1e-20 * (clean[ours] ** 2).sum(axis=0)
-    note = None
-    if compared < FEWEST_CONTROLS or free < 3:
-        note = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
-    elif not varies.any():
-        note = "All features are constant among the negative controls."
-    if note is not None:
-        return {group: Score(note=note) for group in _treatments(groups)}, each
+    compared: list[Codes] = []
     # Of each well, by how much its distance exceeds the controls', without each of these in turn.
     without: dict[int, Numbers] = {}
-    for wells, own in blocks:
-        n, is_control = len(own), np.isin(wells, own)
-        rows = clean[np.ix_(wells, varies)]
-        rows -= rows[is_control].mean(axis=0)
-        apart = np.empty((n, len(wells)))
+    constant = False
+    for plate in np.unique(plates[ours]):
+        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, ours))
+        centred = clean[own] - clean[own].mean(axis=0)
+        squares, n = (centred**2).sum(axis=0), len(own)
+        varies = squares > 1e-20 * (clean[own] ** 2).sum(axis=0)
+        if n < FEWEST_CONTROLS or not varies.any():
+            constant |= n >= FEWEST_CONTROLS
+            continue
+        rows, squares = (
+            clean[np.ix_(wells, varies)] - clean[own].mean(axis=0)[varies],
+            squares[varies],
+        )
+        is_control, apart = np.isin(wells, own), np.empty((n, len(wells)))
         for position, one in enumerate(rows[is_control]):
-            rest = np.maximum(squares[varies] - one**2 * n / (n - 1), 1e-12 * squares[varies])
-            z = (rows + one / (n - 1)) / np.sqrt(rest / (free - 1))
-            apart[position] = np.abs(z).mean(axis=1)
+            rest = np.maximum(squares - one**2 * n / (n - 1), 1e-6 * squares) / (n - 2)
+            size = np.abs(rows + one / (n - 1)) / np.sqrt(rest)
+            apart[position] = np.log(np.maximum(size.mean(axis=1), 1e-12))
         of_control = np.diagonal(apart[:, is_control])
         each[wells] = apart.mean(axis=0) - of_control.mean()
         each[own] = of_control - of_control.mean()
         apart -= ((of_control.sum() - of_control) / (n - 1))[:, None]
         without |= dict(zip(wells.tolist(), apart.T, strict=True))
-    distances = np.concatenate([each[own] for _, own in blocks])
+        compared.append(own)
+    if not compared:
+        note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
+        if constant:
+            note = "All features are constant among the negative controls."
+        return {group: Score(note=note) for group in _treatments(groups)}, each
+    distances = each[np.concatenate(compared)]
+    free = len(distances) - len(compared)
     unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
     each /= unit
     # The relative variance of the unit, from the fourth moment; at least that of a normal.
@@ -691,7 +693,11 @@ def _complete(values: Numbers) -> tuple[Numbers, Flags]:
 
 
 def _standardised(rows: Numbers, layer: Codes) -> Numbers:
-    """Profiles by the mean and standard deviation of their stratum; 0 where all are equal."""
+    """Profiles by the mean and standard deviation of their stratum; 0 where all are equal.
+
+    What a few wells are far off in does not shrink to what the others vary in: each feature is
+    then divided by its median absolute value over all wells, in standard deviations of a normal.
+    """
     found = np.zeros_like(rows)
     for one in np.unique(layer):
         there = layer == one
@@ -699,7 +705,9 @@ def _standardised(rows: Numbers, layer: Codes) -> Numbers:
         spread = np.sqrt((part**2).mean(axis=0))
         varies = spread > 1e-10 * np.maximum(np.abs(rows[there]).max(axis=0), 1e-280)
         found[there] = np.where(varies, part / np.where(varies, spread, 1.0), 0.0)
-    return found
+    usual = _NORMAL_MAD * np.median(np.abs(found), axis=0)
+    scaled: Numbers = found / np.where(usual > 1e-3, usual, 1.0)
+    return scaled
 
 
 def _treatments(groups: Codes) -> list[int]:

@@ -32,7 +32,7 @@ _STEEPNESS = np.linspace(math.log(SLOPES[0]), math.log(SLOPES[1]), 60)
 STARTS = 3
 ALPHA = 0.05
 DRAWS = 9_999
-"""Random orders of a trend test; fewer, where there are more than 200 wells and controls."""
+"""Random orders of a trend test; fewer, where there are more than 200 wells."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def fit_curve(
     """Fit a four-parameter log-logistic curve by least squares.
 
     ``doses`` (N,) > 0 and ``responses`` (N,) of the treated wells, ``controls`` (M,) responses of
-    the control wells. Missing responses are left out.
+    the control wells. Missing responses are left out, and so are treated wells with a dose of 0.
 
     The EC50 is determined where the curve fits better than a flat line (F test at 5 %, Seber and
     Wild, Nonlinear Regression, 1989, 5.9) and the whole interval of the EC50 lies within the tested
@@ -119,7 +119,7 @@ def fit_curve(
     Doses are compared by their logarithms.
     """
     doses, responses, controls = _checked(doses, responses, controls)
-    correlation, trend_p = dose_trend(doses, responses, controls, seed=seed) or (None, None)
+    correlation, trend_p = dose_trend(doses, responses, seed=seed) or (None, None)
     tested = np.unique(doses)
     curve = DoseCurve(trend=correlation, trend_p=trend_p)
     if tested.size < FEWEST_DOSES:
@@ -315,23 +315,23 @@ class _Doses:
 
 
 def dose_trend(
-    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike = (), *, seed: int = 0
+    doses: ArrayLike, responses: ArrayLike, *, seed: int = 0
 ) -> tuple[float, float] | None:
     """Return Spearman's rank correlation of dose and response, and its two-sided p.
 
-    ``doses`` (N,) > 0, ``responses`` (N,), ``controls`` (M,) responses of wells with dose 0. Above
-    0 the response grows with the dose. p is the share of orders of the responses with a correlation
-    as far from 0 or farther: of all orders of 7 wells or fewer, else of ``DRAWS`` random ones and
-    that of the data (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010). ``None`` where
-    there are fewer than two doses or all responses are equal.
+    ``doses`` (N,) > 0 and ``responses`` (N,) of treated wells. Above 0 the response grows with the
+    dose. p is the share of orders of the responses with a correlation as far from 0 or farther: of
+    all orders of 7 wells or fewer, else of ``DRAWS`` random ones and that of the data (Phipson and
+    Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010). Controls do not count: their responses are
+    relative to themselves, so treated wells without an effect may differ from them a little, which
+    is no trend. ``None`` where there are fewer than two doses or all responses are equal.
     """
     from scipy.stats import rankdata
 
-    doses, responses, controls = _checked(doses, responses, controls)
+    doses, responses, _ = _checked(doses, responses, ())
     if np.unique(doses).size < 2:
         return None
-    by_dose = rankdata(np.concatenate((doses, np.zeros(controls.size))))
-    by_response = rankdata(np.concatenate((responses, controls)))
+    by_dose, by_response = rankdata(doses), rankdata(responses)
     by_dose, by_response = by_dose - by_dose.mean(), by_response - by_response.mean()
     size, scale = by_dose.size, math.sqrt(float((by_dose**2).sum() * (by_response**2).sum()))
     if scale == 0:
@@ -396,15 +396,15 @@ def _t_test(wells: Floats, controls: Floats) -> tuple[float, float]:
 
 
 def _checked(doses: ArrayLike, responses: ArrayLike, controls: ArrayLike) -> list[Floats]:
-    """Return the three as arrays, without wells whose response is missing."""
+    """Return the three as arrays, without wells whose response is missing or whose dose is 0."""
     dose, response, control = (
         np.asarray(some, np.float64) for some in (doses, responses, controls)
     )
     if dose.shape != response.shape or dose.ndim != 1:
         raise UserInputError(f"There are {dose.size} doses and {response.size} responses.")
-    if not (np.isfinite(dose) & (dose > 0)).all():
-        raise UserInputError("A dose is not a number above 0.")
-    known = np.isfinite(response)
+    if not (np.isfinite(dose) & (dose >= 0)).all():
+        raise UserInputError("A dose is missing, infinite or below 0.")
+    known = np.isfinite(response) & (dose > 0)
     return [dose[known], response[known], control[np.isfinite(control)]]
 
 

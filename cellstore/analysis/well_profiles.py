@@ -223,7 +223,7 @@ def _sphered(
 
 
 def select_features(profiles: WellProfiles, operations: Sequence[str]) -> WellProfiles:
-    """Remove features, by pycytominer's own functions and limits, over all wells together.
+    """Remove features, as pycytominer does and by its limits, over all wells together.
 
     ``operations``, in this order: some of ``missing`` (``drop_na_columns``), ``blocklist``,
     ``variance`` (``variance_threshold``) and ``correlation`` (``correlation_threshold``). Wells
@@ -236,11 +236,7 @@ def select_features(profiles: WellProfiles, operations: Sequence[str]) -> WellPr
         return profiles
     import pandas as pd
     from pycytominer.cyto_utils import get_blocklist_features
-    from pycytominer.operations import (
-        correlation_threshold,
-        get_na_columns,
-        variance_threshold,
-    )
+    from pycytominer.operations import get_na_columns, variance_threshold
 
     found = profiles
     for operation in operations:
@@ -257,10 +253,29 @@ def select_features(profiles: WellProfiles, operations: Sequence[str]) -> WellPr
                 low = names
             found = found.without(VARIANCE, low)
         else:
-            like = correlation_threshold(frame, names, threshold=MOST_CORRELATION)
-            found = found.without(CORRELATION, like)
+            found = found.without(CORRELATION, _alike(frame))
         found = _checked(found)
     return found
+
+
+def _alike(frame: pd.DataFrame) -> list[str]:
+    """Return what pycytominer's ``correlation_threshold`` returns.
+
+    It looks at one pair of features after the other: minutes for 2,000 features.
+    """
+    import pandas as pd
+
+    if frame.isna().any(axis=None):
+        alike = frame.corr().to_numpy()
+    else:
+        alike = np.atleast_2d(np.corrcoef(frame.to_numpy().T))
+    sums = pd.DataFrame(np.abs(alike), index=frame.columns).sum().set_axis(frame.columns)
+    order = pd.Series(np.arange(len(sums)), index=sums.sort_values().index)
+    rank = order[frame.columns].to_numpy()
+    pairs = np.tril(alike, -1) > MOST_CORRELATION
+    # Of each pair the one goes that is more like all others.
+    goes = ((pairs | pairs.T) & (rank[:, None] > rank[None, :])).any(axis=1)
+    return [str(name) for name in frame.columns[goes]]
 
 
 def _checked(found: WellProfiles) -> WellProfiles:

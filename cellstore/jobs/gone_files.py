@@ -28,13 +28,17 @@ LISTED = 32
 GONE = "Files are gone"
 """How the reason begins for which an image failed whose files are gone."""
 
-_MADE = "SELECT path FROM artifacts WHERE kind IN ('mask', 'flow', 'features') ORDER BY path"
+_MADE = """
+    SELECT path FROM artifacts WHERE kind IN ('mask', 'flow', 'features', 'profiles') ORDER BY path
+"""
 _MAKERS = """
     SELECT a.path, s.run_id FROM artifacts AS a
     JOIN segmentations AS s ON a.id IN (s.mask_artifact_id, s.flow_artifact_id)
     WHERE a.path IN :paths
     UNION SELECT a.path, f.run_id FROM artifacts AS a
     JOIN feature_files AS f ON f.artifact_id = a.id WHERE a.path IN :paths
+    UNION SELECT a.path, r.run_id FROM artifacts AS a
+    JOIN run_artifacts AS r ON r.artifact_id = a.id WHERE a.kind = 'profiles' AND a.path IN :paths
 """
 _NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
 _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
@@ -134,8 +138,8 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
 def lost_files(session: Session, artifacts: ArtifactFolder) -> tuple[int, tuple[str, ...]]:
     """Return how many files that commands can make again are gone, and these commands.
 
-    They are masks, flows and files of features; of those that another tool made, the commands are
-    the ingests that brought them.
+    They are masks, flows, profiles and files of features; of those that another tool made, the
+    commands are the ingests that brought them.
     """
     made = session.scalars(text(_MADE), execution_options={"yield_per": 10_000})
     gone = sorted(artifacts.missing(made))

@@ -384,8 +384,8 @@ def last_with_masks(session: Session) -> Recipe:
         if of_others:
             raise UnknownNameError(
                 "No masks are known here, only cells that other tools found. Run: cellstore "
-                f"segment, or train on a feature set with --features: {of_others}. Tables of "
-                "predictions name such cells by cell_id."
+                f"segment, or name one of the feature sets ({of_others}): --features NAME. "
+                "Tables of predictions name such cells by cell_id."
             )
     raise UnknownNameError("No image was segmented yet. Run: cellstore segment")
 

@@ -19,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -430,10 +430,10 @@ class Questions:
         self._full.unregister("brought")
         self._loaded.add(name)
 
-    def reading(self, name: str, first: int, last: int) -> str:
-        """Return the SQL that reads the cells of a feature set from one id to another.
+    def reading(self, name: str, first: int, last: int, columns: Sequence[str] = ()) -> str:
+        """Return the SQL that reads ``cell_id`` and ``columns`` of a feature set.
 
-        Files without such cells are not opened.
+        Only of cells from one id to another: files without such cells are not opened.
 
         Raises:
             StorageError: a file of it is gone.
@@ -441,6 +441,8 @@ class Questions:
         found = self._sets[name.lower()]
         if found.in_table:
             self._load({"features"})
+        kinds = {column: found.columns[column] for column in ("cell_id", *columns)}
+        found = replace(found, columns=kinds)
         between = (int(first), int(last))
         rows = found.query(self._source, self.workspace.artifacts, self._full, between)
         return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608

@@ -246,7 +246,8 @@ RECIPES_BEHIND = """
     SELECT recipes.* FROM recipes JOIN above ON above.id = recipes.id ORDER BY recipes.id
 """
 RUNS = """
-    SELECT p.stage, p.code_version AS made_by, t.code_version AS trained_by, t.seed, s.name AS split
+    SELECT p.stage, p.code_version AS made_by, t.stage AS before, t.code_version AS made_before,
+        t.seed, s.name AS split
     FROM runs AS p LEFT JOIN runs AS t ON t.id = p.parent_id
     LEFT JOIN splits AS s ON s.id = coalesce(p.split_id, t.split_id) WHERE p.id = ?
 """
@@ -679,8 +680,8 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
 
     (row,) = questions.ask_ours(RUNS, [run]).records()
     add("split", row["split"])
-    add("train.seed", row["seed"])
-    add("train.code", row["trained_by"])
+    add(f"{row['before']}.seed", row["seed"])
+    add(f"{row['before']}.code", row["made_before"])
     add(f"{row['stage']}.code", row["made_by"])
     numbers: dict[str, int] = {}
     for recipe in questions.ask_ours(RECIPES_BEHIND, [[run]]).records():

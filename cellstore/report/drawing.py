@@ -433,7 +433,7 @@ def draw_curve(
         axes.minorticks_off()
         axes.tick_params(labelsize=9)
         axes.set_xlabel(f"dose, {unit}" if unit else "dose")
-        axes.set_ylabel(short(label, 34))
+        axes.set_ylabel(short(label, 32), size=9)
         axes.set_title(ec50_in_words(curve, unit), size=9, wrap=True)
 
     about = f"{plain(label)} by dose, {at.size} wells and {beside.size} control wells"

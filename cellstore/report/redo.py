@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Select, delete, insert, select, update
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import Select, delete, false, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
-from ..config import PredictParams, RunName, SegmentParams, TrainParams
+from ..config import HitsParams, PredictParams, RunName, SegmentParams, TrainParams
 from ..db.bulk import in_lists
 from ..db.session import connect
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_run, recipe_channels
-from ..jobs.runs import code_version, environment
+from ..jobs.runs import code_version, environment, files_of
 from ..jobs.workspace import Workspace
 from ..models import (
     METADATA,
@@ -59,6 +61,7 @@ from ..models import (
     SplitMember,
     Treatment,
     TreatmentPart,
+    TreatmentScore,
     Well,
 )
 from ..notebooks import Shown
@@ -207,6 +210,8 @@ def check(
         options = replace(options, params=replace(options.params, where=asked, limit=None))
     found = Check(run.id, run.stage.value)
     try:
+        if isinstance(options.params, HitsParams) and options.params.run is not None:
+            raise UserInputError("its dose curves of probabilities read predictions of another run")
         with scratch_store(workspace, run.id, every) as redone:
             new_id, failures = carry_out(redone, options, where)
             if failures:
@@ -287,6 +292,13 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
+    elif run.stage is Stage.HITS:  # it reads profiles
+        images = select(Image.id).where(false())
+    elif run.stage is Stage.PROFILE:
+        images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
+        images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        images = images.where(Plate.barcode.in_((run.result or {}).get("barcodes", ())))
+        images = images.where(Segmentation.recipe_id.in_(_read_by(run)[1]))
     elif run.stage is Stage.TRAIN:
         images = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
     every = sorted(session.scalars(images))
@@ -444,6 +456,12 @@ def _compare(
             found.count_all("epoch {}, {}", *metrics)
             if tensors[0] != tensors[1] and found.compared == 1:
                 found.differ += 1  # a baseline has no metrics that could decide
+        case Stage.PROFILE:
+            found.what, found.tolerance = "values of profiles", TOLERANCE
+            found.count_all("{1} of well {0}", *map(_profiled, both))
+        case Stage.HITS:
+            found.what, found.tolerance = "scores", TOLERANCE
+            found.count_all("{0} {1}, {2} {3} {4} {5}: {6}", *map(_scored, both))
         case Stage.SEGMENT:
             found.what = "images' masks"
             query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
@@ -494,6 +512,31 @@ def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
     _, session, its_run = one
     mine = query.where(run == its_run.id)
     yield from session.execute(mine.execution_options(yield_per=ROWS))
+
+
+def _profiled(one: Stored) -> Iterator[Value]:
+    """The values of profiles by well and name."""
+    workspace, session, run = one
+    for file in files_of(session, run.id, ArtifactKind.PROFILES):
+        data = workspace.artifacts.read(file.path, file.sha256)
+        table = pq.read_table(pa.BufferReader(data)).sort_by("well_id")
+        wells, names = table["well_id"].to_pylist(), sorted(table.column_names)
+        for well, row in zip(wells, table.select(names).to_pylist(), strict=True):
+            yield from (((well, name), "", value) for name, value in row.items())
+
+
+def _scored(one: Stored) -> list[Value]:
+    """The numbers of a hits run by what they are about; a verdict is a text."""
+    keys = ("level", "name", "plate_set", "measure", "quantity", "dose_unit")
+    names = ("verdict", "value", "low", "high", "p", "q", "n_wells", "n_controls", "n_plates")
+    query = select(*(getattr(TreatmentScore, name) for name in (*keys, *names)))
+    found = list[Value]()
+    for row in _rows(one, query, TreatmentScore.run_id):
+        key = tuple(str(value or "") for value in row[: len(keys)])
+        verdict, *numbers = row[len(keys) :]
+        found.append(((*key, "verdict"), str(verdict or ""), None))
+        found += [((*key, n), "", x) for n, x in zip(names[1:], numbers, strict=True)]
+    return sorted(found, key=lambda value: value[0])
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 from sqlalchemy import func, select
@@ -15,8 +16,10 @@ from sqlalchemy.orm import Session
 from ..config import (
     BASELINES,
     BaselineParams,
+    HitsParams,
     MeasureParams,
     PredictParams,
+    ProfileParams,
     RunName,
     SegmentParams,
     SplitParams,
@@ -37,14 +40,25 @@ from ..models import (
     IngestFile,
     Job,
     Plate,
+    Recipe,
     Run,
     Segmentation,
     Split,
+    Well,
 )
 from ..notebooks import Shown
 from ..query.cells import plane_of
 
-Params = SegmentParams | MeasureParams | SplitParams | TrainParams | BaselineParams | PredictParams
+Params = (
+    SegmentParams
+    | MeasureParams
+    | SplitParams
+    | TrainParams
+    | BaselineParams
+    | PredictParams
+    | ProfileParams
+    | HitsParams
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,8 @@ _COMMANDS: Mapping[type, tuple[str, ...]] = {
     TrainParams: ("train",),
     BaselineParams: ("train", "--no-predict"),
     PredictParams: ("predict",),
+    ProfileParams: ("profile",),
+    HitsParams: ("hits",),
 }
 
 _SELECTION = ("--plate", "--well", "--where", "--limit")
@@ -159,11 +175,7 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
         case Stage.TRAIN:
             if run.split is not None:
                 inputs = {"split": run.split.name} | inputs
-            feature_set = None if measure is None else measure.feature_set
-            # A set in files is named; the built-in measurements are found by their recipe.
-            by_name = feature_set and feature_set.storage is FeatureStorage.FILES
-            more: Any = {"features": feature_set.name if feature_set and by_name else None}
-            more |= flagging
+            more: Any = {"features": _named_set(measure)} | flagging
             selection = str(stored.get("where") or stored.get("sql") or "")
             if re.search(r"\b(select|from)\b", selection, re.IGNORECASE):
                 doubt = (
@@ -194,7 +206,33 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
                 doubts = () if known else ("the split whose subset it labelled is deleted",)
                 labelled = replace(labelled, split=known or labelled.split)
             return RunOptions(labelled, {"run": str(run.parent_id)}, doubts)
+        case Stage.PROFILE if segment is not None:
+            of = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+            of = of.join(Image, Image.well_id == Well.id)
+            of = of.join(Segmentation, Segmentation.image_id == Image.id).distinct()
+            every = set(session.scalars(of.where(Segmentation.recipe_id == segment.id)))
+            read_plates = (run.result or {}).get("barcodes", [])
+            more = {"features": _named_set(measure), "select": tuple(stored["select"]), **flagging}
+            more["plates"] = () if every == set(read_plates) else tuple(read_plates)
+            return RunOptions(ProfileParams.from_recipe(stored, **more), inputs, doubts)
+        case Stage.HITS if run.parent is not None:
+            result = run.result or {}
+            compared = sorted(chain.from_iterable((result.get("plate_sets") or {}).values()))
+            whole = compared == sorted((run.parent.result or {}).get("barcodes", []))
+            more = {"profiles": str(run.parent_id), "plates": () if whole else tuple(compared)}
+            labels = read.get(Stage.PREDICT)
+            if labels is not None:
+                last = select(func.max(Run.id)).where(Run.recipe_id == labels.id, Run.id < run.id)
+                more["run"] = str(session.scalar(last.where(Run.status == Status.DONE)))
+            more["curves"] = tuple(stored["curves"])
+            return RunOptions(HitsParams.from_recipe(stored, **more))
     return None
+
+
+def _named_set(measure: Recipe | None) -> str | None:
+    """Return the name of a feature set in files; the built-in ones are found by their recipe."""
+    found = None if measure is None else measure.feature_set
+    return found.name if found and found.storage is FeatureStorage.FILES else None
 
 
 def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -367,7 +405,7 @@ def typed_words(command: str) -> tuple[str, ...] | None:
 
 
 WIDE = 96
-_OF_RUN = "--run="
+_OF_RUN = ("--run=", "--profiles=")
 _NUMBER = """number() {
   python3 -c 'import json, sys
 found = json.load(sys.stdin)
@@ -400,7 +438,12 @@ def _script(
     comment("pip install " + " ".join(pins))
     if commit := re.search(r"\+g([0-9a-f]+)", run.code_version):
         comment(f"From a checkout of its source: git checkout {commit[1]}")
-    variables = {str(step.run_id): f"run_{step.run_id}" for step in steps if step.stage == "train"}
+    named = {word.partition("=")[2] for s in steps for word in s.words if word.startswith(_OF_RUN)}
+    variables = {
+        str(step.run_id): f"run_{step.run_id}"
+        for step in steps
+        if step.stage == "train" or str(step.run_id) in named
+    }
     if variables:
         lines += ["", _NUMBER]
     waiting = list(renames)
@@ -421,9 +464,9 @@ def _script(
             continue
         command = ["cellstore"]  # over as many lines as it needs
         for word in step.words:
-            of_run = word.startswith(_OF_RUN)
-            variable = variables.get(word.removeprefix(_OF_RUN)) if of_run else None
-            shown = shlex.quote(word) if variable is None else f'{_OF_RUN}"${variable}"'
+            name, _, of_run = word.partition("=")
+            variable = variables.get(of_run) if word.startswith(_OF_RUN) else None
+            shown = shlex.quote(word) if variable is None else f'{name}="${variable}"'
             if len(command[-1]) + len(shown) > WIDE and command != ["cellstore"]:
                 command[-1] += " \\"
                 command.append(f"  {shown}")

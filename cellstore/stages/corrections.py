@@ -61,6 +61,7 @@ from ..models import (
     SplitMember,
     Treatment,
     TreatmentPart,
+    TreatmentScore,
     Well,
 )
 from ..notebooks import Shown
@@ -914,10 +915,10 @@ def _restore(session: Session, changes: Sequence[Change]) -> list[Change]:
 
 
 def _delete_unused_treatments(session: Session, ranges: Ranges) -> list[Change]:
-    """Delete the treatments and perturbations of a run that nothing has; return the events."""
+    """Delete treatments and perturbations of a run that no well or score has; return the events."""
     deletion = _Deletion(session)
-    has_well = exists().where(Well.treatment_id == Treatment.id)
-    deletion.of(Treatment, and_(_within(Treatment.id, ranges["treatments"]), ~has_well))
+    has = or_(*(exists().where(t.treatment_id == Treatment.id) for t in (Well, TreatmentScore)))
+    deletion.of(Treatment, and_(_within(Treatment.id, ranges["treatments"]), ~has))
     has_part = exists().where(TreatmentPart.perturbation_id == Perturbation.id)
     described = exists().where(Event.table_name == "perturbations", Event.row_id == Perturbation.id)
     mine = _within(Perturbation.id, ranges["perturbations"])

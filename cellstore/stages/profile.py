@@ -36,7 +36,7 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..models import Image, Plate, Recipe, Run, Treatment, TreatmentPart, Well
+from ..models import FeatureSet, Image, Plate, Recipe, Run, Treatment, TreatmentPart, Well
 from ..notebooks import Shown
 from ..query.cell_tables import LIMITS
 from ..query.cells import choose_recipes
@@ -53,6 +53,9 @@ VERSION = 1
 
 VALUES_AT_ONCE = 10_000_000
 """So many values of cells are held while medians are found: some 200 MB."""
+
+COLUMNS_AT_ONCE = 100
+"""The time in which DuckDB plans a question grows with the square of its columns."""
 
 NOT_FEATURES = ("well_id", "n_cells", "n_images")
 """The first columns of a file of profiles."""
@@ -156,7 +159,11 @@ def profile(
         need("harmony")
     notes: list[str] = []
     with workspace.database.read() as session:
-        segment, measure = choose_recipes(session, segmentation, measurement, params.features)
+        asked = params.features
+        if (asked, segmentation, measurement) == (None, None, None):
+            sets = session.scalars(select(FeatureSet.name).limit(2)).all()
+            asked = sets[0] if len(sets) == 1 else None  # also one that another tool made
+        segment, measure = choose_recipes(session, segmentation, measurement, asked)
         features = open_set(session, workspace.artifacts, measure.id)
         images = images_of(session, Selection(plates=params.plates))
         flagged, inputs = None, [segment, measure]
@@ -185,7 +192,9 @@ def profile(
             )
             earlier = None if force else finished_run(session, spec)
             if earlier is not None:
-                return _result(earlier)
+                files = files_of(session, earlier.id, ArtifactKind.PROFILES)
+                if not workspace.artifacts.missing(file.path for file in files):
+                    return _result(earlier)
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
@@ -201,6 +210,7 @@ def profile(
             run.result = {
                 "feature_set": features.name,
                 "plates": int(table["plate"].nunique()),
+                "barcodes": sorted(set(table["plate"])),
                 "wells": len(table),
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),
@@ -321,20 +331,21 @@ class _Averaging:
             averages=f"{average}(...)", values=VALUES.format(values="...", features=feature_set)
         )
 
-    def _keep_cells(self, plate: int, first: int, last: int) -> str | None:
-        """Keep the cells of a plate as a table; return the SQL of their features, if there are."""
+    def _keep_cells(self, plate: int, first: int, last: int) -> tuple[int, int] | None:
+        """Keep the cells of a plate as a table; return the first and the last id, if there are."""
         values = {"plate": plate, "first": first, "last": last}
         self.questions.keep("profile_cells", CELLS, values)
         ids = "SELECT min(cell_id), max(cell_id) FROM profile_cells"
         low, high = next(self.questions.ask_ours(ids).rows())
-        return None if low is None else self.questions.reading(self.feature_set, low, high)
+        return None if low is None else (low, high)
 
     def count(self) -> dict[int, tuple[int, int]]:
         """Return by image how many of its cells count, and how many of these are measured."""
         found = dict.fromkeys(self.well_of, (0, 0))
         progress = self.workspace.progress
         for extent in track(progress, "count cells", len(self.extents), self.extents):
-            if (features := self._keep_cells(*extent)) is not None:
+            if (ids := self._keep_cells(*extent)) is not None:
+                features = self.questions.reading(self.feature_set, *ids)
                 counts = self.questions.ask_ours(COUNTS.format(features=features))
                 found |= {image_id: (cells, known) for image_id, cells, known in counts.rows()}
         return found
@@ -354,16 +365,18 @@ class _Averaging:
         names = list(self.columns)
         values = np.full((len(ids), len(names)), np.nan)
         of_plate = table.groupby("plate", sort=False)["n_cells"].sum().tolist()
-        at_once = max(1, VALUES_AT_ONCE // max(1, *of_plate))
+        at_once = max(1, min(COLUMNS_AT_ONCE, VALUES_AT_ONCE // max(1, *of_plate)))
         blocks = [names[at : at + at_once] for at in range(0, len(names), at_once)]
         progress = self.workspace.progress
         progress.start("profile", len(self.extents) * len(blocks))
         try:
             for extent in self.extents:
-                features = self._keep_cells(*extent)
+                span = self._keep_cells(*extent)
                 for number, block in enumerate(blocks):
-                    if features is not None:
-                        found = self._averages(features, block)
+                    if span is not None:
+                        columns = [self.columns[name] for name in block]
+                        features = self.questions.reading(self.feature_set, *span, columns)
+                        found = self._averages(features, columns)
                         rows = [row_of[well_id] for well_id in found.pop("well_id").tolist()]
                         for at, column in enumerate(found.values(), number * at_once):
                             values[rows, at] = column
@@ -372,12 +385,11 @@ class _Averaging:
             progress.finish()
         return WellProfiles(table, values, tuple(names))
 
-    def _averages(self, features: str, names: Sequence[str]) -> dict[str, Any]:
-        """Return ``well_id`` and a column for each name, of the cells that are kept."""
-        numbers = range(len(names))
+    def _averages(self, features: str, columns: Sequence[str]) -> dict[str, Any]:
+        """Return ``well_id`` and the average of each column, of the cells that are kept."""
+        numbers = range(len(columns))
         listed = ", ".join(
-            f"CAST(f.{quoted(self.columns[name])} AS DOUBLE) AS v{at}"
-            for at, name in enumerate(names)
+            f"CAST(f.{quoted(name)} AS DOUBLE) AS v{at}" for at, name in enumerate(columns)
         )
         values = VALUES.format(values=listed, features=features)
 

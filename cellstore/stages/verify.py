@@ -121,7 +121,7 @@ GRACE_MINUTES = 10.0
 CELL_KEYS = ("id", "segmentation_id")
 FROM_BACKUP = "Put the store back from a backup: cellstore restore FILE"
 CHANGED = "the file is not what was written (sha256 differs)"
-MADE_AGAIN = ("mask/", "flow/", "features/")
+MADE_AGAIN = ("mask/", "flow/", "features/", "profiles/")
 """How the paths begin of files that a command can make again."""
 
 
@@ -140,8 +140,8 @@ def verify(
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them. It also
-    removes masks, flows and features whose bytes have changed: then a command makes them again. It
-    makes triggers again that are gone or changed.
+    removes masks, flows, features and profiles whose bytes have changed: then a command makes them
+    again. It makes triggers again that are gone or changed.
 
     Raises:
         StorageError: an orphan cannot be removed.

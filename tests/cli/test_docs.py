@@ -18,7 +18,7 @@ spec.loader.exec_module(make_commands)
 
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
-init, ingest, refresh, relocate, segment, measure, qc, split create, split import,
+init, ingest, refresh, relocate, segment, measure, qc, profile, hits, split create, split import,
 split list, split delete, split show, split check, train, predict, votes, report,
 runs, compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,

@@ -10,6 +10,7 @@ import pandas as pd
 import pycytominer
 import pytest
 from factories import Factory
+from realdata import real_data
 
 from cellstore.analysis.well_profiles import MISSING, WELL_COLUMNS
 from cellstore.config import ProfileParams
@@ -17,8 +18,10 @@ from cellstore.enums import CellFlagReason, Control, Level, Stage
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Recipe, Run, Segmentation, Well
+from cellstore.query.engine import open_questions
 from cellstore.stages import profile as reading
 from cellstore.stages.export import ExportFormat, export_profiles
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.profile import open_profiles, profile
 
 FEATURES = ("area", "Area_2", "gaps", "texture", "flat")
@@ -130,7 +133,7 @@ def test_profiles_are_those_of_pycytominer_and_are_kept(screen: Screen) -> None:
     assert (taxol["n_cells"], taxol["n_images"], taxol["control"]) == (7, 2, None)
     assert (empty["n_cells"], empty["n_images"]) == (0, 2)
     assert wells.loc[screen.wells[0].id, "control"] == "negative"
-    again = profile(workspace, PLAIN)
+    again = profile(workspace, ProfileParams(select=()))  # it is the only feature set
     assert again == replace(made, already_done=True)
     assert profile(workspace, PLAIN, force=True).run_id > made.run_id
     (workspace.artifacts.root / path_of(workspace, made.run_id)).unlink()
@@ -259,6 +262,33 @@ def test_profiles_leave_as_pycytominer_reads_them(screen: Screen, tmp_path: Path
         assert list(frame["Metadata_control_type"][:3]) == ["negative"] * 3
     with pytest.raises(UserInputError, match="is there already"):
         export_profiles(workspace, tmp_path / "wells.csv")
+
+
+@pytest.mark.one_database
+def test_a_real_table_gives_what_pycytominer_makes_of_it(workspace: Workspace) -> None:
+    ingest(workspace, real_data("cytotable/data_b_sqlite/data_b.sqlite"))
+    select = ("missing", "blocklist", "variance")
+    made = profile(workspace, ProfileParams(features="cellprofiler", against="all", select=select))
+    with open_questions(workspace) as questions:
+        question = """SELECT i.plate, i.well, f.* EXCLUDE (cell_id) FROM cellprofiler AS f
+            JOIN cells AS c ON c.id = f.cell_id JOIN segmentations AS s ON s.id = c.segmentation_id
+            JOIN image_table AS i ON i.image_id = s.image_id"""
+        cells = questions.ask(question).table().to_pandas().replace([np.inf, -np.inf], np.nan)
+    features = [name for name in cells.columns[2:] if cells[name].dtype.kind in "fi"]
+    strata = list(cells.columns[:2])
+    wells = pycytominer.aggregate(cells, strata, features)
+    flat = made.gone["the same value in most controls of a plate"]
+    features = [name for name in features if name not in flat]
+    expected = pycytominer.feature_select(
+        pycytominer.normalize(wells, features, meta_features=strata, method="mad_robustize"),
+        features,
+        operation=["drop_na_columns", "blocklist", "variance_threshold"],
+    )
+    found = open_profiles(workspace)[1]
+    assert list(found.columns) == list(expected.columns[2:])
+    assert (made.measured, len(found.columns)) == (1741, made.features)
+    assert list(found.table["well"]) == list(expected["well"])
+    np.testing.assert_allclose(found.values, expected[list(found.columns)], rtol=1e-9, atol=1e-12)
 
 
 def last_run(workspace: Workspace) -> int:

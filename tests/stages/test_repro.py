@@ -14,7 +14,7 @@ from small_training import TINY, Opener
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from cellstore.config import MeasureParams, PredictParams, SplitParams
+from cellstore.config import HitsParams, MeasureParams, PredictParams, ProfileParams, SplitParams
 from cellstore.jobs import execute, queue
 from cellstore.jobs.workspace import Workspace
 from cellstore.report.redo import Check
@@ -39,6 +39,10 @@ def done(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work
         predict(store.workspace, PredictParams(top_k=2), device="cpu")
         store.train_baselines(["logistic"])
         store.create_folds("folds", SplitParams(folds=3, validation_size=0.0))
+        for well in ("P1/A01", "P1/A03", "P1/A05"):
+            store.relabel(well, control="negative", reason="DMSO")
+        store.profile(ProfileParams(select=(), features="intensity"))
+        store.hits(HitsParams(permutations=100))
         yield store.workspace
 
 
@@ -69,6 +73,8 @@ def checked(workspace: Workspace, run: str, **more: Any) -> Check:
         ("7", "checkpoints and metrics"),  # of a baseline
         ("8", "predictions"),
         ("9", "members of the split"),  # of each fold
+        ("10", "values of profiles"),
+        ("11", "scores"),
     ],
 )
 def test_a_run_comes_out_the_same_and_the_store_is_as_it_was(
@@ -95,7 +101,7 @@ def test_the_printed_commands_find_everything_done(
     monkeypatch.setenv("CELLSTORE_STORE", str(done.settings.root))
     before = contents(done)["rows"]
     spoken = {}
-    for step in [*repro(done, "6").steps, *repro(done, "7").steps, *repro(done, "9").steps]:
+    for step in (step for run in ("6", "7", "9", "11") for step in repro(done, run).steps):
         if step.stage == "segment":
             continue  # its masks were made up by hand
         place = 2 if step.stage == "split" else 1
@@ -109,6 +115,8 @@ def test_the_printed_commands_find_everything_done(
     assert (spoken[6]["run_id"], spoken[6]["done"]) == (6, 0)
     assert (spoken[7][0]["run_id"], spoken[7][0]["already_done"]) == (7, True)
     assert [split["created"] for split in spoken[9]] == [False] * 3
+    assert (spoken[10]["run_id"], spoken[10]["already_done"]) == (10, True)
+    assert (spoken[11]["run_id"], spoken[11]["already_done"]) == (11, True)
     assert contents(done)["rows"] == before
 
 
@@ -121,6 +129,9 @@ def test_the_script_names_the_run_that_it_trains(done: Workspace) -> None:
     for line in lines:
         if line.startswith("cellstore"):
             assert shlex.split(line)[0] == "cellstore"
+    script = repro(done, "11").script.replace("\\\n  ", "")
+    assert "\nrun_10=$(cellstore profile " in script
+    assert '\ncellstore hits --profiles="$run_10" ' in script
 
 
 def test_files_that_moved_are_the_reason(

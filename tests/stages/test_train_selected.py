@@ -43,8 +43,10 @@ def by_hand(store: Store, condition: str) -> set[int]:
 
 
 def test_a_selection_narrows_what_is_learned_from_and_nothing_else(
-    workspace: Workspace, tmp_path: Path
+    postgres_workspace: Workspace, tmp_path: Path
 ) -> None:
+    """On PostgreSQL; the other tests of this file are on SQLite."""
+    workspace = postgres_workspace
     build(workspace, tmp_path)
     create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
     store = Store(workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,6 +180,21 @@ TAMPERING = {
 }
 
 
+def rounds() -> list[list[str]]:
+    """Kinds of tampering that do not get in each other's way: of other tables, with other words."""
+    found: list[tuple[set[str], list[str]]] = []
+    for kind, (statements, wanted) in TAMPERING.items():
+        touched = set(re.findall(r"(?:UPDATE|FROM|INTO) (\w+)", statements)) | {wanted}
+        for taken, kinds in found:
+            if not taken & touched:
+                taken |= touched
+                kinds.append(kind)
+                break
+        else:
+            found.append((touched, [kind]))
+    return [kinds for _, kinds in found]
+
+
 def snapshot(store: Store) -> Iterator[None]:
     """Keep all rows, yield once, and put them back."""
     with store.workspace.database.engine.connect() as reader:
@@ -198,16 +214,17 @@ def snapshot(store: Store) -> Iterator[None]:
 def test_each_kind_of_tampering_is_found_and_named(store: Store, tmp_path: Path):
     assert store.found() == []
     missed = []
-    for kind, (statements, wanted) in TAMPERING.items():
-        ids = {"train": store.train, "predict": store.predict, "ingest": store.ingest}
+    ids = {"train": store.train, "predict": store.predict, "ingest": store.ingest}
+    for kinds in rounds():
         for _ in snapshot(store):
             with as_owner(store.workspace) as owner:
-                for statement in statements.split(";"):
-                    done = owner.execute(text(statement.format(**ids)))
-                    assert done.rowcount, kind
+                for kind in kinds:
+                    for statement in TAMPERING[kind][0].split(";"):
+                        done = owner.execute(text(statement.format(**ids)))
+                        assert done.rowcount, kind
             said = store.found()
-            if not any(wanted.format(**ids) in line for line in said):
-                missed.append((kind, said))
+            wanted = {kind: TAMPERING[kind][1].format(**ids) for kind in kinds}
+            missed += [k for k, words in wanted.items() if not any(words in line for line in said)]
     assert missed == []
     assert store.found() == []
 

@@ -1,0 +1,947 @@
+"""Which treatments differ from the controls: scores of wells, a rule, and a verdict on each.
+
+The wells are those of a profile run. Plates of one cell line and time point are compared together;
+the scores are those of ``analysis.activity``, the curves those of ``analysis.dose_curves``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ..config import HitsParams
+from ..db.bulk import in_lists
+from ..enums import Control, ScoreLevel, Stage, Verdict
+from ..errors import UnknownNameError, UserInputError, some_of
+from ..jobs.run_names import NamedRun, find_predict_run
+from ..jobs.runs import (
+    RecipeSpec,
+    digest,
+    digest_of_numbers,
+    finished_run,
+    result_of,
+    running,
+)
+from ..jobs.workspace import Workspace
+from ..models import Recipe, Run, Treatment, TreatmentPart, TreatmentScore
+from ..notebooks import Shown
+from ..query.cells import trainings_of_features
+from ..query.engine import open_questions
+from ..settings import need, track
+from .profile import open_profiles
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..analysis.activity import Score
+    from ..analysis.well_profiles import WellProfiles
+
+VERSION = 1
+FEWEST_WELLS = 2
+"""Of a treatment with one well nobody can say whether it would come out the same again."""
+FEWEST_DOSES = 2
+PROBABILITY = "probability:"
+PACKAGES = ("copairs", "pycytominer", "scipy")
+ORDER = (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL, Verdict.NO, Verdict.UNKNOWN)
+"""Of the verdicts in a ranked table."""
+
+Numbers = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class HitRow:
+    """A treatment with its dose against the controls of the plates of one plate set.
+
+    ``effect``: how much farther its wells are from the controls than controls are from each other,
+    in standard deviations (see ``activity.effects``), with a 95 % interval. ``activity`` is a mean
+    average precision in 0..1, with ``p`` and ``q`` of the measure that the rule reads.
+    ``cell_count`` is the ratio to the controls. ``note`` says in words why the verdict is so.
+    """
+
+    name: str
+    verdict: str
+    note: str | None
+    effect: float | None
+    effect_low: float | None
+    effect_high: float | None
+    activity: float | None
+    p: float | None
+    q: float | None
+    cell_count: float | None
+    cell_count_low: float | None
+    cell_count_high: float | None
+    replicate_correlation: float | None
+    n_wells: int
+    n_controls: int
+    n_plates: int
+    target: str | None
+    plate_set: str
+    cell_line: str | None
+    time_point: str | None
+    treatment_id: int | None
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """Whether the perturbations of one target that are hits look alike: ``consistency`` in 0..1."""
+
+    target: str
+    consistency: float | None
+    p: float | None
+    q: float | None
+    perturbations: int
+    plate_set: str
+    note: str | None
+
+
+@dataclass(frozen=True)
+class DoseRow:
+    """How a quantity of a perturbation changes with the dose, doses in ``unit``.
+
+    ``ec50`` with its 95 % interval is ``None`` where it is not determined; ``note`` says why.
+    ``trend_p``: of a trend in one direction. ``lowest_active``: the lowest dose from which on all
+    differ from the controls.
+    """
+
+    name: str
+    quantity: str
+    ec50: float | None
+    low: float | None
+    high: float | None
+    unit: str | None
+    trend: float | None
+    trend_p: float | None
+    lowest_active: float | None
+    plate_set: str
+    note: str | None
+
+
+@dataclass(frozen=True)
+class HitsResult(Shown):
+    """Treatments against the controls of their plates: hits first, by effect.
+
+    ``tested`` of ``treatments`` could be judged; ``hits`` differ from the controls, and so do
+    ``fewer_cells``, by their cell count alone. ``plate_sets``: the barcodes of the plates that were
+    compared together, by name. ``already_done``: the run was there before this call.
+    """
+
+    run_id: int
+    recipe_id: int
+    already_done: bool
+    answer: str
+    rule: str
+    profile_run: int
+    feature_set: str | None
+    columns: int
+    control: str
+    measure: str
+    treatments: int
+    tested: int
+    hits: int
+    fewer_cells: int
+    plate_sets: Mapping[str, Sequence[str]]
+    strata: Mapping[str, str]
+    versions: Mapping[str, str]
+    rows: tuple[HitRow, ...]
+    targets: tuple[TargetRow, ...]
+    doses: tuple[DoseRow, ...]
+    notes: tuple[str, ...]
+    html: str | None = None
+
+
+class Treated(NamedTuple):
+    """A treatment of a plate set; ``perturbation`` is its name without doses."""
+
+    treatment_id: int
+    name: str
+    perturbation: str
+    dose: float | None
+    dose_unit: str | None
+    target: str | None
+
+
+@dataclass
+class PlateSet:
+    """The N wells of the plates of one cell line and time point that are compared together.
+
+    ``groups`` (N,): the position in ``treatments`` of each well's, -1 of a control. ``plates``
+    (N,) number the plates, ``counts`` (N,) are cells per image. ``values`` (N, F) are NaN in wells
+    without cells. ``compared`` (N,): wells on plates that have controls, with an image that counts.
+    """
+
+    name: str
+    cell_line: str | None
+    time_point: str | None
+    table: pd.DataFrame
+    values: Numbers
+    groups: Ids
+    plates: Ids
+    compared: Flags
+    counts: Numbers
+    treatments: tuple[Treated, ...]
+    barcodes: tuple[str, ...]
+    strata: str = "plate"
+    rows: list[TreatmentScore] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def controls(self) -> Flags:
+        """Which wells are controls (N,)."""
+        return self.groups < 0
+
+    @property
+    def empty(self) -> Flags:
+        """Which wells have images that count, but no profile (N,)."""
+        unknown: Flags = self.compared & ~np.isfinite(self.values).any(axis=1)
+        return unknown
+
+    def add(
+        self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
+    ) -> None:
+        """Keep a row of the scores; what is no finite number is null."""
+        values: dict[str, Any] = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
+        values |= {} if score is None else asdict(score)
+        values |= {"cell_line": self.cell_line, "time_point": self.time_point, **more}
+        for key, value in values.items():
+            if isinstance(value, float) and not isfinite(value):
+                values[key] = None
+        keys = {"level": level, "name": name, "measure": measure, "plate_set": self.name}
+        self.rows.append(TreatmentScore(**keys, **values))
+
+
+def hits(
+    workspace: Workspace, params: HitsParams | None = None, *, force: bool = False
+) -> HitsResult:
+    """Score the treatments of a profile run against the controls of their plates, and judge them.
+
+    What was compared with the same options on the same wells is returned as it is, unless
+    ``force``.
+
+    Raises:
+        MissingExtraError: pycytominer, copairs or scipy is not installed.
+        UnknownNameError: no such run, treatment, plate, feature or label; no profiles yet.
+        UserInputError: there is no control, or nothing to compare it with, or no well has values.
+
+    """
+    need("hits")
+    params = params or HitsParams()
+    profile_run, profiles = open_profiles(workspace, params.profiles)
+    parts = plate_sets(profiles, params)
+    curves, predicted = _curves(workspace, params, profiles)
+    with workspace.database.read() as session:
+        recipe = session.get_one(Recipe, session.get_one(Run, profile_run).recipe_id)
+        inputs = [recipe]
+        if predicted is not None:
+            run = session.get_one(Run, predicted.id)
+            inputs.append(session.get_one(Recipe, run.recipe_id))
+        spec = _recipe(session, params, parts, curves, tuple(inputs))
+        earlier = None if force else finished_run(session, spec)
+        if earlier is not None:
+            return hits_result(session, earlier)
+        training = next(trainings_of_features(session, recipe), None)
+        sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
+        single = _single_perturbations(session, profiles.table["treatment_id"])
+        made = session.get_one(Run, profile_run).result or {}
+    with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
+        for part in track(workspace.progress, "hits", len(parts), parts):
+            _score(part, params)
+            _score_targets(part, params)
+            _score_doses(part, params, profiles.columns, curves, single)
+        notes = [note for part in parts for note in _named(part, parts, part.notes)]
+        if made.get("controls") not in (None, int(profiles.controls.sum())):
+            notes.insert(
+                0,
+                f"Wells became controls, or no longer are, since profile run {profile_run}: "
+                "make the profiles again with 'cellstore profile', then repeat this.",
+            )
+        if sphered == ["sphere", "controls"]:
+            notes.insert(
+                0,
+                "These profiles were sphered on the controls, which are then alike by themselves: "
+                "effects are too large and p values too cautious. Make profiles with --against all "
+                "or --normalise mad.",
+            )
+        if training is not None:
+            notes.insert(
+                0,
+                f"These features are an embedding by training run {training.id}, which learned "
+                "what wells got: a difference on wells of its split proves nothing. Use "
+                "measurements.",
+            )
+        verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
+        handle.result = {
+            "answer": " ".join(
+                f"{part.name}: {_answer(part)}" if len(parts) > 1 else _answer(part)
+                for part in parts
+            ),
+            "rule": rule_of(params),
+            "profile_run": profile_run,
+            "feature_set": made.get("feature_set"),
+            "columns": len(profiles.columns),
+            "control": _control_names(parts),
+            "measure": params.measure,
+            "treatments": len(verdicts),
+            "tested": len(verdicts) - verdicts.count(Verdict.UNKNOWN),
+            "hits": verdicts.count(Verdict.HIT),
+            "fewer_cells": verdicts.count(Verdict.FEWER_CELLS),
+            "plate_sets": {part.name: list(part.barcodes) for part in parts},
+            "strata": {part.name: part.strata for part in parts},
+            "curves": ["effect", "cell_count", *map(_quantity, params.curves)],
+            "versions": {name: version(name) for name in PACKAGES},
+            "notes": list(dict.fromkeys(notes)),
+        }
+        for row in (rows := [row for part in parts for row in part.rows]):
+            row.run_id = handle.id
+        handle.at_end.append(lambda session: session.add_all(rows))
+    with workspace.database.read() as session:
+        return replace(hits_result(session, session.get_one(Run, handle.id)), already_done=False)
+
+
+def rule_of(params: HitsParams) -> str:
+    """Return in words what makes a treatment a hit."""
+    effect = (
+        f"its effect is at least {params.min_effect:g} standard deviations of the controls"
+        if params.min_effect
+        else "its wells are farther from the controls than controls are from each other"
+    )
+    over = f" by more than {params.min_over_count:g}" if params.min_over_count else ""
+    name = "activity" if params.measure == "activity" else "activity by copairs"
+    return (
+        f"A treatment is a hit where the q value of its {name} is below {params.q:g}, {effect}, "
+        f"and its effect exceeds the loss of cells{over}, both in standard deviations of the "
+        f"controls; else it is called '{Verdict.FEWER_CELLS.value}' or '{Verdict.SMALL.value}'. "
+        f"With fewer than {FEWEST_WELLS} wells: '{Verdict.UNKNOWN.value}'."
+    )
+
+
+# --- which wells are compared ---------------------------------------------------------------------
+
+
+def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
+    """Return the wells by plate set; all that cannot be compared at all is refused here."""
+    table, values = profiles.table, profiles.values
+    if params.plates:
+        known = sorted(set(table["plate"]))
+        for name in params.plates:
+            if name not in known:
+                raise UnknownNameError.of("plate", name, known)
+        chosen = table["plate"].isin(params.plates).to_numpy()
+        table, values = table[chosen].reset_index(drop=True), values[chosen]
+    if not np.isfinite(values).any():
+        raise UserInputError(
+            "No well has a profile: all values are missing. Make profiles of other features: "
+            "cellstore profile --features NAME"
+        )
+    named = table["treatment_id"].notna().to_numpy()
+    if params.control is None:
+        controls = (table["control"] == Control.NEGATIVE).to_numpy()
+    else:
+        wanted = table["name_with_dose"] == params.control
+        controls = (wanted | (table["treatment"] == params.control)).to_numpy()
+    if not controls.any() and params.control is None:
+        raise UserInputError(
+            "No well is a negative control. Name a treatment with --control, or mark wells: "
+            "cellstore relabel WELL --control negative --reason TEXT"
+        )
+    if not controls.any():
+        names = {*table.loc[named, "name_with_dose"], *table.loc[named, "treatment"]}
+        raise UnknownNameError.of("treatment", params.control, sorted(names))
+    if not (named & ~controls).any():
+        raise UserInputError(
+            "Every well with a treatment is a control. There is nothing to compare it with."
+        )
+    lines, times = (
+        [None if value is None or value != value else str(value) for value in table[name]]
+        for name in ("cell_line", "time_point")
+    )
+    keys = list(zip(lines, times, strict=True))
+    parts = []
+    for line, time in sorted(set(keys), key=lambda key: tuple(map(str, key))):
+        there = np.array([key == (line, time) for key in keys]) & (named | controls)
+        words = []
+        if len(set(lines)) > 1:
+            words.append(line or "cell line unknown")
+        if len(set(times)) > 1:
+            words.append("time point unknown" if time is None else f"time point {time}")
+        if (there & ~controls).any():
+            name = ", ".join(words)[:255] or "all plates"
+            of_set = table[there].reset_index(drop=True)
+            parts.append(_plate_set(name, line, time, of_set, values[there], controls[there]))
+    if not any((part.compared & ~part.controls).any() for part in parts):
+        raise UserInputError(
+            "No plate has both treatments and controls, so there is nothing to compare with. "
+            "Name a treatment that is on the same plates with --control."
+        )
+    return parts
+
+
+def _plate_set(
+    name: str,
+    line: str | None,
+    time: str | None,
+    table: pd.DataFrame,
+    values: Numbers,
+    controls: Flags,
+) -> PlateSet:
+    barcodes, plates = np.unique(table["plate"].to_numpy(dtype=str), return_inverse=True)
+    ids = np.where(controls, -1, table["treatment_id"].fillna(-1)).astype(np.int64)
+    known = np.unique(ids[ids >= 0])
+    groups = np.where(controls, -1, np.searchsorted(known, ids))
+    with_controls = np.isin(plates, plates[controls])
+    images = table["n_images"].to_numpy(dtype=np.float64)
+    cells = table["n_cells"].to_numpy(dtype=np.float64)
+    counts = np.divide(cells, images, out=np.full(len(images), np.nan), where=images > 0)
+    columns = ["treatment_id", "name_with_dose", "perturbation", "dose", "dose_unit", "target"]
+    treated = table.loc[~controls, columns].drop_duplicates("treatment_id")
+    said = treated.sort_values("treatment_id")[columns[1:]].to_numpy(dtype=object).tolist()
+    treatments = []
+    for key, row in zip(known.tolist(), said, strict=True):
+        words: list[Any] = [None if value != value else value for value in row]
+        treatments.append(Treated(key, *words))
+    part = PlateSet(
+        name=name,
+        cell_line=line,
+        time_point=time,
+        table=table,
+        values=values,
+        groups=groups,
+        plates=plates.astype(np.int64),
+        compared=with_controls & np.isfinite(counts),
+        counts=counts,
+        treatments=tuple(treatments),
+        barcodes=tuple(barcodes.tolist()),
+    )
+    bare = np.unique(plates[~with_controls])
+    if len(bare):
+        part.notes.append(
+            f"Plate {some_of(barcodes[bare].tolist())} has no controls: its wells are not compared."
+            if len(bare) == 1
+            else f"Plates {some_of(barcodes[bare].tolist())} have no controls: their wells are not "
+            "compared."
+        )
+    return part
+
+
+def _control_names(parts: Sequence[PlateSet]) -> str:
+    names = {
+        str(name) if name == name and name is not None else "no treatment"
+        for part in parts
+        for name in part.table["name_with_dose"][part.controls]
+    }
+    return ", ".join(sorted(names))
+
+
+def _recipe(
+    session: Session,
+    params: HitsParams,
+    parts: Sequence[PlateSet],
+    curves: Mapping[str, Mapping[int, float]],
+    inputs: tuple[Recipe, ...],
+) -> RecipeSpec:
+    """Everything that decides the scores, without numbers of this store."""
+    found: set[int] = set()
+    for part in parts:
+        found.update(item.treatment_id for item in part.treatments)
+    identities: dict[int, str] = {}
+    for some in in_lists(sorted(found)):
+        query = select(Treatment.id, Treatment.identity, Treatment.target)
+        for key, *said in session.execute(query.where(Treatment.id.in_(some))):
+            identities[key] = str(said)
+    wells, numbers = [], []
+    for part in parts:
+        said = [*(identities[item.treatment_id] for item in part.treatments), "control"]
+        columns = part.table[["plate", "well", "well_id"]].itertuples(index=False)
+        row: Any
+        for row, group in zip(columns, part.groups.tolist(), strict=True):
+            wells.append([part.name, row.plate, row.well, said[group]])  # -1 is the last
+            numbers += [[curve.get(int(row.well_id), np.nan) for curve in curves.values()]]
+    order = sorted(range(len(wells)), key=lambda i: [str(text) for text in wells[i]])
+    parameters = asdict(params) | {"wells": digest([wells[i] for i in order])}
+    for name in ("profiles", "run", "plates"):  # the inputs and the wells say it
+        del parameters[name]
+    parameters["curves"] = list(params.curves)
+    if curves:
+        parameters["probabilities"] = digest_of_numbers(np.array([numbers[i] for i in order]))
+    return RecipeSpec(Stage.HITS, VERSION, parameters, None, inputs)
+
+
+def _curves(
+    workspace: Workspace, params: HitsParams, profiles: WellProfiles
+) -> tuple[dict[str, dict[int, float]], NamedRun | None]:
+    """Return the mean probability of labels by well id, and the predict run that gave them.
+
+    Features that a curve is asked of must be in the profiles.
+    """
+    labels = [name.removeprefix(PROBABILITY) for name in params.curves if _is_label(name)]
+    for name in params.curves:
+        if not _is_label(name) and name not in profiles.columns:
+            raise UnknownNameError.of("feature of the profiles", name, profiles.columns)
+    if not labels:
+        if params.run is not None:
+            raise UserInputError(
+                f"--run is about probabilities: add --curve {PROBABILITY}LABEL, or leave it out."
+            )
+        return {}, None
+    with workspace.database.read() as session:
+        run = find_predict_run(session, params.run or "latest")
+    found: dict[str, dict[int, float]] = {}
+    with open_questions(workspace, runs=run.read_as) as questions:
+        named = questions.ask_ours(
+            "SELECT DISTINCT l.id, l.value FROM image_label_counts AS c "
+            "JOIN labels AS l ON l.id = c.label_id WHERE c.run_id = $run ORDER BY 2",
+            {"run": run.id},
+        )
+        known = {str(row["value"]): int(row["id"]) for row in named.records()}
+        for label in labels:
+            if label not in known:
+                raise UnknownNameError.of(f"label of run {run.id}", label, known)
+            answer = questions.ask_ours(
+                "SELECT i.well_id, sum(c.probability) FILTER (WHERE c.label_id = $label) AS given, "
+                "sum(c.cells) AS cells FROM image_label_counts AS c "
+                "JOIN images AS i ON i.id = c.image_id WHERE c.run_id = $run GROUP BY 1",
+                {"run": run.id, "label": known[label]},
+            )
+            found[PROBABILITY + label] = {
+                int(row["well_id"]): float(row["given"] or 0) / float(row["cells"])
+                for row in answer.records()
+                if row["cells"]
+            }
+    return found, run
+
+
+def _is_label(name: str) -> bool:
+    return name.startswith(PROBABILITY)
+
+
+def _quantity(name: str) -> str:
+    return f"probability of {name.removeprefix(PROBABILITY)}" if _is_label(name) else name
+
+
+def _single_perturbations(session: Session, ids: pd.Series[Any]) -> set[int]:
+    """Return which treatments are of one perturbation."""
+    single: set[int] = set()
+    for some in in_lists(sorted(set(ids.dropna().astype(int)))):
+        query = select(TreatmentPart.treatment_id, TreatmentPart.position)
+        several = set()
+        for key, position in session.execute(query.where(TreatmentPart.treatment_id.in_(some))):
+            single.add(key)
+            if position > 1:
+                several.add(key)
+        single -= several
+    return single
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def _score(part: PlateSet, params: HitsParams) -> None:
+    """Compare each treatment of a plate set with its controls, and judge it."""
+    from ..analysis import activity
+    from ..analysis.well_profiles import on_edge
+
+    groups, controls, plates = part.groups, part.controls, part.plates
+    strata, edge = plates, on_edge(part.table)
+    names = dict(enumerate(part.barcodes))
+    check = activity.edge_check(part.values, controls, plates, edge, seed=params.seed, names=names)
+    if params.edge == "match" or (params.edge == "auto" and check.matched):
+        part.strata = "plate and zone"
+        strata = 2 * plates + edge
+    if params.edge == "auto" and (edge & part.compared & ~controls).any():
+        part.notes += check.warnings
+    data = (part.values, groups, controls)
+    how: dict[str, Any] = {"permutations": params.permutations, "seed": params.seed}
+    scores = {
+        "activity": activity.activity(*data, strata, **how),
+        "activity_copairs": activity.activity_by_copairs(
+            *data, strata, null_size=params.permutations, seed=params.seed
+        ),
+        "replicate_correlation": activity.replicate_correlation(*data, plates, **how),
+    }
+    scores["effect"], effects = activity.effects(*data, plates)
+    scores["cell_count"], changes = activity.cell_counts(
+        part.counts, groups, controls, plates, **how
+    )
+    part.table = part.table.assign(effect=effects)
+    floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
+    rule = scores["activity_copairs"]
+    if params.measure == "activity":
+        rule = scores["activity"]
+        known = ~part.empty
+        floors |= activity.smallest_p(
+            groups[known], controls[known], strata[known], params.permutations
+        )
+    for code, item in enumerate(part.treatments):
+        mine = part.compared & (groups == code)
+        of_one = {measure: found.get(code) for measure, found in scores.items()}
+        change = changes[mine & np.isfinite(changes)]
+        verdict, note = judge(
+            params,
+            rule.get(code),
+            of_one["effect"],
+            of_one["cell_count"],
+            change=float(change.mean()) if len(change) else None,
+            floor=floors[code],
+            empty=int((mine & part.empty).sum()),
+        )
+        about: dict[str, Any] = {
+            "treatment_id": item.treatment_id,
+            "dose": item.dose,
+            "dose_unit": item.dose_unit,
+        }
+        for measure, score in of_one.items():
+            if score is not None:
+                quantity = measure if measure == "cell_count" else None
+                part.add(
+                    ScoreLevel.TREATMENT, item.name, measure, score,
+                    quantity=quantity, **about,
+                )  # fmt: skip
+        decided = rule.get(code)
+        part.add(
+            ScoreLevel.TREATMENT,
+            item.name,
+            "hit",
+            verdict=verdict,
+            note=note,
+            p=None if decided is None else decided.p,
+            q=None if decided is None else decided.q,
+            n_wells=int(mine.sum()),
+            n_controls=int((part.compared & controls & np.isin(plates, plates[mine])).sum()),
+            n_plates=len(np.unique(plates[mine])),
+            **about,
+        )
+    part.notes += _notes(part, params, floors, rule)
+
+
+def judge(
+    params: HitsParams,
+    activity: Score | None,
+    effect: Score | None,
+    count: Score | None,
+    *,
+    change: float | None,
+    floor: float,
+    empty: int = 0,
+) -> tuple[Verdict, str]:
+    """Return the verdict on a treatment by the rule, and the reason in one short sentence.
+
+    ``change``: of its cell count, in standard deviations of the controls. ``floor``: the smallest p
+    value that so few wells can have. ``empty``: how many of its wells have no cells.
+    """
+    killed = count is not None and count.q is not None and count.q < params.q
+    if (activity is None or activity.p is None or activity.q is None) and empty and killed:
+        return Verdict.FEWER_CELLS, "Too few of its wells have cells left for a profile."
+    if activity is None:
+        return Verdict.UNKNOWN, "No well of it has a profile on a plate with controls."
+    if activity.p is None or activity.q is None or effect is None or effect.value is None:
+        note = activity.note or (effect.note if effect else None)
+        return Verdict.UNKNOWN, note or "Too few wells to say anything."
+    if activity.q >= params.q:
+        if floor >= params.q:
+            return (
+                Verdict.UNKNOWN,
+                f"With so few wells and controls, p cannot be below {floor:.2g}.",
+            )
+        return Verdict.NO, "Its wells are no more like each other than like the controls."
+    if effect.value < params.min_effect:
+        return (
+            Verdict.SMALL,
+            f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}.",
+        )
+    if change is not None and change < 0 and effect.value + change <= params.min_over_count:
+        lower = f"Its cell count is {-change:.2g} standard deviations lower"
+        return Verdict.FEWER_CELLS, f"{lower}, its effect is {effect.value:.2g} only."
+    return Verdict.HIT, "Its wells are alike, and unlike the controls."
+
+
+def _notes(
+    part: PlateSet, params: HitsParams, floors: Mapping[int, float], rule: Mapping[int, Score]
+) -> Iterator[str]:
+    """Yield what a reader has to know about the scores of a plate set."""
+    tested = [code for code, score in rule.items() if code >= 0 and score.p is not None]
+    number = len(part.treatments)
+    single = sum(
+        int((part.compared & (part.groups == code)).sum()) < FEWEST_WELLS for code in range(number)
+    )
+    if tested:
+        low = np.sort([floors[code] for code in tested])
+        reachable = float(np.min(low * len(low) / np.arange(1, len(low) + 1)))
+        needed = next((k for k, p in enumerate(low, 1) if p * len(low) / k < params.q), None)
+        if reachable >= params.q:
+            yield (
+                f"No treatment could have been called a hit: with so few replicates and controls "
+                f"the smallest q value that can be reached is {reachable:.2g}. More replicates or "
+                "controls are the only way to know."
+            )
+        elif needed is not None and needed > 1 and low[0] > 1 / params.permutations:
+            yield (
+                f"With so few replicates and controls no p value can be below {low[0]:.2g}: of "
+                f"{len(low)} treatments, {needed} or more must reach it before one is called a hit."
+            )
+        elif needed is not None and needed > 1:
+            more = int(10 ** np.ceil(np.log10(len(low) / params.q)))
+            yield (
+                f"A p value by {params.permutations:,} exchanges cannot be small enough for one "
+                f"treatment among {len(low)} alone: add --permutations {more}"
+            )
+    if single:
+        yield (
+            f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells: whether they "
+            "differ cannot be said."
+        )
+    if len(np.unique(part.plates[part.compared])) == 1:
+        yield ("There is one plate only: whether the same comes out on another plate is not known.")
+    if part.empty.any():
+        some = [f"{row.plate}/{row.well}" for row in part.table[part.empty].itertuples()]
+        yield (
+            f"{len(some)} wells have no cells that count ({some_of(some)}): they count for the "
+            "cell count, and have no profile."
+            if len(some) > 1
+            else f"Well {some[0]} has no cells that count: it counts for the cell count, and has "
+            "no profile."
+        )
+    unseen = int((~np.isfinite(part.counts)).sum())
+    if unseen:
+        yield f"{unseen} wells have no image that counts: they are not compared."
+
+
+def _answer(part: PlateSet) -> str:
+    """Return what was found in a plate set, in one sentence."""
+    found = [row.verdict for row in part.rows if row.verdict is not None]
+    number = {verdict: found.count(verdict) for verdict in ORDER}
+    hit, fewer, small = (number[v] for v in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL))
+    unknown, tested = number[Verdict.UNKNOWN], len(found) - number[Verdict.UNKNOWN]
+    differ, word = hit + fewer + small, "treatment" if tested == 1 else "treatments"
+    more = []
+    if fewer:
+        more.append(f"{fewer} of them only by fewer cells")
+    if small:
+        more.append(f"{small} of them less than --min-effect asks for")
+    if unknown:
+        more.append(f"of {unknown} more it cannot be said" if tested else "")
+    if not tested:
+        return f"Of none of {unknown} treatments can it be said whether it differs."
+    first = (
+        f"{differ} of {tested} {word} {'differs' if differ == 1 else 'differ'} from the controls"
+    )
+    if not differ:
+        first = f"None of {tested} {word} differs from the controls"
+    return "; ".join([first, *more]) + "."
+
+
+def _named(part: PlateSet, parts: Sequence[PlateSet], notes: Sequence[str]) -> list[str]:
+    return [f"{part.name}: {note}" if len(parts) > 1 else note for note in notes]
+
+
+def _score_targets(part: PlateSet, params: HitsParams) -> None:
+    """Say of each target whether its perturbations that are hits look alike.
+
+    A perturbation has one profile: the median over the wells of its dose with the largest effect.
+    """
+    from ..analysis import activity
+
+    best: dict[str, tuple[float, int]] = {}
+    at = {(row.treatment_id, row.measure): row for row in part.rows}
+    for code, item in enumerate(part.treatments):
+        if at[item.treatment_id, "hit"].verdict is not Verdict.HIT:
+            continue
+        effect = at[item.treatment_id, "effect"].value or 0.0
+        best[item.perturbation] = max(best.get(item.perturbation, (-inf, -1)), (effect, code))
+    codes = [code for _, code in best.values()]
+    said = [(part.treatments[code].target or "").split("|") for code in codes]
+    targets = [frozenset(text.strip() for text in texts if text.strip()) for texts in said]
+    members: dict[str, int] = defaultdict(int)
+    for some in targets:
+        for target in some:
+            members[target] += 1
+    if not any(number > 1 for number in members.values()):
+        return
+    there = part.compared & ~part.empty
+    values = np.array(
+        [np.nanmedian(part.values[there & (part.groups == code)], axis=0) for code in codes]
+    )
+    both = {
+        "consistency": activity.consistency(
+            values, targets, permutations=params.permutations, seed=params.seed
+        ),
+        "consistency_copairs": activity.consistency_by_copairs(
+            values, targets, null_size=params.permutations, seed=params.seed
+        ),
+    }
+    for measure, scores in both.items():
+        for target, score in scores.items():
+            part.add(
+                ScoreLevel.TARGET, target, measure, score, n_wells=members[target], n_controls=0
+            )
+
+
+def _score_doses(
+    part: PlateSet,
+    params: HitsParams,
+    columns: Sequence[str],
+    curves: Mapping[str, Mapping[int, float]],
+    single: set[int],
+) -> None:
+    """Fit curves over the doses of each perturbation that has several in one unit."""
+    from ..analysis.dose_curves import fit_curve, lowest_active
+
+    responses = {"effect": part.table["effect"].to_numpy(), "cell_count": cell_ratios(part)}
+    ids = part.table["well_id"].tolist()
+    for name in params.curves:
+        if _is_label(name):
+            given = [curves[name].get(int(key), np.nan) for key in ids]
+            responses[_quantity(name)] = np.array(given)
+        else:
+            responses[name] = part.values[:, columns.index(name)]
+    several: dict[tuple[str, str | None], list[int]] = defaultdict(list)
+    combined = []
+    for code, item in enumerate(part.treatments):
+        if item.treatment_id not in single:
+            combined.append(item.name)
+        elif item.dose is not None:
+            several[item.perturbation, item.dose_unit].append(code)
+    if combined:
+        part.notes.append(f"No dose curve of combinations: {some_of(combined)}.")
+    doses = np.array([item.dose or np.nan for item in part.treatments], dtype=np.float64)
+    for (name, unit), codes in several.items():
+        if len(set(doses[codes])) < FEWEST_DOSES:
+            continue
+        for quantity, response in responses.items():
+            there = part.compared & np.isfinite(response)
+            mine = there & np.isin(part.groups, codes)
+            controls = there & part.controls & np.isin(part.plates, part.plates[mine])
+            data = (doses[part.groups[mine]], response[mine], response[controls])
+            curve = fit_curve(*data, seed=params.seed)
+            lowest, p, note = lowest_active(*data)
+            ec50 = {"value": curve.ec50, "low": curve.low, "high": curve.high}
+            for measure, values in (
+                ("ec50", {**ec50, "p": curve.p_flat, "note": curve.note}),
+                ("trend", {"value": curve.trend, "p": curve.trend_p}),
+                ("lowest_active_dose", {"value": lowest, "p": p, "note": note}),
+            ):
+                part.add(
+                    ScoreLevel.PERTURBATION,
+                    name,
+                    measure,
+                    quantity=quantity,
+                    dose_unit=unit,
+                    n_wells=int(mine.sum()),
+                    n_controls=int(controls.sum()),
+                    n_plates=len(np.unique(part.plates[mine])),
+                    **values,
+                )
+
+
+def cell_ratios(part: PlateSet) -> Numbers:
+    """Return the cell count of each well (N,) as a ratio to the mean of its plate's controls."""
+    found = np.full(len(part.counts), np.nan)
+    for plate in np.unique(part.plates):
+        there = part.plates == plate
+        usual = part.counts[there & part.controls & part.compared]
+        if len(usual) and usual.mean() > 0:
+            found[there] = part.counts[there] / usual.mean()
+    return found
+
+
+# --- rows and results -----------------------------------------------------------------------------
+
+
+def hits_result(session: Session, run: Run) -> HitsResult:
+    """Return what a run found, from its rows."""
+    query = (
+        select(TreatmentScore, Treatment.target)
+        .outerjoin(Treatment, Treatment.id == TreatmentScore.treatment_id)
+        .where(TreatmentScore.run_id == run.id)
+        .order_by(TreatmentScore.id)
+    )
+    treatments: dict[Any, dict[str, TreatmentScore]] = defaultdict(dict)
+    doses: dict[Any, dict[str, TreatmentScore]] = defaultdict(dict)
+    targets, target_of = list[TargetRow](), dict[int | None, str | None]()
+    for score, target in session.execute(query):
+        if score.level is ScoreLevel.TREATMENT:
+            treatments[score.plate_set, score.treatment_id][score.measure] = score
+            target_of[score.treatment_id] = target
+        elif score.level is ScoreLevel.PERTURBATION:
+            key = (score.plate_set, score.name, score.dose_unit, score.quantity)
+            doses[key][score.measure] = score
+        elif score.measure == "consistency":
+            values = (score.value, score.p, score.q, score.n_wells)
+            targets.append(TargetRow(score.name, *values, score.plate_set, score.note))
+    rows = [_hit_row(found, target_of[key]) for (_, key), found in treatments.items()]
+    sets = list((run.result or {})["plate_sets"])
+    order = [verdict.value for verdict in ORDER]
+    rows.sort(
+        key=lambda row: (
+            sets.index(row.plate_set),
+            order.index(row.verdict),
+            -inf if row.effect is None else -row.effect,
+            row.name,
+        )
+    )
+    targets.sort(key=lambda row: (sets.index(row.plate_set), inf if row.q is None else row.q))
+    return result_of(
+        run,
+        HitsResult,
+        already_done=True,
+        rows=tuple(rows),
+        targets=tuple(targets),
+        doses=tuple(_dose_row(found) for found in doses.values()),
+    )
+
+
+def _hit_row(found: Mapping[str, TreatmentScore], target: str | None) -> HitRow:
+    hit = found["hit"]
+    effect, count = found.get("effect"), found.get("cell_count")
+    return HitRow(
+        name=hit.name,
+        verdict=str(hit.verdict.value if hit.verdict else ""),
+        note=hit.note,
+        effect=effect.value if effect else None,
+        effect_low=effect.low if effect else None,
+        effect_high=effect.high if effect else None,
+        activity=found["activity"].value if "activity" in found else None,
+        p=hit.p,
+        q=hit.q,
+        cell_count=count.value if count else None,
+        cell_count_low=count.low if count else None,
+        cell_count_high=count.high if count else None,
+        replicate_correlation=(
+            found["replicate_correlation"].value if "replicate_correlation" in found else None
+        ),
+        n_wells=hit.n_wells,
+        n_controls=hit.n_controls,
+        n_plates=hit.n_plates,
+        target=target,
+        plate_set=hit.plate_set,
+        cell_line=hit.cell_line,
+        time_point=hit.time_point,
+        treatment_id=hit.treatment_id,
+    )
+
+
+def _dose_row(found: Mapping[str, TreatmentScore]) -> DoseRow:
+    one = next(iter(found.values()))
+    ec50, trend, lowest = (found.get(name) for name in ("ec50", "trend", "lowest_active_dose"))
+    return DoseRow(
+        name=one.name,
+        quantity=one.quantity or "",
+        ec50=ec50.value if ec50 else None,
+        low=ec50.low if ec50 else None,
+        high=ec50.high if ec50 else None,
+        unit=one.dose_unit,
+        trend=trend.value if trend else None,
+        trend_p=trend.p if trend else None,
+        lowest_active=lowest.value if lowest else None,
+        plate_set=one.plate_set,
+        note=ec50.note if ec50 else None,
+    )
