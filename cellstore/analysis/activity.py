@@ -276,10 +276,54 @@ def effects(
     error: the wells; the controls that they are compared with, by jackknife; the unit, by the
     spread of the controls' distances.
     """
+    each, compared, without, constant = _log_distances(values, controls, plates)
+    if not compared:
+        note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
+        if constant:
+            note = "All features are constant among the negative controls."
+        return {group: Score(note=note) for group in _treatments(groups)}, each
+    distances = each[np.concatenate(compared)]
+    free = len(distances) - len(compared)
+    unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
+    each /= unit
+    # The relative variance of the unit, from the fourth moment; at least that of a normal.
+    kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
+    unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
+    found = {}
+    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
+        error = 0.0
+        for plate in np.unique(plates[wells]):
+            beside = wells[plates[wells] == plate].tolist()
+            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
+            error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
+        mean = float(each[wells].mean()) if len(wells) else 0.0
+        error = error / unit**2 + mean**2 * unsure
+        found[group] = _welch(score, each[wells], error, free)
+    return found, each
+
+
+def distances(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return how many times as far from the controls as a control each well is (N,); 1: as one.
+
+    It is the distance of :func:`effects`, without its logarithm: an effect that is twice as strong
+    is about twice as far, so half of the largest distance is at the dose of half of the effect.
+    """
+    ratios: Numbers = np.exp(_log_distances(values, controls, plates)[0])
+    return ratios
+
+
+def _log_distances(
+    values: Numbers, controls: Flags, plates: Codes
+) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
+    """Return the log distance of each well (N,), 0 for the mean of the controls of its plate.
+
+    Also the controls of each plate that has enough of them; of each well, by how much its distance
+    exceeds the controls', without each of these in turn; and whether some plate has enough
+    controls, but no feature varies among them.
+    """
     clean, usable = _complete(values)
-    each, ours = np.full(len(groups), np.nan), controls & usable
+    each, ours = np.full(len(controls), np.nan), controls & usable
     compared: list[Codes] = []
-    # Of each well, by how much its distance exceeds the controls', without each of these in turn.
     without: dict[int, Numbers] = {}
     constant = False
     for plate in np.unique(plates[ours]):
@@ -305,29 +349,7 @@ def effects(
         apart -= ((of_control.sum() - of_control) / (n - 1))[:, None]
         without |= dict(zip(wells.tolist(), apart.T, strict=True))
         compared.append(own)
-    if not compared:
-        note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
-        if constant:
-            note = "All features are constant among the negative controls."
-        return {group: Score(note=note) for group in _treatments(groups)}, each
-    distances = each[np.concatenate(compared)]
-    free = len(distances) - len(compared)
-    unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
-    each /= unit
-    # The relative variance of the unit, from the fourth moment; at least that of a normal.
-    kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
-    unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
-    found = {}
-    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
-        error = 0.0
-        for plate in np.unique(plates[wells]):
-            beside = wells[plates[wells] == plate].tolist()
-            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
-            error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
-        mean = float(each[wells].mean()) if len(wells) else 0.0
-        error = error / unit**2 + mean**2 * unsure
-        found[group] = _welch(score, each[wells], error, free)
-    return found, each
+    return each, compared, without, constant
 
 
 def cell_counts(
