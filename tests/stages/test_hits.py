@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cellstore.analysis.activity import Score
 from cellstore.analysis.well_profiles import WELL_COLUMNS, WellProfiles
-from cellstore.config import HitsParams, ProfileParams
+from cellstore.config import HitsParams, ProfileParams, SplitParams
 from cellstore.enums import Control, ScoreLevel, Stage, Status, Verdict
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -144,6 +144,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
         check_command(store)
         check_same_again(store)
         check_words(store)
+        check_probabilities(store)
 
 
 def check_rows(store: Store, run_id: int) -> None:
@@ -219,6 +220,24 @@ def check_same_again(store: Store) -> None:
     assert feature.low < EC50 < feature.high
 
 
+def check_probabilities(store: Store) -> None:
+    """A class probability has a curve, too: the mean over the cells of a well."""
+    cells = store.sql(
+        "SELECT cell_id, treatment = 'serial' AS given, dose FROM cell_table ORDER BY 1"
+    ).to_pandas()
+    dose = cells["dose"].where(cells["given"], 0.0).to_numpy()
+    near = np.random.default_rng(0).normal(0.1 + 0.8 * dose**2 / (dose**2 + 4), 0.03)
+    table = pd.DataFrame({"cell_id": cells["cell_id"], "serial": np.clip(near, 0.01, 0.99)})
+    table["DMSO"] = 1 - table["serial"]
+    store.create_split("by-well", SplitParams(allow_missing=True))
+    added = store.add_predictions(table, "mine", split="by-well")
+    found = store.hits(replace(FAST, curves=("probability:serial",), run=str(added.run_id)))
+    curve = next(row for row in found.doses if row.quantity == "probability of serial")
+    assert curve.ec50 == pytest.approx(2, rel=0.1)
+    with pytest.raises(UnknownNameError, match="Unknown label of run"):
+        store.hits(replace(FAST, curves=("probability:cereal",)))
+
+
 def check_words(store: Store) -> None:
     """What cannot be compared is one sentence."""
 
@@ -233,15 +252,19 @@ def check_words(store: Store) -> None:
     assert "--run is about probabilities" in refused(run="3")
     assert "no predict run" in refused(UnknownNameError, curves=("probability:DMSO",))
     assert "needs a profile run" in refused(profiles="latest ingest")
+    with store.session() as session:
+        hits = select(func.count()).where(Run.stage == Stage.HITS)
+        assert session.scalar(hits.where(Run.status != Status.DONE)) == 0
+        names = select(Well.id, Well.control)
+        were = [{"id": key, "control": value} for key, value in session.execute(names)]
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=None))
     assert "No well is a negative control" in refused()
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=Control.NEGATIVE))
     assert "is a control" in refused()
-    with store.session() as session:
-        hits = select(func.count()).where(Run.stage == Stage.HITS)
-        assert session.scalar(hits.where(Run.status != Status.DONE)) == 0
+    with store.workspace.database.begin() as session:
+        session.execute(update(Well), were)
 
 
 def wells(content: dict[tuple[str, str | None, str | None], list[str]]) -> WellProfiles:
