@@ -102,7 +102,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     verdicts = {name: row.verdict for name, row in rows.items()}
     strong = ["alpha1", "alpha2", "beta1", "beta2", "serial 10 uM", "serial 30 uM", "serial 3 uM"]
     assert {name for name in strong if verdicts[name] == "hit"} == set(strong)
-    assert verdicts["killer"] == "fewer cells only"
+    assert verdicts["killer"] == "mainly fewer cells"
     assert verdicts["once"] == "cannot say"
     assert {verdicts[name] for name in ("idle", "serial 0.1 uM")} == {"no difference"}
     assert (found.treatments, found.tested, found.fewer_cells) == (13, 12, 1)
@@ -322,13 +322,15 @@ def test_what_cannot_be_compared_at_all_is_one_sentence() -> None:
 
 
 def verdict(
-    q: float | None = 0.01, effect: float = 3.0, change: float = 0.0, **more: Any
+    q: float | None = 0.01, effect: float = 3.0, fewer: float = 0.0, **more: Any
 ) -> tuple[str, str]:
     p = None if q is None else q / 2
     rule = Score(0.9, p=p, q=q, n_wells=3, note=None if q is not None else "One well only.")
-    count = Score(1.0, q=more.pop("count_q", 0.5))
+    count = Score(1.0, q=more.pop("count_q", 0.01))
     params = HitsParams(**more.pop("params", {}))
-    found, note = judge(params, rule, Score(effect), count, change=change, floor=0.001, **more)
+    found, note = judge(
+        params, rule, Score(effect), count, fewer=fewer, strongest=3.0, floor=0.001, **more
+    )
     assert note.endswith(".")
     return found.value, note
 
@@ -338,13 +340,17 @@ def test_the_rule() -> None:
     assert verdict(q=0.05)[0] == "no difference"
     assert verdict(effect=-0.1)[0] == "small effect"
     assert verdict(effect=3, params={"min_effect": 4})[0] == "small effect"
-    assert verdict(effect=3, change=-2.9)[0] == "hit"
-    assert verdict(effect=3, change=-3)[0] == "fewer cells only"
-    assert verdict(effect=3, change=9)[0] == "hit"  # more cells kill nobody
-    assert verdict(effect=3, change=-2.9, params={"min_over_count": 1})[0] == "fewer cells only"
+    assert verdict(fewer=2.9)[0] == "hit"
+    assert verdict(fewer=3)[0] == "mainly fewer cells"
+    assert verdict(fewer=9, count_q=0.05)[0] == "hit"  # that there are fewer is not shown
+    assert verdict(fewer=-9)[0] == "hit"  # more cells kill nobody
+    assert verdict(fewer=2.9, params={"min_over_count": 1})[0] == "mainly fewer cells"
+    assert verdict(q=0.05, fewer=1)[0] == "mainly fewer cells"
+    assert verdict(q=0.05, fewer=-1)[0] == "no difference"
     assert verdict(q=None) == ("cannot say", "One well only.")
-    assert verdict(q=None, empty=3, count_q=0.01)[0] == "fewer cells only"
-    unseen = judge(HitsParams(), None, None, None, change=None, floor=1.0)
+    assert verdict(q=None, empty=3, fewer=1)[0] == "mainly fewer cells"
+    unsure = {"fewer": 0.0, "strongest": 0.0}
+    unseen = judge(HitsParams(), None, None, None, **unsure, floor=1.0)
     assert unseen[0] is Verdict.UNKNOWN
-    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), None, change=None, floor=0.1)
+    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), None, **unsure, floor=0.1)
     assert few == (Verdict.UNKNOWN, "With so few wells and controls, p cannot be below 0.1.")
