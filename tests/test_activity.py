@@ -15,6 +15,7 @@ from cellstore.analysis.activity import (
     cell_counts,
     consistency,
     consistency_by_copairs,
+    distances,
     edge_check,
     effects,
     replicate_correlation,
@@ -264,13 +265,33 @@ def test_edges_of_plates() -> None:
 
 
 def test_replicates_needed() -> None:
-    # As many controls as one could want: the one-sided one-sample t test. Its power with 7 wells at
-    # an effect of one SD is 0.76, with 8 it is 0.82 (noncentral t).
-    n = replicates_needed(1.0, 1.0, 10**7)
-    assert n == 8
-    powers = [stats.nct.sf(stats.t.isf(0.05, k - 1), k - 1, np.sqrt(k)) for k in (7, 8)]
-    assert powers[0] < 0.8 <= powers[1]
-    assert replicates_needed(1.0, 1.0, 16) > n
-    assert replicates_needed(1.0, 1.0, 10**7, level=0.001) > n
-    for effect, spread, controls in ((0.0, 1.0, 16), (-1.0, 1.0, 16), (1.0, 1.0, 3)):
-        assert replicates_needed(effect, spread, controls) is None
+    """Cosines of +-1 with controls, 0.5 between wells: 0.5 sqrt(n (n - 1) / 2) >= z + z."""
+    wells = angles(0, 60)
+    controls = angles(0, 180, 60, 240)
+    spread = np.std([1, -1, 0.5, -0.5])
+    for level in (0.05, 0.001):
+        n = replicates_needed(wells, controls, beside=16, level=level)
+        reach = (stats.norm.isf(level) + stats.norm.ppf(0.8)) * spread / 0.5
+        assert n is not None
+        assert np.sqrt(n * (n - 1) / 2) >= reach > np.sqrt((n - 1) * (n - 2) / 2)
+    # Alike as they may be, with one control beside each a p of 0.001 takes 10 wells: 2 ** 10.
+    assert replicates_needed(angles(0, 1), controls / 1e9, beside=1, level=0.001) == 10
+    for some, others in ((angles(0, 120), controls), (wells[:1], controls), (wells, controls[:3])):
+        assert replicates_needed(some, others, beside=16) is None
+
+
+def test_distances_are_those_of_effects_without_the_logarithm() -> None:
+    random = np.random.default_rng(8)
+    controls, plates = np.arange(20) < 12, np.repeat([0, 1], 10)
+    plates[:12] = np.tile([0, 1], 6)
+    values = random.normal(size=(20, 30))
+    values[12:16] += 100 * np.sign(values[12:16])
+    groups = np.where(controls, -1, 0)
+    found = distances(values, controls, plates)
+    _, effect = effects(values, groups, controls, plates)
+    assert np.corrcoef(np.log(found), effect)[0, 1] == pytest.approx(1)
+    for plate in (0, 1):  # on a plate, 1 is the (geometric) mean of its controls
+        assert np.log(found[controls & (plates == plate)]).mean() == pytest.approx(0)
+    # Twice as strong is twice as far, where the effect is far larger than the noise.
+    values[12:16] += 100 * np.sign(values[12:16])
+    assert distances(values, controls, plates)[12:16] / found[12:16] == pytest.approx(2, rel=0.02)

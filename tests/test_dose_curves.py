@@ -198,9 +198,20 @@ def test_the_trend_of_few_wells_is_exact() -> None:
 def test_the_lowest_active_dose_and_all_above_it_differ_from_the_controls() -> None:
     controls = np.tile([-1.0, 1.0], 8)  # standard deviation 1.03
     doses = np.repeat([1.0, 2.0, 4.0], 2)
-    found = lowest_active(doses, [0.1, 0.2, 3.0, 3.4, 9.0, 9.5], controls)
-    by_hand = stats.ttest_ind([3.0, 3.4], controls).pvalue
-    assert found == (2.0, pytest.approx(by_hand), None)
+    # Wells of a dose vary less than controls: all have one variance, about the means of the doses.
+    values = [0.1, 0.2, 3.0, 3.4, 9.0, 9.5]
+    variance = (16 + 0.01 / 2 + 0.16 / 2 + 0.25 / 2) / (15 + 3)
+    by_hand = 2 * stats.t.sf(3.2 / np.sqrt(variance * (1 / 2 + 1 / 16)), 18)
+    assert lowest_active(doses, values, controls) == (2.0, pytest.approx(by_hand), None)
+    # They vary more: the test of Welch.
+    apart = [8.0, 16.0]
+    welch = stats.ttest_ind(apart, controls, equal_var=False).pvalue
+    assert lowest_active([1.0, 1.0], apart, controls)[:2] == (None, pytest.approx(welch))
+    # Two wells of a plate count as one where there are several plates.
+    plates = [1, 1, 2, 2]
+    one = lowest_active([1.0] * 4, [4.0, 6.0, 5.5, 6.5], controls, plates)
+    assert one == lowest_active([1.0] * 2, [5.0, 6.0], controls)
+    assert lowest_active([1.0] * 2, apart, controls, [7, 7])[1] == pytest.approx(welch)
     # One well at a dose: a t test with the spread of the controls.
     alone = lowest_active([1.0], [5.0], controls)
     expected = 2 * stats.t.sf(5 / np.sqrt(16 / 15 * (1 + 1 / 16)), 15)

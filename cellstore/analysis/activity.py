@@ -276,10 +276,54 @@ def effects(
     error: the wells; the controls that they are compared with, by jackknife; the unit, by the
     spread of the controls' distances.
     """
+    each, compared, without, constant = _log_distances(values, controls, plates)
+    if not compared:
+        note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
+        if constant:
+            note = "All features are constant among the negative controls."
+        return {group: Score(note=note) for group in _treatments(groups)}, each
+    distances = each[np.concatenate(compared)]
+    free = len(distances) - len(compared)
+    unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
+    each /= unit
+    # The relative variance of the unit, from the fourth moment; at least that of a normal.
+    kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
+    unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
+    found = {}
+    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
+        error = 0.0
+        for plate in np.unique(plates[wells]):
+            beside = wells[plates[wells] == plate].tolist()
+            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
+            error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
+        mean = float(each[wells].mean()) if len(wells) else 0.0
+        error = error / unit**2 + mean**2 * unsure
+        found[group] = _welch(score, each[wells], error, free)
+    return found, each
+
+
+def distances(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return how many times as far from the controls as a control each well is (N,); 1: as one.
+
+    It is the distance of :func:`effects`, without its logarithm: an effect that is twice as strong
+    is about twice as far, so half of the largest distance is at the dose of half of the effect.
+    """
+    ratios: Numbers = np.exp(_log_distances(values, controls, plates)[0])
+    return ratios
+
+
+def _log_distances(
+    values: Numbers, controls: Flags, plates: Codes
+) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
+    """Return the log distance of each well (N,), 0 for the mean of the controls of its plate.
+
+    Also the controls of each plate that has enough of them; of each well, by how much its distance
+    exceeds the controls', without each of these in turn; and whether some plate has enough
+    controls, but no feature varies among them.
+    """
     clean, usable = _complete(values)
-    each, ours = np.full(len(groups), np.nan), controls & usable
+    each, ours = np.full(len(controls), np.nan), controls & usable
     compared: list[Codes] = []
-    # Of each well, by how much its distance exceeds the controls', without each of these in turn.
     without: dict[int, Numbers] = {}
     constant = False
     for plate in np.unique(plates[ours]):
@@ -305,29 +349,7 @@ def effects(
         apart -= ((of_control.sum() - of_control) / (n - 1))[:, None]
         without |= dict(zip(wells.tolist(), apart.T, strict=True))
         compared.append(own)
-    if not compared:
-        note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
-        if constant:
-            note = "All features are constant among the negative controls."
-        return {group: Score(note=note) for group in _treatments(groups)}, each
-    distances = each[np.concatenate(compared)]
-    free = len(distances) - len(compared)
-    unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
-    each /= unit
-    # The relative variance of the unit, from the fourth moment; at least that of a normal.
-    kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
-    unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
-    found = {}
-    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
-        error = 0.0
-        for plate in np.unique(plates[wells]):
-            beside = wells[plates[wells] == plate].tolist()
-            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
-            error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
-        mean = float(each[wells].mean()) if len(wells) else 0.0
-        error = error / unit**2 + mean**2 * unsure
-        found[group] = _welch(score, each[wells], error, free)
-    return found, each
+    return each, compared, without, constant
 
 
 def cell_counts(
@@ -531,34 +553,46 @@ def edge_check(
 
 
 def replicates_needed(
-    effect: float,
-    spread: float,
-    n_controls: int,
+    wells: Numbers,
+    controls: Numbers,
     *,
+    beside: float,
     level: float = 0.05,
     power: float = 0.8,
     most: int = 100,
 ) -> int | None:
-    """Return how many wells a treatment needs to be told from controls with that power.
+    """Return about how many wells a treatment needs to be told from controls with that power.
 
-    ``effect``: mean distance of its wells, in standard deviations of controls (:func:`effects`);
-    ``spread``: standard deviation of its wells in this unit; ``n_controls``: on its plates;
-    ``level``: the p that it has to reach, for q < 0.05 with h hits among m treatments about
-    0.05 (h + 1) / m. The power is that of a one-sided t test of unequal variances, from the
-    noncentral t distribution (Cohen, Statistical Power Analysis, 1988, with Welch's degrees of
-    freedom). ``None``: the effect is not above 0, or more than ``most`` wells were needed.
+    ``wells`` (n, F) and ``controls`` (C, F): profiles, from the controls of their plates;
+    ``beside``: how many controls a plate has; ``level``: the p to reach, which for q < 0.05 with h
+    hits among m treatments is about 0.05 (h + 1) / m.
+
+    The mean of the n (n - 1) / 2 cosines between n wells has the standard deviation s / sqrt(n (n -
+    1) / 2) where nothing happens (a U statistic that is degenerate then; Hoeffding, Annals of
+    Mathematical Statistics 19, 1948), s that of a cosine between a well and a control. So n is the
+    smallest with mean >= (z(level) + z(1 - power)) times this, in the normal approximation, and
+    with (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
+    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``most`` wells were
+    needed. The number is as unsure as the mean of few cosines is.
     """
-    from scipy.stats import nct, t
+    from statistics import NormalDist
 
-    if not effect > 0 or not math.isfinite(spread) or n_controls < FEWEST_CONTROLS:
+    rows, usable = _complete(np.concatenate([wells, controls]))
+    own, others = rows[: len(wells)][usable[: len(wells)]], rows[len(wells) :][usable[len(wells) :]]
+    if len(own) < 2 or len(others) < FEWEST_CONTROLS:
         return None
-    other = 1 / n_controls
-    for n in range(2, most + 1):
-        own = max(spread, 1e-6) ** 2 / n
-        free = (own + other) ** 2 / (own**2 / (n - 1) + other**2 / (n_controls - 1))
-        away = effect / math.sqrt(own + other)
-        if float(nct.sf(t.isf(level, free), free, away)) >= power:
-            return n
+    own, others = (
+        some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-300)
+        for some in (own, others)
+    )
+    n = len(own)
+    mean = (float((own.sum(axis=0) ** 2).sum()) - n) / (n * (n - 1))
+    spread = float((own @ others.T).std())
+    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, power)) * spread
+    for needed in range(2, most + 1):
+        exchanges = needed * math.log1p(beside)
+        if mean * math.sqrt(needed * (needed - 1) / 2) >= reach and exchanges >= -math.log(level):
+            return needed if mean > 0 else None
     return None
 
 

@@ -349,47 +349,74 @@ def dose_trend(
 
 
 def lowest_active(
-    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike
+    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike, plates: ArrayLike | None = None
 ) -> tuple[float | None, float | None, str | None]:
     """Return the lowest dose from which on this and all higher doses differ from the controls.
 
-    ``doses`` (N,) > 0, ``responses`` (N,), ``controls`` (M,). From the highest dose down the wells
-    of each are compared with the controls by Student's t test (one well is enough), until one does
-    not differ at 5 %, or differs to the other side. In this order the probability that any dose is
-    called active by chance stays 5 % without a further correction (fixed sequence: Tamhane,
-    Hochberg and Dunnett, Biometrics 52, 1996). The second value is the p of that dose in the
-    sequence: the largest one down to it; without such a dose that of the highest dose. The third
-    says why there is none.
+    ``doses`` (N,) > 0, ``responses`` (N,), ``controls`` (M,). ``plates`` (N,): where there are
+    several, wells of a dose on one plate count as one, since responses that are measured from few
+    controls of a plate err together.
+
+    From the highest dose down the wells of each are compared with the controls by a t test (one
+    well is enough), until one does not differ at 5 %, or differs to the other side. In this order
+    the probability that any dose is called active by chance stays 5 % without a further correction
+    (fixed sequence: Tamhane, Hochberg and Dunnett, Biometrics 52, 1996). The second value is the p
+    of that dose in the sequence: the largest one down to it; without such a dose that of the
+    highest dose. The third says why there is none.
     """
+    if plates is not None and np.unique(plates).size > 1:
+        doses, responses = _plate_means(doses, responses, plates)
     doses, responses, controls = _checked(doses, responses, controls)
     if controls.size < FEWEST_CONTROLS:
         return None, None, f"needs {FEWEST_CONTROLS} control wells, there are {controls.size}"
     if not doses.size:
         return None, None, "no treated well has a value"
+    levels, which, number = np.unique(doses, return_inverse=True, return_counts=True)
+    means = np.bincount(which, weights=responses) / number
+    within = float(((responses - means[which]) ** 2).sum()), int(doses.size - levels.size)
     found, largest, first = None, 0.0, None
-    for dose in np.unique(doses)[::-1]:
-        wells = responses[doses == dose]
-        gain, p = _t_test(wells, controls)
+    for index in range(levels.size)[::-1]:
+        gain, p = _t_test(float(means[index]), int(number[index]), within, controls)
         first = first or (gain, p)
         if p >= ALPHA or gain * first[0] < 0:
             break
-        found, largest = float(dose), max(largest, p)
+        found, largest = float(levels[index]), max(largest, p)
     if found is None:
-        return (
-            None,
-            first[1] if first else None,
-            "the highest dose does not differ from the controls",
-        )
+        none = "the highest dose does not differ from the controls"
+        return None, first[1] if first else None, none
     return found, largest, None
 
 
-def _t_test(wells: Floats, controls: Floats) -> tuple[float, float]:
-    """Return the difference of the means and its two-sided p, with one variance for both."""
+def _plate_means(
+    doses: ArrayLike, responses: ArrayLike, plates: ArrayLike
+) -> tuple[Floats, Floats]:
+    """Return dose and mean response of each dose on each plate, without missing responses."""
+    values = np.asarray(responses, np.float64)
+    keys = np.stack((np.asarray(doses, np.float64), np.asarray(plates, np.float64)))
+    keys, which = np.unique(keys[:, np.isfinite(values)], axis=1, return_inverse=True)
+    which = which.ravel()
+    return keys[0], np.bincount(which, weights=values[np.isfinite(values)]) / np.bincount(which)
+
+
+def _t_test(
+    mean: float, wells: int, within: tuple[float, int], controls: Floats
+) -> tuple[float, float]:
+    """Return how far the mean of some wells is from that of controls, and its two-sided p.
+
+    ``within``: sum of squares of treated wells about the mean of their dose, and its degrees of
+    freedom. Where these vary more than controls, each has its variance (Welch), else all have one.
+    """
     from scipy import stats
 
-    gain, freedom = float(wells.mean() - controls.mean()), wells.size + controls.size - 2
-    squares = sum(float(((some - some.mean()) ** 2).sum()) for some in (wells, controls))
-    error = math.sqrt(squares / freedom * (1 / wells.size + 1 / controls.size))
+    gain, freedom = mean - float(controls.mean()), float(controls.size - 1)
+    squares = float(((controls - controls.mean()) ** 2).sum())
+    if within[1] and within[0] / within[1] > squares / freedom:
+        parts = within[0] / within[1] / wells, squares / freedom / controls.size
+        freedom = sum(parts) ** 2 / (parts[0] ** 2 / within[1] + parts[1] ** 2 / freedom)
+        error = math.sqrt(sum(parts))
+    else:
+        freedom += within[1]
+        error = math.sqrt((squares + within[0]) / freedom * (1 / wells + 1 / controls.size))
     if error == 0:
         return gain, float(gain == 0)
     return gain, float(2 * stats.t.sf(abs(gain) / error, freedom))

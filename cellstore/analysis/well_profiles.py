@@ -238,10 +238,11 @@ def select_features(profiles: WellProfiles, operations: Sequence[str]) -> WellPr
     from pycytominer.cyto_utils import get_blocklist_features
     from pycytominer.operations import get_na_columns, variance_threshold
 
-    found = profiles
+    found, known = profiles, profiles.known
     for operation in operations:
         names = list(found.columns)
-        frame = pd.DataFrame(found.values[profiles.known], columns=names)
+        values = found.values if known.all() else found.values[known]
+        frame = pd.DataFrame(values, columns=names)
         if operation == "missing":
             found = found.without(MISSING, get_na_columns(frame, names, cutoff=MOST_MISSING))
         elif operation == "blocklist":

@@ -572,7 +572,8 @@ def _score(part: PlateSet, params: HitsParams) -> None:
     scores["cell_count"], changes = activity.cell_counts(
         part.counts, groups, controls, plates, **how
     )
-    part.table = part.table.assign(effect=effects)
+    distances = activity.distances(part.values, controls, plates)
+    part.table = part.table.assign(effect=effects, distance=distances)
     floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
     rule = scores["activity_copairs"]
     if params.measure == "activity":
@@ -795,7 +796,8 @@ def _score_doses(
     """Fit curves over the doses of each perturbation that has several in one unit."""
     from ..analysis.dose_curves import fit_curve, lowest_active
 
-    responses = {"effect": part.table["effect"].to_numpy(), "cell_count": cell_ratios(part)}
+    # Of the effect its distance: on the scale of logarithms half of it is at a lower dose.
+    responses = {"effect": part.table["distance"].to_numpy(), "cell_count": cell_ratios(part)}
     ids = part.table["well_id"].tolist()
     for name in params.curves:
         if _is_label(name):
@@ -808,7 +810,7 @@ def _score_doses(
     for code, item in enumerate(part.treatments):
         if item.treatment_id not in single:
             combined.append(item.name)
-        elif item.dose is not None:
+        elif item.dose:
             several[item.perturbation, item.dose_unit].append(code)
     if combined:
         part.notes.append(f"No dose curve of combinations: {some_of(combined)}.")
@@ -822,7 +824,7 @@ def _score_doses(
             controls = there & part.controls & np.isin(part.plates, part.plates[mine])
             data = (doses[part.groups[mine]], response[mine], response[controls])
             curve = fit_curve(*data, seed=params.seed)
-            lowest, p, note = lowest_active(*data)
+            lowest, p, note = lowest_active(*data, part.plates[mine])
             ec50 = {"value": curve.ec50, "low": curve.low, "high": curve.high}
             for measure, values in (
                 ("ec50", {**ec50, "p": curve.p_flat, "note": curve.note}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +57,9 @@ VALUES_AT_ONCE = 10_000_000
 
 COLUMNS_AT_ONCE = 100
 """The time in which DuckDB plans a question grows with the square of its columns."""
+
+ROWS_AT_ONCE = 2_000
+"""Wells of a row group."""
 
 NOT_FEATURES = ("well_id", "n_cells", "n_images")
 """The first columns of a file of profiles."""
@@ -198,9 +202,8 @@ def profile(
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
-            profiles = averaging.profiles(counts)
             notes += averaging.notes(counts)
-            profiles = _compared(profiles, params)
+            profiles = _compared(averaging.profiles(counts), params)
             stored = workspace.artifacts.write(
                 ArtifactKind.PROFILES, _as_parquet(profiles), ".parquet"
             )
@@ -469,11 +472,18 @@ def _well_table(session: Session, well_ids: Sequence[int]) -> pd.DataFrame:
 
 def _as_parquet(profiles: WellProfiles) -> bytes:
     """Return the file of profiles: ``NOT_FEATURES``, then the features; a missing value is null."""
-    table = profiles.table
-    arrays = [pa.array(table[name].to_numpy(dtype=np.int64)) for name in NOT_FEATURES]
-    arrays += [pa.array(column, from_pandas=True) for column in profiles.values.T]
-    made = pa.table(arrays, names=[*NOT_FEATURES, *profiles.columns])
-    sink = pa.BufferOutputStream()
-    pq.write_table(made, sink, use_dictionary=False, compression="zstd", row_group_size=4096)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    schema = pa.schema(
+        [
+            *(pa.field(name, pa.int64()) for name in NOT_FEATURES),
+            *(pa.field(name, pa.float64()) for name in profiles.columns),
+        ]
+    )
+    counts = [profiles.table[name].to_numpy(dtype=np.int64) for name in NOT_FEATURES]
+    sink = BytesIO()
+    with pq.ParquetWriter(sink, schema, use_dictionary=False, compression="zstd") as writer:
+        for start in range(0, len(profiles.values), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            arrays = [pa.array(column[rows]) for column in counts]
+            arrays += [pa.array(v, from_pandas=True) for v in profiles.values[rows].T]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    return sink.getvalue()
