@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, String, cast, func, select, text
+from sqlalchemy import ColumnElement, Row, Select, String, cast, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import PERTURBATION, TARGET, TREATMENT
@@ -115,20 +115,21 @@ _CHANGED_SINCE = """
 """
 
 
-def changed_since(session: Session, profile_run: int) -> list[str]:
-    """Return a sentence if wells of a profile run were changed after it began.
+def changed_since(session: Session, run_id: int) -> list[str]:
+    """Return a sentence if wells of a profile or hits run were changed after it began.
 
     That is: relabelled, or excluded or included, themselves, their plate, or cells or images of it.
     """
     runs = METADATA.tables["runs"].c
-    result = session.scalar(select(runs.result).where(runs.id == profile_run)) or {}
-    rows = session.execute(text(_CHANGED_SINCE), {"run": profile_run})
-    read = result.get("barcodes", ())
+    of = or_(runs.id == run_id, runs.id.in_(select(runs.parent_id).where(runs.id == run_id)))
+    results = session.scalars(select(runs.result).where(of))
+    read = {name for result in results for name in (result or {}).get("barcodes", ())}
+    rows = session.execute(text(_CHANGED_SINCE), {"run": run_id})
     number = sum(int(n) for barcode, n in rows if barcode in read)
     if not number:
         return []
     wells = "1 well was" if number == 1 else f"{number:,} wells were"
-    since = f"relabelled, excluded or included since profile run {profile_run} began"
+    since = f"relabelled, excluded or included since run {run_id} began"
     return [f"{wells} {since}. To be up to date: cellstore profile, then cellstore hits"]
 
 

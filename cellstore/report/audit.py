@@ -648,7 +648,7 @@ def _run(session: Session, run_id: int) -> Audit:
         "downstream": _downstream(session, runs_of=[run_id]),
     }
     if record["stage"] in (Stage.PROFILE, Stage.HITS):
-        record["notes"] = changed_since(session, [run_id, *(row["run_id"] for row in parents)][-1])
+        record["notes"] = changed_since(session, run_id)
     return Audit("run", f"Run {run_id}: {record['stage']}", record)
 
 

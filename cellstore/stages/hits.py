@@ -899,7 +899,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(found) for found in doses.values()),
-        notes=(*changed_since(session, run.parent_id or 0), *(run.result or {})["notes"]),
+        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
     )
 
 
