@@ -33,8 +33,12 @@ from cellstore.analysis.activity import (
     effects,
     replicate_correlation,
     replicates_needed,
+    smallest_p,
 )
 from cellstore.analysis.well_profiles import WellProfiles, normalise
+from cellstore.config import HitsParams
+from cellstore.enums import Verdict
+from cellstore.stages.hits import judge
 
 Numbers = NDArray[np.float64]
 LEVEL = 0.05
@@ -164,14 +168,20 @@ def hits_of(some: Screen, seed: int, *, strata: NDArray[np.int64] | None = None)
     layers = some.plates if strata is None else strata
     scores = activity(some.values, *who, layers, seed=seed)
     far = effects(some.values, *who, some.plates)[0]
-    cells = cell_counts(some.counts, *who, some.plates, permutations=1)[1]
-    found = set()
-    for group, score in scores.items():
-        change = float(cells[some.groups == group].mean())
-        effect = far[group].value or 0.0
-        if (score.q or 0) < LEVEL and effect >= 0 and effect > -change:
-            found.add(group)
-    return found
+    cells, change = cell_counts(some.counts, *who, some.plates, permutations=1)
+    params, floors = HitsParams(), smallest_p(*who, layers, 10_000)
+    verdicts = {
+        group: judge(
+            params,
+            score,
+            far[group],
+            cells[group],
+            change=float(change[some.groups == group].mean()),
+            floor=floors[group],
+        )[0]
+        for group, score in scores.items()
+    }
+    return {group for group, verdict in verdicts.items() if verdict is Verdict.HIT}
 
 
 def null_line(name: str, found: Sequence[float], first: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ from cellstore.store import Store
 
 from . import output
 from .app import HTML, MEASUREMENT, SEGMENTATION, Common, command, say_next
-from .output import count, say, say_more, span
+from .output import count, say_more, span
 
 if TYPE_CHECKING:
     from cellstore.stages.hits import DoseRow, HitRow, HitsResult
@@ -43,10 +43,9 @@ def _show_profile(result: ProfileResult) -> None:
         typer.echo("")
         rows = ((why, len(names), ", ".join(names)) for why, names in result.gone.items())
         output.table(("left out because", "features", "which"), rows)
-    say(*map(output.filled, result.notes))
 
 
-@command(app, "profile", _show_profile, then=True)
+@command(app, "profile", _show_profile, then=lambda _: ("cellstore hits",))
 def profile(
     params: ProfileParams,
     store: Store,

@@ -76,10 +76,13 @@ def test_mean_average_precision_by_hand() -> None:
 def test_the_same_as_copairs_on_the_same_profiles() -> None:
     pytest.importorskip("copairs")
     values, groups, controls, plates = screen(strength=2.0)
+    used, off = controls | (groups == 0), np.zeros_like(values)
     for plate in (0, 1):  # as activity does, with the wells of one treatment
-        here = (plates == plate) & (controls | (groups == 0))
-        values[here] = (values[here] - values[here].mean(0)) / values[here].std(0)
-    values /= np.median(np.abs(values[controls | (groups == 0)]), axis=0)
+        here = (plates == plate) & used
+        spread = values[here].std(0)
+        off[here] = np.abs(values[here] - np.median(values[here], axis=0)) / spread
+        values[here] = (values[here] - values[here].mean(0)) / spread
+    values /= np.median(off[used], axis=0)
     ours, theirs = (
         measure(values, np.where(groups == 0, 0, -1), controls, plates)
         for measure in (activity, activity_by_copairs)

@@ -156,6 +156,19 @@ def test_a_feature_that_is_constant_in_controls_goes_and_is_named() -> None:
         assert np.abs(found.values).max() < 1000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["mad", "standardise", "sphere"])
+def test_features_with_gaps_are_named_and_nothing_is_said_twice(method: str) -> None:
+    profiles = some_profiles(rows=8, columns=12, features=5)
+    profiles.values[:, 1] = np.nan
+    profiles.values[profiles.controls, 2] = np.nan
+    for positions in ("none", "median-polish", "controls"):
+        found = normalise(correct_positions(profiles, positions), method)
+        found = select_features(found, ("missing", "variance", "correlation"))
+        assert found.gone == {MISSING: ("Cells_1", "Cells_2")}
+        assert np.isfinite(found.values).all()
+
+
 def test_a_plate_without_enough_controls_keeps_its_wells_without_values() -> None:
     profiles = some_profiles()
     of_plate = (profiles.table["plate"] == "P1").to_numpy()

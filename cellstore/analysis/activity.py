@@ -755,19 +755,21 @@ def _complete(values: Numbers) -> tuple[Numbers, Flags]:
 
 
 def _standardised(rows: Numbers, layer: Codes) -> Numbers:
-    """Profiles by the mean and standard deviation of their stratum; 0 where all are equal.
+    """Profiles from the mean of their stratum, in standard deviations; 0 where all are equal.
 
-    What a few wells are far off in does not shrink to what the others vary in: each feature is
-    then divided by its median absolute value over all wells, in standard deviations of a normal.
+    What a few wells are far off in must not shrink to what the others vary in. So each feature is
+    divided by its median distance from the medians of the strata, over all wells, in units of
+    their standard deviations.
     """
-    found = np.zeros_like(rows)
+    found, off = np.zeros_like(rows), np.zeros_like(rows)
     for one in np.unique(layer):
         there = layer == one
-        part = rows[there] - rows[there].mean(axis=0)
-        spread = np.sqrt((part**2).mean(axis=0))
+        spread = rows[there].std(axis=0)
         varies = spread > 1e-10 * np.maximum(np.abs(rows[there]).max(axis=0), 1e-280)
-        found[there] = np.where(varies, part / np.where(varies, spread, 1.0), 0.0)
-    usual = _NORMAL_MAD * np.median(np.abs(found), axis=0)
+        for moved, middle in ((found, np.mean), (off, np.median)):
+            part = rows[there] - middle(rows[there], axis=0)
+            moved[there] = np.where(varies, part / np.where(varies, spread, 1.0), 0.0)
+    usual = _NORMAL_MAD * np.median(np.abs(off), axis=0)
     scaled: Numbers = found / np.where(usual > 1e-3, usual, 1.0)
     return scaled
 

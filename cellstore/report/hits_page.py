@@ -276,16 +276,21 @@ def replicates(screen: Screen, item: Judged) -> str:
     """Say how many wells a treatment would have needed."""
     from ..analysis.activity import replicates_needed
 
-    own = screen.effects[item.wells]
-    own = own[np.isfinite(own)]
+    own = item.wells[screen.usable[item.wells]]
     if len(own) < 2:
         return "How many wells would be needed cannot be said: two are needed to know."
-    mean, spread = float(own.mean()), float(own.std(ddof=1))
-    if mean <= 0:
-        return "No number can be given: its wells are as close to the controls as controls are."
-    number = replicates_needed(mean, spread, len(item.controls))
+    result, plates = screen.result, len(set(screen.plates[item.controls].tolist()))
+    number = replicates_needed(
+        screen.z[own],
+        screen.z[item.controls],
+        beside=len(item.controls) / max(1, plates),
+        level=0.05 * (result.hits + 1) / max(1, result.tested),
+    )
     if number is None:
-        return "To tell an effect of this size from the controls takes more than 100 wells."
+        return (
+            "No number can be given: its wells are hardly more alike than wells of treatments "
+            "that do nothing, or more than 100 were needed."
+        )
     return (
         f"To find an effect of this size in four of five screens takes about {number} wells; it "
         f"has {len(own)}."

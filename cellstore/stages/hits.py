@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from ..config import HitsParams
 from ..db.bulk import in_lists
+from ..db.fields import changed_since
 from ..enums import Control, ScoreLevel, Stage, Verdict
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..jobs.run_names import NamedRun, find_predict_run
@@ -668,12 +669,10 @@ def judge(
             f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}.",
         )
     if killed and strongest - fewer <= params.min_over_count:
+        lower = f"Its cell count is {fewer:.2g} standard deviations lower"
         return (
             Verdict.FEWER_CELLS,
-            (
-                f"Its cell count is {fewer:.2g} standard deviations lower; 95 % of its features change "
-                f"by {strongest:.2g} or less."
-            ),
+            f"{lower}; 95 % of its features change by {strongest:.2g} at most.",
         )
     return Verdict.HIT, "Its wells are alike, and unlike the controls."
 
@@ -911,6 +910,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(found) for found in doses.values()),
+        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
     )
 
 
