@@ -107,7 +107,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert {verdicts[name] for name in ("idle", "serial 0.1 uM")} == {"no difference"}
     assert (found.treatments, found.tested, found.fewer_cells) == (13, 12, 1)
     assert found.answer == (
-        f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them only by fewer "
+        f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them mainly by fewer "
         "cells; of 1 more it cannot be said."
     )
     # Ranked: hits first, by effect.
@@ -184,7 +184,7 @@ def check_command(store: Store) -> None:
     text = said("--permutations", "2000")
     lines = text.stdout.splitlines()
     assert lines[0].startswith("Nothing to do: run ")
-    assert "of 12 treatments differ from the controls; 1 of them only by fewer cells" in lines[1]
+    assert "of 12 treatments differ from the controls; 1 of them mainly by fewer cells" in lines[1]
     order = ["serial 30 uM", "killer", "idle", "once"]
     rows = [next(at for at, line in enumerate(lines) if line.startswith(name)) for name in order]
     assert rows == sorted(rows)
