@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from ..config import HitsParams
 from ..db.bulk import in_lists
+from ..db.fields import changed_since
 from ..enums import Control, ScoreLevel, Stage, Verdict
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..jobs.run_names import NamedRun, find_predict_run
@@ -898,6 +899,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(found) for found in doses.values()),
+        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
     )
 
 
