@@ -1,12 +1,13 @@
 """How often the measures of `cellstore hits` err: on simulated screens, without and with effects.
 
-python benchmarks/hits_errors.py [--only null edge power interval] [--screens 200]
+python benchmarks/hits_errors.py [--only null edge power interval replicates] [--screens 200]
 
 Profiles of wells have offsets and units of their own on each plate and are normalised as those of a
 store (per plate against its controls, mad). null: no treatment does anything; the share of screens
 with any hit at q < 0.05, and p values, which should be uniform. edge: the outermost wells differ,
 and no treatment does anything. power: actives that are found, by cellstore and by copairs called by
-hand. interval: how often 95 % intervals hold what they should. About an hour on one core.
+hand. interval: how often 95 % intervals hold what they should. replicates: what is found with as
+many as were said to be needed. About an hour on one core.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ from cellstore.analysis.activity import (
     edge_check,
     effects,
     replicate_correlation,
+    replicates_needed,
+    smallest_p,
 )
 from cellstore.analysis.well_profiles import WellProfiles, normalise
+from cellstore.config import HitsParams
+from cellstore.enums import Verdict
+from cellstore.stages.hits import judge
 
 Numbers = NDArray[np.float64]
 LEVEL = 0.05
+SECTIONS = ("null", "edge", "power", "interval", "replicates")
 
 
 @dataclass(frozen=True)
@@ -161,14 +168,20 @@ def hits_of(some: Screen, seed: int, *, strata: NDArray[np.int64] | None = None)
     layers = some.plates if strata is None else strata
     scores = activity(some.values, *who, layers, seed=seed)
     far = effects(some.values, *who, some.plates)[0]
-    cells = cell_counts(some.counts, *who, some.plates, permutations=1)[1]
-    found = set()
-    for group, score in scores.items():
-        change = float(cells[some.groups == group].mean())
-        effect = far[group].value or 0.0
-        if (score.q or 0) < LEVEL and effect >= 0 and effect > -change:
-            found.add(group)
-    return found
+    cells, change = cell_counts(some.counts, *who, some.plates, permutations=1)
+    params, floors = HitsParams(), smallest_p(*who, layers, 10_000)
+    verdicts = {
+        group: judge(
+            params,
+            score,
+            far[group],
+            cells[group],
+            change=float(change[some.groups == group].mean()),
+            floor=floors[group],
+        )[0]
+        for group, score in scores.items()
+    }
+    return {group for group, verdict in verdicts.items() if verdict is Verdict.HIT}
 
 
 def null_line(name: str, found: Sequence[float], first: Sequence[float]) -> str:
@@ -223,14 +236,13 @@ def edges(screens: int) -> None:
     print("\nAn edge effect alone: screens with a hit by the rule; edge controls compared; warned")
     for layout in (replace(LAYOUTS[0], controls=32), replace(LAYOUTS[2], controls=32)):
         for strength, spread in ((0.5, True), (1.0, True), (2.0, True), (2.0, False)):
-            any_hit, matched, warned, plain = 0, 0, 0, 0
+            any_hit, matched, warned = 0, 0, 0
             for seed in range(screens):
                 random = np.random.default_rng([seed, 2])
                 some = screen(layout, random, edge=strength, spread=spread)
                 check = edge_check(some.values, some.controls, some.plates, some.edge, seed=seed)
                 strata = some.plates * 2 + some.edge if check.matched else some.plates
                 any_hit += bool(hits_of(some, seed, strata=strata))
-                plain += bool(hits_of(some, seed)) if check.matched else 0
                 matched, warned = matched + check.matched, warned + bool(check.warnings)
             counts = [f"{n / screens:6.1%}" for n in (any_hit, matched, warned)]
             where = "spread" if spread else "all at the edge"
@@ -302,11 +314,44 @@ def interval(screens: int, layouts: Sequence[Layout]) -> None:
             print(f"  {layout.name:<32}{name:<7} {line}  width {width:.2f}{zero}", flush=True)
 
 
+def replicates(screens: int) -> None:
+    """Print how many plates are said to be needed, from 4 of them, and what is found with them."""
+    print("\nPlates needed for 80 % (10 equally strong actives of 40) and found with them")
+    for strength, factors in ((0.3, 0), (0.5, 0), (0.75, 0), (0.5, 5), (0.75, 5), (1.0, 5)):
+        layout = Layout("", factors=factors)
+        shifts = np.zeros((40, layout.features))
+        shifts[:10] = strength * np.random.default_rng(5).normal(size=(10, layout.features))
+        said: list[float] = []
+        for seed in range(screens):
+            some = screen(layout, np.random.default_rng([seed, 6]), shifts=shifts)
+            for group in range(10):
+                wells = some.values[some.groups == group]
+                needed = replicates_needed(
+                    wells, some.values[some.controls], beside=layout.controls, level=LEVEL / 4
+                )
+                said.append(np.inf if needed is None else needed)
+        low, plates, high = np.quantile(said, [0.1, 0.5, 0.9], method="nearest")
+        shares = []
+        for number in sorted({max(2, int(plates) - 1), int(min(plates, 30)), int(plates) + 1}):
+            found = 0
+            for seed in range(screens):
+                random = np.random.default_rng([seed, 7])
+                some = screen(replace(layout, plates=number), random, shifts=shifts)
+                scores = activity(some.values, some.groups, some.controls, some.plates, seed=seed)
+                found += sum((scores[group].q or 0) < LEVEL for group in range(10))
+            shares.append(f"{number}: {found / screens / 10:.0%}")
+        print(
+            f"  strength {strength}, {factors} factors: said {plates:g} ({low:g} to {high:g});"
+            f" found with {', '.join(shares)}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", default=["null", "edge", "power", "interval"])
+    parser.add_argument("--only", nargs="+", default=list(SECTIONS), choices=SECTIONS)
     parser.add_argument("--screens", type=int, default=200)
     parser.add_argument("--layouts", type=int, nargs="+", default=list(range(len(LAYOUTS))))
     given = parser.parse_args()
@@ -314,11 +359,13 @@ def main() -> None:
     if "null" in given.only:
         null(given.screens, layouts)
     if "edge" in given.only:
-        edges(given.screens)
+        edges(max(1, given.screens // 2))
     if "power" in given.only:
         power(max(1, given.screens // 4), layouts)
     if "interval" in given.only:
         interval(given.screens, layouts)
+    if "replicates" in given.only:
+        replicates(max(1, given.screens // 10))
 
 
 if __name__ == "__main__":

@@ -75,10 +75,13 @@ def test_mean_average_precision_by_hand() -> None:
 def test_the_same_as_copairs_on_the_same_profiles() -> None:
     pytest.importorskip("copairs")
     values, groups, controls, plates = screen(strength=2.0)
+    used, off = controls | (groups == 0), np.zeros_like(values)
     for plate in (0, 1):  # as activity does, with the wells of one treatment
-        here = (plates == plate) & (controls | (groups == 0))
-        values[here] = (values[here] - values[here].mean(0)) / values[here].std(0)
-    values /= np.median(np.abs(values[controls | (groups == 0)]), axis=0)
+        here = (plates == plate) & used
+        spread = values[here].std(0)
+        off[here] = np.abs(values[here] - np.median(values[here], axis=0)) / spread
+        values[here] = (values[here] - values[here].mean(0)) / spread
+    values /= np.median(off[used], axis=0)
     ours, theirs = (
         measure(values, np.where(groups == 0, 0, -1), controls, plates)
         for measure in (activity, activity_by_copairs)
@@ -270,16 +273,19 @@ def test_edges_of_plates() -> None:
 
 
 def test_replicates_needed() -> None:
-    # As many controls as one could want: the one-sided one-sample t test. Its power with 7 wells at
-    # an effect of one SD is 0.76, with 8 it is 0.82 (noncentral t).
-    n = replicates_needed(1.0, 1.0, 10**7)
-    assert n == 8
-    powers = [stats.nct.sf(stats.t.isf(0.05, k - 1), k - 1, np.sqrt(k)) for k in (7, 8)]
-    assert powers[0] < 0.8 <= powers[1]
-    assert replicates_needed(1.0, 1.0, 16) > n
-    assert replicates_needed(1.0, 1.0, 10**7, level=0.001) > n
-    for effect, spread, controls in ((0.0, 1.0, 16), (-1.0, 1.0, 16), (1.0, 1.0, 3)):
-        assert replicates_needed(effect, spread, controls) is None
+    """Cosines of +-1 with controls, 0.5 between wells: 0.5 sqrt(n (n - 1) / 2) >= z + z."""
+    wells = angles(0, 60)
+    controls = angles(0, 180, 60, 240)
+    spread = np.std([1, -1, 0.5, -0.5])
+    for level in (0.05, 0.001):
+        n = replicates_needed(wells, controls, beside=16, level=level)
+        reach = (stats.norm.isf(level) + stats.norm.ppf(0.8)) * spread / 0.5
+        assert n is not None
+        assert np.sqrt(n * (n - 1) / 2) >= reach > np.sqrt((n - 1) * (n - 2) / 2)
+    # Alike as they may be, with one control beside each a p of 0.001 takes 10 wells: 2 ** 10.
+    assert replicates_needed(angles(0, 1), controls / 1e9, beside=1, level=0.001) == 10
+    for some, others in ((angles(0, 120), controls), (wells[:1], controls), (wells, controls[:3])):
+        assert replicates_needed(some, others, beside=16) is None
 
 
 def test_distances_are_those_of_effects_without_the_logarithm() -> None:

@@ -553,34 +553,46 @@ def edge_check(
 
 
 def replicates_needed(
-    effect: float,
-    spread: float,
-    n_controls: int,
+    wells: Numbers,
+    controls: Numbers,
     *,
+    beside: float,
     level: float = 0.05,
     power: float = 0.8,
     most: int = 100,
 ) -> int | None:
-    """Return how many wells a treatment needs to be told from controls with that power.
+    """Return about how many wells a treatment needs to be told from controls with that power.
 
-    ``effect``: mean distance of its wells, in standard deviations of controls (:func:`effects`);
-    ``spread``: standard deviation of its wells in this unit; ``n_controls``: on its plates;
-    ``level``: the p that it has to reach, for q < 0.05 with h hits among m treatments about
-    0.05 (h + 1) / m. The power is that of a one-sided t test of unequal variances, from the
-    noncentral t distribution (Cohen, Statistical Power Analysis, 1988, with Welch's degrees of
-    freedom). ``None``: the effect is not above 0, or more than ``most`` wells were needed.
+    ``wells`` (n, F) and ``controls`` (C, F): profiles, from the controls of their plates;
+    ``beside``: how many controls a plate has; ``level``: the p to reach, which for q < 0.05 with h
+    hits among m treatments is about 0.05 (h + 1) / m.
+
+    The mean of the n (n - 1) / 2 cosines between n wells has the standard deviation s / sqrt(n (n -
+    1) / 2) where nothing happens (a U statistic that is degenerate then; Hoeffding, Annals of
+    Mathematical Statistics 19, 1948), s that of a cosine between a well and a control. So n is the
+    smallest with mean >= (z(level) + z(1 - power)) times this, in the normal approximation, and
+    with (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
+    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``most`` wells were
+    needed. The number is as unsure as the mean of few cosines is.
     """
-    from scipy.stats import nct, t
+    from statistics import NormalDist
 
-    if not effect > 0 or not math.isfinite(spread) or n_controls < FEWEST_CONTROLS:
+    rows, usable = _complete(np.concatenate([wells, controls]))
+    own, others = rows[: len(wells)][usable[: len(wells)]], rows[len(wells) :][usable[len(wells) :]]
+    if len(own) < 2 or len(others) < FEWEST_CONTROLS:
         return None
-    other = 1 / n_controls
-    for n in range(2, most + 1):
-        own = max(spread, 1e-6) ** 2 / n
-        free = (own + other) ** 2 / (own**2 / (n - 1) + other**2 / (n_controls - 1))
-        away = effect / math.sqrt(own + other)
-        if float(nct.sf(t.isf(level, free), free, away)) >= power:
-            return n
+    own, others = (
+        some / np.maximum(np.linalg.norm(some, axis=1, keepdims=True), 1e-300)
+        for some in (own, others)
+    )
+    n = len(own)
+    mean = (float((own.sum(axis=0) ** 2).sum()) - n) / (n * (n - 1))
+    spread = float((own @ others.T).std())
+    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, power)) * spread
+    for needed in range(2, most + 1):
+        exchanges = needed * math.log1p(beside)
+        if mean * math.sqrt(needed * (needed - 1) / 2) >= reach and exchanges >= -math.log(level):
+            return needed if mean > 0 else None
     return None
 
 
@@ -715,19 +727,21 @@ def _complete(values: Numbers) -> tuple[Numbers, Flags]:
 
 
 def _standardised(rows: Numbers, layer: Codes) -> Numbers:
-    """Profiles by the mean and standard deviation of their stratum; 0 where all are equal.
+    """Profiles from the mean of their stratum, in standard deviations; 0 where all are equal.
 
-    What a few wells are far off in does not shrink to what the others vary in: each feature is
-    then divided by its median absolute value over all wells, in standard deviations of a normal.
+    What a few wells are far off in must not shrink to what the others vary in. So each feature is
+    divided by its median distance from the medians of the strata, over all wells, in units of
+    their standard deviations.
     """
-    found = np.zeros_like(rows)
+    found, off = np.zeros_like(rows), np.zeros_like(rows)
     for one in np.unique(layer):
         there = layer == one
-        part = rows[there] - rows[there].mean(axis=0)
-        spread = np.sqrt((part**2).mean(axis=0))
+        spread = rows[there].std(axis=0)
         varies = spread > 1e-10 * np.maximum(np.abs(rows[there]).max(axis=0), 1e-280)
-        found[there] = np.where(varies, part / np.where(varies, spread, 1.0), 0.0)
-    usual = _NORMAL_MAD * np.median(np.abs(found), axis=0)
+        for moved, middle in ((found, np.mean), (off, np.median)):
+            part = rows[there] - middle(rows[there], axis=0)
+            moved[there] = np.where(varies, part / np.where(varies, spread, 1.0), 0.0)
+    usual = _NORMAL_MAD * np.median(np.abs(off), axis=0)
     scaled: Numbers = found / np.where(usual > 1e-3, usual, 1.0)
     return scaled
 

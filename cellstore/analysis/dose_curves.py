@@ -111,12 +111,12 @@ def fit_curve(
     the control wells. Missing responses are left out, and so are treated wells with a dose of 0.
 
     The EC50 is determined where the curve fits better than a flat line (F test at 5 %, Seber and
-    Wild, Nonlinear Regression, 1989, 5.9) and the whole interval of the EC50 lies within the tested
+    Wild, Nonlinear Regression, 1989) and the whole interval of the EC50 lies within the tested
     doses. The interval is by profile likelihood: all EC50s at which the best curve is not worse
     than the best of all by the F test of one parameter (Bates and Watts, Nonlinear Regression
-    Analysis, 1988, 6.1). The variance for it is that of all wells about the curve; where treated
-    wells vary more than controls, that of the treated wells alone, with fewer degrees of freedom.
-    Doses are compared by their logarithms.
+    Analysis, 1988, chapter 6). The variance for it is that of all wells about the curve; where
+    treated wells vary more than controls, that of the treated wells alone, with fewer degrees of
+    freedom. Doses are compared by their logarithms.
     """
     doses, responses, controls = _checked(doses, responses, controls)
     correlation, trend_p = dose_trend(doses, responses, seed=seed) or (None, None)
