@@ -101,7 +101,7 @@ def test_profiles_are_shown_as_one_table() -> None:
     frame = profiles.to_pandas()
     assert list(frame.columns) == [*WELL_COLUMNS, *profiles.columns]
     np.testing.assert_array_equal(frame["a"], profiles.values[:, 1])
-    assert "<td>P1</td>" in profiles._repr_html_()
+    assert "<p>48 wells, 5 features</p>" in profiles._repr_html_()
     assert "<b>" not in profiles._repr_html_()
 
 

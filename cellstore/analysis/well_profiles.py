@@ -102,9 +102,6 @@ class WellProfiles:
         values = pd.DataFrame(self.values, columns=list(self.columns))
         return pd.concat([self.table, values], axis=1)
 
-    def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(max_rows=20, max_cols=30))
-
     def on_plates(self) -> list[tuple[str, NDArray[np.int64]]]:
         """Return each plate with the positions of its wells, in the order of the table."""
         groups = self.table.groupby("plate", sort=False).indices
