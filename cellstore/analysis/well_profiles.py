@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserInputError
+from ..notebooks import SHOWN_ROWS, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,6 +76,12 @@ class WellProfiles:
     columns: tuple[str, ...]
     gone: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """Return the first wells as a notebook shows them, and how many features each has."""
+        first = self.table.head(SHOWN_ROWS).astype(object)
+        shown = table(first.where(first.notna(), None).to_dict("records"))
+        return f"<p>{len(self.table):,} wells, {len(self.columns):,} features</p>{shown}"
 
     @property
     def known(self) -> Which:
