@@ -745,8 +745,7 @@ class Store(AbstractContextManager["Store"]):
         ``table`` says of each well its plate, position, treatment, control and number of cells,
         ``values`` (wells, features) are its numbers, ``columns`` the names of the features.
 
-        >>> found = store.profiles()
-        >>> found.table.join(pandas.DataFrame(found.values, columns=found.columns))
+        >>> store.profiles().to_pandas()
 
         Raises:
             UnknownNameError: there is no such run.

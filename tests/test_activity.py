@@ -260,6 +260,11 @@ def test_edges_of_plates() -> None:
     assert (same.matched, same.warnings) == (False, ())
     moved = values + 2.0 * edge[:, None]
     assert edge_check(moved, controls, plates, edge).matched
+    bare = edge_check(moved, controls & (plates == 0), plates, edge)
+    assert (bare.matched, bare.warnings) == (
+        True,
+        (),
+    )  # plate 1: no controls, no wells
     few = edge.copy()
     few[plates == 1] = np.cumsum(controls[plates == 1]) == 1
     warned = edge_check(values + 2.0 * few[:, None], controls, plates, few, names={1: "P2"})

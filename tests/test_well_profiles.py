@@ -96,6 +96,15 @@ def test_no_normalisation_changes_nothing() -> None:
     assert normalise(profiles, "none") is profiles
 
 
+def test_profiles_are_one_table() -> None:
+    profiles = replace(some_profiles(), columns=tuple("eabcd"))
+    frame = profiles.to_pandas()
+    assert list(frame.columns) == [*WELL_COLUMNS, *profiles.columns]
+    np.testing.assert_array_equal(frame["a"], profiles.values[:, 1])
+    assert "<p>48 wells, 5 features</p>" in profiles._repr_html_()
+    assert "<b>" not in profiles._repr_html_()
+
+
 def test_selected_features_are_those_of_pycytominer() -> None:
     profiles = some_profiles(features=8)
     values = profiles.values

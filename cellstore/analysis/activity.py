@@ -539,7 +539,7 @@ def edge_check(
     clean, usable = _complete(values)
     ours = np.flatnonzero(controls & usable)
     named, few, both = names or {}, [], []
-    for plate in np.unique(plates).tolist():
+    for plate in np.unique(plates[ours]).tolist():  # wells of other plates are not compared
         zone = on_edge[ours[plates[ours] == plate]]
         if min(zone.sum(), (~zone).sum()) < FEWEST_CONTROLS:
             few.append(str(named.get(plate, plate)))

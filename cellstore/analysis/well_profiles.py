@@ -95,6 +95,13 @@ class WellProfiles:
         found: Which = (self.table["control"] == "negative").to_numpy(dtype=bool)
         return found
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Return ``table`` with a column for each feature beside it."""
+        import pandas as pd
+
+        values = pd.DataFrame(self.values, columns=list(self.columns))
+        return pd.concat([self.table, values], axis=1)
+
     def on_plates(self) -> list[tuple[str, NDArray[np.int64]]]:
         """Return each plate with the positions of its wells, in the order of the table."""
         groups = self.table.groupby("plate", sort=False).indices

@@ -202,10 +202,16 @@ class PlateSet:
         return self.groups < 0
 
     @property
+    def profiled(self) -> Flags:
+        """Which wells have a profile (N,)."""
+        known: Flags = np.isfinite(self.values).any(axis=1)
+        return known
+
+    @property
     def empty(self) -> Flags:
-        """Which wells have images that count, but no profile (N,)."""
-        unknown: Flags = self.compared & ~np.isfinite(self.values).any(axis=1)
-        return unknown
+        """Which wells have images that count, but no cells (N,)."""
+        found: Flags = self.compared & (self.counts == 0)
+        return found
 
     def add(
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
@@ -248,24 +254,21 @@ def hits(
             inputs.append(session.get_one(Recipe, run.recipe_id))
         spec = _recipe(session, params, parts, curves, tuple(inputs))
         earlier = None if force else finished_run(session, spec)
+        made = session.get_one(Run, profile_run).result or {}
+        changed = [note for note in profiles.notes if note not in made.get("notes", ())]
         if earlier is not None:
-            return hits_result(session, earlier)
+            found = hits_result(session, earlier)
+            return replace(found, notes=tuple(dict.fromkeys([*changed, *found.notes])))
         training = next(trainings_of_features(session, recipe), None)
         sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
         single = _single_perturbations(session, profiles.table["treatment_id"])
-        made = session.get_one(Run, profile_run).result or {}
     with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
         for part in track(workspace.progress, "hits", len(parts), parts):
             _score(part, params)
             _score_targets(part, params)
             _score_doses(part, params, profiles.columns, curves, single)
         notes = [note for part in parts for note in _named(part, parts, part.notes)]
-        if made.get("controls") not in (None, int(profiles.controls.sum())):
-            notes.insert(
-                0,
-                f"Wells became controls, or no longer are, since profile run {profile_run}: "
-                "make the profiles again with 'cellstore profile', then repeat this.",
-            )
+        notes[:0] = changed
         if sphered == ["sphere", "controls"]:
             notes.insert(
                 0,
@@ -582,7 +585,7 @@ def _score(part: PlateSet, params: HitsParams) -> None:
     rule = scores["activity_copairs"]
     if params.measure == "activity":
         rule = scores["activity"]
-        known = ~part.empty
+        known = part.profiled
         floors |= activity.smallest_p(
             groups[known], controls[known], strata[known], params.permutations
         )
@@ -723,6 +726,13 @@ def _notes(
             else f"Well {some[0]} has no cells that count: it counts for the cell count, and has "
             "no profile."
         )
+    without = part.compared & ~part.empty & ~part.profiled
+    if without.any():
+        some = [f"{row.plate}/{row.well}" for row in part.table[without].itertuples()]
+        yield (
+            f"{len(some)} of the wells with cells have no profile ({some_of(some)}): their plate "
+            "has too few controls with cells, or their cells are not measured."
+        )
     unseen = int((~np.isfinite(part.counts)).sum())
     if unseen:
         yield f"{unseen} wells have no image that counts: they are not compared."
@@ -779,7 +789,7 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
             members[target] += 1
     if not any(number > 1 for number in members.values()):
         return
-    there = part.compared & ~part.empty
+    there = part.compared & part.profiled
     values = np.array(
         [np.nanmedian(part.values[there & (part.groups == code)], axis=0) for code in codes]
     )

@@ -29,6 +29,7 @@ from ..errors import UserInputError
 from ..jobs.lookup import find_run, images_of
 from ..jobs.runs import (
     RecipeSpec,
+    digest,
     digest_of_images,
     files_of,
     finished_run,
@@ -42,7 +43,7 @@ from ..notebooks import Shown
 from ..query.cell_tables import LIMITS
 from ..query.cells import choose_recipes
 from ..query.engine import Questions, open_questions
-from ..query.exclusions import qc_run_for, unseen_notes
+from ..query.exclusions import image_counts, qc_run_for, unseen_notes
 from ..query.feature_files import open_set
 from ..query.guard import quoted
 from ..settings import need, track
@@ -60,6 +61,8 @@ COLUMNS_AT_ONCE = 100
 
 ROWS_AT_ONCE = 2_000
 """Wells of a row group."""
+
+AGAIN = "make the profiles again with 'cellstore profile', then repeat this."
 
 NOT_FEATURES = ("well_id", "n_cells", "n_images")
 """The first columns of a file of profiles."""
@@ -79,6 +82,14 @@ IMAGES = """
 """
 """The images that count and are segmented."""
 
+NOT_SEGMENTED = """
+    SELECT count(DISTINCT i.well_id)
+    FROM images AS i
+    JOIN wells AS w ON w.id = i.well_id
+    WHERE (len($plates::BIGINT[]) = 0 OR list_contains($plates::BIGINT[], w.plate_id))
+    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = i.id)
+    AND NOT EXISTS (FROM profile_images AS p WHERE p.well_id = i.well_id)
+"""
 EXTENTS = """
     SELECT plate_id, min(segmentation_id), max(segmentation_id) FROM profile_images
     GROUP BY plate_id ORDER BY plate_id
@@ -181,8 +192,8 @@ def profile(
     assert features.name is not None  # each measurement makes a set
     votes = VoteOptions(exclude_flagged=flagged)
     with open_questions(workspace, LIMITS, vote_options=votes) as questions:
-        parameters = {"segment": segment.id, "plates": list(plate_ids)}
-        questions.keep("profile_images", IMAGES, parameters)
+        plates = {"plates": list(plate_ids)}
+        questions.keep("profile_images", IMAGES, {"segment": segment.id, **plates})
         averaging = _Averaging(workspace, questions, features.name, params.average)
         counts = averaging.count()
         with workspace.database.read() as session:
@@ -203,6 +214,13 @@ def profile(
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
             notes += averaging.notes(counts)
+            (lacking,) = next(questions.ask_ours(NOT_SEGMENTED, plates).rows())
+            if lacking:
+                what = "well has" if lacking == 1 else "wells have"
+                notes.append(
+                    f"{lacking:,} {what} images, but none that is segmented by recipe "
+                    f"{segment.id}: no profile. Run: cellstore segment"
+                )
             profiles = _compared(averaging.profiles(counts), params)
             stored = workspace.artifacts.write(
                 ArtifactKind.PROFILES, _as_parquet(profiles), ".parquet"
@@ -218,6 +236,7 @@ def profile(
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),
                 "controls": int(profiles.controls.sum()),
+                "control_wells": _controls_of(profiles),
                 "cells": int(table["n_cells"].sum()),
                 "measured": len(averaging.columns),
                 "features": len(profiles.columns),
@@ -233,7 +252,8 @@ def open_profiles(
 ) -> tuple[int, WellProfiles]:
     """Return the number of a profile run, and its profiles; default: the latest that is done.
 
-    What was done to a well is as the store has it now.
+    What was done to a well is as the store has it now. Wells that were excluded since are left out;
+    the first of ``notes`` say what else was changed since.
 
     Raises:
         UnknownNameError: there is no such run.
@@ -259,12 +279,35 @@ def open_profiles(
         values = np.full((len(ids), len(columns)), np.nan)
         for at, name in enumerate(columns):
             values[:, at] = read[name].to_numpy()
-        there = table["plate"].notna().to_numpy()  # the others were deleted since
+        images = _images_that_count(session, ids)
+        now = np.array([images.get(well_id, 0) for well_id in ids])
+        there = now > 0  # the others were excluded, or deleted, since
+        fewer = int((there & (now < table["n_images"].to_numpy())).sum())
         table = table[there].reset_index(drop=True)
         result = run.result or {}
         gone = {reason: tuple(names) for reason, names in result.get("gone", {}).items()}
-        notes = tuple(result.get("notes", ()))
-        return run.id, WellProfiles(table, values[there], columns, gone, notes)
+        profiles = WellProfiles(table, values[there], columns, gone)
+        notes = list(result.get("notes", ()))
+        if _controls_of(profiles) != result.get("control_wells"):
+            changed = "Wells became controls, or no longer count as controls,"
+            notes.insert(0, f"{changed} since profile run {run.id}: {AGAIN}")
+        if fewer:
+            notes.insert(0, f"Images of {fewer} wells were excluded since: {AGAIN}")
+        return run.id, replace(profiles, notes=tuple(notes))
+
+
+def _images_that_count(session: Session, well_ids: Sequence[int]) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for some in in_lists(well_ids):
+        query = select(Image.well_id, func.count()).where(Image.well_id.in_(some), image_counts())
+        found |= {row[0]: row[1] for row in session.execute(query.group_by(Image.well_id))}
+    return found
+
+
+def _controls_of(profiles: WellProfiles) -> str:
+    """Return what stands for the wells that are negative controls."""
+    table = profiles.table.loc[profiles.controls, ["plate", "well"]]
+    return digest(sorted(table.to_numpy(dtype=str).tolist()))
 
 
 def _result(run: Run) -> ProfileResult:

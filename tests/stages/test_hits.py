@@ -143,6 +143,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     if store.workspace.database.is_sqlite:
         check_command(store)
         check_same_again(store)
+        check_changes(store)
         check_words(store)
         check_probabilities(store)
 
@@ -238,6 +239,23 @@ def check_probabilities(store: Store) -> None:
         store.hits(replace(FAST, curves=("probability:cereal",)))
 
 
+def check_changes(store: Store) -> None:
+    """Wells that were excluded since do not count, and other controls are called out."""
+    table = store.profiles().table
+    name = {row.treatment: f"{row.plate}/{row.well}" for row in table.itertuples()}
+    store.exclude("well", name["alpha2"], reason="air bubble")
+    found = store.hits(FAST)
+    assert (found.already_done, by_name(found.rows)["alpha2"].n_wells) == (False, 2)
+    assert len(store.profiles().table) == len(table) - 1
+    # One control less and one more: as many as before, and others.
+    store.relabel(name["DMSO"], control="none", reason="empty")
+    store.relabel(name["idle"], control="negative", reason="as DMSO")
+    for _ in range(2):  # also where it is answered from the store
+        assert store.hits(FAST).notes[0].startswith("Wells became controls, or no longer count as")
+    store.profile(ProfileParams(features="single_cells"))
+    assert "became controls" not in " ".join(store.hits(FAST).notes)
+
+
 def check_words(store: Store) -> None:
     """What cannot be compared is one sentence."""
 
@@ -295,6 +313,8 @@ def test_plates_of_one_cell_line_and_time_point_are_compared_together() -> None:
         ("U2OS", ("P3",)),
     ]
     assert [len(part.groups) for part in parts] == [6, 3]
+    parts[0].values[:] = np.nan  # as on a plate with too few controls: its wells have cells
+    assert (parts[0].profiled.any(), parts[0].empty.any()) == (False, False)
     times = wells(
         {("P1", None, "24"): plate, ("P2", None, "48"): plate, ("P3", None, None): ["taxol"]}
     )

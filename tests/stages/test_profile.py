@@ -235,6 +235,9 @@ def test_what_cannot_be_averaged_is_a_sentence(screen: Screen) -> None:
     with pytest.raises(UserInputError, match="No cell of P3 that counts is measured"):
         profile(workspace, replace(PLAIN, plates=("P3",)))
     made = profile(workspace, replace(PLAIN, select=("missing",)))
+    make.image(make.well(third, 1, 3))
+    made = profile(workspace, replace(PLAIN, select=("missing",)), force=True)
+    assert any("1 well has images, but none that is segmented" in note for note in made.notes)
     assert any("Plate P3 has fewer than 2 negative control wells" in note for note in made.notes)
     assert MISSING not in made.gone
 
