@@ -107,6 +107,7 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "maps": maps,
         "more_plates": more_plates,
         "alike": ALIKE,
+        "changed": f"{CHANGED:g}",
     }
     write_html(path, "hits.html.j2", content, {"brief": brief, "q": q_text, "sd": sd_text})
 
@@ -193,11 +194,10 @@ def sd_text(value: float | None) -> str:
 def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
     """The rows of the ranked table, each with its place in every order."""
     shown = screen.judged[:ROWS]
-    known = [item.row for item in shown if item.row.effect is not None]
-    ends = [x for row in known for x in (row.effect, row.effect_low, row.effect_high)]
-    given = [x for x in ends if x is not None]
-    low, high = np.percentile(given, [2, 98]).tolist() if given else (0.0, 1.0)
-    limits = min(low, -0.5), max(high, 1.0)
+    values = [item.row.effect for item in shown if item.row.effect is not None]
+    ends = [item.row.effect_high for item in shown if item.row.effect_high is not None]
+    high = float(np.percentile(ends, 98)) if ends else 1.0
+    limits = min([-1.0, *values]), max([high, 1.0, *values])
 
     def places(key: Callable[[Judged], Any]) -> dict[int, int]:
         order = sorted(shown, key=lambda item: (key(item) is None, key(item) or 0))
