@@ -209,7 +209,8 @@ class PlateSet:
     @property
     def empty(self) -> Flags:
         """Which wells have images that count, but no cells (N,)."""
-        return self.compared & (self.counts == 0)
+        without: Flags = self.compared & (self.counts == 0)
+        return without
 
     def add(
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
