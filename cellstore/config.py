@@ -1141,8 +1141,9 @@ class HitsParams(Params):
     )
     min_over_count: float = option(
         0.0,
-        "The effect of a hit exceeds the loss of cells by more than this, both in standard "
-        "deviations of the controls; else it is called 'fewer cells only'.",
+        "Where a treatment has fewer cells, the most changed features of a hit change by more "
+        "than its cell count, and by this much more, in standard deviations of the controls; "
+        "else it is called 'mainly fewer cells'.",
         metavar="SD",
         min=0.0,
     )

@@ -30,6 +30,7 @@ class DemoPlates:
     truth: Path
     store: Path
     report: Path
+    hits: Path
 
 
 def render_plates(
@@ -60,6 +61,7 @@ def render_plates(
         truth=folder / "truth",
         store=folder / "store",
         report=folder / "report.html",
+        hits=folder / "hits.html",
     )
     table = _table(design, plates.images.name).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:
@@ -107,6 +109,8 @@ def commands(plates: DemoPlates) -> list[list[str]]:
         ["predict", *store],
         ["train", "--split", SPLIT, "--baseline", "null", *store],
         ["report", "--html", str(plates.report), *store],
+        ["profile", *store],
+        ["hits", "--html", str(plates.hits), *store],
     ]
 
 

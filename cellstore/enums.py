@@ -135,7 +135,7 @@ class Verdict(StrEnum):
     """What a hits run says of a treatment, by its rule."""
 
     HIT = "hit"
-    FEWER_CELLS = "fewer cells only"  # the effect is no larger than that on the number of cells
+    FEWER_CELLS = "mainly fewer cells"  # their number is what changed most
     SMALL = "small effect"  # surely there, but smaller than the rule asks for
     NO = "no difference"
     UNKNOWN = "cannot say"  # too few wells or controls

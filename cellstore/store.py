@@ -745,8 +745,7 @@ class Store(AbstractContextManager["Store"]):
         ``table`` says of each well its plate, position, treatment, control and number of cells,
         ``values`` (wells, features) are its numbers, ``columns`` the names of the features.
 
-        >>> found = store.profiles()
-        >>> found.table.join(pandas.DataFrame(found.values, columns=found.columns))
+        >>> store.profiles().to_pandas()
 
         Raises:
             UnknownNameError: there is no such run.
@@ -761,6 +760,7 @@ class Store(AbstractContextManager["Store"]):
         self,
         params: HitsParams | None = None,
         *,
+        html: str | Path | None = None,
         force: bool = False,
     ) -> HitsResult:
         """Say which treatments differ from the controls of their plates, how surely, and how much.
@@ -768,7 +768,7 @@ class Store(AbstractContextManager["Store"]):
         The wells are those of a profile run; see :meth:`profile`. Returns a row for each treatment
         with its dose in ``rows``, hits first, by effect, each with its verdict and the reason;
         whether hits of one target look alike in ``targets``, and dose curves in ``doses``.
-        ``force``: compare again, even if nothing has changed.
+        ``html``: also a page with pictures. ``force``: compare again, even if nothing has changed.
 
         >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
 
@@ -776,10 +776,18 @@ class Store(AbstractContextManager["Store"]):
             MissingExtraError: pycytominer, copairs or scipy is not installed.
             UnknownNameError: there is no such run, treatment, plate, feature or label.
             UserInputError: there is no control, nothing to compare it with, or no profile.
+            StorageError: the page cannot be written.
         """
         from .stages.hits import hits
 
-        return hits(self.workspace, params or HitsParams(), force=force)
+        found = hits(self.workspace, params or HitsParams(), force=force)
+        if html is not None:
+            from .report.hits_page import write_hits_page
+
+            write_hits_page(self.workspace, found.run_id, Path(html))
+            found = replace(found, html=str(html))
+            self.wrote(Path(html))
+        return found
 
     def report(
         self,

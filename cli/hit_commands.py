@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cellstore.config import HitsParams, ProfileParams, option
+from cellstore.config import HitsParams, ProfileParams, option, options_of, spelled
 from cellstore.store import Store
 
 from . import output
-from .app import MEASUREMENT, SEGMENTATION, Common, command, say_next
-from .output import count, say, say_more, span
+from .app import HTML, MEASUREMENT, SEGMENTATION, Common, command, say_next
+from .output import count, say_more, span
 
 if TYPE_CHECKING:
     from cellstore.stages.hits import DoseRow, HitRow, HitsResult
@@ -41,10 +43,9 @@ def _show_profile(result: ProfileResult) -> None:
         typer.echo("")
         rows = ((why, len(names), ", ".join(names)) for why, names in result.gone.items())
         output.table(("left out because", "features", "which"), rows)
-    say(*map(output.filled, result.notes))
 
 
-@command(app, "profile", _show_profile, then=True)
+@command(app, "profile", _show_profile, then=lambda _: ("cellstore hits",))
 def profile(
     params: ProfileParams,
     store: Store,
@@ -139,6 +140,8 @@ def _show_hits(result: HitsResult) -> None:
             map(_dose_cells, result.doses),
         )
     output.wrapped(result.rule)
+    if result.html:
+        typer.echo(f"page: {result.html}")
 
 
 @command(app, "hits")
@@ -146,6 +149,7 @@ def hits(
     params: HitsParams,
     store: Store,
     common: Common,
+    html: Path | None = HTML,
     force: bool = option(False, "Compare again, even if nothing has changed."),
 ) -> None:
     """Show which treatments differ from the controls, how surely, and from which dose on.
@@ -159,11 +163,20 @@ def hits(
     \b
     Example:
       cellstore hits
+      cellstore hits --html hits.html
       cellstore hits --q 0.1 --min-effect 2 --control DMSO
       cellstore hits --curve area --curve probability:taxol --run 8
     """
-    found = store.hits(params, force=force)
+    found = store.hits(params, html=html, force=force)
     common.show(found, _show_hits)
     if common.as_json:
         return
-    say_next(('cellstore sql "FROM hit_table"',), common)
+    words = [
+        word
+        for item in options_of(HitsParams)
+        if (value := getattr(params, item.name)) != item.default
+        for word in spelled(item, value)
+    ]
+    page = shlex.join(["cellstore", "hits", *words, "--html", "hits.html"])
+    rows = 'cellstore sql "FROM hit_table"'
+    say_next((rows,) if html else (page, rows), common)

@@ -154,8 +154,8 @@ def demo(
     """Render a small screen and run every stage on it.
 
     Plates of drawn cells under six treatments are segmented, measured, split, learned and
-    predicted; each command is shown before it runs. Takes under 5 minutes on 2 cores, and ends
-    with the path of a report.
+    predicted, and treatments compared with controls; each command is shown before it runs. Takes
+    under 5 minutes on 2 cores, and ends with the paths of two pages.
 
     \b
     Example:
@@ -174,8 +174,9 @@ def demo(
     for words in commands(plates):
         run(words)
     run(audit_command(plates))
-    say("\nThe demo is done. Open its report in a browser:")
+    say("\nThe demo is done. Open its pages in a browser: what the network learned, and the hits.")
     typer.echo(plates.report)
+    typer.echo(plates.hits)
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 

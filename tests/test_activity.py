@@ -21,6 +21,7 @@ from cellstore.analysis.activity import (
     replicate_correlation,
     replicates_needed,
     smallest_p,
+    strongest_changes,
 )
 
 stats = pytest.importorskip("scipy.stats")
@@ -303,3 +304,13 @@ def test_distances_are_those_of_effects_without_the_logarithm() -> None:
     # Twice as strong is twice as far, where the effect is far larger than the noise.
     values[12:16] += 100 * np.sign(values[12:16])
     assert distances(values, controls, plates)[12:16] / found[12:16] == pytest.approx(2, rel=0.02)
+
+
+def test_the_most_changed_features_by_hand() -> None:
+    controls = np.array([[0.0, 10], [2, 10], [4, 10], [6, 10]])  # spread 2.58 and none
+    values = np.vstack([controls, [[3 + 7.7, 99], [3 + 5.1, 99]], [[np.nan, np.nan]]])
+    groups = np.array([-1, -1, -1, -1, 0, 0, 1])
+    found = strongest_changes(values, groups, groups < 0, np.zeros(7, dtype=np.int64))
+    # 6.4 / 2.58 for the first feature; the second does not vary among controls, so says nothing.
+    assert found[0] == pytest.approx(0.95 * 6.4 / np.std([0, 2, 4, 6], ddof=1))
+    assert np.isnan(found[1])

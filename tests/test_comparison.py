@@ -199,7 +199,7 @@ def test_two_hits_runs_which_finds_more(workspace: Workspace) -> None:
     less = dict.fromkeys(alone, "small effect 1.0")
     other = hits_run(
         make,
-        {"a": "hit 7", "b": "fewer cells only 0.5", "i": "cannot say -", "k": "hit 2", **less},
+        {"a": "hit 7", "b": "mainly fewer cells 0.5", "i": "cannot say -", "k": "hit 2", **less},
         rule="q < 0.1", plate_sets={"all plates": ["P1", "P2"]}, feature_set="embedding",
     )  # fmt: skip
     found = compare(workspace, one.id, f"hits {other.id}")

@@ -96,6 +96,15 @@ def test_no_normalisation_changes_nothing() -> None:
     assert normalise(profiles, "none") is profiles
 
 
+def test_profiles_are_shown_as_one_table() -> None:
+    profiles = replace(some_profiles(), columns=("Cells_<b>", *"abcd"))
+    frame = profiles.to_pandas()
+    assert list(frame.columns) == [*WELL_COLUMNS, *profiles.columns]
+    np.testing.assert_array_equal(frame["a"], profiles.values[:, 1])
+    assert "<p>48 wells, 5 features</p>" in profiles._repr_html_()
+    assert "<b>" not in profiles._repr_html_()
+
+
 def test_selected_features_are_those_of_pycytominer() -> None:
     profiles = some_profiles(features=8)
     values = profiles.values
@@ -154,6 +163,19 @@ def test_a_feature_that_is_constant_in_controls_goes_and_is_named() -> None:
         found = normalise(profiles, method)
         assert found.gone == {CONSTANT: ("Cells_1",)}
         assert np.abs(found.values).max() < 1000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["mad", "standardise", "sphere"])
+def test_features_with_gaps_are_named_and_nothing_is_said_twice(method: str) -> None:
+    profiles = some_profiles(rows=8, columns=12, features=5)
+    profiles.values[:, 1] = np.nan
+    profiles.values[profiles.controls, 2] = np.nan
+    for positions in ("none", "median-polish", "controls"):
+        found = normalise(correct_positions(profiles, positions), method)
+        found = select_features(found, ("missing", "variance", "correlation"))
+        assert found.gone == {MISSING: ("Cells_1", "Cells_2")}
+        assert np.isfinite(found.values).all()
 
 
 def test_a_plate_without_enough_controls_keeps_its_wells_without_values() -> None:

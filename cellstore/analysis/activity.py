@@ -35,6 +35,8 @@ STOP = 50
 """Exchanges that reach the statistic found; with them p is known to 14 % of itself."""
 FEWEST_CONTROLS = 4
 """With fewer, nothing says how far controls are from each other."""
+MOST_CHANGED = 0.95
+"""The share of the features that change by less than the most changed ones."""
 TAIL = 0.025
 """Of a 95 % interval, on each side."""
 _NORMAL_MAD = 1.4826
@@ -310,6 +312,32 @@ def distances(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
     """
     ratios: Numbers = np.exp(_log_distances(values, controls, plates)[0])
     return ratios
+
+
+def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
+    """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
+
+    Of each feature the mean over the wells of the treatment, in standard deviations of the controls
+    of their plates; of the sizes of these the 95th percentile over the features. The number of
+    cells of a treatment (:func:`cell_counts`) can be held against it: where it has changed by more,
+    the cells have become fewer rather than different.
+    """
+    clean, usable = _complete(values)
+    scaled = np.full(clean.shape, np.nan)
+    for plate in np.unique(plates[controls & usable]):
+        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, controls))
+        own = own[usable[own]]
+        if len(own) >= FEWEST_CONTROLS:
+            spread = clean[own].std(axis=0, ddof=1)
+            varies = spread > 1e-10 * np.maximum(np.abs(clean[own]).max(axis=0), 1e-280)
+            apart = clean[wells] - clean[own].mean(axis=0)
+            scaled[wells] = np.where(varies, apart / np.where(varies, spread, 1.0), 0.0)
+    known = np.isfinite(scaled).all(axis=1)
+    found = np.full(int(groups.max(initial=-1)) + 1, np.nan)
+    for group in _treatments(groups):
+        if (mine := (groups == group) & known & ~controls).any():
+            found[group] = np.quantile(np.abs(scaled[mine].mean(axis=0)), MOST_CHANGED)
+    return found
 
 
 def _log_distances(

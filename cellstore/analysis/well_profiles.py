@@ -6,7 +6,9 @@ Each function takes :class:`WellProfiles` and returns new ones. What they comput
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserInputError
+from ..notebooks import SHOWN_ROWS, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +77,12 @@ class WellProfiles:
     gone: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """Return the first wells as a notebook shows them, and how many features each has."""
+        first = self.table.head(SHOWN_ROWS).astype(object)
+        shown = table(first.where(first.notna(), None).to_dict("records"))
+        return f"<p>{len(self.table):,} wells, {len(self.columns):,} features</p>{shown}"
+
     @property
     def known(self) -> Which:
         """Which wells have any value, (N,)."""
@@ -85,6 +94,13 @@ class WellProfiles:
         """Which wells are negative controls, (N,)."""
         found: Which = (self.table["control"] == "negative").to_numpy(dtype=bool)
         return found
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return ``table`` with a column for each feature beside it."""
+        import pandas as pd
+
+        values = pd.DataFrame(self.values, columns=list(self.columns))
+        return pd.concat([self.table, values], axis=1)
 
     def on_plates(self) -> list[tuple[str, NDArray[np.int64]]]:
         """Return each plate with the positions of its wells, in the order of the table."""
@@ -164,16 +180,17 @@ def normalise(profiles: WellProfiles, method: str, against: str = "controls") ->
             continue
         frame = pd.DataFrame(profiles.values[at], columns=list(profiles.columns))
         of_reference = frame.loc[np.isin(at, reference)]
-        if method == "mad":
-            scaler = RobustMAD(epsilon=1e-18).fit(of_reference)  # the default of pycytominer
-            gone |= scaler.mad.to_numpy() == 0
-            values[at] = scaler.transform(frame).to_numpy()
-        elif method == "standardise":
-            scaler = StandardScaler().fit(of_reference)
-            gone |= scaler.var_ == 0
-            values[at] = scaler.transform(frame)
-        else:
-            gone |= np.ptp(of_reference.to_numpy(), axis=0) == 0
+        with _gaps_allowed():
+            if method == "mad":
+                scaler = RobustMAD(epsilon=1e-18).fit(of_reference)  # pycytominer's default
+                gone |= scaler.mad.to_numpy() == 0
+                values[at] = scaler.transform(frame).to_numpy()
+            elif method == "standardise":
+                scaler = StandardScaler().fit(of_reference)
+                gone |= scaler.var_ == 0
+                values[at] = scaler.transform(frame)
+            else:
+                gone |= np.ptp(of_reference.to_numpy(), axis=0) == 0
     if len(short) == len(plates):
         what = "negative control wells" if against == "controls" else "wells"
         raise UserInputError(
@@ -353,7 +370,7 @@ def _polish(values: Numbers, rows: NDArray[np.int64], columns: NDArray[np.int64]
     grid = np.full((rows.max(), columns.max(), values.shape[1]), np.nan)
     grid[rows - 1, columns - 1] = values
     start = grid.copy()
-    with np.errstate(all="ignore"):
+    with _gaps_allowed():
         size = np.nansum(np.abs(grid))
         for _ in range(POLISHES):
             for axis in (1, 0):
@@ -369,12 +386,16 @@ def _polish(values: Numbers, rows: NDArray[np.int64], columns: NDArray[np.int64]
 
 
 def _median(grid: Numbers, axis: int) -> Numbers:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a row without wells has no median
-        found: Numbers = np.nanmedian(grid, axis=axis, keepdims=True)
+    found: Numbers = np.nanmedian(grid, axis=axis, keepdims=True)
     return found
+
+
+@contextmanager
+def _gaps_allowed() -> Iterator[None]:
+    """Be silent about features, rows and columns of which no value is known."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 def _by_controls(
@@ -388,7 +409,8 @@ def _by_controls(
     design = np.stack([rows, columns, edge], axis=1).astype(np.float64)
     design -= design[own].mean(axis=0)
     inverse = np.linalg.pinv(design[own])
-    centred = values[own] - np.nanmean(values[own], axis=0)
+    with _gaps_allowed():
+        centred = values[own] - np.nanmean(values[own], axis=0)
     effect = design @ (inverse @ np.nan_to_num(centred))
     # Of a control: e / (1 - h) is its distance from what the others say of its position.
     leverage = np.einsum("ij,ji->i", design[own], inverse) + 1 / own.sum()

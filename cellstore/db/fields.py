@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, String, cast, func, select
+from sqlalchemy import ColumnElement, Row, Select, String, cast, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import PERTURBATION, TARGET, TREATMENT
@@ -91,6 +91,46 @@ def wells_changed(*conditions: ColumnElement[bool]) -> Select[Any]:
         .where(events.c.table_name == "perturbations", *conditions)
     )
     return select(moved.union(corrected).subquery().c.row_id.label("well_id"))
+
+
+_CHANGED_SINCE = """
+    WITH since AS (SELECT started_at AS moment FROM runs WHERE id = :run),
+    said AS (
+        SELECT level, row_id FROM annotations CROSS JOIN since
+        WHERE kind = 'exclusion' AND created_at > moment
+    ),
+    changed AS (
+        SELECT row_id AS id FROM events CROSS JOIN since
+        WHERE table_name = 'wells' AND old IS NOT NULL AND created_at > moment
+        UNION SELECT row_id FROM said WHERE level = 'well'
+        UNION SELECT wells.id FROM said JOIN wells ON plate_id = row_id WHERE level = 'plate'
+        UNION SELECT well_id FROM said JOIN images ON images.id = row_id WHERE level = 'image'
+        UNION SELECT well_id FROM said JOIN cells ON cells.id = row_id
+        JOIN segmentations ON segmentations.id = segmentation_id
+        JOIN images ON images.id = image_id WHERE level = 'cell'
+    )
+    SELECT barcode, count(*) AS n FROM changed
+    JOIN wells ON wells.id = changed.id JOIN plates ON plates.id = plate_id
+    GROUP BY barcode
+"""
+
+
+def changed_since(session: Session, run_id: int) -> list[str]:
+    """Return a sentence if wells of a profile or hits run were changed after it began.
+
+    That is: relabelled, or excluded or included, themselves, their plate, or cells or images of it.
+    """
+    runs = METADATA.tables["runs"].c
+    of = or_(runs.id == run_id, runs.id.in_(select(runs.parent_id).where(runs.id == run_id)))
+    results = session.scalars(select(runs.result).where(of))
+    read = {name for result in results for name in (result or {}).get("barcodes", ())}
+    rows = session.execute(text(_CHANGED_SINCE), {"run": run_id})
+    number = sum(int(n) for barcode, n in rows if barcode in read)
+    if not number:
+        return []
+    wells = "1 well was" if number == 1 else f"{number:,} wells were"
+    since = f"relabelled, excluded or included since run {run_id} began"
+    return [f"{wells} {since}. To be up to date: cellstore profile, then cellstore hits"]
 
 
 def wells_relabelled(session: Session, split_id: int, well_id: int | None = None) -> list[Row[Any]]:

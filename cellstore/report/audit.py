@@ -36,7 +36,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..config import RunName
-from ..db.fields import field_column, wells_changed
+from ..db.fields import changed_since, field_column, wells_changed
 from ..enums import TARGET, TREATMENT, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -648,44 +648,8 @@ def _run(session: Session, run_id: int) -> Audit:
         "downstream": _downstream(session, runs_of=[run_id]),
     }
     if record["stage"] in (Stage.PROFILE, Stage.HITS):
-        record["notes"] = _changed_since(session, [run_id, *(row["run_id"] for row in parents)])
+        record["notes"] = changed_since(session, run_id)
     return Audit("run", f"Run {run_id}: {record['stage']}", record)
-
-
-def _changed_since(session: Session, runs: Collection[int]) -> list[str]:
-    """A note on a run about wells whose treatment, role or exclusions were changed after it began.
-
-    ``runs``: it and the profile run whose wells it compares.
-    """
-    query = """
-        WITH since AS (SELECT min(started_at) AS moment FROM runs WHERE id IN :runs),
-        said AS (
-            SELECT level, row_id FROM annotations CROSS JOIN since
-            WHERE kind = 'exclusion' AND created_at > moment
-        ),
-        changed AS (
-            SELECT row_id AS id FROM events CROSS JOIN since
-            WHERE table_name = 'wells' AND old IS NOT NULL AND created_at > moment
-            UNION SELECT row_id FROM said WHERE level = 'well'
-            UNION SELECT wells.id FROM said JOIN wells ON plate_id = row_id WHERE level = 'plate'
-            UNION SELECT well_id FROM said JOIN images ON images.id = row_id WHERE level = 'image'
-            UNION SELECT well_id FROM said JOIN cells ON cells.id = row_id
-            JOIN segmentations ON segmentations.id = segmentation_id
-            JOIN images ON images.id = image_id WHERE level = 'cell'
-        )
-        SELECT barcode, count(*) AS n FROM changed
-        JOIN wells ON wells.id = changed.id JOIN plates ON plates.id = plate_id
-        GROUP BY barcode ORDER BY barcode
-    """
-    results = "SELECT result FROM runs WHERE id IN :runs"
-    read = [(row["result"] or {}).get("barcodes", ()) for row in _ask(session, results, runs=runs)]
-    counts = {row["barcode"]: row["n"] for row in _ask(session, query, runs=runs)}
-    number = sum(n for barcode, n in counts.items() if barcode in set().union(*read))
-    if not number:
-        return []
-    wells = "1 well was" if number == 1 else f"{number:,} wells were"
-    again = "so it may be out of date. Do it again: cellstore profile, then cellstore hits"
-    return [f"{wells} relabelled, excluded or included since this run began, {again}"]
 
 
 def _recipes(session: Session, recipe_id: int) -> dict[int, Record]:

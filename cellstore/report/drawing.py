@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import open_atomically
+from ..jobs.planes import NUCLEAR
 from ..notebooks import plain
 from ..settings import check_not_of_a_store
 
@@ -89,8 +90,47 @@ def outline_overlay(
     return picture
 
 
+COLOURS = (
+    (0.15, 1.0, 0.35),
+    (1.0, 0.25, 0.55),
+    (1.0, 0.75, 0.1),
+    (0.2, 0.9, 1.0),
+    (0.9, 0.4, 1.0),
+    (0.8, 0.8, 0.8),
+)
+NUCLEI = (0.3, 0.5, 1.0)
+"""Light that channels are shown in, of red, green and blue; that of nuclei is blue."""
+
+
+def coloured(
+    planes: Sequence[NDArray[np.float32]], limits: Sequence[Limits], channels: Sequence[str] = ()
+) -> NDArray[np.float32]:
+    """Return planes (H, W) as a picture (H, W, 3) from 0 to 1: grey, or each in its colour."""
+    scaled = [
+        np.clip((plane - low) / max(high - low, 1e-9), 0, 1)
+        for plane, (low, high) in zip(planes, limits, strict=True)
+    ]
+    if len(scaled) == 1:
+        return np.repeat(scaled[0][..., None], 3, axis=-1)
+    colours = iter(COLOURS * len(scaled))
+    light = [NUCLEI if NUCLEAR.search(name) else next(colours) for name in channels]
+    mixed = sum(
+        plane[..., None] * np.array(colour, np.float32)
+        for plane, colour in zip(scaled, light, strict=True)
+    )
+    return np.asarray(np.clip(mixed, 0, 1), np.float32)
+
+
 WIDEST = 460
 """Pixels of a picture on a page."""
+
+
+def jpeg(picture: NDArray[np.uint8]) -> str:
+    """Return a picture (H, W) or (H, W, 3) as the data URI of a JPEG."""
+    from imagecodecs import jpeg8_encode
+
+    data = jpeg8_encode(np.ascontiguousarray(picture), level=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def field_picture(
@@ -106,8 +146,6 @@ def field_picture(
     ``limits`` the grey levels of black and white. The whole field is shown smaller; with
     ``detail`` its middle at full size.
     """
-    from imagecodecs import jpeg8_encode
-
     limits = limits or grey_limits(plane)
     if detail:
         starts = [max(0, (length - WIDEST) // 2) for length in plane.shape]
@@ -122,9 +160,7 @@ def field_picture(
         plane = padded.reshape(rows, step, columns, step).mean(axis=(1, 3))
         masks = None if masks is None else masks[::step, ::step]
     picture = outline_overlay(plane, masks, limits)
-    grey_or_colour = picture if masks is not None else np.ascontiguousarray(picture[..., 0])
-    data = jpeg8_encode(grey_or_colour, level=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return jpeg(picture if masks is not None else picture[..., 0])
 
 
 INK = "#0a0b0d"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..config import ImageInput, Selection
 from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..jobs.lookup import find_channels, find_image, images_of
-from ..jobs.planes import NUCLEAR, read_image
+from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Recipe, Segmentation
 from ..query.cell_tables import CellTable
@@ -20,7 +20,16 @@ from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.guard import quoted
 from ..settings import need, track
-from .drawing import GREY, OUTLINE_COLOUR, Limits, brief, grey_limits, outline_overlay, short
+from .drawing import (
+    GREY,
+    OUTLINE_COLOUR,
+    Limits,
+    brief,
+    coloured,
+    grey_limits,
+    outline_overlay,
+    short,
+)
 
 GROUPS = 8
 """Groups that are drawn at once."""
@@ -30,16 +39,6 @@ MOST = 200
 PER_LINE = 8
 TILE, FIELD_TILE = 1.25, 2.6
 """Inches of a picture."""
-COLOURS = (
-    (0.15, 1.0, 0.35),
-    (1.0, 0.25, 0.55),
-    (1.0, 0.75, 0.1),
-    (0.2, 0.9, 1.0),
-    (0.9, 0.4, 1.0),
-    (0.8, 0.8, 0.8),
-)
-NUCLEI = (0.3, 0.5, 1.0)
-"""Light that channels are shown in, of red, green and blue; that of nuclei is blue."""
 
 CELLS = """
     SELECT c.id AS unit, s.image_id, s.id AS segmentation_id, i.plate, i.well, i.site, i.control,
@@ -320,24 +319,6 @@ class _Pictures:
             for plate, some in found.items()
         }
 
-    def coloured(
-        self, planes: Sequence[NDArray[np.float32]], limits: Sequence[Limits]
-    ) -> NDArray[np.float32]:
-        """Return planes (H, W) as a picture (H, W, 3) from 0 to 1: grey, or each in its colour."""
-        scaled = [
-            np.clip((plane - low) / max(high - low, 1e-9), 0, 1)
-            for plane, (low, high) in zip(planes, limits, strict=True)
-        ]
-        if len(scaled) == 1:
-            return np.repeat(scaled[0][..., None], 3, axis=-1)
-        colours = iter(COLOURS * len(scaled))
-        light = [NUCLEI if NUCLEAR.search(name) else next(colours) for name in self.channels]
-        mixed = sum(
-            plane[..., None] * np.array(colour, np.float32)
-            for plane, colour in zip(scaled, light, strict=True)
-        )
-        return np.asarray(np.clip(mixed, 0, 1), np.float32)
-
 
 def _laid_out(
     pictures: _Pictures,
@@ -419,7 +400,7 @@ def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], si
         return
     planes, masks = pictures.planes[key], pictures.masks[key]
     if side == 0:
-        picture = pictures.coloured(planes, limits)
+        picture = coloured(planes, limits, pictures.channels)
         if masks is not None:
             edge = outline_overlay(planes[0], masks, limits[0])
             drawn = (edge == OUTLINE_COLOUR).all(axis=-1)
@@ -432,7 +413,7 @@ def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], si
     part = np.s_[max(0, top) : top + side, max(0, left) : left + side]
     before = max(0, -top), max(0, -left)
     picture = np.zeros((side, side, 3), np.float32)
-    inner = pictures.coloured([plane[part] for plane in planes], limits)
+    inner = coloured([plane[part] for plane in planes], limits, pictures.channels)
     target = np.s_[before[0] : before[0] + inner.shape[0], before[1] : before[1] + inner.shape[1]]
     picture[target] = inner
     axes.imshow(picture, interpolation="bicubic")

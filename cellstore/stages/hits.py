@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from ..config import HitsParams
 from ..db.bulk import in_lists
+from ..db.fields import changed_since
 from ..enums import Control, ScoreLevel, Stage, Verdict
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..jobs.run_names import NamedRun, find_predict_run
@@ -209,8 +210,8 @@ class PlateSet:
     @property
     def empty(self) -> Flags:
         """Which wells have images that count, but no cells (N,)."""
-        without: Flags = self.compared & (self.counts == 0)
-        return without
+        found: Flags = self.compared & (self.counts == 0)
+        return found
 
     def add(
         self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
@@ -322,8 +323,10 @@ def rule_of(params: HitsParams) -> str:
     name = "activity" if params.measure == "activity" else "activity by copairs"
     return (
         f"A treatment is a hit where the q value of its {name} is below {params.q:g}, {effect}, "
-        f"and its effect exceeds the loss of cells{over}, both in standard deviations of the "
-        f"controls; else it is called '{Verdict.FEWER_CELLS.value}' or '{Verdict.SMALL.value}'. "
+        "and the number of its cells is not what has changed most: where the cells are fewer "
+        "(q of the cell count below the same limit), its most changed features change by more than "
+        f"its cell count{over}, in standard deviations of the controls. Else it is called "
+        f"'{Verdict.FEWER_CELLS.value}' or '{Verdict.SMALL.value}'. "
         f"With fewer than {FEWEST_WELLS} wells: '{Verdict.UNKNOWN.value}'."
     )
 
@@ -575,6 +578,7 @@ def _score(part: PlateSet, params: HitsParams) -> None:
     scores["cell_count"], changes = activity.cell_counts(
         part.counts, groups, controls, plates, **how
     )
+    strongest = activity.strongest_changes(part.values, groups, controls, plates)
     distances = activity.distances(part.values, controls, plates)
     part.table = part.table.assign(effect=effects, distance=distances)
     floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
@@ -594,7 +598,8 @@ def _score(part: PlateSet, params: HitsParams) -> None:
             rule.get(code),
             of_one["effect"],
             of_one["cell_count"],
-            change=float(change.mean()) if len(change) else None,
+            fewer=-float(change.mean()) if len(change) else 0.0,
+            strongest=float(strongest[code]),
             floor=floors[code],
             empty=int((mine & part.empty).sum()),
         )
@@ -633,16 +638,18 @@ def judge(
     effect: Score | None,
     count: Score | None,
     *,
-    change: float | None,
+    fewer: float,
+    strongest: float,
     floor: float,
     empty: int = 0,
 ) -> tuple[Verdict, str]:
     """Return the verdict on a treatment by the rule, and the reason in one short sentence.
 
-    ``change``: of its cell count, in standard deviations of the controls. ``floor``: the smallest p
-    value that so few wells can have. ``empty``: how many of its wells have no cells.
+    ``fewer``: by how much its cell count is lower, ``strongest``: by how much its most changed
+    features change, in standard deviations of the controls. ``floor``: the smallest p value that so
+    few wells can have. ``empty``: how many of its wells have no cells.
     """
-    killed = count is not None and count.q is not None and count.q < params.q
+    killed = count is not None and count.q is not None and count.q < params.q and fewer > 0
     if (activity is None or activity.p is None or activity.q is None) and empty and killed:
         return Verdict.FEWER_CELLS, "Too few of its wells have cells left for a profile."
     if activity is None:
@@ -656,15 +663,20 @@ def judge(
                 Verdict.UNKNOWN,
                 f"With so few wells and controls, p cannot be below {floor:.2g}.",
             )
+        if killed:
+            return Verdict.FEWER_CELLS, "Its cells are fewer, and not shown to look different."
         return Verdict.NO, "Its wells are no more like each other than like the controls."
     if effect.value < params.min_effect:
         return (
             Verdict.SMALL,
             f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}.",
         )
-    if change is not None and change < 0 and effect.value + change <= params.min_over_count:
-        lower = f"Its cell count is {-change:.2g} standard deviations lower"
-        return Verdict.FEWER_CELLS, f"{lower}, its effect is {effect.value:.2g} only."
+    if killed and strongest - fewer <= params.min_over_count:
+        lower = f"Its cell count is {fewer:.2g} standard deviations lower"
+        return (
+            Verdict.FEWER_CELLS,
+            f"{lower}; 95 % of its features change by {strongest:.2g} at most.",
+        )
     return Verdict.HIT, "Its wells are alike, and unlike the controls."
 
 
@@ -735,7 +747,7 @@ def _answer(part: PlateSet) -> str:
     differ, word = hit + fewer + small, "treatment" if tested == 1 else "treatments"
     more = []
     if fewer:
-        more.append(f"{fewer} of them only by fewer cells")
+        more.append(f"{fewer} of them mainly by fewer cells")
     if small:
         more.append(f"{small} of them less than --min-effect asks for")
     if unknown:
@@ -908,6 +920,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(found) for found in doses.values()),
+        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
     )
 
 

@@ -82,6 +82,14 @@ IMAGES = """
 """
 """The images that count and are segmented."""
 
+NOT_SEGMENTED = """
+    SELECT count(DISTINCT i.well_id)
+    FROM images AS i
+    JOIN wells AS w ON w.id = i.well_id
+    WHERE (len($plates::BIGINT[]) = 0 OR list_contains($plates::BIGINT[], w.plate_id))
+    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = i.id)
+    AND NOT EXISTS (FROM profile_images AS p WHERE p.well_id = i.well_id)
+"""
 EXTENTS = """
     SELECT plate_id, min(segmentation_id), max(segmentation_id) FROM profile_images
     GROUP BY plate_id ORDER BY plate_id
@@ -184,8 +192,8 @@ def profile(
     assert features.name is not None  # each measurement makes a set
     votes = VoteOptions(exclude_flagged=flagged)
     with open_questions(workspace, LIMITS, vote_options=votes) as questions:
-        parameters = {"segment": segment.id, "plates": list(plate_ids)}
-        questions.keep("profile_images", IMAGES, parameters)
+        plates = {"plates": list(plate_ids)}
+        questions.keep("profile_images", IMAGES, {"segment": segment.id, **plates})
         averaging = _Averaging(workspace, questions, features.name, params.average)
         counts = averaging.count()
         with workspace.database.read() as session:
@@ -206,6 +214,13 @@ def profile(
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
             notes += averaging.notes(counts)
+            (lacking,) = next(questions.ask_ours(NOT_SEGMENTED, plates).rows())
+            if lacking:
+                what = "well has" if lacking == 1 else "wells have"
+                notes.append(
+                    f"{lacking:,} {what} images, but none that is segmented by recipe "
+                    f"{segment.id}: no profile. Run: cellstore segment"
+                )
             profiles = _compared(averaging.profiles(counts), params)
             stored = workspace.artifacts.write(
                 ArtifactKind.PROFILES, _as_parquet(profiles), ".parquet"

@@ -311,8 +311,10 @@ def next_step(session: Session) -> tuple[str, ...]:
     lacks = [name for name in NEXT if not steps[name]]
     which = [step for name, step in WHICH.items() if not steps[name]][:1]
     if not lacks:
-        useful = [*which, *(step for name, step in USEFUL.items() if not steps[name])]
-        return "cellstore report", *useful, "cellstore votes", "cellstore export cells.parquet"
+        useful = ["cellstore report", *(step for name, step in USEFUL.items() if not steps[name])]
+        at = 0 if steps["profiles"] else 1  # of profiles alone nobody has an answer
+        useful[at:at] = which
+        return *useful, "cellstore votes", "cellstore export cells.parquet"
     if lacks[0] == "networks":
         first = NEXT["networks"][0]
         # Baselines have labelled the test images.

@@ -104,7 +104,7 @@ def test_two_hits_runs_side_by_side(cellstore, tmp_path: Path) -> None:
     with Store.open(tmp_path / "store") as store:
         make = Factory(store.workspace)
         first = hits_run(make, {"taxol": "hit 9.25", HOSTILE: "no difference -0.5", **others}).id
-        less = dict.fromkeys(others, "fewer cells only 1.25")
+        less = dict.fromkeys(others, "mainly fewer cells 1.25")
         second = hits_run(make, {"taxol": "hit 7", HOSTILE: "hit 3", **less}, rule="q < 0.1").id
     said = cellstore("compare", first, second, *IN).out
     assert max(map(len, said.splitlines())) <= 80

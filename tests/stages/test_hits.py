@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cellstore.analysis.activity import Score
 from cellstore.analysis.well_profiles import WELL_COLUMNS, WellProfiles
-from cellstore.config import HitsParams, ProfileParams
+from cellstore.config import HitsParams, ProfileParams, SplitParams
 from cellstore.enums import Control, ScoreLevel, Stage, Status, Verdict
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -102,12 +102,12 @@ def test_what_is_planted_is_found(store: Store) -> None:
     verdicts = {name: row.verdict for name, row in rows.items()}
     strong = ["alpha1", "alpha2", "beta1", "beta2", "serial 10 uM", "serial 30 uM", "serial 3 uM"]
     assert {name for name in strong if verdicts[name] == "hit"} == set(strong)
-    assert verdicts["killer"] == "fewer cells only"
+    assert verdicts["killer"] == "mainly fewer cells"
     assert verdicts["once"] == "cannot say"
     assert {verdicts[name] for name in ("idle", "serial 0.1 uM")} == {"no difference"}
     assert (found.treatments, found.tested, found.fewer_cells) == (13, 12, 1)
     assert found.answer == (
-        f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them only by fewer "
+        f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them mainly by fewer "
         "cells; of 1 more it cannot be said."
     )
     # Ranked: hits first, by effect.
@@ -145,6 +145,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
         check_same_again(store)
         check_changes(store)
         check_words(store)
+        check_probabilities(store)
 
 
 def check_rows(store: Store, run_id: int) -> None:
@@ -184,7 +185,7 @@ def check_command(store: Store) -> None:
     text = said("--permutations", "2000")
     lines = text.stdout.splitlines()
     assert lines[0].startswith("Nothing to do: run ")
-    assert "of 12 treatments differ from the controls; 1 of them only by fewer cells" in lines[1]
+    assert "of 12 treatments differ from the controls; 1 of them mainly by fewer cells" in lines[1]
     order = ["serial 30 uM", "killer", "idle", "once"]
     rows = [next(at for at, line in enumerate(lines) if line.startswith(name)) for name in order]
     assert rows == sorted(rows)
@@ -220,6 +221,24 @@ def check_same_again(store: Store) -> None:
     assert feature.low < EC50 < feature.high
 
 
+def check_probabilities(store: Store) -> None:
+    """A class probability has a curve, too: the mean over the cells of a well."""
+    cells = store.sql(
+        "SELECT cell_id, treatment = 'serial' AS given, dose FROM cell_table ORDER BY 1"
+    ).to_pandas()
+    dose = cells["dose"].where(cells["given"], 0.0).to_numpy()
+    near = np.random.default_rng(0).normal(0.1 + 0.8 * dose**2 / (dose**2 + 4), 0.03)
+    table = pd.DataFrame({"cell_id": cells["cell_id"], "serial": np.clip(near, 0.01, 0.99)})
+    table["DMSO"] = 1 - table["serial"]
+    store.create_split("by-well", SplitParams(allow_missing=True))
+    added = store.add_predictions(table, "mine", split="by-well")
+    found = store.hits(replace(FAST, curves=("probability:serial",), run=str(added.run_id)))
+    curve = next(row for row in found.doses if row.quantity == "probability of serial")
+    assert curve.ec50 == pytest.approx(2, rel=0.1)
+    with pytest.raises(UnknownNameError, match="Unknown label of run"):
+        store.hits(replace(FAST, curves=("probability:cereal",)))
+
+
 def check_changes(store: Store) -> None:
     """Wells that were excluded since do not count, and other controls are called out."""
     table = store.profiles().table
@@ -251,15 +270,19 @@ def check_words(store: Store) -> None:
     assert "--run is about probabilities" in refused(run="3")
     assert "no predict run" in refused(UnknownNameError, curves=("probability:DMSO",))
     assert "needs a profile run" in refused(profiles="latest ingest")
+    with store.session() as session:
+        hits = select(func.count()).where(Run.stage == Stage.HITS)
+        assert session.scalar(hits.where(Run.status != Status.DONE)) == 0
+        names = select(Well.id, Well.control)
+        were = [{"id": key, "control": value} for key, value in session.execute(names)]
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=None))
     assert "No well is a negative control" in refused()
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=Control.NEGATIVE))
     assert "is a control" in refused()
-    with store.session() as session:
-        hits = select(func.count()).where(Run.stage == Stage.HITS)
-        assert session.scalar(hits.where(Run.status != Status.DONE)) == 0
+    with store.workspace.database.begin() as session:
+        session.execute(update(Well), were)
 
 
 def wells(content: dict[tuple[str, str | None, str | None], list[str]]) -> WellProfiles:
@@ -319,13 +342,15 @@ def test_what_cannot_be_compared_at_all_is_one_sentence() -> None:
 
 
 def verdict(
-    q: float | None = 0.01, effect: float = 3.0, change: float = 0.0, **more: Any
+    q: float | None = 0.01, effect: float = 3.0, fewer: float = 0.0, **more: Any
 ) -> tuple[str, str]:
     p = None if q is None else q / 2
     rule = Score(0.9, p=p, q=q, n_wells=3, note=None if q is not None else "One well only.")
-    count = Score(1.0, q=more.pop("count_q", 0.5))
+    count = Score(1.0, q=more.pop("count_q", 0.01))
     params = HitsParams(**more.pop("params", {}))
-    found, note = judge(params, rule, Score(effect), count, change=change, floor=0.001, **more)
+    found, note = judge(
+        params, rule, Score(effect), count, fewer=fewer, strongest=3.0, floor=0.001, **more
+    )
     assert note.endswith(".")
     return found.value, note
 
@@ -335,13 +360,17 @@ def test_the_rule() -> None:
     assert verdict(q=0.05)[0] == "no difference"
     assert verdict(effect=-0.1)[0] == "small effect"
     assert verdict(effect=3, params={"min_effect": 4})[0] == "small effect"
-    assert verdict(effect=3, change=-2.9)[0] == "hit"
-    assert verdict(effect=3, change=-3)[0] == "fewer cells only"
-    assert verdict(effect=3, change=9)[0] == "hit"  # more cells kill nobody
-    assert verdict(effect=3, change=-2.9, params={"min_over_count": 1})[0] == "fewer cells only"
+    assert verdict(fewer=2.9)[0] == "hit"
+    assert verdict(fewer=3)[0] == "mainly fewer cells"
+    assert verdict(fewer=9, count_q=0.05)[0] == "hit"  # that there are fewer is not shown
+    assert verdict(fewer=-9)[0] == "hit"  # more cells kill nobody
+    assert verdict(fewer=2.9, params={"min_over_count": 1})[0] == "mainly fewer cells"
+    assert verdict(q=0.05, fewer=1)[0] == "mainly fewer cells"
+    assert verdict(q=0.05, fewer=-1)[0] == "no difference"
     assert verdict(q=None) == ("cannot say", "One well only.")
-    assert verdict(q=None, empty=3, count_q=0.01)[0] == "fewer cells only"
-    unseen = judge(HitsParams(), None, None, None, change=None, floor=1.0)
+    assert verdict(q=None, empty=3, fewer=1)[0] == "mainly fewer cells"
+    unsure = {"fewer": 0.0, "strongest": 0.0}
+    unseen = judge(HitsParams(), None, None, None, **unsure, floor=1.0)
     assert unseen[0] is Verdict.UNKNOWN
-    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), None, change=None, floor=0.1)
+    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), None, **unsure, floor=0.1)
     assert few == (Verdict.UNKNOWN, "With so few wells and controls, p cannot be below 0.1.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pycytominer
 import pytest
 from factories import Factory
 from realdata import real_data
+from typer.testing import CliRunner, Result
 
 from cellstore.analysis.well_profiles import MISSING, WELL_COLUMNS
 from cellstore.config import ProfileParams
@@ -23,6 +25,7 @@ from cellstore.stages import profile as reading
 from cellstore.stages.export import ExportFormat, export_profiles
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.profile import open_profiles, profile
+from cellstore_cli.app import app
 
 FEATURES = ("area", "Area_2", "gaps", "texture", "flat")
 LAYOUT = ("DMSO", "DMSO", "DMSO", "taxol", "taxol", "nothing left")
@@ -232,8 +235,33 @@ def test_what_cannot_be_averaged_is_a_sentence(screen: Screen) -> None:
     with pytest.raises(UserInputError, match="No cell of P3 that counts is measured"):
         profile(workspace, replace(PLAIN, plates=("P3",)))
     made = profile(workspace, replace(PLAIN, select=("missing",)))
+    make.image(make.well(third, 1, 3))
+    made = profile(workspace, replace(PLAIN, select=("missing",)), force=True)
+    assert any("1 well has images, but none that is segmented" in note for note in made.notes)
     assert any("Plate P3 has fewer than 2 negative control wells" in note for note in made.notes)
     assert MISSING not in made.gone
+
+
+@pytest.mark.one_database
+def test_the_command_says_what_it_made_and_what_is_next(screen: Screen) -> None:
+    def run(*words: str) -> Result:
+        store = ["--store", str(screen.workspace.settings.root)]
+        return CliRunner().invoke(app, ["profile", "--features", "cp", *words, *store])
+
+    found = run("--select", "none")
+    assert found.exit_code == 0
+    assert "12 on 2 plates, 6 of them negative controls" in found.stdout
+    assert "4 of 5 of cp" in found.stdout
+    assert found.stderr.count("they are no numbers: 1 (what)") == 1
+    assert found.stderr.splitlines()[-1].endswith(" hits")
+    assert max(map(len, found.stdout.splitlines())) <= 80
+    again = run("--select", "none", "--json")
+    assert json.loads(again.stdout)["already_done"] is True
+    assert "Nothing to do" in run("--select", "none").stdout
+    wrong = run("--select", "varience")
+    assert (wrong.exit_code, "variance" in wrong.stderr) == (2, True)
+    wrong = run("--plate", "P9")
+    assert (wrong.exit_code, "P9" in wrong.stderr) == (2, True)
 
 
 @pytest.mark.one_database

@@ -106,7 +106,7 @@ def test_a_run_says_that_wells_were_changed_since(store: Store) -> None:
     store.relabel("P1/A02", control="none", reason="a mistake")
     for kind in ("latest profile", "latest hits"):
         (note,) = store.audit(kind, "run").record["notes"]
-        assert note.startswith("2 wells were relabelled, excluded or included since")
+        assert note.startswith("2 wells were relabelled, excluded or included since run")
     (came,) = store.audit("latest hits", "run").record["downstream"]
     assert (came["what"], came["count"]) == ("scores of treatments", 1)
 

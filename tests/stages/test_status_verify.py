@@ -267,13 +267,13 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
     train = make.run(Stage.TRAIN, split_id=split.id)
     assert first() == "predict"
     make.run(Stage.PREDICT, parent_id=train.id)
-    report, found, baselines, _, votes, export = status(workspace).next
+    found, report, baselines, _, votes, export = status(workspace).next
     assert (report, found, votes) == ("cellstore report", "cellstore hits", "cellstore votes")
     assert baselines.startswith("cellstore train --baseline null")
     make.run(Stage.QC)
     null = make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
     make.run(Stage.TRAIN, null, split_id=split.id)
-    assert status(workspace).next == (report, found, votes, export)
+    assert status(workspace).next == (found, report, votes, export)
     with workspace.database.begin() as session:
         session.execute(update(Run).where(Run.id == hits.id).values(status=Status.DONE))
     assert status(workspace).next == (report, votes, export)

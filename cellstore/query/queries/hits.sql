@@ -9,6 +9,6 @@ WHERE run_id = $run
 ORDER BY
     plate_set,
     list_position(
-        ['hit', 'fewer cells only', 'small effect', 'no difference', 'cannot say'], verdict
+        ['hit', 'mainly fewer cells', 'small effect', 'no difference', 'cannot say'], verdict
     ),
     effect DESC NULLS LAST, treatment, dose

@@ -1,0 +1,634 @@
+"""The figures of the page of hits, and what they are drawn from."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..enums import Verdict
+from ..notebooks import plain
+from ..stages.hits import HitRow, HitsResult
+from .drawing import (
+    BLUE,
+    GREY,
+    LARGE_MAP,
+    ORANGE,
+    SMALL_MAP,
+    Limits,
+    PlateMap,
+    brief,
+    colour_limits,
+    plate_layout,
+    plate_map_svg,
+    short,
+    svg,
+    well_name,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+Wells = NDArray[np.int64]
+"""Row numbers of wells in a table."""
+
+NAMED = 10
+"""Points of a scatter plot with their names."""
+CHANGES, CHANGED = 5, 1.0
+"""Features that are named, and the standard deviations of the controls by which they differ."""
+ALIKE, SIMILAR = 0.5, 5
+"""Least cosine of profiles that are called similar, and how many are listed."""
+MAP_ROWS, MAP_COLUMNS = 80, 60
+"""Treatments and features of the heat map."""
+SHOWN_PLATES = 12
+FEWEST_WELLS, MOST_WELLS = 15, 2_000
+"""Wells that UMAP needs, and wells that are drawn."""
+COMPONENTS = 50
+TARGETS = 7
+"""Targets with a colour of their own."""
+MOST_DOTS = 400
+
+PURPLE, PALE = "#7a5ea8", "#b9bec7"
+MARKS: Mapping[Verdict, tuple[str, str, str]] = {
+    Verdict.HIT: ("●", "o", BLUE),
+    Verdict.FEWER_CELLS: ("▲", "^", ORANGE),
+    Verdict.SMALL: ("◆", "D", PURPLE),
+    Verdict.NO: ("○", ".", PALE),
+    Verdict.UNKNOWN: ("\u00d7", "x", GREY),
+}
+"""By verdict, in the order of the page: a letter, matplotlib's mark and a colour."""
+GROUP_COLOURS = ("#3b82c4", "#d97b28", "#2f9e78", "#b04a9c", "#a88b16", "#5b57c9", "#c2453f")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A treatment with its dose on the plates of a set, and what was found of it.
+
+    ``number`` is its rank from 1; ``wells`` and ``controls``: row numbers of its wells that were
+    compared, and of the controls of their plates.
+    """
+
+    number: int
+    row: HitRow
+    perturbation: str
+    dose: float | None
+    wells: Wells
+    controls: Wells
+
+    @property
+    def name(self) -> str:
+        """With its dose."""
+        return self.row.name
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the rule of the run."""
+        return Verdict(self.row.verdict)
+
+    @property
+    def is_different(self) -> bool:
+        """Whether it differs from the controls in any way."""
+        return self.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What a page is about.
+
+    Of each of N wells, rows of ``table`` (columns of ``WellProfiles``): ``z`` (N, F) how far it is
+    from the controls of its plate, in their standard deviations, NaN where it has no profile;
+    ``effects`` (N,) its distance as it was scored; ``cells`` (N,) its cell count by that of the
+    controls of its plate; ``controls`` (N,) whether it is one; ``on_edge`` (N,) whether it lies in
+    the outermost row or column of its plate.
+    """
+
+    result: HitsResult
+    table: Any
+    z: Floats
+    columns: tuple[str, ...]
+    effects: Floats
+    cells: Floats
+    controls: Flags
+    on_edge: Flags
+    judged: Sequence[Judged]
+
+    @cached_property
+    def usable(self) -> Flags:
+        """The wells with a profile (N,)."""
+        return np.asarray(np.isfinite(self.z).all(axis=1), bool)
+
+    @cached_property
+    def plates(self) -> NDArray[np.str_]:
+        """The barcodes (N,)."""
+        return np.asarray(self.table["plate"].to_numpy(dtype=str))
+
+    @cached_property
+    def middles(self) -> Floats:
+        """The median profile of each treatment (T, F); NaN where no well has one."""
+        found = np.full((len(self.judged), len(self.columns)), np.nan)
+        for row, item in enumerate(self.judged):
+            wells = item.wells[self.usable[item.wells]]
+            if len(wells):
+                found[row] = np.median(self.z[wells], axis=0)
+        return found
+
+    @cached_property
+    def directions(self) -> Floats:
+        """The median profiles, each of length 1 (T, F); 0 where there is none."""
+        middles = np.nan_to_num(self.middles)
+        lengths = np.linalg.norm(middles, axis=1, keepdims=True)
+        return np.asarray(middles / np.where(lengths > 0, lengths, 1))
+
+    def position(self, well: int) -> tuple[int, int]:
+        """Row and column of a well."""
+        return int(self.table["well_row"].iat[well]), int(self.table["well_column"].iat[well])
+
+    @cached_property
+    def layouts(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and columns of each plate."""
+        return {
+            plate: plate_layout(
+                [self.position(well) for well in np.flatnonzero(self.plates == plate)]
+            )
+            for plate in sorted(set(self.plates))
+        }
+
+
+# Small figures, written by hand: a page has hundreds
+
+
+def _element(
+    kind: str, width: float, height: float, inner: str, alt: str, *, wide: bool = False
+) -> str:
+    size = "" if wide else f' style="width:{width:g}px"'
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}"{size} role="img" '
+        f'aria-label="{escape(plain(alt))}">{inner}</svg>'
+    )
+
+
+def effect_bar(item: Judged, limits: Limits) -> str:
+    """An effect with its interval, on the scale of all rows of a table; a line at 0."""
+    row, colour = item.row, MARKS[item.verdict][2]
+    if row.effect is None:
+        return ""
+    width, height = 130, 16
+    low, high = limits
+
+    def x(value: float) -> float:
+        return 3 + (width - 6) * float(np.clip((value - low) / (high - low), 0, 1))
+
+    ends = [x(end) for end in (row.effect_low, row.effect_high) if end is not None]
+    line = ""
+    if len(ends) == 2:
+        line = (
+            f'<path d="M{ends[0]:.1f} 8H{ends[1]:.1f}" stroke="{colour}" stroke-width="5" '
+            'opacity=".4"/>'
+        )
+    zero = f'<path d="M{x(0):.1f} 1V15" stroke="currentColor" stroke-width="1" opacity=".45"/>'
+    dot = f'<circle cx="{x(row.effect):.1f}" cy="8" r="3.2" fill="{colour}"/>'
+    alt = f"effect {brief(row.effect)}"
+    if row.effect_low is not None and row.effect_high is not None:
+        alt += f", interval {brief(row.effect_low)} to {brief(row.effect_high)}"
+    return _element("bar", width, height, zero + line + dot, alt)
+
+
+def strip(screen: Screen, item: Judged) -> str:
+    """The effect of each well of a treatment above that of the controls of their plates."""
+    effects = screen.effects
+    mine = item.wells[np.isfinite(effects[item.wells])]
+    usual = item.controls[np.isfinite(effects[item.controls])]
+    if not len(mine):
+        return ""
+    step = -(-len(usual) // MOST_DOTS) or 1
+    both = np.concatenate([effects[mine], effects[usual]])
+    low, high = min(-1.0, float(both.min())), max(2.5, float(both.max()))
+    width, left, top = 320.0, 8.0, 12.0
+
+    def x(value: float) -> float:
+        return left + (width - 2 * left) * (value - low) / (high - low)
+
+    colour = MARKS[item.verdict][2]
+    begin, end = x(max(low, -2)), x(min(2, high))
+    shade = f'x="{begin:.1f}" y="{top}" width="{end - begin:.1f}" height="66"'
+    parts = [f'<rect {shade} fill="currentColor" opacity=".07"/>']
+    for rows, y, spread, tint, radius in (
+        (mine, 28.0, 9.0, colour, 3.6),
+        (usual[::step], 60.0, 12.0, GREY, 2.2),
+    ):
+        for place, well in enumerate(rows):
+            # The golden ratio spreads dots without chance.
+            shift = ((place * 0.618034) % 1 - 0.5) * 2 * spread * (len(rows) > 1)
+            name = f"{screen.plates[well]} {screen.table['well'].iat[well]}: {effects[well]:.1f}"
+            parts.append(
+                f'<circle cx="{x(float(effects[well])):.1f}" cy="{y + shift:.1f}" r="{radius}" '
+                f'fill="{tint}" fill-opacity=".8"><title>{escape(plain(name))}</title></circle>'
+            )
+    for tick in _ticks(low, high):
+        parts.append(
+            f'<text x="{x(tick):.1f}" y="94" text-anchor="middle" class="tick">{tick:g}</text>'
+            f'<path d="M{x(tick):.1f} 78v4" stroke="currentColor" opacity=".5"/>'
+        )
+    middle = float(np.median(effects[mine]))
+    alt = (
+        f"Effect of {len(mine)} wells, {brief(float(effects[mine].min()))} to "
+        f"{brief(float(effects[mine].max()))}, median {brief(middle)}"
+    )
+    if len(usual):
+        ends = (brief(float(end)) for end in np.percentile(effects[usual], [5, 95]))
+        alt += f"; of {len(usual)} controls, nine of ten between {' and '.join(ends)}"
+    return _element("strip", width, 98, "".join(parts), alt + ".", wide=True)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Some round numbers between two ends, 0 among them."""
+    rough = (high - low) / 5
+    power = 10.0 ** np.floor(np.log10(rough))
+    step = next(float(power * n) for n in (1, 2, 5, 10) if power * n >= rough)
+    return [float(step * n) for n in range(int(np.ceil(low / step)), int(high // step) + 1)]
+
+
+def position_map(screen: Screen, item: Judged) -> str:
+    """Where the wells of a treatment are on their plates, one plate upon the other."""
+    plates = sorted(set(screen.plates[item.wells]))
+    rows, columns = (max(sides) for sides in zip(*(screen.layouts[p] for p in plates), strict=True))
+    side = 288 / columns
+    width, height = 320.0, side * rows + 24
+
+    def box(position: tuple[int, int], part: float) -> str:
+        margin = side * (1 - part) / 2
+        left, top = 24 + side * (position[1] - 1) + margin, 16 + side * (position[0] - 1) + margin
+        size = side * part
+        return f"M{left:.1f} {top:.1f}h{size:.1f}v{size:.1f}h-{size:.1f}z"
+
+    every = [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
+    inner = 24 + side, 16 + side, side * (columns - 2), side * (rows - 2)
+    usual = {screen.position(well) for well in item.controls}
+    mine = Counter(screen.position(well) for well in item.wells)
+    colour = MARKS[item.verdict][2]
+    parts = [
+        f'<path d="{"".join(box(one, 0.8) for one in every)}" fill="currentColor" opacity=".07"/>',
+        f'<path d="{"".join(box(one, 0.5) for one in sorted(usual))}" fill="{GREY}"/>',
+        f'<path d="{"".join(box(one, 0.9) for one in sorted(mine))}" fill="{colour}"/>',
+        '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill="none" '
+        'stroke="currentColor" stroke-dasharray="2 3" opacity=".5"/>'.format(*inner),
+    ]
+    for row in range(1, rows + 1, max(1, rows // 8)):
+        y = 16 + side * (row - 0.5) + 3
+        letter = well_name(row, 1)[:-2]
+        parts.append(f'<text x="18" y="{y:.1f}" text-anchor="end" class="tick">{letter}</text>')
+    for column in range(1, columns + 1, max(1, columns // 8)):
+        x = 24 + side * (column - 0.5)
+        parts.append(f'<text x="{x:.1f}" y="11" text-anchor="middle" class="tick">{column}</text>')
+    names = ", ".join(
+        f"{well_name(*where)}{f' ({n} plates)' if n > 1 else ''}"
+        for where, n in sorted(mine.items())
+    )
+    alt = f"Wells of {item.name}: {names}."
+    return _element("positions", width, height, "".join(parts), alt, wide=True)
+
+
+# Large figures
+
+
+def volcano(screen: Screen, limit: float | None) -> str:
+    """Effect against q, each verdict with its colour and mark; a line at the ``limit`` of q."""
+    points = [
+        (item, item.row.effect, -float(np.log10(max(item.row.q, 1e-12))))
+        for item in screen.judged
+        if item.row.q is not None and item.row.effect is not None
+    ]
+    if not points:
+        return ""
+    most = max(2.2, *(y for _, _, y in points))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _scatter(axes, points)
+        axes.set_ylim(-0.04 * most, 1.1 * most)
+        steps = [1, 0.2, 0.05, 0.01, 0.001, 1e-4, 1e-5, 1e-6]
+        shown = [q for q in steps if -np.log10(q) <= 1.05 * most]
+        axes.set_yticks([-np.log10(q) for q in shown], [f"{q:g}" for q in shown])
+        axes.axvline(0, color=GREY, lw=0.8, alpha=0.6)
+        if limit is not None:
+            axes.axhline(-np.log10(limit), color=GREY, lw=0.9, ls=(0, (2, 3)))
+        axes.set(xlabel="effect, SD of the controls", ylabel="q (higher: surer)")
+        _name_points(figure, axes, points)
+
+    counted = Counter(item.verdict.value for item, _, _ in points)
+    alt = f"Effect against q: {', '.join(f'{n} {name}' for name, n in counted.items())}."
+    return svg("volcano", (5.4, 4.2), draw, alt)
+
+
+def counts_figure(screen: Screen) -> str:
+    """Number of cells against effect: what kills, and what changes cells that live."""
+    points = [
+        (item, item.row.effect, max(item.row.cell_count, 0.01))
+        for item in screen.judged
+        if item.row.effect is not None and item.row.cell_count is not None
+    ]
+    if not points:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        values = [y for _, _, y in points]
+        axes.set_ylim(min(0.5, min(values) / 1.2), max(1.5, max(values) * 1.2))
+        _scatter(axes, points)
+        ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+        low, high = axes.get_ylim()
+        shown = [tick for tick in ticks if low <= tick <= high]
+        axes.set_yticks(shown, [f"{tick:g}\u00d7" for tick in shown])
+        axes.minorticks_off()
+        axes.axhline(1, color=GREY, lw=0.8, alpha=0.6)
+        axes.axvline(0, color=GREY, lw=0.8, alpha=0.6)
+        axes.set(xlabel="effect, SD of the controls", ylabel="cells, of those of the controls")
+        _name_points(figure, axes, points)
+
+    fewest, _, least = min(points, key=lambda point: point[2])
+    alt = f"Cells against effect of {len(points)} treatments; fewest: {fewest.name} {least:.2f}."
+    return svg("cell counts", (5.4, 4.2), draw, alt)
+
+
+Point = tuple[Judged, float, float]
+
+
+def _scatter(axes: Axes, points: Sequence[Point]) -> None:
+    for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
+        some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
+        if len(some):
+            size = {".": 16, "x": 22}.get(mark, 26)
+            line = 1.2 if mark == "x" else 0
+            axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
+    axes.margins(x=0.12)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    """Write the names of the strongest beside their points, where they cover no other name."""
+    strongest = sorted(
+        (point for point in points if point[0].is_different), key=lambda point: -abs(point[1])
+    )
+    wide, high = (72 * side for side in figure.get_size_inches())
+    wide, high = wide - 60, high - 45  # about what axes leave
+    into = axes.transData + axes.transAxes.inverted()
+    at = [into.transform((x, y)) * (wide, high) for _, x, y in strongest]
+    taken = [(y, x - 3, x + 3) for x, y in at]
+    for (item, *point), (x, y) in zip(strongest[:NAMED], at[:NAMED], strict=True):
+        text = short(item.name, 20)
+        length = 4.6 * len(text)
+        tries = ((side, shift) for shift in (0, 10, -10, 20, -20, 30, -30) for side in (1, -1))
+        for side, shift in tries:
+            line, start = y + shift, x + 6 if side > 0 else x - 6 - length
+            free = all(
+                abs(line - other) > 8 or start + length < begin or end < start
+                for other, begin, end in taken
+            )
+            if free and 0 < line < high and 0 < start < wide - length:
+                taken.append((line, start, start + length))
+                axes.annotate(
+                    text, (point[0], point[1]), (6 * side, shift), textcoords="offset points",
+                    size=8, va="center", ha="left" if side > 0 else "right",
+                )  # fmt: skip
+                break
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Treatments that differ, in the order of a dendrogram, each with the number of its cluster.
+
+    ``rows``: numbers in ``Screen.judged``; ``numbers``: of the clusters, from 1; ``columns``:
+    numbers of features, in their order.
+    """
+
+    rows: Sequence[int] = ()
+    numbers: Sequence[int] = ()
+    columns: Sequence[int] = ()
+    more: int = 0
+    of: Mapping[int, int] = field(default_factory=dict)
+
+
+def clusters_of(screen: Screen) -> Clusters:
+    """Group treatments by the cosine of their median profiles (mean linkage, cut at ``ALIKE``)."""
+    known = np.isfinite(screen.middles).all(axis=1) & (screen.directions != 0).any(axis=1)
+    rows = [i for i, item in enumerate(screen.judged) if item.is_different and known[i]]
+    more, rows = max(0, len(rows) - MAP_ROWS), rows[:MAP_ROWS]
+    if not rows:
+        return Clusters()
+    strongest = np.abs(screen.middles[rows]).max(axis=0)
+    columns = np.argsort(-strongest, kind="stable")[:MAP_COLUMNS]
+    columns = columns[strongest[columns] >= min(2 * CHANGED, strongest.max())]
+    order, groups = _linked(screen.directions[rows])
+    of_columns = screen.middles[rows][:, columns].T
+    lengths = np.linalg.norm(of_columns, axis=1, keepdims=True)
+    across, _ = _linked(of_columns / np.where(lengths > 0, lengths, 1))
+    first = dict.fromkeys(groups[i] for i in order)
+    numbers = {group: number for number, group in enumerate(first, start=1)}
+    ordered = [rows[i] for i in order]
+    of_rows = [numbers[groups[i]] for i in order]
+    return Clusters(
+        ordered,
+        of_rows,
+        [int(columns[i]) for i in across],
+        more,
+        dict(zip(ordered, of_rows, strict=True)),
+    )
+
+
+def _linked(directions: Floats) -> tuple[list[int], list[int]]:
+    """Return an order of vectors of length 1 (N, F) in which like ones meet, and their groups."""
+    if len(directions) < 2:
+        return list(range(len(directions))), [1] * len(directions)
+    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+
+    apart = np.clip(1 - directions @ directions.T, 0, 2)
+    tree = linkage(apart[np.triu_indices(len(apart), 1)], "average", optimal_ordering=True)
+    groups = fcluster(tree, 1 - ALIKE, "distance")
+    return [int(i) for i in leaves_list(tree)], [int(i) for i in groups]
+
+
+def heat_map(screen: Screen, found: Clusters) -> str:
+    """Median profiles of treatments (rows) in the features that changed most (columns)."""
+    values = screen.middles[list(found.rows)][:, list(found.columns)]
+    limit = float(np.clip(np.percentile(np.abs(values), 97), 2, 10))
+    tall, wide = len(found.rows), len(found.columns)
+    names = [
+        f"{number}  {short(screen.judged[row].name, 24)}"
+        for row, number in zip(found.rows, found.numbers, strict=True)
+    ]
+    height = 0.145 * tall + 2.6
+    width = float(np.clip(0.16 * wide + 3.2, 5, 12.5))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        picture = axes.imshow(
+            values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
+        )
+        axes.set_yticks(range(tall), names, size=8)
+        labels = [short(screen.columns[column], 34) for column in found.columns]
+        axes.set_xticks(range(wide), labels, rotation=90, size=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set(visible=True, alpha=0.4)
+        for row in range(1, tall):
+            if found.numbers[row] != found.numbers[row - 1]:
+                axes.axhline(row - 0.5, color="#0a0b0d", lw=0.8)
+        bar = figure.colorbar(picture, ax=axes, shrink=min(1.0, 1.6 / height), aspect=12, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=8)
+
+    alt = f"Heat map of {tall} treatments by {wide} features, in {max(found.numbers)} clusters."
+    return svg("heat map", (width, height), draw, alt)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Wells on a plane: how it was made, and x and y (M, 2) of the wells ``wells`` (M,)."""
+
+    method: str
+    wells: Wells
+    points: Floats
+
+
+def layout_of(screen: Screen, seed: int) -> Layout | None:
+    """Lay wells out so that like ones lie beside each other; ``None`` with fewer than 3 of them."""
+    wells = np.flatnonzero(screen.usable & _is_judged(screen))
+    if len(wells) < 3:
+        return None
+    method = ""
+    if len(wells) > MOST_WELLS:
+        method = f" of {MOST_WELLS:,} of {len(wells):,} wells, drawn by chance"
+        rng = np.random.default_rng(seed)
+        wells = np.sort(rng.choice(wells, MOST_WELLS, replace=False))
+    values = np.clip(screen.z[wells], -20, 20)
+    values = values - values.mean(axis=0)
+    count = min(COMPONENTS, *values.shape)
+    left, sizes, _ = np.linalg.svd(values, full_matrices=False)
+    parts = left[:, :count] * sizes[:count]
+    parts *= np.where(np.abs(parts).max(0) == parts.max(0), 1, -1)  # the sign of an SVD is open
+    if len(wells) < FEWEST_WELLS:
+        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - count))])
+        note = f"first two principal components{method} (fewer than {FEWEST_WELLS} wells: no UMAP)"
+        return Layout(note, wells, parts[:, :2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sklearn.neighbors import NearestNeighbors
+        from umap import UMAP
+
+        # UMAP finds neighbours of few points by a function of Python for each pair.
+        near = min(15, len(wells) - 1)
+        found = NearestNeighbors(n_neighbors=near).fit(parts).kneighbors(parts)
+        made = UMAP(
+            n_neighbors=near,
+            random_state=seed,
+            precomputed_knn=found[::-1],
+            force_approximation_algorithm=True,
+        )
+        points = made.fit_transform(parts)
+    return Layout(f"UMAP{method}, seed {seed}", wells, np.asarray(points, np.float64))
+
+
+def _is_judged(screen: Screen) -> NDArray[np.bool_]:
+    found = screen.controls.copy()
+    for item in screen.judged:
+        found[item.wells] = True
+        found[item.controls] = True
+    return found
+
+
+def well_figures(screen: Screen, layout: Layout) -> list[str]:
+    """The wells on their plane, by verdict, and by target if some treatments have one."""
+    verdicts = np.full(len(screen.table), -1)
+    targets = np.full(len(screen.table), -1)
+    order = list(MARKS)
+    counted = Counter(
+        item.row.target
+        for item in screen.judged
+        if item.is_different and item.row.target is not None
+    )
+    named = [target for target, _ in counted.most_common(TARGETS)]
+    for item in screen.judged:
+        verdicts[item.wells] = order.index(item.verdict)
+        if item.is_different and item.row.target in named:
+            targets[item.wells] = named.index(item.row.target)
+    of_verdict, of_target = verdicts[layout.wells], targets[layout.wells]
+    figures = []
+    groups = [("controls or others", -1, PALE, ".")]
+    by_verdict = [
+        ("controls", -1, GREY, "+"),
+        *((v.value, order.index(v), MARKS[v][2], MARKS[v][1]) for v in reversed(order)),
+    ]
+    groups += [(t, i, GROUP_COLOURS[i], "osD^v<>"[i]) for i, t in enumerate(named)]
+    for name, codes, kinds in (
+        ("verdict", of_verdict, by_verdict),
+        ("target", of_target, groups if named else []),
+    ):
+        if not kinds:
+            continue
+
+        def draw(
+            figure: Figure, codes: NDArray[np.int64] = codes, kinds: Iterable[Any] = kinds
+        ) -> None:
+            axes = figure.subplots()
+            for label, code, colour, mark in kinds:
+                x, y = layout.points[codes == code].T
+                if not len(x):
+                    continue
+                size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0
+                said = short(label, 26)
+                axes.scatter(x, y, s=size, c=colour, marker=mark, label=said, linewidths=line)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set(visible=True, alpha=0.3)
+            figure.legend(loc="outside lower left", ncols=2, fontsize=9, markerscale=1.2)
+
+        alt = f"{layout.method}: {len(layout.wells)} wells by {name}."
+        figures.append(svg(f"wells {name}", (5.2, 5.4), draw, alt))
+    return figures
+
+
+def plate_figures(screen: Screen) -> tuple[list[tuple[PlateMap, str, str]], int]:
+    """Maps of the effect of wells, each with a sentence about its edge; and how many more."""
+    finite = screen.effects[np.isfinite(screen.effects)]
+    limits = colour_limits(finite.tolist())
+    names = list(screen.layouts)
+    found = []
+    for plate in names[:SHOWN_PLATES]:
+        rows = np.flatnonzero(screen.plates == plate)
+        positions = [screen.position(i) for i in rows]
+        values = {
+            where: float(screen.effects[i])
+            for i, where in zip(rows, positions, strict=True)
+            if np.isfinite(screen.effects[i])
+        }
+        marked = [where for i, where in zip(rows, positions, strict=True) if screen.controls[i]]
+        made = PlateMap(plate, "Effect", "SD of the controls", values, limits, positions, marked)
+        width = LARGE_MAP if len(names) == 1 else SMALL_MAP
+        found.append((made, plate_map_svg(made, width), edge_sentence(screen, rows)))
+    return found, len(names) - len(found)
+
+
+def edge_sentence(screen: Screen, rows: Wells) -> str:
+    """Compare the control wells at the edge of a plate with those inside, in words."""
+    usual = rows[screen.controls[rows] & np.isfinite(screen.effects[rows])]
+    edge, inside = usual[screen.on_edge[usual]], usual[~screen.on_edge[usual]]
+    if not len(usual):
+        return "No control well has a value."
+    if not screen.on_edge[rows].any():
+        return "No well is at the edge."
+    if not len(edge) or not len(inside):
+        where = "at the edge" if len(edge) else "inside"
+        return f"All control wells are {where}: an edge effect cannot be seen."
+    apart = float(np.median(screen.effects[edge]) - np.median(screen.effects[inside]))
+    said = f"Controls at the edge {apart:+.1f} SD from those inside"
+    many = min(len(edge), len(inside)) > 3
+    return f"⚠ {said}: an edge effect." if abs(apart) > 1 and many else f"{said}."

@@ -1,0 +1,458 @@
+"""The hits of a screen as one HTML file that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import func, select
+
+from ..config import HitsParams, ImageInput
+from ..db.bulk import in_lists
+from ..enums import PROJECTION_CHANNEL
+from ..errors import CellstoreError
+from ..jobs.planes import NUCLEAR, channel_files, read_image
+from ..jobs.workspace import Workspace
+from ..models import Image, Recipe, Run
+from ..query.exclusions import image_counts
+from ..settings import need, track
+from ..stages.hits import DoseRow, cell_ratios, hits_result, plate_sets
+from ..stages.profile import open_profiles
+from .drawing import Limits, brief, coloured, draw_curve, grey_limits, jpeg, write_html
+from .feature_words import changes
+from .hits_figures import (
+    ALIKE,
+    CHANGED,
+    CHANGES,
+    MARKS,
+    SIMILAR,
+    Clusters,
+    Floats,
+    Judged,
+    Screen,
+    clusters_of,
+    counts_figure,
+    effect_bar,
+    heat_map,
+    layout_of,
+    plate_figures,
+    position_map,
+    strip,
+    volcano,
+    well_figures,
+)
+
+if TYPE_CHECKING:
+    from ..stages.hits import PlateSet
+
+SECTIONS = 60
+"""Treatments with a section of their own."""
+ROWS = 2_000
+"""Treatments of the ranked table."""
+PAIRS = 3
+"""Plates of a treatment whose wells are shown in pictures."""
+CURVES = 4
+"""Dose curves of a perturbation that are drawn."""
+QUANTITIES = {"effect": "effect, SD", "cell_count": "cells, of the controls"}
+WINDOW = 256
+"""Pixels of the middle of a field that are shown."""
+
+
+def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
+    """Write the page of a hits run.
+
+    Raises:
+        MissingExtraError: matplotlib, Jinja2, scipy or umap-learn is not installed.
+        StorageError: the page cannot be written, or the profiles cannot be read.
+    """
+    need("report")
+    need("hits")
+    with workspace.database.read() as session:
+        run = session.get_one(Run, run_id)
+        recipe = session.get_one(Recipe, run.recipe_id)
+        profile_run = session.get_one(Run, (run.result or {})["profile_run"])
+        profile_recipe = session.get_one(Recipe, profile_run.recipe_id)
+        result = hits_result(session, run)
+    screen = read_screen(workspace, result, recipe.parameters)
+    clusters, layout = clusters_of(screen), layout_of(screen, recipe.parameters["seed"])
+    maps, more_plates = plate_figures(screen)
+    pictures = Thumbnails(workspace, screen)
+    content = {
+        "screen": screen,
+        "result": result,
+        "run": run,
+        "recipe": recipe,
+        "profile_run": profile_run,
+        "profile_recipe": profile_recipe,
+        "marks": {verdict.value: mark for verdict, mark in MARKS.items()},
+        "counts": Counter(item.verdict.value for item in screen.judged),
+        "rows": ranked_rows(screen, clusters),
+        "more_rows": max(0, len(screen.judged) - ROWS),
+        "volcano": volcano(screen, recipe.parameters["q"]),
+        "cells": counts_figure(screen),
+        "sections": list(sections(workspace, screen, pictures)),
+        "more_sections": max(0, len(screen.judged) - SECTIONS),
+        "channels": pictures.colours(),
+        "window": WINDOW,
+        "heat_map": heat_map(screen, clusters) if len(clusters.rows) > 1 else "",
+        "clusters": clusters,
+        "cluster_rows": cluster_rows(screen, clusters),
+        "layout": layout,
+        "well_figures": [] if layout is None else well_figures(screen, layout),
+        "maps": maps,
+        "more_plates": more_plates,
+        "alike": ALIKE,
+    }
+    write_html(path, "hits.html.j2", content, {"brief": brief, "q": q_text, "sd": sd_text})
+
+
+def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]) -> Screen:
+    """Return the wells that a hits run compared, with its parameters, and what it found."""
+    import pandas as pd
+
+    from ..analysis.activity import effects
+    from ..analysis.well_profiles import on_edge
+
+    _, profiles = open_profiles(workspace, str(result.profile_run))
+    every = sorted({plate for plates in result.plate_sets.values() for plate in plates})
+    params = HitsParams(control=parameters["control"], plates=tuple(every))
+    parts = {part.name: part for part in plate_sets(profiles, params)}
+    rows = {(row.plate_set, row.treatment_id): row for row in result.rows}
+    first, judged, tables = 0, list[Judged](), []
+    for part in parts.values():
+        tables.append(part.table)
+        for code, about in enumerate(part.treatments):
+            row = rows.get((part.name, about.treatment_id))
+            if row is None:
+                continue
+            mine = part.compared & (part.groups == code)
+            usual = part.compared & part.controls & np.isin(part.plates, part.plates[mine])
+            wells, controls = (first + np.flatnonzero(some) for some in (mine, usual))
+            judged.append(Judged(0, row, about.perturbation, about.dose, wells, controls))
+        first += len(part.table)
+    order = list(MARKS)
+    judged.sort(key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), item.name))
+    table = pd.concat(tables, ignore_index=True)
+    away = [effects(p.values, p.groups, p.controls, p.plates)[1] for p in parts.values()]
+    return Screen(
+        result=result,
+        table=table,
+        z=np.concatenate([against_controls(part) for part in parts.values()]),
+        columns=profiles.columns,
+        effects=np.concatenate(away),
+        cells=np.concatenate([cell_ratios(part) for part in parts.values()]),
+        controls=np.concatenate([part.controls for part in parts.values()]),
+        on_edge=np.asarray(on_edge(table), bool),
+        judged=[replace(item, number=number) for number, item in enumerate(judged, start=1)],
+    )
+
+
+def against_controls(part: PlateSet) -> Floats:
+    """Return profiles (N, F) as distances from the mean of the controls of a plate, in their SD.
+
+    A plate with fewer than two controls is compared with all. Where a feature is missing, or has no
+    spread among the controls, it counts as unchanged; a well without a profile has NaN.
+    """
+    known = np.isfinite(part.values).any(axis=1)
+    values = np.where(np.isfinite(part.values), part.values, np.nan)
+    found = np.full(values.shape, np.nan)
+    for plate in np.unique(part.plates):
+        wells = known & (part.plates == plate)
+        usual = wells & part.controls
+        if usual.sum() < 2:
+            usual = known & part.controls
+        if usual.sum() < 2 or not wells.any():
+            continue
+        number = np.isfinite(values[usual]).sum(axis=0)
+        middle = np.nansum(values[usual], axis=0) / np.maximum(number, 1)
+        squares = np.nansum((values[usual] - middle) ** 2, axis=0) / np.maximum(number - 1, 1)
+        shifts = (values[wells] - middle) / np.where(squares > 1e-18, np.sqrt(squares), np.inf)
+        found[wells] = np.nan_to_num(shifts)
+    return found
+
+
+def q_text(value: float | None) -> str:
+    """A q value in few digits."""
+    if value is None:
+        return "\u2013"
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+
+
+def sd_text(value: float | None) -> str:
+    """A distance in standard deviations, with its sign."""
+    if value is None:
+        return "\u2013"
+    return (f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.1f}").replace("-", "\u2212")
+
+
+def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
+    """The rows of the ranked table, each with its place in every order."""
+    shown = screen.judged[:ROWS]
+    known = [item.row for item in shown if item.row.effect is not None]
+    ends = [x for row in known for x in (row.effect, row.effect_low, row.effect_high)]
+    given = [x for x in ends if x is not None]
+    low, high = np.percentile(given, [2, 98]).tolist() if given else (0.0, 1.0)
+    limits = min(low, -0.5), max(high, 1.0)
+
+    def places(key: Callable[[Judged], Any]) -> dict[int, int]:
+        order = sorted(shown, key=lambda item: (key(item) is None, key(item) or 0))
+        return {item.number: place for place, item in enumerate(order)}
+
+    orders = {
+        "e": places(lambda item: None if item.row.effect is None else -item.row.effect),
+        "q": places(lambda item: item.row.q),
+        "c": places(lambda item: item.row.cell_count),
+    }
+    names = sorted(shown, key=lambda item: item.name.casefold())
+    orders["n"] = {item.number: place for place, item in enumerate(names)}
+    return [
+        {
+            "item": item,
+            "bar": effect_bar(item, limits),
+            "cluster": clusters.of.get(item.number - 1),
+            "order": ";".join(f"--{key}:{some[item.number]}" for key, some in orders.items()),
+        }
+        for item in shown
+    ]
+
+
+# Of each treatment
+
+
+def sections(
+    workspace: Workspace, screen: Screen, pictures: Thumbnails
+) -> Iterator[dict[str, Any]]:
+    """What the page shows of each of the first treatments."""
+    shown = screen.judged[:SECTIONS]
+    pairs = {item.number: pairs_of(screen, item) for item in shown if item.is_different}
+    pictures.look_up({well for some in pairs.values() for pair in some for well in pair})
+    first: dict[str, int] = {}
+    for item in track(workspace.progress, "page", len(shown), shown):
+        drawn_at = first.setdefault(item.perturbation, item.number)
+        yield {
+            "item": item,
+            "mark": MARKS[item.verdict],
+            "changes": changes(screen.columns, screen.middles[item.number - 1], CHANGED, CHANGES),
+            "strip": strip(screen, item),
+            "map": position_map(screen, item) if len(item.wells) else "",
+            "edge": edge_wells(screen, item),
+            "pairs": [pictures.pair(*pair) for pair in pairs.get(item.number, ())],
+            "curves": curves_of(screen, item) if drawn_at == item.number else [],
+            "curve_at": drawn_at if drawn_at != item.number and doses_of(screen, item) else None,
+            "similar": similar(screen, item),
+            "replicates": replicates(screen, item),
+        }
+
+
+def edge_wells(screen: Screen, item: Judged) -> str:
+    """Say which wells of a treatment are at the edge of their plate; nothing where none is."""
+    number, every = int(screen.on_edge[item.wells].sum()), len(item.wells)
+    if not number:
+        return ""
+    if number < every:
+        return f"{number} of {every} wells are at the edge of the plate."
+    alone = "" if screen.on_edge[item.controls].any() else ", and no control is"
+    return f"⚠ All wells are at the edge of the plate{alone}."
+
+
+def similar(screen: Screen, item: Judged) -> list[tuple[Judged, float]]:
+    """The treatments that differ and whose median profiles point where that of ``item`` does."""
+    own = screen.directions[item.number - 1]
+    if not item.is_different or not own.any():
+        return []
+    cosines = screen.directions @ own
+    order = np.argsort(-cosines, kind="stable")
+    others = (screen.judged[i] for i in order if cosines[i] >= ALIKE)
+    found = (other for other in others if other.is_different and other.number != item.number)
+    return [(other, float(cosines[other.number - 1])) for other in found][:SIMILAR]
+
+
+def replicates(screen: Screen, item: Judged) -> str:
+    """Say how many wells a treatment would have needed."""
+    from ..analysis.activity import replicates_needed
+
+    own = item.wells[screen.usable[item.wells]]
+    if len(own) < 2:
+        return "How many wells would be needed cannot be said: two are needed to know."
+    result, plates = screen.result, len(set(screen.plates[item.controls].tolist()))
+    number = replicates_needed(
+        screen.z[own],
+        screen.z[item.controls],
+        beside=len(item.controls) / max(1, plates),
+        level=0.05 * (result.hits + 1) / max(1, result.tested),
+    )
+    if number is None:
+        return (
+            "No number can be given: its wells are hardly more alike than wells of treatments "
+            "that do nothing, or more than 100 were needed."
+        )
+    return (
+        f"To find an effect of this size in four of five screens takes about {number} wells; it "
+        f"has {len(own)}."
+    )
+
+
+def cluster_rows(screen: Screen, found: Clusters) -> list[dict[str, Any]]:
+    """Of each cluster its treatments, their targets, and what they share in words."""
+    rows = []
+    for number in dict.fromkeys(found.numbers):
+        members = [i for i, of in zip(found.rows, found.numbers, strict=True) if of == number]
+        items = [screen.judged[i] for i in members]
+        targets = Counter(item.row.target for item in items if item.row.target)
+        said = changes(screen.columns, np.median(screen.middles[members], axis=0), CHANGED, CHANGES)
+        rows.append(
+            {"number": number, "items": items, "targets": targets.most_common(3), "changes": said}
+        )
+    return rows
+
+
+# Dose curves
+
+
+def doses_of(screen: Screen, item: Judged) -> list[DoseRow]:
+    """What was said of the doses of a perturbation."""
+    key = item.perturbation, item.row.plate_set
+    return [row for row in screen.result.doses if (row.name, row.plate_set) == key]
+
+
+def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
+    """The dose curves of the perturbation of ``item``, each in words and as a figure.
+
+    Probabilities of labels are not drawn: they are not in the profiles.
+    """
+    from ..analysis.dose_curves import fit_curve
+
+    found = []
+    for row in doses_of(screen, item)[:CURVES]:
+        said = _curve_in_words(row)
+        if row.quantity in ("effect", "cell_count"):
+            values = screen.effects if row.quantity == "effect" else screen.cells
+        elif row.quantity in screen.columns:
+            values = screen.z[:, screen.columns.index(row.quantity)]
+        else:
+            found.append({"said": said, "figure": ""})
+            continue
+        others = [
+            other
+            for other in screen.judged
+            if (other.perturbation, other.row.plate_set) == (item.perturbation, item.row.plate_set)
+            and other.dose is not None
+        ]
+        doses = np.concatenate([np.full(len(o.wells), o.dose) for o in others])
+        wells = np.concatenate([o.wells for o in others])
+        usual = np.unique(np.concatenate([o.controls for o in others]))
+        given = doses, values[wells], values[usual]
+        name = f"curve {item.number} {row.quantity}"
+        label = QUANTITIES.get(row.quantity, f"{row.quantity}, SD")
+        figure = draw_curve(
+            name, fit_curve(*given), *(x.tolist() for x in given), unit=row.unit or "", label=label
+        )
+        found.append({"said": said, "figure": figure})
+    return found
+
+
+def _curve_in_words(row: DoseRow) -> str:
+    unit = row.unit or ""
+    said = [f"{QUANTITIES.get(row.quantity, row.quantity)}:"]
+    if row.lowest_active is not None:
+        said.append(f"active from {brief(row.lowest_active)} {unit} on;")
+    else:
+        said.append("no dose from which on all are active;")
+    if row.trend_p is not None:
+        said.append(f"trend with the dose p {q_text(row.trend_p)}.")
+    return " ".join(" ".join(said).rstrip(";").split())
+
+
+# Pictures
+
+
+class Thumbnails:
+    """Pictures of wells, each beside a control of the same plate, in the same contrast.
+
+    Kept are the picture of the control of each plate and its grey levels, nothing else.
+    """
+
+    def __init__(self, workspace: Workspace, screen: Screen) -> None:
+        self.workspace, self.screen = workspace, screen
+        self.images: dict[int, int] = {}
+        self.channels: dict[int, list[str]] = {}
+        self.limits: dict[tuple[str, tuple[str, ...]], list[Limits]] = {}
+        self.controls: dict[int, dict[str, Any]] = {}
+
+    def look_up(self, wells: set[int]) -> None:
+        """Find the first field that counts of each well, and its channels."""
+        ids = {int(self.screen.table["well_id"].iat[well]): well for well in wells}
+        query = select(Image.well_id, func.min(Image.id)).group_by(Image.well_id)
+        query = query.where(Image.content_sha256.is_not(None), image_counts(None))
+        with self.workspace.database.read() as session:
+            for some in in_lists(sorted(ids)):
+                rows = session.execute(query.where(Image.well_id.in_(some)))
+                self.images.update({ids[well]: image for well, image in rows})
+            files = channel_files(session, list(self.images.values()))
+        for image_id, channels in files.items():
+            names = [file.channel for file in channels if file.channel != PROJECTION_CHANNEL]
+            nuclear = [name for name in names if NUCLEAR.search(name)][:1]
+            self.channels[image_id] = (nuclear + [n for n in names if n not in nuclear])[:3]
+
+    def colours(self) -> str:
+        """Say in which colours channels are shown."""
+        several = [names for names in self.channels.values() if len(names) > 1]
+        if not several:
+            return ""
+        names = list(several[0])
+        said = [f"{name} blue" for name in names if NUCLEAR.search(name)]
+        others = [name for name in names if not NUCLEAR.search(name)]
+        said += [
+            f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"), strict=False)
+        ]
+        return ", ".join(said)
+
+    def pair(self, well: int, control: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A well and a control of the same plate."""
+        if control not in self.controls:
+            self.controls[control] = self._picture(control, control)
+        return self._picture(well, control), self.controls[control]
+
+    def _picture(self, well: int, control: int) -> dict[str, Any]:
+        plate, name = self.screen.plates[well], self.screen.table["well"].iat[well]
+        shown = {"title": f"{plate} {name}", "picture": None, "problem": None}
+        if well not in self.images:
+            return shown | {"problem": "No field of this well counts, or its files are missing."}
+        image = self.images[well]
+        channels = self.channels[image]
+        inputs = [ImageInput((one,)) for one in channels] or [ImageInput()]
+        try:
+            planes = [read_image(self.workspace.database, image, one) for one in inputs]
+        except CellstoreError as error:
+            return shown | {"problem": str(error)}
+        key = (plate, tuple(channels))
+        if well == control or key not in self.limits:
+            self.limits[key] = [grey_limits(plane) for plane in planes]
+        middle = coloured([_middle(plane) for plane in planes], self.limits[key], channels)
+        return shown | {"picture": jpeg(np.rint(255 * middle).astype(np.uint8))}
+
+
+def pairs_of(screen: Screen, item: Judged) -> list[tuple[int, int]]:
+    """Wells of a treatment on different plates, each with the most usual control of its plate."""
+    found: dict[str, tuple[int, int]] = {}
+    for well in item.wells.tolist():
+        plate = screen.plates[well]
+        usual = item.controls[screen.plates[item.controls] == plate]
+        known = usual[np.isfinite(screen.effects[usual])]
+        if len(known):
+            away = np.abs(screen.effects[known] - np.median(screen.effects[known]))
+            usual = known[np.argsort(away, kind="stable")]
+        if len(usual):
+            found.setdefault(plate, (well, int(usual[0])))
+    return list(found.values())[:PAIRS]
+
+
+def _middle(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The middle of a plane (H, W), at most ``WINDOW`` pixels wide and high."""
+    starts = [max(0, (length - WINDOW) // 2) for length in plane.shape]
+    return plane[tuple(slice(start, start + WINDOW) for start in starts)]
