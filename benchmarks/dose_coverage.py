@@ -10,9 +10,9 @@ response, open ends included; what was said where it was not determined. Then
 the same without any effect: how often an EC50 is determined, a curve is better than a flat line, a
 dose is called active; and quantiles of the p of the trend, 0.05, 0.5 and 0.95 if it is right.
 
-The third table does the same with distances of simulated profiles (60 features that go together, a
-third of which change), as `cellstore hits` fits them: plates with one well of each of 8 doses and
-their controls; strength 0 is no effect.
+The third table does the same with simulated profiles, as `cellstore hits` fits them: plates with
+one well of each of 8 doses and their controls; strength 0 is no effect. "together": 60 features
+that go together, a third of which change; "apart": 60 independent features, all of which change.
 
 python benchmarks/dose_coverage.py [--trials 200] [--flat 1000]
 
@@ -29,8 +29,8 @@ from itertools import product
 import numpy as np
 
 from cellstore.analysis import dose_curves
-from cellstore.analysis.activity import distances
-from cellstore.analysis.dose_curves import DoseCurve, fit_curve, lowest_active
+from cellstore.analysis.activity import effects
+from cellstore.analysis.dose_curves import DoseCurve, along_change, fit_curve, lowest_active
 
 LEAST = 0.93
 SLOPES = (0.8, 1.5, 3.0)
@@ -96,31 +96,42 @@ def flat(layout: tuple[int, int, int], trials: int, seed: int) -> str:
     return f"{counts}   {quantiles}"
 
 
-def profiles(layout: tuple[int, int], strength: float, trials: int, seed: int) -> str:
+def profiles(
+    layout: tuple[int, int], strength: float, trials: int, seed: int, *, apart: bool
+) -> str:
     """One line of the third table: plates, control wells on each."""
     plates, controls = layout
     rng = np.random.default_rng(seed)
     plate = np.repeat(np.arange(plates), controls + 8)
     control = np.tile(np.arange(controls + 8) < controls, plates)
     doses = np.tile(3.0 ** np.arange(8), plates)
+    dose = np.full(plate.size, np.nan)
+    dose[~control] = doses
     determined = held = better = active = trend = 0
     for _ in range(trials):
-        together = 0.6 * rng.normal(size=(60, 4))
-        change = strength * rng.normal(size=60) * (rng.random(60) < 1 / 3)
+        together = (0.0 if apart else 0.6) * rng.normal(size=(60, 4))
+        change = strength * rng.normal(size=60) * (apart or (rng.random(60) < 1 / 3))
         curve = DoseCurve(0.0, 1.0, 1.5, 3.0 ** rng.uniform(1 / 3, 7 - 1 / 3))
         values = rng.normal(size=(plate.size, 4)) @ together.T + 0.7 * rng.normal(
             size=(plate.size, 60)
         )
         values[~control] += curve.at(doses)[:, None] * change
-        away = distances(values, control, plate)
-        fitted = fit_curve(doses, away[~control], away[control], seed=int(rng.integers(2**31)))
-        lowest = lowest_active(doses, away[~control], away[control], plate[~control])
-        if fitted.ec50 is not None:
-            determined += 1
-            held += fitted.low <= curve.halfway <= fitted.high
+        effect = effects(values, np.where(control, -1, 0), control, plate)[1]
+        given = doses, effect[~control], effect[control]
+        fitted = fit_curve(*given, seed=int(rng.integers(2**31)))
+        lowest = lowest_active(*given, plate[~control])
         better += (fitted.p_flat or 1) < dose_curves.ALPHA
         trend += (fitted.trend_p or 1) < dose_curves.ALPHA
         active += lowest[0] is not None
+        if (fitted.p_flat or 1) >= dose_curves.ALPHA:
+            continue
+        for one in range(plates):
+            values[plate == one] -= values[(plate == one) & control].mean(axis=0)
+        moved = along_change(values, dose)
+        fitted = fit_curve(doses, moved[~control], moved[control])
+        if fitted.ec50 is not None:
+            determined += 1
+            held += fitted.low <= curve.halfway <= fitted.high
     inside = f"{100 * held / determined:5.1f} %" if determined else "      -"
     counts = "  ".join(f"{100 * n / trials:5.1f} %" for n in (better, trend, active))
     return f"{strength:8g}  {100 * determined / trials:8.1f} %  {inside}  {counts}"
@@ -147,11 +158,12 @@ def main() -> None:
             flush=True,
         )
 
-    print("\nprofiles\nplates controls strength  determined   held   better   trend   active")
-    for layout in ((1, 16), (3, 12), (4, 8)):
-        for strength in (0.0, 2.0, 4.0, 8.0, 16.0):
-            line = profiles(layout, strength, options.flat // 2, 3)
-            print(f"{layout[0]:6} {layout[1]:8} {line}", flush=True)
+    print("\nprofiles\nfeatures plates controls strength  determined  held  better  trend  active")
+    for apart, layout in product((False, True), ((1, 16), (3, 12), (4, 8))):
+        for strength in (0.0, 0.5, 1.0, 2.0, 4.0) if apart else (0.0, 2.0, 4.0, 8.0, 16.0):
+            line = profiles(layout, strength, options.flat // 2, 3, apart=apart)
+            kind = "apart" if apart else "together"
+            print(f"{kind:8} {layout[0]:6} {layout[1]:8} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from cellstore.analysis.activity import (
     cell_counts,
     consistency,
     consistency_by_copairs,
-    distances,
     edge_check,
     effects,
     replicate_correlation,
@@ -287,23 +286,6 @@ def test_replicates_needed() -> None:
     assert replicates_needed(angles(0, 1), controls / 1e9, beside=1, level=0.001) == 10
     for some, others in ((angles(0, 120), controls), (wells[:1], controls), (wells, controls[:3])):
         assert replicates_needed(some, others, beside=16) is None
-
-
-def test_distances_are_those_of_effects_without_the_logarithm() -> None:
-    random = np.random.default_rng(8)
-    controls, plates = np.arange(20) < 12, np.repeat([0, 1], 10)
-    plates[:12] = np.tile([0, 1], 6)
-    values = random.normal(size=(20, 30))
-    values[12:16] += 100 * np.sign(values[12:16])
-    groups = np.where(controls, -1, 0)
-    found = distances(values, controls, plates)
-    _, effect = effects(values, groups, controls, plates)
-    assert np.corrcoef(np.log(found), effect)[0, 1] == pytest.approx(1)
-    for plate in (0, 1):  # on a plate, 1 is the (geometric) mean of its controls
-        assert np.log(found[controls & (plates == plate)]).mean() == pytest.approx(0)
-    # Twice as strong is twice as far, where the effect is far larger than the noise.
-    values[12:16] += 100 * np.sign(values[12:16])
-    assert distances(values, controls, plates)[12:16] / found[12:16] == pytest.approx(2, rel=0.02)
 
 
 def test_the_most_changed_features_by_hand() -> None:

@@ -11,6 +11,7 @@ from scipy.optimize import least_squares
 
 from cellstore.analysis.dose_curves import (
     DoseCurve,
+    along_change,
     dose_trend,
     fit_curve,
     lowest_active,
@@ -239,3 +240,17 @@ def test_the_picture_of_a_curve_says_what_is_seen() -> None:
     assert "EC50 not determined: no response: a curve fits no better than" in plain
     assert (picture.count("PolyCollection"), plain.count("PolyCollection")) == (1, 0)  # the band
     assert draw_curve("e", DoseCurve(), [1.0], [np.nan]) == ""
+
+
+def test_the_effect_of_a_dose_is_how_far_wells_move_in_its_direction() -> None:
+    controls = [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]
+    treated = [[0.0, 2.0], [0.0, 4.0], [0.0, 8.0], [np.nan, np.nan]]
+    moved = along_change(controls + treated, [np.nan] * 4 + [1.0, 3.0, 9.0, 9.0])
+    # The direction is the second axis, on which controls have the standard deviation 2 / sqrt(3).
+    unit = 2 / np.sqrt(3)
+    assert moved[:4] == pytest.approx(np.array([1, -1, -1, 1]) / unit)
+    assert moved[4:7] == pytest.approx(np.array([2, 4, 8]) / unit)
+    assert np.isnan(moved[7])
+    # Of a well of the two highest doses the direction is that of the others.
+    alone = along_change([[1.0, 0], [-1.0, 0], [3.0, 0], [0, 5.0]], [np.nan, np.nan, 1.0, 3.0])
+    assert alone[2:] == pytest.approx([0, 0])

@@ -96,8 +96,8 @@ def test_no_normalisation_changes_nothing() -> None:
     assert normalise(profiles, "none") is profiles
 
 
-def test_profiles_are_shown_as_one_table() -> None:
-    profiles = replace(some_profiles(), columns=("Cells_<b>", *"abcd"))
+def test_profiles_are_one_table() -> None:
+    profiles = replace(some_profiles(), columns=tuple("eabcd"))
     frame = profiles.to_pandas()
     assert list(frame.columns) == [*WELL_COLUMNS, *profiles.columns]
     np.testing.assert_array_equal(frame["a"], profiles.values[:, 1])

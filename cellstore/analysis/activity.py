@@ -304,16 +304,6 @@ def effects(
     return found, each
 
 
-def distances(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
-    """Return how many times as far from the controls as a control each well is (N,); 1: as one.
-
-    It is the distance of :func:`effects`, without its logarithm: an effect that is twice as strong
-    is about twice as far, so half of the largest distance is at the dose of half of the effect.
-    """
-    ratios: Numbers = np.exp(_log_distances(values, controls, plates)[0])
-    return ratios
-
-
 def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
     """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
 

@@ -97,6 +97,31 @@ class DoseCurve:
         return self.bottom + rise * share, np.stack(columns, axis=-1)
 
 
+def along_change(values: ArrayLike, doses: ArrayLike) -> Floats:
+    """Return how far each well has moved in the direction of the change at the two highest doses.
+
+    ``values`` (N, F): profiles, measured from the controls; ``doses`` (N,): NaN for a control.
+    The direction is the sum of the wells of the two highest doses, without the well itself, which
+    would else seem to have moved by chance. The answer, (N,), is in standard deviations of the
+    controls; 0 is their mean; NaN: the well has no profile. It grows with the change itself, so
+    that half of it is at the EC50; the size of a profile does not, as noise hides small changes.
+    """
+    rows, dose = np.nan_to_num(np.asarray(values, np.float64)), np.asarray(doses, np.float64)
+    known = np.isfinite(np.asarray(values, np.float64)).any(axis=1)
+    treated, controls = known & np.isfinite(dose), known & np.isnan(dose)
+    found = np.full(len(rows), np.nan)
+    top = treated & np.isin(dose, np.unique(dose[treated])[-2:])
+    total = rows[top].sum(axis=0)
+    ways = total - np.where(top[:, None], rows, 0.0)
+    lengths = np.linalg.norm(ways, axis=1)
+    possible = known & (lengths > 0)
+    moved = np.einsum("nf,nf->n", rows[possible], ways[possible]) / lengths[possible]
+    found[possible] = moved
+    if controls.sum() > 1 and (spread := float(found[controls].std(ddof=1))) > 0:
+        found = (found - found[controls].mean()) / spread
+    return found
+
+
 def fit_curve(
     doses: ArrayLike,
     responses: ArrayLike,

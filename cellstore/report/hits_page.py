@@ -325,13 +325,15 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
 
     Probabilities of labels are not drawn: they are not in the profiles.
     """
-    from ..analysis.dose_curves import fit_curve
+    from ..analysis.dose_curves import along_change, fit_curve
 
     found = []
     for row in doses_of(screen, item)[:CURVES]:
         said = _curve_in_words(row)
-        if row.quantity in ("effect", "cell_count"):
-            values = screen.effects if row.quantity == "effect" else screen.cells
+        if row.quantity == "effect":
+            values = np.empty(0)
+        elif row.quantity == "cell_count":
+            values = screen.cells
         elif row.quantity in screen.columns:
             values = screen.z[:, screen.columns.index(row.quantity)]
         else:
@@ -346,7 +348,12 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
         doses = np.concatenate([np.full(len(o.wells), o.dose) for o in others])
         wells = np.concatenate([o.wells for o in others])
         usual = np.unique(np.concatenate([o.controls for o in others]))
-        given = doses, values[wells], values[usual]
+        if row.quantity == "effect":
+            both = np.concatenate([wells, usual])
+            moved = along_change(screen.z[both], np.r_[doses, np.full(len(usual), np.nan)])
+            given = doses, moved[: len(wells)], moved[len(wells) :]
+        else:
+            given = doses, values[wells], values[usual]
         name = f"curve {item.number} {row.quantity}"
         label = QUANTITIES.get(row.quantity, f"{row.quantity}, SD")
         figure = draw_curve(

@@ -579,8 +579,7 @@ def _score(part: PlateSet, params: HitsParams) -> None:
         part.counts, groups, controls, plates, **how
     )
     strongest = activity.strongest_changes(part.values, groups, controls, plates)
-    distances = activity.distances(part.values, controls, plates)
-    part.table = part.table.assign(effect=effects, distance=distances)
+    part.table = part.table.assign(effect=effects)
     floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
     rule = scores["activity_copairs"]
     if params.measure == "activity":
@@ -816,15 +815,17 @@ def _score_doses(
     single: set[int],
 ) -> None:
     """Fit curves over the doses of each perturbation that has several in one unit."""
-    from ..analysis.dose_curves import fit_curve, lowest_active
+    from ..analysis.dose_curves import ALPHA, along_change, fit_curve, lowest_active
 
-    # Of the effect its distance: on the scale of logarithms half of it is at a lower dose.
-    responses = {"effect": part.table["distance"].to_numpy(), "cell_count": cell_ratios(part)}
+    responses: dict[str, Numbers] = {
+        "effect": part.table["effect"].to_numpy(),
+        "cell_count": cell_ratios(part),
+    }
     ids = part.table["well_id"].tolist()
     for name in params.curves:
         if _is_label(name):
-            given = [curves[name].get(int(key), np.nan) for key in ids]
-            responses[_quantity(name)] = np.array(given)
+            said = [curves[name].get(int(key), np.nan) for key in ids]
+            responses[_quantity(name)] = np.array(said)
         else:
             responses[name] = part.values[:, columns.index(name)]
     several: dict[tuple[str, str | None], list[int]] = defaultdict(list)
@@ -840,13 +841,25 @@ def _score_doses(
     for (name, unit), codes in several.items():
         if len(set(doses[codes])) < FEWEST_DOSES:
             continue
+        given = part.compared & np.isin(part.groups, codes)
         for quantity, response in responses.items():
             there = part.compared & np.isfinite(response)
-            mine = there & np.isin(part.groups, codes)
+            mine = there & given
             controls = there & part.controls & np.isin(part.plates, part.plates[mine])
             data = (doses[part.groups[mine]], response[mine], response[controls])
             curve = fit_curve(*data, seed=params.seed)
             lowest, p, note = lowest_active(*data, part.plates[mine])
+            if quantity == "effect" and curve.p_flat is not None and curve.p_flat < ALPHA:
+                # Where there is a response, its half is where wells have moved half of the way.
+                # Whether there is one is not asked of the way: wells that nothing was done to
+                # move together by chance.
+                dose = np.where(given, doses[part.groups], np.nan)
+                way = along_change(part.values[mine | controls], dose[mine | controls])
+                moved = np.full(len(dose), np.nan)
+                moved[mine | controls] = way
+                p_flat, trend, trend_p = curve.p_flat, curve.trend, curve.trend_p
+                curve = fit_curve(data[0], moved[mine], moved[controls], seed=params.seed)
+                curve = replace(curve, p_flat=p_flat, trend=trend, trend_p=trend_p)
             ec50 = {"value": curve.ec50, "low": curve.low, "high": curve.high}
             for measure, values in (
                 ("ec50", {**ec50, "p": curve.p_flat, "note": curve.note}),
