@@ -402,19 +402,20 @@ def _plate_set(
 ) -> PlateSet:
     barcodes, plates = np.unique(table["plate"].to_numpy(dtype=str), return_inverse=True)
     ids = np.where(controls, -1, table["treatment_id"].fillna(-1)).astype(np.int64)
-    known = np.unique(ids[ids >= 0])
-    groups = np.where(controls, -1, np.searchsorted(known, ids))
     with_controls = np.isin(plates, plates[controls])
     images = table["n_images"].to_numpy(dtype=np.float64)
     cells = table["n_cells"].to_numpy(dtype=np.float64)
     counts = np.divide(cells, images, out=np.full(len(images), np.nan), where=images > 0)
     columns = ["treatment_id", "name_with_dose", "perturbation", "dose", "dose_unit", "target"]
     treated = table.loc[~controls, columns].drop_duplicates("treatment_id")
-    said = treated.sort_values("treatment_id")[columns[1:]].to_numpy(dtype=object).tolist()
+    # By name, not in the order in which they came: what is drawn at random is the same elsewhere.
+    said = treated.sort_values(["name_with_dose", "treatment_id"]).to_numpy(dtype=object).tolist()
     treatments = []
-    for key, row in zip(known.tolist(), said, strict=True):
+    for row in said:
         words: list[Any] = [None if value != value else value for value in row]
-        treatments.append(Treated(key, *words))
+        treatments.append(Treated(*words))
+    code = {item.treatment_id: at for at, item in enumerate(treatments)}
+    groups = np.array([code.get(key, -1) for key in ids.tolist()], dtype=np.int64)
     part = PlateSet(
         name=name,
         cell_line=line,

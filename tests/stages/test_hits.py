@@ -313,6 +313,11 @@ def test_plates_of_one_cell_line_and_time_point_are_compared_together() -> None:
         ("U2OS", ("P3",)),
     ]
     assert [len(part.groups) for part in parts] == [6, 3]
+    other = wells({("P1", None, None): [*plate, "noco"]})  # came in another order
+    other.table["treatment_id"] = 9 - other.table["treatment_id"]
+    (part,) = plate_sets(other, HitsParams())
+    assert [item.name for item in part.treatments] == ["noco", "taxol"]
+    assert part.groups.tolist() == [-1, -1, 1, 0]
     parts[0].values[:] = np.nan  # as on a plate with too few controls: its wells have cells
     assert (parts[0].profiled.any(), parts[0].empty.any()) == (False, False)
     times = wells(
