@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cellstore.config import HitsParams, ProfileParams, option, options_of, spelled
+from cellstore.enums import Verdict
 from cellstore.store import Store
 
 from . import output
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 SHOWN_ROWS = 40
+SHOWN_ALIKE = 10
+"""Treatments that do not differ from the controls, at most."""
 
 
 def _show_profile(result: ProfileResult) -> None:
@@ -87,7 +90,8 @@ def _hit_cells(row: HitRow) -> tuple[Any, ...]:
 
 def _dose_cells(row: DoseRow) -> tuple[Any, ...]:
     unit = f" {row.unit}" if row.unit else ""
-    ec50 = f"not determined: {row.note}" if row.note else "not determined"
+    why = (row.note or "").partition(":")[0].removeprefix("the EC50 ")  # the rest is in --json
+    ec50 = f"not determined ({why})" if why else "not determined"
     if row.ec50 is not None:
         ec50 = f"{row.ec50:.3g}{unit}"
     if row.low is not None and row.high is not None:
@@ -96,10 +100,12 @@ def _dose_cells(row: DoseRow) -> tuple[Any, ...]:
     return (row.name, row.quantity.replace("_", " "), _short(row.trend_p), lowest, ec50)
 
 
-def _some(headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
+def _some(
+    headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int = SHOWN_ROWS
+) -> None:
     listed = list(rows)
-    output.table(headers, listed[:SHOWN_ROWS])
-    say_more(len(listed) - SHOWN_ROWS)
+    output.table(headers, listed[:most])
+    say_more(len(listed) - most)
     typer.echo("")
 
 
@@ -123,7 +129,9 @@ def _show_hits(result: HitsResult) -> None:
     for name, rows in groupby(result.rows, lambda row: row.plate_set):
         if len(result.plate_sets) > 1:
             typer.echo(f"{name} ({count(len(result.plate_sets[name]), 'plate')})")
-        _some(heads, map(_hit_cells, rows))
+        listed = list(rows)
+        differ = sum(row.verdict != Verdict.NO.value for row in listed)  # they come first
+        _some(heads, map(_hit_cells, listed), min(SHOWN_ROWS, differ + SHOWN_ALIKE))
     if result.targets:
         typer.echo("Do hits of one target look alike?")
         _some(

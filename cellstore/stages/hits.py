@@ -52,7 +52,7 @@ FEWEST_WELLS = 2
 FEWEST_DOSES = 2
 PROBABILITY = "probability:"
 PACKAGES = ("copairs", "pycytominer", "scipy")
-ORDER = (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL, Verdict.NO, Verdict.UNKNOWN)
+ORDER = (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL, Verdict.UNKNOWN, Verdict.NO)
 """Of the verdicts in a ranked table."""
 
 Numbers = NDArray[np.float64]

@@ -186,10 +186,12 @@ def check_command(store: Store) -> None:
     lines = text.stdout.splitlines()
     assert lines[0].startswith("Nothing to do: run ")
     assert "of 12 treatments differ from the controls; 1 of them mainly by fewer cells" in lines[1]
-    order = ["serial 30 uM", "killer", "idle", "once"]
+    order = ["serial 30 uM", "killer", "once", "idle"]
     rows = [next(at for at, line in enumerate(lines) if line.startswith(name)) for name in order]
     assert rows == sorted(rows)
     assert "Do hits of one target look alike?" in lines
+    assert lines[rows[0] - 1].startswith("---")
+    assert any(line.endswith("not determined (no response)") for line in lines)
     assert "hit_table" in text.stderr
     found = json.loads(said("--permutations", "2000", "--q", "1e-9", "--json").stdout)
     assert (found["already_done"], found["hits"]) == (False, 0)

@@ -9,6 +9,6 @@ WHERE run_id = $run
 ORDER BY
     plate_set,
     list_position(
-        ['hit', 'mainly fewer cells', 'small effect', 'no difference', 'cannot say'], verdict
+        ['hit', 'mainly fewer cells', 'small effect', 'cannot say', 'no difference'], verdict
     ),
     effect DESC NULLS LAST, treatment, dose
