@@ -34,6 +34,7 @@ from cellstore.analysis.activity import (
     replicate_correlation,
     replicates_needed,
     smallest_p,
+    strongest_changes,
 )
 from cellstore.analysis.well_profiles import WellProfiles, normalise
 from cellstore.config import HitsParams
@@ -168,7 +169,8 @@ def hits_of(some: Screen, seed: int, *, strata: NDArray[np.int64] | None = None)
     layers = some.plates if strata is None else strata
     scores = activity(some.values, *who, layers, seed=seed)
     far = effects(some.values, *who, some.plates)[0]
-    cells, change = cell_counts(some.counts, *who, some.plates, permutations=1)
+    cells, change = cell_counts(some.counts, *who, some.plates, permutations=2_000, seed=seed)
+    strongest = strongest_changes(some.values, *who, some.plates)
     params, floors = HitsParams(), smallest_p(*who, layers, 10_000)
     verdicts = {
         group: judge(
@@ -176,7 +178,8 @@ def hits_of(some: Screen, seed: int, *, strata: NDArray[np.int64] | None = None)
             score,
             far[group],
             cells[group],
-            change=float(change[some.groups == group].mean()),
+            fewer=-float(change[some.groups == group].mean()),
+            strongest=float(strongest[group]),
             floor=floors[group],
         )[0]
         for group, score in scores.items()
