@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Select, delete, false, insert, select, update
+from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
@@ -292,8 +292,11 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
-    elif run.stage is Stage.HITS:  # it reads profiles
-        images = select(Image.id).where(false())
+    elif run.stage is Stage.HITS:  # it reads profiles, and which wells still count
+        of_sets = (run.result or {}).get("plate_sets", {}).values()
+        images = select(Image.id).join(Well, Well.id == Image.well_id)
+        images = images.join(Plate, Plate.id == Well.plate_id)
+        images = images.where(Plate.barcode.in_({plate for plates in of_sets for plate in plates}))
     elif run.stage is Stage.PROFILE:
         images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
         images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
