@@ -134,18 +134,24 @@ def _show_hits(result: HitsResult) -> None:
         _some(heads, map(_hit_cells, listed), min(SHOWN_ROWS, differ + SHOWN_ALIKE))
     if result.targets:
         typer.echo("Do hits of one target look alike?")
+    for name, targets in groupby(result.targets, lambda row: row.plate_set):
+        if len(result.plate_sets) > 1:
+            typer.echo(name)
         _some(
             ("target", "perturbations", "consistency", "q"),
             (
                 (row.target, row.perturbations, _short(row.consistency), _short(row.q))
-                for row in result.targets
+                for row in targets
             ),
         )
     if result.doses:
         typer.echo("What changes with the dose?")
+    for name, doses in groupby(result.doses, lambda row: row.plate_set):
+        if len(result.plate_sets) > 1:
+            typer.echo(name)
         _some(
             ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)"),
-            map(_dose_cells, result.doses),
+            map(_dose_cells, doses),
         )
     output.wrapped(result.rule)
     if result.html:
@@ -186,5 +192,5 @@ def hits(
         for word in spelled(item, value)
     ]
     page = shlex.join(["cellstore", "hits", *words, "--html", "hits.html"])
-    rows = 'cellstore sql "FROM hit_table"'
+    rows = f'cellstore sql "FROM hit_table WHERE run_id = {found.run_id}"'
     say_next((rows,) if html else (page, rows), common)

@@ -13,6 +13,7 @@ from cellstore.analysis.dose_curves import (
     DoseCurve,
     along_change,
     dose_trend,
+    effect_curve,
     fit_curve,
     lowest_active,
 )
@@ -254,3 +255,26 @@ def test_the_effect_of_a_dose_is_how_far_wells_move_in_its_direction() -> None:
     # Of a well of the two highest doses the direction is that of the others.
     alone = along_change([[1.0, 0], [-1.0, 0], [3.0, 0], [0, 5.0]], [np.nan, np.nan, 1.0, 3.0])
     assert alone[2:] == pytest.approx([0, 0])
+
+
+def test_an_effect_without_one_direction_says_so() -> None:
+    random = np.random.default_rng(1)
+    doses = np.r_[np.full(12, np.nan), np.tile(3.0 ** np.arange(6), 4)]
+    strength = np.nan_to_num(1 / (1 + 9 / doses))
+    values = random.normal(size=(36, 40))
+    change = 8 * random.normal(size=40)
+    together = values + strength[:, None] * change
+    curve, moved = effect_curve(3 * strength + random.normal(size=36) / 9, together, doses)
+    assert curve.ec50 == pytest.approx(9, rel=0.3)
+    assert np.corrcoef(moved, strength)[0, 1] > 0.9
+    # As far from the controls, each well in a direction of its own.
+    apart = values + strength[:, None] * 8 * random.normal(size=(36, 40))
+    curve, _ = effect_curve(3 * strength + random.normal(size=36) / 9, apart, doses)
+    assert curve.ec50 is None
+    assert curve.p_flat < 0.001
+    assert curve.note.startswith("no common direction: wells move away")
+    # Nothing was done: the effects decide.
+    effects = random.normal(size=36)
+    curve, given = effect_curve(effects, values, doses)
+    assert np.array_equal(given, effects)
+    assert curve.ec50 is None

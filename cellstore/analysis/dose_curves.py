@@ -373,6 +373,30 @@ def dose_trend(
     return observed / scale, (as_far + more) / (len(orders) + more)
 
 
+def effect_curve(
+    effects: ArrayLike, values: ArrayLike, doses: ArrayLike, *, seed: int = 0
+) -> tuple[DoseCurve, Floats]:
+    """Return the curve of an effect, and the responses (N,) that it is fitted to.
+
+    ``effects`` (N,) and ``values`` (N, F) are of N wells, ``doses`` (N,) NaN for controls. Whether
+    there is a response, and its trend, is asked of the effects: wells that nothing was done to move
+    together by chance. Where there is one, its half is where wells have moved half of the way
+    (:func:`along_change`).
+    """
+    away, dose = np.asarray(effects, np.float64), np.asarray(doses, np.float64)
+    control = np.isnan(dose)
+    curve = fit_curve(dose[~control], away[~control], away[control], seed=seed)
+    if curve.p_flat is None or curve.p_flat >= ALPHA:
+        return curve, away
+    moved = along_change(values, dose)
+    way = fit_curve(dose[~control], moved[~control], moved[control], seed=seed)
+    note = way.note
+    if way.p_flat is not None and way.p_flat >= ALPHA:
+        note = "no common direction: wells move away from the controls, each its own way"
+    trend, trend_p = curve.trend, curve.trend_p
+    return replace(way, note=note, p_flat=curve.p_flat, trend=trend, trend_p=trend_p), moved
+
+
 def lowest_active(
     doses: ArrayLike, responses: ArrayLike, controls: ArrayLike, plates: ArrayLike | None = None
 ) -> tuple[float | None, float | None, str | None]:

@@ -325,7 +325,7 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
 
     Probabilities of labels are not drawn: they are not in the profiles.
     """
-    from ..analysis.dose_curves import along_change, fit_curve
+    from ..analysis.dose_curves import effect_curve, fit_curve
 
     found = []
     for row in doses_of(screen, item)[:CURVES]:
@@ -350,14 +350,16 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
         usual = np.unique(np.concatenate([o.controls for o in others]))
         if row.quantity == "effect":
             both = np.concatenate([wells, usual])
-            moved = along_change(screen.z[both], np.r_[doses, np.full(len(usual), np.nan)])
+            dose = np.r_[doses, np.full(len(usual), np.nan)]
+            curve, moved = effect_curve(screen.effects[both], screen.z[both], dose)
             given = doses, moved[: len(wells)], moved[len(wells) :]
         else:
             given = doses, values[wells], values[usual]
+            curve = fit_curve(*given)
         name = f"curve {item.number} {row.quantity}"
         label = QUANTITIES.get(row.quantity, f"{row.quantity}, SD")
         figure = draw_curve(
-            name, fit_curve(*given), *(x.tolist() for x in given), unit=row.unit or "", label=label
+            name, curve, *(x.tolist() for x in given), unit=row.unit or "", label=label
         )
         found.append({"said": said, "figure": figure})
     return found

@@ -816,7 +816,7 @@ def _score_doses(
     single: set[int],
 ) -> None:
     """Fit curves over the doses of each perturbation that has several in one unit."""
-    from ..analysis.dose_curves import ALPHA, along_change, fit_curve, lowest_active
+    from ..analysis.dose_curves import effect_curve, fit_curve, lowest_active
 
     responses: dict[str, Numbers] = {
         "effect": part.table["effect"].to_numpy(),
@@ -848,19 +848,13 @@ def _score_doses(
             mine = there & given
             controls = there & part.controls & np.isin(part.plates, part.plates[mine])
             data = (doses[part.groups[mine]], response[mine], response[controls])
-            curve = fit_curve(*data, seed=params.seed)
+            if quantity == "effect":
+                used = mine | controls
+                dose = np.where(given, doses[part.groups], np.nan)[used]
+                curve, _ = effect_curve(response[used], part.values[used], dose, seed=params.seed)
+            else:
+                curve = fit_curve(*data, seed=params.seed)
             lowest, p, note = lowest_active(*data, part.plates[mine])
-            if quantity == "effect" and curve.p_flat is not None and curve.p_flat < ALPHA:
-                # Where there is a response, its half is where wells have moved half of the way.
-                # Whether there is one is not asked of the way: wells that nothing was done to
-                # move together by chance.
-                dose = np.where(given, doses[part.groups], np.nan)
-                way = along_change(part.values[mine | controls], dose[mine | controls])
-                moved = np.full(len(dose), np.nan)
-                moved[mine | controls] = way
-                p_flat, trend, trend_p = curve.p_flat, curve.trend, curve.trend_p
-                curve = fit_curve(data[0], moved[mine], moved[controls], seed=params.seed)
-                curve = replace(curve, p_flat=p_flat, trend=trend, trend_p=trend_p)
             ec50 = {"value": curve.ec50, "low": curve.low, "high": curve.high}
             for measure, values in (
                 ("ec50", {**ec50, "p": curve.p_flat, "note": curve.note}),
