@@ -1,4 +1,4 @@
-"""Commands that take questions: sql, ask, schema, explore; and export, which hands all cells out."""
+"""Commands that ask: explore, ask, sql, schema; and export, which hands all cells out."""
 
 from __future__ import annotations
 
