@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +40,8 @@ LIVE_SECONDS = 3.0
 """While a run goes on, a page may be so old."""
 LONGEST_TEXT = 4_000
 """Characters of a parameter of a page."""
+KEPT_VALUES = 64
+"""Values that :func:`kept` keeps."""
 
 
 class NotFoundError(UnknownNameError):
@@ -130,7 +132,8 @@ class Explorer:
 
     ``write``: people may label and exclude. ``csrf``: what a page that writes sends along, in the
     header ``X-CSRF-Token`` or the form field ``csrf``. ``token``: what a browser has to know, where
-    the pages can be reached from other machines.
+    the pages can be reached from other machines. ``selections``: cells that are kept for a
+    while, by name, as bits; see ``cell_views``.
     """
 
     workspace: Workspace
@@ -138,7 +141,8 @@ class Explorer:
     csrf: str = ""
     token: str | None = None
     reader: Reader = field(init=False)
-    kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    selections: dict[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
@@ -186,6 +190,22 @@ def ask(request: Request, sql: str, parameters: Parameters | None = None) -> lis
     """
     with explorer_of(request).reader.questions() as questions:
         return questions.ask_ours(sql, parameters).records()
+
+
+def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """Return what ``make`` returned for this ``key``, made again once the store has changed."""
+    explorer = explorer_of(request)
+    mark = explorer.reader.mark()
+    found = explorer.kept.get(key)
+    if found is not None and found[0] == mark:
+        value: T = found[1]
+        return value
+    value = make()
+    explorer.kept.pop(key, None)
+    explorer.kept[key] = (mark, value)
+    for old in list(explorer.kept)[:-KEPT_VALUES]:
+        explorer.kept.pop(old, None)
+    return value
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:
