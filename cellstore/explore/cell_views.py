@@ -305,7 +305,7 @@ class _Filters:
         explorer = explorer_of(self.request)
         bits = {}
         if (digest := self.text("selection")) is not None:
-            bits["selection"] = explorer.selections.get(digest)
+            bits["selection"] = _selections(explorer).get(digest)
             if bits["selection"] is None:
                 raise UnknownNameError(
                     "This selection is no longer kept. Select the cells again, in the scatter plot."
@@ -389,18 +389,25 @@ def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:
     return _keep(explorer, hashlib.sha256(bits.tobytes()).hexdigest()[:16], bits.tobytes())
 
 
+def _selections(explorer: Explorer) -> dict[str, bytes]:
+    """The cells that are kept for a while, by name, as bits."""
+    found: dict[str, bytes] = explorer.kept.setdefault("selections", {})
+    return found
+
+
 def _keep(explorer: Explorer, name: str, bits: bytes) -> str:
-    explorer.selections.pop(name, None)
-    explorer.selections[name] = bits
-    for old in list(explorer.selections)[:-MOST_SELECTIONS]:
-        explorer.selections.pop(old, None)
+    known = _selections(explorer)
+    known.pop(name, None)
+    known[name] = bits
+    for old in list(known)[:-MOST_SELECTIONS]:
+        known.pop(old, None)
     return name
 
 
 def _cells_where(explorer: Explorer, where: str) -> bytes:
     """The cells of a condition, as bits; found once as long as the store does not change."""
     name = f"where {explorer.reader.mark()} {where}"
-    if (known := explorer.selections.get(name)) is not None:
+    if (known := _selections(explorer).get(name)) is not None:
         return known
     with explorer.workspace.database.read() as session:
         segment, measure = choose_recipes(session, None, None)

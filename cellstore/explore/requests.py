@@ -132,8 +132,7 @@ class Explorer:
 
     ``write``: people may label and exclude. ``csrf``: what a page that writes sends along, in the
     header ``X-CSRF-Token`` or the form field ``csrf``. ``token``: what a browser has to know, where
-    the pages can be reached from other machines. ``selections``: cells that are kept for a
-    while, by name, as bits; see ``cell_views``.
+    the pages can be reached from other machines.
     """
 
     workspace: Workspace
@@ -141,8 +140,8 @@ class Explorer:
     csrf: str = ""
     token: str | None = None
     reader: Reader = field(init=False)
-    kept: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    selections: dict[str, bytes] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
@@ -196,15 +195,12 @@ def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     """Return what ``make`` returned for this ``key``, made again once the store has changed."""
     explorer = explorer_of(request)
     mark = explorer.reader.mark()
-    found = explorer.kept.get(key)
-    if found is not None and found[0] == mark:
-        value: T = found[1]
-        return value
-    value = make()
-    explorer.kept.pop(key, None)
-    explorer.kept[key] = (mark, value)
-    for old in list(explorer.kept)[:-KEPT_VALUES]:
-        explorer.kept.pop(old, None)
+    found = explorer.answers.get(key)
+    if found is None or found[0] != mark:
+        found = explorer.answers[key] = mark, make()
+    for old in list(explorer.answers)[:-KEPT_VALUES]:
+        explorer.answers.pop(old, None)
+    value: T = found[1]
     return value
 
 
