@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from cellstore.enums import AnnotationKind, ImageFlagReason, Level, Stage
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
-from cellstore.explore.cell_views import chosen_cells, keep_selection
+from cellstore.explore.cell_filters import chosen_cells, keep_selection
 from cellstore.explore.requests import ask
 from cellstore.explore.server import make_app
 from cellstore.jobs.workspace import Workspace
