@@ -21,10 +21,12 @@ from ..jobs.run_names import find_named_run, find_predict_run
 from ..models import METADATA
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
-from ..report.audit import audit_well, kind_of, shown
+from ..report.audit import audit_well, kind_of
+from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
+from .pixels import usual_channels
 from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
 from .well_colours import (
     KINDS,
@@ -46,6 +48,8 @@ LISTED_PLATES = 500
 LISTED_RUNS = 12
 SELECTABLE = 400
 """Features of a list to choose from; of more, names are typed."""
+PICTURE = 320
+"""Pixels of a picture of a field, at least."""
 
 Record = Mapping[str, Any]
 
@@ -151,7 +155,8 @@ def search(request: Request) -> Response:
             links[name] = url_of("plate", name)
     if len(links) == 1 and asked.lower() in (name.lower() for name in links):
         return RedirectResponse(next(iter(links.values())), 303)
-    return page(request, "search.html.j2", 404, asked=asked, words=words, links=links)
+    status = 200 if links else 404
+    return page(request, "search.html.j2", status, asked=asked, words=words, links=links)
 
 
 def _found(session: Session, asked: str) -> str:
@@ -430,8 +435,12 @@ def well(request: Request) -> Response:
     outlines = text(request, "outlines") is not None
     pictures: dict[int, list[dict[str, Any]]] = {}
     for row in shown:
-        picture = url_of("field", row["image_id"], "thumbnail", width=320, channels=given or None,
-                         outlines=1 if outlines else None)  # fmt: skip
+        picture = url_of(
+            *("field", row["image_id"], "thumbnail"),
+            width=PICTURE,
+            channels=given or None,
+            outlines=1 if outlines else None,
+        )
         made = {**row, "picture": picture, "flags": flags.get(row["image_id"], "")}
         pictures.setdefault(row["well_id"], []).append(made)
     mine = pictures.get(one["well_id"], [])
@@ -459,9 +468,7 @@ def well(request: Request) -> Response:
 
 def _wells_of(request: Request, barcode: str) -> list[dict[str, Any]]:
     """The wells of a plate in order, rows of ``WELLS``."""
-    found = kept(
-        request, ("wells", barcode), lambda: ask(request, WELLS, {"plates": [barcode]})
-    )
+    found = kept(request, ("wells", barcode), lambda: ask(request, WELLS, {"plates": [barcode]}))
     if not found:
         known = ask(request, "SELECT barcode FROM plates LIMIT 5000")
         raise NotFoundError.of("plate", barcode, [row["barcode"] for row in known])
@@ -553,7 +560,7 @@ def history_of_well(request: Request) -> Response:
     one = _one_well(request)
     with explorer_of(request).workspace.database.read() as session:
         record = audit_well(session, one["well_id"]).record
-    return page(request, "well_history.html.j2", record=record, shown=shown)
+    return page(request, "well_history.html.j2", record=record, in_words=in_words)
 
 
 def _one_well(request: Request) -> dict[str, Any]:
