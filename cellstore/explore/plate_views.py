@@ -232,7 +232,7 @@ def plates(request: Request) -> Response:
 
 
 PLATES_OF = """
-    SELECT DISTINCT plate FROM well_table WHERE treatment = ? OR target = ? ORDER BY plate
+    SELECT DISTINCT plate FROM well_table WHERE treatment = ? ORDER BY plate
 """
 
 

@@ -59,20 +59,26 @@ OF_PLATES = """
         WHERE p.barcode IN (SELECT unnest($plates))
     )
 """
+# As eligible_cells, whose conditions DuckDB would ask of all cells, not of those of some plates.
 FEATURE = """
     WITH {of_plates},
     latest AS (
         SELECT o.well_id, max(s.id) AS segmentation_id
         FROM segmentations AS s JOIN of_plates AS o ON o.image_id = s.image_id
-        WHERE s.content_sha256 IS NULL OR s.content_sha256 = o.content_sha256
+        WHERE (s.content_sha256 IS NULL OR s.content_sha256 = o.content_sha256)
+        AND o.image_id NOT IN (SELECT image_id FROM excluded_images)
         GROUP BY o.image_id, o.well_id
+    ),
+    counted AS (
+        SELECT l.well_id, c.id
+        FROM latest AS l JOIN cells AS c ON c.segmentation_id = l.segmentation_id
+        LEFT JOIN later_exclusions AS e ON e.level = 'cell' AND e.id = c.id
+        WHERE c.excluded IS NULL AND e.id IS NULL
     )
-    SELECT l.well_id, avg(CAST(f.{column} AS DOUBLE)) FILTER (WHERE isfinite(f.{column}::DOUBLE))
+    SELECT c.well_id, avg(CAST(f.{column} AS DOUBLE)) FILTER (WHERE isfinite(f.{column}::DOUBLE))
         AS value
-    FROM latest AS l
-    JOIN eligible_cells AS c ON c.segmentation_id = l.segmentation_id
-    JOIN {of} AS f ON f.cell_id = c.cell_id
-    GROUP BY l.well_id
+    FROM counted AS c JOIN {of} AS f ON f.cell_id = c.id
+    GROUP BY c.well_id
 """
 PROFILE = """
     SELECT well_id, {column} AS value FROM profiles
