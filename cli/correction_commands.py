@@ -119,11 +119,24 @@ def _show_annotated(done: Correction | list[dict[str, Any]]) -> None:
     if not isinstance(done, list):
         _show_changes(done)
     elif done:
-        rows = [[_text(value) for value in row.values()] for row in done[:LISTED]]
-        output.table([name.replace("_", " ") for name in done[0]], rows)
+        rows = [
+            {name: _text(value) for name, value in _named(row).items()} for row in done[:LISTED]
+        ]
+        output.table([name.replace("_", " ") for name in rows[0]], [row.values() for row in rows])
         output.say_more(len(done) - LISTED)
     else:
         output.say("Nobody has said anything of that. To label a cell: cellstore annotate")
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the list with one name instead of plate, well, site and cell."""
+    if "plate" not in row:
+        return row
+    parts = (row[name] for name in ("plate", "well", "site"))
+    name = "/".join(str(part) for part in parts if part is not None)
+    cell = "" if row["cell_id"] is None else f"cell {row['cell_id']} of "
+    more = {"by": row["user_name"], "when": row["created_at"], "why": row["reason"]}
+    return {"of": f"{cell}{name}", "field": row["field"], "label": row["label"], **more}
 
 
 def _text(value: Any) -> Any:

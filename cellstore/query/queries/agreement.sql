@@ -1,6 +1,6 @@
--- How far people agree who labelled the same cells, images, wells or plates: a row for each two of
--- them. kappa is Cohen's (1960): 0 is what chance alone gives, 1 is full agreement. It is null where
--- both gave one and the same label to all, which chance explains as well.
+-- How far people agree who labelled the same cells, images, wells or plates: a row for each two
+-- of them. kappa is Cohen's (1960): 0 is what chance alone gives, 1 is full agreement. It is null
+-- where both gave one and the same label to all, which chance explains as well.
 -- :field (text) = nothing  Only this field.
 WITH pairs AS (
     SELECT

@@ -1,4 +1,4 @@
--- What people said of plates, wells, images and cells: the labels that they gave, the last ones first.
+-- What people said of plates, wells, images and cells: the labels that they gave, the last first.
 -- Of each person the last label of a thing counts; what was taken back is not listed.
 -- :field (text) = nothing  Only this field.
 -- :label (text) = nothing  Only this label.
