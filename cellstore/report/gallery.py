@@ -474,10 +474,10 @@ class WellPictures:
         named = select(Well.id, Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
         with self.workspace.database.read() as session:
             for some in in_lists(sorted(wells)):
-                rows = session.execute(named.where(Well.id.in_(some)))
-                self.names.update({well: (plate, name) for well, plate, name in rows})
-                rows = session.execute(first.where(Image.well_id.in_(some)))
-                self.images.update(dict(rows.tuples().all()))
+                for well, plate, name in session.execute(named.where(Well.id.in_(some))):
+                    self.names[well] = plate, name
+                for well, image in session.execute(first.where(Image.well_id.in_(some))):
+                    self.images[well] = image
             self.images.update(chosen or {})
             files = channel_files(session, list(self.images.values()))
         for image_id, channels in files.items():

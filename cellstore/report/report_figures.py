@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Place = Callable[..., "str | None"]
-"""Gives the address of what a word and its names say, where the explorer shows it."""
+"""Gives the address of what a word, names and parameters say, where the explorer shows it."""
 
 
-def nowhere(kind: str, **names: object) -> None:
+def nowhere(what: str, *names: object, **parameters: object) -> None:
     """No address: the page is a file."""
 
 
@@ -440,7 +440,7 @@ def _table(
             same = gene is not None and gene == other
             kind = "right" if truth == predicted else "same" if same else "other"
             said = f"{count} of {total} images of {truth} got the label {predicted}"
-            at = place("images", run=run_id, label=truth, predicted=predicted) if count else None
+            at = place("run", run_id, "images", label=truth, predicted=predicted) if count else None
             squares.append(Square(count, kind, round(count / max(1, total), 2), said, at))
         rows.append((truth, gene, squares))
     return Matrix(caption, found.labels, tuple(rows))

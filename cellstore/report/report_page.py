@@ -90,7 +90,7 @@ def report_content(
     width = SMALL_MAP if several else LARGE_MAP
 
     def well(plate: str, name: str) -> str | None:
-        return place("well", plate=plate, well=name)
+        return place("well", plate, name)
 
     link = None if place is nowhere else well
     scripts, steps = list[str](), set[int]()
