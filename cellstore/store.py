@@ -43,7 +43,7 @@ from .config import (
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
-from .settings import Progress, find_store, track
+from .settings import Progress, find_store, need, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -1741,6 +1741,31 @@ class Store(AbstractContextManager["Store"]):
         made = export_model(self.workspace, run, None if output is None else Path(output))
         self.wrote(made.path)
         return made
+
+    def explore(
+        self,
+        *,
+        port: int = 8765,
+        host: str = "127.0.0.1",
+        write: bool = False,
+        ready: Callable[[str], None] = print,
+    ) -> None:
+        """Serve the web explorer of the store until Ctrl-C; ``ready`` is told its address.
+
+        ``port`` 0 takes a free one. Only this machine is answered; another ``host`` makes the pages
+        reachable from others, which need the token in the address. ``write``: labels and
+        exclusions can be given; else nothing can be changed.
+
+        >>> store.explore(port=0)
+
+        Raises:
+            MissingExtraError: the extra ``explore`` is not installed.
+            UserInputError: the port is taken, or there is no such host.
+        """
+        need("explore")
+        from .explore.server import serve
+
+        serve(self.workspace, port=port, host=host, write=write, ready=ready)
 
     def next_step(self) -> tuple[str, ...]:
         """Return the next useful command, or a few."""

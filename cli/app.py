@@ -63,7 +63,7 @@ MODULES = {
         ("answer_commands", "votes report runs compare"),
         ("audit_commands", "audit log repro"),
         ("correction_commands", "rename relabel exclude include undo delete"),
-        ("question_commands", "ask sql schema export"),
+        ("question_commands", "explore ask sql schema export"),
         ("job_commands", "status jobs retry cancel verify seal doctor"),
         ("setup_commands", "backup restore db"),
     )
