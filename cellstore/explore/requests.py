@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -44,6 +44,8 @@ POLL_SECONDS = 0.2
 """How often it is looked whether the browser still waits."""
 LONGEST_TEXT = 4_000
 """Characters of a parameter of a page."""
+KEPT_VALUES = 64
+"""Values that :func:`kept` keeps."""
 
 
 class NotFoundError(UnknownNameError):
@@ -147,6 +149,7 @@ class Explorer:
     token: str | None = None
     reader: Reader = field(init=False)
     kept: dict[str, Any] = field(default_factory=dict)
+    answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
@@ -216,6 +219,19 @@ def ask(request: Request, sql: str, parameters: Parameters | None = None) -> lis
         waited_for(request, questions),
     ):
         return questions.ask_ours(sql, parameters).records()
+
+
+def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """Return what ``make`` returned for this ``key``, made again once the store has changed."""
+    explorer = explorer_of(request)
+    mark = explorer.reader.mark()
+    found = explorer.answers.get(key)
+    if found is None or found[0] != mark:
+        found = explorer.answers[key] = mark, make()
+    for old in list(explorer.answers)[:-KEPT_VALUES]:
+        explorer.answers.pop(old, None)
+    value: T = found[1]
+    return value
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:
