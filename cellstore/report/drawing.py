@@ -102,6 +102,12 @@ NUCLEI = (0.3, 0.5, 1.0)
 """Light that channels are shown in, of red, green and blue; that of nuclei is blue."""
 
 
+def light_of(channels: Sequence[str]) -> list[tuple[float, float, float]]:
+    """Return the light of each channel that is shown together with the others."""
+    colours = iter(COLOURS * len(channels))
+    return [NUCLEI if NUCLEAR.search(name) else next(colours) for name in channels]
+
+
 def coloured(
     planes: Sequence[NDArray[np.float32]], limits: Sequence[Limits], channels: Sequence[str] = ()
 ) -> NDArray[np.float32]:
@@ -112,11 +118,9 @@ def coloured(
     ]
     if len(scaled) == 1:
         return np.repeat(scaled[0][..., None], 3, axis=-1)
-    colours = iter(COLOURS * len(scaled))
-    light = [NUCLEI if NUCLEAR.search(name) else next(colours) for name in channels]
     mixed = sum(
         plane[..., None] * np.array(colour, np.float32)
-        for plane, colour in zip(scaled, light, strict=True)
+        for plane, colour in zip(scaled, light_of(channels), strict=True)
     )
     return np.asarray(np.clip(mixed, 0, 1), np.float32)
 

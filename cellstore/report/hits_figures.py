@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..analysis.components import components_of, umap_of
 from ..enums import Verdict
 from ..notebooks import plain
 from ..stages.hits import HitRow, HitsResult
@@ -55,7 +55,6 @@ MAP_ROWS, MAP_COLUMNS = 80, 60
 SHOWN_PLATES = 12
 FEWEST_WELLS, MOST_WELLS = 15, 2_000
 """Wells that UMAP needs, and wells that are drawn."""
-COMPONENTS = 50
 TARGETS = 7
 """Targets with a colour of their own."""
 MOST_DOTS = 400
@@ -484,30 +483,12 @@ def layout_of(screen: Screen, seed: int) -> Layout | None:
         wells = np.sort(rng.choice(wells, MOST_WELLS, replace=False))
     values = np.clip(screen.z[wells], -20, 20)
     values = values - values.mean(axis=0)
-    count = min(COMPONENTS, *values.shape)
-    left, sizes, _ = np.linalg.svd(values, full_matrices=False)
-    parts = left[:, :count] * sizes[:count]
-    parts *= np.where(np.abs(parts).max(0) == parts.max(0), 1, -1)  # the sign of an SVD is open
+    parts = values @ components_of(values)
     if len(wells) < FEWEST_WELLS:
-        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - count))])
+        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - parts.shape[1]))])
         note = f"first two principal components{method} (fewer than {FEWEST_WELLS} wells: no UMAP)"
         return Layout(note, wells, parts[:, :2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sklearn.neighbors import NearestNeighbors
-        from umap import UMAP
-
-        # UMAP finds neighbours of few points by a function of Python for each pair.
-        near = min(15, len(wells) - 1)
-        found = NearestNeighbors(n_neighbors=near).fit(parts).kneighbors(parts)
-        made = UMAP(
-            n_neighbors=near,
-            random_state=seed,
-            precomputed_knn=found[::-1],
-            force_approximation_algorithm=True,
-        )
-        points = made.fit_transform(parts)
-    return Layout(f"UMAP{method}, seed {seed}", wells, np.asarray(points, np.float64))
+    return Layout(f"UMAP{method}, seed {seed}", wells, umap_of(parts, seed))
 
 
 def _is_judged(screen: Screen) -> NDArray[np.bool_]:
