@@ -33,7 +33,11 @@ from ..errors import CellstoreError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .requests import Explorer, NotFoundError, page
 
-VIEWS = ("plate_views",)
+VIEWS = (
+    "plate_views",
+    "field_views",
+    "sql_views",
+)
 """The modules of the pages; each has its ``ROUTES``."""
 WRITING_VIEWS: tuple[str, ...] = ()
 """Those that are there with ``--write`` only."""
@@ -103,7 +107,10 @@ class Guard:
             return _refuse(421, "This address is not of the explorer. Use the one it has printed.")
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > LONGEST_ADDRESS:
             return _refuse(414, "The address is too long.")
-        if int(headers.get("content-length") or 0) > LARGEST_BODY:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()):
+            return _refuse(400, "The length of the request is no number.")
+        if len(length) > 12 or int(length) > LARGEST_BODY:
             return _refuse(413, "The request is too large.")
         if (token := self.explorer.token) is not None:
             given = request.query_params.get("token")
@@ -143,7 +150,11 @@ def _same(given: str, known: str) -> bool:
 
 
 def _hostname(host: str) -> str:
-    return (urlsplit(f"//{host}").hostname or "").rstrip(".")
+    try:
+        there = urlsplit(f"//{host}")
+        return "" if there.username is not None or there.port == 0 else there.hostname or ""
+    except ValueError:  # no port, or no address of IPv6
+        return ""
 
 
 def _refuse(status: int, words: str) -> Response:

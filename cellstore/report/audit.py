@@ -106,13 +106,13 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
     name = readable(text)
     with workspace.database.read() as session:
         if kind is None:
-            kind = _kind_of(session, name)
+            kind = kind_of(session, name)
         if kind == "plate":
             return _plate(session, find_plate(session, name))
         if kind == "image":
             return _image(session, find_image(session, text))
         if kind == "well":
-            return _well(session, find_well(session, text))
+            return audit_well(session, find_well(session, text))
         if kind == "cell":
             return _cell(session, name)
         if kind == "run":
@@ -120,12 +120,17 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
         return _artifact(session, text)
 
 
-def _kind_of(session: Session, name: str) -> str:
-    """What a name is of."""
+def kind_of(session: Session, name: str, *, on_disk: bool = True) -> str:
+    """Return what a name is of; ``on_disk``: it may be the path of a file on this machine.
+
+    Raises:
+        UnknownNameError: no plate has it, but some have similar names.
+        UserInputError: it is a number without a kind.
+    """
     if name.isdecimal():
         ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS[2:])
         raise UserInputError(f"{name} is the number of what? Use one of: {ways}.")
-    if _on_disk(name) is not None:
+    if on_disk and _on_disk(name) is not None:
         return "artifact"
     if name.lower().startswith(("#", "run ", *RUN_WORDS)):
         return "run"
@@ -524,8 +529,8 @@ def _since(session: Session, well_id: int, label_field: str) -> Record | None:
     return None
 
 
-def _well(session: Session, well_id: int) -> Audit:
-    """What a well has, what it had, and its labels in splits."""
+def audit_well(session: Session, well_id: int) -> Audit:
+    """Return what a well has, what it had, and its labels in splits."""
     query = """
         SELECT wells.id AS well_id, barcode AS plate, wells.name AS well, control, plate_id
         FROM wells JOIN plates ON plates.id = plate_id WHERE wells.id = :well
