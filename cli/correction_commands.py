@@ -122,7 +122,9 @@ def _show_annotated(done: Correction | list[dict[str, Any]]) -> None:
         rows = [
             {name: _text(value) for name, value in _named(row).items()} for row in done[:LISTED]
         ]
-        output.table([name.replace("_", " ") for name in rows[0]], [row.values() for row in rows])
+        output.table(
+            [name.replace("_", " ") for name in rows[0]], [[*row.values()] for row in rows]
+        )
         output.say_more(len(done) - LISTED)
     else:
         output.say("Nobody has said anything of that. To label a cell: cellstore annotate")
