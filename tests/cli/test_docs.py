@@ -21,8 +21,8 @@ WANTED = """
 init, ingest, refresh, relocate, segment, measure, qc, profile, hits, split create, split import,
 split list, split delete, split show, split check, train, predict, votes, report,
 runs, compare, audit, log, repro, seal, ask,
-sql, schema, export, status, jobs, retry, cancel, finetune, export-model, explore, verify, doctor, demo,
-db upgrade, db check, rename, relabel, annotate, exclude, include,
+sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
+db upgrade, db check, rename, relabel, annotate, exclude, include, explore,
 undo, delete, backup, restore, log, predictions add, predictions withdraw, embeddings add, embed,
 apply
 """
