@@ -25,7 +25,7 @@ from ..query.exclusions import find_qc_run
 from ..query.feature_files import set_of_recipe
 from ..query.guard import quoted
 from ..query.source import group_of
-from .requests import LONGEST_TEXT, Explorer, ask, choice, explorer_of, kept, text, whole
+from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, kept, text, whole
 
 MOST_VALUES = 500
 """Values of one filter."""
@@ -364,10 +364,10 @@ def _features(request: Request) -> dict[str, Feature]:
         in_files = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
         sets = list(session.scalars(in_files.order_by(FeatureSet.id)))
     sets += sorted({group for name in sets if (group := group_of(name))} - set(sets))
-    recipes = [int(row["recipe_id"]) for row in ask(request, MEASURED)]
-    of_recipes = f" WHERE recipe_id IN ({', '.join(map(str, recipes)) or -1})"
     known = {}
     with explorer.reader.questions() as questions:
+        recipes = [str(int(row["recipe_id"])) for row in questions.ask_ours(MEASURED).records()]
+        of_recipes = f" WHERE recipe_id IN ({', '.join(recipes) or -1})"
         for relation in ("features", *sets):
             mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
             for column, kind in questions.columns(relation):
