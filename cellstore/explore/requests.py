@@ -6,17 +6,19 @@ no other page up.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import jinja2
+from anyio import from_thread
 from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -38,6 +40,8 @@ KEPT_SECONDS = 30.0
 """How long one stays open unused: while it is, SQLite cannot shorten its log."""
 LIVE_SECONDS = 3.0
 """While a run goes on, a page may be so old."""
+POLL_SECONDS = 0.2
+"""How often it is looked whether the browser still waits."""
 LONGEST_TEXT = 4_000
 """Characters of a parameter of a page."""
 KEPT_VALUES = 64
@@ -79,14 +83,18 @@ class Reader:
         return last, n_runs, n_ended, changed, event, annotation, clock
 
     @contextmanager
-    def questions(self) -> Iterator[Questions]:
-        """Lend open questions; they see the store as it was at most some seconds ago."""
+    def questions(self, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
+        """Lend open questions; they see the store as it was at most some seconds ago.
+
+        ``seconds``: what each of them may take.
+        """
         mark = self.mark()
         found = self._take(mark)
         if found is None:
             stack = ExitStack()
             questions = stack.enter_context(open_questions(self.workspace, LIMITS))
             found = _Open(stack, questions, mark, time.monotonic())
+        found.questions.limits = replace(LIMITS, seconds=seconds)
         try:
             yield found.questions
         except BaseException:
@@ -179,15 +187,37 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
+@contextmanager
+def waited_for(request: Request, questions: Questions) -> Iterator[None]:
+    """Stop what is asked here when the browser no longer waits for the answer."""
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(POLL_SECONDS)
+        while True:  # between two statements it is not heard
+            questions.interrupt()
+            await asyncio.sleep(POLL_SECONDS)
+
+    task = from_thread.run_sync(lambda: asyncio.get_running_loop().create_task(watch()))
+    try:
+        yield
+    finally:
+        from_thread.run_sync(task.cancel)
+
+
 def ask(request: Request, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
     """Answer a question of our own over the relations of the store; a row is a dictionary.
 
-    For some thousand rows; larger answers are read from ``explorer.reader.questions()``.
+    It is stopped when the browser goes away. For some thousand rows; larger answers are read from
+    ``explorer.reader.questions()``.
 
     Raises:
         QueryError: it takes longer, or more memory, than a page may.
     """
-    with explorer_of(request).reader.questions() as questions:
+    with (
+        explorer_of(request).reader.questions() as questions,
+        waited_for(request, questions),
+    ):
         return questions.ask_ours(sql, parameters).records()
 
 

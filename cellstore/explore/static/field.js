@@ -416,7 +416,7 @@ function controls(channel) {
   const on = element("input", { type: "checkbox", checked: channel.on });
   const colour = element("input", { type: "color", "aria-label": named("Colour") });
   const number = (what) => element("input", { type: "number", step: "any", "aria-label": named(what) });
-  const slider = (what) => element("input", { type: "range", min: 0, max: STEPS, "aria-label": named(what) });
+  const slider = (what) => element("input", { type: "range", min: 0, max: STEPS, "aria-label": `${named(what)}, slider` });
   const low = number("Black level"), high = number("White level");
   const lowSlider = slider("Black level"), highSlider = slider("White level");
   const gamma = element("input", { type: "number", min: 0.2, max: 3, step: 0.05, "aria-label": named("Gamma") });
@@ -504,8 +504,8 @@ function settings() {
     const usual = [+channel.usual.on, hex(channel.usual.colour).slice(1), ...(channel.limits || channel.own).map(short), 1];
     if (parts.join() !== usual.join()) found.set(`c${channel.at}`, parts.join());
   }
-  const { now, before } = state.outlines;
-  if (!now || !before) found.set("outlines", now ? "now" : before ? "before" : "none");
+  const there = Object.keys(viewer.masks), on = there.filter((name) => state.outlines[name]);
+  if (on.length < there.length) found.set("outlines", on[0] || "none");
   if (state.thickness !== 1) found.set("thickness", state.thickness);
   for (const [name, usual] of Object.entries(AMBER_AND_BLUE)) {
     const colour = hex(state.colours[name]).slice(1);
