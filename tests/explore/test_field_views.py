@@ -99,7 +99,7 @@ def test_what_is_not_there_is_a_sentence(client: TestClient, screen: Workspace) 
     for address in (
         "/field/99999", "/field/x", "/field/1?cell=99999", f"/field/1?cell={elsewhere}",
         f"/field/1?segmentation={of_two.id}", "/field/1?before=99999", "/field/1/channel/9.raw",
-        "/field/1/channel/-1.raw", "/field/1/channel/%C2%B2.raw", 
+        "/field/1/channel/-1.raw", "/field/1/channel/%C2%B2.raw",
         "/field/1/mask.raw?segmentation=2",
         f"/field/1/cell?cell={elsewhere}", "/field/1/cell?segmentation=1&object=99999",
         "/field/1/cell", "/field/1/crop", f"/field/1/crop?cell={elsewhere}",
