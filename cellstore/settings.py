@@ -33,6 +33,7 @@ EXTRAS = {
     "anndata": ("anndata",),
     "zarr": ("zarr",),
     "distributed": ("distributed",),
+    "explore": ("starlette", "uvicorn", "jinja2"),
 }
 """The optional parts of cellstore, and the modules that each brings.
 

@@ -41,9 +41,9 @@ from .config import (
     VoteOptions,
     checked,
 )
-from .enums import PERTURBATION, GroupLevel, Subset
+from .enums import ANNOTATION, PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
-from .settings import Progress, find_store, track
+from .settings import Progress, find_store, need, track
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -1634,8 +1634,41 @@ class Store(AbstractContextManager["Store"]):
             dry_run=dry_run,
         )
 
-    def exclude(self, kind: str, name: str, *, reason: str, dry_run: bool = False) -> Correction:
+    def annotate(
+        self,
+        kind: str,
+        names: str | Sequence[str | int],
+        label: str | None,
+        *,
+        field: str = ANNOTATION,
+        user: str | None = None,
+        reason: str | None = None,
+        dry_run: bool = False,
+    ) -> Correction:
+        """Give a label to plates, wells, images or cells (``kind``), by names or ids.
+
+        Each person (``user``, if not the login) has a label of their own for the same thing and
+        ``field``. ``label=None`` takes the last one back. ``Store.ask("annotations")`` lists what
+        was said, ``Store.ask("agreement")`` says how far people agree.
+
+        >>> store.annotate("cell", [4711, 4712], "mitotic")
+
+        Raises:
+            UnknownNameError: nothing has that name.
+            UserInputError: tables fill the field, a name is empty or too long, or there is nothing
+                to take back.
+        """
+        from .stages.annotate import annotate
+
+        more: dict[str, Any] = {"field": field, "user": user, "reason": reason}
+        return annotate(self.workspace, kind, names, label, **more, dry_run=dry_run)
+
+    def exclude(
+        self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False
+    ) -> Correction:
         """Let a plate, well, image or cell (``kind``) count nowhere; it stays visible.
+
+        Of several, by names or ids, those that are excluded already stay so.
 
         >>> store.exclude("well", "P1/B04", reason="air bubble")
 
@@ -1648,7 +1681,12 @@ class Store(AbstractContextManager["Store"]):
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
     def include(
-        self, kind: str, name: str, *, reason: str | None = None, dry_run: bool = False
+        self,
+        kind: str,
+        name: str | Sequence[str | int],
+        *,
+        reason: str | None = None,
+        dry_run: bool = False,
     ) -> Correction:
         """Let something count again that a person has excluded.
 
@@ -1741,6 +1779,31 @@ class Store(AbstractContextManager["Store"]):
         made = export_model(self.workspace, run, None if output is None else Path(output))
         self.wrote(made.path)
         return made
+
+    def explore(
+        self,
+        *,
+        port: int = 8765,
+        host: str = "127.0.0.1",
+        write: bool = False,
+        ready: Callable[[str], None] = print,
+    ) -> None:
+        """Serve the web explorer of the store until Ctrl-C; ``ready`` is told its address.
+
+        ``port`` 0 takes a free one. Only this machine is answered; another ``host`` makes the pages
+        reachable from others, which need the token in the address. ``write``: labels and
+        exclusions can be given; else nothing can be changed.
+
+        >>> store.explore(port=0)
+
+        Raises:
+            MissingExtraError: the extra ``explore`` is not installed.
+            UserInputError: the port is taken, or there is no such host.
+        """
+        need("explore")
+        from .explore.server import serve
+
+        serve(self.workspace, port=port, host=host, write=write, ready=ready)
 
     def next_step(self) -> tuple[str, ...]:
         """Return the next useful command, or a few."""

@@ -1,4 +1,4 @@
-"""Commands that take questions: sql, ask, schema; and export, which hands all cells out."""
+"""Commands that ask: explore, ask, sql, schema; and export, which hands all cells out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -488,3 +489,37 @@ def export(
         force=force,
         profiles=profiles,
     )
+
+
+@command(app, "explore")
+def explore(
+    common: Common,
+    store: Store,
+    port: int = option(8765, "The port of the pages; 0 takes a free one.", min=0, max=65535),
+    host: str = option(
+        "127.0.0.1",
+        "The address to listen at. Other machines reach 0.0.0.0; they need the link printed here.",
+    ),
+    write: bool = option(False, "Let people label cells and exclude what is wrong."),
+    no_browser: bool = option(False, "Print the address only; open no browser."),
+) -> None:
+    """Look at plates, wells, cells and runs in a browser.
+
+    The pages are served by this machine for this machine and load nothing from elsewhere. They only
+    read, unless --write is given. Press Ctrl-C to end.
+
+    \b
+    Example:
+      cellstore explore
+      cellstore explore --write --port 9000
+    """
+
+    def ready(address: str) -> None:
+        if common.as_json:
+            output.print_json({"address": address, "write": write})
+        else:
+            say(f"The store is at {address} until you press Ctrl-C.")
+        if not no_browser:
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    store.explore(port=port, host=host, write=write, ready=ready)

@@ -174,10 +174,12 @@ def demo(
     for words in commands(plates):
         run(words)
     run(audit_command(plates))
-    say("\nThe demo is done. Open its pages in a browser: what the network learned, and the hits.")
+    say("\nThe demo is done. Pages to open in a browser: what the network learned, and the hits.")
     typer.echo(plates.report)
     typer.echo(plates.hits)
-    say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
+    store = shlex.quote(str(plates.store))
+    say(f"Look at plates, wells and cells: cellstore explore --store {store}")
+    say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {store}")
 
 
 def _show_upgrade(done: dict[str, str | None]) -> None:

@@ -94,28 +94,32 @@ def choose_files(files: Sequence[ChannelFile], wanted: ImageInput) -> list[Chann
     return projected or list(files)[:3]  # as the published pipeline
 
 
-def open_file(file: ChannelFile) -> NDArray[np.generic]:
-    """Return the pixels (H, W) of one file of an image; raises as :func:`read_image` does."""
+def open_file(file: ChannelFile, rows: slice = slice(None)) -> NDArray[np.generic]:
+    """Return the pixels (H, W) of one file of an image, or some of its rows.
+
+    Raises as :func:`read_image` does.
+    """
     if file.uri is None or file.sha256 is None:
         raise ImageError(
             f"{file.name} is missing. Ingest again with --images and the folder that has it."
         )
     if is_remote(file.uri):
         # What a server says of a change differs from server to server; the bytes are here anyway.
-        return read_plane(file.uri, file.sha256)
+        return read_plane(file.uri, file.sha256, rows)
     path = local_path(file.uri)
     try:
         found = local_stat(path)
     except FileNotFoundError:
         # In the same words for all of a folder, and without a cause: to wait does not help.
         raise ImageError(gone_sentence(gone_folder(file.uri[: -len(file.name) - 1]))) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", error)
         raise ImageError(
-            f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"
+            f"{path} cannot be opened ({why}). Make it readable and run: cellstore retry"
         ) from error
     if (found.size_bytes, found.mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
-    return read_plane(file.uri)
+    return read_plane(file.uri, rows=rows)
 
 
 def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[str, ...]:

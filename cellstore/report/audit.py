@@ -23,11 +23,13 @@ from sqlalchemy import (
     Boolean,
     CompoundSelect,
     Numeric,
+    and_,
     bindparam,
     case,
     cast,
     func,
     null,
+    or_,
     select,
     text,
     union_all,
@@ -36,7 +38,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..config import RunName
-from ..db.fields import changed_since, field_column, wells_changed
+from ..db.fields import changed_since, field_column, is_label_now, wells_changed
 from ..enums import TARGET, TREATMENT, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -104,13 +106,13 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
     name = readable(text)
     with workspace.database.read() as session:
         if kind is None:
-            kind = _kind_of(session, name)
+            kind = kind_of(session, name)
         if kind == "plate":
             return _plate(session, find_plate(session, name))
         if kind == "image":
             return _image(session, find_image(session, text))
         if kind == "well":
-            return _well(session, find_well(session, text))
+            return audit_well(session, find_well(session, text))
         if kind == "cell":
             return _cell(session, name)
         if kind == "run":
@@ -118,12 +120,17 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
         return _artifact(session, text)
 
 
-def _kind_of(session: Session, name: str) -> str:
-    """What a name is of."""
+def kind_of(session: Session, name: str, *, on_disk: bool = True) -> str:
+    """Return what a name is of; ``on_disk``: it may be the path of a file on this machine.
+
+    Raises:
+        UnknownNameError: no plate has it, but some have similar names.
+        UserInputError: it is a number without a kind.
+    """
     if name.isdecimal():
         ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS[2:])
         raise UserInputError(f"{name} is the number of what? Use one of: {ways}.")
-    if _on_disk(name) is not None:
+    if on_disk and _on_disk(name) is not None:
         return "artifact"
     if name.lower().startswith(("#", "run ", *RUN_WORDS)):
         return "run"
@@ -232,6 +239,7 @@ def _plate(session: Session, plate_id: int) -> Audit:
     of_plate = "SELECT images.id FROM images JOIN wells ON wells.id = well_id WHERE plate_id = :id"
     record |= {
         "excluded": _why_excluded(session, plate=plate_id),
+        "annotations": _annotations(session, plate=plate_id),
         "corrections": _corrections(session, plates=[plate_id]),
         "downstream": _downstream_of_images(session, of_plate, id=plate_id),
     }
@@ -244,6 +252,16 @@ def _why_excluded(session: Session, **ids: int) -> str | None:
     query = f"SELECT level, reason FROM exclusions WHERE source = 'annotation' AND ({of})"  # noqa: S608
     reasons = {row["level"]: row["reason"] for row in _ask(session, query, **ids)}
     return next((reasons[level] for level in ids if level in reasons), None)
+
+
+def _annotations(session: Session, **ids: int) -> list[Record]:
+    """The labels that people gave something and what it is part of; ``ids`` by level."""
+    row = T["annotations"].c
+    mine = or_(*(and_(row.level == level, row.row_id == number) for level, number in ids.items()))
+    query = select(row.field, row.value.label("label"), row.level.label("of"))
+    query = query.add_columns(row.user_name.label("by"), row.created_at, row.reason)
+    found = session.execute(query.where(mine, is_label_now(row)).order_by(row.id))
+    return [dict(row) | {"created_at": row["created_at"].isoformat()} for row in found.mappings()]
 
 
 def _image(session: Session, image_id: int) -> Audit:
@@ -265,7 +283,7 @@ def _image(session: Session, image_id: int) -> Audit:
     """
     files = _ask(session, query, image=image_id)
     moved = {file.pop("folder_id") for file in files} - {None}
-    frozen, notes = _frozen_labels(session, well_id, "image_id = :id", image_id)
+    frozen, notes = _frozen_labels(session, well_id, "images.id = :id", image_id)
     query = """
         SELECT run_id, reason, nullif(channel, '') AS channel, value, low, high
         FROM image_flags JOIN runs ON runs.id = run_id
@@ -293,6 +311,7 @@ def _image(session: Session, image_id: int) -> Audit:
     labelled = any(item["what"].startswith("labelled") for item in downstream)
     record |= {
         "excluded": _why_excluded(session, image=image_id, well=well_id, plate=plate_id),
+        "annotations": _annotations(session, image=image_id, well=well_id, plate=plate_id),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "corrections": _corrections(
@@ -391,7 +410,8 @@ def _labellings(
     for run in runs:
         truth = run["truth"]
         if truth is None and run["field"] is not None:
-            truth = _label_now(session, well_id, run["field"])
+            labels = _labels_now(session, run["field"], "images.id = :id", image_id)
+            truth = next(iter(labels), None)
         hard, soft = (ranked[run["run_id"], vote] for vote in ("hard", "soft"))
         mine = [row for row in counts if row["run_id"] == run["run_id"]]
         names = {row["label_id"]: row["label"] for row in mine}
@@ -444,10 +464,12 @@ def _checkpoints(session: Session, run_id: int | None) -> list[str]:
     return [row["sha256"] for row in _ask(session, query, run=run_id)]
 
 
-def _label_now(session: Session, well_id: int, field: str) -> str | None:
-    """What a well is called now in a label field."""
-    query = select(field_column(field)).where(wells.c.id == well_id)
-    return session.scalar(query.select_from(wells.join(plates).outerjoin(treatments)))
+def _labels_now(session: Session, field: str, of: str, of_id: int) -> list[str]:
+    """What the images that meet a condition are called now in a label field."""
+    query = select(field_column(field).label("label")).distinct().where(text(of)).params(id=of_id)
+    joined = images.join(wells).join(plates).outerjoin(treatments)
+    found = session.scalars(query.select_from(joined).order_by("label"))
+    return [label for label in found if label is not None]
 
 
 def _frozen_labels(
@@ -467,7 +489,8 @@ def _frozen_labels(
     """  # noqa: S608 - our own words
     found, notes = _ask(session, query, id=of_id), list[str]()
     for row in found:
-        now = _label_now(session, well_id, row["field"])
+        labels = _labels_now(session, row["field"], of, of_id)
+        now = row["label"] if row["label"] in labels else ", ".join(labels) or None
         since = _since(session, well_id, row["field"]) if now != row["label"] else None
         row |= {"now": now, "differs": now != row["label"], "since": since}
         if now != row["label"]:
@@ -506,8 +529,8 @@ def _since(session: Session, well_id: int, label_field: str) -> Record | None:
     return None
 
 
-def _well(session: Session, well_id: int) -> Audit:
-    """What a well has, what it had, and its labels in splits."""
+def audit_well(session: Session, well_id: int) -> Audit:
+    """Return what a well has, what it had, and its labels in splits."""
     query = """
         SELECT wells.id AS well_id, barcode AS plate, wells.name AS well, control, plate_id
         FROM wells JOIN plates ON plates.id = plate_id WHERE wells.id = :well
@@ -526,12 +549,13 @@ def _well(session: Session, well_id: int) -> Audit:
     identifiers = "|".join(part["identifier"] or "" for part in parts)
     whole = parts and {**parts[0], "kind": kinds, "identifier": identifiers or None}
     of_well = "SELECT id FROM images WHERE well_id = :id"
-    frozen, notes = _frozen_labels(session, well_id, "well_id = :id", well_id)
+    frozen, notes = _frozen_labels(session, well_id, "images.well_id = :id", well_id)
     record |= {
         "treatment": whole or None,
         "excluded": _why_excluded(session, well=well_id, plate=plate_id),
         "images": [row["id"] for row in _ask(session, f"{of_well} ORDER BY id", id=well_id)],
         "notes": notes,
+        "annotations": _annotations(session, well=well_id, plate=plate_id),
         "corrections": _corrections(session, wells=[well_id], plates=[plate_id]),
         "frozen_labels": frozen,
         "downstream": _downstream_of_images(session, of_well, id=well_id),
@@ -573,6 +597,7 @@ def _cell(session: Session, number: str) -> Audit:
         "box": None if None in box else box,
         "centroid": None if None in centroid else centroid,
         "excluded": next(iter(why_excluded(session, cell_id)), None),
+        "annotations": _annotations(session, cell=cell_id),
         "corrections": _corrections(session, cells=[cell_id]),
         "flags": _ask(session, flags, cell=cell_id),
         "segmentation": next(

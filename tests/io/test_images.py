@@ -66,6 +66,14 @@ def test_what_is_said_beside_the_pixels_does_not_change_them(
     assert (probe(path).height, probe(path).width) == (5, 7)
 
 
+@pytest.mark.parametrize("options", [{}, {"compression": "lzw"}, *ODD_TIFFS])
+def test_some_rows_are_those_of_the_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+    image = np.arange(37 * 35, dtype=np.uint16).reshape(37, 35)
+    tifffile.imwrite(tmp_path / "a.tiff", image, **options)
+    for rows in (slice(0, 5), slice(14, 35), slice(30, 90), slice(7, 7)):
+        np.testing.assert_array_equal(read_plane(tmp_path / "a.tiff", rows=rows), image[rows])
+
+
 def test_grey_levels_are_kept_as_they_are(tmp_path: Path) -> None:
     for plane in (GRADIENT % 256, GRADIENT % 256 * 257, GRADIENT.astype(np.float32) / 7):
         read = read_plane(saved(tmp_path / "a.tif", plane))

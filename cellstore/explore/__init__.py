@@ -1,0 +1,1 @@
+"""The web explorer: pages about a store, served on this machine."""
