@@ -333,8 +333,14 @@ class Questions:
     _declared: set[str] = field(default_factory=set)
     _loaded: set[str] = field(default_factory=set)
     _few: set[str] = field(default_factory=set)
+    _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while tables are made: they are there for all threads."""
+
+    @property
+    def seconds_loading(self) -> float:
+        """How long it has taken to make the tables and views that are there."""
+        return sum(self._seconds.values())
 
     def another(self) -> Questions:
         """Return the same questions for another thread: what one has loaded, all have.
@@ -537,10 +543,9 @@ class Questions:
         Views are tables here, also in information_schema: as views they would be planned again and
         again. ``cellstore schema`` says which is which.
         """
-        if names <= self._declared:
-            return
-        with self._lock:
-            self._declare_new(names)
+        if not names <= self._declared:
+            with self._lock:
+                self._declare_new(names)
 
     def _declare_new(self, names: set[str]) -> None:
         for name in sorted(names):
@@ -572,10 +577,18 @@ class Questions:
             query = None if is_table or name in (LATER, EXCLUDED) else self._query_of(name)
             if query is not None:
                 self._load(sources_of(query))
-            with self._lock:
-                if name not in self._loaded:  # another thread may have been faster
+            with self._making(name) as new:
+                if new:
                     self._load_new(name, query)
-                    self._loaded.add(name)
+
+    @contextmanager
+    def _making(self, name: str) -> Iterator[bool]:
+        """Hold the lock, and tell whether a table is still to be made: another thread may have."""
+        with self._lock:
+            began = time.monotonic()
+            yield name not in self._loaded
+            self._loaded.add(name)
+            self._seconds[name] += time.monotonic() - began
 
     def _load_new(self, name: str, query: str | None) -> None:
         """Make a table of the database, or a view, whose sources are loaded."""
@@ -665,8 +678,8 @@ class Questions:
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
-        with self._lock:
-            if name in self._loaded:
+        with self._making(name) as new:
+            if not new:
                 return
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
@@ -682,7 +695,6 @@ class Questions:
                 nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
                 parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
             self._make(name, " UNION ALL ".join(parts), once=few)
-            self._loaded.add(name)
 
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
