@@ -64,7 +64,12 @@ class BadTableError(UserInputError):
 
 
 class QueryError(UserInputError):
-    """An SQL question that is wrong, or that would do more than read."""
+    """An SQL question that is wrong, or that would do more than read.
+
+    ``line``: the line of the question that is wrong, from 1, where that is known.
+    """
+
+    line: int | None = None
 
 
 class ImageError(CellstoreError, ValueError):

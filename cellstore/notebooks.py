@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from datetime import datetime
+from datetime import date, datetime
+from decimal import Decimal
 from html import escape
 from typing import Any, TypeVar
 
@@ -38,6 +39,36 @@ def plain(text: str) -> str:
         return chr(_PICTURES + code) if code < 0x20 else f"\\u{code:04x}"
 
     return _HIDDEN.sub(written, text)
+
+
+def json_value(value: Any) -> Any:
+    """Return ``value`` as what JSON knows; NaN and infinities become null.
+
+    Of a result: its fields, after whether all is well (``ok``), if it says that.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        # Not asdict: it spoils a Counter, of which it makes one that counts pairs.
+        found = {item.name: json_value(getattr(value, item.name)) for item in fields(value)}
+        return {"ok": value.ok, **found} if hasattr(value, "ok") else found
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return json_value(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    return str(value)
 
 
 class Shown:

@@ -3,7 +3,6 @@
 # No "from __future__ import annotations": the types of AnswerOptions' fields are read.
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -11,8 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass, replace
-from datetime import date, datetime
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
@@ -25,6 +23,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import MissingExtraError, UserInputError
+from cellstore.notebooks import json_value
 from cellstore.settings import Progress, check_new_file
 
 if TYPE_CHECKING:
@@ -62,39 +61,9 @@ def say_more(number: int, what: str = "", how: str = "all with --json") -> None:
         typer.echo(f"and {number:,} more{what} ({how})")
 
 
-def plain(value: Any) -> Any:
-    """Return ``value`` as what JSON knows; NaN and infinities become null.
-
-    Of a result: its fields, after whether all is well (``ok``), if it says that.
-    """
-    if is_dataclass(value) and not isinstance(value, type):
-        # Not asdict: it spoils a Counter, of which it makes one that counts pairs.
-        found = {item.name: plain(getattr(value, item.name)) for item in fields(value)}
-        return {"ok": value.ok, **found} if hasattr(value, "ok") else found
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        value = sorted(value)
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value).hex()
-    return str(value)
-
-
 def json_text(value: Any) -> str:
     """Return a result, or a list of rows, as JSON."""
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(json_value(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def print_json(value: Any) -> None:
@@ -112,7 +81,7 @@ def cell(value: Any, width: int | None = None) -> str:
     if isinstance(value, float):
         text = f"{value:.4g}" if abs(value) < 1e6 else f"{value:.6g}"
     else:
-        text = "".join(char if char.isprintable() else " " for char in str(plain(value)))
+        text = "".join(char if char.isprintable() else " " for char in str(json_value(value)))
     if width is None or len(text) <= width:
         return text
     end = 0 if " " in text else (width - 1) // 2
@@ -361,9 +330,16 @@ def write(
             case Format.JSON:
                 _write_json(taken, file)
             case Format.CSV:
-                _write_csv(taken, file, for_spreadsheet=wanted.for_spreadsheet)
+                from cellstore.io.tables import csv_parts
+
+                disarm = wanted.for_spreadsheet
+                for part in csv_parts(answer.schema, taken.batches(), for_spreadsheet=disarm):
+                    file.write(part)
             case Format.PARQUET:
-                _write_parquet(taken, file)
+                from cellstore.io.tables import parquet_parts
+
+                for part in parquet_parts(answer.schema, taken.batches()):
+                    file.write(part)
             case Format.XLSX:
                 _write_excel(taken, file)
         file.flush()
@@ -414,65 +390,11 @@ def _write_json(taken: _First, file: BinaryIO) -> None:
     file.write(b"[")
     separator = "\n  "
     for row in taken.rows():
-        record = plain(dict(zip(names, row, strict=True)))
+        record = json_value(dict(zip(names, row, strict=True)))
         text = json.dumps(record, indent=2, ensure_ascii=False).replace("\n", "\n  ")
         file.write(f"{separator}{text}".encode(errors="replace"))
         separator = ",\n  "
     file.write(b"]\n" if separator == "\n  " else b"\n]\n")
-
-
-def _write_csv(taken: _First, file: BinaryIO, *, for_spreadsheet: bool) -> None:
-    import pyarrow as pa
-    import pyarrow.csv
-
-    def shaped(batch: "pa.RecordBatch") -> "pa.RecordBatch":
-        columns = [_flat(column) for column in batch.columns]
-        flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-        if not for_spreadsheet:
-            return flat
-        from cellstore.io.tables import disarmed
-
-        return disarmed(flat)
-
-    schema = taken.answer.schema
-    nothing = [pa.array([], item.type) for item in schema]
-    empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
-    with pyarrow.csv.CSVWriter(file, shaped(empty).schema) as writer:
-        for batch in taken.batches():
-            writer.write_batch(shaped(batch))
-
-
-def _flat(column: "pa.Array") -> "pa.Array":
-    """Return a column with lists, records and bytes as JSON texts: CSV knows no such values."""
-    import pyarrow as pa
-
-    kind = column.type
-    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    if number or pa.types.is_string(kind) or pa.types.is_decimal(kind):
-        return column
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        return column
-    values = [plain(value) for value in column.to_pylist()]
-    texts = [
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for value in values
-    ]
-    return pa.array(texts, pa.string())
-
-
-def _write_parquet(taken: _First, file: BinaryIO) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetWriter(file, taken.answer.schema, compression="zstd") as writer:
-            for batch in taken.batches():
-                writer.write_batch(batch)
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
-        raise UserInputError(
-            f"Parquet cannot hold this answer: {str(error).splitlines()[0]}. Cast the column to "
-            "text, or take another --format."
-        ) from error
 
 
 def _write_excel(taken: _First, file: BinaryIO) -> None:
@@ -483,7 +405,7 @@ def _write_excel(taken: _First, file: BinaryIO) -> None:
         raise MissingExtraError.of("xlsxwriter", "excel") from error
 
     def value(found: Any) -> Any:
-        found = found if isinstance(found, float) else plain(found)
+        found = found if isinstance(found, float) else json_value(found)
         if isinstance(found, dict | list):
             found = json.dumps(found, ensure_ascii=False)
         number = isinstance(found, int) and not isinstance(found, bool)

@@ -6,11 +6,12 @@ no other page up.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from urllib.parse import quote, urlencode
 
 import duckdb
 import jinja2
+from anyio import from_thread
 from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -44,6 +46,8 @@ WARM = (
     *("cells", "features", "votes", "prediction_table", "cell_flags"),
 )
 """What most pages read; the last ones from copies, of which the first takes a while to make."""
+POLL_SECONDS = 0.2
+"""How often it is looked whether the browser still waits."""
 LONGEST_TEXT = 4_000
 """Characters of a parameter of a page."""
 KEPT_VALUES = 64
@@ -90,14 +94,16 @@ class Reader:
         return found.number
 
     @contextmanager
-    def questions(self) -> Iterator[Questions]:
+    def questions(self, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
         """Lend open questions; they see the store as it is, while a run goes on as it was lately.
 
-        "Lately" is some seconds, or longer where loading takes long.
+        "Lately" is some seconds, or longer where loading takes long. ``seconds``: what each
+        question may take.
         """
         found = self._enter()
         try:
             mine = found.questions.another()
+            mine.limits = replace(LIMITS, seconds=seconds)
             try:
                 yield mine
             finally:
@@ -158,7 +164,7 @@ class Reader:
         return (last, n_runs, n_ended, changed, event, annotation), n_runs != n_ended
 
     def _is_old(self, found: _Open, counts: tuple[Any, ...], *, live: bool) -> bool:
-        if not live:
+        if not live or found.counts[-1] != counts[-1]:  # what people note is seen at once
             return found.counts != counts
         lasts = max(LIVE_SECONDS, LIVE_TIMES * found.questions.seconds_loading)
         return time.monotonic() - found.opened > lasts
@@ -234,15 +240,37 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
     return HTMLResponse(text.encode("utf-8", "replace"), status)
 
 
+@contextmanager
+def waited_for(request: Request, questions: Questions) -> Iterator[None]:
+    """Stop what is asked here when the browser no longer waits for the answer."""
+
+    async def watch() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(POLL_SECONDS)
+        while True:  # between two statements it is not heard
+            questions.interrupt()
+            await asyncio.sleep(POLL_SECONDS)
+
+    task = from_thread.run_sync(lambda: asyncio.get_running_loop().create_task(watch()))
+    try:
+        yield
+    finally:
+        from_thread.run_sync(task.cancel)
+
+
 def ask(request: Request, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
     """Answer a question of our own over the relations of the store; a row is a dictionary.
 
-    For some thousand rows; larger answers are read from ``explorer.reader.questions()``.
+    It is stopped when the browser goes away. For some thousand rows; larger answers are read from
+    ``explorer.reader.questions()``.
 
     Raises:
         QueryError: it takes longer, or more memory, than a page may.
     """
-    with explorer_of(request).reader.questions() as questions:
+    with (
+        explorer_of(request).reader.questions() as questions,
+        waited_for(request, questions),
+    ):
         return questions.ask_ours(sql, parameters).records()
 
 

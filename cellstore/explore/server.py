@@ -33,7 +33,11 @@ from ..errors import CellstoreError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .requests import Explorer, NotFoundError, page
 
-VIEWS = ("plate_views", "field_views")
+VIEWS = (
+    "plate_views",
+    "field_views",
+    "sql_views",
+)
 """The modules of the pages; each has its ``ROUTES``."""
 WRITING_VIEWS: tuple[str, ...] = ()
 """Those that are there with ``--write`` only."""
@@ -268,6 +272,7 @@ def serve(
             if server.started and not told:
                 told = True
                 ready(address + (f"?token={token}" if token else ""))
+                reader.warm(stopping)
             reader.close_unused()
 
     threading.Thread(target=look_after, daemon=True).start()

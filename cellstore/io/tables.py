@@ -14,6 +14,7 @@ import csv
 import difflib
 import gzip
 import io
+import json
 import re
 import zlib
 from collections import Counter, deque
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from ..errors import BadTableError, UserInputError, first_line
+from ..notebooks import json_value
 from .uris import plain_file
 
 if TYPE_CHECKING:  # Arrow is slow to import, and a plate map does without
@@ -847,3 +849,92 @@ def disarmed(rows: Rows) -> Rows:
 def disarmed_name(name: str) -> str:
     """Return a text, for example the name of a column, as :func:`disarmed` has it."""
     return re.sub(f"({_FORMULA})", r"'\1", name)
+
+
+class _Parts(io.RawIOBase):
+    """A file that keeps what is written until it is taken."""
+
+    def __init__(self) -> None:
+        self._written, self._taken = bytearray(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._written += data
+        return len(data)
+
+    def tell(self) -> int:
+        return self._taken + len(self._written)
+
+    def take(self) -> bytes:
+        found = bytes(self._written)
+        self._taken += len(found)
+        self._written.clear()
+        return found
+
+
+def csv_parts(
+    schema: pa.Schema, batches: Iterable[pa.RecordBatch], *, for_spreadsheet: bool = False
+) -> Iterator[bytes]:
+    """Yield the bytes of a CSV file with the rows of ``batches``, piece by piece.
+
+    Lists, records and bytes are JSON texts: CSV knows no such values. ``for_spreadsheet``: texts
+    that a spreadsheet would run are :func:`disarmed`.
+    """
+    import pyarrow as pa
+    import pyarrow.csv
+
+    def shaped(batch: pa.RecordBatch) -> pa.RecordBatch:
+        columns = [_flat(column) for column in batch.columns]
+        flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+        return disarmed(flat) if for_spreadsheet else flat
+
+    nothing = [pa.array([], item.type) for item in schema]
+    empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
+    parts = _Parts()
+    with pyarrow.csv.CSVWriter(parts, shaped(empty).schema) as writer:
+        for batch in batches:
+            writer.write_batch(shaped(batch))
+            yield parts.take()
+    yield parts.take()
+
+
+def _flat(column: pa.Array) -> pa.Array:
+    import pyarrow as pa
+
+    kind = column.type
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if number or pa.types.is_string(kind) or pa.types.is_decimal(kind):
+        return column
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return column
+    values = [json_value(value) for value in column.to_pylist()]
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in values
+    ]
+    return pa.array(texts, pa.string())
+
+
+def parquet_parts(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[bytes]:
+    """Yield the bytes of a Parquet file with the rows of ``batches``, a row group of each.
+
+    Raises:
+        UserInputError: Parquet has no such type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    parts = _Parts()
+    try:
+        with pyarrow.parquet.ParquetWriter(parts, schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                yield parts.take()
+        yield parts.take()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise UserInputError(
+            f"Parquet cannot hold this answer: {first_line(error)}. Cast the column to text, or "
+            "take another format."
+        ) from error

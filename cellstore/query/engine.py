@@ -446,6 +446,12 @@ class Questions:
                 waiting += sources_of(view(name).query) if name in VIEWS else ()
         return found
 
+    def interrupt(self) -> None:
+        """Stop the question that is being answered, if there is one; for another thread."""
+        self._full.interrupt()
+        if "_empty" in self.__dict__:
+            self._empty.interrupt()
+
     def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
         """Answer a question that is part of cellstore: known to read, and right."""
         self._load(sources_of(sql))

@@ -363,4 +363,7 @@ def explained(error: Exception) -> QueryError:
     reason = " ".join(lines) or type(error).__name__
     reason = re.sub(r"^(\w+ ){0,3}Error: ", "", reason)
     reason = "".join(char if char.isprintable() else " " for char in reason)
-    return QueryError(f"The question cannot be answered: {reason}")
+    found = QueryError(f"The question cannot be answered: {reason}")
+    line = re.search(r"\n\nLINE (\d+): ", text)
+    found.line = int(line[1]) if line else None
+    return found

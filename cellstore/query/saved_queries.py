@@ -186,7 +186,7 @@ def _parameter(file: object, line: str) -> SavedParameter:
     return SavedParameter(match["name"], kind, default, match["words"])
 
 
-_STAGES = {
+STAGES = {
     "predict run": (Stage.PREDICT,),
     "two predict runs": (Stage.PREDICT,),
     "train run": (Stage.TRAIN,),
@@ -224,20 +224,18 @@ def _value(
         example = "3,5" if item.kind == "two predict runs" else "3"
         raise UserInputError(
             f"The question {question.name} needs --{item.name}: {item.words} Example: cellstore "
-            f"ask {question.name} --{item.name} {example if item.kind in _STAGES else 'VALUE'}"
+            f"ask {question.name} --{item.name} {example if item.kind in STAGES else 'VALUE'}"
         )
     if given is None or given == NOTHING == item.default:
         return None
     if item.kind == "two predict runs":
         names = given if isinstance(given, list | tuple) else str(given).split(",")
-        found = [
-            find_named_run(session, str(name).strip(), _STAGES[item.kind]).id for name in names
-        ]
+        found = [find_named_run(session, str(name).strip(), STAGES[item.kind]).id for name in names]
         if len(found) != 2 or found[0] == found[1]:
             raise UserInputError(f"--{item.name} takes two different runs, like 3,5.")
         return found
-    if item.kind in _STAGES:
-        return find_named_run(session, str(given), _STAGES[item.kind]).id
+    if item.kind in STAGES:
+        return find_named_run(session, str(given), STAGES[item.kind]).id
     text = str(given).strip()
     try:
         if item.kind == "whole number":

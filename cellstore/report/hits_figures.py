@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..analysis.components import components_of, umap_of
 from ..enums import Verdict
 from ..notebooks import plain
 from ..stages.hits import HitRow, HitsResult
@@ -26,6 +26,8 @@ from .drawing import (
     PlateMap,
     brief,
     colour_limits,
+    element,
+    interval_bar,
     plate_layout,
     plate_map_svg,
     short,
@@ -53,7 +55,6 @@ MAP_ROWS, MAP_COLUMNS = 80, 60
 SHOWN_PLATES = 12
 FEWEST_WELLS, MOST_WELLS = 15, 2_000
 """Wells that UMAP needs, and wells that are drawn."""
-COMPONENTS = 50
 TARGETS = 7
 """Targets with a colour of their own."""
 MOST_DOTS = 400
@@ -167,40 +168,11 @@ class Screen:
 # Small figures, written by hand: a page has hundreds
 
 
-def _element(
-    kind: str, width: float, height: float, inner: str, alt: str, *, wide: bool = False
-) -> str:
-    size = "" if wide else f' style="width:{width:g}px"'
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}"{size} role="img" '
-        f'aria-label="{escape(plain(alt))}">{inner}</svg>'
-    )
-
-
 def effect_bar(item: Judged, limits: Limits) -> str:
     """An effect with its interval, on the scale of all rows of a table; a line at 0."""
     row, colour = item.row, MARKS[item.verdict][2]
-    if row.effect is None:
-        return ""
-    width, height = 130, 16
-    low, high = limits
-
-    def x(value: float) -> float:
-        return 3 + (width - 6) * float(np.clip((value - low) / (high - low), 0, 1))
-
-    ends = [x(end) for end in (row.effect_low, row.effect_high) if end is not None]
-    line = ""
-    if len(ends) == 2:
-        line = (
-            f'<path d="M{ends[0]:.1f} 8H{ends[1]:.1f}" stroke="{colour}" stroke-width="5" '
-            'opacity=".4"/>'
-        )
-    zero = f'<path d="M{x(0):.1f} 1V15" stroke="currentColor" stroke-width="1" opacity=".45"/>'
-    dot = f'<circle cx="{x(row.effect):.1f}" cy="8" r="3.2" fill="{colour}"/>'
-    alt = f"effect {brief(row.effect)}"
-    if row.effect_low is not None and row.effect_high is not None:
-        alt += f", interval {brief(row.effect_low)} to {brief(row.effect_high)}"
-    return _element("bar", width, height, zero + line + dot, alt)
+    ends = row.effect_low, row.effect_high
+    return interval_bar("effect", row.effect, *ends, limits=limits, colour=colour)
 
 
 def strip(screen: Screen, item: Judged) -> str:
@@ -247,7 +219,7 @@ def strip(screen: Screen, item: Judged) -> str:
     if len(usual):
         ends = (brief(float(end)) for end in np.percentile(effects[usual], [5, 95]))
         alt += f"; of {len(usual)} controls, nine of ten between {' and '.join(ends)}"
-    return _element("strip", width, 98, "".join(parts), alt + ".", wide=True)
+    return element("strip", width, 98, "".join(parts), alt + ".", wide=True)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -295,7 +267,7 @@ def position_map(screen: Screen, item: Judged) -> str:
         for where, n in sorted(mine.items())
     )
     alt = f"Wells of {item.name}: {names}."
-    return _element("positions", width, height, "".join(parts), alt, wide=True)
+    return element("positions", width, height, "".join(parts), alt, wide=True)
 
 
 # Large figures
@@ -511,30 +483,12 @@ def layout_of(screen: Screen, seed: int) -> Layout | None:
         wells = np.sort(rng.choice(wells, MOST_WELLS, replace=False))
     values = np.clip(screen.z[wells], -20, 20)
     values = values - values.mean(axis=0)
-    count = min(COMPONENTS, *values.shape)
-    left, sizes, _ = np.linalg.svd(values, full_matrices=False)
-    parts = left[:, :count] * sizes[:count]
-    parts *= np.where(np.abs(parts).max(0) == parts.max(0), 1, -1)  # the sign of an SVD is open
+    parts = values @ components_of(values)
     if len(wells) < FEWEST_WELLS:
-        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - count))])
+        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - parts.shape[1]))])
         note = f"first two principal components{method} (fewer than {FEWEST_WELLS} wells: no UMAP)"
         return Layout(note, wells, parts[:, :2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from sklearn.neighbors import NearestNeighbors
-        from umap import UMAP
-
-        # UMAP finds neighbours of few points by a function of Python for each pair.
-        near = min(15, len(wells) - 1)
-        found = NearestNeighbors(n_neighbors=near).fit(parts).kneighbors(parts)
-        made = UMAP(
-            n_neighbors=near,
-            random_state=seed,
-            precomputed_knn=found[::-1],
-            force_approximation_algorithm=True,
-        )
-        points = made.fit_transform(parts)
-    return Layout(f"UMAP{method}, seed {seed}", wells, np.asarray(points, np.float64))
+    return Layout(f"UMAP{method}, seed {seed}", wells, umap_of(parts, seed))
 
 
 def _is_judged(screen: Screen) -> NDArray[np.bool_]:

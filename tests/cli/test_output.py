@@ -60,7 +60,7 @@ def test_a_cell_is_one_line_without_control_characters(value, shown):
 
 
 def test_numbers_that_are_none_are_null():
-    assert output.plain({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, None, 1.5]}
+    assert output.json_value({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, None, 1.5]}
 
 
 @pytest.mark.parametrize(

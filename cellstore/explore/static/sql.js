@@ -1,0 +1,281 @@
+// Questions: an answer as it comes, with Cancel; completion; and the list of tables beside it.
+
+const form = document.querySelector("form[data-answer]");
+const answer = document.getElementById("answer");
+const status = form.querySelector("[data-status]");
+const cancel = form.querySelector("[data-cancel]");
+const box = document.getElementById("q");
+const LONGEST_ADDRESS = 30000;
+let running = null;
+
+function parameters() {
+  const given = new URLSearchParams();
+  for (const [name, value] of new FormData(form)) if (value.trim() !== "") given.append(name, value);
+  return given;
+}
+
+function said(words) {
+  const paragraph = document.createElement("p");
+  paragraph.className = "finding leaks";
+  paragraph.setAttribute("role", "alert");
+  paragraph.textContent = words;
+  answer.replaceChildren(paragraph);
+}
+
+async function ask() {
+  if (running) running.abort();
+  const mine = new AbortController();
+  running = mine;
+  const given = parameters();
+  if (box && !given.has("q")) { running = null; box.focus(); return; }
+  if (given.toString().length > LONGEST_ADDRESS) {
+    running = null;
+    said("The question is too long for an address. Save it in a file and run: cellstore sql --file FILE");
+    return;
+  }
+  history.replaceState(null, "", `${form.getAttribute("action")}?${given}`);
+  cancel.hidden = false;
+  answer.classList.add("waiting");
+  const began = performance.now();
+  const clock = setInterval(() => {
+    status.textContent = `${((performance.now() - began) / 1000).toFixed(1)} s`;
+  }, 100);
+  try {
+    const found = await fetch(`${form.dataset.answer}?${given}`, { signal: mine.signal });
+    const text = await found.text();
+    if (running !== mine) return;
+    const html = (found.headers.get("content-type") || "").startsWith("text/html");
+    if (html) answer.innerHTML = text;  // a part of a page of our own server, which escapes
+    else said(text);
+    const wrong = answer.querySelector("[data-line]");
+    if (wrong && box) choose_line(Number(wrong.dataset.line));
+  } catch (error) {
+    if (running === mine) said(mine.signal.aborted ? "Cancelled." : "The server does not answer. Is cellstore explore still running?");
+  } finally {
+    clearInterval(clock);
+    if (running === mine) {
+      running = null;
+      cancel.hidden = true;
+      status.textContent = "";
+      answer.classList.remove("waiting");
+    }
+  }
+}
+
+function choose_line(number) {
+  const lines = box.value.split("\n");
+  const start = lines.slice(0, number - 1).reduce((sum, line) => sum + line.length + 1, 0);
+  box.focus();
+  box.setSelectionRange(start, start + (lines[number - 1] || "").length);
+}
+
+form.addEventListener("submit", (event) => { event.preventDefault(); close_list(); ask(); });
+cancel.addEventListener("click", () => { if (running) running.abort(); });
+if (form.hasAttribute("data-runs")) ask();
+
+// Completion
+
+let relations = [];
+const list = document.getElementById("names");
+let fitting = [];
+let at = -1;
+
+const KEYWORDS = ["SELECT", "FROM", "WHERE", "GROUP BY ALL", "ORDER BY", "LIMIT", "JOIN", "LEFT JOIN", "USING",
+  "HAVING", "DISTINCT", "WITH", "CASE WHEN", "BETWEEN", "IS NOT NULL", "DESC", "UNION ALL", "EXCLUDE"];
+const FUNCTIONS = ["count(*)", "avg(", "sum(", "min(", "max(", "median(", "stddev(", "quantile_cont(", "round(", "coalesce("];
+
+function word_before(text) {
+  const found = /(?:(\w+)\.)?(\w*)$/.exec(text);
+  return { of: found[1] || "", word: found[2] };
+}
+
+function named(text) {
+  // The relations behind FROM and JOIN, by the names that the question gives them.
+  const found = new Map();
+  for (const [, name, alias] of text.matchAll(/\b(?:from|join)\s+"?(\w+)"?(?:\s+(?:as\s+)?(?!on\b|using\b|where\b|join\b|left\b|group\b|order\b|limit\b|cross\b|inner\b)(\w+))?/gi)) {
+    const relation = relations.find((item) => item.name.toLowerCase() === name.toLowerCase());
+    if (relation) { found.set(name.toLowerCase(), relation); if (alias) found.set(alias.toLowerCase(), relation); }
+  }
+  return found;
+}
+
+function fits(every) {
+  const before = box.value.slice(0, box.selectionStart);
+  const { of, word } = word_before(before);
+  if (!every && !of && word.length < 1) return [];
+  const here = named(box.value);
+  const column = ([name, type, words]) => ({ name, words: words || type });
+  let candidates = [];
+  if (of) {
+    const relation = here.get(of.toLowerCase()) || relations.find((item) => item.name.toLowerCase() === of.toLowerCase());
+    candidates = relation ? relation.columns.map(column) : [];
+  } else if (/\b(?:from|join|describe|summarize)\s+\w*$/i.test(before)) {
+    candidates = relations.map(({ name, words }) => ({ name, words }));
+  } else {
+    for (const relation of new Set(here.values())) candidates.push(...relation.columns.map(column));
+    candidates.push(...relations.map(({ name, words }) => ({ name, words })));
+    candidates.push(...FUNCTIONS.map((name) => ({ name, words: "function" })));
+    if (word) candidates.push(...KEYWORDS.map((name) => ({ name, words: "" })));
+  }
+  const wanted = word.toLowerCase();
+  const seen = new Set();
+  const first = [], later = [];
+  for (const item of candidates) {
+    const name = item.name.toLowerCase();
+    if (seen.has(name) || name === wanted) continue;
+    seen.add(name);
+    if (name.startsWith(wanted)) first.push(item);
+    else if (wanted.length > 1 && name.includes(wanted)) later.push(item);
+  }
+  return [...first, ...later].slice(0, 40);
+}
+
+function show_list(every) {
+  fitting = fits(every);
+  at = -1;
+  list.replaceChildren(...fitting.map((item, number) => {
+    const row = document.createElement("li");
+    row.id = `name-${number}`;
+    row.setAttribute("role", "option");
+    row.setAttribute("aria-selected", "false");
+    const name = document.createElement("code");
+    name.textContent = item.name;
+    const words = document.createElement("span");
+    words.textContent = item.words;
+    row.append(name, words);
+    row.addEventListener("mousedown", (event) => { event.preventDefault(); take(number); });
+    return row;
+  }));
+  list.hidden = fitting.length === 0;
+  box.setAttribute("aria-expanded", String(!list.hidden));
+  box.removeAttribute("aria-activedescendant");
+}
+
+function close_list() {
+  if (!list) return;
+  fitting = [];
+  list.hidden = true;
+  box.setAttribute("aria-expanded", "false");
+  box.removeAttribute("aria-activedescendant");
+}
+
+function mark(number) {
+  at = (number + fitting.length) % fitting.length;
+  [...list.children].forEach((row, index) => row.setAttribute("aria-selected", String(index === at)));
+  list.children[at].scrollIntoView({ block: "nearest" });
+  box.setAttribute("aria-activedescendant", list.children[at].id);
+}
+
+function insert(name, start) {
+  const text = /^[A-Za-z_][\w]*$|[( *]/.test(name) ? name : `"${name.replaceAll('"', '""')}"`;
+  box.setSelectionRange(start, box.selectionEnd);
+  // As if it were typed, so that Ctrl+Z takes it back.
+  if (!document.execCommand("insertText", false, text)) box.setRangeText(text, start, box.selectionEnd, "end");
+}
+
+function take(number) {
+  const { word } = word_before(box.value.slice(0, box.selectionStart));
+  const { name } = fitting[number];
+  close_list();
+  insert(name, box.selectionStart - word.length);
+  close_list();
+}
+
+if (box) {
+  box.addEventListener("input", (event) => { if (event.inputType !== "insertFromPaste") show_list(false); });
+  // Not on the way to a button: what closes above it would move it from under the pointer.
+  box.addEventListener("blur", (event) => { if (!form.contains(event.relatedTarget)) close_list(); });
+  box.addEventListener("click", close_list);
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
+    else if (event.key === " " && event.ctrlKey) { event.preventDefault(); show_list(true); }
+    else if (list.hidden) return;
+    else if (event.key === "ArrowDown") { event.preventDefault(); mark(at + 1); }
+    else if (event.key === "ArrowUp") { event.preventDefault(); mark(at < 0 ? -1 : at - 1); }
+    else if (event.key === "Tab" || (event.key === "Enter" && at >= 0)) { event.preventDefault(); take(Math.max(at, 0)); }
+    else if (event.key === "Escape") { event.preventDefault(); close_list(); }
+  });
+  load_relations();
+}
+
+// The list of tables
+
+async function load_relations() {
+  const place = document.getElementById("relations");
+  try {
+    const found = await fetch("/sql/names");
+    if (!found.ok) { place.textContent = await found.text(); return; }
+    relations = await found.json();
+  } catch { place.textContent = "The list cannot be loaded."; return; }
+  const find = document.getElementById("find");
+  find.addEventListener("input", () => list_relations(place, find.value));
+  list_relations(place, "");
+}
+
+const KINDS = { "view": "Views", "feature set": "Feature sets", "table": "Tables", "step": "Steps of the vote" };
+const SHOWN_COLUMNS = 400;
+
+function list_relations(place, wanted) {
+  const text = wanted.trim().toLowerCase();
+  const parts = [];
+  for (const [kind, title] of Object.entries(KINDS)) {
+    const rows = [];
+    for (const relation of relations) {
+      if (relation.kind !== kind) continue;
+      const whole = relation.name.toLowerCase().includes(text);
+      const columns = whole ? relation.columns : relation.columns.filter(([name]) => name.toLowerCase().includes(text));
+      if (text && !whole && columns.length === 0) continue;
+      rows.push(described(relation, columns, Boolean(text) && !whole));
+    }
+    if (rows.length === 0) continue;
+    const head = document.createElement("h3");
+    head.textContent = title;
+    parts.push(head, ...rows);
+  }
+  if (parts.length === 0) {
+    const nothing = document.createElement("p");
+    nothing.className = "soft";
+    nothing.textContent = "Nothing of that name.";
+    parts.push(nothing);
+  }
+  place.replaceChildren(...parts);
+}
+
+function described(relation, columns, open) {
+  const details = document.createElement("details");
+  const summary = document.createElement("summary");
+  const name = document.createElement("code");
+  name.textContent = relation.name;
+  summary.append(name);
+  details.append(summary);
+  const fill = () => {
+    if (details.childElementCount > 1) return;
+    const words = document.createElement("p");
+    words.className = "soft";
+    words.textContent = relation.words;
+    const items = document.createElement("ul");
+    for (const [column, type, meaning] of columns.slice(0, SHOWN_COLUMNS)) {
+      const item = document.createElement("li");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = column;
+      button.title = `${type}. Put it into the question.`;
+      button.addEventListener("click", () => { box.focus(); insert(column, box.selectionStart); close_list(); });
+      const said_of_it = document.createElement("span");
+      said_of_it.className = "soft";
+      said_of_it.textContent = ` ${meaning}`;
+      item.append(button, said_of_it);
+      items.append(item);
+    }
+    if (columns.length > SHOWN_COLUMNS) {
+      const more = document.createElement("li");
+      more.className = "soft";
+      more.textContent = `and ${columns.length - SHOWN_COLUMNS} more`;
+      items.append(more);
+    }
+    details.append(words, items);
+  };
+  details.addEventListener("toggle", () => { if (details.open) fill(); });
+  if (open) { fill(); details.open = true; }
+  return details;
+}
