@@ -43,7 +43,7 @@ LIVE_TIMES = 20
 """or so many times as old as the loading took."""
 WARM = (
     *("run_images", "well_table", "image_table", "treatment_table", "feature_sets", "hit_table"),
-    *("cells", "features", "votes", "prediction_table", "cell_flags"),
+    *("image_flags", "cell_flags", "cell_table", "scored_predictions", "prediction_table"),
 )
 """What most pages read; the last ones from copies, of which the first takes a while to make."""
 POLL_SECONDS = 0.2
