@@ -116,6 +116,8 @@ def test_colours_of_values() -> None:
     assert [(entry.words, entry.wells) for entry in groups.entries] == [("a", 2), ("DMSO", 1)]
     many = make_scale(WellValues("Treatment", {n: f"t{n}" for n in range(20)}), [])
     assert many.entries[-1].words == "13 others"
+    chosen = make_scale(WellValues("Treatment", {n: f"t{n:02}" for n in range(20)}), [], "t19")
+    assert chosen.entries[0].words == "t19"
     doses = make_scale(WellValues("Dose", {1: "1 uM", 2: "10 uM"}, order=["1 uM", "10 uM"]), [])
     assert doses.colours == {1: viridis(0), 2: viridis(1)}
     assert make_scale(WellValues("x", {}), []).colours == {}
