@@ -147,10 +147,10 @@ def _find_contrasts(explorer: Explorer, plate: str, channels: Sequence[str]) -> 
 
     def limits(item: tuple[str, ChannelFile]) -> Limits | CellstoreError:
         height = tall.get(item[1].sha256) or 0
-        # A quarter of the rows, of the middle.
-        middle = slice(3 * height // 8, 5 * height // 8) if height > 64 else slice(None)
+        # An eighth of the rows, above the middle: of some files all rows above have to be read, too.
+        some = slice(height // 4, 3 * height // 8) if height > 256 else slice(None)
         try:
-            return grey_limits(read_finite(item[1], middle)[:, ::2])
+            return grey_limits(read_finite(item[1], some))
         except CellstoreError as error:
             return error
 

@@ -64,24 +64,25 @@ async function presets() {
   } catch { /* each field then has its own contrast */ }
 }
 
-function extremes(channel) {
-  if (channel.least === undefined) {
-    let least = Infinity, most = -Infinity;
-    for (const value of channel.pixels) {
-      if (value < least) least = value;
-      if (value > most) most = value;
-    }
-    channel.least = finite(least) ? least : 0;
-    channel.most = finite(most) && most > channel.least ? most : channel.least + 1;
+function sample(channel) {
+  // Some hundred thousand of its pixels, in order of size: enough for levels and sliders.
+  if (!channel.sample) {
+    const { pixels } = channel, step = Math.max(1, Math.floor(pixels.length / 100000));
+    channel.sample = new Float32Array(Math.ceil(pixels.length / step));
+    for (let at = 0, to = 0; at < pixels.length; at += step, to += 1) channel.sample[to] = finite(pixels[at]) ? pixels[at] : 0;
+    channel.sample.sort();
   }
-  return [channel.least, channel.most];
+  return channel.sample;
+}
+
+function extremes(channel) {
+  const some = sample(channel), least = some[0], most = some[some.length - 1];
+  return [Math.min(least, channel.limits[0]), Math.max(most, channel.limits[1], least + 1)];
 }
 
 function ownContrast(channel) {
   // The 1st and the 99.7th percentile, as of a thumbnail.
-  const step = Math.max(1, Math.floor(channel.pixels.length / 200000));
-  const some = channel.pixels.filter((value, at) => at % step === 0 && finite(value)).sort();
-  const of = (share) => some[Math.min(some.length - 1, Math.round(share * (some.length - 1)))] ?? 0;
+  const some = sample(channel), of = (share) => some[Math.round(share * (some.length - 1))];
   return [of(0.01), Math.max(of(0.997), of(0.01) + 1e-6)];
 }
 
@@ -460,7 +461,7 @@ function controls(channel) {
 function levels(which) {
   for (const channel of channels) {
     if (!channel.texture) continue;
-    [channel.low, channel.high] = which === "plate" && channel.limits ? channel.limits : ownContrast(channel);
+    [channel.low, channel.high] = which === "plate" ? channel.limits : ownContrast(channel);
     channel.refresh?.();
   }
   redraw();
@@ -501,7 +502,7 @@ function settings() {
   for (const channel of channels) {
     if (!channel.texture) continue;
     const parts = [+channel.on, hex(channel.colour).slice(1), short(channel.low), short(channel.high), +channel.gamma.toFixed(2)];
-    const usual = [+channel.usual.on, hex(channel.usual.colour).slice(1), ...(channel.limits || channel.own).map(short), 1];
+    const usual = [+channel.usual.on, hex(channel.usual.colour).slice(1), ...channel.limits.map(short), 1];
     if (parts.join() !== usual.join()) found.set(`c${channel.at}`, parts.join());
   }
   const there = Object.keys(viewer.masks), on = there.filter((name) => state.outlines[name]);
@@ -677,8 +678,8 @@ async function begin() {
     if (channel.at >= room) channel.problem = `This GPU shows ${room} channels at once.`;
     if (!channel.pixels || channel.problem) continue;
     texture(channel);
-    channel.own = ownContrast(channel);
-    [channel.low, channel.high] = channel.limits || channel.own;
+    channel.limits ||= ownContrast(channel);
+    [channel.low, channel.high] = channel.limits;
   }
   for (const name of Object.keys(masks)) {
     if (masks[name].width !== size.width || masks[name].height !== size.height) {
