@@ -308,3 +308,22 @@ def test_keys_move_over_the_map_and_open_a_well(tab: Any, site: str) -> None:
         tab.keyboard.press("Enter")
     assert "/well/DEMO0001/" in tab.url
     tab.get_by_text("In splits: by-well").wait_for()
+
+
+def test_fields_of_a_well_are_selected_by_key_and_mouse(tab: Any, writable_site: str) -> None:
+    tab.goto(f"{writable_site}/well/DEMO0001/B02")
+    tab.evaluate("""
+        window.heard = [];
+        document.addEventListener("cellstore:selection", ({detail}) => window.heard.push(detail));
+    """)
+    first, second = (tab.locator(".montage a").nth(at) for at in (0, 1))
+    ids = [int(field.get_attribute("data-image")) for field in (first, second)]
+    first.focus()
+    tab.keyboard.press("Space")
+    second.click(modifiers=["Shift"])
+    assert tab.locator(".montage a.selected").count() == 2
+    tab.keyboard.press("Escape")
+    assert tab.locator(".montage a.selected").count() == 0
+    heard = tab.evaluate("window.heard")
+    assert [said["ids"] for said in heard] == [ids[:1], ids, []]
+    assert {said["level"] for said in heard} == {"image"}
