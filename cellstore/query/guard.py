@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,7 +165,7 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement:
             + (" In PIVOT, say the values: ON (a || b) IN ('x', 'y')." if kind == "MULTI" else "")
         )
     suspects = found.functions - _ALLOWED
-    refused = sorted(suspects & (_REFUSED | _table_functions(connection))) if suspects else []
+    refused = sorted(suspects & (_REFUSED | _table_functions())) if suspects else []
     refused = [f"{name}()" for name in refused] + sorted(found.tables & {"pg_settings"})
     if refused:
         raise not_readable(refused[0])
@@ -294,10 +295,13 @@ def _with_values(sql: str) -> str:
     return b"".join(pieces).decode()
 
 
-def _table_functions(connection: duckdb.DuckDBPyConnection) -> set[str]:
-    rows = connection.execute(
-        "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'"
-    ).fetchall()
+@cache
+def _table_functions() -> set[str]:
+    """The same in every database of this process, none of which loads an extension."""
+    with duckdb.connect(":memory:") as connection:
+        rows = connection.execute(
+            "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'"
+        ).fetchall()
     return {str(row[0]).lower() for row in rows}
 
 
