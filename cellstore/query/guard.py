@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -27,6 +28,9 @@ POLL_SECONDS = 0.1
 
 MAX_CHARACTERS = 1_000_000
 """The longest question: DuckDB reads a longer one for minutes, and cannot be stopped meanwhile."""
+
+MB_OF_THREAD = 60
+"""Each thread has rows in hand: with less memory for each a large question ends for want of it."""
 
 SPILL_BYTES = 20 << 30
 """The most that a question may put on the disk where it does not fit into memory."""
@@ -116,10 +120,14 @@ def locked_connection(
         "allowed_directories": f"[{folders}]",
         "enable_external_access": "false",
         "max_expression_depth": "200",  # planning deeper ones may take minutes, and hears no stop
+        "threads": str(max(1, min(os.cpu_count() or 1, limits.memory_mb // MB_OF_THREAD))),
         "lock_configuration": "true",
     }
     try:
-        connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+        # GLOBAL: also for the cursors of this connection, which begin with settings of their own.
+        connection.execute(
+            "; ".join(f"SET GLOBAL {name} = {value}" for name, value in settings.items())
+        )
         yield connection
     finally:
         connection.close()
