@@ -279,9 +279,9 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
                 found = read_values(questions, wells, kind, run=run, feature=chosen)
             except UserInputError as error:  # a map without colours says what is missing
                 found, problem = WellValues(KINDS[kind], {}), str(error)
-        return found, make_scale(found, wells), features, chosen, problem
+        return found, make_scale(found, wells, treatment), features, chosen, problem
 
-    key = ("map", shown, kind, feature, run)
+    key = ("map", shown, kind, feature, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)
     groups: dict[str, int] = {}
     maps = []
@@ -308,6 +308,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         maps=maps,
         missing=len(wells) - len(scale.colours),
         treatment=treatment,
+        treatments=sorted({row["treatment"] for row in wells if row["treatment"]})[:5_000],
         beside=beside,
         there={word for _, _, _, rows in maps for _, row in rows
                for well in row if well for word in well.kinds.split()},

@@ -37,6 +37,7 @@ VIEWS = (
     "annotate_views",
     "plate_views",
     "field_views",
+    "cell_views",
     "sql_views",
 )
 """The modules of the pages: ``ROUTES`` of each, and ``WRITING_ROUTES`` of some with ``--write``."""
