@@ -64,7 +64,7 @@ FROM current_labels GROUP BY ALL ORDER BY field, level, n DESC, label, user_name
 """
 
 
-def annotations(request: Request) -> Response:
+def what_was_said(request: Request) -> Response:
     """Show what people said, how far they agree, and with ``--write`` buttons that take it back."""
     names = ("field", "label", "user", "level")
     given: dict[str, Any] = {name: text(request, name) for name in names}
@@ -195,7 +195,7 @@ def undo(request: Request) -> Response:
     return _answer(take_back(explorer_of(request).workspace, sent["ids"], **more))
 
 
-ROUTES = [Route("/annotations", annotations)]
+ROUTES = [Route("/annotations", what_was_said)]
 WRITING_ROUTES = [
     Route("/annotate/labels", used_labels),
     Route("/annotate", add_label, methods=["POST"]),
