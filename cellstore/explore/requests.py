@@ -7,6 +7,7 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from ..models import Annotation, Event, Run
 from ..notebooks import plain
 from ..query.engine import Questions, open_questions
 from ..query.guard import Limits, Parameters
+from ..settings import find_store
 
 T = TypeVar("T")
 
@@ -214,6 +216,19 @@ class Explorer:
         return caller()[0]
 
     @cached_property
+    def _named(self) -> str:
+        """What names the store in a command; nothing where the store is found without."""
+        root = self.workspace.settings.root
+        with suppress(CellstoreError):
+            if find_store().root.resolve() == root.resolve():
+                return ""
+        return f" --store {shlex.quote(str(root))}"
+
+    def command(self, typed: str) -> str:
+        """Return a command as it can be pasted where the explorer was started."""
+        return typed.replace("cellstore", f"cellstore{self._named}", 1)
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates: every text is escaped; what cannot be seen in one is written out."""
         folder = files("cellstore.explore.templates")
@@ -229,7 +244,7 @@ class Explorer:
             loader=jinja2.FunctionLoader(load),
             finalize=lambda value: plain(value) if type(value) is str else value,
         )
-        made.globals.update(url_of=url_of, explorer=self)
+        made.globals.update(url_of=url_of, explorer=self, command=self.command)
         return made
 
 

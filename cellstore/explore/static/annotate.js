@@ -61,16 +61,18 @@ function show() {
 // --- what is meant
 
 let selected = { level: "cell", ids: [] };
+let focused = null; // last, outside of the bar and its dialogs
+const is_ours = (element) => Boolean(element.closest("#annotate, dialog.annotating"));
 
 function target() {
   if (selected.ids.length) return { ...selected, name: named(selected.level, selected.ids) };
-  const focus = document.activeElement?.closest("[data-cell], [data-image]");
-  if (focus && !bar.contains(focus)) {
+  const focus = focused?.isConnected && focused.closest("[data-cell], [data-image]");
+  if (focus) {
     const level = focus.dataset.cell ? "cell" : "image";
     const ids = [Number(focus.dataset[level])];
     return { level, ids, name: named(level, ids) };
   }
-  const well = document.activeElement?.closest(".platemap a[href^='/well/']");
+  const well = focused?.isConnected && focused.closest(".platemap a[href^='/well/']");
   if (well) {
     const name = well.getAttribute("href").split("?")[0].split("/").slice(2).map(decodeURIComponent).join("/");
     return { level: "well", ids: [name], name: `well ${name}` };
@@ -96,7 +98,13 @@ document.addEventListener("cellstore:selection", (event) => {
   selected = { level: event.detail.level, ids: [...event.detail.ids] };
   say_target();
 });
-document.addEventListener("focusin", (event) => { if (!bar.contains(event.target)) say_target(); });
+for (const kind of ["focusin", "pointerdown"]) {
+  document.addEventListener(kind, (event) => {
+    if (is_ours(event.target)) return;
+    focused = event.target;
+    say_target();
+  });
+}
 
 // --- what is done
 
