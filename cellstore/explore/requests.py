@@ -25,6 +25,7 @@ from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ..db.events import caller
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
@@ -208,6 +209,11 @@ class Explorer:
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
+
+    @cached_property
+    def login(self) -> str:
+        """Who runs the server: the author of what is said without a name."""
+        return caller()[0]
 
     @cached_property
     def _named(self) -> str:
