@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from ..enums import Control
-from ..errors import CellstoreError
+from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.run_names import find_named_run, find_predict_run
@@ -27,7 +27,18 @@ from ..report.drawing import brief, plate_layout, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .pixels import usual_channels
-from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+from .requests import (
+    NotFoundError,
+    ask,
+    choice,
+    explorer_of,
+    kept,
+    page,
+    text,
+    url_of,
+    waited_for,
+    whole,
+)
 from .well_colours import (
     KINDS,
     RUNS,
@@ -36,6 +47,7 @@ from .well_colours import (
     Scale,
     WellValues,
     ink_on,
+    known_feature,
     list_features,
     list_profile_features,
     make_scale,
@@ -253,30 +265,24 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
         run = None
-    key = ("map", shown, kind, feature, run)
+    wells = _wells_of(request, shown)
 
-    def read() -> tuple[list[dict[str, Any]], WellValues, Scale, list[str], str]:
-        with explorer_of(request).reader.questions() as questions:
-            wells = questions.ask_ours(WELLS, {"plates": list(shown)}).records()
-            there = {row["plate"] for row in wells}
-            for barcode in shown:
-                if barcode not in there:
-                    known = questions.ask_ours("SELECT barcode FROM plates LIMIT 5000").rows()
-                    raise NotFoundError.of("plate", barcode, [row[0] for row in known])
-            problem, features = "", []
-            if kind == "feature":
-                features = list(list_features(questions))
-            elif kind == "profile":
-                features = list_profile_features(questions)
+    def read() -> tuple[WellValues, Scale, list[str], str | None, str]:
+        features, chosen, problem = list[str](), feature, ""
+        explorer = explorer_of(request)
+        with explorer.reader.questions() as questions, waited_for(request, questions):
             try:
-                found = read_values(questions, wells, kind, run=run, feature=feature)
-            except NotFoundError:
-                raise
-            except CellstoreError as error:  # a map without colours says what is missing
+                if kind in ("feature", "profile"):
+                    list_all = list_features if kind == "feature" else list_profile_features
+                    features = list(list_all(questions))
+                    chosen = known_feature(feature, features)
+                found = read_values(questions, wells, kind, run=run, feature=chosen)
+            except UserInputError as error:  # a map without colours says what is missing
                 found, problem = WellValues(KINDS[kind], {}), str(error)
-        return wells, found, make_scale(found, wells), features, problem
+        return found, make_scale(found, wells), features, chosen, problem
 
-    wells, found, scale, features, problem = kept(request, key, read)
+    key = ("map", shown, kind, feature, run)
+    found, scale, features, feature, problem = kept(request, key, read)
     groups: dict[str, int] = {}
     maps = []
     for barcode in shown:
@@ -411,7 +417,7 @@ RUNS_OF_WELL = """
 def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    wells = _wells_of(request, barcode)
+    wells = _wells_of(request, (barcode,))
     at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
     if at is None:
         raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
@@ -466,12 +472,18 @@ def well(request: Request) -> Response:
     )
 
 
-def _wells_of(request: Request, barcode: str) -> list[dict[str, Any]]:
-    """The wells of a plate in order, rows of ``WELLS``."""
-    found = kept(request, ("wells", barcode), lambda: ask(request, WELLS, {"plates": [barcode]}))
-    if not found:
-        known = ask(request, "SELECT barcode FROM plates LIMIT 5000")
-        raise NotFoundError.of("plate", barcode, [row["barcode"] for row in known])
+def _wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The wells of plates in order, rows of ``WELLS``."""
+    found = kept(
+        request, ("wells", barcodes), lambda: ask(request, WELLS, {"plates": list(barcodes)})
+    )
+    there = {row["plate"] for row in found}
+    for barcode in barcodes:
+        if barcode not in there:
+            known = [row["barcode"] for row in ask(request, "SELECT barcode FROM plates")]
+            if barcode in known:
+                raise UserInputError(f"Plate {barcode} has no wells yet.")
+            raise NotFoundError.of("plate", barcode, known)
     return found
 
 
@@ -565,7 +577,7 @@ def history_of_well(request: Request) -> Response:
 
 def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    found = [row for row in _wells_of(request, barcode) if row["well"] == name]
+    found = [row for row in _wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
         raise NotFoundError(f"Plate {barcode} has no well {name}.")
     return found[0]

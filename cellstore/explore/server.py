@@ -273,6 +273,7 @@ def serve(
             if server.started and not told:
                 told = True
                 ready(address + (f"?token={token}" if token else ""))
+                reader.warm(stopping)
             reader.close_unused()
 
     threading.Thread(target=look_after, daemon=True).start()

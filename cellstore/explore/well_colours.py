@@ -217,13 +217,13 @@ def read_values(
 
     if kind == "feature":
         known = list_features(questions)
-        name, column = known[_known(feature, known)]
+        name, column = known[known_feature(feature, known)]
         rows = ask(FEATURE, column, name)
         unit = _units(questions, name).get(column, "").replace("^2", "²")
         return WellValues(f"{column} (mean of cells)", _numbers(rows), unit)
     given["run"] = run
     if kind == "profile":
-        column = _known(feature, list_profile_features(questions))
+        column = known_feature(feature, list_profile_features(questions))
         rows = ask(PROFILE, column)
         return WellValues(f"{column} (profile run {run})", _numbers(rows))
     rows = ask({"flags": FLAGS, "accuracy": ACCURACY, "vote": VOTE, "verdict": VERDICT}[kind])
@@ -247,8 +247,13 @@ def read_values(
     )
 
 
-def _known(feature: str | None, known: Collection[str]) -> str:
-    """The feature that is meant: a name, the usual one, or the first."""
+def known_feature(feature: str | None, known: Collection[str]) -> str:
+    """Return the feature that is meant: of this name, else the usual one, else the first.
+
+    Raises:
+        UnknownNameError: there is none of this name.
+        UserInputError: there is none at all.
+    """
     if not known:
         raise UserInputError("No cell is measured yet. Next: cellstore measure")
     if feature is None:
