@@ -336,7 +336,7 @@ def test_the_first_screen_names_the_best_and_the_worst_treatment(
     words = write(sqlite_workspace, tmp_path).words
     for said in (
         "nocodazole is recognised best, vinblastine worst.",
-        "nocodazole: 1 of 1 images got the right label, and 100 % of its cells on their own.",
+        "nocodazole: 1 of 1 images got the right label, with 100 % of the votes of their cells.",
         "vinblastine: 0 of 1 images got the right label",
         "1 got that of taxol.",
         "Negative controls (DMSO): 1 of 1 images",
