@@ -7,6 +7,7 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,12 +24,14 @@ from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ..db.events import caller
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
 from ..query.engine import Questions, open_questions
 from ..query.guard import Limits, Parameters
 from ..report.drawing import TEMPLATES, environment_of
+from ..settings import find_store
 
 T = TypeVar("T")
 
@@ -207,10 +210,28 @@ class Explorer:
         self.reader = Reader(self.workspace)
 
     @cached_property
+    def login(self) -> str:
+        """Who runs the server: the author of what is said without a name."""
+        return caller()[0]
+
+    @cached_property
+    def _named(self) -> str:
+        """What names the store in a command; nothing where the store is found without."""
+        root = self.workspace.settings.root
+        with suppress(CellstoreError):
+            if find_store().root.resolve() == root.resolve():
+                return ""
+        return f" --store {shlex.quote(str(root))}"
+
+    def command(self, typed: str) -> str:
+        """Return a command as it can be pasted where the explorer was started."""
+        return typed.replace("cellstore", f"cellstore{self._named}", 1)
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates: every text is escaped; what cannot be seen in one is written out."""
         made = environment_of("cellstore.explore.templates", TEMPLATES)
-        made.globals.update(url_of=url_of, explorer=self)
+        made.globals.update(url_of=url_of, explorer=self, command=self.command)
         return made
 
 
