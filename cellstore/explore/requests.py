@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -29,9 +28,9 @@ from ..db.events import caller
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
-from ..notebooks import plain
 from ..query.engine import Questions, open_questions
 from ..query.guard import Limits, Parameters
+from ..report.drawing import TEMPLATES, environment_of
 from ..settings import find_store
 
 T = TypeVar("T")
@@ -231,19 +230,7 @@ class Explorer:
     @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates: every text is escaped; what cannot be seen in one is written out."""
-        folder = files("cellstore.explore.templates")
-
-        def load(name: str) -> str:
-            return folder.joinpath(name).read_text(encoding="utf-8")
-
-        made = jinja2.Environment(
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            loader=jinja2.FunctionLoader(load),
-            finalize=lambda value: plain(value) if type(value) is str else value,
-        )
+        made = environment_of("cellstore.explore.templates", TEMPLATES)
         made.globals.update(url_of=url_of, explorer=self, command=self.command)
         return made
 

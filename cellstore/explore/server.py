@@ -37,6 +37,7 @@ VIEWS = (
     "annotate_views",
     "plate_views",
     "field_views",
+    "run_views",
     "cell_views",
     "sql_views",
 )
