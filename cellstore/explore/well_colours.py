@@ -206,7 +206,7 @@ def read_values(
     """
     plates = sorted({row["plate"] for row in wells})
     if kind in ("treatment", "dose", "control", "cells"):
-        return _of_wells(wells, kind)
+        return of_wells(wells, kind)
     if kind in STAGES and run is None:
         raise UserInputError(f"There is no {STAGES[kind].value} run yet that is done.")
     given: dict[str, Any] = {"plates": plates}
@@ -294,8 +294,8 @@ def _of_own_set(
     return [row for row in rows if plates[row["well_id"]] in sets.get(row["plate_set"], ())]
 
 
-def _of_wells(wells: Sequence[Mapping[str, Any]], kind: str) -> WellValues:
-    """What the table of wells says itself."""
+def of_wells(wells: Sequence[Mapping[str, Any]], kind: str) -> WellValues:
+    """Return the treatment, dose, control or cells of ``wells``, rows of ``WELLS``."""
     if kind == "cells":
         counts = {
             row["well_id"]: row["n_cells"] / row["n_images"]

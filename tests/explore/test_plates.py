@@ -237,9 +237,14 @@ def test_the_search_goes_to_what_is_named(
 
 def test_home_says_what_there_is_and_what_to_do(client: TestClient) -> None:
     home = client.get("/").text
-    assert "Next useful step" in home
-    assert 'data-copy="cellstore' in home
+    (step,) = re.findall(r'Next: <code>([^<]+)</code> <button[^>]+ data-copy="([^"]+)"', home)
+    assert step[0] == step[1]
+    assert step[0].startswith("cellstore --store ")  # the tests are not run in the store
     assert "/plate/DEMO0001" in home
+    maps = client.get("/plates/small").text
+    drawn = re.findall(r'aria-label="Map of plate (\w+) by treatment: (\d+) wells"', maps)
+    assert drawn == [("DEMO0001", "14"), ("DEMO0002", "14")]
+    assert sum(path.count("M") for path in re.findall(r'<path d="([^"]+)"', maps)) == 28
     stages = client.get("/home/stages").text
     assert "28 of 28" in stages
     runs = html.unescape(client.get("/home/runs").text)
@@ -303,3 +308,22 @@ def test_keys_move_over_the_map_and_open_a_well(tab: Any, site: str) -> None:
         tab.keyboard.press("Enter")
     assert "/well/DEMO0001/" in tab.url
     tab.get_by_text("In splits: by-well").wait_for()
+
+
+def test_fields_of_a_well_are_selected_by_key_and_mouse(tab: Any, writable_site: str) -> None:
+    tab.goto(f"{writable_site}/well/DEMO0001/B02")
+    tab.evaluate("""
+        window.heard = [];
+        document.addEventListener("cellstore:selection", ({detail}) => window.heard.push(detail));
+    """)
+    first, second = (tab.locator(".montage a").nth(at) for at in (0, 1))
+    ids = [int(field.get_attribute("data-image")) for field in (first, second)]
+    first.focus()
+    tab.keyboard.press("Space")
+    second.click(modifiers=["Shift"])
+    assert tab.locator(".montage a.selected").count() == 2
+    tab.keyboard.press("Escape")
+    assert tab.locator(".montage a.selected").count() == 0
+    heard = tab.evaluate("window.heard")
+    assert [said["ids"] for said in heard] == [ids[:1], ids, []]
+    assert {said["level"] for said in heard} == {"image"}
