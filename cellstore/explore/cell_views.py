@@ -76,7 +76,7 @@ OF_PAGE = ("sort", "seed", "beside", "side", "channels", "outlines", "after", "p
 """What else the address of a gallery may say."""
 OF_FORM = ("feature", "min", "max")
 """What the form sends for a range of a feature."""
-CERTAIN = "probability"
+CERTAIN, MEASURED_KEY = "probability", "coalesce(k.key, 'infinity')"
 SHOWN_IN_FORM = {
     *("plate", "well", "treatment", "dose", "control", "run", "label", "predicted", "result"),
     *("subset", "min_probability", "max_probability", "other", "flagged", "annotated", "excluded"),
@@ -119,7 +119,8 @@ class Order(NamedTuple):
     """How cells are sorted: by ``key``, SQL on ``t``, then by id.
 
     ``source``: SQL that gives ``cell_id`` and ``key`` of all cells that have one, where it is
-    cheaper to begin with the first of these than with the chosen cells. ``whole``: keys are whole
+    cheaper to begin with the first of these than with the chosen cells; it is ``k`` where ``key``
+    is ``MEASURED_KEY``. ``whole``: keys are whole
     numbers. ``shown``: a key is worth showing; it stands with its sign changed where ``falling``.
     """
 
@@ -146,7 +147,11 @@ def order_of(request: Request, chosen: Chosen) -> Order:
         UnknownNameError: there is no such feature.
     """
     seed = whole(request, "seed", 1, high=2**31)
-    at_random = Order(f"hash(t.cell_id, {seed})")
+    # To look for another run's answer about each cell would take seconds.
+    begin = f"SELECT cell_id, {{}} AS key FROM ({OF_RUN.format(run=chosen.run)})"  # noqa: S608
+    costly = any(name.removeprefix(OTHER) == "other" for name, _ in chosen.active)
+    drawn = f"hash(cell_id, {seed})"
+    at_random = Order(f"hash(t.cell_id, {seed})", begin.format(drawn) if costly else "")
     given = text(request, "sort", "random") or "random"
     if given == "random":
         return at_random
@@ -157,13 +162,12 @@ def order_of(request: Request, chosen: Chosen) -> Order:
     if name == CERTAIN:
         if chosen.run is None:
             return at_random
-        rows = OF_RUN.format(run=chosen.run)
-        keyed = f"SELECT cell_id, {sign}probability AS key FROM ({rows})"  # noqa: S608 - ours
-    else:
-        # What is no number, or was not measured, comes last.
-        keyed = f"""SELECT cell_id, coalesce(nullif({sign}value, 'nan'), 'infinity') AS key
-            FROM ({feature_of(request, name).query})"""  # noqa: S608 - ours
-    return Order("coalesce(k.key, 'infinity')", keyed, False, True, falling)
+        source = begin.format(f"{sign}probability") if costly else ""
+        return Order(f"{sign}t.probability", source, False, True, falling)
+    # What is no number, or was not measured, comes last.
+    keyed = f"""SELECT cell_id, coalesce(nullif({sign}value, 'nan'), 'infinity') AS key
+        FROM ({feature_of(request, name).query})"""  # noqa: S608 - ours
+    return Order(MEASURED_KEY, keyed, False, True, falling)
 
 
 def cells_after(
@@ -202,7 +206,8 @@ def cells_after(
             values,
         )
     if len(rows) < n or rows[-1]["key"] == math.inf:
-        join = f" LEFT JOIN ({order.source}) AS k ON k.cell_id = t.cell_id" if order.source else ""
+        of_source = f" LEFT JOIN ({order.source}) AS k ON k.cell_id = t.cell_id"
+        join = of_source if order.key == MEASURED_KEY else ""
         every = f"SELECT t.cell_id, t.image_id, {order.key} AS key FROM ({chosen.query}) AS t{join}"  # noqa: S608 - ours
         rows = ask(request, f"SELECT * FROM ({every}) WHERE {behind} {last}", values)  # noqa: S608
     return [row | {"place": f"{row['key']!r}~{row['cell_id']}"} for row in rows]
