@@ -287,7 +287,7 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
         for some in in_lists(ids):
             about.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
             for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some))):
-                people.setdefault(cell_id, []).append(value)
+                people.setdefault(cell_id, []).append(str(value))
             if run is not None:
                 rows = session.execute(answers.where(Prediction.cell_id.in_(some)))
                 said.update((row.cell_id, row) for row in rows)
