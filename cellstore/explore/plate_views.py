@@ -51,6 +51,7 @@ from .well_colours import (
     list_features,
     list_profile_features,
     make_scale,
+    of_wells,
     read_values,
 )
 
@@ -80,14 +81,14 @@ def home(request: Request) -> Response:
         store=explorer.workspace.settings.root,
         plates=_list_plates(request),
         most=LISTED_PLATES,
-        steps=[_command(step) for step in steps],
+        steps=[_command(explorer.command(step)) for step in steps],
     )
 
 
 def _command(step: str) -> tuple[str, str]:
     """A command that can be copied, and what is said about it."""
-    command, _, words = step.partition("  ")
-    return command, words.strip("()")
+    typed, _, words = step.partition("  ")
+    return typed, words.strip("()")
 
 
 def _list_plates(request: Request) -> list[dict[str, Any]]:
@@ -125,6 +126,48 @@ def latest_runs(request: Request) -> Response:
 
 def _first_plates(request: Request) -> list[str]:
     return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+
+
+def small_maps(request: Request) -> Response:
+    """Small maps of the first plates by treatment: a part of a page."""
+    listed = _list_plates(request)[:MOST_PLATES]
+    names = tuple(row["plate"] for row in listed if row["wells"])
+
+    def read() -> tuple[Scale, list[SmallMap]]:
+        wells = _wells_of(request, names)
+        scale = make_scale(of_wells(wells, "treatment"), wells)
+        return scale, [_small_map(name, some, scale) for name, some in _by(wells, "plate").items()]
+
+    scale, maps = kept(request, ("small maps", names), read) if names else (Scale({}), [])
+    more = len(_list_plates(request)) - len(maps)
+    cells = {row["plate"]: row["cells"] for row in listed}
+    return page(
+        request, "small_maps.html.j2", scale=scale, maps=maps, names=names, more=more, cells=cells
+    )
+
+
+@dataclass(frozen=True)
+class SmallMap:
+    """A plate without words: its size in wells, and a path for the wells of each colour."""
+
+    plate: str
+    rows: int
+    columns: int
+    wells: int
+    paths: Mapping[str, str]
+
+
+def _small_map(barcode: str, wells: Sequence[Record], scale: Scale) -> SmallMap:
+    rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
+    paths: dict[str, str] = {}
+    for row in wells:
+        x, y = row["well_column"] - 1, row["well_row"] - 1
+        drawn = f"M{x}.06 {y}.06h.88v.88h-.88z"
+        if row["control"] == Control.NEGATIVE:  # round, as on the large map
+            drawn = f"M{x}.06 {y}.5a.44.44 0 1 0 .88 0a.44.44 0 1 0 -.88 0z"
+        colour = scale.colours.get(row["well_id"], "")
+        paths[colour] = paths.get(colour, "") + drawn
+    return SmallMap(barcode, rows, columns, len(wells), paths)
 
 
 SEEN_TEST_WELLS = """
@@ -279,9 +322,9 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
                 found = read_values(questions, wells, kind, run=run, feature=chosen)
             except UserInputError as error:  # a map without colours says what is missing
                 found, problem = WellValues(KINDS[kind], {}), str(error)
-        return found, make_scale(found, wells), features, chosen, problem
+        return found, make_scale(found, wells, treatment), features, chosen, problem
 
-    key = ("map", shown, kind, feature, run)
+    key = ("map", shown, kind, feature, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)
     groups: dict[str, int] = {}
     maps = []
@@ -308,6 +351,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         maps=maps,
         missing=len(wells) - len(scale.colours),
         treatment=treatment,
+        treatments=sorted({row["treatment"] for row in wells if row["treatment"]})[:5_000],
         beside=beside,
         there={word for _, _, _, rows in maps for _, row in rows
                for well in row if well for word in well.kinds.split()},
@@ -589,6 +633,7 @@ ROUTES = [
     Route("/home/runs", latest_runs),
     Route("/search", search),
     Route("/plates", plates),
+    Route("/plates/small", small_maps),
     Route("/plate/{barcode:path}", plate),
     Route("/well/{barcode:path}/{well}/votes", votes_of_well),
     Route("/well/{barcode:path}/{well}/history", history_of_well),

@@ -7,13 +7,13 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -24,12 +24,14 @@ from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ..db.events import caller
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
-from ..notebooks import plain
 from ..query.engine import Questions, open_questions
 from ..query.guard import Limits, Parameters
+from ..report.drawing import TEMPLATES, environment_of
+from ..settings import find_store
 
 T = TypeVar("T")
 
@@ -208,22 +210,28 @@ class Explorer:
         self.reader = Reader(self.workspace)
 
     @cached_property
+    def login(self) -> str:
+        """Who runs the server: the author of what is said without a name."""
+        return caller()[0]
+
+    @cached_property
+    def _named(self) -> str:
+        """What names the store in a command; nothing where the store is found without."""
+        root = self.workspace.settings.root
+        with suppress(CellstoreError):
+            if find_store().root.resolve() == root.resolve():
+                return ""
+        return f" --store {shlex.quote(str(root))}"
+
+    def command(self, typed: str) -> str:
+        """Return a command as it can be pasted where the explorer was started."""
+        return typed.replace("cellstore", f"cellstore{self._named}", 1)
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates: every text is escaped; what cannot be seen in one is written out."""
-        folder = files("cellstore.explore.templates")
-
-        def load(name: str) -> str:
-            return folder.joinpath(name).read_text(encoding="utf-8")
-
-        made = jinja2.Environment(
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            loader=jinja2.FunctionLoader(load),
-            finalize=lambda value: plain(value) if type(value) is str else value,
-        )
-        made.globals.update(url_of=url_of, explorer=self)
+        made = environment_of("cellstore.explore.templates", TEMPLATES)
+        made.globals.update(url_of=url_of, explorer=self, command=self.command)
         return made
 
 
