@@ -754,7 +754,8 @@ class SplitParams(Params):
     field: str = option(
         PERTURBATION,
         "What is to be predicted: perturbation (compound, gene), treatment (each dose by itself), "
-        "target, or a metadata column of wells or plates (moa of Metadata_moa).",
+        "target, a metadata column of wells or plates (moa of Metadata_moa), or annotation: what "
+        "people said of images, wells or plates (cellstore annotate).",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,

@@ -200,5 +200,8 @@ EXCLUDED_NO_PERIMETER = "perimeter is 0"
 PERTURBATION, TREATMENT, TARGET = "perturbation", "treatment", "target"
 """Label fields that every store has; any metadata column of plates or wells is one too."""
 
+ANNOTATION = "annotation"
+"""The label field of what people say, where they name no other."""
+
 DEFAULT_MODEL = "cellstore-nuclei"
 """The network that comes with cellstore; its model card lies beside it."""

@@ -41,7 +41,7 @@ from .config import (
     VoteOptions,
     checked,
 )
-from .enums import PERTURBATION, GroupLevel, Subset
+from .enums import ANNOTATION, PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
 from .settings import Progress, find_store, need, track
 
@@ -1634,8 +1634,41 @@ class Store(AbstractContextManager["Store"]):
             dry_run=dry_run,
         )
 
-    def exclude(self, kind: str, name: str, *, reason: str, dry_run: bool = False) -> Correction:
+    def annotate(
+        self,
+        kind: str,
+        names: str | Sequence[str | int],
+        label: str | None,
+        *,
+        field: str = ANNOTATION,
+        user: str | None = None,
+        reason: str | None = None,
+        dry_run: bool = False,
+    ) -> Correction:
+        """Give a label to plates, wells, images or cells (``kind``), by names or ids.
+
+        Each person (``user``, if not the login) has a label of their own for the same thing and
+        ``field``. ``label=None`` takes the last one back. ``Store.ask("annotations")`` lists what
+        was said, ``Store.ask("agreement")`` says how far people agree.
+
+        >>> store.annotate("cell", [4711, 4712], "mitotic")
+
+        Raises:
+            UnknownNameError: nothing has that name.
+            UserInputError: tables fill the field, a name is empty or too long, or there is nothing
+                to take back.
+        """
+        from .stages.annotate import annotate
+
+        more: dict[str, Any] = {"field": field, "user": user, "reason": reason}
+        return annotate(self.workspace, kind, names, label, **more, dry_run=dry_run)
+
+    def exclude(
+        self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False
+    ) -> Correction:
         """Let a plate, well, image or cell (``kind``) count nowhere; it stays visible.
+
+        Of several, by names or ids, those that are excluded already stay so.
 
         >>> store.exclude("well", "P1/B04", reason="air bubble")
 
@@ -1648,7 +1681,12 @@ class Store(AbstractContextManager["Store"]):
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
     def include(
-        self, kind: str, name: str, *, reason: str | None = None, dry_run: bool = False
+        self,
+        kind: str,
+        name: str | Sequence[str | int],
+        *,
+        reason: str | None = None,
+        dry_run: bool = False,
     ) -> Correction:
         """Let something count again that a person has excluded.
 

@@ -62,7 +62,7 @@ MODULES = {
         ("train_commands", "train predict predictions embeddings apply embed export-model"),
         ("answer_commands", "votes report runs compare"),
         ("audit_commands", "audit log repro"),
-        ("correction_commands", "rename relabel exclude include undo delete"),
+        ("correction_commands", "rename relabel annotate exclude include undo delete"),
         ("question_commands", "explore ask sql schema export"),
         ("job_commands", "status jobs retry cancel verify seal doctor"),
         ("setup_commands", "backup restore db"),

@@ -372,12 +372,18 @@ class Factory:
         self, level: Level, row_id: int, reason: str | None = "debris", **more: Any
     ) -> Annotation:
         """A person says that something does not count."""
-        values: dict[str, Any] = {"user_name": "ada", "created_at": MOMENT, **more}
-        kind = AnnotationKind.EXCLUSION
-        return self.add(Annotation(level=level, row_id=row_id, kind=kind, reason=reason, **values))
+        values: dict[str, Any] = {"kind": AnnotationKind.EXCLUSION, "user_name": "ada"}
+        values |= {"created_at": MOMENT, **more}
+        return self.add(Annotation(level=level, row_id=row_id, reason=reason, **values))
+
+    def label_row(self, level: Level, row_id: int, value: str, **more: Any) -> Annotation:
+        """A person gives something a label, in field annotation."""
+        values: dict[str, Any] = {"field": "annotation", "value": value, **more}
+        return self.exclude(level, row_id, None, kind=AnnotationKind.LABEL, **values)
 
     def undo(self, earlier: Annotation) -> Annotation:
-        return self.exclude(earlier.level, earlier.row_id, None, undoes_id=earlier.id)
+        more: dict[str, Any] = {"kind": earlier.kind, "undoes_id": earlier.id}
+        return self.exclude(earlier.level, earlier.row_id, None, **more)
 
     def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
         columns = [

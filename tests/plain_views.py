@@ -185,6 +185,8 @@ EARLY = (
     "excluded_cells",
     "counted_cells",
     "image_table",
+    "current_labels",
+    "image_labels",
     "run_images",
     "vote_options",
     "predictions_with_image",

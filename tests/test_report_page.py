@@ -13,7 +13,7 @@ from screens import small_screen
 from sqlalchemy import delete, update
 
 from cellstore.config import VoteOptions
-from cellstore.enums import Stage, Subset
+from cellstore.enums import Control, Stage, Subset
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
@@ -30,7 +30,7 @@ from cellstore.notebooks import plain
 from cellstore.query.engine import open_questions
 from cellstore.report import report_figures
 from cellstore.report.drawing import short, svg
-from cellstore.report.report_figures import confusion_figures
+from cellstore.report.report_figures import matrices_of, nowhere
 from cellstore.report.report_page import pictures, plate_maps
 from cellstore.report.scoring import report
 
@@ -224,15 +224,15 @@ def test_of_many_classes_the_most_confused_have_names() -> None:
     names = [f"c{i:03d}" for i in range(120)]
     pairs = [(name, name) for name in names] + [("c007", "c099")] * 3 + [("c050", "c051")]
     found = report_figures.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
-    drawn = confusion_figures(found)
-    assert [named for _, _, named in drawn] == [True, False]
-    assert ">c007</text>" in drawn[0][1]
-    assert ">c008</text>" not in drawn[0][1]
-    assert "120 classes" in drawn[1][0]
-    assert len(drawn[1][1]) < 30_000
-    assert [
-        named for _, _, named in confusion_figures(report_figures.confusion_of(pairs[:40], {}))
-    ] == [True]
+    block, picture = matrices_of(found, 1, nowhere)
+    assert block.labels == ("c050", "c051", "c007", "c099")  # g25, g3, g49
+    assert [square.count for square in block.rows[2][2]] == [0, 0, 1, 3]
+    assert [square.solid for square in block.rows[2][2]] == [0, 0, 0.25, 0.75]
+    assert picture.picture is not None
+    assert "120 classes" in picture.picture
+    assert len(picture.picture) < 30_000
+    (named,) = matrices_of(report_figures.confusion_of(pairs[:40], {}), 1, nowhere)
+    assert len(named.rows) == 40
 
 
 def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
@@ -257,6 +257,7 @@ def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
     b1, b2, b3 = (2, 1), (2, 2), (2, 3)
     assert accuracy.values == {b1: 0, b2: 50}
     assert [counts.values[well] for well in (b1, b2, b3)] == [3, 2, 2]
+    assert (1, 1) in counts.values  # of a well that trained: it has cells, too
     assert set(area.values.values()) == {64.0}
     assert area.unit == "mean of the cells in pixel^2, set basic"
     assert depth.values == {b1: 3.0, b2: 4.0}  # nan says nothing
@@ -307,9 +308,41 @@ def test_one_well_of_one_class_has_a_page(sqlite_workspace: Workspace, tmp_path:
     cells = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT), 1))
     make.predict(run, cells, [[(label, 1.0)]])
     words = write(sqlite_workspace, tmp_path).words
+    assert "How well are treatments recognised?" in words
     assert "There are too few wells (1) for an interval." in words
     assert "No image got a wrong label." in words
     assert "These labels come from no train run of this store." in words
+
+
+def test_the_first_screen_names_the_best_and_the_worst_treatment(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    """By their images, of equal ones by their cells; controls are beside them, not among them."""
+    make = Factory(sqlite_workspace)
+    plate, segmented = make.plate("P1"), make.run(Stage.SEGMENT)
+    chosen = {"DMSO": "DMSO", "taxol": "taxol", "nocodazole": "nocodazole", "vinblastine": "taxol"}
+    labels = {name: make.label(name) for name in ("DMSO", "taxol", "nocodazole", "vinblastine")}
+    members, cells = [], []
+    for column, name in enumerate(labels, start=1):
+        control = Control.NEGATIVE if name == "DMSO" else None
+        image = make.image(make.well(plate, 2, column, make.treatment(name), control=control))
+        members.append((image, Subset.TEST, labels[name]))
+        cells.append(make.cells_of(make.segmentation(image, segmented, 3)))
+    run = make.run(Stage.PREDICT, split_id=make.split(members).id)
+    for some, name in zip(cells, labels, strict=True):
+        answer = labels[chosen[name]]
+        other = labels["DMSO"] if name == "taxol" else answer  # a third of the cells of taxol
+        make.predict(run, some, [[(answer, 0.9)], [(answer, 0.9)], [(other, 0.9)]])
+    words = write(sqlite_workspace, tmp_path).words
+    for said in (
+        "nocodazole is recognised best, vinblastine worst.",
+        "nocodazole: 1 of 1 images got the right label, and 100 % of its cells on their own.",
+        "vinblastine: 0 of 1 images got the right label",
+        "1 got that of taxol.",
+        "Negative controls (DMSO): 1 of 1 images",
+        "negative control (DMSO)",
+    ):
+        assert said in words
 
 
 def test_where_two_runs_differ_is_shown(sqlite_workspace: Workspace, tmp_path: Path) -> None:

@@ -378,6 +378,28 @@ def table_digests(session: Session, plates: Collection[int] | None = None) -> di
     return found
 
 
+def grown_digest(session: Session, after: int) -> dict[str, str]:
+    """Return the digest of table ``annotations`` to which rows were added after the id ``after``.
+
+    It is that of the last entry plus those of the new rows: the work is that of the new rows, and
+    what was changed before without cellstore is not hidden by it.
+    """
+    rows = METADATA.tables["annotations"]
+
+    def summed(condition: Any) -> int:
+        found = session.connection().execute(select(rows).where(condition))
+        return sum(
+            int.from_bytes(hashlib.sha256(_canonical(list(row))).digest(), "big") for row in found
+        )
+
+    entries = select(Event.new).where(Event.table_name.in_(("runs", "store")))
+    with session.execute(entries.order_by(Event.id.desc()).execution_options(yield_per=10)) as new:
+        said = (((row[0] or {}).get("tables") or {}).get(rows.name) for row in new)
+        before = next((made for made in said if made), None)
+    known = int(before, 16) if before else summed(rows.c.id <= after)
+    return {rows.name: f"{(known + summed(rows.c.id > after)) % MODULUS:064x}"}
+
+
 @contextmanager
 def recording_removed(session: Session, images: Collection[Any]) -> Iterator[None]:
     """Record what is taken from runs that have ended: their files are lost, or a plate is deleted.

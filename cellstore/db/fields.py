@@ -1,18 +1,36 @@
-"""The label fields of wells, and the parts of their treatments."""
+"""The label fields of images and wells, and the parts of their treatments."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, String, cast, func, or_, select, text
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    String,
+    and_,
+    case,
+    cast,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    text,
+)
 from sqlalchemy.orm import Session
 
-from ..enums import PERTURBATION, TARGET, TREATMENT
-from ..errors import UnknownNameError
+from ..enums import PERTURBATION, TARGET, TREATMENT, AnnotationKind, Level
+from ..errors import UnknownNameError, UserInputError
 from ..models import METADATA, Perturbation, Treatment, TreatmentPart
 
-plates, wells, treatments, treatment_parts, events = (
-    METADATA.tables[name] for name in ("plates", "wells", "treatments", "treatment_parts", "events")
+plates, wells, images, treatments, treatment_parts, events, notes = (
+    METADATA.tables[name]
+    for name in (
+        *("plates", "wells", "images", "treatments", "treatment_parts"),
+        *("events", "annotations"),
+    )
 )
 
 _COLUMNS: dict[str, Any] = {
@@ -26,16 +44,55 @@ _COLUMNS: dict[str, Any] = {
 
 
 def field_column(field: str) -> ColumnElement[str | None]:
-    """Return what a query of wells with their plate and treatment selects as their label.
+    """Return what a query of images with their well, plate and treatment selects as their label.
 
     ``field`` is ``perturbation``, ``treatment`` (with dose), ``target``, a text column of
-    ``plates``, or else a key of the metadata of wells or plates; the well goes before its plate.
+    ``plates``, or else what people say, or a key of the metadata of wells or plates; the image
+    goes before its well, the well before its plate. Where people disagree there is no label.
     """
     column: ColumnElement[str | None] | None = _COLUMNS.get(field)
     if column is not None:
         return column
+    levels = ((Level.IMAGE, images), (Level.WELL, wells), (Level.PLATE, plates))
+    said = (_agreed(field, level, table.c.id) for level, table in levels)
     values = (table.c.metadata[field].as_string() for table in (wells, plates))
-    return func.coalesce(*values)
+    return func.nullif(func.coalesce(*said, *values), "")
+
+
+def stands(row: Any) -> ColumnElement[bool]:
+    """The condition on a row of ``annotations`` that it is not taken back, and takes none back."""
+    later = notes.alias()
+    return and_(row.undoes_id.is_(None), ~exists().where(later.c.undoes_id == row.id))
+
+
+def is_label_now(row: Any) -> ColumnElement[bool]:
+    """The condition on a row of ``annotations`` that it is the label of a person now.
+
+    It is the last that this person gave to the same in this field, but for those taken back.
+    """
+    later = notes.alias()
+    same = [later.c[name] == getattr(row, name) for name in ("level", "row_id", "kind", "field")]
+    same += [later.c.user_name == row.user_name, later.c.id > row.id, stands(later.c)]
+    return and_(row.kind == AnnotationKind.LABEL, stands(row), ~exists().where(*same))
+
+
+def _agreed(field: str, level: Level, row_id: ColumnElement[int]) -> ColumnElement[str | None]:
+    """The label that people gave a row; empty: they disagree, null: they gave none."""
+    row = notes.alias()
+    first, last = func.min(row.c.value), func.max(row.c.value)
+    agreed = case((first.is_(None), null()), (first == last, first), else_="")
+    mine = (row.c.level == level, row.c.row_id == row_id, row.c.field == field)
+    query = select(agreed).where(*mine, is_label_now(row.c))
+    return query.correlate(images, wells, plates).scalar_subquery()
+
+
+def table_field(session: Session, field: str) -> bool:
+    """Whether tables fill a label field: a column, or a key of the metadata of wells or plates."""
+    filled = (
+        select(table.c.id).where(table.c.metadata[field].as_string().is_not(None)).limit(1)
+        for table in (wells, plates)
+    )
+    return field in _COLUMNS or any(session.scalar(query) is not None for query in filled)
 
 
 def check_field(session: Session, field: str) -> str:
@@ -52,8 +109,18 @@ def check_field(session: Session, field: str) -> str:
             select(table.c.metadata).where(table.c.metadata.is_not(None))
         ):
             known.update(metadata)
+    labels = select(notes.c.field).distinct()
+    labels = labels.where(notes.c.kind == AnnotationKind.LABEL)
+    known.update(session.scalars(labels.where(notes.c.level != Level.CELL)))
     field = field if field in known else field.removeprefix("Metadata_")
     if field not in known:
+        if session.scalar(labels.where(notes.c.field == field)) is not None:
+            raise UserInputError(
+                f"Only cells have labels of the field {field}, and a split gives whole images a "
+                "label. Label images or wells: cellstore annotate image NAME --label TEXT. Labels "
+                "of cells choose which cells a training reads: cellstore train --sql "
+                f"\"FROM annotation_table WHERE field = '{field}'\""
+            )
         raise UnknownNameError.of("label field", field, sorted(known))
     return field
 
@@ -138,8 +205,8 @@ def wells_relabelled(session: Session, split_id: int, well_id: int | None = None
 
     Rows: id of the well, its name (``P1/A01``), the frozen label, the label that it has now.
     """
-    members, labels, images, splits = (
-        METADATA.tables[name] for name in ("split_members", "labels", "images", "splits")
+    members, labels, splits = (
+        METADATA.tables[name] for name in ("split_members", "labels", "splits")
     )
     field = session.scalars(select(splits.c.field).where(splits.c.id == split_id)).one()
     now = field_column(field)

@@ -2,17 +2,583 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from .requests import ask, page
+from ..enums import Control
+from ..errors import CellstoreError
+from ..jobs.lookup import find_cell, find_image, find_well, readable
+from ..jobs.lookup import well_name as normal_name
+from ..jobs.run_names import find_named_run, find_predict_run
+from ..models import METADATA
+from ..query.saved_queries import find_question
+from ..report.audit import KINDS as KINDS_OF_NAMES
+from ..report.audit import audit_well, kind_of
+from ..report.audit import shown as in_words
+from ..report.drawing import brief, plate_layout, well_name
+from ..report.leaderboard import Leaderboard, list_runs
+from ..stages.status import next_step, status
+from .pixels import usual_channels
+from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+from .well_colours import (
+    KINDS,
+    RUNS,
+    STAGES,
+    WELLS,
+    Scale,
+    WellValues,
+    ink_on,
+    list_features,
+    list_profile_features,
+    make_scale,
+    read_values,
+)
+
+MOST_PLATES = 12
+"""Plates that are shown side by side."""
+LISTED_PLATES = 500
+LISTED_RUNS = 12
+SELECTABLE = 400
+"""Features of a list to choose from; of more, names are typed."""
+PICTURE = 320
+"""Pixels of a picture of a field, at least."""
+
+Record = Mapping[str, Any]
+
+
+# Home
 
 
 def home(request: Request) -> Response:
-    """The store at a glance."""
-    plates = ask(request, "SELECT barcode FROM plates ORDER BY barcode LIMIT 500")
-    return page(request, "home.html.j2", plates=plates)
+    """The store at a glance; what takes longer follows as parts of the page."""
+    explorer = explorer_of(request)
+    with explorer.workspace.database.read() as session:
+        steps = next_step(session)
+    return page(
+        request,
+        "home.html.j2",
+        store=explorer.workspace.settings.root,
+        plates=_list_plates(request),
+        most=LISTED_PLATES,
+        steps=[_command(step) for step in steps],
+    )
 
 
-ROUTES = [Route("/", home)]
+def _command(step: str) -> tuple[str, str]:
+    """A command that can be copied, and what is said about it."""
+    command, _, words = step.partition("  ")
+    return command, words.strip("()")
+
+
+def _list_plates(request: Request) -> list[dict[str, Any]]:
+    query = find_question(explorer_of(request).workspace, "plates").query
+    return kept(request, ("plates",), lambda: ask(request, query))
+
+
+def stages(request: Request) -> Response:
+    """What each stage has left to do, and what is wrong: counted after the page is there."""
+    found = kept(request, ("status",), lambda: status(explorer_of(request).workspace))
+    return page(request, "home_stages.html.j2", found=found, plates=_first_plates(request))
+
+
+def latest_runs(request: Request) -> Response:
+    """The models on the split that was trained on last, with their scores."""
+    workspace = explorer_of(request).workspace
+
+    def read() -> tuple[Leaderboard | None, str, int, int | None]:
+        try:
+            board = list_runs(workspace)
+        except CellstoreError as error:  # no training yet
+            return None, str(error), 0, None
+        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
+        seen = ask(request, SEEN_TEST_WELLS, {"runs": scored}) if scored else []
+        leaking = {row["run_id"]: row["wells"] for row in seen}
+        first = next((run for run in scored if run in leaking), None)
+        return board, "", leaking.get(first, 0), first
+
+    board, words, leaking, run = kept(request, ("latest runs",), read)
+    return page(
+        request, "home_runs.html.j2", board=board, words=words, leaking=leaking, run=run,
+        most=LISTED_RUNS, plates=_first_plates(request),
+    )  # fmt: skip
+
+
+def _first_plates(request: Request) -> list[str]:
+    return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+
+
+SEEN_TEST_WELLS = """
+    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
+    WHERE run_id IN (SELECT unnest($runs)) AND subset = 'test' AND well_in_training GROUP BY run_id
+"""
+
+
+# Search
+
+NEAR = 12
+
+
+def search(request: Request) -> Response:
+    """Go to what a text names: a plate, a well, an image, a cell, a run, a file, a treatment.
+
+    What names nothing, or several things, has a page that says so, with names that are near.
+    """
+    asked = (text(request, "q") or "").strip()
+    if not asked:
+        return RedirectResponse("/plates", 303)
+    links: dict[str, str] = {}
+    words = ""
+    with explorer_of(request).workspace.database.read() as session:
+        try:
+            return RedirectResponse(_found(session, readable(asked)), 303)
+        except CellstoreError as error:
+            words = str(error)
+        known = METADATA.tables["treatments"].c.name
+        like = known.icontains(readable(asked), autoescape=True)
+        for name in session.scalars(
+            select(known).where(like).distinct().order_by(known).limit(NEAR)
+        ):
+            links[name] = url_of("plates", treatment=name)
+        if readable(asked).isdecimal():
+            words = f"{asked} is the number of what?"
+            links |= _of_number(session, readable(asked))
+        barcodes = session.scalars(select(METADATA.tables["plates"].c.barcode).limit(5_000))
+        for name in get_close_matches(asked, list(barcodes), NEAR, 0.5):
+            links[name] = url_of("plate", name)
+    if len(links) == 1 and asked.lower() in (name.lower() for name in links):
+        return RedirectResponse(next(iter(links.values())), 303)
+    status = 200 if links else 404
+    return page(request, "search.html.j2", status, asked=asked, words=words, links=links)
+
+
+def _found(session: Session, asked: str) -> str:
+    """The address of what a text names; raises as :func:`..report.audit.audit` does."""
+    first, _, rest = asked.partition(" ")
+    kind: str | None = first.lower()
+    if kind in KINDS_OF_NAMES and rest.strip():
+        asked = rest.strip()
+    else:
+        kind = kind_of(session, asked, on_disk=False)
+    if kind == "plate":
+        barcode = METADATA.tables["plates"].c.barcode
+        return url_of("plate", session.scalar(select(barcode).where(barcode == asked)) or asked)
+    if kind == "well":
+        return _well_url(session, find_well(session, asked))
+    if kind == "image":
+        return url_of("field", find_image(session, asked))
+    if kind == "cell":
+        return url_of("cell", find_cell(session, asked)[0])
+    if kind == "run":
+        return url_of("run", find_named_run(session, asked).id)
+    return url_of("lineage", "artifact", asked)
+
+
+def _well_url(session: Session, well_id: int) -> str:
+    plates, wells = METADATA.tables["plates"], METADATA.tables["wells"]
+    query = select(plates.c.barcode, wells.c.name).join(wells, wells.c.plate_id == plates.c.id)
+    return url_of("well", *session.execute(query.where(wells.c.id == well_id)).one())
+
+
+def _of_number(session: Session, number: str) -> dict[str, str]:
+    """What has a number: an image, a cell, a run, a file that the store wrote."""
+    found = {}
+    tables = {"image": "images", "cell": "cells", "run": "runs", "artifact": "artifacts"}
+    for kind, name in tables.items():
+        ids = METADATA.tables[name].c.id
+        known = len(number) < 19 and session.scalar(select(ids).where(ids == int(number)))
+        if known:
+            named = {"image": "field", "artifact": "file"}.get(kind, kind)
+            found[f"{named} {number}"] = _found(session, f"{kind} {number}")
+    return found
+
+
+# Plates
+
+
+@dataclass(frozen=True)
+class MappedWell:
+    """A well of a map: what is written in it, what is said of it, and how it looks."""
+
+    name: str
+    url: str
+    colour: str | None
+    ink: str
+    written: str
+    words: str
+    kinds: str
+    group: int
+
+
+def plates(request: Request) -> Response:
+    """Several plates side by side on one colour scale; without names: the list of plates."""
+    barcodes = list(dict.fromkeys(request.query_params.getlist("plate")))
+    treatment = text(request, "treatment")
+    if not barcodes and treatment is not None:
+        barcodes = [row["plate"] for row in ask(request, PLATES_OF, [treatment])]
+        if not barcodes:
+            raise NotFoundError(f"No well has the treatment {treatment[:200]!r}.")
+    if not barcodes:
+        listed = _list_plates(request)
+        return page(request, "plates.html.j2", plates=listed, most=LISTED_PLATES)
+    return _maps(request, barcodes, treatment)
+
+
+PLATES_OF = """
+    SELECT DISTINCT plate FROM well_table WHERE treatment = ? ORDER BY plate
+"""
+
+
+def plate(request: Request) -> Response:
+    """The map of one plate."""
+    return _maps(request, [request.path_params["barcode"]], text(request, "treatment"))
+
+
+def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> Response:
+    shown = tuple(barcodes[:MOST_PLATES])
+    kind = choice(request, "colour", KINDS, "treatment")
+    feature, run = text(request, "feature"), whole(request, "run")
+    runs: list[dict[str, Any]] = []
+    if kind in STAGES:
+        runs = ask(request, RUNS, {"stage": STAGES[kind].value})
+        if run is not None and run not in [row["id"] for row in runs]:
+            raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
+        run = run if run is not None else _usual_run(request, kind, runs)
+    else:
+        run = None
+    key = ("map", shown, kind, feature, run)
+
+    def read() -> tuple[list[dict[str, Any]], WellValues, Scale, list[str], str]:
+        with explorer_of(request).reader.questions() as questions:
+            wells = questions.ask_ours(WELLS, {"plates": list(shown)}).records()
+            there = {row["plate"] for row in wells}
+            for barcode in shown:
+                if barcode not in there:
+                    known = questions.ask_ours("SELECT barcode FROM plates LIMIT 5000").rows()
+                    raise NotFoundError.of("plate", barcode, [row[0] for row in known])
+            problem, features = "", []
+            if kind == "feature":
+                features = list(list_features(questions))
+            elif kind == "profile":
+                features = list_profile_features(questions)
+            try:
+                found = read_values(questions, wells, kind, run=run, feature=feature)
+            except NotFoundError:
+                raise
+            except CellstoreError as error:  # a map without colours says what is missing
+                found, problem = WellValues(KINDS[kind], {}), str(error)
+        return wells, found, make_scale(found, wells), features, problem
+
+    wells, found, scale, features, problem = kept(request, key, read)
+    groups: dict[str, int] = {}
+    maps = []
+    for barcode in shown:
+        own = [row for row in wells if row["plate"] == barcode]
+        maps.append((barcode, *_grid(own, found, scale, groups, treatment)))
+    beside = _neighbours(request, barcodes[0]) if len(barcodes) == 1 else {}
+    return page(
+        request,
+        "plate.html.j2",
+        barcodes=shown,
+        more=len(barcodes) - len(shown),
+        kinds=KINDS,
+        kind=kind,
+        runs=runs,
+        run=run,
+        features=features,
+        feature=feature,
+        selectable=SELECTABLE,
+        title=found.title,
+        unit=found.unit,
+        scale=scale,
+        problem=problem,
+        maps=maps,
+        missing=len(wells) - len(scale.colours),
+        treatment=treatment,
+        beside=beside,
+        there={word for _, _, _, rows in maps for _, row in rows
+               for well in row if well for word in well.kinds.split()},
+    )  # fmt: skip
+
+
+def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | None:
+    """The run that is meant where none is named: the newest, of predict runs that of a network."""
+    if STAGES[kind] == "predict" and runs:
+        with explorer_of(request).workspace.database.read() as session:
+            return find_predict_run(session, "latest").id
+    return runs[0]["id"] if runs else None
+
+
+def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
+    """The plates before and after one, by name."""
+    names = METADATA.tables["plates"].c.barcode
+    with explorer_of(request).workspace.database.read() as session:
+        before = session.scalar(select(func.max(names)).where(names < barcode))
+        after = session.scalar(select(func.min(names)).where(names > barcode))
+    return {"before": before, "after": after}
+
+
+def _grid(
+    wells: Sequence[Record],
+    found: WellValues,
+    scale: Scale,
+    groups: dict[str, int],
+    treatment: str | None,
+) -> tuple[int, int, list[tuple[str, list[MappedWell | None]]]]:
+    """Rows and columns of a map, and its rows: their letter, and a well or nothing."""
+    rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
+    grid: list[list[MappedWell | None]] = [[None] * columns for _ in range(rows)]
+    for row in wells:
+        made = _mapped(row, found, scale, groups, treatment)
+        grid[row["well_row"] - 1][row["well_column"] - 1] = made
+    return rows, columns, [(well_name(at + 1, 1)[:-2], line) for at, line in enumerate(grid)]
+
+
+def _mapped(
+    row: Record,
+    found: WellValues,
+    scale: Scale,
+    groups: dict[str, int],
+    treatment: str | None,
+) -> MappedWell:
+    well, value = row["well_id"], found.values.get(row["well_id"])
+    shown = brief(value) if isinstance(value, float) else value or ""
+    kinds, control = [], row["control"]
+    said = [row["named"] or "no treatment known"]
+    if control is not None:
+        kinds.append(control)
+        said.append(f"{control} control")
+    cells = "not segmented" if row["n_cells"] is None else f"{row['n_cells']:,} cells"
+    said.append(f"{cells} in {row['n_images']} field{'' if row['n_images'] == 1 else 's'}")
+    if value is None:
+        kinds.append("novalue")
+        said.append(f"{found.title}: no value")
+    elif isinstance(value, float) or found.title not in (KINDS["treatment"], KINDS["control"]):
+        number = f"{shown} {found.unit}".strip()
+        more = f" ({found.words[well]})" if well in found.words else ""
+        said.append(f"{found.title}: {number}{more}")
+    if well in found.seen:
+        kinds.append("seen")
+        said.append("seen in training")
+    if row["excluded"] is not None:
+        kinds.append("excluded")
+        said.append(f"does not count: {row['excluded']}")
+    if treatment is not None and treatment == row["treatment"]:
+        kinds.append("chosen")
+    colour = scale.colours.get(well)
+    return MappedWell(
+        row["well"],
+        url_of("well", row["plate"], row["well"]),
+        colour,
+        "" if colour is None else ink_on(colour),
+        shown,
+        f"{row['well']}: {', '.join(said)}",
+        " ".join(kinds),
+        groups.setdefault(row["named"] or "", len(groups)),
+    )
+
+
+# Wells
+
+BESIDE, FIELDS_BESIDE = 2, 4
+"""Negative controls that are shown beside a well, and how many fields of each."""
+MOST_FIELDS = 60
+FIELDS = """
+    SELECT image_id, well_id, site, plane, time_point, n_cells, n_excluded_cells, excluded
+    FROM image_table WHERE well_id IN (SELECT unnest($wells))
+    ORDER BY well_id, site, plane, time_point
+"""
+VOTES_OF_WELL = """
+    SELECT c.run_id, c.image_id, l.value AS label, c.cells, c.probability
+    FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id
+    WHERE c.image_id IN (SELECT id FROM images WHERE well_id = $well)
+    ORDER BY c.run_id DESC, c.image_id, c.cells DESC, c.probability DESC, l.value
+"""
+RUNS_OF_WELL = """
+    SELECT run_id, max(truth) AS truth, bool_or(well_in_training) AS seen,
+        string_agg(DISTINCT subset, ', ' ORDER BY subset) AS subsets
+    FROM run_images WHERE well_id = $well GROUP BY run_id
+"""
+
+
+def well(request: Request) -> Response:
+    """All fields of a well, beside negative controls of its plate, and what runs say of it."""
+    barcode, name = request.path_params["barcode"], request.path_params["well"]
+    wells = _wells_of(request, barcode)
+    at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
+    if at is None:
+        raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
+    one = wells[at]
+    beside = _nearest_controls(wells, one)
+    wanted = [row["well_id"] for row in (one, *beside)]
+
+    def read() -> list[dict[str, Any]]:
+        return ask(request, FIELDS, {"wells": wanted})
+
+    fields = kept(request, ("fields", *wanted), read)
+    own = [row for row in fields if row["well_id"] == one["well_id"]]
+    planes, times = (sorted({row[key] for row in own}) for key in ("plane", "time_point"))
+    plane = whole(request, "plane", planes[0] if planes else 1)
+    time_point = whole(request, "time", times[0] if times else 1)
+    shown = [row for row in fields if (row["plane"], row["time_point"]) == (plane, time_point)]
+    with explorer_of(request).workspace.database.read() as session:
+        channels = _channels(session, own[0]["image_id"]) if own else []
+        flags = _flags(session, [row["image_id"] for row in shown])
+    given = [name for name in request.query_params.getlist("channels") if name in channels]
+    outlines = text(request, "outlines") is not None
+    pictures: dict[int, list[dict[str, Any]]] = {}
+    for row in shown:
+        picture = url_of(
+            *("field", row["image_id"], "thumbnail"),
+            width=PICTURE,
+            channels=given or None,
+            outlines=1 if outlines else None,
+        )
+        made = {**row, "picture": picture, "flags": flags.get(row["image_id"], "")}
+        pictures.setdefault(row["well_id"], []).append(made)
+    mine = pictures.get(one["well_id"], [])
+    few = max(1, min(FIELDS_BESIDE, len(mine)))
+    return page(
+        request,
+        "well.html.j2",
+        barcode=barcode,
+        well=one,
+        before=wells[at - 1] if at else None,
+        after=wells[at + 1] if at + 1 < len(wells) else None,
+        fields=mine[:MOST_FIELDS],
+        more=len(mine) - MOST_FIELDS,
+        beside=[(row, pictures.get(row["well_id"], [])[:few]) for row in beside],
+        channels=channels,
+        chosen=given or usual_channels(channels),
+        outlines=outlines,
+        planes=planes,
+        plane=plane,
+        times=times,
+        time_point=time_point,
+        here={"channels": given or None, "outlines": 1 if outlines else None},
+    )
+
+
+def _wells_of(request: Request, barcode: str) -> list[dict[str, Any]]:
+    """The wells of a plate in order, rows of ``WELLS``."""
+    found = kept(request, ("wells", barcode), lambda: ask(request, WELLS, {"plates": [barcode]}))
+    if not found:
+        known = ask(request, "SELECT barcode FROM plates LIMIT 5000")
+        raise NotFoundError.of("plate", barcode, [row["barcode"] for row in known])
+    return found
+
+
+def _nearest_controls(wells: Sequence[Record], one: Record) -> list[Record]:
+    """The negative controls nearest to a well that have fields and count."""
+
+    def distance(row: Record) -> tuple[float, int, int]:
+        rows, columns = (row[key] - one[key] for key in ("well_row", "well_column"))
+        return rows**2 + columns**2, row["well_row"], row["well_column"]
+
+    controls = [
+        row for row in wells
+        if row["control"] == Control.NEGATIVE and row["n_images"] and row is not one
+    ]  # fmt: skip
+    return sorted(controls, key=distance)[:BESIDE]
+
+
+def _channels(session: Session, image_id: int) -> list[str]:
+    files = METADATA.tables["image_files"].c
+    query = select(files.channel).where(files.image_id == image_id).order_by(files.position)
+    return list(session.scalars(query))
+
+
+def _flags(session: Session, images: Sequence[int]) -> dict[int, str]:
+    """What the newest quality-control run that is done flags some fields for."""
+    runs, flags = METADATA.tables["runs"].c, METADATA.tables["image_flags"].c
+    last = select(func.max(runs.id)).where(runs.stage == "qc", runs.status == "done")
+    query = select(flags.image_id, flags.reason, flags.channel).distinct()
+    query = query.where(flags.run_id == last.scalar_subquery(), flags.image_id.in_(images))
+    found: dict[int, str] = {}
+    for image, reason, channel in session.execute(query.order_by(flags.reason, flags.channel)):
+        said = f"{reason} ({channel})" if channel else reason
+        found[image] = f"{found[image]}, {said}" if image in found else said
+    return found
+
+
+def votes_of_well(request: Request) -> Response:
+    """What each predict run answers for a well: a part of its page."""
+    one = _one_well(request)
+
+    def read() -> list[dict[str, Any]]:
+        rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
+        about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
+        models = {row["id"]: row for row in ask(request, RUNS, {"stage": "predict"})}
+        return [
+            {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
+            for run, some in _by(rows, "run_id").items()
+        ]
+
+    answers = kept(request, ("votes of well", one["well_id"]), read)
+    for answer in answers:
+        if answer["truth"] is not None:
+            right = sum(label == answer["truth"] for label in answer["fields"])
+            answer["right"] = right
+    return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS * 4)
+
+
+NOT_KNOWN = {"truth": None, "seen": None, "subsets": ""}
+
+
+def _by(rows: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    found: dict[Any, list[Record]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _answer(rows: Sequence[Record]) -> dict[str, Any]:
+    """The hard vote of a well by one run, and of each of its fields."""
+    labels = {
+        label: (sum(row["cells"] for row in some), sum(row["probability"] for row in some))
+        for label, some in _by(rows, "label").items()
+    }
+    ranked = sorted(labels, key=lambda name: (*(-number for number in labels[name]), name))
+    total = sum(cells for cells, _ in labels.values())
+    return {
+        "winner": ranked[0],
+        "labels": [(name, labels[name][0]) for name in ranked[:3]],
+        "cells": total,
+        "fields": [some[0]["label"] for some in _by(rows, "image_id").values()],
+    }
+
+
+def history_of_well(request: Request) -> Response:
+    """The history of a well, as ``cellstore audit`` has it: a part of its page."""
+    one = _one_well(request)
+    with explorer_of(request).workspace.database.read() as session:
+        record = audit_well(session, one["well_id"]).record
+    return page(request, "well_history.html.j2", record=record, in_words=in_words)
+
+
+def _one_well(request: Request) -> dict[str, Any]:
+    barcode, name = request.path_params["barcode"], request.path_params["well"]
+    found = [row for row in _wells_of(request, barcode) if row["well"] == name]
+    if not found:
+        raise NotFoundError(f"Plate {barcode} has no well {name}.")
+    return found[0]
+
+
+ROUTES = [
+    Route("/", home),
+    Route("/home/stages", stages),
+    Route("/home/runs", latest_runs),
+    Route("/search", search),
+    Route("/plates", plates),
+    Route("/plate/{barcode:path}", plate),
+    Route("/well/{barcode:path}/{well}/votes", votes_of_well),
+    Route("/well/{barcode:path}/{well}/history", history_of_well),
+    Route("/well/{barcode:path}/{well}", well),
+]

@@ -46,8 +46,10 @@ STEPS = (
     "label_medians",
     "label_votes",
     "ranked_votes",
+    "current_labels",
+    "image_labels",
 )
-"""Views that the others are made of: what counts, and the steps of a vote."""
+"""Views that the others are made of: what counts, what people say, and the steps of a vote."""
 
 PROFILES = "profiles"
 """The view of all profiles; its values are in files."""
@@ -69,6 +71,7 @@ VIEWS = (
     "run_parameters",
     PROFILES,
     "hit_table",
+    "annotation_table",
     "lineage",
     "image_locations",
     *STEPS,

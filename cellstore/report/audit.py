@@ -23,11 +23,13 @@ from sqlalchemy import (
     Boolean,
     CompoundSelect,
     Numeric,
+    and_,
     bindparam,
     case,
     cast,
     func,
     null,
+    or_,
     select,
     text,
     union_all,
@@ -36,7 +38,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..config import RunName
-from ..db.fields import changed_since, field_column, wells_changed
+from ..db.fields import changed_since, field_column, is_label_now, wells_changed
 from ..enums import TARGET, TREATMENT, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -237,6 +239,7 @@ def _plate(session: Session, plate_id: int) -> Audit:
     of_plate = "SELECT images.id FROM images JOIN wells ON wells.id = well_id WHERE plate_id = :id"
     record |= {
         "excluded": _why_excluded(session, plate=plate_id),
+        "annotations": _annotations(session, plate=plate_id),
         "corrections": _corrections(session, plates=[plate_id]),
         "downstream": _downstream_of_images(session, of_plate, id=plate_id),
     }
@@ -249,6 +252,16 @@ def _why_excluded(session: Session, **ids: int) -> str | None:
     query = f"SELECT level, reason FROM exclusions WHERE source = 'annotation' AND ({of})"  # noqa: S608
     reasons = {row["level"]: row["reason"] for row in _ask(session, query, **ids)}
     return next((reasons[level] for level in ids if level in reasons), None)
+
+
+def _annotations(session: Session, **ids: int) -> list[Record]:
+    """The labels that people gave something and what it is part of; ``ids`` by level."""
+    row = T["annotations"].c
+    mine = or_(*(and_(row.level == level, row.row_id == number) for level, number in ids.items()))
+    query = select(row.field, row.value.label("label"), row.level.label("of"))
+    query = query.add_columns(row.user_name.label("by"), row.created_at, row.reason)
+    found = session.execute(query.where(mine, is_label_now(row)).order_by(row.id))
+    return [dict(row) | {"created_at": row["created_at"].isoformat()} for row in found.mappings()]
 
 
 def _image(session: Session, image_id: int) -> Audit:
@@ -270,7 +283,7 @@ def _image(session: Session, image_id: int) -> Audit:
     """
     files = _ask(session, query, image=image_id)
     moved = {file.pop("folder_id") for file in files} - {None}
-    frozen, notes = _frozen_labels(session, well_id, "image_id = :id", image_id)
+    frozen, notes = _frozen_labels(session, well_id, "images.id = :id", image_id)
     query = """
         SELECT run_id, reason, nullif(channel, '') AS channel, value, low, high
         FROM image_flags JOIN runs ON runs.id = run_id
@@ -298,6 +311,7 @@ def _image(session: Session, image_id: int) -> Audit:
     labelled = any(item["what"].startswith("labelled") for item in downstream)
     record |= {
         "excluded": _why_excluded(session, image=image_id, well=well_id, plate=plate_id),
+        "annotations": _annotations(session, image=image_id, well=well_id, plate=plate_id),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "corrections": _corrections(
@@ -396,7 +410,8 @@ def _labellings(
     for run in runs:
         truth = run["truth"]
         if truth is None and run["field"] is not None:
-            truth = _label_now(session, well_id, run["field"])
+            labels = _labels_now(session, run["field"], "images.id = :id", image_id)
+            truth = next(iter(labels), None)
         hard, soft = (ranked[run["run_id"], vote] for vote in ("hard", "soft"))
         mine = [row for row in counts if row["run_id"] == run["run_id"]]
         names = {row["label_id"]: row["label"] for row in mine}
@@ -449,10 +464,12 @@ def _checkpoints(session: Session, run_id: int | None) -> list[str]:
     return [row["sha256"] for row in _ask(session, query, run=run_id)]
 
 
-def _label_now(session: Session, well_id: int, field: str) -> str | None:
-    """What a well is called now in a label field."""
-    query = select(field_column(field)).where(wells.c.id == well_id)
-    return session.scalar(query.select_from(wells.join(plates).outerjoin(treatments)))
+def _labels_now(session: Session, field: str, of: str, of_id: int) -> list[str]:
+    """What the images that meet a condition are called now in a label field."""
+    query = select(field_column(field).label("label")).distinct().where(text(of)).params(id=of_id)
+    joined = images.join(wells).join(plates).outerjoin(treatments)
+    found = session.scalars(query.select_from(joined).order_by("label"))
+    return [label for label in found if label is not None]
 
 
 def _frozen_labels(
@@ -472,7 +489,8 @@ def _frozen_labels(
     """  # noqa: S608 - our own words
     found, notes = _ask(session, query, id=of_id), list[str]()
     for row in found:
-        now = _label_now(session, well_id, row["field"])
+        labels = _labels_now(session, row["field"], of, of_id)
+        now = row["label"] if row["label"] in labels else ", ".join(labels) or None
         since = _since(session, well_id, row["field"]) if now != row["label"] else None
         row |= {"now": now, "differs": now != row["label"], "since": since}
         if now != row["label"]:
@@ -531,12 +549,13 @@ def audit_well(session: Session, well_id: int) -> Audit:
     identifiers = "|".join(part["identifier"] or "" for part in parts)
     whole = parts and {**parts[0], "kind": kinds, "identifier": identifiers or None}
     of_well = "SELECT id FROM images WHERE well_id = :id"
-    frozen, notes = _frozen_labels(session, well_id, "well_id = :id", well_id)
+    frozen, notes = _frozen_labels(session, well_id, "images.well_id = :id", well_id)
     record |= {
         "treatment": whole or None,
         "excluded": _why_excluded(session, well=well_id, plate=plate_id),
         "images": [row["id"] for row in _ask(session, f"{of_well} ORDER BY id", id=well_id)],
         "notes": notes,
+        "annotations": _annotations(session, well=well_id, plate=plate_id),
         "corrections": _corrections(session, wells=[well_id], plates=[plate_id]),
         "frozen_labels": frozen,
         "downstream": _downstream_of_images(session, of_well, id=well_id),
@@ -578,6 +597,7 @@ def _cell(session: Session, number: str) -> Audit:
         "box": None if None in box else box,
         "centroid": None if None in centroid else centroid,
         "excluded": next(iter(why_excluded(session, cell_id)), None),
+        "annotations": _annotations(session, cell=cell_id),
         "corrections": _corrections(session, cells=[cell_id]),
         "flags": _ask(session, flags, cell=cell_id),
         "segmentation": next(

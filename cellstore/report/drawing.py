@@ -253,10 +253,10 @@ class PlateMap:
     marked: Collection[WellPosition] = ()
     channel: str = ""
 
-    def height(self, width: float) -> float:
-        """Inches of the map if it is ``width`` inches wide."""
+    def height(self, width: float, *, scale: bool = True) -> float:
+        """Inches of the map if it is ``width`` inches wide, with the ``scale`` beside it or not."""
         rows, columns = plate_layout([*self.wells, *self.values])
-        return (width - LEFT - RIGHT) * rows / columns + ABOVE + BELOW
+        return (width - LEFT - (RIGHT if scale else BELOW)) * rows / columns + ABOVE + BELOW
 
     def extremes(self) -> str:
         """Say which wells have the lowest and the highest value."""
@@ -293,17 +293,25 @@ def colour_limits(values: Collection[float]) -> tuple[float, float]:
 
 
 def draw_plate_map(
-    figure: Figure, found: PlateMap, width: float, left: float = 0, bottom: float = 0
+    figure: Figure,
+    found: PlateMap,
+    width: float,
+    left: float = 0,
+    bottom: float = 0,
+    *,
+    scale: bool = True,
 ) -> None:
     """Draw a map ``width`` inches wide, its lower left corner at these inches of the figure.
 
     Its parts have fixed positions: to lay out dozens of maps by their texts takes seconds.
+    ``scale``: whether colours with their numbers stand beside it.
     """
     figure.set_layout_engine("none")
     rows, columns = plate_layout([*found.wells, *found.values])
     whole, height = figure.get_size_inches()
-    tall = (found.height(width) - ABOVE - BELOW) / height
-    base, map_width = (bottom + BELOW) / height, width - LEFT - RIGHT
+    right = RIGHT if scale else BELOW
+    tall = (found.height(width, scale=scale) - ABOVE - BELOW) / height
+    base, map_width = (bottom + BELOW) / height, width - LEFT - right
     values, present = np.full((rows, columns), np.nan), np.zeros((rows, columns, 4))
     for row, column in found.wells:
         present[row - 1, column - 1] = NO_VALUE
@@ -321,34 +329,115 @@ def draw_plate_map(
         interpolation="none",
         extent=extent,
     )
-    size = 7 if width < LARGE_MAP else 8
-    step = max(1, columns // 6) if width < LARGE_MAP else 1 if columns <= 24 else 2
+    size = 8
     axes.xaxis.tick_top()
+    # As many names as have room: a number is 0.17 inches wide, a letter 0.1 inches high.
+    step = next(n for n in (1, 2, 4, 8, columns) if n * map_width / columns > 0.17 or n == columns)
     axes.set_xticks(range(1, columns + 1, step))
+    step = next(n for n in (1, 2, 4, rows) if n * tall * height / rows > 0.1 or n == rows)
     letters = [well_name(row, 1)[:-2] for row in range(1, rows + 1, step)]
     axes.set_yticks(range(1, rows + 1, step), letters)
     axes.tick_params(length=0, labelsize=size)
-    axes.spines[:].set(visible=True, alpha=0.3)
+    axes.spines[:].set(visible=True, alpha=0.7, linewidth=0.9)
     if found.marked:
         y, x = zip(*sorted(found.marked), strict=True)
         points = 1.3 * map_width * 72 / columns
         for colour, line in ((HALO, 2.4), (RING, 1.3)):
             axes.scatter(x, y, s=points**2, facecolors="none", edgecolors=colour, linewidths=line)
+    if not scale:
+        return
     beside = figure.add_axes(((left + width - RIGHT + 0.08) / whole, base, 0.1 / whole, tall))
     bar = figure.colorbar(picture, cax=beside)
     bar.outline.set_visible(False)
     beside.tick_params(length=0, labelsize=size)
 
 
-def plate_map_svg(found: PlateMap, width: float = SMALL_MAP) -> str:
-    """Return a map as an element of a page."""
+def plate_map_svg(
+    found: PlateMap,
+    width: float = SMALL_MAP,
+    *,
+    scale: bool = True,
+    link: Callable[[str, str], str | None] | None = None,
+) -> str:
+    """Return a map as an element of a page, with the ``scale`` of its colours or without.
+
+    ``link`` gives the address of a plate and a well, to which the well then leads.
+    """
     named = ", ".join(text for text in (found.title, found.channel) if text)
-    return svg(
+    height = found.height(width, scale=scale)
+    drawn = svg(
         f"{found.plate} {found.title} {found.channel} {found.unit}",
-        (width, found.height(width)),
-        lambda figure: draw_plate_map(figure, found, width),
+        (width, height),
+        lambda figure: draw_plate_map(figure, found, width, scale=scale),
         f"Plate {found.plate}, {named} ({found.unit}): {found.extremes()}.",
     )
+    if link is None:
+        return drawn
+    columns = plate_layout([*found.wells, *found.values])[1]
+    side = 72 * (width - LEFT - (RIGHT if scale else BELOW)) / columns
+    parts = []
+    for row, column in sorted({*found.wells, *found.values}):
+        name = well_name(row, column)
+        if address := link(found.plate, name):
+            value = found.values.get((row, column))
+            said = f"{name}: {'no value' if value is None else brief(value)}"
+            x, y = 72 * LEFT + side * (column - 1), 72 * ABOVE + side * (row - 1)
+            parts.append(
+                f'<a href="{escape(address)}" aria-label="{escape(said)}"><rect class="well" '
+                f'x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}">'
+                f"<title>{escape(said)}</title></rect></a>"
+            )
+    return drawn.replace('role="img"', 'role="group"', 1).replace(
+        "</svg>", "".join(parts) + "</svg>"
+    )
+
+
+def element(
+    kind: str, width: float, height: float, inner: str, alt: str, *, wide: bool = False
+) -> str:
+    """Return an SVG element of a page; ``wide``: as wide as there is room."""
+    size = "" if wide else f' style="width:{width:g}px"'
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}"{size} role="img" '
+        f'aria-label="{escape(plain(alt))}">{inner}</svg>'
+    )
+
+
+def interval_bar(
+    what: str,
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    limits: Limits = (0.0, 1.0),
+    at: float | None = 0.0,
+    colour: str = BLUE,
+) -> str:
+    """Return a number with its interval for a row of a table, on the scale ``limits``.
+
+    A line stands ``at`` a number; ``what`` the number is of is said to those who do not see it.
+    """
+    if value is None:
+        return ""
+    width, height = 130, 16
+
+    def x(number: float) -> float:
+        inside = (number - limits[0]) / (limits[1] - limits[0])
+        return 3 + (width - 6) * float(np.clip(inside, 0, 1))
+
+    inner, alt = "", f"{what} {brief(value)}"
+    if low is not None and high is not None:
+        inner = (
+            f'<path d="M{x(low):.1f} 8H{x(high):.1f}" stroke="{colour}" stroke-width="5" '
+            'opacity=".4"/>'
+        )
+        alt += f", interval {brief(low)} to {brief(high)}"
+    if at is not None:
+        inner += (
+            f'<path d="M{x(at):.1f} 1V15" stroke="currentColor" stroke-width="1" opacity=".45"/>'
+        )
+    inner += f'<circle cx="{x(value):.1f}" cy="8" r="3.2" fill="{colour}"/>'
+    return element("bar", width, height, inner, alt)
 
 
 def plate_maps_png(maps: Sequence[PlateMap]) -> bytes:
@@ -457,13 +546,12 @@ def brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def write_html(
-    path: Path,
+def render_html(
     name: str,
-    content: dict[str, Any],
+    content: Mapping[str, Any],
     filters: Mapping[str, Callable[..., str]] | None = None,
-) -> None:
-    """Write the page of the template ``name``, with more ``filters``; raises StorageError.
+) -> str:
+    """Return the page of the template ``name``, with more ``filters``.
 
     It may include and import other templates. Every text is escaped but figures
     (filter ``svg``) and the common look (``css``); what cannot be seen in a text is written out.
@@ -487,9 +575,19 @@ def write_html(
     environment.filters["percent"] = lambda value: number_or_dash(value, 100, ".1f", " %")
     environment.filters["number"] = lambda value: number_or_dash(value, 1, ".3f", "")
     environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
-    environment.filters.update(filters or {})
+    environment.filters |= {"short": short, "brief": brief, **(filters or {})}
     css = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704 - ours
-    page = environment.get_template(name).render(css=css, **content)
+    return environment.get_template(name).render(css=css, **content)
+
+
+def write_html(
+    path: Path,
+    name: str,
+    content: Mapping[str, Any],
+    filters: Mapping[str, Callable[..., str]] | None = None,
+) -> None:
+    """Write what :func:`render_html` returns; raises StorageError."""
+    page = render_html(name, content, filters)
     check_not_of_a_store(path)
     with open_atomically(path) as file:
         file.write(page.encode("utf-8", "replace"))

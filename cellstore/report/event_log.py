@@ -144,7 +144,8 @@ def _said(
         return f"deleted: {before['rows']:,} {table.replace('_', ' ')}"
     if "last_id" in after:
         number = after["last_id"] - after["first_id"] + 1
-        return f"added: {number:,} {table.replace('_', ' ')}"
+        more = ", ".join(f"{n} {_text(value)}" for n, value in after.items() if n not in _UNSAID)
+        return f"added: {number:,} {table.replace('_', ' ')}" + (f" ({more})" if more else "")
     names = [n for n in {**before, **after} if n not in _UNSAID and not n.endswith("_id")]
     values = [
         f"{name.replace('_', ' ')} {_text(after.get(name))}"

@@ -1,4 +1,7 @@
-"""Pictures of cells, or of whole fields, beside each other, for a notebook: axes of matplotlib."""
+"""Pictures of cells, of wells or of whole fields, beside each other.
+
+:func:`show` draws them for a notebook, as axes of matplotlib; :class:`WellPictures` for a page.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sqlalchemy import func, select
 
 from ..config import ImageInput, Selection
+from ..db.bulk import in_lists
+from ..enums import PROJECTION_CHANNEL
 from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..jobs.lookup import find_channels, find_image, images_of
-from ..jobs.planes import read_image
+from ..jobs.planes import NUCLEAR, channel_files, read_image
 from ..jobs.workspace import Workspace
-from ..models import Recipe, Segmentation
+from ..models import Image, Plate, Recipe, Segmentation, Well
 from ..query.cell_tables import CellTable
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions, open_questions
+from ..query.exclusions import image_counts
 from ..query.guard import quoted
 from ..settings import need, track
 from .drawing import (
@@ -27,6 +34,7 @@ from .drawing import (
     brief,
     coloured,
     grey_limits,
+    jpeg,
     outline_overlay,
     short,
 )
@@ -438,3 +446,84 @@ def _say(axes: Any, row: Row, numbers: Sequence[str], *, of_cells: bool) -> None
     lines = [short(name, 24), *(short(text, 26) for text in texts)]
     axes.text(0, -0.04, "\n".join(lines), size=7, color=GREY, va="top",
               transform=axes.transAxes, parse_math=False)  # fmt: skip
+
+
+WINDOW = 256
+"""Pixels of the middle of a field that are shown."""
+
+
+class WellPictures:
+    """Pictures of wells, each beside a control of the same plate, in the same contrast.
+
+    Kept are the picture of the control of each plate and its grey levels, nothing else.
+    ``images``: the field of each well that is shown.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.names: dict[int, tuple[str, str]] = {}
+        self.images: dict[int, int] = {}
+        self.channels: dict[int, list[str]] = {}
+        self.limits: dict[tuple[str, tuple[str, ...]], list[Limits]] = {}
+        self.controls: dict[int, Row] = {}
+
+    def look_up(self, wells: set[int], chosen: Mapping[int, int] | None = None) -> None:
+        """Find a field of each well, and its channels: the first that counts, or the ``chosen``."""
+        first = select(Image.well_id, func.min(Image.id)).group_by(Image.well_id)
+        first = first.where(Image.content_sha256.is_not(None), image_counts(None))
+        named = select(Well.id, Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
+        with self.workspace.database.read() as session:
+            for some in in_lists(sorted(wells)):
+                for well, plate, name in session.execute(named.where(Well.id.in_(some))):
+                    self.names[well] = plate, name
+                for well, image in session.execute(first.where(Image.well_id.in_(some))):
+                    self.images[well] = image
+            self.images.update(chosen or {})
+            files = channel_files(session, list(self.images.values()))
+        for image_id, channels in files.items():
+            names = [file.channel for file in channels if file.channel != PROJECTION_CHANNEL]
+            nuclear = [name for name in names if NUCLEAR.search(name)][:1]
+            self.channels[image_id] = (nuclear + [n for n in names if n not in nuclear])[:3]
+
+    def colours(self) -> str:
+        """Say in which colours channels are shown."""
+        several = [names for names in self.channels.values() if len(names) > 1]
+        if not several:
+            return ""
+        names = list(several[0])
+        said = [f"{name} blue" for name in names if NUCLEAR.search(name)]
+        others = [name for name in names if not NUCLEAR.search(name)]
+        said += [
+            f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"), strict=False)
+        ]
+        return ", ".join(said)
+
+    def pair(self, well: int, control: int) -> tuple[Row, Row]:
+        """A well and a control of the same plate."""
+        if control not in self.controls:
+            self.controls[control] = self._picture(control, control)
+        return self._picture(well, control), self.controls[control]
+
+    def _picture(self, well: int, control: int) -> Row:
+        plate, name = self.names[well]
+        image = self.images.get(well)
+        shown = {"title": f"{plate} {name}", "image": image, "picture": None, "problem": None}
+        if image is None:
+            return shown | {"problem": "No field of this well counts, or its files are missing."}
+        channels = self.channels[image]
+        inputs = [ImageInput((one,)) for one in channels] or [ImageInput()]
+        try:
+            planes = [read_image(self.workspace.database, image, one) for one in inputs]
+        except CellstoreError as error:
+            return shown | {"problem": str(error)}
+        key = (plate, tuple(channels))
+        if well == control or key not in self.limits:
+            self.limits[key] = [grey_limits(plane) for plane in planes]
+        middle = coloured([_middle(plane) for plane in planes], self.limits[key], channels)
+        return shown | {"picture": jpeg(np.rint(255 * middle).astype(np.uint8))}
+
+
+def _middle(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The middle of a plane (H, W), at most ``WINDOW`` pixels wide and high."""
+    starts = [max(0, (length - WINDOW) // 2) for length in plane.shape]
+    return plane[tuple(slice(start, start + WINDOW) for start in starts)]

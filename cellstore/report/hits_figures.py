@@ -26,6 +26,8 @@ from .drawing import (
     PlateMap,
     brief,
     colour_limits,
+    element,
+    interval_bar,
     plate_layout,
     plate_map_svg,
     short,
@@ -166,40 +168,11 @@ class Screen:
 # Small figures, written by hand: a page has hundreds
 
 
-def _element(
-    kind: str, width: float, height: float, inner: str, alt: str, *, wide: bool = False
-) -> str:
-    size = "" if wide else f' style="width:{width:g}px"'
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width:g} {height:g}"{size} role="img" '
-        f'aria-label="{escape(plain(alt))}">{inner}</svg>'
-    )
-
-
 def effect_bar(item: Judged, limits: Limits) -> str:
     """An effect with its interval, on the scale of all rows of a table; a line at 0."""
     row, colour = item.row, MARKS[item.verdict][2]
-    if row.effect is None:
-        return ""
-    width, height = 130, 16
-    low, high = limits
-
-    def x(value: float) -> float:
-        return 3 + (width - 6) * float(np.clip((value - low) / (high - low), 0, 1))
-
-    ends = [x(end) for end in (row.effect_low, row.effect_high) if end is not None]
-    line = ""
-    if len(ends) == 2:
-        line = (
-            f'<path d="M{ends[0]:.1f} 8H{ends[1]:.1f}" stroke="{colour}" stroke-width="5" '
-            'opacity=".4"/>'
-        )
-    zero = f'<path d="M{x(0):.1f} 1V15" stroke="currentColor" stroke-width="1" opacity=".45"/>'
-    dot = f'<circle cx="{x(row.effect):.1f}" cy="8" r="3.2" fill="{colour}"/>'
-    alt = f"effect {brief(row.effect)}"
-    if row.effect_low is not None and row.effect_high is not None:
-        alt += f", interval {brief(row.effect_low)} to {brief(row.effect_high)}"
-    return _element("bar", width, height, zero + line + dot, alt)
+    ends = row.effect_low, row.effect_high
+    return interval_bar("effect", row.effect, *ends, limits=limits, colour=colour)
 
 
 def strip(screen: Screen, item: Judged) -> str:
@@ -246,7 +219,7 @@ def strip(screen: Screen, item: Judged) -> str:
     if len(usual):
         ends = (brief(float(end)) for end in np.percentile(effects[usual], [5, 95]))
         alt += f"; of {len(usual)} controls, nine of ten between {' and '.join(ends)}"
-    return _element("strip", width, 98, "".join(parts), alt + ".", wide=True)
+    return element("strip", width, 98, "".join(parts), alt + ".", wide=True)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -294,7 +267,7 @@ def position_map(screen: Screen, item: Judged) -> str:
         for where, n in sorted(mine.items())
     )
     alt = f"Wells of {item.name}: {names}."
-    return _element("positions", width, height, "".join(parts), alt, wide=True)
+    return element("positions", width, height, "".join(parts), alt, wide=True)
 
 
 # Large figures

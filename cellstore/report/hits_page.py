@@ -9,22 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from sqlalchemy import func, select
 
-from ..config import HitsParams, ImageInput
-from ..db.bulk import in_lists
-from ..enums import PROJECTION_CHANNEL
-from ..errors import CellstoreError
-from ..jobs.planes import NUCLEAR, channel_files, read_image
+from ..config import HitsParams
 from ..jobs.workspace import Workspace
-from ..models import Image, Recipe, Run
-from ..query.exclusions import image_counts
+from ..models import Recipe, Run
 from ..settings import need, track
 from ..stages.hits import DoseRow, cell_ratios, hits_result, plate_sets
 from ..stages.profile import open_profiles
-from .drawing import Limits, brief, coloured, draw_curve, grey_limits, jpeg, write_html
+from .drawing import brief, draw_curve, write_html
 from .feature_words import changes
+from .gallery import WINDOW, WellPictures
 from .hits_figures import (
     ALIKE,
     CHANGED,
@@ -59,8 +53,6 @@ PAIRS = 3
 CURVES = 4
 """Dose curves of a perturbation that are drawn."""
 QUANTITIES = {"effect": "effect, SD", "cell_count": "cells, of the controls"}
-WINDOW = 256
-"""Pixels of the middle of a field that are shown."""
 
 
 def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
@@ -81,7 +73,7 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
     screen = read_screen(workspace, result, recipe.parameters)
     clusters, layout = clusters_of(screen), layout_of(screen, recipe.parameters["seed"])
     maps, more_plates = plate_figures(screen)
-    pictures = Thumbnails(workspace, screen)
+    pictures = WellPictures(workspace)
     content = {
         "screen": screen,
         "result": result,
@@ -109,7 +101,7 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "alike": ALIKE,
         "changed": f"{CHANGED:g}",
     }
-    write_html(path, "hits.html.j2", content, {"brief": brief, "q": q_text, "sd": sd_text})
+    write_html(path, "hits.html.j2", content, {"q": q_text, "sd": sd_text})
 
 
 def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]) -> Screen:
@@ -225,7 +217,7 @@ def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
 
 
 def sections(
-    workspace: Workspace, screen: Screen, pictures: Thumbnails
+    workspace: Workspace, screen: Screen, pictures: WellPictures
 ) -> Iterator[dict[str, Any]]:
     """What the page shows of each of the first treatments."""
     shown = screen.judged[:SECTIONS]
@@ -380,74 +372,12 @@ def _curve_in_words(row: DoseRow) -> str:
 # Pictures
 
 
-class Thumbnails:
-    """Pictures of wells, each beside a control of the same plate, in the same contrast.
-
-    Kept are the picture of the control of each plate and its grey levels, nothing else.
-    """
-
-    def __init__(self, workspace: Workspace, screen: Screen) -> None:
-        self.workspace, self.screen = workspace, screen
-        self.images: dict[int, int] = {}
-        self.channels: dict[int, list[str]] = {}
-        self.limits: dict[tuple[str, tuple[str, ...]], list[Limits]] = {}
-        self.controls: dict[int, dict[str, Any]] = {}
-
-    def look_up(self, wells: set[int]) -> None:
-        """Find the first field that counts of each well, and its channels."""
-        ids = {int(self.screen.table["well_id"].iat[well]): well for well in wells}
-        query = select(Image.well_id, func.min(Image.id)).group_by(Image.well_id)
-        query = query.where(Image.content_sha256.is_not(None), image_counts(None))
-        with self.workspace.database.read() as session:
-            for some in in_lists(sorted(ids)):
-                rows = session.execute(query.where(Image.well_id.in_(some)))
-                self.images.update({ids[well]: image for well, image in rows})
-            files = channel_files(session, list(self.images.values()))
-        for image_id, channels in files.items():
-            names = [file.channel for file in channels if file.channel != PROJECTION_CHANNEL]
-            nuclear = [name for name in names if NUCLEAR.search(name)][:1]
-            self.channels[image_id] = (nuclear + [n for n in names if n not in nuclear])[:3]
-
-    def colours(self) -> str:
-        """Say in which colours channels are shown."""
-        several = [names for names in self.channels.values() if len(names) > 1]
-        if not several:
-            return ""
-        names = list(several[0])
-        said = [f"{name} blue" for name in names if NUCLEAR.search(name)]
-        others = [name for name in names if not NUCLEAR.search(name)]
-        said += [
-            f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"), strict=False)
-        ]
-        return ", ".join(said)
-
-    def pair(self, well: int, control: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A well and a control of the same plate."""
-        if control not in self.controls:
-            self.controls[control] = self._picture(control, control)
-        return self._picture(well, control), self.controls[control]
-
-    def _picture(self, well: int, control: int) -> dict[str, Any]:
-        plate, name = self.screen.plates[well], self.screen.table["well"].iat[well]
-        shown = {"title": f"{plate} {name}", "picture": None, "problem": None}
-        if well not in self.images:
-            return shown | {"problem": "No field of this well counts, or its files are missing."}
-        image = self.images[well]
-        channels = self.channels[image]
-        inputs = [ImageInput((one,)) for one in channels] or [ImageInput()]
-        try:
-            planes = [read_image(self.workspace.database, image, one) for one in inputs]
-        except CellstoreError as error:
-            return shown | {"problem": str(error)}
-        key = (plate, tuple(channels))
-        if well == control or key not in self.limits:
-            self.limits[key] = [grey_limits(plane) for plane in planes]
-        middle = coloured([_middle(plane) for plane in planes], self.limits[key], channels)
-        return shown | {"picture": jpeg(np.rint(255 * middle).astype(np.uint8))}
-
-
 def pairs_of(screen: Screen, item: Judged) -> list[tuple[int, int]]:
-    """Wells of a treatment on different plates, each with the most usual control of its plate."""
+    """Wells of a treatment on different plates, each with the most usual control of its plate.
+
+    By their ids.
+    """
+    ids = screen.table["well_id"]
     found: dict[str, tuple[int, int]] = {}
     for well in item.wells.tolist():
         plate = screen.plates[well]
@@ -457,11 +387,5 @@ def pairs_of(screen: Screen, item: Judged) -> list[tuple[int, int]]:
             away = np.abs(screen.effects[known] - np.median(screen.effects[known]))
             usual = known[np.argsort(away, kind="stable")]
         if len(usual):
-            found.setdefault(plate, (well, int(usual[0])))
+            found.setdefault(plate, (int(ids.iat[well]), int(ids.iat[int(usual[0])])))
     return list(found.values())[:PAIRS]
-
-
-def _middle(plane: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The middle of a plane (H, W), at most ``WINDOW`` pixels wide and high."""
-    starts = [max(0, (length - WINDOW) // 2) for length in plane.shape]
-    return plane[tuple(slice(start, start + WINDOW) for start in starts)]

@@ -82,7 +82,7 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
         "plates": [_plate(workspace, flagging, plate.plate) for plate in shown],
         "more_plates": len(result.plates) > len(shown),
     }
-    write_html(path, "qc.html.j2", content, {"brief": brief, "usual": _usual})
+    write_html(path, "qc.html.j2", content, {"usual": _usual})
     return replace(result, html=str(path))
 
 

@@ -1,23 +1,29 @@
-"""The figures of a report: scores, training, classes and the confusion matrix."""
+"""The figures and tables of a report: scores, training, classes and the confusion matrix."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..query.engine import Questions
-from .drawing import BLUE, GREY, ORANGE, short, svg
+from .drawing import BLUE, GREY, ORANGE, interval_bar, short, svg
 from .scoring import HEADLINE, GroupScore, ReportResult, Score
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Place = Callable[..., "str | None"]
+"""Gives the address of what a word, names and parameters say, where the explorer shows it."""
+
+
+def nowhere(what: str, *names: object, **parameters: object) -> None:
+    """No address: the page is a file."""
+
 
 DOTTED = (0, (2, 3))
 NAMED_ROWS = 40
@@ -27,14 +33,13 @@ METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY 
 
 @dataclass(frozen=True)
 class Dot:
-    """A row of a dot plot: a share in 0..1 with its interval; ``mark``: another value to see."""
+    """A row of a dot plot: a share in 0..1 with its interval."""
 
     name: str
     value: float | None
     low: float | None = None
     high: float | None = None
     colour: str = BLUE
-    mark: float | None = None
 
 
 def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> dict[str, Any]:
@@ -52,16 +57,6 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
     if best.majority is not None and not any(row.name == "majority" for row in beside):
         name = f"always {short(result.majority_label or '')}"
         beside.append(Dot(name, best.majority, colour=GREY))
-    by_level = [
-        Dot(
-            item.level if item.level == "cell" else f"{item.level}, {item.vote} vote",
-            item.accuracy,
-            item.low,
-            item.high,
-            mark=item.majority,
-        )
-        for item in result.scores
-    ]
     bins = [item for item in result.calibration if item.level == "cell"]
     total = sum(item.n for item in bins)
     gaps = sum(item.n * (item.confidence - item.accuracy) for item in bins)
@@ -83,13 +78,6 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
             f"Accuracy of images: {_in_words(beside)}.",
             guess=result.chance,
             start=best.low,
-            width=5.4,
-        ),
-        "levels": dot_plot(
-            "levels",
-            by_level,
-            f"Accuracy by level and vote: {_in_words(by_level)}.",
-            guess=result.chance,
         ),
         "reliability": reliability(result) if result.calibration else None,
         # By how much the cells' confidence is above their accuracy, on average.
@@ -113,16 +101,12 @@ def dot_plot(
     *,
     guess: float | None = None,
     start: float | None = None,
-    label: str = "accuracy, %",
-    width: float = 6.6,
 ) -> str:
     """Shares with their intervals, one below the other; dotted: guessing, or where one starts."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for y, row in enumerate(reversed(rows)):
-            if row.mark is not None:
-                axes.plot(100 * row.mark, y, "|", color=ORANGE, ms=11, mew=2)
             if row.value is None:
                 continue
             end = 100 * row.value
@@ -131,22 +115,20 @@ def dot_plot(
                 bar: dict[str, Any] = {"color": row.colour, "lw": 2.2, "solid_capstyle": "round"}
                 axes.plot([100 * row.low, end], [y, y], **bar)
             axes.plot(100 * row.value, y, "o", color=row.colour, ms=6, clip_on=False)
-            if row.mark is not None and end <= 100 * row.mark < end + 8:
-                end = 100 * row.mark  # the number stands beside the mark, not on it
             text = f"{100 * row.value:.1f}"
             axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", size=9)
         for value, colour in ((guess, GREY), (start, BLUE)):
             if value is not None:
                 axes.axvline(100 * value, color=colour, lw=0.8, ls=DOTTED, zorder=0)
         axes.set_yticks(range(len(rows)), [short(row.name, 28) for row in reversed(rows)])
-        known = [value for row in rows for value in (row.value, row.high, row.mark) if value]
+        known = [value for row in rows for value in (row.value, row.high) if value]
         axes.set_xlim(-0.5, 100 * min(1.08, max(1.18 * max(known, default=1), 0.05)))
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(label)
+        axes.set_xlabel("accuracy, %")
 
-    return svg(name, (width, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75), draw, alt)
+    return svg(name, (4.6, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75), draw, alt)
 
 
 def training_curves(questions: Questions, run_id: int | None) -> str | None:
@@ -267,8 +249,13 @@ def shares_of(first: str, second: str, counts: Mapping[str, int]) -> str:
 # Classes, targets and plates
 
 
-def class_content(result: ReportResult, hard: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The confusion matrix, and the tables by class, target and plate."""
+def class_content(
+    result: ReportResult, hard: Sequence[Mapping[str, Any]], place: Place
+) -> dict[str, Any]:
+    """The confusion matrix, and the tables by class, target, dose and plate.
+
+    Targets and doses are listed only where a row says something else than a class does.
+    """
     genes = {item.label: item.target for item in result.by_class}
     pairs = [(row["truth"], row["predicted"]) for row in hard if row["correct"] is not None]
     found = confusion_of(pairs, genes)
@@ -279,47 +266,26 @@ def class_content(result: ReportResult, hard: Sequence[Mapping[str, Any]]) -> di
         for row, (label, most) in enumerate(zip(found.labels, mistakes.argmax(axis=1), strict=True))
         if mistakes[row, most]
     }
-    by_recall = sorted(result.by_class, key=lambda item: (-(item.recall or 0), item.label))
+    by_recall = sorted(
+        result.by_class,
+        key=lambda item: (-(item.recall or 0), -item.cells_correct / (item.cells or 1), item.label),
+    )
     true = [item for item in by_recall if item.support]
-    recalls = None
-    if len(true) > NAMED_ROWS:
-        recalls = ranked([item.recall or 0 for item in true])
-    elif true:
-        alt = (
-            "Share of the images of each class that were found, "
-            f"from {true[0].label} ({100 * (true[0].recall or 0):.0f} %) "
-            f"to {true[-1].label} ({100 * (true[-1].recall or 0):.0f} %)."
-        )
-        rows = [Dot(item.label, item.recall, item.low, item.high) for item in true]
-        recalls = dot_plot("recalls", rows, alt, label="images found, %")
-    targets = sorted(result.by_target, key=lambda item: (-item.accuracy, item.name))
+    of_classes = Counter((item.support, item.correct) for item in true)
+
+    def new(groups: Sequence[GroupScore]) -> list[GroupScore]:
+        others = Counter((item.n, item.correct) for item in groups) - of_classes
+        return list(groups) if others else []
+
     return {
         "confusion": found,
-        "matrices": confusion_figures(found),
+        "matrices": matrices_of(found, result.run_id, place),
         "class_rows": [(item, mistaken_for.get(item.label)) for item in by_recall],
-        "recalls": recalls,
-        "targets": targets,
-        "target_figure": _group_figure("targets", targets),
-        "plate_figure": _group_figure("plates", result.by_plate),
+        "recalls": ranked([item.recall or 0 for item in true]) if len(true) > NAMED_ROWS else None,
+        "targets": new(sorted(result.by_target, key=lambda item: (-item.accuracy, item.name))),
+        "doses": new(result.by_dose),
+        "bar": interval_bar,
     }
-
-
-def _group_figure(name: str, groups: Sequence[GroupScore]) -> str | None:
-    """Accuracy of each group, the orange mark where the gene counts as right too."""
-    if not 1 < len(groups) <= NAMED_ROWS:
-        return None
-    rows = [
-        Dot(
-            item.name,
-            item.accuracy,
-            item.low,
-            item.high,
-            mark=(item.correct + item.same_target) / max(1, item.n) if item.same_target else None,
-        )
-        for item in groups
-    ]
-    named = ", ".join(f"{item.name} {100 * item.accuracy:.0f} %" for item in groups)
-    return dot_plot(name, rows, f"Accuracy of images by {name[:-1]}: {named}.")
 
 
 NAMED_CLASSES = 45
@@ -327,9 +293,8 @@ NAMED_CLASSES = 45
 BLOCK = 30
 """Classes of the most confused block, where not all have room."""
 MIX_UPS = 12
-FAINTEST, FAINTEST_UNNAMED = 0.18, 0.5
-"""How solid the smallest share is drawn, so that a single image is seen; more where squares
-are small."""
+FAINTEST = 0.5
+"""How solid the smallest share is drawn where squares are small, so that an image is seen."""
 
 
 @dataclass(frozen=True)
@@ -405,15 +370,37 @@ def by_gene(found: Confusion) -> Confusion:
     return replace(found, labels=tuple(names), genes=(None,) * len(names), counts=counts)
 
 
-def confusion_figures(found: Confusion) -> list[tuple[str, str, bool]]:
-    """Return the matrices that can be read: a caption, the figure, and whether classes are named.
+@dataclass(frozen=True)
+class Square:
+    """A cell of a matrix: ``kind`` right, same (gene) or other, ``solid`` from 0 to 1."""
+
+    count: int
+    kind: str
+    solid: float
+    said: str
+    address: str | None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as a table, or as a ``picture`` where classes have no room for their names."""
+
+    caption: str
+    labels: tuple[str, ...] = ()
+    rows: tuple[tuple[str, str | None, list[Square]], ...] = ()
+    picture: str | None = None
+
+
+def matrices_of(found: Confusion, run_id: int, place: Place) -> list[Matrix]:
+    """Return the matrices that can be read.
 
     Of more classes than have room for names: those most confused, the genes, and all unnamed.
+    A square leads to its images where ``place`` has an address for them.
     """
     number = len(found.labels)
     if number <= NAMED_CLASSES:
-        return [("", confusion_figure("confusion", found), True)]
-    figures: list[tuple[str, str, bool]] = []
+        return [_table("", found, run_id, place)]
+    matrices: list[Matrix] = []
     block = most_confused(found)
     if block:
         some = replace(
@@ -424,54 +411,65 @@ def confusion_figures(found: Confusion) -> list[tuple[str, str, bool]]:
         )
         caption = (
             f"The {len(block)} classes between which most mistakes are. Answers outside this "
-            "block are not drawn, so a row need not be full."
+            "block are not shown, so a row need not be full."
         )
-        figures.append((caption, confusion_figure("most confused", some), True))
+        matrices.append(_table(caption, some, run_id, place, found.counts.sum(axis=1)[block]))
     genes = by_gene(found)
     if found.grouped and len(genes.labels) <= NAMED_CLASSES:
         caption = "The same by target gene: the diagonal holds every image whose gene is right."
-        figure = confusion_figure("genes", genes, what="gene of the label")
-        figures.append((caption, figure, True))
+        matrices.append(_table(caption, genes, run_id, nowhere))
     caption = f"All {number} classes, those of a gene beside each other, in order of gene and name."
-    figures.append((caption, confusion_figure("confusion", found), False))
-    return figures
+    return [*matrices, Matrix(caption, picture=confusion_picture(found))]
 
 
-def confusion_figure(name: str, found: Confusion, *, what: str = "label") -> str:
-    """Draw the share of each true class (row) that got each answer (column).
+def _table(
+    caption: str,
+    found: Confusion,
+    run_id: int,
+    place: Place,
+    totals: NDArray[np.int64] | None = None,
+) -> Matrix:
+    """A matrix as a table; ``totals`` (K,): the images of each row, those not shown included."""
+    totals = found.counts.sum(axis=1) if totals is None else totals
+    rows = []
+    for truth, gene, counts, total in zip(
+        found.labels, found.genes, found.counts.tolist(), totals.tolist(), strict=True
+    ):
+        squares = []
+        for predicted, other, count in zip(found.labels, found.genes, counts, strict=True):
+            same = gene is not None and gene == other
+            kind = "right" if truth == predicted else "same" if same else "other"
+            said = f"{count} of {total} images of {truth} got the label {predicted}"
+            at = place("run", run_id, "images", label=truth, predicted=predicted) if count else None
+            squares.append(Square(count, kind, round(count / max(1, total), 2), said, at))
+        rows.append((truth, gene, squares))
+    return Matrix(caption, found.labels, tuple(rows))
+
+
+def confusion_picture(found: Confusion) -> str:
+    """Draw the share of each true class (row) that got each answer (column), without names.
 
     Blue: right; orange: another label of the same gene; grey: another one. The paper shows where
-    there is nothing. Names stand beside up to ``NAMED_CLASSES`` classes.
+    there is nothing.
     """
     number = len(found.labels)
-    named = number <= NAMED_CLASSES
-    size = float(np.clip(1.9 + 0.19 * number, 3.2, 8.2)) if named else 6.4
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         # A picture of one pixel for each pair: a path for each is long.
         axes.imshow(confusion_colours(found), interpolation="none")
         axes.spines[:].set(visible=True, alpha=0.4)
-        axes.tick_params(length=0)
-        axes.set_xlabel(f"{what} by vote")
+        axes.set_xlabel("label by vote")
         axes.set_ylabel("truth")
-        if not named:
-            axes.set_xticks([])
-            axes.set_yticks([])
-            return
-        letters = 8 if number > 20 else 9
-        names = [short(label, 18) for label in found.labels]
-        axes.set_xticks(range(number), names, rotation=90, size=letters)
-        axes.set_yticks(range(number), names, size=letters)
-        if found.grouped:
-            _mark_genes(axes, found, letters)
+        axes.set_xticks([])
+        axes.set_yticks([])
 
     right = int(np.trace(found.counts))
     alt = (
         f"Confusion matrix of {number} classes: {right:,} images on the diagonal are right, "
         f"{found.counts.sum() - right:,} beside it are not."
     )
-    return svg(name, (size + (1.2 if named and found.grouped else 0.4), size), draw, alt)
+    return svg("confusion", (6.8, 6.4), draw, alt)
 
 
 def confusion_colours(found: Confusion) -> NDArray[np.float64]:
@@ -486,23 +484,5 @@ def confusion_colours(found: Confusion) -> NDArray[np.float64]:
     picture[..., :3] = to_rgb(GREY)
     picture[same, :3] = to_rgb(ORANGE)
     picture[np.arange(number), np.arange(number), :3] = to_rgb(BLUE)
-    faintest = FAINTEST if number <= NAMED_CLASSES else FAINTEST_UNNAMED
-    picture[..., 3] = np.where(shares > 0, faintest + (1 - faintest) * shares, 0)
+    picture[..., 3] = np.where(shares > 0, FAINTEST + (1 - FAINTEST) * shares, 0)
     return picture
-
-
-def _mark_genes(axes: Axes, found: Confusion, size: int) -> None:
-    """Draw a line around the labels of each gene, and its name on the right."""
-    middles, names = [], []
-    for gene, some in groupby(range(len(found.labels)), key=lambda i: found.genes[i]):
-        rows = list(some)
-        if rows[0]:
-            for line in (axes.axhline, axes.axvline):
-                line(rows[0] - 0.5, color=GREY, lw=0.5, alpha=0.6)
-        if gene is not None:
-            middles.append((rows[0] + rows[-1]) / 2)
-            names.append(short(gene, 12))
-    beside = axes.secondary_yaxis("right")
-    beside.set_yticks(middles, names, size=size)
-    beside.tick_params(length=0)
-    beside.spines[:].set_visible(False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ImageInput
+from ..enums import PERTURBATION, TARGET, TREATMENT
 from ..errors import CellstoreError, UnknownNameError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
@@ -34,14 +35,17 @@ from .drawing import (
     plate_map_svg,
     write_html,
 )
-from .report_figures import class_content, score_figures, training_curves
+from .gallery import WINDOW, WellPictures
+from .report_figures import Place, class_content, nowhere, score_figures, training_curves
 from .repro import repro
-from .scoring import HEADLINE, ReportResult, Subject, by_baseline
+from .scoring import HEADLINE, SEEN, ReportResult, Subject, by_baseline
+
+Row = Mapping[str, Any]
 
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
 VOTED = """
-    SELECT vote, unit_id, well_id, truth, predicted, confidence, tie, correct
+    SELECT vote, unit_id, well_id, plate_id, truth, predicted, confidence, tie, correct, control
     FROM scored_predictions
     WHERE run_id = ? AND level = 'image' AND vote <> 'median' AND abstained IS NULL
         AND list_contains(?, subset)
@@ -59,12 +63,36 @@ def write_page(
     maps: Sequence[str],
 ) -> None:
     """Write the page of a report; see :func:`.scoring.report` for the options and errors."""
+    content = report_content(workspace, questions, subject, result, maps)
+    write_html(path, "report.html.j2", content)
+
+
+def report_content(
+    workspace: Workspace,
+    questions: Questions,
+    subject: Subject,
+    result: ReportResult,
+    maps: Sequence[str] = (),
+    place: Place = nowhere,
+) -> dict[str, Any]:
+    """Return what the page of a report shows.
+
+    ``place`` gives addresses of wells, fields and groups of images, to which the page then leads.
+    """
     run_id = subject.run.id
     images = questions.ask_ours(VOTED, [run_id, list(result.subsets)]).records()
     hard = [row for row in images if row["vote"] == "hard"]
     best = result.score(*HEADLINE)
     unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
-    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps)
+    seen = set(questions.ask_ours(SEEN, [run_id]).arrays()["well_id"].tolist())
+    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps, seen)
+    several = len(drawn_maps[0]) > 1
+    width = SMALL_MAP if several else LARGE_MAP
+
+    def well(plate: str, name: str) -> str | None:
+        return place("well", plate, name)
+
+    link = None if place is nowhere else well
     scripts, steps = list[str](), set[int]()
     for one in result.folds or (run_id,):
         steps.add(one)
@@ -75,7 +103,8 @@ def write_page(
         except CellstoreError as error:
             scripts.append(f"# {error}")
     script, behind = "\n".join(scripts), sorted(steps)
-    content = {
+    return {
+        "place": place,
         "result": result,
         "run": subject.run,
         "baseline": subject.baseline,
@@ -83,23 +112,111 @@ def write_page(
         "unseen": unseen,
         "rival_rows": by_baseline(result.baselines),
         **score_figures(result, best, unseen),
-        **class_content(result, hard),
+        **class_content(result, hard, place),
+        **extremes(workspace, questions, result, hard, seen),
         "map_groups": [
-            (
-                some[0],
-                [(m, plate_map_svg(m, SMALL_MAP if some[1:] else LARGE_MAP)) for m in some],
-            )
+            (some[0], [(m, plate_map_svg(m, width, scale=False, link=link)) for m in some])
             for some in drawn_maps
         ],
+        "seen_wells": bool(drawn_maps[0] and any(one.marked for one in drawn_maps[0])),
         "more_plates": more_plates,
         "measured": len(drawn_maps) > 2,
         "curves": training_curves(questions, subject.run.parent_id),
-        "pictures": pictures(workspace, questions, run_id, images, result.comparison),
+        "pictures": pictures(workspace, questions, run_id, images, result.comparison, seen),
         "origin": origin_of(questions, subject, behind),
         "script": script,
         "listed": LISTED,
     }
-    write_html(path, "report.html.j2", content)
+
+
+# The first screen
+
+KINDS_OF_LABEL = {
+    TREATMENT: ("treatment", "treatments"),
+    PERTURBATION: ("treatment", "treatments"),
+    TARGET: ("target gene", "target genes"),
+}
+"""What people call the labels of a field."""
+CONTROLS = """
+    SELECT w.id, w.plate_id, w.well_row, w.well_column, coalesce(t.name, 'no treatment') AS name
+    FROM wells AS w LEFT JOIN treatments AS t ON t.id = w.treatment_id
+    WHERE w.control = 'negative' AND list_contains(?, w.plate_id)
+"""
+PLACES = "SELECT id, well_row, well_column FROM wells WHERE list_contains(?, id)"
+
+
+def extremes(
+    workspace: Workspace,
+    questions: Questions,
+    result: ReportResult,
+    images: Sequence[Row],
+    seen: Collection[int],
+) -> dict[str, Any]:
+    """Return the label that is recognised best, and worst, with a field of each beside a control.
+
+    Labels of images count, of equal ones those of cells; labels of negative controls do not.
+    ``images``: rows of the votes, one per image; ``seen``: wells that trained the model.
+    """
+    of_label: dict[str, list[Row]] = defaultdict(list)
+    for row in images:
+        if row["correct"] is not None:
+            of_label[row["truth"]].append(row)
+    usual = {label for label, rows in of_label.items() if all(_is_negative(x) for x in rows)}
+    order = sorted(
+        (item for item in result.by_class if item.support and item.label not in usual),
+        key=lambda item: (item.recall or 0, item.cells_correct / max(1, item.cells), item.label),
+    )
+    ends = [("best", order[-1]), ("worst", order[0])] if len(order) > 1 else []
+    chosen = {item.label: _usual_image(of_label[item.label], end) for end, item in ends}
+    plates = sorted({row["plate_id"] for row in chosen.values()})
+    controls = questions.ask_ours(CONTROLS, [plates]).records() if plates else []
+    fields = {row["well_id"]: row["unit_id"] for row in chosen.values()}
+    wells = questions.ask_ours(PLACES, [sorted(fields)]).records() if fields else []
+    places = {row["id"]: (row["well_row"], row["well_column"]) for row in wells}
+    pictures = WellPictures(workspace)
+    pictures.look_up({*fields, *(row["id"] for row in controls)}, fields)
+    shown = []
+    for end, item in ends:
+        row = chosen[item.label]
+        well = row["well_id"]
+        near = sorted(
+            (max(abs(c["well_row"] - y), abs(c["well_column"] - x)), c["id"], c["name"])
+            for y, x in (places[well],)
+            for c in controls
+            if c["plate_id"] == row["plate_id"] and c["id"] in pictures.images and c["id"] != well
+        )
+        treated, control = pictures.pair(well, near[0][1] if near else well)
+        taken = Counter(x["predicted"] for x in of_label[item.label] if not x["correct"])
+        shown.append(
+            {
+                "end": end,
+                "item": item,
+                "row": row,
+                "seen": well in seen,
+                "taken": taken.most_common(1)[0] if taken else None,
+                "treated": treated,
+                "control": {**control, "name": near[0][2]} if near else None,
+            }
+        )
+    usual_scores = [item for item in result.by_class if item.label in usual and item.support]
+    return {
+        "extremes": shown,
+        "usual": usual_scores[0] if len(usual_scores) == 1 else None,
+        "window": WINDOW,
+        "colours": pictures.colours(),
+        "kind": KINDS_OF_LABEL.get(result.field, ("label", "labels")),
+    }
+
+
+def _is_negative(row: Row) -> bool:
+    return str(row["control"]) == "negative"
+
+
+def _usual_image(rows: Sequence[Row], end: str) -> Row:
+    """Return an image of the middle confidence: a right one of the best label, else a wrong one."""
+    wanted = [row for row in rows if row["correct"] == (end == "best")] or list(rows)
+    wanted.sort(key=lambda row: (row["confidence"] or 0, row["unit_id"]))
+    return wanted[len(wanted) // 2]
 
 
 # Plate maps
@@ -114,16 +231,25 @@ WELLS = """
     ORDER BY p.barcode, w.well_row, w.well_column
 """
 USED_CELLS = """
-    WITH used AS (
+    WITH of_run AS (
         SELECT DISTINCT c.segmentation_id FROM predictions AS p JOIN cells AS c ON c.id = p.cell_id
         WHERE p.run_id = ? AND p.rank = 1
+    ),
+    used AS (
+        SELECT coalesce(max(s.id) FILTER (s.id IN (FROM of_run)), max(s.id)) AS segmentation_id
+        FROM segmentations AS s JOIN images AS i ON i.id = s.image_id
+        WHERE list_contains(?, i.well_id) AND s.recipe_id IN (
+            SELECT recipe_id FROM segmentations WHERE id IN (FROM of_run)
+        )
+        GROUP BY s.image_id
     ),
     found AS (
         SELECT c.cell_id AS id, c.image_id, i.well_id FROM eligible_cells AS c
         JOIN images AS i ON i.id = c.image_id
-        WHERE c.segmentation_id IN (SELECT segmentation_id FROM used)
+        WHERE c.segmentation_id IN (FROM used)
     )
 """
+"""The cells of some wells that a run has labelled, or could: those of the same segmentation."""
 SIZES = """
     SELECT p.barcode AS plate, min(i.pixel_size) AS size
     FROM images AS i JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = w.plate_id
@@ -136,13 +262,18 @@ NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "BOOLE
 
 
 def plate_maps(
-    questions: Questions, run_id: int, images: Sequence[Mapping[str, Any]], wanted: Sequence[str]
+    questions: Questions,
+    run_id: int,
+    images: Sequence[Row],
+    wanted: Sequence[str],
+    seen: Collection[int] = (),
 ) -> tuple[list[list[PlateMap]], int]:
     """Return the maps of each measure on the scored plates, and how many plates are not shown.
 
     The measures are accuracy, cells, and the features ``wanted``, else the usual ones: a feature is
     a column of a feature set, or SET.COLUMN, and its value the mean over the cells of a well that
-    the run could label. ``images``: rows of the votes, one per image.
+    the run could label. ``images``: rows of the votes, one per image. Wells of ``images`` that were
+    ``seen`` in training are marked on the map of accuracy.
 
     Raises:
         UnknownNameError: no feature set has such a column of numbers.
@@ -152,35 +283,37 @@ def plate_maps(
         if row["correct"] is not None:
             right[row["well_id"]].append(row["correct"])
     accuracy = {well: 100 * sum(some) / len(some) for well, some in right.items()}
+    plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
+    well_ids = sorted({row["well_id"] for row in images})
+    for row in questions.ask_ours(WELLS, [well_ids]).records():
+        plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
+    shown = dict(list(plates.items())[:SHOWN_PLATES])
+    asked = [run_id, sorted(well for wells in shown.values() for well in wells)]
     count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
-    counted = questions.ask_ours(f"{USED_CELLS} {count}", [run_id]).records()
+    counted = questions.ask_ours(f"{USED_CELLS} {count}", asked).records()
     cells = {row["well_id"]: row["value"] for row in counted}
     measures = [
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
         ("Cells", "cells in an image", cells, colour_limits(cells.values())),
     ]
-    plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
-    well_ids = sorted({row["well_id"] for row in images})
-    for row in questions.ask_ours(WELLS, [well_ids]).records():
-        plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     sizes = {row["plate"]: row["size"] for row in questions.ask_ours(SIZES).records()}
     units = {
         (row["name"], column["name"]): column.get("unit")
         for row in questions.ask_ours("SELECT name, columns FROM feature_sets").records()
         for column in json.loads(row["columns"])
     }
-    for (name, column), means in _feature_means(questions, run_id, wanted).items():
+    for (name, column), means in _feature_means(questions, asked, wanted).items():
         unit, values = units.get((name, column)), means
-        if unit in MICROMETRES and plates.keys() <= sizes.keys():
+        if unit in MICROMETRES and shown.keys() <= sizes.keys():
             power, unit = MICROMETRES[unit]
             values = {
                 well: means[well] * sizes[plate] ** power
-                for plate, wells in plates.items()
+                for plate, wells in shown.items()
                 for well in wells
                 if well in means
             }
-        shown = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
-        measures.append((column, shown, values, colour_limits(values.values())))
+        said = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
+        measures.append((column, said, values, colour_limits(values.values())))
     maps = [
         [
             PlateMap(
@@ -190,16 +323,18 @@ def plate_maps(
                 {wells[well]: value for well, value in values.items() if well in wells},
                 limits,
                 wells=wells.values(),
+                marked=[wells[x] for x in seen if x in wells and x in right] if shows_right else (),
             )
-            for plate, wells in list(plates.items())[:SHOWN_PLATES]
+            for plate, wells in shown.items()
         ]
         for title, unit, values, limits in measures
+        for shows_right in (values is accuracy,)
     ]
     return maps, max(0, len(plates) - SHOWN_PLATES)
 
 
 def _feature_means(
-    questions: Questions, run_id: int, wanted: Sequence[str]
+    questions: Questions, asked: Sequence[object], wanted: Sequence[str]
 ) -> dict[tuple[str, str], dict[int, float]]:
     """The means of features by well id, each by its set and column."""
     columns: dict[str, tuple[str, str]] = {}  # a bare name means the newest set
@@ -228,7 +363,7 @@ def _feature_means(
             f"{USED_CELLS} SELECT found.well_id, {values} FROM found "  # noqa: S608 - names are quoted
             f"JOIN {quoted(name)} AS f ON f.cell_id = found.id GROUP BY 1"
         )
-        for row in questions.ask_ours(query, [run_id]).records():
+        for row in questions.ask_ours(query, asked).records():
             for number, column in enumerate(chosen):
                 if row[f"v{number}"] is not None:
                     means[name, column][row["well_id"]] = row[f"v{number}"]
@@ -263,8 +398,6 @@ VOTES = """
     ORDER BY cells DESC, probability DESC, label
 """
 
-Row = Mapping[str, Any]
-
 
 def pictures(
     workspace: Workspace,
@@ -272,13 +405,14 @@ def pictures(
     run_id: int,
     images: Sequence[Row],
     comparison: Comparison | None = None,
+    seen: Collection[int] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the most confident mistakes, some hits, what two runs differ in, and some samples.
 
     ``images`` are rows of the votes, every vote of each image. What is drawn by chance is the same
-    for the same run. Of ``wrong``, ``right`` and ``different`` images: ``picture`` is a data URI,
-    or None with the ``problem``. Of ``samples``: the middle at full size, ``bare`` and
-    ``outlined``.
+    for the same run. ``seen``: wells that trained the model. Of ``wrong``, ``right`` and
+    ``different`` images: ``picture`` is a data URI, or None with the ``problem``. Of ``samples``:
+    the middle at full size, ``bare`` and ``outlined``.
     """
     draw = random.Random(run_id)  # noqa: S311 - which pictures are shown is no secret
     soft = [row for row in images if row["vote"] == "soft" and row["correct"] is not None]
@@ -319,6 +453,8 @@ def pictures(
             found[kind].append(
                 {
                     "title": known[image]["title"],
+                    "image": image,
+                    "seen": row["well_id"] in seen,
                     "kind": kind,
                     "truth": row["truth"],
                     "winner": row["predicted"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,7 +107,8 @@ class ClassScore:
     answered; ``f1`` is 2 ``correct`` / (``support`` + ``predicted``). ``target`` is the gene of a
     compound (several with ``|`` between), ``same_target`` counts its images that got another
     compound of the same gene. ``low`` and ``high`` bound the recall as in :class:`Score`;
-    ``wells``: how many the images come from; ``abstained``: images of the label without an answer.
+    ``wells``: how many the images come from; ``abstained``: images of the label without an answer;
+    ``cells`` and ``cells_correct``: its cells, and those of them that got the label alone.
     """
 
     label: str
@@ -123,6 +124,8 @@ class ClassScore:
     low: float | None = None
     high: float | None = None
     abstained: int = 0
+    cells: int = 0
+    cells_correct: int = 0
 
 
 @dataclass(frozen=True)
@@ -507,6 +510,7 @@ def report(
     force: bool = False,
     html: Path | None = None,
     maps: Sequence[str] = (),
+    look: Callable[[Questions, Subject, ReportResult], object] | None = None,
 ) -> ReportResult:
     """Score a predict run (a number or ``latest``) against the labels of its split.
 
@@ -515,7 +519,7 @@ def report(
     ``vote_options`` say which images and wells have an answer; what a quality-control run has
     flagged has no vote if they say so, and the result says how much that is. ``html``: the file of
     a page to write as well; ``maps``: features to show on its plate maps, each a column of a
-    feature set or SET.COLUMN.
+    feature set or SET.COLUMN. ``look`` is called with what the result was read from.
 
     Raises:
         UnknownNameError: there is no such predict run, quality-control run, or feature.
@@ -580,6 +584,8 @@ def report(
 
             write_page(workspace, questions, subject, result, html, maps)
             result = replace(result, html=str(html))
+        if look is not None:
+            look(questions, subject, result)
     return result
 
 
@@ -649,6 +655,8 @@ def score_answers(
     close = np.array(shared, dtype=bool)[pair_of] & ~images.abstained
 
     of_class = statistics.class_counts(answering.truth, answering.predicted, len(labels))
+    of_cells = np.bincount(cells.truth, minlength=len(labels))
+    right_cells = np.bincount(cells.truth[cells.correct], minlength=len(labels))
     by_class = []
     for code, label in enumerate(labels):
         group = score_group(label, images, close, images.truth == code)
@@ -670,6 +678,8 @@ def score_answers(
                     low=group.low,
                     high=group.high,
                     abstained=group.abstained,
+                    cells=int(of_cells[code]),
+                    cells_correct=int(right_cells[code]),
                 )
             )
     wells = np.unique(images.well)  # also those without an answer

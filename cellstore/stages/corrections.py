@@ -17,9 +17,17 @@ from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from ..config import RunName
-from ..db.bulk import in_lists, one_ingest_at_a_time
-from ..db.events import Change, caller, record_events, record_runs, recording_removed, table_digests
-from ..db.fields import wells_relabelled
+from ..db.bulk import IN_AT_ONCE, in_lists, one_ingest_at_a_time
+from ..db.events import (
+    Change,
+    caller,
+    grown_digest,
+    record_events,
+    record_runs,
+    recording_removed,
+    table_digests,
+)
+from ..db.fields import stands, wells_relabelled
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.tables import MISSING, RowRefusedError
@@ -71,6 +79,8 @@ from .ingest.write_treatments import TreatmentWriter, retarget
 LONGEST = 255
 _NAMED = 5
 """Things that a message names."""
+SHOWN = 20
+"""Changes of many rows that are shown, each with its name."""
 _CLASSES: dict[str, Any] = {
     mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers
 }
@@ -101,16 +111,19 @@ Act = Callable[[Session], tuple[Correction, list[Change]]]
 """Changes rows in a transaction; returns what it did, and its events."""
 
 
-def _carry_out(
+def carry_out(
     workspace: Workspace,
     reason: str | None,
     dry_run: bool,
     act: Act,
     files: Sequence[str] = (),
+    *,
+    annotating: bool = False,
 ) -> Correction:
     """Do ``act`` in one transaction, which a dry run takes back.
 
-    ``files``: where ``act`` puts the paths of files that are needed no more.
+    ``files``: where ``act`` puts the paths of files that are needed no more. ``annotating``: it
+    only adds rows to table ``annotations``.
 
     Raises:
         UserInputError: the reason is empty.
@@ -119,13 +132,17 @@ def _carry_out(
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
+        last = (session.scalar(select(func.max(Annotation.id))) or 0) if annotating else 0
         done, changes = act(session)
         if dry_run:
             session.rollback()
         else:
             session.flush()
-            plates = _plates_of(session, changes)
-            left = Change("store", None, None, {"tables": table_digests(session, plates)})
+            if annotating:
+                digests = grown_digest(session, last)
+            else:
+                digests = table_digests(session, _plates_of(session, changes))
+            left = Change("store", None, None, {"tables": digests})
             record_events(session, [left, *changes], reason=reason)
             undone = [item.row_id for item in changes if item.table_name == "runs"]
             record_runs(session, [number for number in undone if number])
@@ -151,13 +168,15 @@ def _plates_of(session: Session, changes: Sequence[Change]) -> set[int] | None:
     return found
 
 
-def _concerned(session: Session, images: Select[Any], cell: int | None = None) -> dict[str, Any]:
-    """Count images (a query of their ids), their cells and predictions; of ``cell`` alone its."""
+def _concerned(
+    session: Session, images: Select[Any], only: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Count images (a query of their ids), their cells and predictions; or of cells ``only``."""
     cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
-    cells = cells.where(Segmentation.image_id.in_(images) if cell is None else Cell.id == cell)
+    cells = cells.where(Segmentation.image_id.in_(images) if only is None else Cell.id.in_(only))
     first = select(func.count()).where(Prediction.rank == 1, Prediction.cell_id.in_(cells))
     number = session.scalar(first) or 0
-    if cell is None:
+    if only is None:
         whole = select(func.count()).where(ImagePrediction.rank == 1)
         number += session.scalar(whole.where(ImagePrediction.image_id.in_(images))) or 0
     return {
@@ -167,21 +186,21 @@ def _concerned(session: Session, images: Select[Any], cell: int | None = None) -
     }
 
 
-def _images_of(level: Level, row_id: int) -> Select[Any]:
-    """The query of the ids of the images of a plate, a well or a cell; of an image itself."""
+def _images_of(level: Level, *ids: int) -> Select[Any]:
+    """The query of the ids of the images of plates, wells or cells; of images themselves."""
     query = select(Image.id)
     match level:
         case Level.PLATE:
-            return query.join(Well, Well.id == Image.well_id).where(Well.plate_id == row_id)
+            return query.join(Well, Well.id == Image.well_id).where(Well.plate_id.in_(ids))
         case Level.WELL:
-            return query.where(Image.well_id == row_id)
+            return query.where(Image.well_id.in_(ids))
         case Level.IMAGE:
-            return query.where(Image.id == row_id)
+            return query.where(Image.id.in_(ids))
     of_cell = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
-    return query.where(Image.id.in_(of_cell.where(Cell.id == row_id)))
+    return query.where(Image.id.in_(of_cell.where(Cell.id.in_(ids))))
 
 
-def _name_of(session: Session, table: str, row_id: int | None) -> str:
+def name_of(session: Session, table: str, row_id: int | None) -> str:
     """What a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``.
 
     One that is gone has its number, and one without a name the name of its table.
@@ -242,10 +261,10 @@ def rename(
     if kind == "plate":
         if plate is not None:
             raise UserInputError("--plate says on which plate a channel is renamed. Leave it out.")
-        return _carry_out(workspace, reason, dry_run, lambda s: _rename_plate(s, old, new))
+        return carry_out(workspace, reason, dry_run, lambda s: _rename_plate(s, old, new))
     if kind != "channel":
         raise UnknownNameError.of("thing to rename", kind, ("plate", "channel"))
-    return _carry_out(workspace, reason, dry_run, lambda s: _rename_channel(s, old, new, plate))
+    return carry_out(workspace, reason, dry_run, lambda s: _rename_channel(s, old, new, plate))
 
 
 def _rename_plate(session: Session, old: str, new: str) -> tuple[Correction, list[Change]]:
@@ -289,7 +308,7 @@ def _rename_channel(
     both = session.scalar(images.where(ImageFile.image_id.in_(files(new))).limit(1))
     if both is not None:
         raise UserInputError(
-            f"Image {_name_of(session, 'images', both)} has a channel {new} already. To swap "
+            f"Image {name_of(session, 'images', both)} has a channel {new} already. To swap "
             "two channels, rename one of them to a third name first."
         )
     concerned = _concerned(session, images)
@@ -383,7 +402,7 @@ def relabel(
         concerned = _concerned(session, _images_of(Level.WELL, row.id))
         return Correction("relabel", name, shown, **concerned, notes=tuple(notes)), [change]
 
-    return _carry_out(workspace, reason, dry_run, act)
+    return carry_out(workspace, reason, dry_run, act)
 
 
 def _label_of(session: Session, well: Well) -> dict[str, Any]:
@@ -476,52 +495,60 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Treatm
 def set_excluded(
     workspace: Workspace,
     level: str,
-    name: str,
+    names: Names,
     excluded: bool,
     *,
+    user: str | None = None,
     reason: str | None = None,
     dry_run: bool = False,
 ) -> Correction:
-    """Let a plate, well, image or cell count nowhere, with a reason; or let it count again.
+    """Let plates, wells, images or cells count nowhere, with a reason; or let them count again.
 
-    It stays visible. Only what a person excluded can be included again.
+    They stay visible. Only what a person excluded can be included again. Of several, those that
+    are so already stay as they are. ``user``: who says so, if not who runs this process.
 
     Raises:
         UnknownNameError: nothing has that name.
         UserInputError: it is excluded already, or nobody excluded it.
     """
-    if level not in list(Level):
-        raise UnknownNameError.of("kind", level, [item.value for item in Level])
-    of = Level(level)
+    of = level_named(level)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
-        row_id = _FINDERS[of](session, readable(name))
-        called = _name_of(session, f"{of.value}s", row_id)
+        ids = rows_named(session, of, names)
         found = EXCLUSIONS.c
-        mine = and_(found.level == of.value, found.id == row_id)
-        query = select(found.reason, found.annotation_id).where(mine, _BY_PERSON)
-        present = session.execute(query.order_by(found.annotation_id)).all()
-        why = reason and readable(reason)
-        if excluded:
-            if present:
-                raise UserInputError(f"{called} is excluded already: {present[0].reason}.")
-            session.add(_annotation(of, row_id, why))
-            old, new = {"excluded": None}, {"excluded": why}
-        else:
-            if not present:
-                raise UserInputError(_why_not_included(session, of, row_id, called))
-            for row in present:
-                session.add(_annotation(of, row_id, why, undoes_id=row.annotation_id))
-            old, new = {"excluded": present[0].reason}, {"excluded": None}
+        mine = and_(found.level == of.value, found.id.in_(ids))
+        query = select(found.id, found.reason, found.annotation_id).where(mine, _BY_PERSON)
+        present: dict[int, list[Any]] = {}
+        for row in session.execute(query.order_by(found.annotation_id)):
+            present.setdefault(row.id, []).append(row)
+        to_do = [row_id for row_id in ids if (row_id in present) is not excluded]
+        if not to_do:
+            called = name_of(session, f"{of.value}s", ids[0])
+            if excluded:
+                raise UserInputError(f"{called} is excluded already: {present[ids[0]][0].reason}.")
+            raise UserInputError(_why_not_included(session, of, ids[0], called))
+        why, at = reason and readable(reason), datetime.now(UTC)
+        changes = []
+        for row_id in to_do:
+            if excluded:
+                session.add(annotation(of, row_id, why, user=user, at=at))
+                old, new = {"excluded": None}, {"excluded": why}
+            else:
+                for row in present[row_id]:
+                    undone = row.annotation_id
+                    session.add(annotation(of, row_id, why, user=user, at=at, undoes_id=undone))
+                old, new = {"excluded": present[row_id][0].reason}, {"excluded": None}
+            changes.append(Change(f"{of.value}s", row_id, old, new))
         session.flush()
-        change = Change(f"{of.value}s", row_id, old, new)
-        shown = (_shown_change(session, change),)
-        cell = row_id if of is Level.CELL else None
-        concerned = _concerned(session, _images_of(of, row_id), cell)
+        shown = tuple(_shown_change(session, change) for change in changes[:SHOWN])
+        concerned = _concerned(session, _images_of(of, *to_do), to_do if of is Level.CELL else None)
         verb = f"{'exclude' if excluded else 'include'} {of.value}"
-        return Correction(verb, called, shown, **concerned), [change]
+        called = shown[0]["name"] if len(to_do) == 1 else f"{len(to_do)} {of.value}s"
+        same = len(ids) - len(to_do)
+        notes = (f"{same} of {len(ids)} stay as they are.",) if same else ()
+        return Correction(verb, called, shown, **concerned, notes=notes), changes
 
-    return _carry_out(workspace, reason, dry_run, act)
+    return carry_out(workspace, reason, dry_run, act, annotating=True)
 
 
 _FINDERS: dict[Level, Callable[[Session, str], int]] = {
@@ -532,18 +559,78 @@ _FINDERS: dict[Level, Callable[[Session, str], int]] = {
 }
 _BY_PERSON = EXCLUSIONS.c.source == ExclusionSource.ANNOTATION.value
 
+Names = str | Sequence[str | int]
+"""One name as ``audit`` takes it, or names and ids."""
 
-def _annotation(level: Level, row_id: int, reason: str | None, **more: Any) -> Annotation:
-    """An exclusion that the person at this computer says now; ``undoes_id``: or takes back."""
+
+def level_named(level: str) -> Level:
+    """Return the level of this name.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if level not in list(Level):
+        raise UnknownNameError.of("kind", level, [item.value for item in Level])
+    return Level(level)
+
+
+def rows_named(session: Session, level: Level, names: Names) -> list[int]:
+    """Return the ids of plates, wells, images or cells, each once, in the order of their names.
+
+    Raises:
+        UnknownNameError: one is not there.
+        UserInputError: there are none, or too many.
+    """
+    given = [names] if isinstance(names, str) else list(names)
+    if not 1 <= len(given) <= IN_AT_ONCE:
+        raise UserInputError(f"Name 1 to {IN_AT_ONCE:,} {level.value}s at once.")
+    found = list[int]()
+    for name in given:
+        if isinstance(name, str) and (level is not Level.CELL or not name.strip().isdecimal()):
+            found.append(_FINDERS[level](session, readable(name)))
+        else:
+            found.append(int(name) if len(str(name)) < 19 else -1)
+    table = METADATA.tables[f"{level.value}s"].c.id
+    there = set(session.scalars(select(table).where(table.in_(set(found)))))
+    for name, row_id in zip(given, found, strict=True):
+        if row_id not in there:
+            if level is Level.CELL:
+                find_cell(session, str(name))  # whose error says what a cell is named by
+            raise UnknownNameError(f"There is no {level.value} with the id {name}.")
+    return list(dict.fromkeys(found))
+
+
+def annotation(
+    level: Level,
+    row_id: int,
+    reason: str | None,
+    *,
+    user: str | None = None,
+    at: datetime | None = None,
+    kind: AnnotationKind = AnnotationKind.EXCLUSION,
+    **more: Any,
+) -> Annotation:
+    """What a person says (by default: who runs this process, now); ``undoes_id``: or takes back.
+
+    What is said in one go has the same moment.
+    """
     return Annotation(
         level=level,
         row_id=row_id,
-        kind=AnnotationKind.EXCLUSION,
+        kind=kind,
         reason=reason,
-        user_name=caller()[0][:LONGEST],
-        created_at=datetime.now(UTC),
+        user_name=user or caller()[0][:LONGEST],
+        created_at=at or datetime.now(UTC),
         **more,
     )
+
+
+def undoing(
+    row: Annotation, reason: str | None, user: str | None = None, at: datetime | None = None
+) -> Annotation:
+    """Return the row that takes an annotation back."""
+    more: dict[str, Any] = {"kind": row.kind, "field": row.field, "undoes_id": row.id}
+    return annotation(row.level, row.row_id, reason, user=user, at=at, **more)
 
 
 def _why_not_included(session: Session, level: Level, row_id: int, called: str) -> str:
@@ -561,7 +648,7 @@ def _why_not_included(session: Session, level: Level, row_id: int, called: str) 
         if is_above and session.scalar(named) is not None:
             return (
                 f"Not {called} itself is excluded, but its {higher.value}. To include that: "
-                f"cellstore include {higher.value} {_name_of(session, f'{higher.value}s', number)}"
+                f"cellstore include {higher.value} {name_of(session, f'{higher.value}s', number)}"
             )
     return f"{begin} is not excluded, so there is nothing to include."
 
@@ -645,7 +732,7 @@ def undo(
             "undo", f"run {found.id}", (*rows, *features), **concerned, notes=tuple(notes)
         ), [*changes, status]
 
-    return _carry_out(workspace, reason, dry_run, act, files)
+    return carry_out(workspace, reason, dry_run, act, files)
 
 
 def delete_plate(
@@ -682,7 +769,7 @@ def delete_plate(
         done = Correction("delete plate", name, shown, **concerned, notes=tuple(notes))
         return done, changes
 
-    return _carry_out(workspace, reason, dry_run, act, files)
+    return carry_out(workspace, reason, dry_run, act, files)
 
 
 _UNDONE = "Undone."
@@ -725,7 +812,7 @@ def _corrected_by_hand(session: Session, wells: Select[Any], images: Select[Any]
     found = session.scalars(of_well.where(*by_hand).union(of_image.where(*by_hand))).all()
     if not found:
         return []
-    names = some_of([_name_of(session, "wells", number) for number in sorted(found)])
+    names = some_of([name_of(session, "wells", number) for number in sorted(found)])
     return [f"Corrected or excluded by hand: {names}. Do that again if the images come back."]
 
 
@@ -839,7 +926,7 @@ def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> Relying:
                 Event.table_name == table.__tablename__, Event.row_id >= row_id
             )
             by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
-            name = _name_of(session, table.__tablename__, row_id)
+            name = name_of(session, table.__tablename__, row_id)
             found.append((by or 0, f"ingest run {by} brought {name}"))
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
@@ -884,7 +971,7 @@ def _restorable(session: Session, run_id: int) -> tuple[list[Change], Relying, l
             since = since.where(Event.id > row.id, Run.status != Status.CANCELLED)
             found = session.execute(since.order_by(Event.id.desc()))
             by = next((run for run, values in found if name in (values or {})), None)
-            called = _name_of(session, row.table_name, row.row_id)
+            called = name_of(session, row.table_name, row.row_id)
             if by is None:
                 by_hand.add(name)
                 kept[called] = None
@@ -934,7 +1021,7 @@ def _shown_change(session: Session, change: Change) -> dict[str, Any]:
         for values in (change.old, change.new)
     )
     row_id = None if new is None else change.row_id
-    return {"name": _name_of(session, change.table_name, row_id), "old": old, "new": new}
+    return {"name": name_of(session, change.table_name, row_id), "old": old, "new": new}
 
 
 class _Deletion:
@@ -963,17 +1050,16 @@ class _Deletion:
         self.session.execute(delete(table).where(which), execution_options=options)
 
     def _record(self, table: Any, which: Any) -> None:
-        """Keep the event of a deletion, and undo the exclusions of the rows by people."""
+        """Keep the event of a deletion, and take back what people said of the rows."""
         session, name = self.session, table.__tablename__
         counted = select(func.count(), func.min(table.id), func.max(table.id)).where(which)
         number, first, last = session.execute(counted).one()
         if not number:
             return
-        level, found = name[:-1], EXCLUSIONS.c
-        mine = (found.level == level, found.id.in_(select(table.id).where(which)))
-        excluded = select(found.annotation_id, found.id).where(_BY_PERSON, *mine)
-        for annotation, row_id in session.execute(excluded).all():
-            session.add(_annotation(Level(level), row_id, "deleted", undoes_id=annotation))
+        for level in (level for level in Level if level.value == name[:-1]):
+            said = (Annotation.level == level, Annotation.row_id.in_(select(table.id).where(which)))
+            for row in session.scalars(select(Annotation).where(*said, stands(Annotation))).all():
+                session.add(undoing(row, "deleted"))
         session.flush()
         old = {"rows": number, "first_id": first}
         if table is Cell:  # files of measurements may keep these, and cells of others lie between

@@ -29,6 +29,27 @@ def test_a_person_corrects_a_screen_and_sees_it(cellstore, store):
     assert cellstore("log", *at, "--limit", "1", "--json").json["entries"][0]["reason"] == "no"
 
 
+def test_people_label_what_they_see(cellstore, store):
+    at = ("--store", store)
+    said = cellstore("annotate", "image", "P1/A01/1", "P1/A02/1", *at, "--label", "blurred")
+    assert "2 images  annotation  -       blurred" in said.out
+    assert "Next: " in said.err
+    more = ("--user", "bob", "--reason", "look again")
+    cellstore("annotate", "image", "P1/A01/1", *at, "--label", "sharp", *more)
+    listed = cellstore("annotate", "--list", *at)
+    first = listed.out.splitlines()[2]
+    assert first.split()[:4] == ["P1/A01/1", "annotation", "sharp", "bob"]
+    assert first.endswith("look again")
+    assert max(map(len, listed.out.splitlines())) <= 80
+    (row,) = cellstore("annotate", "--agreement", *at, "--json").json
+    assert (row["both"], row["agreement"], row["kappa"]) == (1, 0.0, 0.0)
+    assert "blurred" in cellstore("audit", "P1/A01/1", *at).out
+    cellstore("annotate", "image", "P1/A01/1", *at, "--undo", "--user", "bob")
+    assert "Nobody has said" in cellstore("annotate", "--agreement", *at).err
+    for words in ((), ("cell",), ("image", "1"), ("image", "1", "--list"), ("--undo",)):
+        assert "Say what is labelled" in cellstore("annotate", *words, *at, code=2).err
+
+
 def test_errors_are_one_sentence(cellstore, store):
     at = ("--store", store)
     for words in (
@@ -38,6 +59,9 @@ def test_errors_are_one_sentence(cellstore, store):
         ("exclude", "image", "P1/A01/77", "--reason", "r"),
         ("exclude", "cell", "x", "--reason", "r"),
         ("include", "well", "P1/A01"),
+        ("annotate", "well", "P1/A01", "--undo"),
+        ("annotate", "cell", "x", "--label", "round"),
+        ("annotate", "well", "P1/A01", "--label", "round", "--field", "treatment"),
     ):
         said = cellstore(*words, *at, code=2)
         assert said.err.startswith("Error: "), words

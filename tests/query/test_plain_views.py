@@ -112,6 +112,11 @@ def add_plate(make: Factory, labels: list[Label], random: Random) -> Run:
         for run in runs:
             said = [cell for cell in cells if random.random() < 0.9]
             make.predict(run, said, [choices(random, labels) for _ in said])
+        of, row_id = random.choice([(Level.IMAGE, image.id), (Level.WELL, image.well_id)])
+        for user in random.choices(("ada", "bob"), k=3):
+            label = make.label_row(of, row_id, random.choice(LABELS), user_name=user)
+            if random.random() < 0.3:
+                make.undo(label)
         if random.random() < 0.2:
             make.flag_image(flags, image, ImageFlagReason.OUT_OF_FOCUS)
         for cell in cells[: random.randint(0, 1)]:
@@ -124,6 +129,9 @@ def add_plate(make: Factory, labels: list[Label], random: Random) -> Run:
             numbers = {name: random.random() for name in ("value", "low", "high", "p", "q")}
             verdict = Verdict.HIT if measure == "hit" else None
             make.score(hits, measure, treatment, **numbers, verdict=verdict, note=plate.barcode)
+    for cell in cells[:1]:
+        make.label_row(Level.CELL, cell.id, LABELS[0])
+    make.label_row(Level.PLATE, plate.id, LABELS[1], field="focus")
     make.exclude(Level.WELL, wells[0].id)
     make.undo(make.exclude(Level.PLATE, plate.id))
     return flags

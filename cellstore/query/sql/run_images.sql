@@ -1,6 +1,6 @@
 -- Every image beside every predict run: its subset of the run's split and its true label.
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
--- where the split does not name the image; truth is the split's label, else what its well
+-- where the split does not name the image; truth is the split's label, else what it or its well
 -- has in the split's field, else null. well_in_training: the network was trained on an
 -- image of this very well; null: that was not declared of a model from elsewhere. control: what the
 -- well is a control of, else null; of a well that got another label since the split was made, what
@@ -43,10 +43,10 @@ labelled AS (
             WHEN 'batch' THEN pl.batch
             WHEN 'cell_line' THEN pl.cell_line
             WHEN 'time_point' THEN pl.time_point
-            ELSE coalesce(
+            ELSE CASE WHEN a.image_id IS NOT NULL THEN a.label ELSE coalesce(
                 (w.metadata ->> s.field),
                 (pl.metadata ->> s.field)
-            )
+            ) END
         END AS present,
         list_has_any(coalesce(su.of_well, []), predicting.trained_on) AS well_in_training,
         w.control
@@ -56,6 +56,7 @@ labelled AS (
     JOIN plates AS pl ON pl.id = w.plate_id
     LEFT JOIN treatments AS t ON t.id = w.treatment_id
     LEFT JOIN splits AS s ON s.id = predicting.split_id
+    LEFT JOIN image_labels AS a ON a.image_id = i.id AND a.field = s.field
     LEFT JOIN split_members AS m ON m.split_id = predicting.split_id AND m.image_id = i.id
     LEFT JOIN labels AS l ON l.id = m.label_id
     LEFT JOIN subsets AS su

@@ -1,0 +1,69 @@
+// Plate maps: what a well is, its replicates, and the keyboard.
+
+const tip = document.createElement("div");
+tip.className = "tip";
+tip.hidden = true;
+tip.setAttribute("aria-hidden", "true"); // the label of the link says the same
+document.body.append(tip);
+
+function show(well) {
+  tip.textContent = well.getAttribute("aria-label");
+  tip.hidden = false;
+  const box = well.getBoundingClientRect();
+  const width = tip.offsetWidth, height = tip.offsetHeight;
+  const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), innerWidth - width - 8);
+  const above = box.top - height - 6;
+  tip.style.left = `${left}px`;
+  tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
+  for (const other of document.querySelectorAll(`.wells a[data-group="${well.dataset.group}"]`)) {
+    other.classList.add("same");
+  }
+}
+
+function hide() {
+  tip.hidden = true;
+  for (const other of document.querySelectorAll(".wells a.same")) other.classList.remove("same");
+}
+
+const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+function next(well, [down, right]) {
+  // The next cell of the table in this direction that has a well.
+  let cell = well.closest("td"), row = cell.parentElement;
+  for (;;) {
+    if (right) cell = right > 0 ? cell.nextElementSibling : cell.previousElementSibling;
+    else {
+      const at = cell.cellIndex;
+      row = down > 0 ? row.nextElementSibling : row.previousElementSibling;
+      cell = row?.cells[at];
+    }
+    if (!cell || cell.tagName !== "TD") return null;
+    const found = cell.querySelector("a");
+    if (found) return found;
+  }
+}
+
+for (const map of document.querySelectorAll(".wells")) {
+  const wells = [...map.querySelectorAll("a")];
+  wells.forEach((well, at) => { well.tabIndex = at ? -1 : 0; });
+  map.addEventListener("keydown", (event) => {
+    const well = event.target.closest("a");
+    if (!well || !(event.key in STEPS) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    const found = next(well, STEPS[event.key]);
+    if (!found) return;
+    well.tabIndex = -1;
+    found.tabIndex = 0;
+    found.focus();
+  });
+  const over = (event) => {
+    hide();
+    const well = event.target.closest("a");
+    if (well) show(well);
+  };
+  map.addEventListener("pointerover", over);
+  map.addEventListener("focusin", over);
+  map.addEventListener("pointerleave", hide);
+  map.addEventListener("focusout", hide);
+}
+addEventListener("scroll", hide, { passive: true });
