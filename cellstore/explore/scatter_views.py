@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
@@ -306,7 +307,9 @@ class Plot:
         sql, values = (self.chosen.query, self.chosen.values) if window is None else (
             self.joined(window)
         )  # fmt: skip
-        return int(ask(self.request, f"SELECT count(*) AS n FROM ({sql})", values)[0]["n"])  # noqa: S608
+        counting = f"SELECT count(*) AS n FROM ({sql})"  # noqa: S608 - ours
+        key = "points", _digest(counting, values)
+        return int(kept(self.request, key, lambda: ask(self.request, counting, values)[0]["n"]))
 
     def points(self, window: tuple[float, ...] | None) -> Points:
         """Return the points, in an order of chance: none of a group lies above all others."""
@@ -552,11 +555,22 @@ def _density(
         for c in "xy"
     )
     binned = f"SELECT {parts}, count(*) AS n FROM ({sql}) GROUP BY ALL"  # noqa: S608 - ours
-    with plot.explorer.reader.questions(SECONDS) as questions, waited_for(plot.request, questions):
-        rows = questions.ask_ours(binned, values).arrays()
+
+    def find() -> dict[str, Any]:
+        with (
+            plot.explorer.reader.questions(SECONDS) as questions,
+            waited_for(plot.request, questions),
+        ):
+            return questions.ask_ours(binned, values).arrays()
+
+    rows = kept(plot.request, ("density", _digest(binned, values)), find)
     counts[np.asarray(rows["y_bin"]), np.asarray(rows["x_bin"])] = np.asarray(rows["n"])
     head |= {"kind": "density", "n": int(counts.sum()), "bins": BINS, "window": window}
     return head, counts
+
+
+def _digest(sql: str, values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr((sql, sorted(values.items()))).encode()).hexdigest()
 
 
 def _packed(head: dict[str, Any], *arrays: NDArray[Any]) -> Response:
@@ -654,23 +668,24 @@ def selected(request: Request) -> Response:
     for row in wells:
         plates.setdefault(row["plate"], []).append(row)
     fullest = sorted(plates, key=lambda plate: -sum(row["n"] for row in plates[plate]))
+    most = max((row["n"] for row in wells), default=0)
     return page(
         request,
         "selected.html.j2",
         name=name,
         cells=sum(row["n"] for row in wells),
         wells=wells,
-        plates={plate: _count_map(plate, plates[plate]) for plate in fullest[:SHOWN_PLATES]},
+        plates={p: _count_map(p, plates[p], most) for p in fullest[:SHOWN_PLATES]},
+        most=most,
         n_plates=len(plates),
         treatments=listed[:SHOWN_TREATMENTS],
         n_treatments=len(listed),
     )
 
 
-def _count_map(plate: str, wells: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cells of a selection in each well, as a map of the plate."""
+def _count_map(plate: str, wells: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """The cells of a selection in each well, as a map of the plate; ``most`` is the lightest."""
     by_position = {(row["well_row"], row["well_column"]): row for row in wells}
-    most = max(row["n"] for row in wells)
     rows, columns = plate_layout(list(by_position))
     grid = []
     for at in range(1, rows + 1):
@@ -685,7 +700,7 @@ def _count_map(plate: str, wells: list[dict[str, Any]]) -> dict[str, Any]:
             url = url_of("well", plate, row["well"])
             line.append({"url": url, "words": words, "colour": viridis(row["n"] / most)})
         grid.append((well_name(at, 1)[:-2], line))
-    return {"most": f"{most:,}", "columns": columns, "rows": grid}
+    return {"columns": columns, "rows": grid}
 
 
 def selected_file(request: Request) -> Response:

@@ -36,6 +36,7 @@ from .requests import Explorer, NotFoundError, page
 VIEWS = (
     "plate_views",
     "field_views",
+    "scatter_views",
     "sql_views",
 )
 """The modules of the pages; each has its ``ROUTES``."""

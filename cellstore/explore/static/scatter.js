@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("scatter-data")?.textContent || "null");
 const BEYOND = { others: 8, controls: 9, nothing: 10 };
-const LEFT = 66, BOTTOM = 46, TOP = 10, RIGHT = 12;
+const LEFT = 80, BOTTOM = 46, TOP = 10, RIGHT = 12;
 const VIRIDIS = ["440154", "481a6c", "472f7d", "414487", "39568c", "31688e", "2a788e", "23888e",
   "1f988b", "22a884", "35b779", "54c568", "7ad151", "a5db36", "d2e21b", "fde725"];
 const WAIT_MS = 500, REFETCH_MS = 350, NEAR = 9, BANDS = 512, CELLS = 256;
@@ -323,8 +323,9 @@ function start() {
     const [across, up] = shown.head.titles;
     words(LEFT + width / 2, TOP + height + 38, cut(across, width / 7), "middle", { class: "title" });
     words(0, 0, cut(up, height / 7), "middle", { class: "title", transform: `translate(14 ${TOP + height / 2}) rotate(-90)` });
-    if (lasso.length) parts.push(element("path", { d: `M${lasso.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`, class: "lasso" }));
     axes.replaceChildren(...parts);
+    const path = `M${lasso.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`;
+    part("lasso").replaceChildren(...(lasso.length ? [element("path", { d: path })] : []));
   }
 
   new ResizeObserver(() => { if (shown) draw(); }).observe(plot);
@@ -418,7 +419,7 @@ function start() {
     if (!answer.ok || over !== index) return;
     const { lines, url } = await answer.json();
     const { x, y, head } = shown;
-    const rows = [...lines, `${brief(x[index])} across, ${brief(y[index])} up`].map((text, at) => {
+    const rows = [...lines, `${head.titles[0]}: ${brief(x[index])}`, `${head.titles[1]}: ${brief(y[index])}`].map((text, at) => {
       const row = document.createElement(at ? "div" : "b");
       row.textContent = text;
       return row;
@@ -620,7 +621,7 @@ function make_drawer(gl) {
   };
 }
 
-function inside(polygon, x, y, shades, gone) {
+export function inside(polygon, x, y, shades, gone) {
   // Even-odd rule. The edges are sorted into bands, so that a point meets only those at its height.
   const mask = new Uint8Array(x.length);
   let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
