@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import warnings
@@ -28,6 +29,9 @@ TEMPLATE = "cellstore_template"
 settings.register_profile("random", deadline=None)
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("random")
+
+# Nor need what tests write survive a power cut.
+os.fsync = lambda _: None
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +139,12 @@ def postgres_workspace(tmp_path: Path, postgres_server: PostgresServer) -> Itera
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Take away what asks the second database a question that no database answers."""
     items[:] = [item for item in items if not _is_needless(item)]
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage no more among what all modules of tests and all that they import made."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_needless(item: pytest.Item) -> bool:

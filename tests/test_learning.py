@@ -82,7 +82,7 @@ def test_treatments_are_told_apart_on_plates_never_seen(
 
 @pytest.mark.heavy
 def test_without_an_effect_nothing_is_learned(sqlite_workspace: Workspace, tmp_path: Path) -> None:
-    params = fill(sqlite_workspace, tmp_path / "set", effect=0.0, size=112)
+    params = fill(sqlite_workspace, tmp_path / "set", effect=0.0, size=112, sites=1)
     for level in (GroupLevel.WELL, GroupLevel.PLATE):
         low, high = interval(sqlite_workspace, params, level)
         assert low <= CHANCE <= high, level
@@ -94,7 +94,7 @@ def test_a_split_by_image_scores_the_wells_it_has_seen(
 ) -> None:
     """Wells differ, treatments do not: only who has seen a well knows what it got."""
     changes = {"effect": 0.0, "well_effect": 6.0, "sites": 3, "size": 128}
-    network = fill(sqlite_workspace, tmp_path / "set", **changes)
+    network = fill(sqlite_workspace, tmp_path / "set", plates=PLATES.plates[:3], **changes)
     # A forest knows by heart what it has seen, with as few wells as there are.
     params = BaselineParams(features=network.features)
     found = {}

@@ -224,14 +224,14 @@ def test_of_many_classes_the_most_confused_have_names() -> None:
     names = [f"c{i:03d}" for i in range(120)]
     pairs = [(name, name) for name in names] + [("c007", "c099")] * 3 + [("c050", "c051")]
     found = report_figures.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
-    block, picture = matrices_of(found, 1, nowhere)
+    block, picture = matrices_of(found, nowhere)
     assert block.labels == ("c050", "c051", "c007", "c099")  # g25, g3, g49
     assert [square.count for square in block.rows[2][2]] == [0, 0, 1, 3]
     assert [square.solid for square in block.rows[2][2]] == [0, 0, 0.25, 0.75]
     assert picture.picture is not None
     assert "120 classes" in picture.picture
     assert len(picture.picture) < 30_000
-    (named,) = matrices_of(report_figures.confusion_of(pairs[:40], {}), 1, nowhere)
+    (named,) = matrices_of(report_figures.confusion_of(pairs[:40], {}), nowhere)
     assert len(named.rows) == 40
 
 
@@ -336,7 +336,7 @@ def test_the_first_screen_names_the_best_and_the_worst_treatment(
     words = write(sqlite_workspace, tmp_path).words
     for said in (
         "nocodazole is recognised best, vinblastine worst.",
-        "nocodazole: 1 of 1 images got the right label, and 100 % of its cells on their own.",
+        "nocodazole: 1 of 1 images got the right label, with 100 % of the votes of their cells.",
         "vinblastine: 0 of 1 images got the right label",
         "1 got that of taxol.",
         "Negative controls (DMSO): 1 of 1 images",

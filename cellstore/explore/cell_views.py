@@ -1,443 +1,653 @@
-"""Cells: which ones an address means, and the gallery of them."""
+"""The gallery: crops of the cells that an address means, one or two filters beside each other."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlencode
 
-import numpy as np
-from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import exists, func, select
+from sqlalchemy.orm import aliased
 from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
 
-from ..enums import Control, FeatureStorage, Subset
-from ..errors import UnknownNameError, UserInputError
-from ..jobs.run_names import find_predict_run
-from ..models import FeatureSet
-from ..query.cell_tables import chosen_cells as as_bits
-from ..query.cell_tables import selecting
-from ..query.cells import choose_recipes
-from ..query.engine import Questions
-from ..query.exclusions import find_qc_run
-from ..query.feature_files import set_of_recipe
-from ..query.guard import quoted
-from ..query.source import group_of
-from .requests import LONGEST_TEXT, Explorer, ask, choice, explorer_of, kept, text, whole
-
-MOST_VALUES = 500
-"""Values of one filter."""
-MOST_SELECTIONS = 8
-NEWEST = "latest"
-
-YES_NO = ("yes", "no")
-RIGHT_WRONG = ("right", "wrong")
-CONTROLS = (*(item.value for item in Control), "none")
-SUBSETS = (*(item.value for item in Subset), "outside")
-EXCLUDED = ("no", "yes", "all")
-
-_RANGE = re.compile(r"(\S*?)\.\.(\S*)")
-_NUMBER = re.compile(r"[A-Z]*INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*")
-_NO_FEATURES = ("cell_id", "recipe_id", "run_id")
-
-MEASURED = """
-    SELECT recipe_id FROM (
-        SELECT r.recipe_id,
-            row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS number
-        FROM runs AS r
-        JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
-        WHERE r.stage = 'measure'
-        AND r.recipe_id NOT IN (SELECT recipe_id FROM feature_sets WHERE storage = 'files')
-    ) WHERE number = 1
-"""
-"""Whose rows of table ``features`` count, as in ``cell_table``."""
-OF_CELLS = """SELECT c.id AS cell_id, s.image_id, c.excluded IS NOT NULL AS excluded
-    FROM cells AS c
-    JOIN (
-        SELECT max(s.id) AS segmentation_id, s.image_id
-        FROM segmentations AS s
-        JOIN images AS i ON i.id = s.image_id
-        WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
-        GROUP BY s.image_id
-    ) AS s ON s.segmentation_id = c.segmentation_id"""
-"""All cells, of the segmentation made last of the present bytes of each image."""
-OF_RUN = """SELECT cell_id, image_id, excluded, label_id, probability
-    FROM predictions_with_image
-    WHERE run_id = {run} AND rank = 1 AND cell_id IS NOT NULL"""
-"""The cells that a predict run has labelled, by whichever segmentation."""
-OF_IMAGES = """SELECT i.id AS image_id
-    FROM images AS i
-    JOIN wells AS w ON w.id = i.well_id
-    JOIN plates AS p ON p.id = w.plate_id
-    LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id"""
-COUNTS = """NOT t.excluded
-    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = t.image_id)
-    AND NOT EXISTS (FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = t.cell_id)"""
-TRUE_LABELS = """SELECT r.image_id, l.id AS label_id
-    FROM run_images AS r JOIN labels AS l ON l.value = r.truth WHERE r.run_id = {run}"""
-LABELLED_BY_PEOPLE = """SELECT a.row_id FROM annotations AS a
-    WHERE a.level = 'cell' AND a.kind = 'label' AND a.undoes_id IS NULL
-    AND a.id NOT IN (SELECT u.undoes_id FROM annotations AS u WHERE u.undoes_id IS NOT NULL)"""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The cells that an address means.
-
-    ``query`` is SQL of ours that gives ``cell_id`` and ``image_id`` of each cell, and where
-    ``run``, the number of a predict run, is not None also ``label_id`` and ``probability`` of its
-    first choice; ``values`` are its parameters. ``images``: SQL that gives the ``image_id`` of the
-    images that they may be of. ``active``: the filters in the address.
-    """
-
-    query: str
-    values: dict[str, Any]
-    images: str
-    run: int | None
-    active: tuple[tuple[str, str], ...]
-
-
-class Feature(NamedTuple):
-    """A measurement of cells: a ``column`` of rows ``origin`` (SQL), each with its ``cell_id``."""
-
-    name: str
-    column: str
-    origin: str
-
-    @property
-    def query(self) -> str:
-        """SQL that gives ``cell_id`` and ``value``."""
-        return f"SELECT cell_id, CAST({self.column} AS DOUBLE) AS value FROM {self.origin}"  # noqa: S608
-
-
-def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) -> Chosen:
-    """Return the cells that the filters of an address mean: ``FILTERS``, and ranges of features.
-
-    The filters are combined by AND, the values of one filter that is there several times by OR.
-    ``prefix`` stands before the names of all of them. Nothing that is joined has a row for each
-    cell and a text in it, so that some million cells are looked through in a fraction of a second.
-    ``of_run``: those that a predict run has labelled, also where no filter is about it.
-
-    Raises:
-        UserInputError: a value cannot be meant.
-        UnknownNameError: there is no such run, feature or selection.
-        QueryError: ``where`` is wrong, or does more than read.
-    """
-    return _Filters(request, prefix, of_run=of_run).chosen()
-
-
-class _Filters:
-    """Turns the filters of an address into SQL; see :func:`chosen_cells`."""
-
-    def __init__(self, request: Request, prefix: str, *, of_run: bool = False) -> None:
-        self.request, self.prefix, self.of_run = request, prefix, of_run
-        self.mark = prefix.replace(".", "_")
-        self.values: dict[str, Any] = {}
-        self.active: list[tuple[str, str]] = []
-        self.of_image: list[str] = []
-        self.of_cell: list[str] = []
-
-    def text(self, name: str) -> str | None:
-        found = text(self.request, self.prefix + name)
-        if found is not None:
-            self.active.append((self.prefix + name, found))
-        return found
-
-    def whole(self, name: str) -> int | None:
-        return whole(self.request, self.prefix + name) if self.text(name) is not None else None
-
-    def choice(self, name: str, choices: tuple[str, ...], default: str = "") -> str:
-        if self.text(name) is None:
-            return default
-        return choice(self.request, self.prefix + name, list(choices), default)
-
-    def many(self, name: str) -> list[str]:
-        """The values of a filter that may be there several times."""
-        name = self.prefix + name
-        found = [item for item in self.request.query_params.getlist(name) if item.strip()]
-        if len(found) > MOST_VALUES or any(len(item) > LONGEST_TEXT for item in found):
-            raise UserInputError(f"{name} has too many values, or one that is too long.")
-        self.active += ((name, item) for item in found)
-        return found
-
-    def numbers(self, name: str) -> list[float]:
-        return [_number(self.prefix + name, item) for item in self.many(name)]
-
-    def ids(self, name: str) -> list[int]:
-        """Whole numbers, with commas between or one at a time."""
-        found = []
-        for item in ",".join(self.many(name)).split(","):
-            number = item.strip()
-            if number and not (number.isdecimal() and len(number) <= 18):
-                raise UserInputError(
-                    f"{self.prefix}{name} has to be whole numbers with commas between, not "
-                    f"{number[:40]!r}."
-                )
-            found += [int(number)] if number else []
-        return found
-
-    def bind(self, name: str, value: Any) -> str:
-        """Take a value as a parameter of the SQL; return how the SQL names it."""
-        self.values[self.mark + name] = value
-        return f"${self.mark}{name}"
-
-    def among(self, name: str, *columns: str) -> str:
-        """The condition that one of some columns has one of the values of a filter, or nothing."""
-        found = self.many(name)
-        if not found:
-            return ""
-        listed = self.bind(name, found)
-        return " OR ".join(f"list_contains({listed}, {column})" for column in columns)
-
-    def chosen(self) -> Chosen:
-        run = self.wells_and_run()
-        self.exclusions()
-        self.features()
-        self.listed()
-        if self.of_image:
-            every = " AND ".join(f"({item})" for item in self.of_image)
-            images = f"{OF_IMAGES}\n    WHERE {every}"
-            self.of_cell.append(f"t.image_id IN ({images})")
-        else:
-            images = "SELECT i.id AS image_id FROM images AS i"
-        source = OF_CELLS if run is None else OF_RUN.format(run=run)
-        columns = "t.cell_id, t.image_id" + ("" if run is None else ", t.label_id, t.probability")
-        every = " AND ".join(f"({item})" for item in self.of_cell) or "true"
-        query = f"SELECT {columns} FROM (\n{source}\n) AS t WHERE {every}"  # noqa: S608 - ours
-        return Chosen(query, self.values, images, run, tuple(self.active))
-
-    def wells_and_run(self) -> int | None:
-        """The filters by well and treatment, and by what a predict run has said."""
-        conditions = [
-            self.among("plate", "p.barcode"),
-            self.among("well", "w.name"),
-            self.among("treatment", "t.treatment", "t.name_with_dose"),
-        ]
-        if doses := self.numbers("dose"):
-            conditions.append(f"list_contains({self.bind('dose', doses)}, t.dose)")
-        if control := self.choice("control", CONTROLS):
-            same = "IS NULL" if control == "none" else f"= {self.bind('control', control)}"
-            conditions.append(f"w.control {same}")
-        if images := self.ids("image"):
-            conditions.append(f"i.id IN ({', '.join(map(str, images))})")
-        named, other = self.text("run"), self.whole("other")
-        truth, predicted = self.among("label", "truth"), self.among("predicted", "value")
-        subset, result = self.choice("subset", SUBSETS), self.choice("result", RIGHT_WRONG)
-        between = [
-            f"t.probability {sign} {self.bind(name, _number(name, given))}"
-            for name, sign in (("min_probability", ">="), ("max_probability", "<="))
-            if (given := self.text(name)) is not None
-        ]
-        sorted_by = (text(self.request, "sort") or "").removeprefix("-")
-        asked = (named, other, truth, predicted, subset, result, between)
-        self.of_image += filter(None, conditions)
-        if not any(asked) and sorted_by != "probability" and not self.of_run:
-            return None
-        with explorer_of(self.request).workspace.database.read() as session:
-            found = find_predict_run(session, named or NEWEST)
-            if other is not None:
-                find_predict_run(session, str(other))
-        if found.folds:
-            raise UserInputError(
-                f"{named} is several runs. Name one of them: {', '.join(map(str, found.folds))}."
-            )
-        run = found.id
-        of_run = f"SELECT image_id FROM run_images WHERE run_id = {run}"  # noqa: S608 - ours
-        if truth or subset:
-            every = [f"({truth})"] if truth else []
-            every += [f"subset = {self.bind('subset', subset)}"] if subset else []
-            self.of_image.append(f"i.id IN ({of_run} AND {' AND '.join(every)})")
-        if predicted:
-            ids = f"SELECT id FROM labels WHERE {predicted}"  # noqa: S608 - ours
-            self.of_cell.append(f"t.label_id IN ({ids})")
-        if result:
-            right = f"""EXISTS (
-                FROM ({TRUE_LABELS.format(run=run)}) AS r
-                WHERE r.image_id = t.image_id AND r.label_id = t.label_id)"""
-            self.of_cell.append(right if result == "right" else f"NOT {right}")
-            self.of_image.append(f"i.id IN ({of_run} AND truth IS NOT NULL)")
-        if other is not None:
-            self.of_cell.append(f"""EXISTS (
-                FROM predictions_with_image AS o WHERE o.run_id = {other} AND o.rank = 1
-                AND o.cell_id = t.cell_id AND o.label_id <> t.label_id)""")
-        self.of_cell += between
-        return run
-
-    def exclusions(self) -> None:
-        """What counts, what is flagged, and what people have labelled."""
-        excluded = self.choice("excluded", EXCLUDED, "no")
-        if excluded != "all":
-            self.of_cell.append(COUNTS if excluded == "no" else f"NOT ({COUNTS})")
-        if (flagged := self.text("flagged")) is not None:
-            with explorer_of(self.request).workspace.database.read() as session:
-                qc = find_qc_run(session, NEWEST).id
-            of_run = f"WHERE f.run_id = {qc}"
-            if flagged not in YES_NO:
-                of_run += f" AND f.reason = {self.bind('flagged', flagged)}"
-            found = f"""t.cell_id IN (SELECT f.cell_id FROM cell_flags AS f {of_run})
-                OR t.image_id IN (SELECT f.image_id FROM image_flags AS f {of_run})"""  # noqa: S608
-            self.of_cell.append(f"NOT ({found})" if flagged == "no" else found)
-        if (annotated := self.text("annotated")) is not None:
-            people = LABELLED_BY_PEOPLE
-            if annotated not in YES_NO:
-                people += f" AND a.value = {self.bind('annotated', annotated)}"
-            no = "NOT " if annotated == "no" else ""
-            self.of_cell.append(f"t.cell_id {no}IN ({people})")
-
-    def features(self) -> None:
-        """Ranges of measurements: any name whose value has two dots."""
-        for whole_name, value in self.request.query_params.multi_items():
-            name, found = whole_name.removeprefix(self.prefix), _RANGE.fullmatch(value.strip())
-            mine = whole_name.startswith(self.prefix or OTHER) == bool(self.prefix)
-            if not mine or found is None or name in FILTERS:
-                continue
-            self.active.append((self.prefix + name, found[0]))
-            bounds = [
-                f"value {sign} {self.bind(f'bound{len(self.values)}', _number(name, bound))}"
-                for bound, sign in zip(found.groups(), (">=", "<="), strict=True)
-                if bound
-            ]
-            measured = feature_of(self.request, name)
-            every = " AND ".join(bounds) or "value IS NOT NULL"
-            self.of_cell.append(
-                f"t.cell_id IN (SELECT cell_id FROM ({measured.query}) AS f WHERE {every})"  # noqa: S608
-            )
-
-    def listed(self) -> None:
-        """Cells by their ids, by a selection, or by a condition in SQL."""
-        if ids := self.ids("cells"):
-            self.of_cell.append(f"t.cell_id IN ({', '.join(map(str, ids))})")
-        explorer = explorer_of(self.request)
-        bits = {}
-        if (digest := self.text("selection")) is not None:
-            bits["selection"] = _selections(explorer).get(digest)
-            if bits["selection"] is None:
-                raise UnknownNameError(
-                    "This selection is no longer kept. Select the cells again, in the scatter plot."
-                )
-        if (where := self.text("where")) is not None:
-            bits["where"] = _cells_where(explorer, where)
-        for name, found in bits.items():
-            # The bits of a byte stand there from the lowest; DuckDB counts from the highest.
-            self.of_cell.append(
-                f"CASE WHEN t.cell_id < {len(found or b'') * 8} THEN get_bit("
-                f"CAST(CAST({self.bind(name, found)} AS BLOB) AS BIT), "
-                "CAST(xor(t.cell_id, 7) AS INTEGER)) = 1 ELSE false END"
-            )
-
-
-OTHER = "b."
-"""Stands before the names of the second filter, for cells beside those of the first."""
-FILTERS = (
-    *("plate", "well", "treatment", "dose", "control", "image", "run", "other", "label"),
-    *("predicted", "subset", "result", "min_probability", "max_probability", "excluded"),
-    *("flagged", "annotated", "cells", "selection", "where"),
+from ..db.bulk import in_lists
+from ..enums import (
+    AnnotationKind,
+    CellFlagReason,
+    Control,
+    ImageFlagReason,
+    Level,
 )
-"""The filters that are not ranges of features."""
+from ..errors import UnknownNameError, UserInputError, some_of
+from ..jobs.run_names import find_predict_run
+from ..models import (
+    Annotation,
+    Cell,
+    Image,
+    ImageFile,
+    Label,
+    Plate,
+    Prediction,
+    Segmentation,
+    Treatment,
+    Well,
+)
+from ..report.drawing import brief
+from .cell_filters import (
+    COUNTS,
+    FILTERS,
+    NEWEST,
+    OF_CELLS,
+    OF_RUN,
+    OTHER,
+    Chosen,
+    chosen_cells,
+    feature_of,
+    features_known,
+)
+from .pixels import SHEET_COLUMNS, crop_sheet
+from .requests import (
+    ask,
+    choice,
+    explorer_of,
+    kept,
+    page,
+    text,
+    url_of,
+    whole,
+)
+
+PER_SHEET = 100
+"""Crops of a sheet, which are one picture; half of that for each of two filters."""
+FIRST = 4_096
+"""Cells that are looked at first where many are sorted by a number."""
+FIELD = "/field/{image_id}"
+SIDES = (32, 48, 64, 96, 128, 192, 256)
+MOST_NAMES, MOST_ORDERS, MOST_CHANNELS = 1_000, 30, 20
+"""Names that a list of the form offers; features to sort by; channels of a crop."""
+WITH_CONTROLS = ("treatment", "label", "predicted", "result", "well")
+"""Filters beside whose cells negative controls are shown unless the address says none."""
+OF_PAGE = ("sort", "seed", "beside", "side", "channels", "outlines", "after", "pane")
+"""What else the address of a gallery may say."""
+OF_FORM = ("feature", "min", "max")
+"""What the form sends for a range of a feature."""
+CERTAIN = "probability"
+SHOWN_IN_FORM = {
+    *("plate", "well", "treatment", "dose", "control", "run", "label", "predicted", "result"),
+    *("subset", "min_probability", "max_probability", "other", "flagged", "annotated", "excluded"),
+    *("where", "sort", "seed", "beside", "side", "channels", "outlines", "b.plate", "b.well"),
+    *("b.treatment", "b.dose", "b.control", "b.run", "b.label", "b.predicted", "b.result"),
+}
+SHORT_WORDS = {
+    "control": "role",
+    "image": "field",
+    "other": "labelled otherwise by run",
+    "label": "true label",
+    "result": "prediction",
+    "min_probability": "probability from",
+    "max_probability": "probability to",
+    "annotated": "labelled by people",
+    "cells": "cells",
+}
+RUNS = """
+    SELECT r.id, s.name AS split,
+        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared', 'network') AS model
+    FROM runs AS r
+    LEFT JOIN runs AS t ON t.id = r.parent_id
+    LEFT JOIN recipes AS p ON p.id = t.recipe_id
+    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
+    WHERE r.stage = 'predict' AND r.status = 'done'
+    ORDER BY r.id DESC LIMIT 200
+"""
+PEOPLE = """
+    SELECT DISTINCT a.value FROM annotations AS a
+    WHERE a.level = 'cell' AND a.kind = 'label' AND a.value IS NOT NULL ORDER BY a.value LIMIT 100
+"""
+PIXEL_SIZES = "SELECT min(pixel_size) AS low, max(pixel_size) AS high FROM images"
+SIZES = """
+    SELECT quantile_cont(greatest(max_row - min_row, max_col - min_col), 0.9) AS size
+    FROM (SELECT max_row, min_row, max_col, min_col FROM cells LIMIT 5000)
+"""
 
 
-def _number(name: str, given: str) -> float:
-    try:
-        found = float(given)
-    except ValueError:
-        found = math.nan
-    if not math.isfinite(found):
-        raise UserInputError(f"{name} has to be a number, not {given[:40]!r}.")
-    return found
+class Order(NamedTuple):
+    """How cells are sorted: by ``key``, SQL on ``t``, then by id.
+
+    ``source``: SQL that gives ``cell_id`` and ``key`` of all cells that have one, where it is
+    cheaper to begin with the first of these than with the chosen cells. ``whole``: keys are whole
+    numbers. ``shown``: a key is worth showing; it stands with its sign changed where ``falling``.
+    """
+
+    key: str
+    source: str = ""
+    whole: bool = True
+    shown: bool = False
+    falling: bool = False
 
 
-def feature_of(request: Request, name: str) -> Feature:
-    """Return a measurement of cells by its name: ``area``, or ``texture.contrast`` of a set.
+class Pane(NamedTuple):
+    """The cells of one of the filters of the page; ``prefix`` is that of the filter."""
+
+    prefix: str
+    title: str
+    chosen: Chosen
+    order: Order
+
+
+def order_of(request: Request, chosen: Chosen) -> Order:
+    """Return how the address sorts cells: at random unless it says something else.
 
     Raises:
-        UnknownNameError: there is none.
+        UnknownNameError: there is no such feature.
     """
-    known = features_known(request)
-    if name not in known:
-        raise UnknownNameError.of("feature", name, list(known))
-    return known[name]
+    seed = whole(request, "seed", 1, high=2**31)
+    at_random = Order(f"hash(t.cell_id, {seed})")
+    given = text(request, "sort", "random") or "random"
+    if given == "random":
+        return at_random
+    if given == "id":
+        return Order("t.cell_id")
+    name, falling = given.removeprefix("-"), given.startswith("-")
+    sign = "-" if falling else ""
+    if name == CERTAIN:
+        if chosen.run is None:
+            return at_random
+        rows = OF_RUN.format(run=chosen.run)
+        keyed = f"SELECT cell_id, {sign}probability AS key FROM ({rows})"  # noqa: S608 - ours
+    else:
+        # What is no number, or was not measured, comes last.
+        keyed = f"""SELECT cell_id, coalesce(nullif({sign}value, 'nan'), 'infinity') AS key
+            FROM ({feature_of(request, name).query})"""  # noqa: S608 - ours
+    return Order("coalesce(k.key, 'infinity')", keyed, False, True, falling)
 
 
-def features_known(request: Request) -> dict[str, Feature]:
-    """Return the measurements of cells by name: those of table ``features`` first."""
-    return kept(request, ("features",), lambda: _features(request))
+def cells_after(
+    request: Request, chosen: Chosen, order: Order, after: str | None, n: int
+) -> list[dict[str, Any]]:
+    """Return the first ``n`` cells behind a place in the order: ``cell_id``, ``image_id``, ``key``.
 
-
-def _features(request: Request) -> dict[str, Feature]:
-    explorer = explorer_of(request)
-    with explorer.workspace.database.read() as session:
-        in_files = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
-        sets = list(session.scalars(in_files.order_by(FeatureSet.id)))
-    sets += sorted({group for name in sets if (group := group_of(name))} - set(sets))
-    recipes = [int(row["recipe_id"]) for row in ask(request, MEASURED)]
-    of_recipes = f" WHERE recipe_id IN ({', '.join(map(str, recipes)) or -1})"
-    known = {}
-    with explorer.reader.questions() as questions:
-        for relation in ("features", *sets):
-            mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
-            for column, kind in questions.columns(relation):
-                if _NUMBER.fullmatch(kind) and column not in _NO_FEATURES:
-                    rows = f"{quoted(relation)}{origin}"
-                    known[mine + column] = Feature(mine + column, quoted(column), rows)
-    return known
-
-
-def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:
-    """Keep some cells (N,) in memory, for a while; return the name of them for an address.
-
-    The same cells have the same name.
-    """
-    ids = np.unique(ids[ids > 0])
-    bits = np.zeros((int(ids[-1]) >> 3) + 1 if len(ids) else 1, np.uint8)
-    np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
-    return _keep(explorer, hashlib.sha256(bits.tobytes()).hexdigest()[:16], bits.tobytes())
-
-
-def kept_selection(explorer: Explorer, name: str) -> NDArray[np.int64]:
-    """Return the ids of the cells of a selection, ascending.
+    ``after`` is the ``place`` of the last cell before them; so it matters not what was added to the
+    store meanwhile.
 
     Raises:
-        UnknownNameError: it is no longer kept.
+        UserInputError: ``after`` is no place.
     """
-    if name not in _selections(explorer):
-        raise UnknownNameError("This selection is no longer kept. Select the cells again.")
-    bits = np.frombuffer(_selections(explorer)[name], np.uint8)
-    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+    values, behind = dict(chosen.values), "true"
+    if after is not None:
+        key, _, cell_id = after.partition("~")
+        try:
+            values["after_key"] = int(key) if order.whole else float(key)
+            values["after_id"] = int(cell_id)
+        except ValueError:
+            raise UserInputError("after has to be a place in the gallery.") from None
+        if max(abs(values["after_id"]), abs(values["after_key"]) if order.whole else 0) >= 2**64:
+            raise UserInputError("after has to be a place in the gallery.")
+        behind = "key > $after_key OR (key = $after_key AND cell_id > $after_id)"
+    last = f"ORDER BY key, cell_id LIMIT {n}"
+    rows: list[dict[str, Any]] = []
+    if order.source:
+        rows = ask(
+            request,
+            f"""WITH first AS (
+                SELECT cell_id, key FROM ({order.source}) WHERE {behind}
+                ORDER BY key, cell_id LIMIT {FIRST}
+            )
+            SELECT t.cell_id, t.image_id, f.key FROM first AS f
+            JOIN ({chosen.query}) AS t ON t.cell_id = f.cell_id {last}""",  # noqa: S608 - ours
+            values,
+        )
+    if len(rows) < n or rows[-1]["key"] == math.inf:
+        join = f" LEFT JOIN ({order.source}) AS k ON k.cell_id = t.cell_id" if order.source else ""
+        every = f"SELECT t.cell_id, t.image_id, {order.key} AS key FROM ({chosen.query}) AS t{join}"  # noqa: S608 - ours
+        rows = ask(request, f"SELECT * FROM ({every}) WHERE {behind} {last}", values)  # noqa: S608
+    return [row | {"place": f"{row['key']!r}~{row['cell_id']}"} for row in rows]
 
 
-def _selections(explorer: Explorer) -> dict[str, bytes]:
-    """The cells that are kept for a while, by name, as bits."""
-    found: dict[str, bytes] = explorer.kept.setdefault("selections", {})
-    return found
+def _kept_as(*parts: Any) -> tuple[str, str]:
+    """The key under which an answer is kept that depends on these."""
+    return "cells", hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _keep(explorer: Explorer, name: str, bits: bytes) -> str:
-    known = _selections(explorer)
-    known.pop(name, None)
-    known[name] = bits
-    for old in list(known)[:-MOST_SELECTIONS]:
-        known.pop(old, None)
-    return name
+def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
+    """Return a sheet of the gallery: its crops with what is told of each, and what follows."""
+    name = pane.prefix + "after"
+    after = text(request, name)
+
+    def find() -> tuple[list[dict[str, Any]], bool]:
+        found = cells_after(request, pane.chosen, pane.order, after, n + 1)
+        return _described(request, found[:n], pane), len(found) > n
+
+    crops, more = kept(request, _kept_as(pane.chosen, pane.order, after, n), find)
+    columns = min(len(crops), SHEET_COLUMNS)
+    following = behind = None
+    if more and crops:
+        behind = _changed(request, {name: crops[-1]["place"]})
+        changes = {name: crops[-1]["place"], "pane": pane.prefix or None}
+        following = _changed(request, changes, path="/cells/more")
+    looks = _looks(request)
+    ids = ",".join(str(crop["cell_id"]) for crop in crops)
+    shown_by = {**looks, "outlines": looks["outlines"] or None}
+    return {
+        "pane": pane,
+        "crops": crops,
+        "columns": columns,
+        "lines": -(-len(crops) // columns) if crops else 0,
+        "sheet": url_of("cells", "sheet", cells=ids, **shown_by) if crops else None,
+        "begin": after,
+        "following": following,
+        "next": behind,
+        "to_field": FIELD in request.app.state.addresses,
+    }
 
 
-def _cells_where(explorer: Explorer, where: str) -> bytes:
-    """The cells of a condition, as bits; found once as long as the store does not change."""
-    name = f"where {explorer.reader.mark()} {where}"
-    if (known := _selections(explorer).get(name)) is not None:
-        return known
-    with explorer.workspace.database.read() as session:
-        segment, measure = choose_recipes(session, None, None)
-        found = set_of_recipe(session, measure.id)
-        set_name = None if found is None else found.name
-        segment_id, measure_id = segment.id, measure.id
-    with explorer.reader.questions() as questions:
-        chosen = selecting(questions, where, None, segment_id, measure_id, set_name)
-        bits = as_bits(questions, chosen, _last_cell(questions))
-    _keep(explorer, name, bits)
-    return bits
+def _changed(
+    request: Request,
+    changes: Mapping[str, Any],
+    without: tuple[str, str] | None = None,
+    path: str = "/cells",
+) -> str:
+    """The address of this page with some parameters changed, or ``without`` one of them."""
+    given = [
+        item
+        for item in request.query_params.multi_items()
+        if item != without and item[0] not in changes and item[0] != "pane"
+    ]
+    given += [(name, value) for name, value in changes.items() if value is not None]
+    return f"{path}?{urlencode(given)}" if given else path
 
 
-def _last_cell(questions: Questions) -> int:
-    return int(questions.ask_ours("SELECT coalesce(max(id), 0) AS n FROM cells").records()[0]["n"])
+def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> list[dict[str, Any]]:
+    """Add to some cells what is shown of them."""
+    ids = [row["cell_id"] for row in found]
+    run = pane.chosen.run or _shown_run(request)
+    about: dict[int, Any] = {}
+    said: dict[int, Any] = {}
+    people: dict[int, str | None] = {}
+    query = select(Cell.id, Cell.object_number, Cell.excluded, Image.site, Well.name)
+    query = query.add_columns(Well.control, Plate.barcode, Treatment.name_with_dose)
+    query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
+    query = query.join(Image, Image.id == Segmentation.image_id)
+    query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    answers = select(Prediction.cell_id, Label.value, Prediction.probability)
+    answers = answers.join(Label, Label.id == Prediction.label_id)
+    answers = answers.where(Prediction.run_id == run, Prediction.rank == 1)
+    undone = aliased(Annotation)
+    labels = select(Annotation.row_id, Annotation.value).order_by(Annotation.id)
+    labels = labels.where(Annotation.level == Level.CELL, Annotation.kind == AnnotationKind.LABEL)
+    labels = labels.where(Annotation.undoes_id.is_(None))
+    labels = labels.where(~exists().where(undone.undoes_id == Annotation.id))
+    with explorer_of(request).workspace.database.read() as session:
+        for some in in_lists(ids):
+            about.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
+            people.update(
+                (cell_id, value)
+                for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some)))
+            )
+            if run is not None:
+                rows = session.execute(answers.where(Prediction.cell_id.in_(some)))
+                said.update((row.cell_id, row) for row in rows)
+    truths: dict[int, dict[str, Any]] = {}
+    if said:
+        images = ", ".join(str(row["image_id"]) for row in found)
+        sql = f"""SELECT image_id, truth, subset, well_in_training FROM run_images
+            WHERE run_id = {run} AND image_id IN ({images})"""  # noqa: S608 - numbers
+        truths = {row["image_id"]: row for row in ask(request, sql)}
+    crops = []
+    for row in found:
+        cell, answer = about.get(row["cell_id"]), said.get(row["cell_id"])
+        if cell is None:  # deleted a moment ago
+            continue
+        truth = truths.get(row["image_id"]) if answer is not None else None
+        crop = {
+            **row,
+            "plate": cell.barcode,
+            "well": cell.name,
+            "site": cell.site,
+            "object_number": cell.object_number,
+            "treatment": cell.name_with_dose,
+            "control": None if cell.control is None else Control(cell.control).value,
+            "excluded": cell.excluded,
+            "predicted": None if answer is None else answer.value,
+            "probability": None if answer is None else answer.probability,
+            "truth": None if truth is None else truth["truth"],
+            "seen": bool(truth and truth["well_in_training"]),
+            "people": people.get(row["cell_id"]),
+            "number": None,
+        }
+        if pane.order.shown and row["key"] != math.inf:
+            crop["number"] = brief(-row["key"] if pane.order.falling else row["key"])
+        right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
+        crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
+        crop["told"] = _told(crop, run)
+        crops.append(crop)
+    return crops
+
+
+def _told(crop: Mapping[str, Any], run: int | None) -> str:
+    """Say of a crop what its cell is."""
+    words = [crop["plate"], crop["well"], f"field {crop['site']}", f"cell {crop['cell_id']}"]
+    words.append(crop["treatment"] or "treatment unknown")
+    if crop["control"]:
+        words.append(f"{crop['control']} control")
+    if crop["predicted"] is not None:
+        said = f"run {run}: {crop['predicted']} {crop['probability']:.0%}"
+        if crop["result"] is not None:
+            said += f", {crop['result']}"
+        words.append(said + (f" (it is {crop['truth']})" if crop["result"] == "wrong" else ""))
+        if crop["seen"]:
+            words.append("well seen in training")
+    if crop["people"]:
+        words.append(f"labelled {crop['people']}")
+    if crop["excluded"]:
+        words.append(f"excluded: {crop['excluded']}")
+    if crop["number"] is not None:
+        words.append(f"sorted by {crop['number']}")
+    return " · ".join(words)
+
+
+def _shown_run(request: Request) -> int | None:
+    """The predict run whose answers are told where the filters name none."""
+    runs = kept(request, ("predict runs",), lambda: ask(request, RUNS))
+    if not runs:
+        return None
+    with explorer_of(request).workspace.database.read() as session:
+        try:
+            found = find_predict_run(session, NEWEST)
+        except UserInputError:
+            return None
+    return found.id
+
+
+def _looks(request: Request) -> dict[str, Any]:
+    """How crops look: pixels of a side, channels, and whether there are outlines (1 or 0)."""
+    usual = kept(request, ("side of crops",), lambda: _usual_side(request))
+    side = whole(request, "side", usual, low=SIDES[0], high=SIDES[-1]) or usual
+    given = [item for item in request.query_params.getlist("channels") if item]
+    known = {name.lower(): name for name in _channels(request)}
+    for name in given[:MOST_CHANNELS]:
+        if name.lower() not in known:
+            raise UnknownNameError.of("channel", name, known.values())
+    outlines = choice(request, "outlines", ["0", "1"], "0")
+    channels = [known[name.lower()] for name in dict.fromkeys(given[:MOST_CHANNELS])]
+    return {"side": side, "channels": channels, "outlines": int(outlines)}
+
+
+def _usual_side(request: Request) -> int:
+    size = ask(request, SIZES)[0]["size"]
+    return next((side for side in SIDES if size is not None and side >= 1.4 * size), SIDES[2])
+
+
+def _channels(request: Request) -> list[str]:
+    def find() -> list[str]:
+        position = func.min(ImageFile.position)
+        query = select(ImageFile.channel).group_by(ImageFile.channel).order_by(position)
+        with explorer_of(request).workspace.database.read() as session:
+            return list(session.scalars(query))
+
+    return kept(request, ("channels of images",), find)
+
+
+def _panes(request: Request) -> list[Pane]:
+    """The filters of the address: one, or two beside each other."""
+    chosen = chosen_cells(request)
+    panes = [Pane("", _title(chosen.active), chosen, order_of(request, chosen))]
+    names = {name for name, _ in chosen.active}
+    second = [name for name in request.query_params if name.startswith(OTHER)]
+    if set(second) - {OTHER + "after"}:
+        other = chosen_cells(request, OTHER)
+        title = _title(tuple((name.removeprefix(OTHER), value) for name, value in other.active))
+        return [*panes, Pane(OTHER, title, other, order_of(request, other))]
+    usual = "controls" if names & set(WITH_CONTROLS) else "none"
+    if choice(request, "beside", ["controls", "none"], usual) == "controls":
+        panes += _controls_beside(request, chosen)
+    return panes
+
+
+def _controls_beside(request: Request, chosen: Chosen) -> list[Pane]:
+    """The negative controls of the plates of some cells, unless these are the controls."""
+    values = {
+        name: value
+        for name, value in chosen.values.items()
+        if re.search(rf"\${re.escape(name)}\b", chosen.images)
+    }
+    of_plates = f"""SELECT DISTINCT w.plate_id FROM images AS i JOIN wells AS w ON w.id = i.well_id
+        WHERE i.id IN ({chosen.images})"""  # noqa: S608 - ours
+    named = f"""SELECT p.barcode, t.treatment, w.control = 'negative' AS control
+        FROM wells AS w JOIN plates AS p ON p.id = w.plate_id
+        LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
+        WHERE w.id IN (SELECT i.well_id FROM images AS i WHERE i.id IN ({chosen.images}))
+        OR (w.control = 'negative' AND w.plate_id IN ({of_plates}))
+        GROUP BY ALL ORDER BY ALL"""  # noqa: S608 - ours
+    wells = kept(request, _kept_as(named, values), lambda: ask(request, named, values))
+    controls = [row for row in wells if row["control"]]
+    if not controls or len(controls) == len(wells):
+        return []
+    plates = list(dict.fromkeys(row["barcode"] for row in controls))
+    treatments = list(dict.fromkeys(row["treatment"] for row in controls if row["treatment"]))
+    title = "Negative controls"
+    title += f" ({some_of(treatments, 3)})" if treatments else ""
+    title += f" of {'plate' if len(plates) == 1 else 'plates'} {some_of(plates, 4)}"
+    images = f"""SELECT i.id AS image_id FROM images AS i JOIN wells AS w ON w.id = i.well_id
+        WHERE w.control = 'negative' AND w.plate_id IN ({of_plates})"""  # noqa: S608 - ours
+    query = f"""SELECT t.cell_id, t.image_id FROM ({OF_CELLS}) AS t
+        WHERE {COUNTS} AND t.image_id IN ({images})"""  # noqa: S608 - ours
+    found = Chosen(query, values, images, None, ())
+    return [Pane(OTHER, title, found, order_of(request, found))]
+
+
+def _orders(request: Request, features: Sequence[str]) -> dict[str, str]:
+    """The ways to sort cells in words, by what the address says; also that of this address."""
+    orders = {
+        "random": "in random order",
+        "id": "in the order in which they were found",
+        CERTAIN: "the least certain prediction first",
+        f"-{CERTAIN}": "the most certain prediction first",
+    }
+    given = (text(request, "sort") or "").removeprefix("-")
+    for name in dict.fromkeys([*features, *([given] if given not in orders and given else [])]):
+        orders |= {name: f"{name}, the smallest first", f"-{name}": f"{name}, the largest first"}
+    return orders
+
+
+def _title(active: Collection[tuple[str, str]]) -> str:
+    """Say in some words which cells are meant."""
+    by_name: dict[str, list[str]] = {}
+    for name, value in active:
+        by_name.setdefault(name, []).append(value)
+    words = [some_of(by_name[name], 3) for name in ("treatment", "label") if name in by_name]
+    if "predicted" in by_name:
+        words.append(f"predicted as {some_of(by_name['predicted'], 3)}")
+    if by_name.get("result"):
+        words.append(f"predicted {'rightly' if by_name['result'] == ['right'] else 'wrongly'}")
+    if "control" in by_name:
+        words.append(
+            {"none": "no controls"}.get(by_name["control"][0])
+            or f"{by_name['control'][0]} controls"
+        )
+    where = [some_of(by_name[name], 3) for name in ("plate", "well") if name in by_name]
+    if not words:
+        words = ["cells" if active else "all cells"]
+    if not {"treatment", "label"} & set(by_name):  # names stay as they are written
+        words[0] = words[0].capitalize()
+    return " ".join([", ".join(words), *(["of", *where] if where else [])])
+
+
+def _chips(request: Request, pane: Pane) -> list[dict[str, str]]:
+    """The active filters in words, each with the address of the page without it."""
+    return [
+        {
+            "words": SHORT_WORDS.get(name.removeprefix(OTHER), name.removeprefix(OTHER)),
+            "value": value,
+            "without": _changed(
+                request, {"after": None, OTHER + "after": None}, without=(name, value)
+            ),
+        }
+        for name, value in pane.chosen.active
+    ]
+
+
+def _tidied(request: Request) -> str | None:
+    """The address that a form means, or none where this one is it.
+
+    Without what was left empty, and with a feature and its bounds in one.
+    """
+    given = request.query_params.multi_items()
+    tidy = [item for item in given if item[1].strip() and item[0] not in OF_FORM]
+    feature, low, high = (request.query_params.get(name, "").strip() for name in OF_FORM)
+    if feature and (low or high):
+        tidy.append((feature, f"{low}..{high}"))
+    if tidy == given:
+        return None
+    return f"/cells?{urlencode(tidy)}" if tidy else "/cells"
+
+
+def gallery(request: Request) -> Response:
+    """Show crops of cells."""
+    if (tidy := _tidied(request)) is not None:
+        return RedirectResponse(tidy, 303)
+    panes = _panes(request)
+    _check_names(request, panes)
+    n = PER_SHEET // len(panes)
+    pixels = kept(request, ("pixel sizes",), lambda: ask(request, PIXEL_SIZES)[0])
+    looks = _looks(request)
+    features = list(features_known(request))[:MOST_NAMES]
+    size = pixels["low"] if pixels["low"] == pixels["high"] else None
+    return page(
+        request,
+        "cells.html.j2",
+        panes=[
+            {
+                "pane": pane,
+                "chips": _chips(request, pane),
+                "sheet": sheet,
+                "count": _changed(request, {"pane": pane.prefix or None}, path="/cells/count"),
+                "first": _changed(request, {pane.prefix + "after": None}),
+                "next": sheet["next"],
+            }
+            for pane, sheet in ((pane, _sheet_of(request, pane, n)) for pane in panes)
+        ],
+        looks=looks,
+        micrometres=None if size is None else looks["side"] * size,
+        form=kept(request, ("form of cells",), lambda: _choices(request)),
+        features=features,
+        orders=_orders(request, features[:MOST_ORDERS]),
+        shown=SHOWN_IN_FORM,
+        pairs=lambda values: [(value, value) for value in values],
+        shown_run=panes[0].chosen.run or _shown_run(request),
+        given=request.query_params,
+        many=request.query_params.getlist,
+    )
+
+
+def _check_names(request: Request, panes: Sequence[Pane]) -> None:
+    """Refuse what is no filter: it would show more cells than were meant."""
+    known = {*OF_PAGE, *FILTERS, OTHER + "after", *(OTHER + name for name in FILTERS)}
+    known.update(name for pane in panes for name, _ in pane.chosen.active)
+    for name in request.query_params:
+        if name not in known:
+            raise UnknownNameError.of("filter", name, [*FILTERS, *OF_PAGE])
+
+
+def _choices(request: Request) -> dict[str, Any]:
+    """What the form offers."""
+    treatments = ask(
+        request,
+        f"""SELECT DISTINCT t.treatment AS name FROM wells AS w
+        JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
+        ORDER BY name LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
+    )
+    plates = ask(request, "SELECT barcode FROM plates ORDER BY barcode LIMIT 1000")
+    labels = ask(
+        request,
+        f"""SELECT DISTINCT l.value FROM labels AS l
+        WHERE l.id IN (SELECT label_id FROM split_members)
+        ORDER BY l.value LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
+    )
+    reasons = [*ImageFlagReason, *CellFlagReason]
+    return {
+        "treatments": [row["name"] for row in treatments],
+        "plates": [row["barcode"] for row in plates],
+        "labels": [row["value"] for row in labels],
+        "run_names": [
+            (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
+            for row in ask(request, RUNS)
+        ],
+        "people": [row["value"] for row in ask(request, PEOPLE)],
+        "channels": _channels(request),
+        "reasons": [reason.value for reason in reasons],
+        "sides": SIDES,
+    }
+
+
+def more(request: Request) -> Response:
+    """Show the sheet of crops behind a place, as a part of the page."""
+    panes = _panes(request)
+    pane = _named_pane(request, panes)
+    sheet = _sheet_of(request, pane, PER_SHEET // len(panes))
+    return page(request, "cells_sheet.html.j2", sheet=sheet)
+
+
+def _named_pane(request: Request, panes: Sequence[Pane]) -> Pane:
+    prefix = choice(request, "pane", [OTHER], "") if text(request, "pane") else ""
+    found = [pane for pane in panes if pane.prefix == prefix]
+    if not found:
+        raise UnknownNameError("There is no second filter here.")
+    return found[0]
+
+
+def count(request: Request) -> Response:
+    """Say how many cells a filter has."""
+    chosen = _named_pane(request, _panes(request)).chosen
+    sql = f"""SELECT CAST(coalesce(sum(n), 0) AS BIGINT) AS cells, count(*) AS fields,
+            count(DISTINCT i.well_id) AS wells
+        FROM (SELECT image_id, count(*) AS n FROM ({chosen.query}) GROUP BY image_id) AS c
+        JOIN images AS i ON i.id = c.image_id"""  # noqa: S608 - ours
+    key = _kept_as("count", chosen)
+    found = kept(request, key, lambda: ask(request, sql, chosen.values)[0])
+    words = [f"{found[name]:,} {name if found[name] != 1 else name[:-1]}" for name in found]
+    return PlainTextResponse(f"{words[0]} in {words[1]} of {words[2]}")
+
+
+def sheet(request: Request) -> Response:
+    """Return the picture of a sheet of crops."""
+    ids = [item for item in (text(request, "cells") or "").split(",") if item.strip()]
+    if not all(item.isdecimal() and len(item) <= 18 for item in ids):
+        raise UserInputError("cells has to be whole numbers with commas between.")
+    looks = _looks(request)
+    made = crop_sheet(
+        explorer_of(request),
+        [int(item) for item in ids],
+        side=looks["side"],
+        channels=looks["channels"],
+        outlines=bool(looks["outlines"]),
+    )
+    headers = {"Cache-Control": "private, max-age=600"}
+    return Response(made, media_type="image/jpeg", headers=headers)
+
+
+def cell(request: Request) -> Response:
+    """Lead to the field of a cell."""
+    number = request.path_params["cell_id"]
+    found = None
+    if number.isdecimal() and len(number) <= 18:
+        query = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
+        with explorer_of(request).workspace.database.read() as session:
+            found = session.scalar(query.where(Cell.id == int(number)))
+    if found is None:
+        raise UnknownNameError(f"There is no cell {number[:40]}.")
+    return RedirectResponse(url_of("field", found, cell=int(number)), 303)
+
+
+ROUTES = [
+    Route("/cells", gallery),
+    Route("/cells/more", more),
+    Route("/cells/count", count),
+    Route("/cells/sheet", sheet),
+    Route("/cell/{cell_id}", cell),
+]

@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from textwrap import wrap
+from typing import Any
 
+import numpy as np
 from markupsafe import escape
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..analysis.features import BASIC_GROUP
+from ..enums import Status
 from ..errors import CellstoreError, UnknownNameError
-from .pixels import field_thumbnail
-from .requests import LONGEST_TEXT, explorer_of, text, whole
+from ..jobs.lookup import IS_CURRENT, image_name
+from ..jobs.planes import ChannelFile, channel_files, open_file
+from ..models import (
+    Cell,
+    CellFeatures,
+    CellFlag,
+    Image,
+    ImageFlag,
+    Label,
+    Prediction,
+    Run,
+    Segmentation,
+)
+from ..query.exclusions import why_excluded
+from ..report.audit import runs_about, why_not_counted
+from ..report.drawing import light_of
+from .pixels import (
+    LARGEST_SIDE,
+    contrasts,
+    crop_sheet,
+    field_thumbnail,
+    read_mask,
+    usual_channels,
+    usual_segmentation,
+)
+from .requests import LONGEST_TEXT, explorer_of, page, text, whole
+
+RAW_KINDS = {"u1": "u1", "u2": "u2", "u4": "u4", "b1": "u1"}
+"""Kinds of numbers that are sent as they are; others become 32-bit floats."""
 
 
 def chosen_channels(request: Request) -> list[str]:
@@ -70,4 +105,335 @@ def thumbnail(request: Request) -> Response:
     return bytes_once(request, picture, "image/jpeg")
 
 
-ROUTES = [Route("/field/{image_id}/thumbnail", thumbnail)]
+def known_views(request: Request) -> set[str]:
+    """Return the first words of the addresses that are there: no page links to one that is not."""
+    return {address.split("/")[1] for address in request.app.state.addresses}
+
+
+def field(request: Request) -> Response:
+    """A field: the viewer, and what is known of it."""
+    number = image_id(request)
+    asked = {name: whole(request, name) for name in ("cell", "segmentation", "before")}
+    explorer = explorer_of(request)
+    with explorer.workspace.database.read() as session:
+        image = session.get(Image, number)
+        if image is None:
+            raise UnknownNameError(f"There is no image {number}.")
+        well, treatment = image.well, image.well.treatment
+        files = channel_files(session, [number])[number]
+        cell = _cell_of(session, number, asked["cell"])
+        segmentations = _segmentations(session, number)
+        shown = asked["segmentation"]
+        if shown is None and cell is not None:
+            shown = cell.segmentation_id
+        elif shown is None and (usual := usual_segmentation(session, number)) is not None:
+            shown = usual.id
+        masks = {"now": _chosen(segmentations, number, shown),
+                 "before": _chosen(segmentations, number, asked["before"])}  # fmt: skip
+        others = list(
+            session.execute(
+                select(Image.id, Image.site, Image.plane, Image.time_point)
+                .where(Image.well_id == image.well_id)
+                .order_by(Image.site, Image.plane, Image.time_point)
+            )
+        )
+        flags = session.execute(
+            select(ImageFlag.reason, ImageFlag.channel, ImageFlag.run_id)
+            .join(Run, Run.id == ImageFlag.run_id)
+            .where(ImageFlag.image_id == number, Run.status == Status.DONE)
+            .order_by(ImageFlag.run_id, ImageFlag.reason, ImageFlag.channel)
+        ).all()
+        values: dict[str, Any] = {
+            "image": image,
+            "well": well,
+            "plate": well.plate,
+            "treatment": treatment,
+            "name": image_name(
+                well.plate.barcode, f"{well.name}/{image.site}", image.plane, image.time_point
+            ),
+            "excluded": why_not_counted(
+                session, image=number, well=image.well_id, plate=image.well.plate_id
+            ),
+            "flags": flags,
+            "segmentations": segmentations,
+            "masks": masks,
+            "sites": _steps(others, image),
+            "others": others,
+            "views": known_views(request),
+            "viewer": _viewer(session, image, files, cell, masks, explorer.kept),
+        }
+        return page(request, "field.html.j2", **values)
+
+
+def _cell_of(session: Session, number: int, cell_id: int | None) -> Cell | None:
+    """The cell that an address names; it has to be of this image."""
+    if cell_id is None:
+        return None
+    cell = session.get(Cell, cell_id)
+    if cell is None or cell.segmentation.image_id != number:
+        raise UnknownNameError(f"Image {number} has no cell {cell_id}.")
+    return cell
+
+
+def _segmentations(session: Session, number: int) -> list[dict[str, Any]]:
+    """The segmentations of an image, the newest first."""
+    query = select(Segmentation, IS_CURRENT.label("current")).join(
+        Image, Image.id == Segmentation.image_id
+    )
+    query = query.where(Image.id == number).order_by(Segmentation.id.desc())
+    return [
+        {
+            "id": found.id,
+            "cells": found.n_cells,
+            "run": found.run_id,
+            "recipe": found.recipe_id,
+            "current": current,
+            "has_masks": found.mask_artifact_id is not None,
+            "from": found.recipe.parameters.get("imported")
+            or found.recipe.parameters.get("model")
+            or "",
+        }
+        for found, current in session.execute(query)
+    ]
+
+
+def _chosen(
+    segmentations: Sequence[dict[str, Any]], number: int, segmentation_id: int | None
+) -> dict[str, Any] | None:
+    if segmentation_id is None:
+        return None
+    found = next((item for item in segmentations if item["id"] == segmentation_id), None)
+    if found is None:
+        raise UnknownNameError(f"Image {number} has no segmentation {segmentation_id}.")
+    return found
+
+
+def _steps(others: Sequence[Any], image: Image) -> dict[str, Any]:
+    """The images before and after this one in its well, and those of its planes and times."""
+    same = [row for row in others if (row.plane, row.time_point) == (image.plane, image.time_point)]
+    at = next(at for at, row in enumerate(same) if row.id == image.id)
+    here = [row for row in others if row.site == image.site]
+    return {
+        "number": at + 1,
+        "count": len(same),
+        "before": same[at - 1].id if at > 0 else None,
+        "after": same[at + 1].id if at + 1 < len(same) else None,
+        "planes": [row for row in here if row.time_point == image.time_point],
+        "times": [row for row in here if row.plane == image.plane],
+    }
+
+
+def _viewer(
+    session: Session,
+    image: Image,
+    files: Sequence[ChannelFile],
+    cell: Cell | None,
+    masks: dict[str, dict[str, Any] | None],
+    kept: dict[str, Any],
+) -> dict[str, Any]:
+    """What the script of the page has to know."""
+    names = [file.channel for file in files]
+    on, barcode = usual_channels(names), image.well.plate.barcode
+    first = sorted(names, key=lambda name: name not in on)
+    light = dict(zip(first, light_of(first), strict=True))
+    known, treatment = kept.get("contrast", {}), image.well.treatment
+    name = f"{barcode} {image.well.name} field {image.site}"
+    done = [treatment.name_with_dose] if treatment else []
+    done += [f"{image.well.control.value} control"] if image.well.control else []
+    return {
+        "image": image.id,
+        "name": name,
+        "caption": ", ".join([name, *done]),
+        "pixel_size": image.pixel_size,
+        "channels": [
+            {
+                "name": file.channel,
+                "address": f"/field/{image.id}/channel/{at}.raw?v={(file.sha256 or '')[:16]}",
+                "colour": (1.0, 1.0, 1.0) if len(files) == 1 else light[file.channel],
+                "on": file.channel in on,
+                "limits": known.get((barcode, file.channel)),
+            }
+            for at, file in enumerate(files)
+        ],
+        "contrast": f"/field/{image.id}/contrast.json",
+        "masks": {
+            name: {"id": of["id"], "address": f"/field/{image.id}/mask.raw?segmentation={of['id']}"}
+            for name, of in masks.items()
+            if of is not None and of["has_masks"]
+        },
+        "cell": cell and _where(cell),
+    }
+
+
+def _where(cell: Cell) -> dict[str, Any]:
+    row, column = cell.centroid_row, cell.centroid_col
+    if row is None or column is None:
+        known = cell.min_row is not None and cell.max_row is not None
+        row = (cell.min_row + cell.max_row) / 2 if known else None  # type: ignore[operator]
+        known = cell.min_col is not None and cell.max_col is not None
+        column = (cell.min_col + cell.max_col) / 2 if known else None  # type: ignore[operator]
+    return {
+        "id": cell.id,
+        "number": cell.object_number,
+        "segmentation": cell.segmentation_id,
+        "row": row,
+        "column": column,
+    }
+
+
+def contrast(request: Request) -> Response:
+    """The grey levels of black and white of each channel, for all pictures of the plate."""
+    number, explorer = image_id(request), explorer_of(request)
+    with explorer.workspace.database.read() as session:
+        image = session.get(Image, number)
+        if image is None:
+            raise UnknownNameError(f"There is no image {number}.")
+        plate = image.well.plate.barcode
+        names = [file.channel for file in channel_files(session, [number])[number]]
+    found = {}
+    try:
+        found = dict(zip(names, contrasts(explorer, plate, names), strict=True))
+    except CellstoreError:  # one channel may be unreadable
+        for name in names:
+            try:
+                found[name] = contrasts(explorer, plate, [name])[0]
+            except CellstoreError:
+                continue
+    return JSONResponse(found)
+
+
+def channel(request: Request) -> Response:
+    """The pixels of a channel, row by row, little endian; header ``X-Pixels`` says which kind.
+
+    Unsigned integers as they are in the file, all others as 32-bit floats.
+    """
+    number, at = image_id(request), str(request.path_params["n"])
+    with explorer_of(request).workspace.database.read() as session:
+        files = channel_files(session, [number])[number]
+    if not (at.isascii() and at.isdecimal() and int(at[:9]) < len(files)):
+        raise UnknownNameError(f"Image {number} has no channel {at[:40]!r}.")
+    return _raw(request, files[int(at)].sha256, lambda: open_file(files[int(at)]))
+
+
+def mask(request: Request) -> Response:
+    """The masks of a segmentation as numbers of objects; as :func:`channel`."""
+    number, explorer = image_id(request), explorer_of(request)
+    wanted = whole(request, "segmentation")
+    with explorer.workspace.database.read() as session:
+        found = session.get(Segmentation, wanted) if wanted else usual_segmentation(session, number)
+        if found is None or found.image_id != number or found.mask is None:
+            raise UnknownNameError(f"Image {number} has no masks of segmentation {wanted}.")
+        stored = found.mask.path, found.mask.sha256
+    artifacts = explorer.workspace.artifacts
+    return _raw(request, stored[1], lambda: read_mask(artifacts, stored))
+
+
+def _raw(request: Request, sha256: str | None, read: Any) -> Response:
+    mark = f'"{sha256}"'
+    headers = {"ETag": mark, "Cache-Control": "private, no-cache"}
+    if sha256 is not None and request.headers.get("if-none-match") == mark:
+        return Response(status_code=304, headers=headers)
+    pixels: NDArray[Any] = read()
+    kind = RAW_KINDS.get(pixels.dtype.str[1:], "f4")
+    headers["X-Pixels"] = f"{kind} {pixels.shape[0]} {pixels.shape[1]} {pixels.dtype.name}"
+    data = np.ascontiguousarray(pixels, np.dtype(f"<{kind}"))
+    return Response(data.tobytes(), media_type="application/octet-stream", headers=headers)
+
+
+def crop(request: Request) -> Response:
+    """One cell with its outline; ``?cell=``."""
+    number, explorer = image_id(request), explorer_of(request)
+    try:
+        with explorer.workspace.database.read() as session:
+            cell = _cell_of(session, number, whole(request, "cell"))
+            if cell is None:
+                raise UnknownNameError("Name a cell: ?cell=")
+            sides = [48]
+            if None not in (cell.min_row, cell.min_col, cell.max_row, cell.max_col):
+                sides += [cell.max_row - cell.min_row, cell.max_col - cell.min_col]  # type: ignore[operator]
+            cell_id = cell.id
+        side = min(LARGEST_SIDE, int(1.4 * max(sides)))
+        picture = crop_sheet(explorer, [cell_id], side=side, outlines=True)
+    except CellstoreError as error:
+        return sentence_picture(str(error))
+    return bytes_once(request, picture, "image/jpeg")
+
+
+def cell_panel(request: Request) -> Response:
+    """What is known of a cell, as a part of the page; ``?cell=``, or ``?segmentation=&object=``."""
+    number, explorer = image_id(request), explorer_of(request)
+    cell_id, segmentation, label = (
+        whole(request, name) for name in ("cell", "segmentation", "object")
+    )
+    with explorer.workspace.database.read() as session:
+        if cell_id is None:
+            query = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
+            query = query.where(Segmentation.image_id == number, Cell.object_number == label)
+            cell_id = session.scalar(query.where(Segmentation.id == segmentation))
+            if cell_id is None:
+                raise UnknownNameError(f"Segmentation {segmentation} has no cell {label} here.")
+        cell = _cell_of(session, number, cell_id)
+        assert cell is not None
+        image = session.get_one(Image, number)
+        values: dict[str, Any] = {
+            "cell": cell,
+            "where": _where(cell),
+            "image": image,
+            "well": image.well,
+            "treatment": image.well.treatment,
+            "excluded": why_excluded(session, cell.id),
+            "flags": session.execute(
+                select(CellFlag.reason, CellFlag.run_id, CellFlag.value)
+                .join(Run, Run.id == CellFlag.run_id)
+                .where(CellFlag.cell_id == cell.id, Run.status == Status.DONE)
+                .order_by(CellFlag.run_id, CellFlag.reason)
+            ).all(),
+            "features": _features(session, cell.id, image.pixel_size),
+            "runs": _predictions(session, cell.id, image),
+            "views": known_views(request),
+        }
+        return page(request, "cell_panel.html.j2", **values)
+
+
+def _features(
+    session: Session, cell_id: int, pixel_size: float | None
+) -> list[tuple[str, float, str]]:
+    """The measurements that were made last of a cell: name, value and unit."""
+    query = select(CellFeatures).where(CellFeatures.cell_id == cell_id)
+    found = session.scalars(query.order_by(CellFeatures.run_id.desc()).limit(1)).first()
+    if found is None:
+        return []
+    rows = []
+    for feature in BASIC_GROUP.features:
+        value = getattr(found, feature.name)
+        if value is not None:
+            rows.append((feature.name, value, feature.unit))
+        if feature.name == "area" and value is not None and pixel_size is not None:
+            rows.append(("area", value * pixel_size**2, "µm²"))
+    return rows
+
+
+def _predictions(session: Session, cell_id: int, image: Image) -> list[dict[str, Any]]:
+    """What every run predicted for a cell, the newest run first."""
+    query = (
+        select(Prediction.run_id, Prediction.rank, Label.value, Prediction.probability)
+        .join(Label, Label.id == Prediction.label_id)
+        .where(Prediction.cell_id == cell_id)
+        .order_by(Prediction.run_id.desc(), Prediction.rank)
+    )
+    choices: dict[int, list[Any]] = {}
+    for row in session.execute(query):
+        choices.setdefault(row.run_id, []).append(row)
+    runs = runs_about(session, image.id, image.well_id, choices.keys())
+    return [run | {"choices": choices[run["run_id"]]} for run in reversed(runs)]
+
+
+ROUTES = [
+    Route("/field/{image_id}", field),
+    Route("/field/{image_id}/thumbnail", thumbnail),
+    Route("/field/{image_id}/contrast.json", contrast),
+    Route("/field/{image_id}/channel/{n}.raw", channel),
+    Route("/field/{image_id}/mask.raw", mask),
+    Route("/field/{image_id}/crop", crop),
+    Route("/field/{image_id}/cell", cell_panel),
+]

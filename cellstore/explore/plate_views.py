@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from ..enums import Control
-from ..errors import CellstoreError
+from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.run_names import find_named_run, find_predict_run
@@ -27,7 +27,18 @@ from ..report.drawing import brief, plate_layout, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .pixels import usual_channels
-from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+from .requests import (
+    NotFoundError,
+    ask,
+    choice,
+    explorer_of,
+    kept,
+    page,
+    text,
+    url_of,
+    waited_for,
+    whole,
+)
 from .well_colours import (
     KINDS,
     RUNS,
@@ -36,9 +47,11 @@ from .well_colours import (
     Scale,
     WellValues,
     ink_on,
+    known_feature,
     list_features,
     list_profile_features,
     make_scale,
+    of_wells,
     read_values,
 )
 
@@ -68,14 +81,14 @@ def home(request: Request) -> Response:
         store=explorer.workspace.settings.root,
         plates=_list_plates(request),
         most=LISTED_PLATES,
-        steps=[_command(step) for step in steps],
+        steps=[_command(explorer.command(step)) for step in steps],
     )
 
 
 def _command(step: str) -> tuple[str, str]:
     """A command that can be copied, and what is said about it."""
-    command, _, words = step.partition("  ")
-    return command, words.strip("()")
+    typed, _, words = step.partition("  ")
+    return typed, words.strip("()")
 
 
 def _list_plates(request: Request) -> list[dict[str, Any]]:
@@ -113,6 +126,48 @@ def latest_runs(request: Request) -> Response:
 
 def _first_plates(request: Request) -> list[str]:
     return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+
+
+def small_maps(request: Request) -> Response:
+    """Small maps of the first plates by treatment: a part of a page."""
+    listed = _list_plates(request)[:MOST_PLATES]
+    names = tuple(row["plate"] for row in listed if row["wells"])
+
+    def read() -> tuple[Scale, list[SmallMap]]:
+        wells = _wells_of(request, names)
+        scale = make_scale(of_wells(wells, "treatment"), wells)
+        return scale, [_small_map(name, some, scale) for name, some in _by(wells, "plate").items()]
+
+    scale, maps = kept(request, ("small maps", names), read) if names else (Scale({}), [])
+    more = len(_list_plates(request)) - len(maps)
+    cells = {row["plate"]: row["cells"] for row in listed}
+    return page(
+        request, "small_maps.html.j2", scale=scale, maps=maps, names=names, more=more, cells=cells
+    )
+
+
+@dataclass(frozen=True)
+class SmallMap:
+    """A plate without words: its size in wells, and a path for the wells of each colour."""
+
+    plate: str
+    rows: int
+    columns: int
+    wells: int
+    paths: Mapping[str, str]
+
+
+def _small_map(barcode: str, wells: Sequence[Record], scale: Scale) -> SmallMap:
+    rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
+    paths: dict[str, str] = {}
+    for row in wells:
+        x, y = row["well_column"] - 1, row["well_row"] - 1
+        drawn = f"M{x}.06 {y}.06h.88v.88h-.88z"
+        if row["control"] == Control.NEGATIVE:  # round, as on the large map
+            drawn = f"M{x}.06 {y}.5a.44.44 0 1 0 .88 0a.44.44 0 1 0 -.88 0z"
+        colour = scale.colours.get(row["well_id"], "")
+        paths[colour] = paths.get(colour, "") + drawn
+    return SmallMap(barcode, rows, columns, len(wells), paths)
 
 
 SEEN_TEST_WELLS = """
@@ -253,30 +308,24 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
         run = None
-    key = ("map", shown, kind, feature, run)
+    wells = _wells_of(request, shown)
 
-    def read() -> tuple[list[dict[str, Any]], WellValues, Scale, list[str], str]:
-        with explorer_of(request).reader.questions() as questions:
-            wells = questions.ask_ours(WELLS, {"plates": list(shown)}).records()
-            there = {row["plate"] for row in wells}
-            for barcode in shown:
-                if barcode not in there:
-                    known = questions.ask_ours("SELECT barcode FROM plates LIMIT 5000").rows()
-                    raise NotFoundError.of("plate", barcode, [row[0] for row in known])
-            problem, features = "", []
-            if kind == "feature":
-                features = list(list_features(questions))
-            elif kind == "profile":
-                features = list_profile_features(questions)
+    def read() -> tuple[WellValues, Scale, list[str], str | None, str]:
+        features, chosen, problem = list[str](), feature, ""
+        explorer = explorer_of(request)
+        with explorer.reader.questions() as questions, waited_for(request, questions):
             try:
-                found = read_values(questions, wells, kind, run=run, feature=feature)
-            except NotFoundError:
-                raise
-            except CellstoreError as error:  # a map without colours says what is missing
+                if kind in ("feature", "profile"):
+                    list_all = list_features if kind == "feature" else list_profile_features
+                    features = list(list_all(questions))
+                    chosen = known_feature(feature, features)
+                found = read_values(questions, wells, kind, run=run, feature=chosen)
+            except UserInputError as error:  # a map without colours says what is missing
                 found, problem = WellValues(KINDS[kind], {}), str(error)
-        return wells, found, make_scale(found, wells), features, problem
+        return found, make_scale(found, wells, treatment), features, chosen, problem
 
-    wells, found, scale, features, problem = kept(request, key, read)
+    key = ("map", shown, kind, feature, run, treatment if kind == "treatment" else None)
+    found, scale, features, feature, problem = kept(request, key, read)
     groups: dict[str, int] = {}
     maps = []
     for barcode in shown:
@@ -302,6 +351,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         maps=maps,
         missing=len(wells) - len(scale.colours),
         treatment=treatment,
+        treatments=sorted({row["treatment"] for row in wells if row["treatment"]})[:5_000],
         beside=beside,
         there={word for _, _, _, rows in maps for _, row in rows
                for well in row if well for word in well.kinds.split()},
@@ -411,7 +461,7 @@ RUNS_OF_WELL = """
 def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    wells = _wells_of(request, barcode)
+    wells = _wells_of(request, (barcode,))
     at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
     if at is None:
         raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
@@ -466,12 +516,18 @@ def well(request: Request) -> Response:
     )
 
 
-def _wells_of(request: Request, barcode: str) -> list[dict[str, Any]]:
-    """The wells of a plate in order, rows of ``WELLS``."""
-    found = kept(request, ("wells", barcode), lambda: ask(request, WELLS, {"plates": [barcode]}))
-    if not found:
-        known = ask(request, "SELECT barcode FROM plates LIMIT 5000")
-        raise NotFoundError.of("plate", barcode, [row["barcode"] for row in known])
+def _wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The wells of plates in order, rows of ``WELLS``."""
+    found = kept(
+        request, ("wells", barcodes), lambda: ask(request, WELLS, {"plates": list(barcodes)})
+    )
+    there = {row["plate"] for row in found}
+    for barcode in barcodes:
+        if barcode not in there:
+            known = [row["barcode"] for row in ask(request, "SELECT barcode FROM plates")]
+            if barcode in known:
+                raise UserInputError(f"Plate {barcode} has no wells yet.")
+            raise NotFoundError.of("plate", barcode, known)
     return found
 
 
@@ -565,7 +621,7 @@ def history_of_well(request: Request) -> Response:
 
 def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    found = [row for row in _wells_of(request, barcode) if row["well"] == name]
+    found = [row for row in _wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
         raise NotFoundError(f"Plate {barcode} has no well {name}.")
     return found[0]
@@ -577,6 +633,7 @@ ROUTES = [
     Route("/home/runs", latest_runs),
     Route("/search", search),
     Route("/plates", plates),
+    Route("/plates/small", small_maps),
     Route("/plate/{barcode:path}", plate),
     Route("/well/{barcode:path}/{well}/votes", votes_of_well),
     Route("/well/{barcode:path}/{well}/history", history_of_well),

@@ -7,39 +7,47 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.resources import files
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
+import duckdb
 import jinja2
 from anyio import from_thread
 from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from ..errors import UnknownNameError, UserInputError, some_of
+from ..db.events import caller
+from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
-from ..notebooks import plain
 from ..query.engine import Questions, open_questions
 from ..query.guard import Limits, Parameters
+from ..report.drawing import TEMPLATES, environment_of
+from ..settings import find_store
 
 T = TypeVar("T")
 
-LIMITS = Limits(seconds=30.0, memory_mb=200, answer_mb=64)
-"""What a question of a page may take."""
-KEPT_OPEN = 3
-"""Questions that stay open, for requests at the same time."""
-KEPT_SECONDS = 30.0
-"""How long one stays open unused: while it is, SQLite cannot shorten its log."""
+LIMITS = Limits(seconds=30.0, memory_mb=320, answer_mb=64)
+"""What a question of a page may take; the memory is that of all questions together."""
+UNUSED_SECONDS = 600.0
+"""How long what is loaded stays without a request."""
 LIVE_SECONDS = 3.0
-"""While a run goes on, a page may be so old."""
+"""While a run goes on, a page may be so old,"""
+LIVE_TIMES = 20
+"""or so many times as old as the loading took."""
+WARM = (
+    *("run_images", "well_table", "image_table", "treatment_table", "feature_sets", "hit_table"),
+    *("image_flags", "cell_flags", "cell_table", "scored_predictions", "prediction_table"),
+)
+"""What most pages read; the last ones from copies, of which the first takes a while to make."""
 POLL_SECONDS = 0.2
 """How often it is looked whether the browser still waits."""
 LONGEST_TEXT = 4_000
@@ -54,84 +62,131 @@ class NotFoundError(UnknownNameError):
 
 @dataclass
 class _Open:
+    """Open questions about the store as it was: ``counts``. ``users``: threads that ask them."""
+
     stack: ExitStack
     questions: Questions
-    mark: tuple[Any, ...]
+    counts: tuple[Any, ...]
+    number: int
+    opened: float
     used: float
+    users: int = 0
+    closing: bool = False
 
 
 class Reader:
-    """Open :class:`Questions`, kept for the next request as long as the store does not change."""
+    """:class:`Questions` about the store, open for all requests until the store changes.
+
+    What one request has loaded, the next one finds; each asks on a connection of its own.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._idle: list[_Open] = []
+        self._now: _Open | None = None
+        self._number = 0
         self._lock = threading.Lock()
 
-    def mark(self) -> tuple[Any, ...]:
+    def mark(self) -> int:
         """Return what changes with the store: what is kept of answers is right while it is equal.
 
         Two small reads of the database.
         """
+        found = self._enter()
+        self._leave(found)
+        return found.number
+
+    @contextmanager
+    def questions(self, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
+        """Lend open questions; they see the store as it is, while a run goes on as it was lately.
+
+        "Lately" is some seconds, or longer where loading takes long. ``seconds``: what each
+        question may take.
+        """
+        found = self._enter()
+        try:
+            mine = found.questions.another()
+            mine.limits = replace(LIMITS, seconds=seconds)
+            try:
+                yield mine
+            finally:
+                mine.close()
+        except CellstoreError as error:
+            # A file of the cache is gone, or DuckDB has given up: the next request opens anew.
+            failed = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException)
+            found.closing = found.closing or isinstance(error.__cause__, failed)
+            raise
+        finally:
+            self._leave(found)
+
+    def warm(self, stopping: threading.Event) -> None:
+        """Load what most pages read, and make copies of what runs wrote where there are none."""
+        for name in WARM:
+            if not stopping.is_set():
+                with suppress(CellstoreError), self.questions() as questions:
+                    questions.ask_ours(f"FROM {name} LIMIT 0").records()
+
+    def _enter(self) -> _Open:
+        counts, live = self._counts()
+        with self._lock:
+            found = self._now
+            if found is None or self._is_old(found, counts, live=live):
+                if found is not None:
+                    self._retire(found)
+                stack = ExitStack()
+                questions = stack.enter_context(open_questions(self.workspace, LIMITS))
+                self._number += 1
+                now = time.monotonic()
+                self._now = found = _Open(stack, questions, counts, self._number, now, now)
+            found.users += 1
+            found.used = time.monotonic()
+            return found
+
+    def _leave(self, found: _Open) -> None:
+        with self._lock:
+            found.users -= 1
+            if found.closing:
+                self._retire(found)
+
+    def _retire(self, found: _Open) -> None:
+        """Close what is open when its last user has left."""
+        found.closing = True
+        if found is self._now:
+            self._now = None
+        if not found.users:
+            found.stack.close()
+
+    def _counts(self) -> tuple[tuple[Any, ...], bool]:
+        """Return numbers that grow with the store, and whether a run goes on."""
         runs = select(func.count(), func.max(Run.id), func.count(Run.ended_at),
                       func.sum(Run.changed_rows))  # fmt: skip
         with self.workspace.database.read() as session:
             n_runs, last, n_ended, changed = session.execute(runs).one()
             event = session.scalar(select(func.max(Event.id)))
             annotation = session.scalar(select(func.max(Annotation.id)))
-        clock = 0 if n_runs == n_ended else int(time.monotonic() / LIVE_SECONDS)
-        return last, n_runs, n_ended, changed, event, annotation, clock
+        return (last, n_runs, n_ended, changed, event, annotation), n_runs != n_ended
 
-    @contextmanager
-    def questions(self, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
-        """Lend open questions; they see the store as it was at most some seconds ago.
-
-        ``seconds``: what each of them may take.
-        """
-        mark = self.mark()
-        found = self._take(mark)
-        if found is None:
-            stack = ExitStack()
-            questions = stack.enter_context(open_questions(self.workspace, LIMITS))
-            found = _Open(stack, questions, mark, time.monotonic())
-        found.questions.limits = replace(LIMITS, seconds=seconds)
-        try:
-            yield found.questions
-        except BaseException:
-            found.stack.close()
-            raise
-        found.used = time.monotonic()
-        with self._lock:
-            keep = len(self._idle) < KEPT_OPEN
-            if keep:
-                self._idle.append(found)
-        if not keep:
-            found.stack.close()
-
-    def _take(self, mark: tuple[Any, ...]) -> _Open | None:
-        with self._lock:
-            old = [item for item in self._idle if item.mark != mark]
-            self._idle = [item for item in self._idle if item.mark == mark]
-            found = self._idle.pop() if self._idle else None
-        for item in old:
-            item.stack.close()
-        return found
+    def _is_old(self, found: _Open, counts: tuple[Any, ...], *, live: bool) -> bool:
+        if not live or found.counts[-1] != counts[-1]:  # what people note is seen at once
+            return found.counts != counts
+        lasts = max(LIVE_SECONDS, LIVE_TIMES * found.questions.seconds_loading)
+        return time.monotonic() - found.opened > lasts
 
     def close_unused(self) -> None:
-        """Close what nobody has used lately."""
-        now = time.monotonic()
+        """Close what is no longer true, or was not used lately: SQLite can shorten its log then."""
         with self._lock:
-            old = [item for item in self._idle if now - item.used > KEPT_SECONDS]
-            self._idle = [item for item in self._idle if now - item.used <= KEPT_SECONDS]
-        for item in old:
-            item.stack.close()
+            found = self._now
+        if found is not None and not found.users:
+            counts, live = self._counts()
+            unused = time.monotonic() - found.used > UNUSED_SECONDS
+            if unused or self._is_old(found, counts, live=live):
+                with self._lock:
+                    self._retire(found)
 
     def close(self) -> None:
         """Close all that is not in use."""
         with self._lock:
-            old, self._idle = self._idle, []
-        for item in old:
-            item.stack.close()
+            if self._now is not None:
+                self._retire(self._now)
 
 
 @dataclass
@@ -155,22 +210,28 @@ class Explorer:
         self.reader = Reader(self.workspace)
 
     @cached_property
+    def login(self) -> str:
+        """Who runs the server: the author of what is said without a name."""
+        return caller()[0]
+
+    @cached_property
+    def _named(self) -> str:
+        """What names the store in a command; nothing where the store is found without."""
+        root = self.workspace.settings.root
+        with suppress(CellstoreError):
+            if find_store().root.resolve() == root.resolve():
+                return ""
+        return f" --store {shlex.quote(str(root))}"
+
+    def command(self, typed: str) -> str:
+        """Return a command as it can be pasted where the explorer was started."""
+        return typed.replace("cellstore", f"cellstore{self._named}", 1)
+
+    @cached_property
     def templates(self) -> jinja2.Environment:
         """The templates: every text is escaped; what cannot be seen in one is written out."""
-        folder = files("cellstore.explore.templates")
-
-        def load(name: str) -> str:
-            return folder.joinpath(name).read_text(encoding="utf-8")
-
-        made = jinja2.Environment(
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            loader=jinja2.FunctionLoader(load),
-            finalize=lambda value: plain(value) if type(value) is str else value,
-        )
-        made.globals.update(url_of=url_of, explorer=self)
+        made = environment_of("cellstore.explore.templates", TEMPLATES)
+        made.globals.update(url_of=url_of, explorer=self, command=self.command)
         return made
 
 

@@ -27,7 +27,7 @@ from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, W
 from ..query.guard import quoted
 from ..report.drawing import plate_layout, well_name
 from ..stages.profile import NOT_FEATURES, PLACES
-from .cell_views import (
+from .cell_filters import (
     Chosen,
     chosen_cells,
     features_known,

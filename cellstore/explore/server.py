@@ -34,14 +34,15 @@ from ..jobs.workspace import Workspace
 from .requests import Explorer, NotFoundError, page
 
 VIEWS = (
+    "annotate_views",
     "plate_views",
     "field_views",
+    "run_views",
+    "cell_views",
     "scatter_views",
     "sql_views",
 )
-"""The modules of the pages; each has its ``ROUTES``."""
-WRITING_VIEWS: tuple[str, ...] = ()
-"""Those that are there with ``--write`` only."""
+"""The modules of the pages: ``ROUTES`` of each, and ``WRITING_ROUTES`` of some with ``--write``."""
 READING_POSTS = frozenset(("/selection",))
 """Paths whose POST changes nothing of the store; their endpoints check the CSRF token."""
 
@@ -218,8 +219,10 @@ def make_app(
     """Return the application; ``hosts`` are its names (``None``: any, with a ``token``)."""
     explorer = Explorer(workspace, write, secrets.token_urlsafe(24), token)
     routes = [Route("/static/{name}", static)]
-    for name in (*VIEWS, *(WRITING_VIEWS if write else ())):
-        routes += import_module(f".{name}", __package__).ROUTES
+    for name in VIEWS:
+        views = import_module(f".{name}", __package__)
+        routes += views.ROUTES
+        routes += getattr(views, "WRITING_ROUTES", ()) if write else ()
     handlers: Any = dict.fromkeys((HTTPException, CellstoreError, Exception), _wrong)
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.add_middleware(Guard, explorer=explorer, hosts=hosts)
@@ -275,6 +278,7 @@ def serve(
             if server.started and not told:
                 told = True
                 ready(address + (f"?token={token}" if token else ""))
+                reader.warm(stopping)
             reader.close_unused()
 
     threading.Thread(target=look_after, daemon=True).start()

@@ -206,7 +206,7 @@ def read_values(
     """
     plates = sorted({row["plate"] for row in wells})
     if kind in ("treatment", "dose", "control", "cells"):
-        return _of_wells(wells, kind)
+        return of_wells(wells, kind)
     if kind in STAGES and run is None:
         raise UserInputError(f"There is no {STAGES[kind].value} run yet that is done.")
     given: dict[str, Any] = {"plates": plates}
@@ -217,13 +217,13 @@ def read_values(
 
     if kind == "feature":
         known = list_features(questions)
-        name, column = known[_known(feature, known)]
+        name, column = known[known_feature(feature, known)]
         rows = ask(FEATURE, column, name)
         unit = _units(questions, name).get(column, "").replace("^2", "²")
         return WellValues(f"{column} (mean of cells)", _numbers(rows), unit)
     given["run"] = run
     if kind == "profile":
-        column = _known(feature, list_profile_features(questions))
+        column = known_feature(feature, list_profile_features(questions))
         rows = ask(PROFILE, column)
         return WellValues(f"{column} (profile run {run})", _numbers(rows))
     rows = ask({"flags": FLAGS, "accuracy": ACCURACY, "vote": VOTE, "verdict": VERDICT}[kind])
@@ -247,8 +247,13 @@ def read_values(
     )
 
 
-def _known(feature: str | None, known: Collection[str]) -> str:
-    """The feature that is meant: a name, the usual one, or the first."""
+def known_feature(feature: str | None, known: Collection[str]) -> str:
+    """Return the feature that is meant: of this name, else the usual one, else the first.
+
+    Raises:
+        UnknownNameError: there is none of this name.
+        UserInputError: there is none at all.
+    """
     if not known:
         raise UserInputError("No cell is measured yet. Next: cellstore measure")
     if feature is None:
@@ -289,8 +294,8 @@ def _of_own_set(
     return [row for row in rows if plates[row["well_id"]] in sets.get(row["plate_set"], ())]
 
 
-def _of_wells(wells: Sequence[Mapping[str, Any]], kind: str) -> WellValues:
-    """What the table of wells says itself."""
+def of_wells(wells: Sequence[Mapping[str, Any]], kind: str) -> WellValues:
+    """Return the treatment, dose, control or cells of ``wells``, rows of ``WELLS``."""
     if kind == "cells":
         counts = {
             row["well_id"]: row["n_cells"] / row["n_images"]
@@ -383,12 +388,14 @@ def ink_on(colour: str) -> str:
     return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "#ffffff"
 
 
-def make_scale(found: WellValues, wells: Sequence[Mapping[str, Any]]) -> Scale:
+def make_scale(
+    found: WellValues, wells: Sequence[Mapping[str, Any]], first: str | None = None
+) -> Scale:
     """Return the colours of values: of numbers by viridis, of words by group.
 
-    The most frequent groups have a colour each; negative controls are dark grey where wells are
-    coloured by treatment. Numbers reach from the 2nd to the 98th percentile unless limits are
-    given; wells beyond them have the colour of the end.
+    The group ``first`` and the most frequent others have a colour each; negative controls are dark
+    grey where wells are coloured by treatment. Numbers reach from the 2nd to the 98th percentile
+    unless limits are given; wells beyond them have the colour of the end.
     """
     numbers = {well: value for well, value in found.values.items() if isinstance(value, float)}
     if numbers or not found.values:
@@ -406,7 +413,7 @@ def make_scale(found: WellValues, wells: Sequence[Mapping[str, Any]]) -> Scale:
         colours = {name: viridis(at / last) for at, name in enumerate(found.order)}
     else:
         free = iter(OKABE_ITO)
-        ranked = sorted(counts, key=lambda name: (-counts[name], name))
+        ranked = sorted(counts, key=lambda name: (name != first, -counts[name], name))
         for name in ranked:
             if name not in colours and (colour := next(free, None)):
                 colours[name] = colour

@@ -45,6 +45,9 @@ PACKAGES = (
 )
 """Packages that compute, or read what is computed with; of a run, those that are installed."""
 
+_VERSION = cache(version)
+"""Read once in a process: the metadata of all of them take 50 ms."""
+
 
 T = TypeVar("T")
 
@@ -409,7 +412,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            found[package] = _VERSION(package)
         except PackageNotFoundError:
             continue
     torch = sys.modules.get("torch")

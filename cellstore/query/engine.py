@@ -14,13 +14,15 @@ import json
 import os
 import re
 import tempfile
+import threading
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -172,10 +174,17 @@ class Answer:
     _statement: str
     _parameters: Parameters | None
     _seconds_used: float = 0.0
+    _executed: duckdb.DuckDBPyConnection | None = None
+    _opened: pa.RecordBatchReader | None = None
 
-    @cached_property
+    # No cached_property: in Python 3.11 one that is slow keeps those of all other threads waiting.
+    @property
     def _result(self) -> duckdb.DuckDBPyConnection:
-        return self._limited(lambda: self._connection.execute(self._statement, self._parameters))
+        if self._executed is None:
+            self._executed = self._limited(
+                lambda: self._connection.execute(self._statement, self._parameters)
+            )
+        return self._executed
 
     @property
     def names(self) -> list[str]:
@@ -199,13 +208,15 @@ class Answer:
         """Return the columns, each (N,); one with nulls is a masked array."""
         return dict(self._limited(self._result.fetchnumpy))
 
-    @cached_property
+    @property
     def _reader(self) -> pa.RecordBatchReader:
         def begin() -> pa.RecordBatchReader:
             relation = self._connection.sql(self._statement, params=self._parameters)
             return relation.to_arrow_reader(ROWS_OF_BATCH)
 
-        return self._limited(begin)
+        if self._opened is None:
+            self._opened = self._limited(begin)
+        return self._opened
 
     @property
     def schema(self) -> pa.Schema:
@@ -306,6 +317,7 @@ class Questions:
 
     Two databases in memory, which hold what questions have named so far: ``empty`` without rows, to
     check a question before anything is read, and without a way to any file; ``full`` with rows.
+    A thread of its own needs :meth:`another`.
     """
 
     workspace: Workspace
@@ -321,6 +333,28 @@ class Questions:
     _declared: set[str] = field(default_factory=set)
     _loaded: set[str] = field(default_factory=set)
     _few: set[str] = field(default_factory=set)
+    _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    """Held while tables are made: they are there for all threads."""
+
+    @property
+    def seconds_loading(self) -> float:
+        """How long it has taken to make the tables and views that are there."""
+        return sum(self._seconds.values())
+
+    def another(self) -> Questions:
+        """Return the same questions for another thread: what one has loaded, all have.
+
+        Close it with :meth:`close`, before these are closed.
+        """
+        made = copy(self)
+        made._full, made._empty = self._full.cursor(), self._empty.cursor()
+        return made
+
+    def close(self) -> None:
+        """Close what :meth:`another` has returned."""
+        self._full.close()
+        self._empty.close()
 
     @cached_property
     def _empty(self) -> duckdb.DuckDBPyConnection:
@@ -515,6 +549,11 @@ class Questions:
         Views are tables here, also in information_schema: as views they would be planned again and
         again. ``cellstore schema`` says which is which.
         """
+        if not names <= self._declared:
+            with self._lock:
+                self._declare_new(names)
+
+    def _declare_new(self, names: set[str]) -> None:
         for name in sorted(names):
             if name in self._declared:  # perhaps by one before it
                 continue
@@ -532,44 +571,60 @@ class Questions:
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
-        for name in sorted(names):
-            if name in self._loaded:  # perhaps by one before it
-                continue
-            rows = None
-            create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
+        for name in sorted(names - self._loaded):
             copied = name in WRITERS
             if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
                 self._load({LATER})
                 copied = not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
-            if name == LATER:
-                # From the database, for the sake of time: of all exclusions few are made later.
-                own = "WHERE t.source = 'annotation'"
-                rows = self._source.feed_table(self._full, create, "exclusions", own)
-                if (qc := self.vote_options.exclude_flagged) is not None:
-                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
-                    insert = f"INSERT INTO {name} FROM {{rows}}"
-                    rows += self._source.feed_table(self._full, insert, "exclusions", own)
-            elif name == EXCLUDED:  # from the database, too: it need not read the others
-                flagged = self.vote_options.exclude_flagged
-                run = None if flagged is None else int(flagged)
-                rows = self._source.feed_excluded(self._full, create, run)
-            elif copied:
+            if copied:
                 self._load_copies(name)
-            elif name in self._source.columns and name != "predictions":
-                rows = self._source.feed_table(self._full, create, name)
-            elif (query := self._query_of(name)) is not None:
+                continue
+            is_table = name in self._source.columns and name != "predictions"
+            query = None if is_table or name in (LATER, EXCLUDED) else self._query_of(name)
+            if query is not None:
                 self._load(sources_of(query))
-                # Of profiles, with their many columns, a question reads a few.
-                once = sources_of(query) <= self._few and name != PROFILES
-                if name == "run_images" and self.runs is not None:
-                    # Other views name it many times; made once, it is read as often for nothing.
-                    numbers = ", ".join(str(int(run)) for run in self.runs)
-                    once = True
-                    query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
-                self._make(name, query, once=once)
+            with self._making(name) as new:
+                if new:
+                    self._load_new(name, query)
+
+    @contextmanager
+    def _making(self, name: str) -> Iterator[bool]:
+        """Hold the lock, and tell whether a table is still to be made: another thread may have."""
+        with self._lock:
+            began = time.monotonic()
+            yield name not in self._loaded
             self._loaded.add(name)
-            if rows is not None and rows <= FEW:
-                self._few.add(name)
+            self._seconds[name] += time.monotonic() - began
+
+    def _load_new(self, name: str, query: str | None) -> None:
+        """Make a table of the database, or a view, whose sources are loaded."""
+        rows = None
+        create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
+        if name == LATER:
+            # From the database, for the sake of time: of all exclusions few are made later.
+            own = "WHERE t.source = 'annotation'"
+            rows = self._source.feed_table(self._full, create, "exclusions", own)
+            if (qc := self.vote_options.exclude_flagged) is not None:
+                own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
+                insert = f"INSERT INTO {name} FROM {{rows}}"
+                rows += self._source.feed_table(self._full, insert, "exclusions", own)
+        elif name == EXCLUDED:  # from the database, too: it need not read the others
+            flagged = self.vote_options.exclude_flagged
+            run = None if flagged is None else int(flagged)
+            rows = self._source.feed_excluded(self._full, create, run)
+        elif query is not None:
+            # Of profiles, with their many columns, a question reads a few.
+            once = sources_of(query) <= self._few and name != PROFILES
+            if name == "run_images" and self.runs is not None:
+                # Other views name it many times; made once, it is read as often for nothing.
+                numbers = ", ".join(str(int(run)) for run in self.runs)
+                once = True
+                query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
+            self._make(name, query, once=once)
+        elif name in self._source.columns:
+            rows = self._source.feed_table(self._full, create, name)
+        if rows is not None and rows <= FEW:
+            self._few.add(name)
 
     def _make(self, name: str, query: str, *, once: bool) -> None:
         """Make a view, or a table of its rows, for which the query is carried out ``once``."""
@@ -629,19 +684,23 @@ class Questions:
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
-        elif others:
-            live = quoted(f"live {name}")
-            create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-            if name == PREDICTIONS:
-                rows = self._source.feed_predictions(self._full, create, runs=others)
-            else:
-                rows = self._source.feed_table(self._full, create, name, rows_of_runs(name, others))
-            few = few and rows <= FEW
-            parts.append(f"FROM {live}")
-        if not parts:
-            nulls = (f"CAST(NULL AS {kind}) AS {quoted(item)}" for item, kind in columns.items())
-            parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
-        self._make(name, " UNION ALL ".join(parts), once=few)
+        with self._making(name) as new:
+            if not new:
+                return
+            if others and name not in _VOTE_VIEWS:
+                live = quoted(f"live {name}")
+                create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
+                if name == PREDICTIONS:
+                    rows = self._source.feed_predictions(self._full, create, runs=others)
+                else:
+                    of_runs = rows_of_runs(name, others)
+                    rows = self._source.feed_table(self._full, create, name, of_runs)
+                few = few and rows <= FEW
+                parts.append(f"FROM {live}")
+            if not parts:
+                nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
+                parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
+            self._make(name, " UNION ALL ".join(parts), once=few)
 
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
@@ -664,48 +723,8 @@ class Questions:
         digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
-            self._copies.mkdir(parents=True, exist_ok=True)
-            for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
-                if path.name == _checked_name(stem, path):
-                    with suppress(OSError):  # the file of another user
-                        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-                    return path
-                path.unlink(missing_ok=True)  # it is not as it was written
-            with tempfile.TemporaryDirectory(
-                prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
-            ) as folder:
-                part = Path(folder, "part.parquet")
-                copy = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
-                with closing(duckdb.connect(":memory:")) as own:
-                    own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
-                    own.execute(f"SET temp_directory = {literal(folder)}")
-                    own.execute("SET preserve_insertion_order = false")
-                    own.execute("SET TimeZone = 'UTC'")
-                    if name == PREDICTIONS:
-                        own.execute("SET threads = 1")  # each would have a group of rows in hand
-                        self._source.feed_predictions(own, copy, ended=run)
-                    elif name not in _VOTE_VIEWS:
-                        self._source.feed_table(own, copy, name, rows_of_runs(name, [run]))
-                    else:
-                        base = PREDICTIONS if name == COUNTS else COUNTS
-                        rows = reading_files([self._copy(base, run, mark)])
-                        own.execute(f"CREATE VIEW {base} AS FROM {rows}")
-                        if name == COUNTS:
-                            own.execute(_ELIGIBLE)
-                        else:
-                            labels_table = "CREATE TABLE labels AS FROM {rows}"
-                            self._source.feed_table(own, labels_table, "labels")
-                            own.execute(_NOTHING_OF_WELLS)
-                        for item in _VOTE_VIEWS[name]:
-                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
-                        kept = RANKED_COPIED if name == RANKED else "true"
-                        rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
-                        own.execute(copy.replace("{rows}", rows))
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-                made = part.replace(self._copies / _checked_name(stem, part))
-                _make_room(self._copies, KEPT_BYTES)
-                return made
+            with _copying[stem]:  # of all threads one makes it
+                return self._found_copy(stem) or self._make_copy(name, run, mark, stem)
         except (OSError, duckdb.IOException) as error:
             if isinstance(error, StorageError):
                 raise
@@ -715,6 +734,58 @@ class Questions:
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
 
+    def _found_copy(self, stem: str) -> Path | None:
+        self._copies.mkdir(parents=True, exist_ok=True)
+        for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
+            if path.name == _checked_name(stem, path):
+                with suppress(OSError):  # the file of another user
+                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                return path
+            path.unlink(missing_ok=True)  # it is not as it was written
+        return None
+
+    def _make_copy(self, name: str, run: int, mark: str, stem: str) -> Path:
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
+            ) as folder,
+            closing(Source(self.workspace.database)) as source,  # others may use ours meanwhile
+            closing(duckdb.connect(":memory:")) as own,
+        ):
+            part = Path(folder, "part.parquet")
+            into = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
+            own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
+            own.execute(f"SET temp_directory = {literal(folder)}")
+            own.execute("SET preserve_insertion_order = false")
+            own.execute("SET TimeZone = 'UTC'")
+            if name == PREDICTIONS:
+                own.execute("SET threads = 1")  # each would have a group of rows in hand
+                source.feed_predictions(own, into, ended=run)
+            elif name not in _VOTE_VIEWS:
+                source.feed_table(own, into, name, rows_of_runs(name, [run]))
+            else:
+                base = PREDICTIONS if name == COUNTS else COUNTS
+                rows = reading_files([self._copy(base, run, mark)])
+                own.execute(f"CREATE VIEW {base} AS FROM {rows}")
+                if name == COUNTS:
+                    own.execute(_ELIGIBLE)
+                else:
+                    source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
+                    own.execute(_NOTHING_OF_WELLS)
+                for item in _VOTE_VIEWS[name]:
+                    own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                kept = RANKED_COPIED if name == RANKED else "true"
+                rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
+                own.execute(into.replace("{rows}", rows))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            made = part.replace(self._copies / _checked_name(stem, part))
+            _make_room(self._copies, KEPT_BYTES)
+            return made
+
+
+_copying: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+"""For each copy a lock."""
 
 _running = cache(duckdb.connect)
 """A DuckDB that goes on: to start one for a few rows would take longer than the answer."""
@@ -787,14 +858,22 @@ def _make_room(copies: Path, most: int) -> None:
 
 def _checked_name(stem: str, path: Path) -> str:
     """Return the name of a copy: with the checksum of its bytes; nothing if it is gone."""
-    checksum = 0
     try:
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(BYTES_AT_ONCE):
-                checksum = zlib.crc32(block, checksum)
+        found = path.stat()
+        checksum = _checksum(path, found.st_ino, found.st_size, found.st_mtime_ns)
     except FileNotFoundError:  # another process has just removed it
         return ""
     return f"{stem}-{checksum:08x}.parquet"
+
+
+@lru_cache(4096)
+def _checksum(path: Path, _inode: int, _size: int, _modified_ns: int) -> int:
+    """Return the checksum of a file; in this process it is read once, while it is the same."""
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BYTES_AT_ONCE):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 WIDTH = 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,9 @@ POLL_SECONDS = 0.1
 
 MAX_CHARACTERS = 1_000_000
 """The longest question: DuckDB reads a longer one for minutes, and cannot be stopped meanwhile."""
+
+MB_OF_THREAD = 60
+"""Each thread has rows in hand: with less memory for each a large question ends for want of it."""
 
 SPILL_BYTES = 20 << 30
 """The most that a question may put on the disk where it does not fit into memory."""
@@ -115,10 +120,14 @@ def locked_connection(
         "allowed_directories": f"[{folders}]",
         "enable_external_access": "false",
         "max_expression_depth": "200",  # planning deeper ones may take minutes, and hears no stop
+        "threads": str(max(1, min(os.cpu_count() or 1, limits.memory_mb // MB_OF_THREAD))),
         "lock_configuration": "true",
     }
     try:
-        connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+        # GLOBAL: also for the cursors of this connection, which begin with settings of their own.
+        connection.execute(
+            "; ".join(f"SET GLOBAL {name} = {value}" for name, value in settings.items())
+        )
         yield connection
     finally:
         connection.close()
@@ -164,7 +173,7 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement:
             + (" In PIVOT, say the values: ON (a || b) IN ('x', 'y')." if kind == "MULTI" else "")
         )
     suspects = found.functions - _ALLOWED
-    refused = sorted(suspects & (_REFUSED | _table_functions(connection))) if suspects else []
+    refused = sorted(suspects & (_REFUSED | _table_functions())) if suspects else []
     refused = [f"{name}()" for name in refused] + sorted(found.tables & {"pg_settings"})
     if refused:
         raise not_readable(refused[0])
@@ -294,10 +303,13 @@ def _with_values(sql: str) -> str:
     return b"".join(pieces).decode()
 
 
-def _table_functions(connection: duckdb.DuckDBPyConnection) -> set[str]:
-    rows = connection.execute(
-        "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'"
-    ).fetchall()
+@cache
+def _table_functions() -> set[str]:
+    """The same in every database of this process, none of which loads an extension."""
+    with duckdb.connect(":memory:") as connection:
+        rows = connection.execute(
+            "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'"
+        ).fetchall()
     return {str(row[0]).lower() for row in rows}
 
 

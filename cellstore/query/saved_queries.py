@@ -34,7 +34,7 @@ RESERVED = (
 )
 """Options of ``cellstore ask`` itself."""
 
-_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_NAME = re.compile(r"(?!.{101})[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PARAMETER = re.compile(
     r":(?P<name>[a-z][a-z0-9_]*) \((?P<kind>[a-z ]+)\)"
     r"(?: = (?P<default>'[^']*'|\S+))?  +(?P<words>\S.*)"
@@ -124,7 +124,7 @@ def find_question(workspace: Workspace, name: str) -> SavedQuestion:
 def _own(workspace: Workspace, name: str) -> SavedQuestion:
     folder = own_folder(workspace)
     path = folder / f"{name}.sql"
-    if len(name) > 100 or not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):
         raise QueryError(
             f"{path} cannot be asked: {name!r} is no name of a question. Use small letters, digits "
             "and -, a letter first: plates-of-may"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -180,6 +181,7 @@ class Source:
 
         self.database, self.is_sqlite = database, database.is_sqlite
         self._adbc = adbc
+        self._lock = threading.RLock()  # a connection answers one question at a time
         self._json: set[tuple[str, str]] = set()
         url = database.engine.url
         if self.is_sqlite:
@@ -390,6 +392,11 @@ class Source:
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
         """Open the Arrow stream of what a query yields."""
+        with self._lock, self._open_stream(query) as stream:
+            yield stream
+
+    @contextmanager
+    def _open_stream(self, query: str) -> Iterator[Any]:
         try:
             statement = self._adbc.AdbcStatement(self._connection)
             try:

@@ -238,7 +238,7 @@ def _plate(session: Session, plate_id: int) -> Audit:
     (record,) = _ask(session, query, plate=plate_id)
     of_plate = "SELECT images.id FROM images JOIN wells ON wells.id = well_id WHERE plate_id = :id"
     record |= {
-        "excluded": _why_excluded(session, plate=plate_id),
+        "excluded": why_not_counted(session, plate=plate_id),
         "annotations": _annotations(session, plate=plate_id),
         "corrections": _corrections(session, plates=[plate_id]),
         "downstream": _downstream_of_images(session, of_plate, id=plate_id),
@@ -246,7 +246,7 @@ def _plate(session: Session, plate_id: int) -> Audit:
     return Audit("plate", f"Plate {record['barcode']}", record)
 
 
-def _why_excluded(session: Session, **ids: int) -> str | None:
+def why_not_counted(session: Session, **ids: int) -> str | None:
     """Why something does not count: the first reason that a person gave; ``ids`` by level."""
     of = " OR ".join(f"level = '{level}' AND id = :{level}" for level in ids)
     query = f"SELECT level, reason FROM exclusions WHERE source = 'annotation' AND ({of})"  # noqa: S608
@@ -310,7 +310,7 @@ def _image(session: Session, image_id: int) -> Audit:
     downstream = _downstream_of_images(session, ":id", id=image_id)
     labelled = any(item["what"].startswith("labelled") for item in downstream)
     record |= {
-        "excluded": _why_excluded(session, image=image_id, well=well_id, plate=plate_id),
+        "excluded": why_not_counted(session, image=image_id, well=well_id, plate=plate_id),
         "annotations": _annotations(session, image=image_id, well=well_id, plate=plate_id),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
@@ -370,19 +370,15 @@ def _counted(session: Session, image_id: int) -> list[Record]:
     return [{**row, "probability": row["summed"] / EXACT} for row in counted.values()]
 
 
-def _labellings(
-    session: Session, image_id: int, well_id: int, found: Sequence[Record]
+def runs_about(
+    session: Session, image_id: int, well_id: int, run_ids: Collection[int]
 ) -> list[Record]:
-    """What each predict run answered for an image, the oldest run first.
+    """Return predict runs, the oldest first, and what each knew of an image before it looked.
 
-    ``winner`` is the label of the hard vote, ``soft_winner`` that of the summed probabilities;
-    ``subset`` that of the image in the split (``outside``: in none), ``well_subsets`` all in which
-    its well has images. ``found``: its segmentations.
+    ``truth``: the label of the split, else what the well has in its field; ``subset`` is that of
+    the image in the split, ``well_subsets`` all in which its well has images. ``well_in_training``:
+    the network was trained on images of this well (None: not known of a model from elsewhere).
     """
-    from ..query.engine import rank_counts  # DuckDB takes some time to load
-
-    counts = _counted(session, image_id)
-    ranked = rank_counts(counts)
     query = """
         SELECT runs.id AS run_id, runs.started_at, runs.user_name AS "user", runs.host,
             runs.code_version, runs.parent_id AS train_run_id, splits.name AS split, protocol,
@@ -399,19 +395,45 @@ def _labellings(
         LEFT JOIN labels ON labels.id = label_id
         WHERE runs.id IN :runs ORDER BY runs.id
     """
-    runs = _ask(session, query, image=image_id, runs=sorted({row["run_id"] for row in counts}))
-    checkpoints: dict[int | None, list[str]] = {}
+    runs = _ask(session, query, image=image_id, runs=sorted(run_ids))
     of_well = """
         SELECT DISTINCT split_id, subset FROM split_members JOIN images ON images.id = image_id
         WHERE well_id = :well
     """
     in_well = {(row["split_id"], row["subset"]) for row in _ask(session, of_well, well=well_id)}
+    for run in runs:
+        if run["truth"] is None and run["field"] is not None:
+            now = _labels_now(session, run["field"], "images.id = :id", image_id)
+            run["truth"] = next(iter(now), None)
+        run["well_subsets"] = [s.value for s in Subset if (run["split_id"], s.value) in in_well]
+        learned, known = {Subset.TRAIN.value}, True
+        if run["model"] is not None:
+            learned, known = (
+                set((run["trained_on"] or "").split(",")),
+                run["trained_on"] is not None,
+            )
+        seen = not learned.isdisjoint(run["well_subsets"])
+        run["well_in_training"] = seen if known else None
+    return runs
+
+
+def _labellings(
+    session: Session, image_id: int, well_id: int, found: Sequence[Record]
+) -> list[Record]:
+    """What each predict run answered for an image, the oldest run first; see :func:`runs_about`.
+
+    ``winner`` is the label of the hard vote, ``soft_winner`` that of the summed probabilities;
+    ``subset`` that of the image in the split (``outside``: in none). ``found``: its segmentations.
+    """
+    from ..query.engine import rank_counts  # DuckDB takes some time to load
+
+    counts = _counted(session, image_id)
+    ranked = rank_counts(counts)
+    runs = runs_about(session, image_id, well_id, {row["run_id"] for row in counts})
+    checkpoints: dict[int | None, list[str]] = {}
     labellings = []
     for run in runs:
         truth = run["truth"]
-        if truth is None and run["field"] is not None:
-            labels = _labels_now(session, run["field"], "images.id = :id", image_id)
-            truth = next(iter(labels), None)
         hard, soft = (ranked[run["run_id"], vote] for vote in ("hard", "soft"))
         mine = [row for row in counts if row["run_id"] == run["run_id"]]
         names = {row["label_id"]: row["label"] for row in mine}
@@ -419,13 +441,6 @@ def _labellings(
         mine.sort(key=lambda row: (-row["cells"], -row["probability"], row["label"]))
         used = {number for row in mine for number in row["segmentations"]}
         seen = [item for item in found if item["id"] in used]
-        well_subsets = [s.value for s in Subset if (run["split_id"], s.value) in in_well]
-        learned, known = {Subset.TRAIN.value}, True
-        if run["model"] is not None:
-            learned, known = (
-                set((run["trained_on"] or "").split(",")),
-                run["trained_on"] is not None,
-            )
         keys = ["run_id", "started_at", "user", "host", "code_version", "train_run_id"]
         keys += ["origin", "status", "model", "weights_sha256"]
         if (trained := run["train_run_id"]) not in checkpoints:
@@ -437,8 +452,8 @@ def _labellings(
                 "split": run["split"],
                 "protocol": run["protocol"],
                 "subset": run["subset"] or "outside",
-                "well_subsets": well_subsets,
-                "well_in_training": not learned.isdisjoint(well_subsets) if known else None,
+                "well_subsets": run["well_subsets"],
+                "well_in_training": run["well_in_training"],
                 "segmentation_ids": [item["id"] for item in seen],
                 "segment_recipes": [item["recipe_id"] for item in seen],
                 "segment_weights": [item["weights_sha256"] or "" for item in seen],
@@ -552,7 +567,7 @@ def audit_well(session: Session, well_id: int) -> Audit:
     frozen, notes = _frozen_labels(session, well_id, "images.well_id = :id", well_id)
     record |= {
         "treatment": whole or None,
-        "excluded": _why_excluded(session, well=well_id, plate=plate_id),
+        "excluded": why_not_counted(session, well=well_id, plate=plate_id),
         "images": [row["id"] for row in _ask(session, f"{of_well} ORDER BY id", id=well_id)],
         "notes": notes,
         "annotations": _annotations(session, well=well_id, plate=plate_id),

@@ -224,6 +224,11 @@ SEGMENTED_BY = """
     JOIN segmentations AS s ON s.id = c.segmentation_id WHERE p.run_id = ? AND p.rank = 1
     ORDER BY s.recipe_id
 """
+SEGMENTED_BY_RECIPE = """
+    SELECT DISTINCT s.id FROM runs AS r JOIN recipe_inputs AS i ON i.recipe_id = r.recipe_id
+    JOIN recipes AS s ON s.id = i.input_id WHERE r.id = ? AND s.stage = 'segment' ORDER BY s.id
+"""
+"""The same as the recipe of a run says it, without a look at its millions of predictions."""
 NAMES = {
     "image": """
     SELECT i.id, p.barcode || '/' || w.name || '/' || i.site AS name FROM images AS i
@@ -723,7 +728,8 @@ def _warnings(
                 f"It is not known which of these wells run {subject.name} had seen in "
                 "training: nobody declared it."
             )
-    used = [list(questions.ask_ours(SEGMENTED_BY, [item.run.id]).rows()) for item in subjects]
+    query = SEGMENTED_BY_RECIPE if questions.only_image_votes else SEGMENTED_BY
+    used = [list(questions.ask_ours(query, [item.run.id]).rows()) for item in subjects]
     if used[0] != used[1]:
         labelled = [
             f"those of segmentation recipe {' and '.join(str(recipe) for (recipe,) in rows)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..notebooks import plain
 from ..settings import check_not_of_a_store
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from matplotlib.figure import Figure
 
     from ..analysis.dose_curves import DoseCurve
@@ -193,6 +195,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+DRAWING = threading.Lock()
+
+
 def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], alt: str = "") -> str:
     """Return what ``draw`` puts on a figure of ``size`` inches, as an element of a page.
 
@@ -202,7 +207,8 @@ def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], al
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+    # The style is that of the process: the explorer draws in several threads.
+    with DRAWING, rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # A browser has letters that matplotlib, which only measures them here, has not.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=size, layout="constrained")
@@ -352,43 +358,14 @@ def draw_plate_map(
     beside.tick_params(length=0, labelsize=size)
 
 
-def plate_map_svg(
-    found: PlateMap,
-    width: float = SMALL_MAP,
-    *,
-    scale: bool = True,
-    link: Callable[[str, str], str | None] | None = None,
-) -> str:
-    """Return a map as an element of a page, with the ``scale`` of its colours or without.
-
-    ``link`` gives the address of a plate and a well, to which the well then leads.
-    """
+def plate_map_svg(found: PlateMap, width: float = SMALL_MAP, *, scale: bool = True) -> str:
+    """Return a map as an element of a page, with the ``scale`` of its colours or without."""
     named = ", ".join(text for text in (found.title, found.channel) if text)
-    height = found.height(width, scale=scale)
-    drawn = svg(
+    return svg(
         f"{found.plate} {found.title} {found.channel} {found.unit}",
-        (width, height),
+        (width, found.height(width, scale=scale)),
         lambda figure: draw_plate_map(figure, found, width, scale=scale),
         f"Plate {found.plate}, {named} ({found.unit}): {found.extremes()}.",
-    )
-    if link is None:
-        return drawn
-    columns = plate_layout([*found.wells, *found.values])[1]
-    side = 72 * (width - LEFT - (RIGHT if scale else BELOW)) / columns
-    parts = []
-    for row, column in sorted({*found.wells, *found.values}):
-        name = well_name(row, column)
-        if address := link(found.plate, name):
-            value = found.values.get((row, column))
-            said = f"{name}: {'no value' if value is None else brief(value)}"
-            x, y = 72 * LEFT + side * (column - 1), 72 * ABOVE + side * (row - 1)
-            parts.append(
-                f'<a href="{escape(address)}" aria-label="{escape(said)}"><rect class="well" '
-                f'x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}">'
-                f"<title>{escape(said)}</title></rect></a>"
-            )
-    return drawn.replace('role="img"', 'role="group"', 1).replace(
-        "</svg>", "".join(parts) + "</svg>"
     )
 
 
@@ -546,20 +523,23 @@ def brief(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def render_html(
-    name: str,
-    content: Mapping[str, Any],
-    filters: Mapping[str, Callable[..., str]] | None = None,
-) -> str:
-    """Return the page of the template ``name``, with more ``filters``.
+TEMPLATES = "cellstore.report.templates"
 
-    It may include and import other templates. Every text is escaped but figures
-    (filter ``svg``) and the common look (``css``); what cannot be seen in a text is written out.
+
+def environment_of(*folders: str, **more: Callable[..., str]) -> Environment:
+    """Return the templates of some packages, with ``more`` filters; the first that has a name.
+
+    Every text is escaped but figures (filter ``svg``); what cannot be seen in a text is written
+    out.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = files("cellstore.report.templates")
+    known = [files(folder) for folder in folders]
+
+    def load(name: str) -> str | None:
+        found = next((file for one in known if (file := one.joinpath(name)).is_file()), None)
+        return None if found is None else found.read_text(encoding="utf-8")
 
     def number_or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
         return "\u2013" if value is None else f"{value * factor:{form}}{unit}"
@@ -569,15 +549,14 @@ def render_html(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=FunctionLoader(lambda part: folder.joinpath(part).read_text(encoding="utf-8")),
+        loader=FunctionLoader(load),
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
     environment.filters["percent"] = lambda value: number_or_dash(value, 100, ".1f", " %")
     environment.filters["number"] = lambda value: number_or_dash(value, 1, ".3f", "")
     environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
-    environment.filters |= {"short": short, "brief": brief, **(filters or {})}
-    css = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704 - ours
-    return environment.get_template(name).render(css=css, **content)
+    environment.filters |= {"short": short, "brief": brief, **more}
+    return environment
 
 
 def write_html(
@@ -586,8 +565,12 @@ def write_html(
     content: Mapping[str, Any],
     filters: Mapping[str, Callable[..., str]] | None = None,
 ) -> None:
-    """Write what :func:`render_html` returns; raises StorageError."""
-    page = render_html(name, content, filters)
+    """Write the page of the template ``name``, with more ``filters``; raises StorageError."""
+    from markupsafe import Markup
+
+    environment = environment_of(TEMPLATES, **(filters or {}))
+    css = Markup(files(TEMPLATES).joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704
+    page = environment.get_template(name).render(css=css, **content)
     check_not_of_a_store(path)
     with open_atomically(path) as file:
         file.write(page.encode("utf-8", "replace"))

@@ -21,7 +21,7 @@ Place = Callable[..., "str | None"]
 """Gives the address of what a word, names and parameters say, where the explorer shows it."""
 
 
-def nowhere(what: str, *names: object, **parameters: object) -> None:
+def nowhere(*names: object, **parameters: object) -> None:
     """No address: the page is a file."""
 
 
@@ -250,7 +250,7 @@ def shares_of(first: str, second: str, counts: Mapping[str, int]) -> str:
 
 
 def class_content(
-    result: ReportResult, hard: Sequence[Mapping[str, Any]], place: Place
+    result: ReportResult, hard: Sequence[Mapping[str, Any]], images_at: Place
 ) -> dict[str, Any]:
     """The confusion matrix, and the tables by class, target, dose and plate.
 
@@ -279,7 +279,7 @@ def class_content(
 
     return {
         "confusion": found,
-        "matrices": matrices_of(found, result.run_id, place),
+        "matrices": matrices_of(found, images_at),
         "class_rows": [(item, mistaken_for.get(item.label)) for item in by_recall],
         "recalls": ranked([item.recall or 0 for item in true]) if len(true) > NAMED_ROWS else None,
         "targets": new(sorted(result.by_target, key=lambda item: (-item.accuracy, item.name))),
@@ -320,8 +320,11 @@ class Confusion:
         return len(set(known)) < len(known)
 
 
-def confusion_of(pairs: Sequence[tuple[str, str]], genes: Mapping[str, str | None]) -> Confusion:
-    """Count ``pairs`` of truth and answer, the labels of a gene beside each other."""
+def confusion_of(
+    pairs: Sequence[tuple[str, str]] | Mapping[tuple[str, str], int],
+    genes: Mapping[str, str | None],
+) -> Confusion:
+    """Count ``pairs`` of truth and answer, or take their numbers; labels of a gene in a row."""
     labels = sorted(
         {label for pair in pairs for label in pair},
         key=lambda label: (genes.get(label) is not None, genes.get(label) or "", label),
@@ -391,15 +394,16 @@ class Matrix:
     picture: str | None = None
 
 
-def matrices_of(found: Confusion, run_id: int, place: Place) -> list[Matrix]:
+def matrices_of(found: Confusion, at: Place) -> list[Matrix]:
     """Return the matrices that can be read.
 
     Of more classes than have room for names: those most confused, the genes, and all unnamed.
-    A square leads to its images where ``place`` has an address for them.
+    A square leads to what it counts where ``at`` has an address for the ``label`` that is true and
+    the one that was ``predicted``.
     """
     number = len(found.labels)
     if number <= NAMED_CLASSES:
-        return [_table("", found, run_id, place)]
+        return [_table("", found, at)]
     matrices: list[Matrix] = []
     block = most_confused(found)
     if block:
@@ -413,11 +417,11 @@ def matrices_of(found: Confusion, run_id: int, place: Place) -> list[Matrix]:
             f"The {len(block)} classes between which most mistakes are. Answers outside this "
             "block are not shown, so a row need not be full."
         )
-        matrices.append(_table(caption, some, run_id, place, found.counts.sum(axis=1)[block]))
+        matrices.append(_table(caption, some, at, found.counts.sum(axis=1)[block]))
     genes = by_gene(found)
     if found.grouped and len(genes.labels) <= NAMED_CLASSES:
         caption = "The same by target gene: the diagonal holds every image whose gene is right."
-        matrices.append(_table(caption, genes, run_id, nowhere))
+        matrices.append(_table(caption, genes, nowhere))
     caption = f"All {number} classes, those of a gene beside each other, in order of gene and name."
     return [*matrices, Matrix(caption, picture=confusion_picture(found))]
 
@@ -425,8 +429,7 @@ def matrices_of(found: Confusion, run_id: int, place: Place) -> list[Matrix]:
 def _table(
     caption: str,
     found: Confusion,
-    run_id: int,
-    place: Place,
+    at: Place,
     totals: NDArray[np.int64] | None = None,
 ) -> Matrix:
     """A matrix as a table; ``totals`` (K,): the images of each row, those not shown included."""
@@ -439,9 +442,9 @@ def _table(
         for predicted, other, count in zip(found.labels, found.genes, counts, strict=True):
             same = gene is not None and gene == other
             kind = "right" if truth == predicted else "same" if same else "other"
-            said = f"{count} of {total} images of {truth} got the label {predicted}"
-            at = place("run", run_id, "images", label=truth, predicted=predicted) if count else None
-            squares.append(Square(count, kind, round(count / max(1, total), 2), said, at))
+            said = f"{count} of {total} of {truth} got the label {predicted}"
+            address = at(label=truth, predicted=predicted) if count else None
+            squares.append(Square(count, kind, round(count / max(1, total), 2), said, address))
         rows.append((truth, gene, squares))
     return Matrix(caption, found.labels, tuple(rows))
 

@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,11 @@ Row = Mapping[str, Any]
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
 VOTED = """
-    SELECT vote, unit_id, well_id, plate_id, truth, predicted, confidence, tie, correct, control
-    FROM scored_predictions
+    SELECT vote, unit_id, well_id, plate_id, truth, winner AS predicted, share AS confidence, tie,
+        correct, control
+    FROM votes
     WHERE run_id = ? AND level = 'image' AND vote <> 'median' AND abstained IS NULL
-        AND list_contains(?, subset)
+        AND truth IS NOT NULL AND list_contains(?, subset)
     ORDER BY vote, unit_id
 """
 """The scored votes of images that have an answer."""
@@ -73,38 +75,28 @@ def report_content(
     subject: Subject,
     result: ReportResult,
     maps: Sequence[str] = (),
+    *,
     place: Place = nowhere,
 ) -> dict[str, Any]:
     """Return what the page of a report shows.
 
-    ``place`` gives addresses of wells, fields and groups of images, to which the page then leads.
+    ``place`` gives addresses of wells, fields and groups of images, to which the page then leads;
+    where there are such, it shows no plate maps and few pictures, but leads to them.
     """
+    alone = place is nowhere
+    subset = result.subsets[0] if len(result.subsets) == 1 else None
+    images_at = partial(place, "run", subject.run.id, "images", subset=subset)
     run_id = subject.run.id
     images = questions.ask_ours(VOTED, [run_id, list(result.subsets)]).records()
     hard = [row for row in images if row["vote"] == "hard"]
     best = result.score(*HEADLINE)
     unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
     seen = set(questions.ask_ours(SEEN, [run_id]).arrays()["well_id"].tolist())
-    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps, seen)
-    several = len(drawn_maps[0]) > 1
-    width = SMALL_MAP if several else LARGE_MAP
-
-    def well(plate: str, name: str) -> str | None:
-        return place("well", plate, name)
-
-    link = None if place is nowhere else well
-    scripts, steps = list[str](), set[int]()
-    for one in result.folds or (run_id,):
-        steps.add(one)
-        try:
-            made = repro(workspace, str(one))
-            scripts.append(made.script)
-            steps |= {step.run_id for step in made.steps}
-        except CellstoreError as error:
-            scripts.append(f"# {error}")
-    script, behind = "\n".join(scripts), sorted(steps)
+    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps, seen) if alone else ([], 0)
+    width = SMALL_MAP if drawn_maps and len(drawn_maps[0]) > 1 else LARGE_MAP
     return {
         "place": place,
+        "whole": not questions.only_image_votes,
         "result": result,
         "run": subject.run,
         "baseline": subject.baseline,
@@ -112,19 +104,21 @@ def report_content(
         "unseen": unseen,
         "rival_rows": by_baseline(result.baselines),
         **score_figures(result, best, unseen),
-        **class_content(result, hard, place),
+        "images_at": images_at,
+        **class_content(result, hard, images_at),
         **extremes(workspace, questions, result, hard, seen),
         "map_groups": [
-            (some[0], [(m, plate_map_svg(m, width, scale=False, link=link)) for m in some])
+            (some[0], [(m, plate_map_svg(m, width, scale=False)) for m in some])
             for some in drawn_maps
         ],
-        "seen_wells": bool(drawn_maps[0] and any(one.marked for one in drawn_maps[0])),
+        "seen_wells": any(one.marked for some in drawn_maps for one in some),
         "more_plates": more_plates,
         "measured": len(drawn_maps) > 2,
         "curves": training_curves(questions, subject.run.parent_id),
-        "pictures": pictures(workspace, questions, run_id, images, result.comparison, seen),
-        "origin": origin_of(questions, subject, behind),
-        "script": script,
+        "pictures": pictures(workspace, questions, run_id, images, result.comparison, seen)
+        if alone
+        else None,
+        "origin": origin_of(workspace, questions, subject, result) if alone else None,
         "listed": LISTED,
     }
 
@@ -154,7 +148,7 @@ def extremes(
 ) -> dict[str, Any]:
     """Return the label that is recognised best, and worst, with a field of each beside a control.
 
-    Labels of images count, of equal ones those of cells; labels of negative controls do not.
+    Labels of images count, of equal ones the votes for them; labels of negative controls do not.
     ``images``: rows of the votes, one per image; ``seen``: wells that trained the model.
     """
     of_label: dict[str, list[Row]] = defaultdict(list)
@@ -162,9 +156,13 @@ def extremes(
         if row["correct"] is not None:
             of_label[row["truth"]].append(row)
     usual = {label for label, rows in of_label.items() if all(_is_negative(x) for x in rows)}
+    sure = {
+        label: sum((x["confidence"] or 0) * x["correct"] for x in rows) / len(rows)
+        for label, rows in of_label.items()
+    }
     order = sorted(
         (item for item in result.by_class if item.support and item.label not in usual),
-        key=lambda item: (item.recall or 0, item.cells_correct / max(1, item.cells), item.label),
+        key=lambda item: (item.recall or 0, sure[item.label], item.label),
     )
     ends = [("best", order[-1]), ("worst", order[0])] if len(order) > 1 else []
     chosen = {item.label: _usual_image(of_label[item.label], end) for end, item in ends}
@@ -193,6 +191,7 @@ def extremes(
                 "item": item,
                 "row": row,
                 "seen": well in seen,
+                "sure": _usual_share(of_label[item.label]),
                 "taken": taken.most_common(1)[0] if taken else None,
                 "treated": treated,
                 "control": {**control, "name": near[0][2]} if near else None,
@@ -206,6 +205,12 @@ def extremes(
         "colours": pictures.colours(),
         "kind": KINDS_OF_LABEL.get(result.field, ("label", "labels")),
     }
+
+
+def _usual_share(rows: Sequence[Row]) -> float | None:
+    """The mean share of the votes that right images got."""
+    shares = [row["confidence"] for row in rows if row["correct"] and row["confidence"] is not None]
+    return sum(shares) / len(shares) if shares else None
 
 
 def _is_negative(row: Row) -> bool:
@@ -289,31 +294,10 @@ def plate_maps(
         plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     shown = dict(list(plates.items())[:SHOWN_PLATES])
     asked = [run_id, sorted(well for wells in shown.values() for well in wells)]
-    count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
-    counted = questions.ask_ours(f"{USED_CELLS} {count}", asked).records()
-    cells = {row["well_id"]: row["value"] for row in counted}
     measures = [
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
-        ("Cells", "cells in an image", cells, colour_limits(cells.values())),
+        *_cell_maps(questions, asked, shown, wanted),
     ]
-    sizes = {row["plate"]: row["size"] for row in questions.ask_ours(SIZES).records()}
-    units = {
-        (row["name"], column["name"]): column.get("unit")
-        for row in questions.ask_ours("SELECT name, columns FROM feature_sets").records()
-        for column in json.loads(row["columns"])
-    }
-    for (name, column), means in _feature_means(questions, asked, wanted).items():
-        unit, values = units.get((name, column)), means
-        if unit in MICROMETRES and shown.keys() <= sizes.keys():
-            power, unit = MICROMETRES[unit]
-            values = {
-                well: means[well] * sizes[plate] ** power
-                for plate, wells in shown.items()
-                for well in wells
-                if well in means
-            }
-        said = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
-        measures.append((column, said, values, colour_limits(values.values())))
     maps = [
         [
             PlateMap(
@@ -331,6 +315,42 @@ def plate_maps(
         for shows_right in (values is accuracy,)
     ]
     return maps, max(0, len(plates) - SHOWN_PLATES)
+
+
+Measure = tuple[str, str, dict[int, float], tuple[float, float]]
+"""A title, its unit, values by well id, and the ends of the colours."""
+
+
+def _cell_maps(
+    questions: Questions,
+    asked: Sequence[object],
+    plates: Mapping[str, Mapping[int, WellPosition]],
+    wanted: Sequence[str],
+) -> list[Measure]:
+    """The number of cells, and means of features; ``asked``: a run and the wells of ``plates``."""
+    count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
+    counted = questions.ask_ours(f"{USED_CELLS} {count}", asked).records()
+    cells = {row["well_id"]: row["value"] for row in counted}
+    measures = [("Cells", "cells in an image", cells, colour_limits(cells.values()))]
+    sizes = {row["plate"]: row["size"] for row in questions.ask_ours(SIZES).records()}
+    units = {
+        (row["name"], column["name"]): column.get("unit")
+        for row in questions.ask_ours("SELECT name, columns FROM feature_sets").records()
+        for column in json.loads(row["columns"])
+    }
+    for (name, column), means in _feature_means(questions, asked, wanted).items():
+        unit, values = units.get((name, column)), means
+        if unit in MICROMETRES and plates.keys() <= sizes.keys():
+            power, unit = MICROMETRES[unit]
+            values = {
+                well: means[well] * sizes[plate] ** power
+                for plate, wells in plates.items()
+                for well in wells
+                if well in means
+            }
+        said = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
+        measures.append((column, said, values, colour_limits(values.values())))
+    return measures
 
 
 def _feature_means(
@@ -532,12 +552,24 @@ NETWORK_FILES = """
 """
 
 
-def origin_of(questions: Questions, subject: Subject, behind: Sequence[int]) -> dict[str, Any]:
+def origin_of(
+    workspace: Workspace, questions: Questions, subject: Subject, result: ReportResult
+) -> dict[str, Any]:
     """What the labels of a run were made from: rows of runs, recipes and files of networks.
 
-    ``behind``: the runs that it relies on, itself among them.
-    ``commands``: what was typed, in order, each once. ``more_runs`` are not shown.
+    ``commands``: what was typed, in order, each once; ``script``: what does it again.
+    ``more_runs`` are not shown.
     """
+    scripts, steps = list[str](), set[int]()
+    for one in result.folds or (subject.run.id,):
+        steps.add(one)
+        try:
+            made = repro(workspace, str(one))
+            scripts.append(made.script)
+            steps |= {step.run_id for step in made.steps}
+        except CellstoreError as error:
+            scripts.append(f"# {error}")
+    script, behind = "\n".join(scripts), sorted(steps)
 
     def pairs(text: str | None) -> list[tuple[str, str]]:
         """The fields of a JSON object as text."""
@@ -553,6 +585,7 @@ def origin_of(questions: Questions, subject: Subject, behind: Sequence[int]) -> 
     shown = runs[-SHOWN_RUNS:]
     return {
         "split": subject.split,
+        "script": script,
         "runs": [{**row, "environment": pairs(row["environment"])} for row in shown],
         "more_runs": len(runs) - len(shown),
         "recipes": [{**row, "parameters": pairs(row["parameters"])} for row in recipes],

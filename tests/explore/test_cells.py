@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import Any
 from urllib.parse import urlencode
 
@@ -14,11 +16,12 @@ from starlette.testclient import TestClient
 
 from cellstore.enums import AnnotationKind, ImageFlagReason, Level, Stage
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
-from cellstore.explore.cell_views import chosen_cells, keep_selection
-from cellstore.explore.requests import ask
+from cellstore.explore import cell_views
+from cellstore.explore.cell_filters import chosen_cells, keep_selection
+from cellstore.explore.pixels import crop_sheet
 from cellstore.explore.server import make_app
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Annotation, Cell, Image
+from cellstore.models import Annotation, Cell, Image, Segmentation
 
 PLAIN = """
     SELECT c.id FROM cells AS c
@@ -36,6 +39,7 @@ PLAIN = """
     WHERE c.excluded IS NULL AND
 """
 RUNS = "SELECT run_id FROM predictions GROUP BY run_id ORDER BY count(DISTINCT probability) DESC"
+AREAS = "SELECT cell_id, area FROM features"
 PROBABILITY = "SELECT avg(probability) FROM predictions WHERE rank = 1 AND run_id = :run"
 
 
@@ -56,9 +60,9 @@ def asked(app: Any, **filters: Any) -> Request:
 
 def ids(app: Any, prefix: str = "", **filters: Any) -> set[int]:
     """The cells that these filters choose; none is chosen twice."""
-    request = asked(app, **filters)
-    chosen = chosen_cells(request, prefix)
-    rows = ask(request, chosen.query, chosen.values)
+    chosen = chosen_cells(asked(app, **filters), prefix)
+    with app.state.explorer.reader.questions() as questions:
+        rows = questions.ask_ours(chosen.query, chosen.values).records()
     found = {row["cell_id"] for row in rows}
     assert len(found) == len(rows)
     return found
@@ -171,3 +175,127 @@ def test_flags_exclusions_and_labels_by_people_choose_cells(writable: Workspace)
     assert ids(app, annotated="yes") == ids(app, annotated="mitotic") == {cells[2]}
     assert ids(app, annotated="no") == counting - {cells[2]}
     app.state.explorer.reader.close()
+
+
+def crops(page: str) -> list[int]:
+    """The cells of a page or a sheet, in their order."""
+    return [int(found) for found in re.findall(r'data-cell="(\d+)"', page)]
+
+
+def all_crops(client: TestClient, **filters: Any) -> list[int]:
+    """The cells of all sheets, one after the other."""
+    page = client.get("/cells", params=filters).text
+    found = crops(page)
+    while (following := re.search(r'data-following="([^"]+)"', page)) is not None:
+        page = client.get(html.unescape(following[1])).text
+        assert crops(page)
+        found += crops(page)
+    return found
+
+
+def test_sheets_show_every_cell_once_in_its_order(
+    client: TestClient, screen: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_views, "PER_SHEET", 240)
+    monkeypatch.setattr(cell_views, "FIRST", 150)  # the short way does not find a sheet
+    with screen.database.read() as session:
+        area = dict(list(session.execute(text(AREAS))))
+        query = "SELECT cell_id, probability FROM predictions WHERE rank = 1 AND run_id = :run"
+        run = session.scalars(text(RUNS)).all()[-1]  # the majority: its probabilities are alike
+        sure = dict(list(session.execute(text(query), {"run": run})))
+    every = sorted(area)
+    assert len(every) > 2 * 240
+    assert all_crops(client, sort="id") == every
+    assert all_crops(client, sort="area") == sorted(every, key=lambda cell: (area[cell], cell))
+    assert all_crops(client, sort="-area", control="negative", beside="none") == sorted(
+        ids(client.app, control="negative"), key=lambda cell: (-area[cell], cell)
+    )
+    certain = all_crops(client, sort="-probability", run=run)
+    assert certain == sorted(sure, key=lambda cell: (-sure[cell], cell))
+    at_random = all_crops(client)
+    assert sorted(at_random) == every
+    assert at_random != every
+    assert all_crops(client, seed=2) != at_random
+    monkeypatch.setattr(cell_views, "FIRST", 4096)
+    assert all_crops(client, sort="area") == sorted(every, key=lambda cell: (area[cell], cell))
+
+
+def test_cells_that_come_meanwhile_do_not_shift_the_sheets(
+    writable: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_views, "PER_SHEET", 300)
+    app = make_app(writable)
+    with TestClient(app) as client:
+        before = sorted(plain(writable, "true"))
+        page = client.get("/cells?sort=-area").text
+        following = html.unescape(re.search(r'data-following="([^"]+)"', page)[1])  # type: ignore[index]
+        make = Factory(writable)
+        make.exclude(Level.CELL, crops(page)[0])
+        with writable.database.begin() as session:
+            segmentation = session.get_one(Segmentation, 1)
+            segmentation.n_cells += 1
+        made = make.cells(segmentation, 1)  # they have no area, and so come last
+        seen = crops(page)
+        while following:
+            page = client.get(following).text
+            seen += crops(page)
+            found = re.search(r'data-following="([^"]+)"', page)
+            following = html.unescape(found[1]) if found else ""
+    assert sorted(seen) == sorted([*before, *(cell.id for cell in made)])
+    assert seen[-1] == made[-1].id
+    app.state.explorer.reader.close()
+
+
+def test_controls_of_the_same_plates_stand_beside_a_treatment(
+    client: TestClient, screen: Workspace
+) -> None:
+    one = "SELECT p.barcode, t.name FROM wells AS w JOIN plates AS p ON p.id = w.plate_id "
+    one += "JOIN treatments AS t ON t.id = w.treatment_id WHERE w.control IS NULL LIMIT 1"
+    with screen.database.read() as session:
+        barcode, treatment = session.execute(text(one)).one()
+    page = client.get("/cells", params={"plate": barcode, "treatment": treatment}).text
+    assert f"Negative controls (DMSO) of plate {barcode}" in page
+    left, right = (set(crops(part)) for part in page.split('data-pane="b."'))
+    treated = plain(screen, f"p.barcode = '{barcode}' AND t.name = '{treatment}'")
+    controls = plain(screen, f"p.barcode = '{barcode}' AND w.control = 'negative'")
+    assert left
+    assert left <= treated
+    assert right
+    assert right <= controls
+    counted = client.get(f"/cells/count?pane=b.&treatment={treatment}&plate={barcode}").text
+    assert counted == f"{len(controls)} cells in 4 fields of 4 wells"
+    for alone in ("", "treatment=DMSO", f"treatment={treatment}&beside=none"):
+        assert 'data-pane="b."' not in client.get(f"/cells?{alone}").text
+    two = client.get("/cells?sort=id&well=B02&b.well=B03").text
+    left, right = (crops(part) for part in two.split('data-pane="b."'))
+    assert left == sorted(plain(screen, "w.name = 'B02'"))[:50]
+    assert right == sorted(plain(screen, "w.name = 'B03'"))[:50]
+
+
+def test_the_form_leads_to_a_plain_address_and_hostile_ones_to_a_sentence(
+    client: TestClient, screen: Workspace
+) -> None:
+    sent = "plate=&treatment=&feature=area&min=100&max=&sort=id"
+    answer = client.get(f"/cells?{sent}", follow_redirects=False)
+    assert answer.status_code == 303
+    assert answer.headers["location"] == "/cells?sort=id&area=100.."
+    page = client.get("/cells?treatment=%3Cscript%3Ealert(1)%3C/script%3E").text
+    assert "No cell is like that" in page
+    assert "<script>alert" not in page
+    wrong = ("nosuchfilter=1", "sort=nosuch", "after=1", "after=x~y", f"after={2**70}~1",
+             "side=9999", "channels=nosuch", "outlines=2", "b.area=1..x")  # fmt: skip
+    for query in wrong:
+        assert client.get(f"/cells?{query}").status_code in (400, 404), query
+    assert client.get("/cells/more?pane=c").status_code == 400
+    assert client.get("/cells/more?pane=b.").status_code == 404
+    for query in ("cells=", "cells=1,x", "cells=999999999", "cells=1&side=-1"):
+        assert client.get(f"/cells/sheet?{query}").status_code in (400, 404), query
+    some = sorted(plain(screen, "true"))[:3]
+    listed = ",".join(map(str, some))
+    shown = client.get(f"/cells/sheet?cells={listed}&side=48")
+    made = crop_sheet(client.app.state.explorer, some, side=48)  # type: ignore[attr-defined]
+    assert shown.content == made
+    assert shown.headers["content-type"] == "image/jpeg"
+    assert client.get("/cell/nix").status_code == client.get("/cell/999999999").status_code == 404
+    there = client.get(f"/cell/{some[0]}", follow_redirects=False).headers["location"]
+    assert re.fullmatch(rf"/field/\d+\?cell={some[0]}", there)

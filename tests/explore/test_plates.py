@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from screens import SmallScreen
 from sqlalchemy import insert
 from starlette.testclient import TestClient
 
@@ -115,6 +116,8 @@ def test_colours_of_values() -> None:
     assert [(entry.words, entry.wells) for entry in groups.entries] == [("a", 2), ("DMSO", 1)]
     many = make_scale(WellValues("Treatment", {n: f"t{n}" for n in range(20)}), [])
     assert many.entries[-1].words == "13 others"
+    chosen = make_scale(WellValues("Treatment", {n: f"t{n:02}" for n in range(20)}), [], "t19")
+    assert chosen.entries[0].words == "t19"
     doses = make_scale(WellValues("Dose", {1: "1 uM", 2: "10 uM"}, order=["1 uM", "10 uM"]), [])
     assert doses.colours == {1: viridis(0), 2: viridis(1)}
     assert make_scale(WellValues("x", {}), []).colours == {}
@@ -170,6 +173,33 @@ def test_votes_of_a_well_are_those_of_the_store(client: TestClient, screen: Work
         assert f"of {row['n_cells']}" in text
 
 
+def test_both_databases_have_the_same_maps(read_screen: SmallScreen) -> None:
+    app = make_app(read_screen.workspace)
+    plate, run = read_screen.plate.barcode, read_screen.predict_run.id
+    with TestClient(app, raise_server_exceptions=False) as client:
+        votes = wells_of(client, f"/plate/{plate}?colour=vote")
+        answers = {at[-3:]: well["written"] for at, well in votes.items() if well["written"]}
+        # B02 and B03 are draws; the summed probability decides, then the alphabet.
+        assert answers["B01"] == "DMSO"
+        assert answers["B02"] == "taxol"
+        assert answers["B03"] == "DMSO"
+        right = wells_of(client, f"/plate/{plate}?colour=accuracy&run={run}")
+        assert right[f"{plate}/B01"]["written"] == "100"
+        assert "seen" in right[f"{plate}/A01"]["kinds"]
+        for kind in ("treatment", "dose", "control", "cells", "feature", "profile", "verdict"):
+            assert client.get(f"/plate/{plate}?colour={kind}").status_code == 200
+        page = client.get(f"/well/{plate}/B01/votes").text
+        assert "2, taxol 1" in page
+        assert "of 3" in page
+        for address in ("/", "/home/stages", "/home/runs", "/plates", f"/well/{plate}/B01"):
+            assert client.get(address).status_code == 200
+        assert client.get(f"/well/{plate}/B01/history").status_code == 200
+        for asked in (plate, "B01", "taxol", "run 1", "1", "image 1", "nothing"):
+            found = client.get("/search", params={"q": asked}, follow_redirects=False)
+            assert found.status_code in (200, 303, 404)
+    app.state.explorer.reader.close()
+
+
 @pytest.mark.parametrize(
     ("asked", "address"),
     [
@@ -207,9 +237,14 @@ def test_the_search_goes_to_what_is_named(
 
 def test_home_says_what_there_is_and_what_to_do(client: TestClient) -> None:
     home = client.get("/").text
-    assert "Next useful step" in home
-    assert 'data-copy="cellstore' in home
+    (step,) = re.findall(r'Next: <code>([^<]+)</code> <button[^>]+ data-copy="([^"]+)"', home)
+    assert step[0] == step[1]
+    assert step[0].startswith("cellstore --store ")  # the tests are not run in the store
     assert "/plate/DEMO0001" in home
+    maps = client.get("/plates/small").text
+    drawn = re.findall(r'aria-label="Map of plate (\w+) by treatment: (\d+) wells"', maps)
+    assert drawn == [("DEMO0001", "14"), ("DEMO0002", "14")]
+    assert sum(path.count("M") for path in re.findall(r'<path d="([^"]+)"', maps)) == 28
     stages = client.get("/home/stages").text
     assert "28 of 28" in stages
     runs = html.unescape(client.get("/home/runs").text)
@@ -273,3 +308,22 @@ def test_keys_move_over_the_map_and_open_a_well(tab: Any, site: str) -> None:
         tab.keyboard.press("Enter")
     assert "/well/DEMO0001/" in tab.url
     tab.get_by_text("In splits: by-well").wait_for()
+
+
+def test_fields_of_a_well_are_selected_by_key_and_mouse(tab: Any, writable_site: str) -> None:
+    tab.goto(f"{writable_site}/well/DEMO0001/B02")
+    tab.evaluate("""
+        window.heard = [];
+        document.addEventListener("cellstore:selection", ({detail}) => window.heard.push(detail));
+    """)
+    first, second = (tab.locator(".montage a").nth(at) for at in (0, 1))
+    ids = [int(field.get_attribute("data-image")) for field in (first, second)]
+    first.focus()
+    tab.keyboard.press("Space")
+    second.click(modifiers=["Shift"])
+    assert tab.locator(".montage a.selected").count() == 2
+    tab.keyboard.press("Escape")
+    assert tab.locator(".montage a.selected").count() == 0
+    heard = tab.evaluate("window.heard")
+    assert [said["ids"] for said in heard] == [ids[:1], ids, []]
+    assert {said["level"] for said in heard} == {"image"}

@@ -89,6 +89,7 @@ def test_own_predictions_brought_back_count_the_same(
         assert session.query(Event).filter(Event.run_id == run.id).count() == 2
 
 
+@pytest.mark.one_database
 def test_cells_are_found_by_number_and_in_wide_tables(screen: tuple[Store, int]) -> None:
     store, own = screen
     wide = store.sql(
@@ -164,6 +165,7 @@ def test_what_is_no_plain_table_is_refused(
         store.add_predictions(np.array(table) if isinstance(table, list) else table, "odd")
 
 
+@pytest.mark.one_database
 def test_what_was_not_declared_is_not_known(screen: tuple[Store, int]) -> None:
     store, own = screen
     added = store.add_predictions(store.sql(EXPORT, [own]), "unknown")
@@ -375,6 +377,7 @@ def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
     assert not [reason for reason in problems if "feature" in reason]
 
 
+@pytest.mark.one_database
 def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_path: Path) -> None:
     small_screen(workspace)
     store, path = Store(workspace), tmp_path / "cells.parquet"
@@ -416,6 +419,7 @@ def test_an_export_with_new_columns_finds_its_cells(workspace: Workspace, tmp_pa
     assert store.add_predictions(table, "mine", trained_on=[]).rows == len(known)
 
 
+@pytest.mark.one_database
 def test_plates_are_found_by_the_name_that_they_had(workspace: Workspace, tmp_path: Path) -> None:
     own = small_screen(workspace).predict_run.id
     store = Store(workspace)

@@ -23,7 +23,7 @@ from cellstore.stages.verify import verify
 pytestmark = pytest.mark.heavy
 
 
-MOST = 60
+MOST = 24
 """Images of the largest test; the others have the first of them."""
 
 
@@ -54,26 +54,26 @@ def check_equal(workspace: Workspace, undisturbed: killing.Rows, images: int) ->
 def test_killed_at_random_moments_and_gone_on_with(
     workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):
-    killing.fill(workspace, tmp_path / "images", 40)
+    killing.fill(workspace, tmp_path / "images", MOST)
     root = workspace.settings.root
-    killed, _ = killing.kill_often(root, 0.15, 6, (0.5, 1.7), seed=1)
+    killed, _ = killing.kill_often(root, 0.15, 4, (0.5, 1.7), seed=1)
     assert killed > 2
     killing.segment_slowly(workspace, 0.0)
-    check_equal(workspace, undisturbed, 40)
+    check_equal(workspace, undisturbed, MOST)
 
 
 def test_a_cluster_that_ends_a_job_lets_the_images_in_hand_be_written(
     sqlite_workspace: Workspace, tmp_path: Path
 ):
     """SIGTERM reaches every process of the job."""
-    killing.fill(sqlite_workspace, tmp_path / "images", 40)
+    killing.fill(sqlite_workspace, tmp_path / "images", MOST)
     process = killing.start(sqlite_workspace.settings.root, 0.5)
     while not (before := killing.counts_of(sqlite_workspace)[0]):
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) != 0
-    assert before < killing.counts_of(sqlite_workspace)[0] < 40
+    assert before < killing.counts_of(sqlite_workspace)[0] < MOST
 
 
 @pytest.mark.postgres
@@ -92,11 +92,9 @@ def test_two_processes_share_one_sqlite_store(
 def several_at_once(
     workspace: Workspace, folder: Path, undisturbed: killing.Rows, number: int
 ) -> None:
-    killing.fill(workspace, folder / "images", 60)
+    killing.fill(workspace, folder / "images", MOST)
     root = workspace.settings.root
-    processes = [
-        killing.start(root, 0.05, workers=1, stderr=subprocess.PIPE) for _ in range(number)
-    ]
+    processes = [killing.start(root, 0.2, workers=1, stderr=subprocess.PIPE) for _ in range(number)]
     for process in processes:
         _, said = process.communicate(timeout=240)
         assert (process.returncode, said) == (0, b"")
@@ -104,7 +102,7 @@ def several_at_once(
         jobs = session.execute(select(Job.status, Job.attempts, Job.worker)).all()
     assert {(status, attempts) for status, attempts, _ in jobs} == {(Status.DONE, 1)}
     assert len({worker for _, _, worker in jobs}) > 1
-    check_equal(workspace, undisturbed, 60)
+    check_equal(workspace, undisturbed, MOST)
 
 
 @pytest.mark.one_database

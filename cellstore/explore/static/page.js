@@ -32,5 +32,6 @@ document.addEventListener("click", async (event) => {
 
 document.addEventListener("change", (event) => {
   const form = event.target.closest("form[data-auto]");
-  if (form && !event.target.matches("[type=text], [type=search]")) form.requestSubmit();
+  const typed = event.target.matches("[type=text], [type=search]:not([list])");
+  if (form && !typed) form.requestSubmit();
 });

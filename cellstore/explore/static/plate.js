@@ -66,4 +66,14 @@ for (const map of document.querySelectorAll(".wells")) {
   map.addEventListener("pointerleave", hide);
   map.addEventListener("focusout", hide);
 }
+
+// A group of the legend is outlined on the maps.
+for (const entry of document.querySelectorAll(".maplegend [data-value]")) {
+  entry.addEventListener("pointerenter", () => {
+    for (const text of document.querySelectorAll(".wells a > span")) {
+      if (text.textContent === entry.dataset.value) text.parentElement.classList.add("same");
+    }
+  });
+  entry.addEventListener("pointerleave", hide);
+}
 addEventListener("scroll", hide, { passive: true });

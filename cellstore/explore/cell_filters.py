@@ -1,0 +1,443 @@
+"""Which cells the filters of an address mean."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import select
+from starlette.requests import Request
+
+from ..enums import Control, FeatureStorage, Subset
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.run_names import find_predict_run
+from ..models import FeatureSet
+from ..query.cell_tables import chosen_cells as as_bits
+from ..query.cell_tables import selecting
+from ..query.cells import choose_recipes
+from ..query.engine import Questions
+from ..query.exclusions import find_qc_run
+from ..query.feature_files import set_of_recipe
+from ..query.guard import quoted
+from ..query.source import group_of
+from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, kept, text, whole
+
+MOST_VALUES = 500
+"""Values of one filter."""
+MOST_SELECTIONS = 8
+NEWEST = "latest"
+
+YES_NO = ("yes", "no")
+RIGHT_WRONG = ("right", "wrong")
+CONTROLS = (*(item.value for item in Control), "none")
+SUBSETS = (*(item.value for item in Subset), "outside")
+EXCLUDED = ("no", "yes", "all")
+
+_RANGE = re.compile(r"(\S*?)\.\.(\S*)")
+_NUMBER = re.compile(r"[A-Z]*INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*")
+_NO_FEATURES = ("cell_id", "recipe_id", "run_id")
+
+MEASURED = """
+    SELECT recipe_id FROM (
+        SELECT r.recipe_id,
+            row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS number
+        FROM runs AS r
+        JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
+        WHERE r.stage = 'measure'
+        AND r.recipe_id NOT IN (SELECT recipe_id FROM feature_sets WHERE storage = 'files')
+    ) WHERE number = 1
+"""
+"""Whose rows of table ``features`` count, as in ``cell_table``."""
+OF_CELLS = """SELECT c.id AS cell_id, s.image_id, c.excluded IS NOT NULL AS excluded
+    FROM cells AS c
+    JOIN (
+        SELECT max(s.id) AS segmentation_id, s.image_id
+        FROM segmentations AS s
+        JOIN images AS i ON i.id = s.image_id
+        WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
+        GROUP BY s.image_id
+    ) AS s ON s.segmentation_id = c.segmentation_id"""
+"""All cells, of the segmentation made last of the present bytes of each image."""
+OF_RUN = """SELECT cell_id, image_id, excluded, label_id, probability
+    FROM predictions_with_image
+    WHERE run_id = {run} AND rank = 1 AND cell_id IS NOT NULL"""
+"""The cells that a predict run has labelled, by whichever segmentation."""
+OF_IMAGES = """SELECT i.id AS image_id
+    FROM images AS i
+    JOIN wells AS w ON w.id = i.well_id
+    JOIN plates AS p ON p.id = w.plate_id
+    LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id"""
+COUNTS = """NOT t.excluded
+    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = t.image_id)
+    AND NOT EXISTS (FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = t.cell_id)"""
+TRUE_LABELS = """SELECT r.image_id, l.id AS label_id
+    FROM run_images AS r JOIN labels AS l ON l.value = r.truth WHERE r.run_id = {run}"""
+LABELLED_BY_PEOPLE = """SELECT a.row_id FROM annotations AS a
+    WHERE a.level = 'cell' AND a.kind = 'label' AND a.undoes_id IS NULL
+    AND a.id NOT IN (SELECT u.undoes_id FROM annotations AS u WHERE u.undoes_id IS NOT NULL)"""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The cells that an address means.
+
+    ``query`` is SQL of ours that gives ``cell_id`` and ``image_id`` of each cell, and where
+    ``run``, the number of a predict run, is not None also ``label_id`` and ``probability`` of its
+    first choice; ``values`` are its parameters. ``images``: SQL that gives the ``image_id`` of the
+    images that they may be of. ``active``: the filters in the address.
+    """
+
+    query: str
+    values: dict[str, Any]
+    images: str
+    run: int | None
+    active: tuple[tuple[str, str], ...]
+
+
+class Feature(NamedTuple):
+    """A measurement of cells: a ``column`` of rows ``origin`` (SQL), each with its ``cell_id``."""
+
+    name: str
+    column: str
+    origin: str
+
+    @property
+    def query(self) -> str:
+        """SQL that gives ``cell_id`` and ``value``."""
+        return f"SELECT cell_id, CAST({self.column} AS DOUBLE) AS value FROM {self.origin}"  # noqa: S608
+
+
+def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) -> Chosen:
+    """Return the cells that the filters of an address mean: ``FILTERS``, and ranges of features.
+
+    The filters are combined by AND, the values of one filter that is there several times by OR.
+    ``prefix`` stands before the names of all of them. Nothing that is joined has a row for each
+    cell and a text in it, so that some million cells are looked through in a fraction of a second.
+    ``of_run``: those that a predict run has labelled, also where no filter is about it.
+
+    Raises:
+        UserInputError: a value cannot be meant.
+        UnknownNameError: there is no such run, feature or selection.
+        QueryError: ``where`` is wrong, or does more than read.
+    """
+    return _Filters(request, prefix, of_run=of_run).chosen()
+
+
+class _Filters:
+    """Turns the filters of an address into SQL; see :func:`chosen_cells`."""
+
+    def __init__(self, request: Request, prefix: str, *, of_run: bool = False) -> None:
+        self.request, self.prefix, self.of_run = request, prefix, of_run
+        self.mark = prefix.replace(".", "_")
+        self.values: dict[str, Any] = {}
+        self.active: list[tuple[str, str]] = []
+        self.of_image: list[str] = []
+        self.of_cell: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        found = text(self.request, self.prefix + name)
+        if found is not None:
+            self.active.append((self.prefix + name, found))
+        return found
+
+    def whole(self, name: str) -> int | None:
+        return whole(self.request, self.prefix + name) if self.text(name) is not None else None
+
+    def choice(self, name: str, choices: tuple[str, ...], default: str = "") -> str:
+        if self.text(name) is None:
+            return default
+        return choice(self.request, self.prefix + name, list(choices), default)
+
+    def many(self, name: str) -> list[str]:
+        """The values of a filter that may be there several times."""
+        name = self.prefix + name
+        found = [item for item in self.request.query_params.getlist(name) if item.strip()]
+        if len(found) > MOST_VALUES or any(len(item) > LONGEST_TEXT for item in found):
+            raise UserInputError(f"{name} has too many values, or one that is too long.")
+        self.active += ((name, item) for item in found)
+        return found
+
+    def numbers(self, name: str) -> list[float]:
+        return [_number(self.prefix + name, item) for item in self.many(name)]
+
+    def ids(self, name: str) -> list[int]:
+        """Whole numbers, with commas between or one at a time."""
+        found = []
+        for item in ",".join(self.many(name)).split(","):
+            number = item.strip()
+            if number and not (number.isdecimal() and len(number) <= 18):
+                raise UserInputError(
+                    f"{self.prefix}{name} has to be whole numbers with commas between, not "
+                    f"{number[:40]!r}."
+                )
+            found += [int(number)] if number else []
+        return found
+
+    def bind(self, name: str, value: Any) -> str:
+        """Take a value as a parameter of the SQL; return how the SQL names it."""
+        self.values[self.mark + name] = value
+        return f"${self.mark}{name}"
+
+    def among(self, name: str, *columns: str) -> str:
+        """The condition that one of some columns has one of the values of a filter, or nothing."""
+        found = self.many(name)
+        if not found:
+            return ""
+        listed = self.bind(name, found)
+        return " OR ".join(f"list_contains({listed}, {column})" for column in columns)
+
+    def chosen(self) -> Chosen:
+        run = self.wells_and_run()
+        self.exclusions()
+        self.features()
+        self.listed()
+        if self.of_image:
+            every = " AND ".join(f"({item})" for item in self.of_image)
+            images = f"{OF_IMAGES}\n    WHERE {every}"
+            self.of_cell.append(f"t.image_id IN ({images})")
+        else:
+            images = "SELECT i.id AS image_id FROM images AS i"
+        source = OF_CELLS if run is None else OF_RUN.format(run=run)
+        columns = "t.cell_id, t.image_id" + ("" if run is None else ", t.label_id, t.probability")
+        every = " AND ".join(f"({item})" for item in self.of_cell) or "true"
+        query = f"SELECT {columns} FROM (\n{source}\n) AS t WHERE {every}"  # noqa: S608 - ours
+        return Chosen(query, self.values, images, run, tuple(self.active))
+
+    def wells_and_run(self) -> int | None:
+        """The filters by well and treatment, and by what a predict run has said."""
+        conditions = [
+            self.among("plate", "p.barcode"),
+            self.among("well", "w.name"),
+            self.among("treatment", "t.treatment", "t.name_with_dose"),
+        ]
+        if doses := self.numbers("dose"):
+            conditions.append(f"list_contains({self.bind('dose', doses)}, t.dose)")
+        if control := self.choice("control", CONTROLS):
+            same = "IS NULL" if control == "none" else f"= {self.bind('control', control)}"
+            conditions.append(f"w.control {same}")
+        if images := self.ids("image"):
+            conditions.append(f"i.id IN ({', '.join(map(str, images))})")
+        named, other = self.text("run"), self.whole("other")
+        truth, predicted = self.among("label", "truth"), self.among("predicted", "value")
+        subset, result = self.choice("subset", SUBSETS), self.choice("result", RIGHT_WRONG)
+        between = [
+            f"t.probability {sign} {self.bind(name, _number(name, given))}"
+            for name, sign in (("min_probability", ">="), ("max_probability", "<="))
+            if (given := self.text(name)) is not None
+        ]
+        sorted_by = (text(self.request, "sort") or "").removeprefix("-")
+        asked = (named, other, truth, predicted, subset, result, between)
+        self.of_image += filter(None, conditions)
+        if not any(asked) and sorted_by != "probability" and not self.of_run:
+            return None
+        with explorer_of(self.request).workspace.database.read() as session:
+            found = find_predict_run(session, named or NEWEST)
+            if other is not None:
+                find_predict_run(session, str(other))
+        if found.folds:
+            raise UserInputError(
+                f"{named} is several runs. Name one of them: {', '.join(map(str, found.folds))}."
+            )
+        run = found.id
+        of_run = f"SELECT image_id FROM run_images WHERE run_id = {run}"  # noqa: S608 - ours
+        if truth or subset:
+            every = [f"({truth})"] if truth else []
+            every += [f"subset = {self.bind('subset', subset)}"] if subset else []
+            self.of_image.append(f"i.id IN ({of_run} AND {' AND '.join(every)})")
+        if predicted:
+            ids = f"SELECT id FROM labels WHERE {predicted}"  # noqa: S608 - ours
+            self.of_cell.append(f"t.label_id IN ({ids})")
+        if result:
+            right = f"""EXISTS (
+                FROM ({TRUE_LABELS.format(run=run)}) AS r
+                WHERE r.image_id = t.image_id AND r.label_id = t.label_id)"""
+            self.of_cell.append(right if result == "right" else f"NOT {right}")
+            self.of_image.append(f"i.id IN ({of_run} AND truth IS NOT NULL)")
+        if other is not None:
+            self.of_cell.append(f"""EXISTS (
+                FROM predictions_with_image AS o WHERE o.run_id = {other} AND o.rank = 1
+                AND o.cell_id = t.cell_id AND o.label_id <> t.label_id)""")
+        self.of_cell += between
+        return run
+
+    def exclusions(self) -> None:
+        """What counts, what is flagged, and what people have labelled."""
+        excluded = self.choice("excluded", EXCLUDED, "no")
+        if excluded != "all":
+            self.of_cell.append(COUNTS if excluded == "no" else f"NOT ({COUNTS})")
+        if (flagged := self.text("flagged")) is not None:
+            with explorer_of(self.request).workspace.database.read() as session:
+                qc = find_qc_run(session, NEWEST).id
+            of_run = f"WHERE f.run_id = {qc}"
+            if flagged not in YES_NO:
+                of_run += f" AND f.reason = {self.bind('flagged', flagged)}"
+            found = f"""t.cell_id IN (SELECT f.cell_id FROM cell_flags AS f {of_run})
+                OR t.image_id IN (SELECT f.image_id FROM image_flags AS f {of_run})"""  # noqa: S608
+            self.of_cell.append(f"NOT ({found})" if flagged == "no" else found)
+        if (annotated := self.text("annotated")) is not None:
+            people = LABELLED_BY_PEOPLE
+            if annotated not in YES_NO:
+                people += f" AND a.value = {self.bind('annotated', annotated)}"
+            no = "NOT " if annotated == "no" else ""
+            self.of_cell.append(f"t.cell_id {no}IN ({people})")
+
+    def features(self) -> None:
+        """Ranges of measurements: any name whose value has two dots."""
+        for whole_name, value in self.request.query_params.multi_items():
+            name, found = whole_name.removeprefix(self.prefix), _RANGE.fullmatch(value.strip())
+            mine = whole_name.startswith(self.prefix or OTHER) == bool(self.prefix)
+            if not mine or found is None or name in FILTERS:
+                continue
+            self.active.append((self.prefix + name, found[0]))
+            bounds = [
+                f"value {sign} {self.bind(f'bound{len(self.values)}', _number(name, bound))}"
+                for bound, sign in zip(found.groups(), (">=", "<="), strict=True)
+                if bound
+            ]
+            measured = feature_of(self.request, name)
+            every = " AND ".join(bounds) or "value IS NOT NULL"
+            self.of_cell.append(
+                f"t.cell_id IN (SELECT cell_id FROM ({measured.query}) AS f WHERE {every})"  # noqa: S608
+            )
+
+    def listed(self) -> None:
+        """Cells by their ids, by a selection, or by a condition in SQL."""
+        if ids := self.ids("cells"):
+            self.of_cell.append(f"t.cell_id IN ({', '.join(map(str, ids))})")
+        explorer = explorer_of(self.request)
+        bits = {}
+        if (digest := self.text("selection")) is not None:
+            bits["selection"] = _selections(explorer).get(digest)
+            if bits["selection"] is None:
+                raise UnknownNameError(
+                    "This selection is no longer kept. Select the cells again, in the scatter plot."
+                )
+        if (where := self.text("where")) is not None:
+            bits["where"] = _cells_where(explorer, where)
+        for name, found in bits.items():
+            # The bits of a byte stand there from the lowest; DuckDB counts from the highest.
+            self.of_cell.append(
+                f"CASE WHEN t.cell_id < {len(found or b'') * 8} THEN get_bit("
+                f"CAST(CAST({self.bind(name, found)} AS BLOB) AS BIT), "
+                "CAST(xor(t.cell_id, 7) AS INTEGER)) = 1 ELSE false END"
+            )
+
+
+OTHER = "b."
+"""Stands before the names of the second filter, for cells beside those of the first."""
+FILTERS = (
+    *("plate", "well", "treatment", "dose", "control", "image", "run", "other", "label"),
+    *("predicted", "subset", "result", "min_probability", "max_probability", "excluded"),
+    *("flagged", "annotated", "cells", "selection", "where"),
+)
+"""The filters that are not ranges of features."""
+
+
+def _number(name: str, given: str) -> float:
+    try:
+        found = float(given)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserInputError(f"{name} has to be a number, not {given[:40]!r}.")
+    return found
+
+
+def feature_of(request: Request, name: str) -> Feature:
+    """Return a measurement of cells by its name: ``area``, or ``texture.contrast`` of a set.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    known = features_known(request)
+    if name not in known:
+        raise UnknownNameError.of("feature", name, list(known))
+    return known[name]
+
+
+def features_known(request: Request) -> dict[str, Feature]:
+    """Return the measurements of cells by name: those of table ``features`` first."""
+    return kept(request, ("features",), lambda: _features(request))
+
+
+def _features(request: Request) -> dict[str, Feature]:
+    explorer = explorer_of(request)
+    with explorer.workspace.database.read() as session:
+        in_files = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
+        sets = list(session.scalars(in_files.order_by(FeatureSet.id)))
+    sets += sorted({group for name in sets if (group := group_of(name))} - set(sets))
+    known = {}
+    with explorer.reader.questions() as questions:
+        recipes = [str(int(row["recipe_id"])) for row in questions.ask_ours(MEASURED).records()]
+        of_recipes = f" WHERE recipe_id IN ({', '.join(recipes) or -1})"
+        for relation in ("features", *sets):
+            mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
+            for column, kind in questions.columns(relation):
+                if _NUMBER.fullmatch(kind) and column not in _NO_FEATURES:
+                    rows = f"{quoted(relation)}{origin}"
+                    known[mine + column] = Feature(mine + column, quoted(column), rows)
+    return known
+
+
+def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:
+    """Keep some cells (N,) in memory, for a while; return the name of them for an address.
+
+    The same cells have the same name.
+    """
+    ids = np.unique(ids[ids > 0])
+    bits = np.zeros((int(ids[-1]) >> 3) + 1 if len(ids) else 1, np.uint8)
+    np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
+    return _keep(explorer, hashlib.sha256(bits.tobytes()).hexdigest()[:16], bits.tobytes())
+
+
+def kept_selection(explorer: Explorer, name: str) -> NDArray[np.int64]:
+    """Return the ids of the cells of a selection, ascending.
+
+    Raises:
+        UnknownNameError: it is no longer kept.
+    """
+    if name not in _selections(explorer):
+        raise UnknownNameError("This selection is no longer kept. Select the cells again.")
+    bits = np.frombuffer(_selections(explorer)[name], np.uint8)
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+
+
+def _selections(explorer: Explorer) -> dict[str, bytes]:
+    """The cells that are kept for a while, by name, as bits."""
+    found: dict[str, bytes] = explorer.kept.setdefault("selections", {})
+    return found
+
+
+def _keep(explorer: Explorer, name: str, bits: bytes) -> str:
+    known = _selections(explorer)
+    known.pop(name, None)
+    known[name] = bits
+    for old in list(known)[:-MOST_SELECTIONS]:
+        known.pop(old, None)
+    return name
+
+
+def _cells_where(explorer: Explorer, where: str) -> bytes:
+    """The cells of a condition, as bits; found once as long as the store does not change."""
+    name = f"where {explorer.reader.mark()} {where}"
+    if (known := _selections(explorer).get(name)) is not None:
+        return known
+    with explorer.workspace.database.read() as session:
+        segment, measure = choose_recipes(session, None, None)
+        found = set_of_recipe(session, measure.id)
+        set_name = None if found is None else found.name
+        segment_id, measure_id = segment.id, measure.id
+    with explorer.reader.questions() as questions:
+        chosen = selecting(questions, where, None, segment_id, measure_id, set_name)
+        bits = as_bits(questions, chosen, _last_cell(questions))
+    _keep(explorer, name, bits)
+    return bits
+
+
+def _last_cell(questions: Questions) -> int:
+    return int(questions.ask_ours("SELECT coalesce(max(id), 0) AS n FROM cells").records()[0]["n"])

@@ -1,0 +1,344 @@
+"""Runs, what they found, and the lineage of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from sqlalchemy import func, select
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from ..enums import Stage, Status, Subset
+from ..errors import UnknownNameError, UserInputError
+from ..models import Image, Job, Plate, Run, Split, Well
+from ..report.audit import audit, shown
+from ..report.drawing import interval_bar
+from ..report.hits_figures import MARKS
+from ..report.leaderboard import list_runs
+from ..report.report_figures import Place, confusion_of, matrices_of, training_curves
+from ..report.report_page import report_content
+from ..report.scoring import report
+from ..report.votes import SUBSETS
+from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+
+RUNS = 100
+"""Runs of a page."""
+IMAGES = 48
+"""Images of a page."""
+HIT_ROWS = 1_000
+"""Treatments that are listed."""
+FAILURES = 20
+"""Reasons of failures that are listed."""
+LISTED = 40
+"""Values of a list that are shown."""
+
+DID = {
+    Stage.INGEST: "read in images and tables",
+    Stage.SEGMENT: "found cells in images",
+    Stage.MEASURE: "measured cells",
+    Stage.QC: "flagged images and cells that are unusual on their plate",
+    Stage.SPLIT: "said which images train a model and which ones test it",
+    Stage.TRAIN: "trained a model",
+    Stage.PREDICT: "labelled cells",
+    Stage.FINETUNE: "taught a network that finds cells",
+    Stage.PROFILE: "averaged the cells of wells, and compared the wells with the controls",
+    Stage.HITS: "compared treatments with the controls",
+}
+
+SHOWS = {"wrong": "surest and wrong", "ties": "ties", "right": "right", "all": "all"}
+"""Images that are listed, and what people call them."""
+VOTED_IMAGES = """
+    SELECT v.image_id, v.plate, v.well, v.site, v.control, v.truth, v.winner, v.runner_up, v.share,
+        v.n_cells, v.tie, v.correct, v.abstained, r.well_in_training AS seen,
+        o.winner AS other_winner, o.correct AS other_correct, count(*) OVER () AS total
+    FROM votes AS v
+    JOIN run_images AS r ON r.run_id = v.run_id AND r.image_id = v.image_id
+    LEFT JOIN votes AS o ON o.run_id = $other AND o.level = 'image' AND o.vote = 'hard'
+        AND o.image_id = v.image_id AND o.abstained IS NULL
+    WHERE v.run_id = $run AND v.level = 'image' AND v.vote = 'hard'
+        AND ($label IS NULL OR v.truth = $label)
+        AND ($predicted IS NULL OR v.abstained IS NULL AND v.winner = $predicted)
+        AND ($subset IS NULL OR v.subset = $subset)
+        AND CASE $show WHEN 'wrong' THEN NOT v.correct WHEN 'right' THEN v.correct
+            WHEN 'ties' THEN v.tie ELSE true END
+        AND ($other IS NULL OR v.abstained IS NULL AND o.winner <> v.winner)
+    ORDER BY v.share DESC NULLS LAST, v.image_id
+    LIMIT $most OFFSET $after
+"""
+CELL_PAIRS = """
+    SELECT r.truth, l.value AS predicted, CAST(sum(c.cells) AS BIGINT) AS n
+    FROM image_label_counts AS c
+    JOIN run_images AS r ON r.run_id = c.run_id AND r.image_id = c.image_id
+    JOIN labels AS l ON l.id = c.label_id
+    WHERE c.run_id = ? AND r.subset = ? AND r.truth IS NOT NULL AND c.cells > 0
+    GROUP BY r.truth, l.value
+"""
+HITS = """
+    SELECT * FROM hit_table WHERE run_id = ?
+    ORDER BY CASE verdict {order} ELSE 9 END, effect DESC NULLS LAST, treatment, dose
+"""
+
+
+def linked(request: Request) -> Place:
+    """Return :func:`url_of`, without addresses of pages that are not there."""
+    known = {address.split("/")[1] for address in request.app.state.addresses}
+
+    def place(what: str, *names: Any, **parameters: Any) -> str | None:
+        return url_of(what, *names, **parameters) if what in known else None
+
+    return place
+
+
+def find_run(request: Request) -> Run:
+    """Return the run of an address.
+
+    Raises:
+        NotFoundError: there is none of this number.
+    """
+    number = request.path_params["run"]
+    with explorer_of(request).workspace.database.read() as session:
+        found = session.get(Run, number) if number < 2**63 else None
+    if found is None:
+        raise NotFoundError(f"There is no run {number}. All runs are at /runs.")
+    return found
+
+
+# All runs
+
+
+def runs(request: Request) -> Response:
+    """All runs, the newest first, with the models of a split ranked."""
+    stages = {stage.value: stage for stage in Stage}
+    stage = text(request, "stage")
+    if stage is not None:
+        stage = choice(request, "stage", stages, stage)
+    before = whole(request, "before", 2**53)
+    query = select(Run).where(Run.id < before).order_by(Run.id.desc()).limit(RUNS + 1)
+    if stage is not None:
+        query = query.where(Run.stage == stages[stage])
+    with explorer_of(request).workspace.database.read() as session:
+        found = list(session.scalars(query))
+        counted = session.execute(select(Run.stage, func.count()).group_by(Run.stage)).all()
+        splits = list(session.scalars(select(Split.name).order_by(Split.id.desc()).limit(200)))
+    counts = {Stage(stage).value: number for stage, number in counted}
+    return page(
+        request,
+        "runs.html.j2",
+        rows=[_row(run) for run in found[:RUNS]],
+        next=found[RUNS - 1].id if len(found) > RUNS else None,
+        stage=stage,
+        stages={name: counts[name] for name in stages if name in counts},
+        splits=splits,
+        split=text(request, "split"),
+        ranked=counts.get("train", 0),
+    )
+
+
+def _row(run: Run) -> dict[str, Any]:
+    result = run.result or {}
+    numbers = [
+        f"{result[name]:,} {name}"
+        for name in ("plates", "images", "wells", "cells", "treatments", "hits", "failed")
+        if isinstance(result.get(name), int) and (name != "failed" or result[name])
+    ]
+    seconds = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
+    took = "-"
+    if seconds is not None:
+        minutes, hours = seconds / 60, seconds / 3600
+        took = f"{seconds:.0f} s" if seconds < 99 else f"{minutes:.0f} min"
+        took = f"{hours:.1f} h" if minutes > 99 else took
+    return {"run": run, "did": DID[Stage(run.stage)], "numbers": numbers, "took": took}
+
+
+def ranked_runs(request: Request) -> Response:
+    """A part: the models of a split, the best first."""
+    split = text(request, "split")
+    workspace = explorer_of(request).workspace
+    try:
+        board = kept(request, ("runs", split), lambda: list_runs(workspace, split))
+    except UnknownNameError as error:
+        raise NotFoundError(str(error)) from None
+    return page(request, "ranked_runs.html.j2", board=board, bar=interval_bar)
+
+
+# One run
+
+
+def run_page(request: Request) -> Response:
+    """What a run did, and what came of it."""
+    run = find_run(request)
+    workspace = explorer_of(request).workspace
+    record = audit(workspace, str(run.id), "run").record
+    values: dict[str, Any] = {
+        "run": run,
+        "record": record,
+        "row": _row(run),
+        "did": DID[Stage(run.stage)],
+        "parameters": _values(record["recipe"]["parameters"]),
+        "result": _values(record["result"] or {}),
+        "failures": [],
+        "shows": SHOWS,
+        "listed": LISTED,
+        "place": linked(request),
+    }
+    if record["jobs"].get("failed"):
+        values["failures"] = _failures(request, run.id)
+    if run.stage == Stage.PREDICT:
+        values |= _about_labels(request, run)
+    if run.stage == Stage.HITS:
+        order = " ".join(f"WHEN '{verdict.value}' THEN {i}" for i, verdict in enumerate(MARKS))
+        hits = ask(request, HITS.format(order=order), [run.id])
+        ends = [x for row in hits for x in (row["effect"], row["effect_high"]) if x is not None]
+        values["hits"], values["hits_more"] = hits[:HIT_ROWS], len(hits) > HIT_ROWS and len(hits)
+        values["limits"], values["bar"] = (-1.0, max([1.0, *ends])), interval_bar
+        values["marks"] = {verdict.value: mark for verdict, mark in MARKS.items()}
+    return page(request, "run.html.j2", **values)
+
+
+def _values(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), shown(name, x, digits=64, most=LISTED))
+            for name, x in found.items() if x not in (None, [], {}, "")]  # fmt: skip
+
+
+def _failures(request: Request, run_id: int) -> list[dict[str, Any]]:
+    """Reasons of failed jobs, the most frequent first, each with an image."""
+    query = select(Job.error, func.count(), func.min(Job.image_id)).group_by(Job.error)
+    query = query.where(Job.run_id == run_id, Job.status == Status.FAILED)
+    query = query.order_by(func.count().desc()).limit(FAILURES)
+    names = select(Image.id, Plate.barcode, Well.name, Image.site)
+    names = names.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+    with explorer_of(request).workspace.database.read() as session:
+        rows = session.execute(query).all()
+        known = {
+            row[0]: f"{row[1]}/{row[2]}/{row[3]}"
+            for row in session.execute(names.where(Image.id.in_([row[2] for row in rows])))
+        }
+    return [
+        {"error": error, "n": number, "image": image, "name": known.get(image, "")}
+        for error, number, image in rows
+    ]
+
+
+def _about_labels(request: Request, run: Run) -> dict[str, Any]:
+    """Other predict runs, with which this one can be compared."""
+    query = select(Run).where(Run.stage == Stage.PREDICT, Run.status == Status.DONE)
+    query = query.where(Run.id != run.id).order_by(Run.id.desc()).limit(200)
+    with explorer_of(request).workspace.database.read() as session:
+        others = [(other.id, _name_of(other)) for other in session.scalars(query)]
+    other = whole(request, "other")
+    if other is not None and other not in dict(others):
+        raise UserInputError(f"There is no other predict run {other} that is done.")
+    return {"others": others, "other": other}
+
+
+def _name_of(run: Run) -> str:
+    trained = run.parent.recipe.parameters.get("baseline") if run.parent else None
+    return f"run {run.id}" + (f", {trained}" if trained else "")
+
+
+def report_part(request: Request) -> Response:
+    """A part: the report of a predict run on images, whose numbers lead to pictures."""
+    run = find_run(request)
+    other = whole(request, "other")
+    workspace = explorer_of(request).workspace
+
+    def look(*read: Any) -> bytes:
+        content = report_content(workspace, *read, place=linked(request))
+        made = page(request, "report.html.j2", frame="part.html.j2", heading="h2", **content)
+        return bytes(made.body)
+
+    def make() -> bytes:
+        found: list[bytes] = []
+        compare = None if other is None else str(other)
+        keep = partial(report, workspace, str(run.id), compare=compare, only_images=True)
+        keep(look=lambda *read: found.append(look(*read)))
+        return found[0]
+
+    return HTMLResponse(kept(request, ("report", run.id, other), make))
+
+
+def cells_part(request: Request) -> Response:
+    """A part: the confusion matrix of single cells."""
+    run = find_run(request)
+
+    def make() -> list[dict[str, Any]]:
+        return ask(request, CELL_PAIRS, [run.id, Subset.TEST.value])
+
+    rows = kept(request, ("cell pairs", run.id), make)
+    counts = {(row["truth"], row["predicted"]): row["n"] for row in rows}
+    total, place = sum(counts.values()), linked(request)
+    at = partial(place, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")
+    return page(
+        request,
+        "cell_matrix.html.j2",
+        matrix=matrices_of(confusion_of(counts, {}), at)[0] if total else None,
+        n=total,
+        right=sum(n for (truth, label), n in counts.items() if truth == label) / max(1, total),
+    )
+
+
+def curves_part(request: Request) -> Response:
+    """A part: the learning curves of a train run."""
+    run = find_run(request)
+
+    def make() -> str | None:
+        with explorer_of(request).reader.questions() as questions:
+            return training_curves(questions, run.id)
+
+    return page(request, "curves.html.j2", curves=kept(request, ("curves", run.id), make))
+
+
+def voted_images(request: Request) -> Response:
+    """Images that a run has labelled, with their fields: by truth, by label, ties, mistakes."""
+    run = find_run(request)
+    if run.stage != Stage.PREDICT:
+        raise NotFoundError(f"Run {run.id} has labelled nothing: it {DID[Stage(run.stage)]}.")
+    label, predicted = text(request, "label"), text(request, "predicted")
+    other = whole(request, "other")
+    subset = text(request, "subset")
+    if subset is not None:
+        subset = choice(request, "subset", list(SUBSETS), subset)
+    show = choice(request, "show", SHOWS, "all")
+    number = whole(request, "page", 1, low=1, high=100_000) or 1
+    given: dict[str, Any] = {"label": label, "predicted": predicted, "other": other}
+    given["subset"] = subset
+    limits = {"most": IMAGES, "after": IMAGES * (number - 1)}
+    rows = ask(request, VOTED_IMAGES, {"run": run.id, "show": show, **given, **limits})
+    total = rows[0]["total"] if rows else 0
+    parts = [
+        "Images" if show == "all" else f"Images, {SHOWS[show]}",
+        f"of {label}" if label else "",
+        f"that got the label {predicted}" if predicted else "",
+        f"to which run {other} gives another label" if other else "",
+    ]
+    place = linked(request)
+    cells = place("cells", run=run.id, label=label, predicted=predicted, subset=subset)
+    return page(
+        request,
+        "voted_images.html.j2",
+        run=run,
+        heading=" ".join(part for part in parts if part),
+        rows=rows,
+        total=total,
+        number=number,
+        pages=-(-total // IMAGES),
+        show=show,
+        shows=SHOWS,
+        cells=cells if label or predicted else None,
+        place=place,
+        **given,
+    )
+
+
+ROUTES = [
+    Route("/runs", runs),
+    Route("/runs/ranked", ranked_runs),
+    Route("/run/{run:int}", run_page),
+    Route("/run/{run:int}/report", report_part),
+    Route("/run/{run:int}/cells", cells_part),
+    Route("/run/{run:int}/curves", curves_part),
+    Route("/run/{run:int}/images", voted_images),
+]
