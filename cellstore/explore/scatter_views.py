@@ -611,17 +611,25 @@ def point(request: Request) -> Response:
 
 
 def keep(request: Request) -> Response:
-    """Keep the points within a lasso: their ids come as float64, little endian."""
+    """Keep the points within a lasso, whose ids come as bytes.
+
+    They are float64, little endian; with ``bits=1`` bits: of id N bit N % 8 of byte N // 8.
+    """
     from .server import check_csrf
 
     check_csrf(request, None)
     body = from_thread.run(request.body)
-    if len(body) % 8:
-        raise UserInputError("A selection is a list of numbers of 8 bytes each.")
-    given = np.frombuffer(body, "<f8")
-    if not (np.isfinite(given) & (given > 0) & (given < 2**53)).all():
-        raise UserInputError("A selection is a list of ids.")
-    ids = given.astype(np.int64)
+    if text(request, "bits") is not None:
+        ids = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little"))
+    else:
+        if len(body) % 8:
+            raise UserInputError("A selection is a list of numbers of 8 bytes each.")
+        given = np.frombuffer(body, "<f8")
+        ids = np.where(np.isfinite(given) & (abs(given) < 2**53), given, -1).astype(np.int64)
+    last = "SELECT greatest((SELECT max(id) FROM cells), (SELECT max(id) FROM wells)) AS id"
+    if len(ids) and not 0 < ids.min() <= ids.max() <= (ask(request, last)[0]["id"] or 0):
+        raise UserInputError("A selection is a list of ids of cells or wells.")
+    n = len(ids)
     if text(request, "profiles") is not None:
         sql = """SELECT c.id FROM cells AS c JOIN segmentations AS s ON s.id = c.segmentation_id
             JOIN images AS i ON i.id = s.image_id
@@ -629,7 +637,7 @@ def keep(request: Request) -> Response:
         with explorer_of(request).reader.questions(SECONDS) as questions:
             arrays = questions.ask_ours(sql, {"wells": ids[:10_000].tolist()}).arrays()
         ids = np.asarray(arrays["id"], np.int64)
-    return JSONResponse({"selection": keep_selection(explorer_of(request), ids), "n": len(given)})
+    return JSONResponse({"selection": keep_selection(explorer_of(request), ids), "n": n})
 
 
 def selected_ids(request: Request) -> Response:

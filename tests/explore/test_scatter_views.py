@@ -195,10 +195,14 @@ def test_a_selection_is_kept_counted_and_exported(client: TestClient, screen: Wo
     headers = {"origin": "http://testserver", "x-csrf-token": csrf[1]}
     for wrong in ({}, {**headers, "x-csrf-token": "x"}, {**headers, "origin": "http://x.example"}):
         assert client.post("/selection", content=body, headers=wrong).status_code == 403
-    for bad in (b"1234567", np.array([-1.0]).tobytes(), np.array([np.nan]).tobytes()):
+    for bad in (b"1234567", *(np.array([number]).tobytes() for number in (-1.0, np.nan, 1e300))):
         assert client.post("/selection", content=bad, headers=headers).status_code == 400
     kept = client.post("/selection", content=body, headers=headers).json()
     assert kept["n"] == 50
+    bits = np.zeros(8 * (max(ids) // 8 + 1), np.uint8)
+    bits[ids] = 1
+    packed = np.packbits(bits, bitorder="little").tobytes()
+    assert client.post("/selection?bits=1", content=packed, headers=headers).json() == kept
     asked = {"selection": kept["selection"], "excluded": "all"}
     back = client.get("/scatter/selected.bin", params=asked).content
     assert np.frombuffer(back, "<f8").tolist() == ids

@@ -499,13 +499,21 @@ function start() {
     for (let at = 0; at < mask.length; at++) n += mask[at];
     if (n === 0) { state.textContent = "Nothing is within."; clear(); return; }
     const ids = new Float64Array(n);
-    for (let at = 0, next = 0; at < mask.length; at++) if (mask[at]) ids[next++] = shown.ids[at];
+    let most = 0;
+    for (let at = 0, next = 0; at < mask.length; at++) if (mask[at]) { ids[next++] = shown.ids[at]; most = Math.max(most, shown.ids[at]); }
     show_picked(mask);
     plot.dataset.selected = String(n);
     state.textContent = `${n.toLocaleString("en")} ${data.unit} selected`;
-    const asked = data.profiles ? `?profiles=${data.profiles}` : "";
+    // As numbers, or as a bit for each id up to the last one, whichever is shorter.
+    const asked = new URLSearchParams(data.profiles ? { profiles: data.profiles } : {});
+    let body = ids;
+    if (most / 8 < 8 * n) {
+      asked.set("bits", "1");
+      body = new Uint8Array(Math.floor(most / 8) + 1);
+      for (const id of ids) body[Math.floor(id / 8)] |= 1 << id % 8;
+    }
     const headers = { "X-CSRF-Token": document.querySelector('meta[name="csrf"]').content, "Content-Type": "application/octet-stream" };
-    const answer = await fetch(`/selection${asked}`, { method: "POST", body: ids, headers });
+    const answer = await fetch(`/selection?${asked}`, { method: "POST", body, headers });
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); return; }
     const { selection } = await answer.json();
     set("lasso", selection);
@@ -516,17 +524,23 @@ function start() {
   function show_picked(mask) { picked = mask; drawer.pick(mask); draw(); }
 
   async function show_selection(selection, began) {
-    const gallery = data.gallery ? fetch(`/cells/more?selection=${encodeURIComponent(selection)}&beside=none&excluded=all`) : null;
-    const answer = await fetch(`/scatter/selected?selection=${encodeURIComponent(selection)}&excluded=all`);
-    if (!answer.ok) { place.textContent = (await answer.text()).trim(); return; }
-    place.innerHTML = await answer.text();  // a part of a page of our own server
-    place.querySelector("[data-clear]").addEventListener("click", () => { clear(); plot.focus(); });
-    if (gallery) {
-      const crops = await gallery;
-      const box = document.getElementById("selection-gallery");
-      if (crops.ok) box.innerHTML = await crops.text(); else box.textContent = (await crops.text()).trim();
-    }
+    // The pictures are there first; what they are made of is counted beside them.
+    const named = encodeURIComponent(selection);
+    const gallery = document.createElement("div"), about = document.createElement("div");
+    place.replaceChildren(about, gallery);
+    const show = async (box, url) => {
+      const answer = await fetch(url);
+      const text = await answer.text();
+      if (answer.ok) box.innerHTML = text;  // a part of a page of our own server
+      else box.textContent = text.trim();
+    };
+    const counted = show(about, `/scatter/selected?selection=${named}&excluded=all`);
+    if (data.gallery) await show(gallery, `/cells/more?selection=${named}&beside=none&excluded=all`);
+    else await counted;
     if (began) plot.dataset.lassoMs = String(Math.round(performance.now() - began));
+    await counted;
+    about.querySelector("[data-clear]")?.addEventListener("click", () => { clear(); plot.focus(); });
+    about.querySelector("#selection-gallery")?.append(gallery);
   }
 
   async function restore() {
