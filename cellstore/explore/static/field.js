@@ -529,7 +529,7 @@ function write() {
   for (const link of document.querySelectorAll("a.stay")) [link.search, link.hash] = [found.toString(), location.hash];
   for (const name of ["segmentation", "before"]) if (given.get(name)) found.set(name, given.get(name));
   if (state.cell) found.set("cell", state.cell.id);
-  if (!state.fitted) {
+  if (!state.fitted || state.cell) { // a cell alone would be brought to the middle
     found.set("x", state.x.toFixed(1));
     found.set("y", state.y.toFixed(1));
     found.set("z", +state.zoom.toFixed(3));
