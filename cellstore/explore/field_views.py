@@ -236,10 +236,14 @@ def _viewer(
     on, barcode = usual_channels(names), image.well.plate.barcode
     first = sorted(names, key=lambda name: name not in on)
     light = dict(zip(first, light_of(first), strict=True))
-    known = kept.get("contrast", {})
+    known, treatment = kept.get("contrast", {}), image.well.treatment
+    name = f"{barcode} {image.well.name} field {image.site}"
+    done = [treatment.name_with_dose] if treatment else []
+    done += [f"{image.well.control.value} control"] if image.well.control else []
     return {
         "image": image.id,
-        "name": f"{barcode} {image.well.name} field {image.site}",
+        "name": name,
+        "caption": ", ".join([name, *done]),
         "pixel_size": image.pixel_size,
         "channels": [
             {

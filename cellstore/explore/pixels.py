@@ -147,10 +147,10 @@ def _find_contrasts(explorer: Explorer, plate: str, channels: Sequence[str]) -> 
 
     def limits(item: tuple[str, ChannelFile]) -> Limits | CellstoreError:
         height = tall.get(item[1].sha256) or 0
-        # A quarter of the rows, of the middle.
-        middle = slice(3 * height // 8, 5 * height // 8) if height > 64 else slice(None)
+        # An eighth of the rows, above the middle: some files are read from the top on.
+        some = slice(height // 4, 3 * height // 8) if height > 256 else slice(None)
         try:
-            return grey_limits(read_finite(item[1], middle)[:, ::2])
+            return grey_limits(read_finite(item[1], some))
         except CellstoreError as error:
             return error
 
@@ -230,11 +230,16 @@ def field_thumbnail(
         plate, of_image = _field(session, image_id, channels)
         mask = _mask_of(session, image_id, segmentation_id) if outlines else None
     names = [file.channel for file in of_image]
-    limits = contrasts(explorer, plate, names)
-    key = ("field", width, mask, *zip(names, limits, (f.sha256 for f in of_image), strict=True))
+    try:
+        limits = contrasts(explorer, plate, names)
+    except CellstoreError:  # of the plate this image may be the only one with its files
+        limits = []
+    marks = [file.sha256 for file in of_image]
+    key = ("field", width, mask, *names, *limits, *marks)
     if (kept := KEPT.get(key)) is not None:
         return bytes(kept)
     planes = in_threads(read_finite, of_image)
+    limits = limits or [grey_limits(plane) for plane in planes]
     if len({plane.shape for plane in planes}) > 1:
         raise ImageError("The channels of this image differ in size, so they cannot be mixed.")
     step = max(1, planes[0].shape[1] // width)
@@ -466,16 +471,14 @@ def _laid_out(
         else:
             sheet[at // columns, :, at % columns] = _crossed(side)
     for (plate, names), places in alike.items():
-        try:
-            limits = contrasts(explorer, plate, names)
-        except CellstoreError:
-            for at in places:
-                sheet[at // columns, :, at % columns] = _crossed(side)
-            continue
         planes = [
             np.stack([pieces[cell_ids[at]][name] for at in places]).astype(np.float32)
             for name in names
         ]
+        try:
+            limits = contrasts(explorer, plate, names)
+        except CellstoreError:  # none of the fields that were looked at has its files
+            limits = [grey_limits(plane) for plane in planes]
         pictures = coloured(planes, limits, names)
         for at, picture in zip(places, pictures, strict=True):
             mask = pieces[cell_ids[at]].get(None)

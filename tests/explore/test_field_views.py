@@ -8,10 +8,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from factories import Factory
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from cellstore.enums import Stage
 from cellstore.explore import field_views
+from cellstore.explore.server import make_app
 from cellstore.jobs.planes import channel_files, open_file, read_artifact_image
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Image, Prediction, Segmentation
@@ -90,6 +93,32 @@ def test_a_cell_is_described_by_its_number_or_by_its_object(
     assert crop.headers["content-type"] == "image/jpeg"
 
 
+def test_two_segmentations_and_the_other_planes_and_times(writable: Workspace) -> None:
+    make = Factory(writable)
+    with writable.database.read() as session:
+        image, found = session.get_one(Image, 1), session.get_one(Segmentation, 1)
+        well, n_cells = image.well, found.n_cells
+    n_more = n_cells + 2
+    other = make.segmentation(image, make.run(Stage.SEGMENT), n_more, mask_artifact_id=1)
+    later, deeper = (make.image(well, image.site, **at) for at in ({"time_point": 2}, {"plane": 2}))
+    next_site = make.image(well, image.site + 1, missing=True)
+    ids, images = (found.id, other.id), (later.id, deeper.id, next_site.id)
+    app = make_app(writable)
+    with TestClient(app) as client:
+        page = client.get(f"/field/1?segmentation={ids[1]}&before={ids[0]}").text
+        assert "2 more than before." in page
+        assert f"<b>{n_cells} cells</b>" in page
+        for number in ids:
+            assert f"/field/1/mask.raw?segmentation={number}" in page
+        assert client.get("/field/1").text.count("/field/1/mask.raw") == 2  # preload and script
+        for words in ("Plane", "Time point", "1 of 2 in this well"):
+            assert words in page
+        for number in images:
+            assert f'href="/field/{number}"' in page
+        assert "is missing" in client.get(f"/field/{next_site.id}/thumbnail").text
+        assert "is missing" in client.get(f"/field/{next_site.id}/channel/0.raw").text
+
+
 def test_what_is_not_there_is_a_sentence(client: TestClient, screen: Workspace) -> None:
     with screen.database.read() as session:
         of_two = session.scalars(select(Segmentation).where(Segmentation.image_id == 2)).one()
@@ -118,6 +147,7 @@ def test_the_viewer(tab: Any, site: str, screen: Workspace) -> None:
         cell = max(image.segmentations[0].cells, key=lambda item: item.object_number)
         at = cell.centroid_row or 0, cell.centroid_col or 0
         cell_id, name = cell.id, image.well.plate.barcode
+    tab.set_viewport_size({"width": 900, "height": 540})  # few pixels to draw in software
     tab.goto(f"{site}/field/1")
     tab.wait_for_selector("#view:not([aria-busy])")
     light, amber = tab.evaluate(PIXELS)

@@ -7,6 +7,7 @@ const canvas = view.querySelector("canvas");
 const said = view.querySelector(".said");
 const bar = view.querySelector(".bar");
 const panel = document.getElementById("cell");
+const aside = panel.parentElement;
 let gl = null;
 const GREATEST_ZOOM = 40;
 const KINDS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
@@ -64,24 +65,25 @@ async function presets() {
   } catch { /* each field then has its own contrast */ }
 }
 
-function extremes(channel) {
-  if (channel.least === undefined) {
-    let least = Infinity, most = -Infinity;
-    for (const value of channel.pixels) {
-      if (value < least) least = value;
-      if (value > most) most = value;
-    }
-    channel.least = finite(least) ? least : 0;
-    channel.most = finite(most) && most > channel.least ? most : channel.least + 1;
+function sample(channel) {
+  // Some hundred thousand of its pixels, in order of size: enough for levels and sliders.
+  if (!channel.sample) {
+    const { pixels } = channel, step = Math.max(1, Math.floor(pixels.length / 100000));
+    channel.sample = new Float32Array(Math.ceil(pixels.length / step));
+    for (let at = 0, to = 0; at < pixels.length; at += step, to += 1) channel.sample[to] = finite(pixels[at]) ? pixels[at] : 0;
+    channel.sample.sort();
   }
-  return [channel.least, channel.most];
+  return channel.sample;
+}
+
+function extremes(channel) {
+  const some = sample(channel), least = some[0], most = some[some.length - 1];
+  return [Math.min(least, channel.limits[0]), Math.max(most, channel.limits[1], least + 1)];
 }
 
 function ownContrast(channel) {
   // The 1st and the 99.7th percentile, as of a thumbnail.
-  const step = Math.max(1, Math.floor(channel.pixels.length / 200000));
-  const some = channel.pixels.filter((value, at) => at % step === 0 && finite(value)).sort();
-  const of = (share) => some[Math.min(some.length - 1, Math.round(share * (some.length - 1)))] ?? 0;
+  const some = sample(channel), of = (share) => some[Math.round(share * (some.length - 1))];
   return [of(0.01), Math.max(of(0.997), of(0.01) + 1e-6)];
 }
 
@@ -355,6 +357,7 @@ function pick(x, y) {
   }
   state.cell = null;
   panel.innerHTML = '<p class="soft">Click a cell to see what is known of it.</p>';
+  select([]);
   redraw();
 }
 
@@ -376,10 +379,17 @@ async function show(query) {
   panel.innerHTML = words; // a part of our own server
   const of = panel.firstElementChild.dataset;
   state.cell = { id: +of.cell, number: +of.number, segmentation: +of.segmentation };
-  if (matchMedia("(min-width: 861px)").matches) panel.scrollIntoView({ block: "nearest" });
-  document.dispatchEvent(new CustomEvent("cellstore:cell", { detail: { cell: state.cell.id } }));
+  reveal();
+  select([state.cell.id]);
   redraw();
 }
+
+const reveal = () => { aside.scrollTop = panel.offsetTop - aside.offsetTop; }; // only where it scrolls by itself
+const select = (ids) => document.dispatchEvent(new CustomEvent("cellstore:selection", { detail: { level: "cell", ids } }));
+
+document.addEventListener("cellstore:annotated", () => {
+  if (state.cell) show(`cell=${state.cell.id}`);
+});
 
 function toggleOutlines() {
   const on = !(state.outlines.now || state.outlines.before);
@@ -460,7 +470,7 @@ function controls(channel) {
 function levels(which) {
   for (const channel of channels) {
     if (!channel.texture) continue;
-    [channel.low, channel.high] = which === "plate" && channel.limits ? channel.limits : ownContrast(channel);
+    [channel.low, channel.high] = which === "plate" ? channel.limits : ownContrast(channel);
     channel.refresh?.();
   }
   redraw();
@@ -501,7 +511,7 @@ function settings() {
   for (const channel of channels) {
     if (!channel.texture) continue;
     const parts = [+channel.on, hex(channel.colour).slice(1), short(channel.low), short(channel.high), +channel.gamma.toFixed(2)];
-    const usual = [+channel.usual.on, hex(channel.usual.colour).slice(1), ...(channel.limits || channel.own).map(short), 1];
+    const usual = [+channel.usual.on, hex(channel.usual.colour).slice(1), ...channel.limits.map(short), 1];
     if (parts.join() !== usual.join()) found.set(`c${channel.at}`, parts.join());
   }
   const there = Object.keys(viewer.masks), on = there.filter((name) => state.outlines[name]);
@@ -516,16 +526,16 @@ function settings() {
 
 function write() {
   const found = settings();
-  for (const link of document.querySelectorAll("a.stay")) link.search = found.toString();
+  for (const link of document.querySelectorAll("a.stay")) [link.search, link.hash] = [found.toString(), location.hash];
   for (const name of ["segmentation", "before"]) if (given.get(name)) found.set(name, given.get(name));
   if (state.cell) found.set("cell", state.cell.id);
-  if (!state.fitted) {
+  if (!state.fitted || state.cell) { // a cell alone would be brought to the middle
     found.set("x", state.x.toFixed(1));
     found.set("y", state.y.toFixed(1));
     found.set("z", +state.zoom.toFixed(3));
   }
   const query = found.toString();
-  history.replaceState(history.state, "", location.pathname + (query ? `?${query}` : ""));
+  history.replaceState(history.state, "", location.pathname + (query ? `?${query}` : "") + location.hash);
 }
 
 document.querySelector("form.compare")?.addEventListener("formdata", (event) => {
@@ -575,8 +585,13 @@ function download(blob, ending) {
 
 function caption() {
   const shown = channels.filter((channel) => channel.on && channel.texture);
-  return shown.map((channel) => ({ text: `${channel.name} ${short(channel.low)} to ${short(channel.high)}`
-    + (channel.gamma === 1 ? "" : `, gamma ${channel.gamma.toFixed(2)}`), colour: hex(channel.colour) }));
+  const outlined = Object.keys(viewer.masks).filter((name) => masks[name] && state.outlines[name]);
+  return [
+    { text: viewer.caption, colour: "#fff" },
+    ...shown.map((channel) => ({ text: `${channel.name} ${short(channel.low)} to ${short(channel.high)}`
+      + (channel.gamma === 1 ? "" : `, gamma ${channel.gamma.toFixed(2)}`), colour: hex(channel.colour) })),
+    ...outlined.map((name) => ({ text: `outlines of segmentation ${masks[name].id}`, colour: hex(state.colours[name]) })),
+  ];
 }
 
 const LINE = 20, EDGE = 12;
@@ -584,7 +599,7 @@ const LINE = 20, EDGE = 12;
 function savePng() {
   draw();
   const pixels = ratio(), lines = caption();
-  const out = element("canvas", { width: canvas.width, height: canvas.height + Math.round(pixels * (EDGE + LINE * (1 + lines.length))) });
+  const out = element("canvas", { width: canvas.width, height: canvas.height + Math.round(pixels * (EDGE + LINE * lines.length)) });
   const pen = out.getContext("2d");
   pen.fillStyle = "#000";
   pen.fillRect(0, 0, out.width, out.height);
@@ -598,10 +613,9 @@ function savePng() {
   pen.fillRect(EDGE, height - EDGE - 4, found.width, 4);
   pen.fillText(found.text, EDGE, height - EDGE - 10);
   pen.shadowBlur = 0;
-  pen.fillText(viewer.name, EDGE, height + LINE);
   lines.forEach((line, at) => {
     pen.fillStyle = line.colour;
-    pen.fillText(line.text, EDGE, height + LINE * (2 + at));
+    pen.fillText(line.text, EDGE, height + LINE * (1 + at));
   });
   out.toBlob((blob) => download(blob, "png"));
 }
@@ -617,15 +631,14 @@ function saveSvg() {
     to?.append(made);
     return made;
   };
-  const whole = height + EDGE + LINE * (1 + lines.length), found = scaleBar(width / 5);
+  const whole = height + EDGE + LINE * lines.length, found = scaleBar(width / 5);
   const svg = add(null, "svg", { width, height: whole, viewBox: `0 0 ${width} ${whole}`, "font-family": "sans-serif", "font-size": 14 });
-  add(svg, "title", {}, viewer.name);
+  add(svg, "title", {}, viewer.caption);
   add(svg, "rect", { width, height: whole, fill: "#000" });
   add(svg, "image", { width, height, href: canvas.toDataURL("image/png") });
   add(svg, "rect", { x: EDGE, y: height - EDGE - 4, width: found.width, height: 4, fill: "#fff" });
   add(svg, "text", { x: EDGE, y: height - EDGE - 10, fill: "#fff" }, found.text);
-  add(svg, "text", { x: EDGE, y: height + LINE, fill: "#fff" }, viewer.name);
-  lines.forEach((line, at) => add(svg, "text", { x: EDGE, y: height + LINE * (2 + at), fill: line.colour }, line.text));
+  lines.forEach((line, at) => add(svg, "text", { x: EDGE, y: height + LINE * (1 + at), fill: line.colour }, line.text));
   download(new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" }), "svg");
 }
 
@@ -677,8 +690,8 @@ async function begin() {
     if (channel.at >= room) channel.problem = `This GPU shows ${room} channels at once.`;
     if (!channel.pixels || channel.problem) continue;
     texture(channel);
-    channel.own = ownContrast(channel);
-    [channel.low, channel.high] = channel.limits || channel.own;
+    channel.limits ||= ownContrast(channel);
+    [channel.low, channel.high] = channel.limits;
   }
   for (const name of Object.keys(masks)) {
     if (masks[name].width !== size.width || masks[name].height !== size.height) {
@@ -693,6 +706,7 @@ async function begin() {
   canvas.width = canvas.clientWidth;
   recall();
   holder.append(...channels.map(controls));
+  if (state.cell) reveal();
   resized();
   draw();
   view.removeAttribute("aria-busy");
