@@ -123,7 +123,6 @@ def test_what_cannot_be_opened_is_said(
     bench: Bench, tmp_path: Path, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = bench.image("a.tif")
-    bench.image("a.tif")  # two wells, the same name of a file
     work(lambda window: window.paint(1, slice(0, 2)))
     where = {"folder": tmp_path / "out"}
     with pytest.raises(UnknownNameError):
