@@ -384,7 +384,9 @@ async function show(query) {
   redraw();
 }
 
-const reveal = () => { aside.scrollTop = panel.offsetTop - aside.offsetTop; }; // only where it scrolls by itself
+const reveal = () => { // only where the settings scroll by themselves
+  aside.scrollTop += panel.getBoundingClientRect().top - aside.getBoundingClientRect().top;
+};
 const select = (ids) => document.dispatchEvent(new CustomEvent("cellstore:selection", { detail: { level: "cell", ids } }));
 
 document.addEventListener("cellstore:annotated", () => {
