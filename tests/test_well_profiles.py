@@ -194,7 +194,7 @@ def test_a_plate_without_enough_controls_keeps_its_wells_without_values() -> Non
 def test_what_cannot_be_normalised_is_a_sentence() -> None:
     profiles = some_profiles(plates=1)
     none = replace(profiles, table=profiles.table.assign(control=None))
-    with pytest.raises(UserInputError, match="No well is a negative control"):
+    with pytest.raises(UserInputError, match=r"--control NAME=negative"):
         normalise(none, "mad")
     one = marked(profiles, np.arange(24) == 0)
     with pytest.raises(UserInputError, match="No plate has 2 negative control wells"):

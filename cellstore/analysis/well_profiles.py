@@ -161,8 +161,9 @@ def normalise(profiles: WellProfiles, method: str, against: str = "controls") ->
     if against == "controls" and not controls.any():
         raise UserInputError(
             "No well is a negative control, so nothing says what unchanged cells look like. Mark "
-            "wells: cellstore relabel WELL --control negative --reason TEXT, or compare with all "
-            "wells: --against all"
+            "all wells of a treatment: cellstore ingest TABLE --control NAME=negative, or one: "
+            "cellstore relabel WELL --control negative --reason TEXT. Or compare with all wells: "
+            "--against all"
         )
     gone = np.zeros(len(profiles.columns), dtype=bool)
     values = np.full_like(profiles.values, np.nan)

@@ -9,15 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from sqlalchemy import exists, func, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from ..db.bulk import in_lists
+from ..db.fields import is_label_now
 from ..enums import (
-    AnnotationKind,
     CellFlagReason,
     Control,
     ImageFlagReason,
@@ -76,7 +75,7 @@ OF_PAGE = ("sort", "seed", "beside", "side", "channels", "outlines", "after", "p
 """What else the address of a gallery may say."""
 OF_FORM = ("feature", "min", "max")
 """What the form sends for a range of a feature."""
-CERTAIN = "probability"
+CERTAIN, MEASURED_KEY = "probability", "coalesce(k.key, 'infinity')"
 SHOWN_IN_FORM = {
     *("plate", "well", "treatment", "dose", "control", "run", "label", "predicted", "result"),
     *("subset", "min_probability", "max_probability", "other", "flagged", "annotated", "excluded"),
@@ -105,8 +104,8 @@ RUNS = """
     ORDER BY r.id DESC LIMIT 200
 """
 PEOPLE = """
-    SELECT DISTINCT a.value FROM annotations AS a
-    WHERE a.level = 'cell' AND a.kind = 'label' AND a.value IS NOT NULL ORDER BY a.value LIMIT 100
+    SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
+    ORDER BY a.label LIMIT 100
 """
 PIXEL_SIZES = "SELECT min(pixel_size) AS low, max(pixel_size) AS high FROM images"
 SIZES = """
@@ -119,7 +118,8 @@ class Order(NamedTuple):
     """How cells are sorted: by ``key``, SQL on ``t``, then by id.
 
     ``source``: SQL that gives ``cell_id`` and ``key`` of all cells that have one, where it is
-    cheaper to begin with the first of these than with the chosen cells. ``whole``: keys are whole
+    cheaper to begin with the first of these than with the chosen cells; it is ``k`` where ``key``
+    is ``MEASURED_KEY``. ``whole``: keys are whole
     numbers. ``shown``: a key is worth showing; it stands with its sign changed where ``falling``.
     """
 
@@ -146,7 +146,11 @@ def order_of(request: Request, chosen: Chosen) -> Order:
         UnknownNameError: there is no such feature.
     """
     seed = whole(request, "seed", 1, high=2**31)
-    at_random = Order(f"hash(t.cell_id, {seed})")
+    # To look for another run's answer about each cell would take seconds.
+    begin = f"SELECT cell_id, {{}} AS key FROM ({OF_RUN.format(run=chosen.run)})"  # noqa: S608
+    costly = any(name.removeprefix(OTHER) == "other" for name, _ in chosen.active)
+    drawn = f"hash(cell_id, {seed})"
+    at_random = Order(f"hash(t.cell_id, {seed})", begin.format(drawn) if costly else "")
     given = text(request, "sort", "random") or "random"
     if given == "random":
         return at_random
@@ -157,13 +161,12 @@ def order_of(request: Request, chosen: Chosen) -> Order:
     if name == CERTAIN:
         if chosen.run is None:
             return at_random
-        rows = OF_RUN.format(run=chosen.run)
-        keyed = f"SELECT cell_id, {sign}probability AS key FROM ({rows})"  # noqa: S608 - ours
-    else:
-        # What is no number, or was not measured, comes last.
-        keyed = f"""SELECT cell_id, coalesce(nullif({sign}value, 'nan'), 'infinity') AS key
-            FROM ({feature_of(request, name).query})"""  # noqa: S608 - ours
-    return Order("coalesce(k.key, 'infinity')", keyed, False, True, falling)
+        source = begin.format(f"{sign}probability") if costly else ""
+        return Order(f"{sign}t.probability", source, False, True, falling)
+    # What is no number, or was not measured, comes last.
+    keyed = f"""SELECT cell_id, coalesce(nullif({sign}value, 'nan'), 'infinity') AS key
+        FROM ({feature_of(request, name).query})"""  # noqa: S608 - ours
+    return Order(MEASURED_KEY, keyed, False, True, falling)
 
 
 def cells_after(
@@ -202,7 +205,8 @@ def cells_after(
             values,
         )
     if len(rows) < n or rows[-1]["key"] == math.inf:
-        join = f" LEFT JOIN ({order.source}) AS k ON k.cell_id = t.cell_id" if order.source else ""
+        of_source = f" LEFT JOIN ({order.source}) AS k ON k.cell_id = t.cell_id"
+        join = of_source if order.key == MEASURED_KEY else ""
         every = f"SELECT t.cell_id, t.image_id, {order.key} AS key FROM ({chosen.query}) AS t{join}"  # noqa: S608 - ours
         rows = ask(request, f"SELECT * FROM ({every}) WHERE {behind} {last}", values)  # noqa: S608
     return [row | {"place": f"{row['key']!r}~{row['cell_id']}"} for row in rows]
@@ -267,7 +271,7 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
     run = pane.chosen.run or _shown_run(request)
     about: dict[int, Any] = {}
     said: dict[int, Any] = {}
-    people: dict[int, str | None] = {}
+    people: dict[int, list[str]] = {}
     query = select(Cell.id, Cell.object_number, Cell.excluded, Image.site, Well.name)
     query = query.add_columns(Well.control, Plate.barcode, Treatment.name_with_dose)
     query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -277,18 +281,13 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
     answers = select(Prediction.cell_id, Label.value, Prediction.probability)
     answers = answers.join(Label, Label.id == Prediction.label_id)
     answers = answers.where(Prediction.run_id == run, Prediction.rank == 1)
-    undone = aliased(Annotation)
-    labels = select(Annotation.row_id, Annotation.value).order_by(Annotation.id)
-    labels = labels.where(Annotation.level == Level.CELL, Annotation.kind == AnnotationKind.LABEL)
-    labels = labels.where(Annotation.undoes_id.is_(None))
-    labels = labels.where(~exists().where(undone.undoes_id == Annotation.id))
+    labels = select(Annotation.row_id, Annotation.value).where(Annotation.level == Level.CELL)
+    labels = labels.where(is_label_now(Annotation)).order_by(Annotation.id)
     with explorer_of(request).workspace.database.read() as session:
         for some in in_lists(ids):
             about.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
-            people.update(
-                (cell_id, value)
-                for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some)))
-            )
+            for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some))):
+                people.setdefault(cell_id, []).append(str(value))
             if run is not None:
                 rows = session.execute(answers.where(Prediction.cell_id.in_(some)))
                 said.update((row.cell_id, row) for row in rows)
@@ -317,20 +316,20 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
             "probability": None if answer is None else answer.probability,
             "truth": None if truth is None else truth["truth"],
             "seen": bool(truth and truth["well_in_training"]),
-            "people": people.get(row["cell_id"]),
+            "people": ", ".join(dict.fromkeys(people.get(row["cell_id"], ()))),
             "number": None,
         }
         if pane.order.shown and row["key"] != math.inf:
             crop["number"] = brief(-row["key"] if pane.order.falling else row["key"])
         right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
         crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
-        crop["told"] = _told(crop, run)
+        crop["told"] = _told(crop, run, (text(request, "sort") or "").removeprefix("-"))
         crops.append(crop)
     return crops
 
 
-def _told(crop: Mapping[str, Any], run: int | None) -> str:
-    """Say of a crop what its cell is."""
+def _told(crop: Mapping[str, Any], run: int | None, name: str) -> str:
+    """Say of a crop what its cell is; ``name`` is of what the crops are sorted by."""
     words = [crop["plate"], crop["well"], f"field {crop['site']}", f"cell {crop['cell_id']}"]
     words.append(crop["treatment"] or "treatment unknown")
     if crop["control"]:
@@ -346,8 +345,8 @@ def _told(crop: Mapping[str, Any], run: int | None) -> str:
         words.append(f"labelled {crop['people']}")
     if crop["excluded"]:
         words.append(f"excluded: {crop['excluded']}")
-    if crop["number"] is not None:
-        words.append(f"sorted by {crop['number']}")
+    if crop["number"] is not None and name != CERTAIN:
+        words.append(f"{name} {crop['number']}")
     return " · ".join(words)
 
 
@@ -498,7 +497,8 @@ def _tidied(request: Request) -> str | None:
     Without what was left empty, and with a feature and its bounds in one.
     """
     given = request.query_params.multi_items()
-    tidy = [item for item in given if item[1].strip() and item[0] not in OF_FORM]
+    usual = ("sort", "random")
+    tidy = [item for item in given if item[1].strip() and item[0] not in OF_FORM and item != usual]
     feature, low, high = (request.query_params.get(name, "").strip() for name in OF_FORM)
     if feature and (low or high):
         tidy.append((feature, f"{low}..{high}"))
@@ -578,7 +578,7 @@ def _choices(request: Request) -> dict[str, Any]:
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
             for row in ask(request, RUNS)
         ],
-        "people": [row["value"] for row in ask(request, PEOPLE)],
+        "people": [row["label"] for row in ask(request, PEOPLE)],
         "channels": _channels(request),
         "reasons": [reason.value for reason in reasons],
         "sides": SIDES,

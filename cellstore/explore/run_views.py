@@ -12,13 +12,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ..enums import Stage, Status, Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError, some_of
 from ..models import Image, Job, Plate, Run, Split, Well
-from ..report.audit import audit, shown
-from ..report.drawing import interval_bar
+from ..report.audit import KINDS, audit, shown
+from ..report.drawing import Place, interval_bar
 from ..report.hits_figures import MARKS
 from ..report.leaderboard import list_runs
-from ..report.report_figures import Place, confusion_of, matrices_of, training_curves
+from ..report.lineage_page import lineage_content
+from ..report.report_figures import confusion_of, matrices_of, training_curves
 from ..report.report_page import report_content
 from ..report.scoring import report
 from ..report.votes import SUBSETS
@@ -333,6 +334,17 @@ def voted_images(request: Request) -> Response:
     )
 
 
+def lineage(request: Request) -> Response:
+    """The lineage of an image, a well, a cell, a run, a plate or a file, and its record."""
+    kind, name = request.path_params["kind"], request.path_params["name"]
+    if kind not in KINDS:
+        raise NotFoundError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
+    workspace = explorer_of(request).workspace
+    found = audit(workspace, name, kind, on_disk=False)
+    content = lineage_content(workspace, found, linked(request))
+    return page(request, "lineage.html.j2", frame="layout.html.j2", **content)
+
+
 ROUTES = [
     Route("/runs", runs),
     Route("/runs/ranked", ranked_runs),
@@ -341,4 +353,5 @@ ROUTES = [
     Route("/run/{run:int}/cells", cells_part),
     Route("/run/{run:int}/curves", curves_part),
     Route("/run/{run:int}/images", voted_images),
+    Route("/lineage/{kind}/{name:path}", lineage),
 ]

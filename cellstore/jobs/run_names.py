@@ -103,9 +103,10 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
     if found is None:
         kind = f"{' or '.join(stage.value for stage in stages)} run" if stages else "run"
         known = [row.id for row in session.execute(query.limit(5))]
-        if not known and reference in RUN_WORDS:
+        if reference in RUN_WORDS:
+            none = f"No {kind} has come to its end" if known else f"There is no {kind} yet"
             first = f"cellstore {stages[0].value}" if stages else "cellstore status"
-            raise UnknownNameError(f"There is no {kind} yet. Next: {first}")
+            raise UnknownNameError(f"{none}. Next: {first}")
         raise UnknownNameError.of(kind, reference, known)
     return NamedRun(found.id, Stage(found.stage), Status(found.status))
 

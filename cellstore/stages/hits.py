@@ -357,7 +357,8 @@ def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
         controls = (wanted | (table["treatment"] == params.control)).to_numpy()
     if not controls.any() and params.control is None:
         raise UserInputError(
-            "No well is a negative control. Name a treatment with --control, or mark wells: "
+            "No well is a negative control. Name a treatment with --control, or mark all its "
+            "wells: cellstore ingest TABLE --control NAME=negative, or one: "
             "cellstore relabel WELL --control negative --reason TEXT"
         )
     if not controls.any():

@@ -310,6 +310,8 @@ def next_step(session: Session) -> tuple[str, ...]:
     steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
     lacks = [name for name in NEXT if not steps[name]]
     which = [step for name, step in WHICH.items() if not steps[name]][:1]
+    if steps["features"] and not steps["files"]:  # a table of cells: no image is needed for these
+        return NEXT["treatments"] if "treatments" in lacks else (*which, WHICH["profiles"])[:1]
     if not lacks:
         useful = ["cellstore report", *(step for name, step in USEFUL.items() if not steps[name])]
         at = 0 if steps["profiles"] else 1  # of profiles alone nobody has an answer

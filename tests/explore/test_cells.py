@@ -299,3 +299,52 @@ def test_the_form_leads_to_a_plain_address_and_hostile_ones_to_a_sentence(
     assert client.get("/cell/nix").status_code == client.get("/cell/999999999").status_code == 404
     there = client.get(f"/cell/{some[0]}", follow_redirects=False).headers["location"]
     assert re.fullmatch(rf"/field/\d+\?cell={some[0]}", there)
+
+
+def test_one_scrolls_moves_and_selects_in_the_browser(tab: Any, site: str) -> None:
+    from playwright.sync_api import expect
+
+    tab.set_default_timeout(10_000)
+    tab.goto(f"{site}/cells?sort=area&treatment=DMSO&b.control=none")
+    left, right = tab.locator(".pane").all()
+    expect(left.locator(".count")).to_contain_text("cells in")
+    assert left.locator(".sheet").count() >= 1
+    before = right.locator(".crop").count()
+    tab.evaluate("scrollTo(0, document.body.scrollHeight)")
+    expect(right.locator(".crop")).not_to_have_count(before)
+    ids = right.locator(".crop").evaluate_all("all => all.map(crop => crop.dataset.cell)")
+    assert len(set(ids)) == len(ids)
+    tab.evaluate("scrollTo(0, document.body.scrollHeight)")
+    tab.wait_for_url("**after=*")  # the address brings back what is on the screen
+    tab.evaluate("scrollTo(0, 0)")
+    tab.evaluate("""() => {
+        window.said = [];
+        document.addEventListener("cellstore:selection", event => said.push(event.detail));
+    }""")
+    left.locator(".crop").first.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowDown")
+    here = tab.evaluate("document.activeElement.dataset.cell")
+    columns = "getComputedStyle(document.querySelector('.sheet')).gridTemplateColumns"
+    across = tab.evaluate(f"{columns}.split(' ').length")
+    assert here == left.locator(".crop").nth(1 + across).get_attribute("data-cell")
+    assert "DMSO" in tab.locator("#about").inner_text()
+    tab.keyboard.press("Space")
+    assert tab.evaluate("said.at(-1)") == {"level": "cell", "ids": [int(here)]}
+    right.locator(".crop").nth(2).click(modifiers=["Shift"])
+    right.locator(".crop").nth(5).click(modifiers=["Shift"])
+    chosen = [int(here), *map(int, ids[2:6])]
+    assert sorted(tab.evaluate("said.at(-1).ids")) == sorted(chosen)
+    told = {"level": "cell", "ids": [int(here)], "text": "<b>mitotic</b>"}
+    tab.evaluate(
+        "detail => document.dispatchEvent(new CustomEvent('cellstore:annotated', {detail}))", told
+    )
+    assert left.locator(".people").inner_text() == "<b>mitotic</b>"
+    tab.get_by_role("link", name="Show these").click()
+    expect(tab.locator(".crop")).to_have_count(5)
+    shown = tab.locator(".crop").evaluate_all("all => all.map(crop => Number(crop.dataset.cell))")
+    assert shown == sorted(chosen)
+    tab.keyboard.press("Escape")
+    tab.locator(".crop").first.focus()
+    tab.keyboard.press("Enter")
+    tab.wait_for_url(f"**/field/*cell={shown[0]}*")

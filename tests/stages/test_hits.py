@@ -279,7 +279,7 @@ def check_words(store: Store) -> None:
         were = [{"id": key, "control": value} for key, value in session.execute(names)]
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=None))
-    assert "No well is a negative control" in refused()
+    assert "cellstore ingest TABLE --control NAME=negative" in refused()
     with store.workspace.database.begin() as session:
         session.execute(update(Well).values(control=Control.NEGATIVE))
     assert "is a control" in refused()

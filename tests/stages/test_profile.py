@@ -223,6 +223,8 @@ def test_what_cannot_be_averaged_is_a_sentence(screen: Screen) -> None:
         profile(workspace, replace(PLAIN, plates=("P1",), harmony="plate"))
     with pytest.raises(UserInputError, match="is failed and has no profiles"):
         open_profiles(workspace, last_run(workspace))
+    with pytest.raises(UnknownNameError, match=r"come to its end\. Next: cellstore profile"):
+        open_profiles(workspace)
     third = make.plate("P3")
     image = make.image(make.well(third, 1, 1, control=Control.NEGATIVE))
     with pytest.raises(UserInputError, match="No image of P3 that counts is segmented"):

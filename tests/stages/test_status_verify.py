@@ -279,3 +279,24 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
     assert status(workspace).next == (report, votes, export)
     make.split([], "second")
     assert first() == "train"
+
+
+@pytest.mark.one_database
+def test_the_next_step_with_a_table_of_cells_needs_no_image(workspace: Workspace):
+    make = Factory(workspace)
+    segment = make.run(Stage.SEGMENT)
+    image = make.image(make.well(make.plate(), 1, 1), missing=True)
+    cells = make.cells_of(make.segmentation(image, segment, 2, content_sha256=None))
+    with workspace.database.read() as session:
+        recipe = session.get_one(Recipe, segment.recipe_id)
+    make.feature_files("cp", cells, {"a": [1.0, 2.0]}, recipe)
+    assert status(workspace).next[0].startswith("cellstore ingest PLATEMAP")
+    taxol = make.treatment("taxol")
+    with workspace.database.begin() as session:
+        session.execute(update(Well).values(treatment_id=taxol.id))
+    said = [status(workspace).next]
+    for stage in (Stage.PROFILE, Stage.HITS):
+        make.run(stage)
+        said.append(status(workspace).next)
+    # With both there, what is next is to make them anew after a correction.
+    assert said == [("cellstore profile",), ("cellstore hits",), ("cellstore profile",)]

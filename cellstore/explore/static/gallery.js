@@ -99,7 +99,7 @@ function moved(crop, key) {
 }
 
 function toggle(crop) {
-  const ids = new Set(selection.level === "cell" ? selection.size ? selection.ids() : [] : []);
+  const ids = new Set(selection.size ? selection.ids() : []);
   const id = Number(crop.dataset.cell);
   if (!ids.delete(id)) ids.add(id);
   anchor = crop;
@@ -109,8 +109,8 @@ function toggle(crop) {
 function upTo(crop) {
   const pane = crop.closest(".pane");
   const crops = cropsOf(pane);
-  const from = anchor && pane.contains(anchor) ? crops.indexOf(anchor) : crops.indexOf(crop);
-  const [low, high] = [from, crops.indexOf(crop)].sort((a, b) => a - b);
+  if (!anchor || !pane.contains(anchor)) anchor = crop;
+  const [low, high] = [crops.indexOf(anchor), crops.indexOf(crop)].sort((a, b) => a - b);
   const ids = new Set(selection.size ? selection.ids() : []);
   for (const item of crops.slice(low, high + 1)) ids.add(Number(item.dataset.cell));
   selection.set(ids);
