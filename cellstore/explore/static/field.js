@@ -367,7 +367,8 @@ async function show(query) {
   const mine = ++asked;
   let words = "The explorer does not answer. Is it still running?", ok = false;
   try {
-    const answer = await fetch(`/field/${viewer.image}/cell?${query}`);
+    const run = given.get("run");
+    const answer = await fetch(`/field/${viewer.image}/cell?${query}${run ? `&run=${encodeURIComponent(run)}` : ""}`);
     words = await answer.text();
     ok = answer.ok;
   } catch { /* said below */ }
@@ -510,6 +511,7 @@ function remember() {
 
 function settings() {
   const found = new URLSearchParams();
+  if (given.get("run")) found.set("run", given.get("run"));
   for (const channel of channels) {
     if (!channel.texture) continue;
     const parts = [+channel.on, hex(channel.colour).slice(1), short(channel.low), short(channel.high), +channel.gamma.toFixed(2)];
