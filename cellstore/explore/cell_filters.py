@@ -77,9 +77,7 @@ COUNTS = """NOT t.excluded
     AND NOT EXISTS (FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = t.cell_id)"""
 TRUE_LABELS = """SELECT r.image_id, l.id AS label_id
     FROM run_images AS r JOIN labels AS l ON l.value = r.truth WHERE r.run_id = {run}"""
-LABELLED_BY_PEOPLE = """SELECT a.row_id FROM annotations AS a
-    WHERE a.level = 'cell' AND a.kind = 'label' AND a.undoes_id IS NULL
-    AND a.id NOT IN (SELECT u.undoes_id FROM annotations AS u WHERE u.undoes_id IS NOT NULL)"""
+LABELLED_BY_PEOPLE = "SELECT a.row_id FROM current_labels AS a WHERE a.level = 'cell'"
 
 
 @dataclass(frozen=True)
@@ -275,7 +273,7 @@ class _Filters:
         if (annotated := self.text("annotated")) is not None:
             people = LABELLED_BY_PEOPLE
             if annotated not in YES_NO:
-                people += f" AND a.value = {self.bind('annotated', annotated)}"
+                people += f" AND a.label = {self.bind('annotated', annotated)}"
             no = "NOT " if annotated == "no" else ""
             self.of_cell.append(f"t.cell_id {no}IN ({people})")
 
