@@ -56,7 +56,7 @@ MODULES = {
     for module, names in (
         ("setup_commands", "demo init"),
         ("ingest_commands", "ingest refresh relocate"),
-        ("image_commands", "segment finetune measure qc"),
+        ("image_commands", "segment finetune napari measure qc"),
         ("hit_commands", "profile hits"),
         ("split_commands", "split"),
         ("train_commands", "train predict predictions embeddings apply embed export-model"),

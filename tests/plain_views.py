@@ -104,8 +104,6 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     binary = "" if sqlite else 'COLLATE "C"'
     placed = PLACED.format(binary=binary)
     found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
-    for name in ("eligible_cells", "eligible_predictions"):
-        found[name] = found[name].replace("NOT EXISTS (FROM", "NOT EXISTS (SELECT 1 FROM")
     for table in ("w", "pl"):
         path = f"""({table}.metadata, '$."' || s.field || '"')"""
         plain = f"json_extract{path}" if sqlite else f"({table}.metadata ->> s.field)"

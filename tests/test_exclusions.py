@@ -109,10 +109,23 @@ def test_votes_and_report_leave_out_what_is_excluded(workspace: Workspace) -> No
 
 
 @pytest.mark.one_database
-def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
+def test_the_answer_does_not_depend_on_the_copies(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on whether the images that an exclusion is about are counted by themselves."""
+    views = ("image_label_counts", "ranked_votes", "votes", "scored_predictions")
     screen = small_screen(workspace)
+    before = [rows(workspace, f"FROM {view} ORDER BY ALL") for view in views]
+    cell = rows(workspace, "SELECT max(cell_id) AS id FROM predictions")[0]["id"]
+    screen.factory.exclude(Level.CELL, cell)
+    of_cell = [rows(workspace, f"FROM {view} ORDER BY ALL") for view in views]
+    assert all(a != b for a, b in zip(before, of_cell, strict=True))
     screen.factory.exclude(Level.WELL, screen.images["B01"].well_id)
     first = Store(workspace).votes().table
+    apart = [rows(workspace, f"FROM {view} ORDER BY ALL") for view in views]
+    monkeypatch.setattr("cellstore.query.engine.MOST_RECOUNTED", -1)
+    assert [rows(workspace, f"FROM {view} ORDER BY ALL") for view in views] == apart
+    assert Store(workspace).votes().table.equals(first)
     for path in (workspace.settings.cache / "snapshots").iterdir():
         path.unlink()
     assert Store(workspace).votes().table.equals(first)

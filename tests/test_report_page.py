@@ -29,8 +29,8 @@ from cellstore.models import (
 from cellstore.notebooks import plain
 from cellstore.query.engine import open_questions
 from cellstore.report import report_figures
-from cellstore.report.drawing import short, svg
-from cellstore.report.report_figures import matrices_of, nowhere
+from cellstore.report.drawing import nowhere, short, svg
+from cellstore.report.report_figures import matrices_of
 from cellstore.report.report_page import pictures, plate_maps
 from cellstore.report.scoring import report
 

@@ -9,15 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from sqlalchemy import exists, func, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import func, select
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from ..db.bulk import in_lists
+from ..db.fields import is_label_now
 from ..enums import (
-    AnnotationKind,
     CellFlagReason,
     Control,
     ImageFlagReason,
@@ -66,7 +65,6 @@ PER_SHEET = 100
 """Crops of a sheet, which are one picture; half of that for each of two filters."""
 FIRST = 4_096
 """Cells that are looked at first where many are sorted by a number."""
-FIELD = "/field/{image_id}"
 SIDES = (32, 48, 64, 96, 128, 192, 256)
 MOST_NAMES, MOST_ORDERS, MOST_CHANNELS = 1_000, 30, 20
 """Names that a list of the form offers; features to sort by; channels of a crop."""
@@ -105,8 +103,8 @@ RUNS = """
     ORDER BY r.id DESC LIMIT 200
 """
 PEOPLE = """
-    SELECT DISTINCT a.value FROM annotations AS a
-    WHERE a.level = 'cell' AND a.kind = 'label' AND a.value IS NOT NULL ORDER BY a.value LIMIT 100
+    SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
+    ORDER BY a.label LIMIT 100
 """
 PIXEL_SIZES = "SELECT min(pixel_size) AS low, max(pixel_size) AS high FROM images"
 SIZES = """
@@ -246,7 +244,6 @@ def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
         "begin": after,
         "following": following,
         "next": behind,
-        "to_field": FIELD in request.app.state.addresses,
     }
 
 
@@ -272,7 +269,7 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
     run = pane.chosen.run or _shown_run(request)
     about: dict[int, Any] = {}
     said: dict[int, Any] = {}
-    people: dict[int, str | None] = {}
+    people: dict[int, list[str]] = {}
     query = select(Cell.id, Cell.object_number, Cell.excluded, Image.site, Well.name)
     query = query.add_columns(Well.control, Plate.barcode, Treatment.name_with_dose)
     query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -282,18 +279,13 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
     answers = select(Prediction.cell_id, Label.value, Prediction.probability)
     answers = answers.join(Label, Label.id == Prediction.label_id)
     answers = answers.where(Prediction.run_id == run, Prediction.rank == 1)
-    undone = aliased(Annotation)
-    labels = select(Annotation.row_id, Annotation.value).order_by(Annotation.id)
-    labels = labels.where(Annotation.level == Level.CELL, Annotation.kind == AnnotationKind.LABEL)
-    labels = labels.where(Annotation.undoes_id.is_(None))
-    labels = labels.where(~exists().where(undone.undoes_id == Annotation.id))
+    labels = select(Annotation.row_id, Annotation.value).where(Annotation.level == Level.CELL)
+    labels = labels.where(is_label_now(Annotation)).order_by(Annotation.id)
     with explorer_of(request).workspace.database.read() as session:
         for some in in_lists(ids):
             about.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
-            people.update(
-                (cell_id, value)
-                for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some)))
-            )
+            for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some))):
+                people.setdefault(cell_id, []).append(str(value))
             if run is not None:
                 rows = session.execute(answers.where(Prediction.cell_id.in_(some)))
                 said.update((row.cell_id, row) for row in rows)
@@ -322,20 +314,20 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
             "probability": None if answer is None else answer.probability,
             "truth": None if truth is None else truth["truth"],
             "seen": bool(truth and truth["well_in_training"]),
-            "people": people.get(row["cell_id"]),
+            "people": ", ".join(dict.fromkeys(people.get(row["cell_id"], ()))),
             "number": None,
         }
         if pane.order.shown and row["key"] != math.inf:
             crop["number"] = brief(-row["key"] if pane.order.falling else row["key"])
         right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
         crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
-        crop["told"] = _told(crop, run)
+        crop["told"] = _told(crop, run, (text(request, "sort") or "").removeprefix("-"))
         crops.append(crop)
     return crops
 
 
-def _told(crop: Mapping[str, Any], run: int | None) -> str:
-    """Say of a crop what its cell is."""
+def _told(crop: Mapping[str, Any], run: int | None, name: str) -> str:
+    """Say of a crop what its cell is; ``name`` is of what the crops are sorted by."""
     words = [crop["plate"], crop["well"], f"field {crop['site']}", f"cell {crop['cell_id']}"]
     words.append(crop["treatment"] or "treatment unknown")
     if crop["control"]:
@@ -351,8 +343,8 @@ def _told(crop: Mapping[str, Any], run: int | None) -> str:
         words.append(f"labelled {crop['people']}")
     if crop["excluded"]:
         words.append(f"excluded: {crop['excluded']}")
-    if crop["number"] is not None:
-        words.append(f"sorted by {crop['number']}")
+    if crop["number"] is not None and name != CERTAIN:
+        words.append(f"{name} {crop['number']}")
     return " · ".join(words)
 
 
@@ -503,7 +495,8 @@ def _tidied(request: Request) -> str | None:
     Without what was left empty, and with a feature and its bounds in one.
     """
     given = request.query_params.multi_items()
-    tidy = [item for item in given if item[1].strip() and item[0] not in OF_FORM]
+    usual = ("sort", "random")
+    tidy = [item for item in given if item[1].strip() and item[0] not in OF_FORM and item != usual]
     feature, low, high = (request.query_params.get(name, "").strip() for name in OF_FORM)
     if feature and (low or high):
         tidy.append((feature, f"{low}..{high}"))
@@ -583,7 +576,7 @@ def _choices(request: Request) -> dict[str, Any]:
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
             for row in ask(request, RUNS)
         ],
-        "people": [row["value"] for row in ask(request, PEOPLE)],
+        "people": [row["label"] for row in ask(request, PEOPLE)],
         "channels": _channels(request),
         "reasons": [reason.value for reason in reasons],
         "sides": SIDES,
@@ -625,6 +618,8 @@ def sheet(request: Request) -> Response:
     if not all(item.isdecimal() and len(item) <= 18 for item in ids):
         raise UserInputError("cells has to be whole numbers with commas between.")
     looks = _looks(request)
+    if len(ids) * looks["side"] ** 2 > PER_SHEET * SIDES[-1] ** 2:
+        raise UserInputError("These are too many cells for one picture. Ask for fewer at a time.")
     made = crop_sheet(
         explorer_of(request),
         [int(item) for item in ids],

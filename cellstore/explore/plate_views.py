@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from ..enums import Control
+from ..enums import Control, Level
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
@@ -23,7 +23,7 @@ from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
-from ..report.drawing import brief, plate_layout, well_name
+from ..report.drawing import brief, plate_layout, short, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .pixels import usual_channels
@@ -44,6 +44,7 @@ from .well_colours import (
     RUNS,
     STAGES,
     WELLS,
+    WRITTEN,
     Scale,
     WellValues,
     ink_on,
@@ -401,7 +402,7 @@ def _mapped(
     well, value = row["well_id"], found.values.get(row["well_id"])
     shown = brief(value) if isinstance(value, float) else value or ""
     kinds, control = [], row["control"]
-    said = [row["named"] or "no treatment known"]
+    said = [short(row["named"] or "no treatment known", 120)]
     if control is not None:
         kinds.append(control)
         said.append(f"{control} control")
@@ -411,7 +412,7 @@ def _mapped(
         kinds.append("novalue")
         said.append(f"{found.title}: no value")
     elif isinstance(value, float) or found.title not in (KINDS["treatment"], KINDS["control"]):
-        number = f"{shown} {found.unit}".strip()
+        number = short(f"{shown} {found.unit}".strip(), 120)
         more = f" ({found.words[well]})" if well in found.words else ""
         said.append(f"{found.title}: {number}{more}")
     if well in found.seen:
@@ -428,7 +429,7 @@ def _mapped(
         url_of("well", row["plate"], row["well"]),
         colour,
         "" if colour is None else ink_on(colour),
-        shown,
+        short(shown, WRITTEN),
         f"{row['well']}: {', '.join(said)}",
         " ".join(kinds),
         groups.setdefault(row["named"] or "", len(groups)),
@@ -440,6 +441,8 @@ def _mapped(
 BESIDE, FIELDS_BESIDE = 2, 4
 """Negative controls that are shown beside a well, and how many fields of each."""
 MOST_FIELDS = 60
+SAID = 200
+"""What people said of a well, at most."""
 FIELDS = """
     SELECT image_id, well_id, site, plane, time_point, n_cells, n_excluded_cells, excluded
     FROM image_table WHERE well_id IN (SELECT unnest($wells))
@@ -572,10 +575,12 @@ def votes_of_well(request: Request) -> Response:
         rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
         about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
         models = {row["id"]: row for row in ask(request, RUNS, {"stage": "predict"})}
-        return [
+        found = [
             {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
             for run, some in _by(rows, "run_id").items()
         ]
+        # Networks first, then baselines: the newest first.
+        return sorted(found, key=lambda row: (row["model"] or {}).get("model") != "network")
 
     answers = kept(request, ("votes of well", one["well_id"]), read)
     for answer in answers:
@@ -605,7 +610,7 @@ def _answer(rows: Sequence[Record]) -> dict[str, Any]:
     total = sum(cells for cells, _ in labels.values())
     return {
         "winner": ranked[0],
-        "labels": [(name, labels[name][0]) for name in ranked[:3]],
+        "labels": [(name, labels[name][0]) for name in ranked[:3] if labels[name][0]],
         "cells": total,
         "fields": [some[0]["label"] for some in _by(rows, "image_id").values()],
     }
@@ -616,7 +621,21 @@ def history_of_well(request: Request) -> Response:
     one = _one_well(request)
     with explorer_of(request).workspace.database.read() as session:
         record = audit_well(session, one["well_id"]).record
-    return page(request, "well_history.html.j2", record=record, in_words=in_words)
+        said = _said(session, one["well_id"])
+    return page(request, "well_history.html.j2", record=record, said=said, in_words=in_words)
+
+
+def _said(session: Session, well_id: int) -> list[dict[str, Any]]:
+    """What people said of a well and its fields, and did not take back; the newest first."""
+    notes, later = METADATA.tables["annotations"], METADATA.tables["annotations"].alias()
+    images = METADATA.tables["images"]
+    of_field = and_(notes.c.level == Level.IMAGE.value, images.c.id == notes.c.row_id)
+    query = select(notes, images.c.site).outerjoin(images, of_field)
+    of_well = and_(notes.c.level == Level.WELL.value, notes.c.row_id == well_id)
+    query = query.where(or_(of_well, images.c.well_id == well_id), notes.c.undoes_id.is_(None))
+    query = query.where(~exists().where(later.c.undoes_id == notes.c.id))
+    rows = session.execute(query.order_by(notes.c.id.desc()).limit(SAID)).mappings()
+    return [dict(row) for row in rows]
 
 
 def _one_well(request: Request) -> dict[str, Any]:

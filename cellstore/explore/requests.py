@@ -29,7 +29,7 @@ from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
 from ..query.engine import Questions, open_questions
-from ..query.guard import Limits, Parameters
+from ..query.guard import Limits, Parameters, explained
 from ..report.drawing import TEMPLATES, environment_of
 from ..settings import find_store
 
@@ -108,6 +108,8 @@ class Reader:
             mine.limits = replace(LIMITS, seconds=seconds)
             try:
                 yield mine
+            except duckdb.Error as error:  # stopped while something was made ready for it
+                raise explained(error) from error
             finally:
                 mine.close()
         except CellstoreError as error:

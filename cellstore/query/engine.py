@@ -136,6 +136,8 @@ _VOTE_VIEWS = {
     RANKED: ("label_counts", "label_medians", "label_votes", RANKED),
 }
 """The views between the copy that a kept view is made from and itself."""
+MOST_RECOUNTED = 10_000
+"""Images with later exclusions: of more than so many the votes of all images are counted anew."""
 RANKED_COPIED = "level = 'image' AND vote <> 'median'"
 """Which of the ranked votes are kept: those that most people ask for."""
 
@@ -150,7 +152,7 @@ _ELIGIBLE = """
     SELECT run_id, image_id, cell_id, rank, label_id, probability
     FROM predictions_with_image WHERE NOT excluded
 """
-"""The copies of votes are for stores without later exclusions; else votes are counted anew."""
+"""The copies of votes know of no later exclusion; the images that one is about are counted anew."""
 _NOTHING_OF_WELLS = """
     CREATE TABLE run_images (run_id BIGINT, image_id BIGINT, well_id BIGINT, subset VARCHAR);
     CREATE TABLE eligible_predictions (
@@ -574,8 +576,7 @@ class Questions:
         for name in sorted(names - self._loaded):
             copied = name in WRITERS
             if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
-                self._load({LATER})
-                copied = not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
+                copied = len(self._images_with_later_exclusions()) <= MOST_RECOUNTED
             if copied:
                 self._load_copies(name)
                 continue
@@ -586,6 +587,23 @@ class Questions:
             with self._making(name) as new:
                 if new:
                     self._load_new(name, query)
+
+    def _images_with_later_exclusions(self) -> list[int]:
+        """The images that do not count, or have cells that do not, since somebody said so."""
+        self._load({LATER})
+        levels = self._full.execute(f"SELECT DISTINCT level FROM {LATER}").fetchall()  # noqa: S608
+        parts = []
+        if set(levels) - {("cell",)}:
+            parts.append("SELECT image_id FROM excluded_images")
+        if ("cell",) in levels:
+            parts.append(f"""SELECT s.image_id FROM {LATER} AS e JOIN cells AS c ON c.id = e.id
+                JOIN segmentations AS s ON s.id = c.segmentation_id WHERE e.level = 'cell'
+            """)  # noqa: S608 - our own words
+        if not parts:
+            return []
+        query = " UNION ".join(parts)
+        self._load(sources_of(query))
+        return [row[0] for row in self._full.execute(query).fetchall()]
 
     @contextmanager
     def _making(self, name: str) -> Iterator[bool]:
@@ -661,16 +679,29 @@ class Questions:
         names = ", ".join(map(quoted, columns))
         parts = []
         few = True
+        ended = [run for run, _, ended in runs if ended and run in extents]
         paths = [
             self._copy(name, run, f"{times} {extents[run]}")
-            for run, times, ended in runs
-            if ended and run in extents
+            for run, times, _ in runs
+            if run in ended
         ]
+        recounted = None
         if paths:
             files = reading_files(paths)
             said = f"SELECT {names} FROM {files}"  # noqa: S608
+            image = "unit_id" if name == RANKED else "image_id"
+            if name in _VOTE_VIEWS and (images := self._images_with_later_exclusions()):
+                listed = ", ".join(map(str, images))
+                said += f" WHERE {image} NOT IN ({listed})"
+                query = view(name).query
+                self._load(sources_of(query))
+                numbers = ", ".join(str(self._folds.get(run, run)) for run in ended)
+                recounted = f"""SELECT {names} FROM ({query})
+                    WHERE {image} IN ({listed}) AND run_id IN ({numbers})
+                """  # noqa: S608 - numbers and our own words
+                recounted += f" AND {RANKED_COPIED}" if name == RANKED else ""
             if Stage.PREDICT in WRITERS[name]:
-                said = self._of_folds(said, "unit_id" if name == RANKED else "image_id")
+                said = self._of_folds(said, image)
             parts.append(said)
             counted = self._full.execute(f"SELECT count(*) FROM {files}")  # noqa: S608
             few = counted.fetchall()[0][0] <= FEW
@@ -687,6 +718,10 @@ class Questions:
         with self._making(name) as new:
             if not new:
                 return
+            if recounted:
+                again = quoted(f"recounted {name}")
+                self._full.execute(f"CREATE TABLE {again} AS {recounted}")
+                parts.append(f"FROM {again}")
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
                 create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608

@@ -93,10 +93,13 @@ class Audit(Shown):
     image: Audit | None = None
 
 
-def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit:
+def audit(
+    workspace: Workspace, text: RunName, kind: str | None = None, *, on_disk: bool = True
+) -> Audit:
     """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
 
     See ``cellstore audit --help`` for the names, docs/provenance.md for the keys of the record.
+    ``on_disk``: it may be the path of a file on this machine, which is then read.
 
     Raises:
         UnknownNameError: nothing has that name.
@@ -106,7 +109,7 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
     name = readable(text)
     with workspace.database.read() as session:
         if kind is None:
-            kind = kind_of(session, name)
+            kind = kind_of(session, name, on_disk=on_disk)
         if kind == "plate":
             return _plate(session, find_plate(session, name))
         if kind == "image":
@@ -117,7 +120,7 @@ def audit(workspace: Workspace, text: RunName, kind: str | None = None) -> Audit
             return _cell(session, name)
         if kind == "run":
             return _run(session, find_named_run(session, name).id)
-        return _artifact(session, text)
+        return _artifact(session, text, on_disk=on_disk)
 
 
 def kind_of(session: Session, name: str, *, on_disk: bool = True) -> str:
@@ -836,14 +839,14 @@ FILES = {
 """Which tables know files, and their columns of digests. A recipe knows the weights it uses."""
 
 
-def _artifact(session: Session, text: str) -> Audit:
+def _artifact(session: Session, text: str, *, on_disk: bool) -> Audit:
     """What a file is to the store, and what came of it.
 
     ``text``: the path or name of a file that the store wrote or read, the first digits (6 at
     least) of its sha256, the id of an artifact, or the path of a file on this machine, which is
     hashed and looked up by its bytes.
     """
-    path = _on_disk(text)
+    path = _on_disk(text) if on_disk else None
     digest = None if path is None else sha256_of(path)
     text = readable(text)
     found = _files_named(session, text) if digest is None else _files_by(session, digest)

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from ..analysis.dose_curves import DoseCurve
 
 
+Place = Callable[..., "str | None"]
+"""Gives the address of what a word, names and parameters say, where the explorer shows it."""
+
+
+def nowhere(*names: object, **parameters: object) -> None:
+    """No address: the page is a file."""
+
+
 def short(text: str, longest: int = 22) -> str:
     """Return a text for a tick of a figure: in one line, and its beginning if it is too long."""
     line = plain(" ".join(text.split()))

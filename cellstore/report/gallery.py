@@ -448,6 +448,23 @@ def _say(axes: Any, row: Row, numbers: Sequence[str], *, of_cells: bool) -> None
               transform=axes.transAxes, parse_math=False)  # fmt: skip
 
 
+def read_field(
+    workspace: Workspace, image_id: int, segmentation_id: int | None
+) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]] | None]:
+    """Return the plane (H, W) that was segmented, or is usual, and the masks (H, W) if known.
+
+    Raises:
+        CellstoreError: the image or the masks cannot be read.
+    """
+    wanted, masks = ImageInput(), None
+    if segmentation_id is not None:
+        with workspace.database.read() as session:
+            found = session.get_one(Segmentation, segmentation_id)
+            wanted = plane_of(session.get_one(Recipe, found.recipe_id))
+            masks = read_masks(session, workspace.artifacts, found)
+    return read_image(workspace.database, image_id, wanted), masks
+
+
 WINDOW = 256
 """Pixels of the middle of a field that are shown."""
 

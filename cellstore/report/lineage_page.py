@@ -7,19 +7,29 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from sqlalchemy import func, select
+
+from ..errors import CellstoreError
 from ..jobs.workspace import Workspace
+from ..models import Segmentation
+from ..notebooks import plain
 from ..settings import need
 from .audit import Audit, is_part, shown
-from .drawing import BLUE, GREY, INK, ORANGE, short, svg, write_html
+from .drawing import BLUE, GREY, INK, ORANGE, Place, field_picture, nowhere, short, svg, write_html
+from .gallery import read_field
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FIELDS = 4
+"""Fields of a well that are shown."""
 ROWS = 200
 """Rows of a table on the page; the rest are counted."""
 LISTED = 12
@@ -38,7 +48,14 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
         StorageError: the file cannot be written.
     """
     need("report")
-    lineage = lineage_of(audit)
+    path = path.resolve()
+    write_html(path, "lineage.html.j2", lineage_content(workspace, audit))
+    return path
+
+
+def lineage_content(workspace: Workspace, audit: Audit, place: Place = nowhere) -> dict[str, Any]:
+    """Return what the page shows; boxes lead to where ``place`` has an address for them."""
+    lineage = lineage_of(audit, place)
     values: list[tuple[str, str]] = []
     tables: list[dict[str, Any]] = []
     for key, value in audit.record.items():
@@ -52,39 +69,84 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
                 for row in value[:ROWS]
             ]
             heads = [name.replace("_", " ") for name in value[0]]
-            more = len(value) - len(rows)
-            tables.append({"title": title, "heads": heads, "rows": rows, "more": more})
+            tables.append({"title": title, "heads": heads, "rows": rows, "n": len(value)})
         else:
             values.append((title, shown(key, value, digits=64, most=LISTED)))
-    content = {
+    return {
         "title": audit.title,
         "picture": draw_lineage(lineage),
         "boxes": len(lineage.boxes),
+        "fields": fields_of(workspace, audit),
+        "place": place,
         "values": values,
         "tables": tables,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "version": version("cellstore"),
         "database": workspace.database.shown,
     }
-    path = path.resolve()
-    write_html(path, "lineage.html.j2", content)
-    return path
+
+
+def fields_of(workspace: Workspace, audit: Audit) -> list[dict[str, Any]]:
+    """Return pictures of the image, of a well those of its first images, with outlines.
+
+    Of a cell its own outline alone. ``picture`` is None where there is a ``problem``.
+    """
+    record = audit.record
+    ids: list[int] = record["images"][:FIELDS] if audit.kind == "well" else []
+    if audit.kind in ("image", "cell"):
+        ids = [record["image_id"]]
+    newest = select(Segmentation.image_id, func.max(Segmentation.id)).group_by(
+        Segmentation.image_id
+    )
+    newest = newest.where(
+        Segmentation.image_id.in_(ids), Segmentation.mask_artifact_id.is_not(None)
+    )
+    with workspace.database.read() as session:
+        masked = {row[0]: row[1] for row in session.execute(newest)}
+    if audit.kind == "cell":
+        masked = {ids[0]: record["segmentation"]["id"]}
+    shown = []
+    for image in ids:
+        picture, problem = None, None
+        try:
+            plane, masks = read_field(workspace, image, masked.get(image))
+            if masks is not None and audit.kind == "cell":
+                masks = np.where(masks == record["object_number"], masks, 0)
+            picture = field_picture(plane, masks)
+        except CellstoreError as error:
+            problem = str(error)
+        shown.append({"image": image, "picture": picture, "problem": problem})
+    return shown
 
 
 @dataclass
 class Lineage:
     """Boxes by key, the arrows between them, and the key of what it is all about.
 
-    A box is its kind, then its lines.
+    A box is its kind, then its lines; ``addresses`` of some are known.
     """
 
     subject: str
     boxes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arrows: list[tuple[str, str]] = field(default_factory=list)
+    addresses: dict[str, str] = field(default_factory=dict)
+    place: Place = nowhere
 
-    def add(self, key: str, kind: str, *lines: str | None, after: Iterable[str | None] = ()) -> str:
-        """Add a box, unless it is there, below those of ``after``; return its key."""
+    def add(
+        self,
+        key: str,
+        kind: str,
+        *lines: str | None,
+        after: Iterable[str | None] = (),
+        at: tuple[object, ...] | None = None,
+    ) -> str:
+        """Add a box, unless it is there, below those of ``after``; return its key.
+
+        ``at``: what ``place`` gives its address for.
+        """
         self.boxes.setdefault(key, (kind, *(line for line in lines if line)))
+        if at is not None and (address := self.place(*at)):
+            self.addresses[key] = address
         for source in after:
             if source is not None and source != key and (source, key) not in self.arrows:
                 self.arrows.append((source, key))
@@ -95,12 +157,16 @@ class Lineage:
         when = f"run {run['run_id']}, {run['started_at'][:10]}"
         status = run.get("status", "done")
         lines = (when, f"by {run['user']}", run["code_version"], status if status != "done" else "")
-        return self.add(f"run {run['run_id']}", run.get("stage", "predict"), *lines, after=after)
+        key, at = f"run {run['run_id']}", ("run", run["run_id"])
+        return self.add(key, run.get("stage", "predict"), *lines, after=after, at=at)
 
     def add_checkpoint(self, run: str, digests: Iterable[str]) -> str:
         """Add what a run wrote for the next one to read: its checkpoint, else it is the run."""
         for digest in digests:
-            return self.add(f"checkpoint {digest}", "checkpoint", digest[:SHORT], after=[run])
+            at = ("lineage", "artifact", digest)
+            return self.add(
+                f"checkpoint {digest}", "checkpoint", digest[:SHORT], after=[run], at=at
+            )
         return run
 
     def add_downstream(self, source: str, downstream: Iterable[Mapping[str, Any]]) -> None:
@@ -130,45 +196,44 @@ def _counted(item: Mapping[str, Any]) -> tuple[str, str]:
     return f"{item['count']:,} {what}", names
 
 
-def lineage_of(audit: Audit) -> Lineage:
+def lineage_of(audit: Audit, place: Place = nowhere) -> Lineage:
     """Return the picture of a record: boxes for its rows, arrows for what they name."""
     record = audit.record
+    graph = Lineage(audit.kind, place=place)
     match audit.kind:
         case "image":
-            graph = Lineage("image")
             _draw_image(graph, record)
         case "plate":
-            graph = Lineage("plate")
             lines = (f"plate {record['barcode']}", f"{record['images']:,} images")
-            graph.add("plate", "well", *lines)
+            graph.add("plate", "well", *lines, at=("plate", record["barcode"]))
             graph.add_downstream("plate", record["downstream"])
         case "well":
-            graph = Lineage("well")
             treatment = record["treatment"]
             after = _draw_treatment(graph, record, treatment and treatment["name"])
             name, number = f"{record['plate']}/{record['well']}", len(record["images"])
-            graph.add("well", "well", name, f"{number:,} images", after=[after])
+            of_well = ("well", record["plate"], record["well"])
+            graph.add("well", "well", name, f"{number:,} images", after=[after], at=of_well)
             graph.add_downstream("well", record["downstream"])
         case "cell":
-            graph = Lineage("cell")
             assert audit.image is not None
             _draw_image(graph, audit.image.record)
             lines = (f"cell {record['cell_id']}", f"object {record['object_number']}")
             found = f"segmentation {record['segmentation']['id']}"
-            graph.add("cell", "cell", *lines, after=[found])
+            graph.add("cell", "cell", *lines, after=[found], at=("cell", record["cell_id"]))
             for choice in record["choices"]:
                 if choice["rank"] == 1:
                     text = f"{choice['label']}, {choice['probability']:.2f}"
                     after_run = f"run {choice['run_id']}"
                     # A run whose cells are all excluded now has no vote, so no box of its own.
-                    graph.add(after_run, "predict", after_run, after=["cell"])
+                    at = ("run", choice["run_id"])
+                    graph.add(after_run, "predict", after_run, after=["cell"], at=at)
                     key = f"choice {choice['run_id']}"
                     graph.add(key, "label", text, "this cell alone", after=[after_run])
         case "run":
-            graph = Lineage(f"run {record['run_id']}")
+            graph.subject = f"run {record['run_id']}"
             _draw_run(graph, record)
         case _:
-            graph = Lineage("file")
+            graph.subject = "file"
             known = record["known"]
             graph.add("file", "file", known[0]["name"], record["sha256"][:SHORT])
             for item in known:
@@ -187,7 +252,12 @@ def lineage_of(audit: Audit) -> Lineage:
 def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
     files = record["files"]
     after = [
-        graph.add(f"file {file['channel']}", "file", file["channel"], file["name"], _short(file))
+        graph.add(
+            f"file {file['channel']}",
+            "file",
+            *(file["channel"], file["name"], _short(file)),
+            at=file["sha256"] and ("lineage", "artifact", file["sha256"]),
+        )
         for file in files[: MOST_BOXES + 1]
     ]
     if len(files) > MOST_BOXES:
@@ -197,7 +267,8 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         after = [graph.add("files", "file", number, files[0]["name"])]
     name = f"{record['plate']}/{record['well']}/{record['site']}"
     digest = (record["content_sha256"] or "")[:SHORT]
-    graph.add("image", "image", name, record["core_name"], digest, after=after)
+    at = ("field", record["image_id"])
+    graph.add("image", "image", name, record["core_name"], digest, after=after, at=at)
     treatment = _draw_treatment(graph, record, record["treatment"])
     found = []
     for item in record["segmentations"]:
@@ -205,10 +276,13 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         sources = ["image"]
         if item["weights_sha256"]:
             key = f"weights {item['weights_sha256']}"
-            sources.append(graph.add(key, "weights", model, _short(item, "weights_sha256")))
+            file = ("lineage", "artifact", item["weights_sha256"])
+            start = _short(item, "weights_sha256")
+            sources.append(graph.add(key, "weights", model, start, at=file))
         when = f"run {item['run_id']}, {item['made_at'][:10]}"
         lines = (when, f"{item['n_cells']:,} cells", model)
-        found.append(graph.add(f"segmentation {item['id']}", "segmentation", *lines, after=sources))
+        key, at = f"segmentation {item['id']}", ("run", item["run_id"])
+        found.append(graph.add(key, "segmentation", *lines, after=sources, at=at))
     for item in record["downstream"]:
         if item["what"] in ("measured cells", "feature sets"):
             graph.add(item["what"], "measurement", *_counted(item), after=found)
@@ -216,7 +290,7 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         cells = [f"segmentation {number}" for number in run["segmentation_ids"]]
         read: list[str | None] = [*(cells or ["image"])]  # or the model sees whole images
         if (parent := run["train_run_id"]) is not None:
-            train = graph.add(f"run {parent}", "train", f"run {parent}")
+            train = graph.add(f"run {parent}", "train", f"run {parent}", at=("run", parent))
             read.append(graph.add_checkpoint(train, run["checkpoints"]))
             if run["split"] is not None:
                 key = f"split {run['split']}"
@@ -229,7 +303,8 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
         most = f"{next(iter(run['votes'].values()))} of {run['n_cells']} cells"
         most = most if cells else "whole image"
         label = (run["winner"], most, truth, known)
-        graph.add(f"label {run['run_id']}", "label", *label, after=[box])
+        at = ("run", run["run_id"])
+        graph.add(f"label {run['run_id']}", "label", *label, after=[box], at=at)
 
 
 def _draw_treatment(graph: Lineage, record: Mapping[str, Any], name: str | None) -> str:
@@ -348,7 +423,18 @@ def draw_lineage(lineage: Lineage) -> str:
                 ink = {"fontsize": 8, "color": INK, "va": "center", "weight": weight}
                 axes.text(left + 0.08, height, short(text, LETTERS), **ink)
 
-    return svg("lineage", size, draw, f"Lineage in {len(lineage.boxes)} boxes.")
+    drawn = svg("lineage", size, draw, f"Lineage in {len(lineage.boxes)} boxes.")
+    width, height = (72 * side for side in BOX)
+    links = [
+        f'<a href="{escape(address)}" aria-label="{escape(plain(" ".join(lineage.boxes[key])))}">'
+        f'<rect class="link" x="{72 * positions[key][0] - width / 2:.1f}" '
+        f'y="{72 * positions[key][1] - height / 2:.1f}" width="{width:g}" height="{height:g}" '
+        'rx="6"/></a>'
+        for key, address in lineage.addresses.items()
+    ]
+    if links:
+        drawn = drawn.replace('role="img"', 'role="group"', 1)
+    return drawn.replace("</svg>", "".join([*links, "</svg>"]))
 
 
 Point = tuple[float, float]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..query.engine import Questions
-from .drawing import BLUE, GREY, ORANGE, interval_bar, short, svg
+from .drawing import BLUE, GREY, ORANGE, Place, interval_bar, nowhere, short, svg
 from .scoring import HEADLINE, GroupScore, ReportResult, Score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Place = Callable[..., "str | None"]
-"""Gives the address of what a word, names and parameters say, where the explorer shows it."""
-
-
-def nowhere(*names: object, **parameters: object) -> None:
-    """No address: the page is a file."""
-
 
 DOTTED = (0, (2, 3))
 NAMED_ROWS = 40
@@ -442,7 +434,7 @@ def _table(
         for predicted, other, count in zip(found.labels, found.genes, counts, strict=True):
             same = gene is not None and gene == other
             kind = "right" if truth == predicted else "same" if same else "other"
-            said = f"{count} of {total} of {truth} got the label {predicted}"
+            said = f"{truth}: {count} of {total} got the label {predicted}"
             address = at(label=truth, predicted=predicted) if count else None
             squares.append(Square(count, kind, round(count / max(1, total), 2), said, address))
         rows.append((truth, gene, squares))

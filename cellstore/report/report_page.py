@@ -12,16 +12,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..config import ImageInput
 from ..enums import PERTURBATION, TARGET, TREATMENT
 from ..errors import CellstoreError, UnknownNameError
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
-from ..models import Recipe, Segmentation
-from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
 from ..query.source import group_of
@@ -29,15 +22,17 @@ from .comparison import RECIPES_BEHIND, Comparison, Difference
 from .drawing import (
     LARGE_MAP,
     SMALL_MAP,
+    Place,
     PlateMap,
     WellPosition,
     colour_limits,
     field_picture,
+    nowhere,
     plate_map_svg,
     write_html,
 )
-from .gallery import WINDOW, WellPictures
-from .report_figures import Place, class_content, nowhere, score_figures, training_curves
+from .gallery import WINDOW, WellPictures, read_field
+from .report_figures import class_content, score_figures, training_curves
 from .repro import repro
 from .scoring import HEADLINE, SEEN, ReportResult, Subject, by_baseline
 
@@ -467,7 +462,9 @@ def pictures(
             of_cells = known[image]["segmentation_id"] is not None
             picture, problem = None, None
             try:
-                picture = field_picture(*_pixels(workspace, known[image]))
+                picture = field_picture(
+                    *read_field(workspace, image, known[image]["segmentation_id"])
+                )
             except CellstoreError as error:
                 problem = str(error)
             found[kind].append(
@@ -498,7 +495,7 @@ def pictures(
     for row in mixed[: 3 * SAMPLES]:
         if len(found["samples"]) < SAMPLES:
             with suppress(CellstoreError):
-                plane, masks = _pixels(workspace, row)
+                plane, masks = read_field(workspace, row["image_id"], row["segmentation_id"])
                 bare = field_picture(plane, detail=True)
                 outlined = field_picture(plane, masks, detail=True)
                 found["samples"].append({**row, "bare": bare, "outlined": outlined})
@@ -526,19 +523,6 @@ def _some_differences(comparison: Comparison | None) -> dict[int, Difference]:
     pairs = zip_longest(kinds["first"].values(), kinds["second"].values())
     some = [item for pair in pairs for item in pair if item is not None]
     return {item.unit_id: item for item in [*some, *kinds["neither"].values()][:DIFFERENT]}
-
-
-def _pixels(
-    workspace: Workspace, image: Row
-) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]] | None]:
-    """The plane of an image, and its masks if the run has labelled cells."""
-    wanted, masks = ImageInput(), None
-    if image["segmentation_id"] is not None:
-        with workspace.database.read() as session:
-            found = session.get_one(Segmentation, image["segmentation_id"])
-            wanted = plane_of(session.get_one(Recipe, found.recipe_id))
-            masks = read_masks(session, workspace.artifacts, found)
-    return read_image(workspace.database, image["image_id"], wanted), masks
 
 
 # Origin

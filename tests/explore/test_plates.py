@@ -166,7 +166,7 @@ def test_votes_of_a_well_are_those_of_the_store(client: TestClient, screen: Work
     page = client.get(f"/well/{first['plate']}/{first['well']}/votes").text
     rows = re.findall(r"<tr><td><a href=\"/run/(\d+)\">.*?</tr>", page, re.DOTALL)
     own = [row for row in votes if (row["plate"], row["well"]) == (first["plate"], first["well"])]
-    assert rows == [str(row["run_id"]) for row in own]
+    assert rows == [str(row["run_id"]) for row in own]  # the newest first
     for row, text in zip(own, page.split("<tr><td>")[1:], strict=True):
         assert row["winner"] in text
         assert ("right" if row["winner"] == row["truth"] else "wrong") in text
@@ -279,6 +279,8 @@ def test_names_are_text_and_exclusions_are_shown(writable: Workspace) -> None:
         assert "excluded" in crossed["kinds"]
         assert "<i>dust</i>" in crossed["words"]  # escaped, as text
         assert "does not count: &lt;i&gt;dust" in client.get("/well/DEMO0001/B02").text
+        history = client.get("/well/DEMO0001/B02/history").text
+        assert re.search(r"the well does not count\s+\(&lt;i&gt;dust", history)
     app.state.explorer.reader.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,8 +126,45 @@ def test_each_run_has_a_page(client: TestClient, screen: Workspace, about: dict[
     for run, stage in asked(screen, "SELECT id, stage FROM runs ORDER BY id"):
         page = client.get(f"/run/{run}")
         assert page.status_code == 200, stage
-        assert f"Run {run} " in words(page.text)
+        assert f"Run {run}: " in words(page.text)
     train = client.get(f"/run/{about['train']}").text
     assert f"/run/{about['run']}" in links(train)
     curves = client.get(f"/run/{about['train']}/curves")
     assert "baselines learn in one go" in curves.text
+
+
+def test_lineage_leads_from_box_to_box(
+    client: TestClient, screen: Workspace, about: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each box of an image's history leads to its page, and the page shows the image."""
+    named = "SELECT plate, well, site, image_id FROM votes WHERE run_id = ? AND level = 'image'"
+    plate, well, site, image = asked(screen, f"{named} ORDER BY image_id LIMIT 1", about["run"])[0]
+    page = client.get(f"/lineage/image/{plate}%2F{well}%2F{site}")
+    assert page.text == client.get(f"/lineage/image/{image}").text
+    assert "data:image/jpeg" in page.text
+    known = ("/run/", "/field/", "/lineage/")
+    found = {link for link in links(page.text) if link.startswith(known)}
+    assert {f"/run/{about['run']}", f"/run/{about['train']}", f"/field/{image}"} <= found
+    for link in found:
+        assert client.get(link).status_code == 200, link
+    cell = asked(screen, "SELECT min(cell_id) FROM prediction_table WHERE image_id = ?", image)[0][
+        0
+    ]
+    for address in (f"cell/{cell}", f"well/{plate}%2F{well}", f"plate/{plate}", "run/latest"):
+        assert client.get(f"/lineage/{address}").status_code == 200, address
+    outside = tmp_path / "secret.txt"
+    outside.write_text("secret")
+    for address in (f"artifact/{outside}", "artifact/unknown", "run/999", "nothing/1"):
+        assert client.get(f"/lineage/{address}").status_code == 404, address
+
+
+def test_keys_walk_over_the_matrix(tab: Any, site: str, about: dict[str, Any]) -> None:
+    """In a browser: parts arrive after the page, arrows go to squares with images, Enter opens."""
+    tab.goto(f"{site}/run/{about['other']}")
+    squares = tab.locator("#confusion table.matrix td a")
+    squares.first.focus()
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate("document.activeElement.closest('tr').rowIndex") == 2
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/images?**")
+    assert tab.locator("figure.card").count() > 0

@@ -4,6 +4,7 @@
 SELECT c.id AS cell_id, c.segmentation_id, s.image_id
 FROM cells AS c
 JOIN segmentations AS s ON s.id = c.segmentation_id
-WHERE c.excluded IS NULL
-AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = s.image_id)
-AND NOT EXISTS (FROM later_exclusions AS e WHERE e.level = 'cell' AND e.id = c.id)
+-- With NOT EXISTS the same takes DuckDB 50 times as long.
+LEFT JOIN excluded_images AS e ON e.image_id = s.image_id
+LEFT JOIN (SELECT id FROM later_exclusions WHERE level = 'cell') AS x ON x.id = c.id
+WHERE c.excluded IS NULL AND e.image_id IS NULL AND x.id IS NULL
