@@ -49,7 +49,7 @@ from .cell_filters import (
     feature_of,
     features_known,
 )
-from .pixels import SHEET_COLUMNS, crop_sheet
+from .pixels import SHEET_COLUMNS, crop_sheet, usual_channels
 from .requests import (
     ask,
     choice,
@@ -319,8 +319,8 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
         }
         if pane.order.shown and row["key"] != math.inf:
             value = -row["key"] if pane.order.falling else row["key"]
-            said_so = sorted_by == CERTAIN and answer is not None
-            crop["number"] = f"{value:.0%} {answer.value}" if said_so else brief(value)
+            by_answer = answer is not None and sorted_by == CERTAIN
+            crop["number"] = f"{value:.0%} {crop['predicted']}" if by_answer else brief(value)
         right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
         crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
         crop["told"] = _told(crop, run, sorted_by)
@@ -546,6 +546,7 @@ def gallery(request: Request) -> Response:
             for pane, sheet in ((pane, _sheet_of(request, pane, n)) for pane in panes)
         ],
         looks=looks,
+        drawn=looks["channels"] or usual_channels(_channels(request)),
         micrometres=None if size is None else looks["side"] * size,
         form=kept(request, ("form of cells",), lambda: _choices(request)),
         features=features,
