@@ -34,6 +34,7 @@ EXTRAS = {
     "zarr": ("zarr",),
     "distributed": ("distributed",),
     "explore": ("starlette", "uvicorn", "jinja2"),
+    "napari": ("napari",),
 }
 """The optional parts of cellstore, and the modules that each brings.
 

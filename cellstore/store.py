@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .report.votes import VotesResult
     from .stages.apply import ApplyResult
     from .stages.backup import Backup
+    from .stages.correct_masks import CorrectedMasks
     from .stages.corrections import Correction
     from .stages.export import ExportedProfiles, ExportResult
     from .stages.export_crops import ExportedCrops
@@ -1662,6 +1663,29 @@ class Store(AbstractContextManager["Store"]):
 
         more: dict[str, Any] = {"field": field, "user": user, "reason": reason}
         return annotate(self.workspace, kind, names, label, **more, dry_run=dry_run)
+
+    def napari(
+        self,
+        image: str,
+        *,
+        segmentation: str | None = None,
+        folder: str | Path = "corrected",
+        name: str | None = None,
+    ) -> CorrectedMasks:
+        """Open an image with its masks in napari, to correct these; returns when it is closed.
+
+        Shift-S in the window stores them, as a segmentation called ``name`` and as a file below
+        ``folder`` that ``finetune`` reads. What is changed and not stored is stored at the end.
+
+        Raises:
+            MissingExtraError: napari is not installed.
+            UnknownNameError: there is no such image or recipe.
+            UserInputError: the image has other masks called ``name``, or the folder is of a store.
+        """
+        from .stages.correct_masks import correct_masks
+
+        more: dict[str, Any] = {"segmentation": segmentation, "folder": Path(folder), "name": name}
+        return correct_masks(self.workspace, image, **more)
 
     def exclude(
         self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False

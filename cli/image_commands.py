@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from .output import say
 if TYPE_CHECKING:
     from cellstore.jobs.execute import Forecast, JobsResult
     from cellstore.report.segment_preview import PreviewResult
+    from cellstore.stages.correct_masks import CorrectedMasks
     from cellstore.stages.finetune import FinetuneResult
     from cellstore.stages.qc import QcResult
 
@@ -468,3 +470,52 @@ def finetune(
       cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
     """
     return store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)
+
+
+def _show_corrected(result: CorrectedMasks) -> None:
+    if not result.saved:
+        say(f"{result.image} stays as it is: no masks were stored.")
+        return
+    segmentation = f"{result.segmentation} ({result.name})"
+    rows = {"image": result.image, "cells": result.cells, "segmentation": segmentation}
+    output.pairs({**rows, "file": result.file})
+
+
+@command(
+    app,
+    "napari",
+    _show_corrected,
+    then=lambda result: (
+        [f"cellstore finetune --masks {shlex.quote(result.folder)}"] if result.saved else []
+    ),
+)
+def napari(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="As in audit: PLATE/A01/1, an id.")],
+    store: Store,
+    segmentation: str | None = option(
+        None, "Whose masks. Default: the newest of the image.", metavar="RECIPE"
+    ),
+    folder: Path = option(
+        Path("corrected"),
+        "Where corrected masks are written, named like their images, as finetune reads them.",
+        name="--folder",
+    ),
+    name: str | None = option(
+        None,
+        "What the segmentation of corrected masks is called. Default: corrected, or corrected 2, "
+        "... where the image has one.",
+        metavar="NAME",
+    ),
+) -> CorrectedMasks:
+    """Correct the masks of an image in napari.
+
+    The channels and the masks open in a window of napari, where masks are painted, erased and
+    filled. Shift-S stores them: as a segmentation of its own (measure and train take it then as
+    the last used), and as a file from which finetune learns. The masks from before stay.
+
+    \b
+    Example:
+      cellstore napari BR00116991/F15/8
+      cellstore napari 4711 --segmentation 2 --folder corrected
+    """
+    return store.napari(image, segmentation=segmentation, folder=folder, name=name)

@@ -98,32 +98,39 @@ class Chosen:
 
 
 class Feature(NamedTuple):
-    """A measurement of cells: SQL that gives ``cell_id`` and ``value``."""
+    """A measurement of cells: a ``column`` of rows ``origin`` (SQL), each with its ``cell_id``."""
 
     name: str
-    query: str
+    column: str
+    origin: str
+
+    @property
+    def query(self) -> str:
+        """SQL that gives ``cell_id`` and ``value``."""
+        return f"SELECT cell_id, CAST({self.column} AS DOUBLE) AS value FROM {self.origin}"  # noqa: S608
 
 
-def chosen_cells(request: Request, prefix: str = "") -> Chosen:
+def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) -> Chosen:
     """Return the cells that the filters of an address mean: ``FILTERS``, and ranges of features.
 
     The filters are combined by AND, the values of one filter that is there several times by OR.
     ``prefix`` stands before the names of all of them. Nothing that is joined has a row for each
     cell and a text in it, so that some million cells are looked through in a fraction of a second.
+    ``of_run``: those that a predict run has labelled, also where no filter is about it.
 
     Raises:
         UserInputError: a value cannot be meant.
         UnknownNameError: there is no such run, feature or selection.
         QueryError: ``where`` is wrong, or does more than read.
     """
-    return _Filters(request, prefix).chosen()
+    return _Filters(request, prefix, of_run=of_run).chosen()
 
 
 class _Filters:
     """Turns the filters of an address into SQL; see :func:`chosen_cells`."""
 
-    def __init__(self, request: Request, prefix: str) -> None:
-        self.request, self.prefix = request, prefix
+    def __init__(self, request: Request, prefix: str, *, of_run: bool = False) -> None:
+        self.request, self.prefix, self.of_run = request, prefix, of_run
         self.mark = prefix.replace(".", "_")
         self.values: dict[str, Any] = {}
         self.active: list[tuple[str, str]] = []
@@ -224,7 +231,7 @@ class _Filters:
         sorted_by = (text(self.request, "sort") or "").removeprefix("-")
         asked = (named, other, truth, predicted, subset, result, between)
         self.of_image += filter(None, conditions)
-        if not any(asked) and sorted_by != "probability":
+        if not any(asked) and sorted_by != "probability" and not self.of_run:
             return None
         with explorer_of(self.request).workspace.database.read() as session:
             found = find_predict_run(session, named or NEWEST)
@@ -370,9 +377,8 @@ def _features(request: Request) -> dict[str, Feature]:
             mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
             for column, kind in questions.columns(relation):
                 if _NUMBER.fullmatch(kind) and column not in _NO_FEATURES:
-                    value = f"CAST({quoted(column)} AS DOUBLE) AS value"
-                    query = f"SELECT cell_id, {value} FROM {quoted(relation)}{origin}"  # noqa: S608
-                    known[mine + column] = Feature(mine + column, query)
+                    rows = f"{quoted(relation)}{origin}"
+                    known[mine + column] = Feature(mine + column, quoted(column), rows)
     return known
 
 
@@ -385,6 +391,18 @@ def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:
     bits = np.zeros((int(ids[-1]) >> 3) + 1 if len(ids) else 1, np.uint8)
     np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
     return _keep(explorer, hashlib.sha256(bits.tobytes()).hexdigest()[:16], bits.tobytes())
+
+
+def kept_selection(explorer: Explorer, name: str) -> NDArray[np.int64]:
+    """Return the ids of the cells of a selection, ascending.
+
+    Raises:
+        UnknownNameError: it is no longer kept.
+    """
+    if name not in _selections(explorer):
+        raise UnknownNameError("This selection is no longer kept. Select the cells again.")
+    bits = np.frombuffer(_selections(explorer)[name], np.uint8)
+    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))
 
 
 def _selections(explorer: Explorer) -> dict[str, bytes]:

@@ -65,7 +65,6 @@ PER_SHEET = 100
 """Crops of a sheet, which are one picture; half of that for each of two filters."""
 FIRST = 4_096
 """Cells that are looked at first where many are sorted by a number."""
-FIELD = "/field/{image_id}"
 SIDES = (32, 48, 64, 96, 128, 192, 256)
 MOST_NAMES, MOST_ORDERS, MOST_CHANNELS = 1_000, 30, 20
 """Names that a list of the form offers; features to sort by; channels of a crop."""
@@ -245,7 +244,6 @@ def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
         "begin": after,
         "following": following,
         "next": behind,
-        "to_field": FIELD in request.app.state.addresses,
     }
 
 
@@ -620,6 +618,8 @@ def sheet(request: Request) -> Response:
     if not all(item.isdecimal() and len(item) <= 18 for item in ids):
         raise UserInputError("cells has to be whole numbers with commas between.")
     looks = _looks(request)
+    if len(ids) * looks["side"] ** 2 > PER_SHEET * SIDES[-1] ** 2:
+        raise UserInputError("These are too many cells for one picture. Ask for fewer at a time.")
     made = crop_sheet(
         explorer_of(request),
         [int(item) for item in ids],

@@ -23,7 +23,7 @@ from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
-from ..report.drawing import brief, plate_layout, well_name
+from ..report.drawing import brief, plate_layout, short, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .pixels import usual_channels
@@ -44,6 +44,7 @@ from .well_colours import (
     RUNS,
     STAGES,
     WELLS,
+    WRITTEN,
     Scale,
     WellValues,
     ink_on,
@@ -401,7 +402,7 @@ def _mapped(
     well, value = row["well_id"], found.values.get(row["well_id"])
     shown = brief(value) if isinstance(value, float) else value or ""
     kinds, control = [], row["control"]
-    said = [row["named"] or "no treatment known"]
+    said = [short(row["named"] or "no treatment known", 120)]
     if control is not None:
         kinds.append(control)
         said.append(f"{control} control")
@@ -411,7 +412,7 @@ def _mapped(
         kinds.append("novalue")
         said.append(f"{found.title}: no value")
     elif isinstance(value, float) or found.title not in (KINDS["treatment"], KINDS["control"]):
-        number = f"{shown} {found.unit}".strip()
+        number = short(f"{shown} {found.unit}".strip(), 120)
         more = f" ({found.words[well]})" if well in found.words else ""
         said.append(f"{found.title}: {number}{more}")
     if well in found.seen:
@@ -428,7 +429,7 @@ def _mapped(
         url_of("well", row["plate"], row["well"]),
         colour,
         "" if colour is None else ink_on(colour),
-        shown,
+        short(shown, WRITTEN),
         f"{row['well']}: {', '.join(said)}",
         " ".join(kinds),
         groups.setdefault(row["named"] or "", len(groups)),
@@ -574,10 +575,12 @@ def votes_of_well(request: Request) -> Response:
         rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
         about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
         models = {row["id"]: row for row in ask(request, RUNS, {"stage": "predict"})}
-        return [
+        found = [
             {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
             for run, some in _by(rows, "run_id").items()
         ]
+        # Networks first, then baselines: the newest first.
+        return sorted(found, key=lambda row: (row["model"] or {}).get("model") != "network")
 
     answers = kept(request, ("votes of well", one["well_id"]), read)
     for answer in answers:
@@ -607,7 +610,7 @@ def _answer(rows: Sequence[Record]) -> dict[str, Any]:
     total = sum(cells for cells, _ in labels.values())
     return {
         "winner": ranked[0],
-        "labels": [(name, labels[name][0]) for name in ranked[:3]],
+        "labels": [(name, labels[name][0]) for name in ranked[:3] if labels[name][0]],
         "cells": total,
         "fields": [some[0]["label"] for some in _by(rows, "image_id").values()],
     }

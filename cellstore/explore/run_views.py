@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.orm import joinedload
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
@@ -37,18 +38,20 @@ LISTED = 40
 """Values of a list that are shown."""
 
 DID = {
-    Stage.INGEST: "read in images and tables",
-    Stage.SEGMENT: "found cells in images",
-    Stage.MEASURE: "measured cells",
-    Stage.QC: "flagged images and cells that are unusual on their plate",
-    Stage.SPLIT: "said which images train a model and which ones test it",
-    Stage.TRAIN: "trained a model",
-    Stage.PREDICT: "labelled cells",
-    Stage.FINETUNE: "taught a network that finds cells",
-    Stage.PROFILE: "averaged the cells of wells, and compared the wells with the controls",
-    Stage.HITS: "compared treatments with the controls",
+    Stage.INGEST: "images and tables read in",
+    Stage.SEGMENT: "cells found in images",
+    Stage.MEASURE: "cells measured",
+    Stage.QC: "unusual images and cells flagged",
+    Stage.SPLIT: "images divided into subsets",
+    Stage.TRAIN: "training",
+    Stage.PREDICT: "labels of cells",
+    Stage.FINETUNE: "a network taught to find cells",
+    Stage.PROFILE: "profiles of wells",
+    Stage.HITS: "treatments compared with the controls",
 }
 
+WITH_MODEL = (joinedload(Run.recipe), joinedload(Run.parent).joinedload(Run.recipe))
+"""What a run is read with, to say which model it is of."""
 SHOWS = {"wrong": "surest and wrong", "ties": "ties", "right": "right", "all": "all"}
 """Images that are listed, and what people call them."""
 VOTED_IMAGES = """
@@ -101,7 +104,7 @@ def find_run(request: Request) -> Run:
     """
     number = request.path_params["run"]
     with explorer_of(request).workspace.database.read() as session:
-        found = session.get(Run, number) if number < 2**63 else None
+        found = session.get(Run, number, options=WITH_MODEL) if number < 2**63 else None
     if found is None:
         raise NotFoundError(f"There is no run {number}. All runs are at /runs.")
     return found
@@ -118,6 +121,7 @@ def runs(request: Request) -> Response:
         stage = choice(request, "stage", stages, stage)
     before = whole(request, "before", 2**53)
     query = select(Run).where(Run.id < before).order_by(Run.id.desc()).limit(RUNS + 1)
+    query = query.options(*WITH_MODEL)
     if stage is not None:
         query = query.where(Run.stage == stages[stage])
     with explorer_of(request).workspace.database.read() as session:
@@ -138,6 +142,20 @@ def runs(request: Request) -> Response:
     )
 
 
+def _model(run: Run) -> str:
+    """What trained or labelled: a network, or the name of a baseline or of a declared model."""
+    own = (run if run.stage == Stage.TRAIN or run.parent is None else run.parent).recipe.parameters
+    return str(own.get("baseline") or own.get("declared") or "network")
+
+
+def _did(run: Run) -> str:
+    if run.stage == Stage.TRAIN:
+        return f"training of {_model(run)}"
+    if run.stage == Stage.PREDICT:
+        return f"labels by {_model(run)}" + (f" (run {run.parent_id})" if run.parent_id else "")
+    return DID[Stage(run.stage)]
+
+
 def _row(run: Run) -> dict[str, Any]:
     result = run.result or {}
     numbers = [
@@ -151,7 +169,7 @@ def _row(run: Run) -> dict[str, Any]:
         minutes, hours = seconds / 60, seconds / 3600
         took = f"{seconds:.0f} s" if seconds < 99 else f"{minutes:.0f} min"
         took = f"{hours:.1f} h" if minutes > 99 else took
-    return {"run": run, "did": DID[Stage(run.stage)], "numbers": numbers, "took": took}
+    return {"run": run, "did": _did(run), "numbers": numbers, "took": took}
 
 
 def ranked_runs(request: Request) -> Response:
@@ -177,7 +195,6 @@ def run_page(request: Request) -> Response:
         "run": run,
         "record": record,
         "row": _row(run),
-        "did": DID[Stage(run.stage)],
         "parameters": _values(record["recipe"]["parameters"]),
         "result": _values(record["result"] or {}),
         "failures": [],
@@ -227,17 +244,13 @@ def _about_labels(request: Request, run: Run) -> dict[str, Any]:
     """Other predict runs, with which this one can be compared."""
     query = select(Run).where(Run.stage == Stage.PREDICT, Run.status == Status.DONE)
     query = query.where(Run.id != run.id).order_by(Run.id.desc()).limit(200)
+    query = query.options(*WITH_MODEL)
     with explorer_of(request).workspace.database.read() as session:
-        others = [(other.id, _name_of(other)) for other in session.scalars(query)]
+        others = [(x.id, f"run {x.id}, {_model(x)}") for x in session.scalars(query)]
     other = whole(request, "other")
     if other is not None and other not in dict(others):
         raise UserInputError(f"There is no other predict run {other} that is done.")
     return {"others": others, "other": other}
-
-
-def _name_of(run: Run) -> str:
-    trained = run.parent.recipe.parameters.get("baseline") if run.parent else None
-    return f"run {run.id}" + (f", {trained}" if trained else "")
 
 
 def report_part(request: Request) -> Response:
@@ -296,7 +309,7 @@ def voted_images(request: Request) -> Response:
     """Images that a run has labelled, with their fields: by truth, by label, ties, mistakes."""
     run = find_run(request)
     if run.stage != Stage.PREDICT:
-        raise NotFoundError(f"Run {run.id} has labelled nothing: it {DID[Stage(run.stage)]}.")
+        raise NotFoundError(f"Run {run.id} ({run.stage.value}) has labelled nothing.")
     label, predicted = text(request, "label"), text(request, "predicted")
     other = whole(request, "other")
     subset = text(request, "subset")

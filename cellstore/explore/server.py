@@ -41,9 +41,12 @@ VIEWS = (
     "field_views",
     "run_views",
     "cell_views",
+    "scatter_views",
     "sql_views",
 )
 """The modules of the pages: ``ROUTES`` of each, and ``WRITING_ROUTES`` of some with ``--write``."""
+READING_POSTS = frozenset(("/selection",))
+"""Paths whose POST changes nothing of the store; their endpoints check the CSRF token."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
@@ -134,7 +137,7 @@ class Guard:
             origin = headers.get("origin", "")
             if urlsplit(origin).netloc != host or not host:
                 return _refuse(403, "Another site asked for this.")
-            if not self.explorer.write:
+            if not self.explorer.write and scope["path"] not in READING_POSTS:
                 return _refuse(405, "This explorer only reads. Start it with --write to change.")
         return None
 

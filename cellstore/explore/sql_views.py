@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -20,6 +20,7 @@ from ..io.tables import csv_parts, parquet_parts
 from ..models import Run
 from ..notebooks import LONG, json_value
 from ..query.describe import described
+from ..query.engine import Answer, Questions
 from ..query.saved_queries import (
     NOTHING,
     STAGES,
@@ -152,21 +153,27 @@ def answer(request: Request) -> Response:
 def download(request: Request) -> Response:
     """All rows of an answer as a file, which is written while it is sent."""
     _check_ours(request)
+    asked = _asked(request)
+    name = request.path_params.get("name", "answer")
     kind = request.path_params["kind"]
+    return as_file(request, f"{name}.{kind}", lambda found: found.ask(asked.sql, asked.values))
+
+
+def as_file(request: Request, name: str, ask: Callable[[Questions], Answer]) -> Response:
+    """Return the rows of what is asked as a file; the ending of its name says in which form."""
+    kind = name.rpartition(".")[2]
     if kind not in FILES:
         raise HTTPException(404, f"An answer comes as {' or '.join(FILES)}.")
-    asked = _asked(request)
     with ExitStack() as stack:
         questions = stack.enter_context(explorer_of(request).reader.questions(SECONDS))
         with waited_for(request, questions):  # what is wrong shows before the first byte is sent
-            found = questions.ask(asked.sql, asked.values)
+            found = ask(questions)
             schema, batches = found.schema, found.batches()
             first = list(next(([batch] for batch in batches), []))
         kept = stack.pop_all()
     write = csv_parts if kind == "csv" else parquet_parts
     parts = _lent(kept, write(schema, chain(first, batches)))
-    name = request.path_params.get("name", "answer")
-    headers = {"Content-Disposition": f'attachment; filename="{name}.{kind}"'}
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return StreamingResponse(parts, media_type=FILES[kind], headers=headers)
 
 

@@ -14,7 +14,7 @@ from ..errors import UnknownNameError, UserInputError
 from ..query.engine import Questions
 from ..query.guard import quoted
 from ..query.source import group_of
-from ..report.drawing import brief, colour_limits
+from ..report.drawing import brief, colour_limits, short
 
 KINDS = {
     "treatment": "Treatment",
@@ -346,6 +346,8 @@ FIXED = {
     "treated": "#56b4e9",
 }
 MOST_DOSES = 12
+WRITTEN = 60
+"""Letters of a name in a well and in a legend, at most."""
 
 
 @dataclass(frozen=True)
@@ -418,7 +420,9 @@ def make_scale(
             if name not in colours and (colour := next(free, None)):
                 colours[name] = colour
         colours = {name: colours[name] for name in ranked if name in colours}
-    entries = [LegendEntry(name, colour, counts[name]) for name, colour in colours.items()]
+    entries = [
+        LegendEntry(short(name, WRITTEN), colour, counts[name]) for name, colour in colours.items()
+    ]
     if found.order is not None and len(entries) > MOST_DOSES:
         step = -(-len(entries) // MOST_DOSES)
         entries = entries[::step]

@@ -434,7 +434,7 @@ def _table(
         for predicted, other, count in zip(found.labels, found.genes, counts, strict=True):
             same = gene is not None and gene == other
             kind = "right" if truth == predicted else "same" if same else "other"
-            said = f"{count} of {total} of {truth} got the label {predicted}"
+            said = f"{truth}: {count} of {total} got the label {predicted}"
             address = at(label=truth, predicted=predicted) if count else None
             squares.append(Square(count, kind, round(count / max(1, total), 2), said, address))
         rows.append((truth, gene, squares))

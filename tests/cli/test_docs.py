@@ -22,7 +22,7 @@ init, ingest, refresh, relocate, segment, measure, qc, profile, hits, split crea
 split list, split delete, split show, split check, train, predict, votes, report,
 runs, compare, audit, log, repro, seal, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
-db upgrade, db check, rename, relabel, annotate, exclude, include, explore,
+db upgrade, db check, rename, relabel, annotate, exclude, include, explore, napari,
 undo, delete, backup, restore, log, predictions add, predictions withdraw, embeddings add, embed,
 apply
 """

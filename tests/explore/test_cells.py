@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 from factories import MOMENT, Factory
+from screens import SmallScreen
 from sqlalchemy import text
 from starlette.requests import Request
 from starlette.testclient import TestClient
@@ -117,6 +118,27 @@ def test_filters_choose_the_cells_that_plain_sql_does(
     some = sorted(plain(screen, "true"))[3::7]
     name = keep_selection(app.state.explorer, np.array(some[::-1], np.int64))
     assert ids(app, selection=name) == ids(app, cells=",".join(map(str, some))) == set(some)
+
+
+def test_filters_and_the_gallery_on_both_databases(read_screen: SmallScreen) -> None:
+    workspace = read_screen.factory.workspace
+    app = make_app(workspace)
+    every = "SELECT cell_id, probability FROM predictions WHERE rank = 1 ORDER BY 2 DESC, 1"
+    with workspace.database.read() as session:
+        labelled = [row[0] for row in session.execute(text(every))]
+        of_label = set(session.scalars(text(
+            "SELECT p.cell_id FROM predictions AS p JOIN labels AS l ON l.id = p.label_id "
+            "WHERE p.rank = 1 AND l.value = 'taxol'"
+        )))  # fmt: skip
+    assert ids(app, run="latest") == set(labelled)
+    assert ids(app, predicted="taxol") == of_label
+    with TestClient(app) as client:
+        assert crops(client.get("/cells?run=latest&sort=-probability").text) == labelled
+        assert client.get("/cells/count?run=latest").text.startswith(f"{len(labelled)} cells in")
+        assert set(all_crops(client, treatment="taxol", beside="none")) == ids(
+            app, treatment="taxol"
+        )
+    app.state.explorer.reader.close()
 
 
 def test_what_cannot_be_meant_is_said_in_a_sentence(client: TestClient) -> None:

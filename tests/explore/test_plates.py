@@ -166,7 +166,7 @@ def test_votes_of_a_well_are_those_of_the_store(client: TestClient, screen: Work
     page = client.get(f"/well/{first['plate']}/{first['well']}/votes").text
     rows = re.findall(r"<tr><td><a href=\"/run/(\d+)\">.*?</tr>", page, re.DOTALL)
     own = [row for row in votes if (row["plate"], row["well"]) == (first["plate"], first["well"])]
-    assert rows == [str(row["run_id"]) for row in own]
+    assert rows == [str(row["run_id"]) for row in own]  # the newest first
     for row, text in zip(own, page.split("<tr><td>")[1:], strict=True):
         assert row["winner"] in text
         assert ("right" if row["winner"] == row["truth"] else "wrong") in text

@@ -126,7 +126,7 @@ def test_each_run_has_a_page(client: TestClient, screen: Workspace, about: dict[
     for run, stage in asked(screen, "SELECT id, stage FROM runs ORDER BY id"):
         page = client.get(f"/run/{run}")
         assert page.status_code == 200, stage
-        assert f"Run {run} " in words(page.text)
+        assert f"Run {run}: " in words(page.text)
     train = client.get(f"/run/{about['train']}").text
     assert f"/run/{about['run']}" in links(train)
     curves = client.get(f"/run/{about['train']}/curves")
@@ -156,3 +156,15 @@ def test_lineage_leads_from_box_to_box(
     outside.write_text("secret")
     for address in (f"artifact/{outside}", "artifact/unknown", "run/999", "nothing/1"):
         assert client.get(f"/lineage/{address}").status_code == 404, address
+
+
+def test_keys_walk_over_the_matrix(tab: Any, site: str, about: dict[str, Any]) -> None:
+    """In a browser: parts arrive after the page, arrows go to squares with images, Enter opens."""
+    tab.goto(f"{site}/run/{about['other']}")
+    squares = tab.locator("#confusion table.matrix td a")
+    squares.first.focus()
+    tab.keyboard.press("ArrowDown")
+    assert tab.evaluate("document.activeElement.closest('tr').rowIndex") == 2
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/images?**")
+    assert tab.locator("figure.card").count() > 0

@@ -55,7 +55,7 @@ function show() {
     button.append(key, ` ${label}`);
     return button;
   }));
-  part("user").textContent = `By ${state.user || bar.dataset.login}`;
+  part("user").textContent = `Author: ${state.user || bar.dataset.login}`;
 }
 
 // --- what is meant
@@ -72,7 +72,8 @@ function target() {
     const ids = [Number(focus.dataset[level])];
     return { level, ids, name: named(level, ids) };
   }
-  const well = focused?.isConnected && focused.closest(".platemap a[href^='/well/']");
+  const of_map = location.pathname.startsWith("/plate/") && focused?.isConnected;
+  const well = of_map && focused.closest(".platemap a[href^='/well/']");
   if (well) {
     const name = well.getAttribute("href").split("?")[0].split("/").slice(2).map(decodeURIComponent).join("/");
     return { level: "well", ids: [name], name: `well ${name}` };
@@ -90,6 +91,7 @@ function named(level, ids) {
 
 function say_target() {
   const found = target();
+  bar.hidden = !found && !document.querySelector("[data-annotate-level], [data-pane], table.said");
   part("what").textContent = found ? found.name : "Nothing is selected.";
   for (const button of bar.querySelectorAll("[data-label], [data-do=flag], [data-do=exclude]")) button.disabled = !found;
 }
@@ -219,7 +221,7 @@ bar.addEventListener("click", (event) => {
 const KEYS = { f: "flag", x: "exclude", z: "undo" };
 
 document.addEventListener("keydown", (event) => {
-  if (event.defaultPrevented || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (bar.hidden || event.defaultPrevented || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input, select, textarea, dialog, [contenteditable]")) return;
   const label = state.labels[Number(event.key) - 1];
   const verb = KEYS[event.key.toLowerCase()];
@@ -240,4 +242,5 @@ document.addEventListener("click", async (event) => {
 });
 
 document.body.classList.add("with-bar");
+say_target();
 begin().then(say_target);

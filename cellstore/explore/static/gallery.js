@@ -132,9 +132,12 @@ document.addEventListener("cellstore:selection", () => {
   selected.replaceChildren();
   if (n) {
     selected.append(`${n.toLocaleString("en")} selected `);
-    if (n <= 400) {
+    if (n <= 1000) {
       const link = document.createElement("a");
-      link.href = `/cells?cells=${selection.ids().join(",")}&excluded=all&sort=id`;
+      const ids = selection.ids();
+      const some = (_, at) => `cells=${ids.slice(at * 100, (at + 1) * 100).join(",")}`;
+      const listed = Array.from({ length: Math.ceil(n / 100) }, some).join("&");
+      link.href = `/cells?${listed}&excluded=all&sort=id`;
       link.textContent = "Show these";
       selected.append(link, " ");
     }

@@ -1,0 +1,733 @@
+"""Scatter plots of cells and of wells: points for the browser, or how many lie where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import numpy as np
+from anyio import from_thread
+from numpy.typing import NDArray
+from sqlalchemy import select
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..enums import ArtifactKind, Stage, Status
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import find_run
+from ..jobs.runs import files_of
+from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
+from ..query.guard import quoted
+from ..report.drawing import plate_layout, well_name
+from ..stages.profile import NOT_FEATURES, PLACES
+from .cell_filters import (
+    Chosen,
+    chosen_cells,
+    features_known,
+    keep_selection,
+    kept_selection,
+)
+from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, reading
+from .requests import ask, explorer_of, kept, page, text, url_of, waited_for, whole
+from .sql_views import as_file
+from .well_colours import OKABE_ITO, viridis
+
+MOST_POINTS = 1_000_000
+"""Points that a browser gets; of more, how many lie in each part of the plane."""
+BINS = 256
+"""Parts of the plane along each axis."""
+SECONDS = 120.0
+SHOWN_FEATURES, SHOWN_RUNS = 1_000, 100
+"""Of a feature set, in the form; and runs."""
+NAMED_GROUPS = 7
+"""Groups with a colour of their own: the most frequent ones."""
+OTHERS, CONTROLS, NOTHING = 8, 9, 10
+"""Numbers of what is in none of them: of another group, a negative control, of no group."""
+SHOWN_PLATES, SHOWN_TREATMENTS = 6, 40
+"""Of a selection."""
+
+GROUPS = {
+    "treatment": "treatment",
+    "target": "target",
+    "control": "control",
+    "plate": "plate",
+    "batch": "batch",
+    "dose": "dose",
+}
+"""What points are coloured by, besides any feature, and what it is called."""
+GROUPS_OF_RUN = {
+    "label": "true label",
+    "predicted": "predicted label",
+    "result": "right or wrong",
+    "subset": "subset of the split",
+}
+"""The same, of a predict run."""
+NAMES_OF_TREATMENTS = ("treatment", "label", "predicted")
+"""Of these, negative controls are one group of its own."""
+UNITS = {"pixel": "pixels", "pixel^2": "pixels²", "intensity": "grey levels", "radian": "radians"}
+
+ABOUT = "SELECT {} AS key, treatment, target, control, plate, batch, dose FROM {} ORDER BY key"
+"""What is known of images, or of wells."""
+RIGHT_WRONG = {"right": "#0072b2", "wrong": "#d55e00"}
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class Axis(NamedTuple):
+    """A number of each cell or well: the SQL ``value`` of rows ``origin``, whose ids are ``id``."""
+
+    name: str
+    title: str
+    value: str
+    origin: str
+    id: str
+
+
+@dataclass
+class Points:
+    """N points: ``ids`` of cells or wells, ``x``, ``y``, and what colours them.
+
+    ``colour``: numbers (N,), NaN where there is none; or with ``groups`` the number of each.
+    """
+
+    ids: Ids
+    x: Floats
+    y: Floats
+    colour: NDArray[Any]
+    groups: list[dict[str, Any]]
+
+
+class Plot:
+    """What an address means: which cells or wells, what is on the axes, and what colours them.
+
+    ``profiles``: the number of a profile run whose wells are shown; None: cells are.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.explorer = request, explorer_of(request)
+        with self.explorer.workspace.database.read() as session:
+            named = text(request, "profiles")
+            self.profiles = (
+                None if named is None else find_run(session, named, Stage.PROFILE).id
+            )  # fmt: skip
+        self.unit = "cells" if self.profiles is None else "wells"
+        usual = self.usual()
+        self.x = text(request, "x", usual[0]) or ""
+        self.y = text(request, "y", usual[1]) or ""
+        self.colour = text(request, "colour", "treatment") or ""
+        self.of_run = self.profiles is None and self.colour in GROUPS_OF_RUN
+
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The cells."""
+        return chosen_cells(self.request, of_run=self.of_run)
+
+    @cached_property
+    def sets(self) -> dict[str, dict[str, Axis]]:
+        """The measurements by the set that they are of, then by their names in the address."""
+        if self.profiles is not None:
+            return {"profile": kept(self.request, ("profile", self.profiles), self._of_profile)}
+        units = kept(self.request, ("units",), lambda: _units(self.request))
+        found: dict[str, dict[str, Axis]] = {}
+        for name, item in features_known(self.request).items():
+            group, _, column = name.rpartition(".")
+            unit = units.get((group, column)) or units.get(("", column), "") if group else ""
+            unit = unit or units.get((group or "basic", column), "")
+            title = f"{name} ({unit})" if unit else name
+            found.setdefault(group or "basic", {})[name] = Axis(
+                name, title, item.column, item.origin, "cell_id"
+            )
+        return found
+
+    def _of_profile(self) -> dict[str, Axis]:
+        import pyarrow.parquet as pq
+
+        assert self.profiles is not None
+        workspace = self.explorer.workspace
+        with workspace.database.read() as session:
+            files = files_of(session, self.profiles, ArtifactKind.PROFILES)
+        if not files:
+            raise UserInputError(f"Profile run {self.profiles} has no profiles.")
+        with self.explorer.reader.questions() as questions:
+            known = {name for name, _ in questions.columns("profiles")}
+        names = pq.read_schema(workspace.artifacts.existing(files[0].path)).names
+        origin = f"profiles WHERE run_id = {self.profiles}"
+        return {
+            name: Axis(name, name, quoted(name), origin, "well_id")
+            for name in names
+            if name not in NOT_FEATURES and name in known
+        }
+
+    def usual(self) -> tuple[str, str]:
+        """What is on the axes where the address does not say it."""
+        if self.profiles is not None:
+            return "pca:profile:1", "pca:profile:2"
+        known = list(features_known(self.request))
+        wanted = [name for name in ("area", "mean_intensity") if name in known]
+        names = [*wanted, *(name for name in known if name not in wanted)]
+        return (names[0], names[-1] if len(names) < 2 else names[1]) if names else ("", "")
+
+    def axis(self, name: str) -> Axis:
+        """Return what an axis of this name shows: a feature, or ``pca:SET:1``, ``umap:SET:2``.
+
+        Raises:
+            UnknownNameError: there is no such feature, set or map.
+            NotYetError: its map is being made.
+        """
+        kind, _, rest = name.partition(":")
+        if kind in ("pca", "umap") and rest:
+            of, _, number = rest.rpartition(":")
+            if of not in self.sets:
+                raise UnknownNameError.of("feature set", of, list(self.sets))
+            found = self.map(kind, of)
+            if not number.isdecimal() or not 1 <= int(number[:9]) <= len(found.titles):
+                raise UnknownNameError(f"{name[:60]!r} is none of its {len(found.titles)} axes.")
+            title = f"{found.titles[int(number) - 1]} of {of}"
+            return Axis(name, title, f"c{int(number)}", reading(found), "id")
+        for axes in self.sets.values():
+            if name in axes:
+                return axes[name]
+        known = [name for axes in self.sets.values() for name in axes]
+        raise UnknownNameError.of("feature", name, known)
+
+    def map(self, kind: str, of: str) -> PointMap:
+        """Return the map of a feature set: of all its cells, UMAP of those that are chosen."""
+        axes = {n: a for n, a in self.sets[of].items() if n not in PLACES}
+        columns = tuple(f"f{at}" for at in range(len(axes)))
+        first = next(iter(axes.values()), None)
+        if first is None or len(axes) < 2:
+            raise UserInputError(f"{of} has too few features for a map.")
+        values = ", ".join(
+            f"{axis.value} AS {quoted(column)}"
+            for axis, column in zip(axes.values(), columns, strict=True)
+        )
+        sql = f"SELECT {first.id} AS id, {values} FROM {first.origin}"  # noqa: S608 - checked names
+        given: Mapping[str, Any] = {}
+        alike = False
+        if self.profiles is not None:
+            with self.explorer.workspace.database.read() as session:
+                query = select(Recipe.parameters).join(Run, Run.recipe_id == Recipe.id)
+                parameters = session.scalars(query.where(Run.id == self.profiles)).one()
+            alike = parameters.get("normalise") not in (None, "none")
+            key = f"profile {self.profiles} {sorted(axes)}"
+        else:
+            origin = first.origin
+            state = kept(self.request, ("state of set", of), lambda: _state(self.request, origin))
+            key = f"{of} {sorted(axes)} {state}"
+            if kind == "umap":
+                chosen = self.chosen
+                sql = f"""SELECT f.* FROM ({sql}) AS f
+                    JOIN ({chosen.query}) AS t ON t.cell_id = f.id"""  # noqa: S608 - ours
+                given = chosen.values
+                key += f" {chosen.query} {sorted(given.items())}"
+        found = Rows(key, self.unit, sql, given, columns, alike)
+        return point_map(self.explorer, kind, found)
+
+    def notes(self) -> list[str]:
+        """Say how the maps on the axes were made."""
+        found: dict[str, None] = {}
+        for name in (self.x, self.y):
+            kind, _, rest = name.partition(":")
+            if kind in ("pca", "umap") and rest.rpartition(":")[0] in self.sets:
+                found[self.map(kind, rest.rpartition(":")[0]).note] = None
+        return list(found)
+
+    def options(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """What the axes may show, in groups: the name in the address, and in words."""
+        maps = []
+        for of, axes in self.sets.items():
+            if len(axes) > 2:
+                maps += [(f"pca:{of}:{at}", f"PC {at} of {of}") for at in range(1, COMPONENTS + 1)]
+                maps += [(f"umap:{of}:{at}", f"UMAP {at} of {of}") for at in (1, 2)]
+        groups = [
+            (of, [(axis.name, axis.title) for axis in list(axes.values())[:SHOWN_FEATURES]])
+            for of, axes in self.sets.items()
+        ]
+        return [*groups, *([("maps of all features", maps)] if maps else [])]
+
+    def groups(self) -> dict[str, str]:
+        """What points may be coloured by, besides features."""
+        if self.profiles is not None:
+            return GROUPS
+        has_run = kept(self.request, ("scatter runs",), lambda: _runs(self.request))["predict"]
+        return GROUPS | GROUPS_OF_RUN if has_run else GROUPS
+
+    def colour_title(self) -> str:
+        """Say what colours the points."""
+        known = GROUPS | GROUPS_OF_RUN
+        return known[self.colour] if self.colour in known else self.axis(self.colour).title
+
+    # Rows
+
+    def joined(self, window: tuple[float, ...] | None) -> tuple[str, dict[str, Any]]:
+        """Return SQL that gives ``id``, ``key``, ``x``, ``y``, ``c`` of each point, with values."""
+        axes = {"x": self.axis(self.x), "y": self.axis(self.y)}
+        if self.colour not in GROUPS | GROUPS_OF_RUN:
+            axes["c"] = self.axis(self.colour)
+        values: dict[str, Any] = {}
+        if self.profiles is None:
+            values |= self.chosen.values
+            more = ", t.label_id" if self.of_run else ""
+            source = (
+                f"SELECT t.cell_id AS id, t.image_id AS key{more} FROM ({self.chosen.query}) AS t"  # noqa: S608
+            )
+        else:
+            source = "SELECT well_id AS id, well_id AS key FROM well_table WHERE excluded IS NULL"
+        by_origin: dict[tuple[str, str], list[str]] = {}
+        for letter, axis in axes.items():
+            mine = by_origin.setdefault((axis.id, axis.origin), [])
+            mine.append(f"CAST({axis.value} AS FLOAT) AS {letter}")
+        joins = "".join(
+            f"\nJOIN (SELECT {id_} AS id, {', '.join(columns)} FROM {origin}) AS s{at}"  # noqa: S608
+            f" ON s{at}.id = t.id"
+            for at, ((id_, origin), columns) in enumerate(by_origin.items())
+        )
+        number = "c" if "c" in axes else "CAST(NULL AS FLOAT)"
+        label = "t.label_id" if self.of_run else "CAST(NULL AS BIGINT)"
+        where = "isfinite(x) AND isfinite(y)"
+        if window is not None:
+            values |= dict(zip(("x0", "x1", "y0", "y1"), window, strict=True))
+            where += " AND x BETWEEN $x0 AND $x1 AND y BETWEEN $y0 AND $y1"
+        sql = f"""SELECT t.id, t.key, {label} AS label_id, x, y, {number} AS c
+            FROM ({source}) AS t{joins} WHERE {where}"""  # noqa: S608 - ours
+        return sql, values
+
+    def count(self, window: tuple[float, ...] | None) -> int:
+        """How many points there are at most; within a window, how many exactly."""
+        if window is None and self.profiles is not None:
+            return 0  # wells are few
+        sql, values = (self.chosen.query, self.chosen.values) if window is None else (
+            self.joined(window)
+        )  # fmt: skip
+        counting = f"SELECT count(*) AS n FROM ({sql})"  # noqa: S608 - ours
+        key = "points", _digest(counting, values)
+        return int(kept(self.request, key, lambda: ask(self.request, counting, values)[0]["n"]))
+
+    def points(self, window: tuple[float, ...] | None) -> Points:
+        """Return the points, in an order of chance: none of a group lies above all others."""
+        sql, values = self.joined(window)
+        with (
+            self.explorer.reader.questions(SECONDS) as questions,
+            waited_for(self.request, questions),
+        ):
+            arrays = questions.ask_ours(sql, values).arrays()
+        ids = np.asarray(arrays["id"], np.int64)
+        order = np.random.default_rng(0).permutation(len(ids))
+        x, y = (filled(arrays[name], np.nan).astype(np.float32) for name in "xy")
+        keys, labels = arrays["key"], arrays["label_id"]
+        if self.colour not in GROUPS | GROUPS_OF_RUN:
+            colour = filled(arrays["c"], np.nan).astype(np.float32)
+            return Points(ids[order], x[order], y[order], colour[order], [])
+        colour, groups = self._grouped(np.asarray(keys), labels)
+        return Points(ids[order], x[order], y[order], colour[order], groups)
+
+    def _grouped(self, keys: Ids, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any]]:
+        """Return what colours points whose image or well is ``keys``: numbers, or of groups."""
+        about = self._about()
+        at = np.minimum(np.searchsorted(about["key"], keys), max(0, len(about["key"]) - 1))
+        if self.colour == "dose":
+            return np.asarray(about["dose"], np.float32)[at], []
+        numbers: dict[Any, int] = {None: 0}
+        if self.colour in ("predicted", "result"):
+            names = {row["id"]: row["value"] for row in ask(self.request, "FROM labels")}
+            known, said = np.unique(filled(labels, -1), return_inverse=True)
+            codes = _codes([names.get(int(item)) for item in known], numbers)[said]
+            if self.colour == "result":
+                truth = _codes(about["label"], numbers)[at]
+                codes = np.where(truth == 0, 0, np.where(codes == truth, 1, 2))
+                numbers = {None: 0, "right": 1, "wrong": 2}
+        else:
+            codes = _codes(about[self.colour], numbers)[at]
+        controls: set[Any] = set()
+        if self.colour in NAMES_OF_TREATMENTS:
+            both = zip(about["control"], about["treatment"], strict=True)
+            controls = {name for control, name in both if control == "negative" and name}
+        return named_groups(list(numbers), codes, controls)
+
+    def _about(self) -> dict[str, NDArray[Any]]:
+        """What is known of each image or well, by what colours points."""
+        images = self.profiles is None
+        which = ("image_id", "image_table") if images else ("well_id", "well_table")
+        found = kept(self.request, ("about", which), lambda: _columns(self.request, ABOUT, which))
+        run = self.chosen.run if self.of_run else None
+        if run is None:
+            return found
+        sql = f"SELECT image_id AS key, truth, subset FROM run_images WHERE run_id = {run}"  # noqa: S608
+        truths = kept(self.request, ("truths", run), lambda: ask(self.request, sql))
+        by_key = {row["key"]: row for row in truths}
+        nothing: dict[str, Any] = {"truth": None, "subset": None}
+        rows = [by_key.get(int(key), nothing) for key in found["key"]]
+        more = {"label": "truth", "subset": "subset"}
+        return found | {
+            name: np.array([row[column] for row in rows] + [None], object)[:-1]
+            for name, column in more.items()
+        }
+
+
+def _codes(names: Iterable[Any], numbers: dict[Any, int]) -> NDArray[np.int64]:
+    """Return the number of each name; new ones get the next."""
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def named_groups(
+    names: list[Any], codes: NDArray[np.int64], controls: set[Any]
+) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
+    """Return the group of each point (N,), and what the groups are called, as a legend lists them.
+
+    ``codes`` (N,): numbers of ``names``. The most frequent names have a group each, the
+    ``controls`` one together, all others one; None is none.
+    """
+    counts = np.bincount(codes, minlength=len(names))
+    ranked = sorted(range(len(names)), key=lambda at: (-int(counts[at]), str(names[at])))
+    groups = np.full(len(names), NOTHING, np.uint8)
+    legend: list[dict[str, Any]] = []
+    rest: dict[int, list[int]] = {OTHERS: [], CONTROLS: [], NOTHING: []}
+    for at in ranked:
+        if not counts[at]:
+            continue
+        name = names[at]
+        if name is None or name in controls:
+            code = NOTHING if name is None else CONTROLS
+        else:
+            code = len(legend) if len(legend) < NAMED_GROUPS else OTHERS
+        groups[at] = code
+        if code < OTHERS:
+            colour = RIGHT_WRONG.get(name, OKABE_ITO[code])
+            entry = {"code": code, "name": str(name), "count": int(counts[at]), "colour": colour}
+            legend.append(entry)
+        else:
+            rest[code].append(at)
+    for code, members in rest.items():
+        if not members:
+            continue
+        first = [str(names[at]) for at in members[:3]]
+        more = f" and {len(members) - 3} more" if len(members) > 3 else ""
+        words = {
+            OTHERS: f"{len(members)} others" if len(members) > 1 else first[0],
+            CONTROLS: f"{', '.join(first)}{more} (negative controls)",
+            NOTHING: "unknown",
+        }
+        total = int(sum(counts[at] for at in members))
+        legend.append({"code": code, "name": words[code], "count": total})
+    return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
+
+
+def _columns(request: Request, sql: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    rows = ask(request, sql.format(*names))
+    found: dict[str, NDArray[Any]] = {
+        name: np.array([row[name] for row in rows] + [None], object)[:-1] for name in GROUPS
+    }
+    return found | {"key": np.array([row["key"] for row in rows], np.int64)}
+
+
+def _units(request: Request) -> dict[tuple[str, str], str]:
+    """The unit of each feature, by its set and name; of a group, of the set made last."""
+    found = {}
+    for row in ask(request, "SELECT name, columns FROM feature_sets ORDER BY id"):
+        for item in json.loads(row["columns"]):
+            unit = str(item.get("unit") or "1")
+            if unit != "1":
+                named = UNITS.get(unit, unit)
+                found[row["name"], item["name"]] = named
+                found[row["name"].rpartition("_")[0], item["name"]] = named
+    return found
+
+
+def _state(request: Request, origin: str) -> tuple[Any, ...]:
+    """What changes with the rows of a set."""
+    sql = f"""SELECT count(*) AS n, max(cell_id) AS last,
+        (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {origin}"""  # noqa: S608
+    return tuple(ask(request, sql)[0].values())
+
+
+def _runs(request: Request) -> dict[str, list[int]]:
+    with explorer_of(request).workspace.database.read() as session:
+        found = {}
+        for stage in (Stage.PREDICT, Stage.PROFILE):
+            query = select(Run.id).where(Run.stage == stage, Run.status == Status.DONE)
+            found[stage.value] = list(session.scalars(query.order_by(Run.id.desc())
+                                                      .limit(SHOWN_RUNS)))  # fmt: skip
+        return found
+
+
+# Pages
+
+
+def scatter(request: Request) -> Response:
+    """The page: what is on its axes, and a place for the points, which come after it."""
+    plot = Plot(request)
+    active = () if plot.profiles is not None else plot.chosen.active
+    return page(
+        request,
+        "scatter.html.j2",
+        plot=plot,
+        options=plot.options(),
+        groups=plot.groups(),
+        runs=kept(request, ("scatter runs",), lambda: _runs(request)),
+        run=text(request, "run", ""),
+        chips=[
+            {"name": name, "value": value, "without": _without(request, (name, value))}
+            for name, value in active
+        ],
+        cells=url_of("cells") + (f"?{urlencode(active)}" if active else ""),
+    )
+
+
+def _without(request: Request, item: tuple[str, str]) -> str:
+    given = [other for other in request.query_params.multi_items() if other != item]
+    return f"/scatter?{urlencode(given)}" if given else "/scatter"
+
+
+def _window(request: Request) -> tuple[float, ...] | None:
+    """The part of the plane that is asked for: x from and to, y from and to."""
+    given = text(request, "window")
+    if given is None:
+        return None
+    try:
+        found = tuple(float(item) for item in given.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != 4 or not np.isfinite(found).all():
+        raise UserInputError("window has to be four numbers: x from, x to, y from, y to.")
+    return found
+
+
+def points(request: Request) -> Response:
+    """The points as bytes, or of too many their density, or how far the map of them is.
+
+    Bytes (little endian): the length of a JSON text (uint32), that text, filled up with spaces so
+    that what follows begins at a multiple of 8; of N points then their ids (N float64), x (N
+    float32), y (N float32) and colour (N float32, or uint8 if ``groups`` are in the text); of a
+    density the counts (BINS x BINS float64, rows upwards).
+    """
+    plot, window = Plot(request), _window(request)
+    try:
+        axes = [plot.axis(plot.x), plot.axis(plot.y)]
+        head: dict[str, Any] = {
+            "unit": plot.unit,
+            "titles": [axis.title for axis in axes],
+            "colour": {"title": plot.colour_title()},
+            "notes": plot.notes(),
+        }
+        n = plot.count(window)
+        if n > MOST_POINTS:
+            return _packed(*_density(plot, window, head))
+        found = plot.points(window)
+    except NotYetError as error:
+        return JSONResponse({"progress": str(error)}, 202)
+    head |= {"kind": "points", "n": len(found.ids), "whole": window is None}
+    if found.groups or found.colour.dtype == np.uint8:
+        head["colour"]["groups"] = found.groups
+    else:
+        known = found.colour[np.isfinite(found.colour)]
+        low, high = np.percentile(known, [2, 98]) if len(known) else (0, 1)
+        head["colour"] |= {"low": float(low), "high": float(high), "known": len(known)}
+    return _packed(head, found.ids.astype("<f8"), found.x, found.y, found.colour)
+
+
+def _density(
+    plot: Plot, window: tuple[float, ...] | None, head: dict[str, Any]
+) -> tuple[dict[str, Any], NDArray[Any]]:
+    """Count the points in each part of the plane."""
+    if window is None:
+        limits = []
+        for name in (plot.x, plot.y):
+            axis = plot.axis(name)
+            value = f"CAST({axis.value} AS FLOAT)"
+            sql = f"""SELECT min({value}) AS low, max({value}) AS high
+                FROM (FROM {axis.origin}) WHERE isfinite({value})"""  # noqa: S608 - checked names
+            row = ask(plot.request, sql)[0]
+            limits += [float(row["low"] or 0), float(row["high"] or 0)]
+        window = tuple(limits)
+    counts = np.zeros((BINS, BINS))
+    sql, values = plot.joined(window)
+    parts = ", ".join(
+        f"least({BINS - 1}, CAST(floor((CAST({c} AS DOUBLE) - ${c}0) / "
+        f"greatest(${c}1 - ${c}0, 1e-30) * {BINS}) AS INTEGER)) AS {c}_bin"
+        for c in "xy"
+    )
+    binned = f"SELECT {parts}, count(*) AS n FROM ({sql}) GROUP BY ALL"  # noqa: S608 - ours
+
+    def find() -> dict[str, Any]:
+        with (
+            plot.explorer.reader.questions(SECONDS) as questions,
+            waited_for(plot.request, questions),
+        ):
+            return questions.ask_ours(binned, values).arrays()
+
+    rows = kept(plot.request, ("density", _digest(binned, values)), find)
+    counts[np.asarray(rows["y_bin"]), np.asarray(rows["x_bin"])] = np.asarray(rows["n"])
+    head |= {"kind": "density", "n": int(counts.sum()), "bins": BINS, "window": window}
+    return head, counts
+
+
+def _digest(sql: str, values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(repr((sql, sorted(values.items()))).encode()).hexdigest()
+
+
+def _packed(head: dict[str, Any], *arrays: NDArray[Any]) -> Response:
+    words = json.dumps(head).encode()
+    words += b" " * (-(len(words) + 4) % 8)
+    parts = [struct.pack("<I", len(words)), words]
+    parts += [array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays]
+    return Response(b"".join(parts), media_type="application/octet-stream")
+
+
+def point(request: Request) -> Response:
+    """What a point is, in words, and its page."""
+    number, of_well = whole(request, "id", 0), text(request, "profiles") is not None
+    query = select(Plate.barcode, Well.name, Well.control, Treatment.name_with_dose)
+    if of_well:
+        query = query.select_from(Well).where(Well.id == number)
+    else:
+        query = query.add_columns(Image.site, Image.id).select_from(Cell)
+        query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        query = query.join(Image, Image.id == Segmentation.image_id)
+        query = query.join(Well, Well.id == Image.well_id).where(Cell.id == number)
+    query = query.join(Plate, Plate.id == Well.plate_id)
+    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    with explorer_of(request).workspace.database.read() as session:
+        row = session.execute(query).first()
+    if row is None:
+        raise UnknownNameError("This point is no longer in the store.")
+    lines = [f"{row.barcode} {row.name}" + ("" if of_well else f", field {row.site}")]
+    treatment = row.name_with_dose or "treatment unknown"
+    lines.append(treatment + (f" ({row.control.value} control)" if row.control else ""))
+    if not of_well:
+        lines.append(f"cell {number}")
+    there = url_of("well", row.barcode, row.name) if of_well else url_of("cell", number)
+    return JSONResponse({"lines": lines, "url": there})
+
+
+# Selections
+
+
+def keep(request: Request) -> Response:
+    """Keep the points within a lasso, whose ids come as bytes.
+
+    They are float64, little endian; with ``bits=1`` bits: of id N bit N % 8 of byte N // 8.
+    """
+    from .server import check_csrf
+
+    check_csrf(request, None)
+    body = from_thread.run(request.body)
+    if text(request, "bits") is not None:
+        ids = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little"))
+    else:
+        if len(body) % 8:
+            raise UserInputError("A selection is a list of numbers of 8 bytes each.")
+        given = np.frombuffer(body, "<f8")
+        ids = np.where(np.isfinite(given) & (abs(given) < 2**53), given, -1).astype(np.int64)
+    last = "SELECT greatest((SELECT max(id) FROM cells), (SELECT max(id) FROM wells)) AS id"
+    if len(ids) and not 0 < ids.min() <= ids.max() <= (ask(request, last)[0]["id"] or 0):
+        raise UserInputError("A selection is a list of ids of cells or wells.")
+    n = len(ids)
+    if text(request, "profiles") is not None:
+        sql = """SELECT c.id FROM cells AS c JOIN segmentations AS s ON s.id = c.segmentation_id
+            JOIN images AS i ON i.id = s.image_id
+            WHERE i.well_id IN (SELECT unnest($wells))"""
+        with explorer_of(request).reader.questions(SECONDS) as questions:
+            arrays = questions.ask_ours(sql, {"wells": ids[:10_000].tolist()}).arrays()
+        ids = np.asarray(arrays["id"], np.int64)
+    return JSONResponse({"selection": keep_selection(explorer_of(request), ids), "n": n})
+
+
+def selected_ids(request: Request) -> Response:
+    """The ids of a selection that is kept, as float64, little endian: of cells, or of wells."""
+    ids = kept_selection(explorer_of(request), text(request, "selection") or "")
+    if text(request, "profiles") is not None:
+        ids = np.array([row["well_id"] for row in _wells(request)], np.int64)
+    return Response(ids.astype("<f8").tobytes(), media_type="application/octet-stream")
+
+
+def _wells(request: Request) -> list[dict[str, Any]]:
+    """The wells of a selection, each with the number of its cells in it."""
+    chosen = chosen_cells(request)
+    sql = f"""SELECT w.plate, w.well, w.well_row, w.well_column, w.well_id, w.treatment, w.control,
+            c.n
+        FROM (
+            SELECT i.well_id, count(*) AS n FROM ({chosen.query}) AS t
+            JOIN images AS i ON i.id = t.image_id GROUP BY i.well_id
+        ) AS c JOIN well_table AS w ON w.well_id = c.well_id
+        ORDER BY w.plate, w.well_row, w.well_column"""  # noqa: S608 - ours
+    return ask(request, sql, chosen.values)
+
+
+def selected(request: Request) -> Response:
+    """What is in a selection: a part of the page."""
+    name = text(request, "selection") or ""
+    wells = _wells(request)
+    treatments: dict[tuple[str, bool], list[int]] = {}
+    for row in wells:
+        key = (row["treatment"] or "unknown", row["control"] == "negative")
+        found = treatments.setdefault(key, [0, 0])
+        found[0] += row["n"]
+        found[1] += 1
+    listed = sorted(treatments.items(), key=lambda item: -item[1][0])
+    plates: dict[str, list[dict[str, Any]]] = {}
+    for row in wells:
+        plates.setdefault(row["plate"], []).append(row)
+    fullest = sorted(plates, key=lambda plate: -sum(row["n"] for row in plates[plate]))
+    most = max((row["n"] for row in wells), default=0)
+    return page(
+        request,
+        "selected.html.j2",
+        name=name,
+        cells=sum(row["n"] for row in wells),
+        wells=wells,
+        plates={p: _count_map(p, plates[p], most) for p in fullest[:SHOWN_PLATES]},
+        most=most,
+        n_plates=len(plates),
+        treatments=listed[:SHOWN_TREATMENTS],
+        n_treatments=len(listed),
+    )
+
+
+def _count_map(plate: str, wells: list[dict[str, Any]], most: int) -> dict[str, Any]:
+    """The cells of a selection in each well, as a map of the plate; ``most`` is the lightest."""
+    by_position = {(row["well_row"], row["well_column"]): row for row in wells}
+    rows, columns = plate_layout(list(by_position))
+    grid = []
+    for at in range(1, rows + 1):
+        line: list[dict[str, str] | None] = []
+        for column in range(1, columns + 1):
+            row = by_position.get((at, column))
+            if row is None:
+                line.append(None)
+                continue
+            role = f" ({row['control']} control)" if row["control"] else ""
+            words = f"{row['well']}, {row['treatment'] or 'unknown'}{role}: {row['n']:,}"
+            url = url_of("well", plate, row["well"])
+            line.append({"url": url, "words": words, "colour": viridis(row["n"] / most)})
+        grid.append((well_name(at, 1)[:-2], line))
+    return {"columns": columns, "rows": grid}
+
+
+def selected_file(request: Request) -> Response:
+    """The cells of a selection with their wells, as a file."""
+    chosen = chosen_cells(request)
+    sql = f"""SELECT t.cell_id, i.plate, i.well, i.site, i.treatment, i.dose, i.dose_unit,
+            i.control, i.image_id
+        FROM ({chosen.query}) AS t JOIN image_table AS i ON i.image_id = t.image_id
+        ORDER BY t.cell_id"""  # noqa: S608 - ours
+    name = f"selection.{request.path_params['kind']}"
+    return as_file(request, name, lambda questions: questions.ask_ours(sql, chosen.values))
+
+
+ROUTES = [
+    Route("/scatter", scatter),
+    Route("/scatter/points", points),
+    Route("/scatter/point", point),
+    Route("/scatter/selected", selected),
+    Route("/scatter/selected.bin", selected_ids),
+    Route("/scatter/selected.{kind}", selected_file),
+    Route("/selection", keep, methods=["POST"]),
+]
