@@ -195,7 +195,7 @@ def beside(tab: Tab, browser: Any, address: str, process: int) -> None:
     """Pages while a slow question is answered, and that it ends when its tab is closed."""
     slow = Tab(browser, address)
     slow.answer("/sql")
-    question = "SELECT+count(*)+FROM+cells+AS+a,+cells+AS+b+WHERE+a.id*b.id<0"
+    question = "SELECT+count(*)+FROM+cells+AS+a,+cells+AS+b+WHERE+sin(a.id)%2Bsin(b.id)>3"
     # Asked as the page asks it, and left while it is answered.
     slow.page.evaluate(f"void fetch('/sql/answer?q={question}').catch(() => 0)")
     time.sleep(1.0)
