@@ -128,11 +128,12 @@ def coloured(
     ]
     if len(scaled) == 1:
         return np.repeat(scaled[0][..., None], 3, axis=-1)
-    mixed = sum(
-        plane[..., None] * np.array(colour, np.float32)
-        for plane, colour in zip(scaled, light_of(channels), strict=True)
-    )
-    return np.asarray(np.clip(mixed, 0, 1), np.float32)
+    # Like light on a screen, which never becomes brighter than white, so that what several channels
+    # show at one place is not burnt out.
+    dark = np.ones((*scaled[0].shape, 3), np.float32)
+    for plane, colour in zip(scaled, light_of(channels), strict=True):
+        dark *= 1 - plane[..., None] * np.array(colour, np.float32)
+    return np.asarray(1 - dark, np.float32)
 
 
 WIDEST = 460
