@@ -24,6 +24,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 SHOWN_NAMES = 8
 _NUMBER = re.compile(r"^[^\W\d]+0*([1-9]\d*)$")
@@ -132,3 +133,9 @@ def first_line(error: BaseException) -> str:
 def some_of(names: Sequence[object], most: int = 5) -> str:
     """Return the first ``names`` with commas between, and ``...`` where there are more."""
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def by_number(name: object) -> list[Any]:
+    """Return what names with doses are sorted by: 3 uM comes before 10 uM."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(name))
+    return [float(part) if at % 2 else part for at, part in enumerate(parts)]

@@ -85,7 +85,8 @@ def _interval(low: float | None, high: float | None) -> str | None:
 def _hit_cells(row: HitRow) -> tuple[Any, ...]:
     ratio = None if row.cell_count is None else f"{100 * row.cell_count:.0f} %"
     effect = (_short(row.effect), _interval(row.effect_low, row.effect_high))
-    return (row.name, row.verdict, row.n_wells, *effect, _short(row.q), ratio)
+    q = row.cell_count_q if row.verdict == Verdict.FEWER_CELLS else row.q
+    return (row.name, row.verdict, row.n_wells, *effect, _short(q), ratio)
 
 
 def _dose_cells(row: DoseRow) -> tuple[Any, ...]:
@@ -104,7 +105,7 @@ def _some(
     headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int = SHOWN_ROWS
 ) -> None:
     listed = list(rows)
-    output.table(headers, listed[:most])
+    output.table(headers, listed[:most], fits=True)
     say_more(len(listed) - most)
     typer.echo("")
 
@@ -171,8 +172,8 @@ def hits(
     The wells of each treatment are compared with the negative controls of the same plates, by the
     profiles that 'cellstore profile' made. effect: how much farther from the controls they are than
     controls are from each other, in standard deviations of the controls. q: the share of false
-    hits among all treatments that are as clear as this one. cells: their number, relative to the
-    controls. See docs/hits.md.
+    hits among all treatments that are as clear as this one; of 'mainly fewer cells', by their
+    number. cells: their number, relative to the controls. See docs/hits.md.
 
     \b
     Example:

@@ -185,11 +185,14 @@ def table(
     file: BinaryIO | None = None,
     margin: str = "",
     widths: Sequence[int] = (),
+    *,
+    fits: bool = False,
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
     The width of a terminal, or ``widths`` of columns, are kept: long texts go on in the next line,
     and are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
+    ``fits``: in a pipe, too, where 80 columns are kept.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -201,8 +204,8 @@ def table(
     shown = len(headers)
     if not widths:
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-        if file is None and sys.stdout.isatty():
-            room = shutil.get_terminal_size().columns
+        if file is None and (fits or sys.stdout.isatty()):
+            room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
             least = [min(width, MIN_COLUMN) for width in widths]
             while not (fitting := narrowed(widths[:shown], room, least)) and shown > 1:
                 shown -= 1

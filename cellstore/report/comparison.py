@@ -15,7 +15,7 @@ from sqlalchemy import select
 from ..analysis.statistics import FEWEST_WELLS, exchange_test, well_interval
 from ..config import RunName, VoteOptions
 from ..enums import ScoreLevel, Stage, Status, Subset, Verdict
-from ..errors import UserInputError, some_of
+from ..errors import UserInputError, by_number, some_of
 from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..jobs.workspace import Workspace
 from ..models import Run, TreatmentScore
@@ -460,7 +460,7 @@ def compare_hits(
         key=lambda item: (
             HIT_OF.index(item.hit_of),
             -max(item.first_effect or 0.0, item.second_effect or 0.0),
-            item.name,
+            by_number(item.name),
         )
     )
     counts = {name: sum(item.hit_of == name for item in treatments) for name in HIT_OF}

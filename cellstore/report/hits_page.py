@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import HitsParams
+from ..errors import by_number
 from ..jobs.workspace import Workspace
 from ..models import Recipe, Run
 from ..settings import need, track
@@ -129,7 +130,9 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
             judged.append(Judged(0, row, about.perturbation, about.dose, wells, controls))
         first += len(part.table)
     order = list(MARKS)
-    judged.sort(key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), item.name))
+    judged.sort(
+        key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), by_number(item.name))
+    )
     table = pd.concat(tables, ignore_index=True)
     away = [effects(p.values, p.groups, p.controls, p.plates)[1] for p in parts.values()]
     return Screen(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from math import inf, isfinite
+from math import comb, inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..config import HitsParams
 from ..db.bulk import in_lists
 from ..db.fields import changed_since
 from ..enums import Control, ScoreLevel, Stage, Verdict
-from ..errors import UnknownNameError, UserInputError, some_of
+from ..errors import UnknownNameError, UserInputError, by_number, some_of
 from ..jobs.run_names import NamedRun, find_predict_run
 from ..jobs.runs import (
     RecipeSpec,
@@ -67,7 +67,8 @@ class HitRow:
     ``effect``: how much farther its wells are from the controls than controls are from each other,
     in standard deviations (see ``activity.effects``), with a 95 % interval. ``activity`` is a mean
     average precision in 0..1, with ``p`` and ``q`` of the measure that the rule reads.
-    ``cell_count`` is the ratio to the controls. ``note`` says in words why the verdict is so.
+    ``cell_count`` is the ratio to the controls, with its own q. ``note`` says in words why the
+    verdict is so.
     """
 
     name: str
@@ -82,6 +83,7 @@ class HitRow:
     cell_count: float | None
     cell_count_low: float | None
     cell_count_high: float | None
+    cell_count_q: float | None
     replicate_correlation: float | None
     n_wells: int
     n_controls: int
@@ -286,7 +288,9 @@ def hits(
         verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
         handle.result = {
             "answer": " ".join(
-                f"{part.name}: {_answer(part)}" if len(parts) > 1 else _answer(part)
+                f"{part.name}: {answer_of(part, params)}"
+                if len(parts) > 1
+                else answer_of(part, params)
                 for part in parts
             ),
             "rule": rule_of(params),
@@ -716,8 +720,19 @@ def _notes(
             f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells: whether they "
             "differ cannot be said."
         )
-    if len(np.unique(part.plates[part.compared])) == 1:
-        yield ("There is one plate only: whether the same comes out on another plate is not known.")
+    open_question = "whether the same comes out on another plate is not known."
+    plates = len(np.unique(part.plates[part.compared]))
+    if plates == 1:
+        yield f"There is one plate only: {open_question}"
+    alone = [
+        item.name
+        for code, item in enumerate(part.treatments)
+        if plates > 1 and len(np.unique(part.plates[part.compared & (part.groups == code)])) == 1
+    ]
+    if alone:
+        are = "treatments are" if len(alone) > 1 else "treatment is"
+        named = some_of(sorted(alone, key=by_number))
+        yield f"{len(alone)} {are} on one of {plates} plates only ({named}): {open_question}"
     if part.empty.any():
         some = [f"{row.plate}/{row.well}" for row in part.table[part.empty].itertuples()]
         yield (
@@ -739,7 +754,7 @@ def _notes(
         yield f"{unseen} wells have no image that counts: they are not compared."
 
 
-def _answer(part: PlateSet) -> str:
+def answer_of(part: PlateSet, params: HitsParams) -> str:
     """Return what was found in a plate set, in one sentence."""
     found = [row.verdict for row in part.rows if row.verdict is not None]
     number = {verdict: found.count(verdict) for verdict in ORDER}
@@ -750,7 +765,10 @@ def _answer(part: PlateSet) -> str:
     if fewer:
         more.append(f"{fewer} of them mainly by fewer cells")
     if small:
-        more.append(f"{small} of them less than --min-effect asks for")
+        less = (
+            "less than --min-effect asks for" if params.min_effect else "no farther than controls"
+        )
+        more.append(f"{small} of them {less}")
     if unknown:
         more.append(f"of {unknown} more it cannot be said" if tested else "")
     if not tested:
@@ -802,6 +820,16 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
             values, targets, null_size=params.permutations, seed=params.seed
         ),
     }
+    tested = [
+        members[target] for target, score in both["consistency"].items() if score.p is not None
+    ]
+    low = np.sort([1 / min(comb(len(codes), n), params.permutations + 1) for n in tested])
+    reachable = np.min(low * len(low) / np.arange(1, len(low) + 1), initial=1.0)
+    if reachable >= params.q and max(map(len, targets)) == 1:
+        part.notes.append(
+            f"No target can be shown to be consistent: with {len(codes)} hits the smallest q value "
+            f"that can be reached is {reachable:.2g}."
+        )
     for measure, scores in both.items():
         for target, score in scores.items():
             part.add(
@@ -918,7 +946,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
             sets.index(row.plate_set),
             order.index(row.verdict),
             -inf if row.effect is None else -row.effect,
-            row.name,
+            by_number(row.name),
         )
     )
     targets.sort(key=lambda row: (sets.index(row.plate_set), inf if row.q is None else row.q))
@@ -949,6 +977,7 @@ def _hit_row(found: Mapping[str, TreatmentScore], target: str | None) -> HitRow:
         cell_count=count.value if count else None,
         cell_count_low=count.low if count else None,
         cell_count_high=count.high if count else None,
+        cell_count_q=count.q if count else None,
         replicate_correlation=(
             found["replicate_correlation"].value if "replicate_correlation" in found else None
         ),

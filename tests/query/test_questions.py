@@ -267,7 +267,7 @@ def test_an_answer_does_not_depend_on_the_cache(workspace: Workspace) -> None:
         (PREDICTIONS, f"UPDATE segmentations SET image_id = {another.id} WHERE id = {moved}"),
         (RANKED, f"{annotation} VALUES {debris}"),
     ]
-    before = {name: sorted_rows(workspace, name) for name, _ in changes}
+    before = {name: sorted_rows(workspace, name) for name in dict(changes)}
     for name, change in changes:
         change_outside(workspace, change)
         found = sorted_rows(workspace, name)

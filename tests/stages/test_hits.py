@@ -19,10 +19,10 @@ from cellstore.analysis.activity import Score
 from cellstore.analysis.well_profiles import WELL_COLUMNS, WellProfiles
 from cellstore.config import HitsParams, ProfileParams, SplitParams
 from cellstore.enums import Control, ScoreLevel, Stage, Status, Verdict
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import UnknownNameError, UserInputError, by_number
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Run, TreatmentScore, Well
-from cellstore.stages.hits import HitRow, judge, plate_sets, rule_of
+from cellstore.stages.hits import HitRow, answer_of, judge, plate_sets, rule_of
 from cellstore.store import Store
 from cellstore_cli.app import app
 
@@ -137,6 +137,9 @@ def test_what_is_planted_is_found(store: Store) -> None:
     notes = " ".join(found.notes)
     assert "Plate BARE has no controls" in notes
     assert "1 of 13 treatments have fewer than 2 wells" in notes
+    assert "1 treatment is on one of 3 plates only (once)" in notes
+    # AAA and BBB have 2 of the 5: of 10 ways to choose 2, one is the best for each.
+    assert "with 5 hits the smallest q value that can be reached is 0.1." in notes
     assert "not spread" not in notes  # no treatment is at the edge
     assert found.versions.keys() == {"copairs", "pycytominer", "scipy"}
     check_rows(store, found.run_id)
@@ -188,6 +191,12 @@ def check_command(store: Store) -> None:
     assert "of 12 treatments differ from the controls; 1 of them mainly by fewer cells" in lines[1]
     order = ["serial 30 uM", "killer", "once", "idle"]
     rows = [next(at for at, line in enumerate(lines) if line.startswith(name)) for name in order]
+    killer = by_name(store.hits(FAST).rows)["killer"]
+    assert killer.cell_count_q is not None
+    assert killer.cell_count_q != killer.q
+    # By the number of its cells it is called so.
+    assert float(lines[rows[1]].split()[-3]) == float(f"{killer.cell_count_q:.2g}")
+    assert max(map(len, lines)) <= 80
     assert rows == sorted(rows)
     assert "Do hits of one target look alike?" in lines
     assert lines[rows[0] - 1].startswith("---")
@@ -195,7 +204,7 @@ def check_command(store: Store) -> None:
     assert "hit_table" in text.stderr
     found = json.loads(said("--permutations", "2000", "--q", "1e-9", "--json").stdout)
     assert (found["already_done"], found["hits"]) == (False, 0)
-    assert "No treatment could have been called a hit" in found["notes"][-2]
+    assert "No treatment could have been called a hit" in " ".join(found["notes"])
 
 
 def check_same_again(store: Store) -> None:
@@ -207,6 +216,7 @@ def check_same_again(store: Store) -> None:
     assert not strict.already_done
     assert {row.verdict for row in strict.rows} <= {"small effect", "no difference", "cannot say"}
     assert "Plate BARE" not in " ".join(strict.notes)
+    assert "of them less than --min-effect asks for" in strict.answer
     one = store.hits(replace(FAST, plates=("P1",), control="idle"))
     notes = " ".join(one.notes)
     assert {row.verdict for row in one.rows} == {"cannot say"}
@@ -346,6 +356,15 @@ def test_what_cannot_be_compared_at_all_is_one_sentence() -> None:
     empty = wells({one: ["DMSO", "taxol"]})
     empty.values[:] = np.nan
     assert "all values are missing" in refused(empty)
+
+
+def test_words_of_what_differs_and_the_order_of_doses() -> None:
+    (part,) = plate_sets(wells({("P1", None, None): ["DMSO", "taxol"]}), HitsParams())
+    part.add(ScoreLevel.TREATMENT, "taxol", "hit", verdict=Verdict.SMALL)
+    said = "1 of 1 treatment differs from the controls; 1 of them no farther than controls."
+    assert answer_of(part, HitsParams()) == said
+    names = ["b 2 uM", "a 10 uM", "a 3 uM", "a 0.3 uM", "a"]
+    assert sorted(names, key=by_number) == ["a", "a 0.3 uM", "a 3 uM", "a 10 uM", "b 2 uM"]
 
 
 def verdict(

@@ -15,5 +15,6 @@ SELECT
 FROM treatments AS t
 LEFT JOIN wells AS w ON w.treatment_id = t.id
 LEFT JOIN well_table AS x ON x.well_id = w.id
-GROUP BY t.id, t.name_with_dose, t.target
-ORDER BY images DESC, t.name_with_dose, t.id
+LEFT JOIN treatment_table AS named ON named.treatment_id = t.id
+GROUP BY t.id, t.name, t.name_with_dose, t.target, named.dose
+ORDER BY images DESC, t.name, named.dose, t.name_with_dose, t.id
