@@ -1,5 +1,7 @@
 // A scatter plot: points drawn by WebGL2, or their density; zoom, names, lasso and what is in it.
 
+import { selection } from "./selection.js";
+
 const data = JSON.parse(document.getElementById("scatter-data")?.textContent || "null");
 const BEYOND = { others: 8, controls: 9, nothing: 10 };
 const LEFT = 80, BOTTOM = 46, TOP = 10, RIGHT = 12;
@@ -45,6 +47,7 @@ function start() {
   let view = null;      // [x from, x to, y from, y to] in the units of the axes
   let whole_view = null;
   let tool = "lasso", running = null, picked = null, drawing = false, refetch = 0;
+  let job = "";
   let wanted_view = numbers_of(address.get("view"));
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -90,6 +93,7 @@ function start() {
     cancel.hidden = false;
     const began = performance.now();
     let progress = `Reading ${data.unit}`;
+    job = "";
     const clock = setInterval(() => { state.textContent = `${progress} … ${((performance.now() - began) / 1000).toFixed(1)} s`; }, 200);
     try {
       for (;;) {
@@ -98,16 +102,17 @@ function start() {
         if (window_asked) asked.set("window", window_asked.join(","));
         const answer = await fetch(`/scatter/points?${asked}`, { signal: mine.signal });
         if (answer.status === 202) {
-          progress = (await answer.json()).progress;
+          ({ progress, job } = await answer.json());
           await new Promise((done) => setTimeout(done, WAIT_MS));
           if (mine.signal.aborted) throw new DOMException("", "AbortError");
           continue;
         }
         if (!answer.ok) { finish(mine, clock, (await answer.text()).trim()); return; }
+        job = "";
         const bytes = await answer.arrayBuffer();
         if (running !== mine) return;
         take(bytes);
-        finish(mine, clock, "");
+        finish(mine, clock, shown.head.n ? "" : `No ${data.unit} have both values.`);
         return;
       }
     } catch (error) {
@@ -124,7 +129,11 @@ function start() {
     plot.dataset.ready = words || "yes";
   }
 
-  cancel.addEventListener("click", () => running?.abort());
+  // A map of points that is being made has to be told; it also stops when nobody asks for a while.
+  function stop() { if (job) fetch(`/scatter/stop?job=${job}`, { keepalive: true }); job = ""; }
+
+  cancel.addEventListener("click", () => { running?.abort(); stop(); });
+  addEventListener("pagehide", stop);
 
   function take(bytes) {
     const length = new DataView(bytes).getUint32(0, true);
@@ -501,6 +510,8 @@ function start() {
     const ids = new Float64Array(n);
     let most = 0;
     for (let at = 0, next = 0; at < mask.length; at++) if (mask[at]) { ids[next++] = shown.ids[at]; most = Math.max(most, shown.ids[at]); }
+    // What is selected can be labelled, where the explorer writes.
+    if (!data.profiles) selection.set(n <= data.most ? ids : [], "cell");
     show_picked(mask);
     plot.dataset.selected = String(n);
     state.textContent = `${n.toLocaleString("en")} ${data.unit} selected`;
@@ -515,17 +526,17 @@ function start() {
     const headers = { "X-CSRF-Token": document.querySelector('meta[name="csrf"]').content, "Content-Type": "application/octet-stream" };
     const answer = await fetch(`/selection?${asked}`, { method: "POST", body, headers });
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); return; }
-    const { selection } = await answer.json();
-    set("lasso", selection);
+    const { selection: name } = await answer.json();
+    set("lasso", name);
     keep_address();
-    await show_selection(selection, began);
+    await show_selection(name, began);
   }
 
   function show_picked(mask) { picked = mask; drawer.pick(mask); draw(); }
 
-  async function show_selection(selection, began) {
+  async function show_selection(name, began) {
     // The pictures are there first; what they are made of is counted beside them.
-    const named = encodeURIComponent(selection);
+    const named = encodeURIComponent(name);
     const gallery = document.createElement("div"), about = document.createElement("div");
     place.replaceChildren(about, gallery);
     const show = async (box, url) => {
@@ -549,12 +560,14 @@ function start() {
     const answer = await fetch(`/scatter/selected.bin?${asked}`);
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); set("lasso", ""); keep_address(); return; }
     const ids = new Set(new Float64Array(await answer.arrayBuffer()));
+    if (!data.profiles) selection.set(ids.size <= data.most ? ids : [], "cell");
     show_picked(Uint8Array.from(shown.ids, (id) => (ids.has(id) ? 1 : 0)));
     await show_selection(address.get("lasso"), 0);
   }
 
   function clear() {
     picked = null;
+    selection.clear();
     delete plot.dataset.selected;
     place.replaceChildren();
     set("lasso", "");
