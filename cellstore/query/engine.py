@@ -19,10 +19,10 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -338,6 +338,7 @@ class Questions:
     _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while tables are made: they are there for all threads."""
+    _is_shared: bool = False
 
     @property
     def seconds_loading(self) -> float:
@@ -350,6 +351,7 @@ class Questions:
         Close it with :meth:`close`, before these are closed.
         """
         made = copy(self)
+        made._is_shared = True
         made._full, made._empty = self._full.cursor(), self._empty.cursor()
         return made
 
@@ -759,7 +761,55 @@ class Questions:
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
             with _copying[stem]:  # of all threads one makes it
-                return self._found_copy(stem) or self._make_copy(name, run, mark, stem)
+                self._copies.mkdir(parents=True, exist_ok=True)
+                for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
+                    if path.name == _checked_name(stem, path):
+                        with suppress(OSError):  # the file of another user
+                            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                        return path
+                    path.unlink(missing_ok=True)  # it is not as it was written
+                with (
+                    tempfile.TemporaryDirectory(
+                        prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
+                    ) as folder,
+                    # Other threads may want to use ours meanwhile.
+                    closing(Source(self.workspace.database))
+                    if self._is_shared
+                    else nullcontext(self._source) as source,
+                    closing(duckdb.connect(":memory:")) as own,
+                ):
+                    part = Path(folder, "part.parquet")
+                    into = (
+                        f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
+                    )
+                    own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
+                    own.execute(f"SET temp_directory = {literal(folder)}")
+                    own.execute("SET preserve_insertion_order = false")
+                    own.execute("SET TimeZone = 'UTC'")
+                    if name == PREDICTIONS:
+                        own.execute("SET threads = 1")  # each would have a group of rows in hand
+                        source.feed_predictions(own, into, ended=run)
+                    elif name not in _VOTE_VIEWS:
+                        source.feed_table(own, into, name, rows_of_runs(name, [run]))
+                    else:
+                        base = PREDICTIONS if name == COUNTS else COUNTS
+                        rows = reading_files([self._copy(base, run, mark)])
+                        own.execute(f"CREATE VIEW {base} AS FROM {rows}")
+                        if name == COUNTS:
+                            own.execute(_ELIGIBLE)
+                        else:
+                            source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
+                            own.execute(_NOTHING_OF_WELLS)
+                        for item in _VOTE_VIEWS[name]:
+                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                        kept = RANKED_COPIED if name == RANKED else "true"
+                        rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
+                        own.execute(into.replace("{rows}", rows))
+                    with part.open("rb") as file:
+                        os.fsync(file.fileno())
+                    made = part.replace(self._copies / _checked_name(stem, part))
+                    _make_room(self._copies, KEPT_BYTES)
+                    return made
         except (OSError, duckdb.IOException) as error:
             if isinstance(error, StorageError):
                 raise
@@ -769,58 +819,11 @@ class Questions:
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
 
-    def _found_copy(self, stem: str) -> Path | None:
-        self._copies.mkdir(parents=True, exist_ok=True)
-        for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
-            if path.name == _checked_name(stem, path):
-                with suppress(OSError):  # the file of another user
-                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-                return path
-            path.unlink(missing_ok=True)  # it is not as it was written
-        return None
-
-    def _make_copy(self, name: str, run: int, mark: str, stem: str) -> Path:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
-            ) as folder,
-            closing(Source(self.workspace.database)) as source,  # others may use ours meanwhile
-            closing(duckdb.connect(":memory:")) as own,
-        ):
-            part = Path(folder, "part.parquet")
-            into = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
-            own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
-            own.execute(f"SET temp_directory = {literal(folder)}")
-            own.execute("SET preserve_insertion_order = false")
-            own.execute("SET TimeZone = 'UTC'")
-            if name == PREDICTIONS:
-                own.execute("SET threads = 1")  # each would have a group of rows in hand
-                source.feed_predictions(own, into, ended=run)
-            elif name not in _VOTE_VIEWS:
-                source.feed_table(own, into, name, rows_of_runs(name, [run]))
-            else:
-                base = PREDICTIONS if name == COUNTS else COUNTS
-                rows = reading_files([self._copy(base, run, mark)])
-                own.execute(f"CREATE VIEW {base} AS FROM {rows}")
-                if name == COUNTS:
-                    own.execute(_ELIGIBLE)
-                else:
-                    source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
-                    own.execute(_NOTHING_OF_WELLS)
-                for item in _VOTE_VIEWS[name]:
-                    own.execute(f"CREATE VIEW {item} AS {view(item).query}")
-                kept = RANKED_COPIED if name == RANKED else "true"
-                rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
-                own.execute(into.replace("{rows}", rows))
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            made = part.replace(self._copies / _checked_name(stem, part))
-            _make_room(self._copies, KEPT_BYTES)
-            return made
-
 
 _copying: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 """For each copy a lock."""
+_checksums: dict[tuple[Path, int, int, int], int] = {}
+"""Of copies that this process has read: by path, inode, size and time of the last change."""
 
 _running = cache(duckdb.connect)
 """A DuckDB that goes on: to start one for a few rows would take longer than the answer."""
@@ -895,20 +898,16 @@ def _checked_name(stem: str, path: Path) -> str:
     """Return the name of a copy: with the checksum of its bytes; nothing if it is gone."""
     try:
         found = path.stat()
-        checksum = _checksum(path, found.st_ino, found.st_size, found.st_mtime_ns)
+        key = path, found.st_ino, found.st_size, found.st_mtime_ns
+        if (checksum := _checksums.get(key)) is None:
+            checksum = 0
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(BYTES_AT_ONCE):
+                    checksum = zlib.crc32(block, checksum)
+            _checksums[key] = checksum
     except FileNotFoundError:  # another process has just removed it
         return ""
     return f"{stem}-{checksum:08x}.parquet"
-
-
-@lru_cache(4096)
-def _checksum(path: Path, _inode: int, _size: int, _modified_ns: int) -> int:
-    """Return the checksum of a file; in this process it is read once, while it is the same."""
-    checksum = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BYTES_AT_ONCE):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 WIDTH = 80
