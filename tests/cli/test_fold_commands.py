@@ -97,7 +97,7 @@ def test_networks_of_all_folds_are_trained_labelled_and_scored(
     text = Path("page.html").read_text("utf-8")
     assert note in text
     assert "the last of the folds" in text
-    assert "How good are the labels of run cv?" in text
+    assert "Run cv: image accuracy" in text
     assert "cellstore train --split=cv-2" in text
     several = cellstore("train", "--split", cv, *QUICK, "--devices", 2, *IN, code=2)
     assert "Train each with several: --split cv-1" in several.err
