@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,17 @@ from cellstore.store import Store
 with Store.open(Path(sys.argv[1])) as store:
     store.explore(port=0, ready=lambda address: print(address, flush=True))
 """
-SETTLED = """() => document.readyState === "complete"
-    && !document.querySelector("[aria-busy=true]")
-    && [...document.images].every((image) => image.complete)"""
-"""Nothing more comes: parts of the page are filled in, pictures are drawn."""
+WATCH = """
+    // When the last part of the page was filled in or drawn.
+    window.settled = 0;
+    new MutationObserver((changes) => {
+      if (changes.some((change) => !change.target.hasAttribute("aria-busy")))
+        window.settled = performance.now();
+    }).observe(document, {subtree: true, attributes: true, attributeFilter: ["aria-busy"]});
+"""
+DRAWN = """() => Math.max(window.settled, ...["navigation", "resource"].flatMap(
+    (kind) => performance.getEntriesByType(kind).map((entry) => entry.responseEnd))) / 1000"""
+"""When the last picture had come, and the last part was filled in, in seconds."""
 
 
 def main() -> None:
@@ -97,24 +105,26 @@ class Tab:
     def __init__(self, browser: Any, address: str) -> None:
         self.address = address
         self.page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+        self.page.add_init_script(WATCH)
 
-    def answer(self, path: str) -> float:
-        """Open a page; return the seconds until its answer was there."""
+    def open(self, path: str) -> tuple[float, float]:
+        """Open a page; return the seconds until its answer was there, and until all was drawn."""
         found = self.page.goto(self.address + path, wait_until="commit")
         if found.status != 200:
             raise LookupError(f"{found.status}")
-        self.page.wait_for_load_state("domcontentloaded")
-        script = "performance.getEntriesByType('navigation')[0]"
-        return float(
-            self.page.evaluate(f"(({script}).responseEnd - ({script}).requestStart) / 1000")
-        )
+        self.page.wait_for_load_state("networkidle", timeout=60_000)
+        self.page.wait_for_function("!document.querySelector('[aria-busy=true]')", timeout=60_000)
+        script = "(({responseEnd, requestStart}) => (responseEnd - requestStart) / 1000)"
+        answer = f"{script}(performance.getEntriesByType('navigation')[0])"
+        return float(self.page.evaluate(answer)), float(self.page.evaluate(DRAWN))
 
-    def settled(self, path: str, ready: str = SETTLED) -> float:
-        """Open a page; return the seconds until it is drawn."""
-        began = time.perf_counter()
-        self.answer(path)
-        self.page.wait_for_function(ready, timeout=60_000, polling=20)
-        return time.perf_counter() - began
+    def answer(self, path: str) -> float:
+        """Return the seconds until the answer was there."""
+        return self.open(path)[0]
+
+    def drawn(self, path: str) -> float:
+        """Return the seconds until all was drawn."""
+        return self.open(path)[1]
 
 
 def measure(address: str, process: int, browser: Any) -> None:
@@ -123,36 +133,26 @@ def measure(address: str, process: int, browser: Any) -> None:
     plates = links(tab, "/plates", "/plate/")
     plate, other = plates[0], plates[1]
     well = links(tab, plate, "/well/")[40]
-    field = links(tab, well, "/field/")[0]
+    fields = links(tab, well, "/field/")[:2]
     runs = links(tab, "/runs", "/run/") or ["/run/8"]
     answers = [
-        *("/", "/plates", plate, f"{other}?colour=accuracy", well, field, "/cells"),
+        *("/", "/plates", plate, f"{other}?colour=accuracy", well, fields[0], "/cells"),
         *("/cells?result=wrong&sort=-probability", "/scatter", "/runs", *runs[:2], "/sql"),
         *("/sql?q=SELECT+plate,+count(*)+FROM+image_table+GROUP+BY+plate", "/questions/plates"),
         *("/lineage/run/8", "/annotations", "/search?q=BR00117003"),
     ]
+    fixed = "/static/page.css"
     head("answer of a page", 0.3)
-    for path in answers:
-        line(path, lambda path=path: tab.answer(path), process, 0.3)
-    line("/static/page.css", lambda: tab.answer("/static/page.css"), process, 0.3)
-    colours = ["feature", "profile", "accuracy", "vote", "cells", "flags", "verdict"]
-    head("a plate map, drawn (the first may count for long)", 0.5)
-    for colour in colours:
-        line(
-            f"{plate}?colour={colour}",
-            lambda c=colour: tab.settled(f"{plate}?colour={c}"),
-            process,
-            0.5,
-        )
-    line("/static/page.css", lambda: tab.settled("/static/page.css"), process, 0.5)
+    for path in (*answers, fixed):
+        line(path, partial(tab.answer, path), process, 0.3)
+    head("a plate map, drawn", 0.5)
+    colours = ("feature", "profile", "accuracy", "vote", "cells", "flags", "verdict")
+    for path in (*(f"{plate}?colour={name}" for name in colours), fixed):
+        line(path, partial(tab.drawn, path), process, 0.5)
     head("pictures, drawn", 0.7)
-    pictures: list[tuple[str, str]] = [
-        *((path, SETTLED) for path in (well, "/cells", "/cells?control=negative")),
-        (field, SETTLED),
-    ]
-    for path, ready in pictures:
-        line(path, lambda path=path, ready=ready: tab.settled(path, ready), process, 0.7)
-    line("/static/page.css", lambda: tab.settled("/static/page.css"), process, 0.7)
+    galleries = ("/cells", "/cells?control=negative", "/cells?result=wrong&sort=-probability")
+    for path in (well, *galleries, *fields, "/scatter", fixed):
+        line(path, partial(tab.drawn, path), process, 0.7)
     beside(tab, browser, address, process)
     print(
         f"\nmemory of the server: {memory(process):.0f} MB now, "
@@ -163,7 +163,7 @@ def measure(address: str, process: int, browser: Any) -> None:
 def links(tab: Tab, path: str, start: str) -> list[str]:
     """The addresses of a kind on a page, each once."""
     try:
-        tab.settled(path)
+        tab.open(path)
     except LookupError:
         return []
     script = (
@@ -173,30 +173,35 @@ def links(tab: Tab, path: str, start: str) -> list[str]:
 
 
 def head(words: str, target: float) -> None:
-    print(f"\n{words + f' (target {target:g} s)':58} {'first':>7} {'again':>7} {'MB':>6}")
+    print(f"\n{f'{words} (target {target:g} s)':48} {'first':>7} {'again':>7} {'CPU':>6} {'MB':>5}")
 
 
 def line(name: str, work: Callable[[], float], process: int, target: float) -> None:
+    """Print the first and the second time, and what CPU the server took for the first."""
     try:
-        first, again = work(), work()
+        before = cpu_seconds(process)
+        first = work()
+        cpu = cpu_seconds(process) - before
+        again = work()
     except LookupError as error:
-        print(f"{name:58.58} {error}")
+        print(f"{name:48.48} {error}")
         return
     late = "  late" if first > target else ""
-    print(f"{name:58.58} {first:7.2f} {again:7.2f} {memory(process):6.0f}{late}", flush=True)
+    shown = f"{first:7.2f} {again:7.2f} {cpu:6.2f} {memory(process):5.0f}"
+    print(f"{name:48.48} {shown}{late}", flush=True)
 
 
 def beside(tab: Tab, browser: Any, address: str, process: int) -> None:
     """Pages while a slow question is answered, and that it ends when its tab is closed."""
     slow = Tab(browser, address)
     slow.answer("/sql")
-    question = "SELECT+count(*)+FROM+cells+AS+a,+cells+AS+b+WHERE+a.id*b.id<0"
+    question = "SELECT+count(*)+FROM+cells+AS+a,+cells+AS+b+WHERE+sin(a.id)%2Bsin(b.id)>3"
     # Asked as the page asks it, and left while it is answered.
     slow.page.evaluate(f"void fetch('/sql/answer?q={question}').catch(() => 0)")
     time.sleep(1.0)
     head("a page while a question of minutes is answered", 0.3)
     for path in ("/", "/plates", "/cells"):
-        line(path, lambda path=path: tab.answer(path), process, 0.3)
+        line(path, partial(tab.answer, path), process, 0.3)
     before = cpu_seconds(process)
     time.sleep(1.0)
     busy = cpu_seconds(process) - before

@@ -49,7 +49,7 @@ from .cell_filters import (
     feature_of,
     features_known,
 )
-from .pixels import SHEET_COLUMNS, crop_sheet
+from .pixels import SHEET_COLUMNS, crop_sheet, usual_channels
 from .requests import (
     ask,
     choice,
@@ -234,13 +234,12 @@ def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
         following = _changed(request, changes, path="/cells/more")
     looks = _looks(request)
     ids = ",".join(str(crop["cell_id"]) for crop in crops)
-    shown_by = {**looks, "outlines": looks["outlines"] or None}
     return {
         "pane": pane,
         "crops": crops,
         "columns": columns,
         "lines": -(-len(crops) // columns) if crops else 0,
-        "sheet": url_of("cells", "sheet", cells=ids, **shown_by) if crops else None,
+        "sheet": url_of("cells", "sheet", cells=ids, **looks) if crops else None,
         "begin": after,
         "following": following,
         "next": behind,
@@ -295,6 +294,7 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
         sql = f"""SELECT image_id, truth, subset, well_in_training FROM run_images
             WHERE run_id = {run} AND image_id IN ({images})"""  # noqa: S608 - numbers
         truths = {row["image_id"]: row for row in ask(request, sql)}
+    sorted_by = (text(request, "sort") or "").removeprefix("-")
     crops = []
     for row in found:
         cell, answer = about.get(row["cell_id"]), said.get(row["cell_id"])
@@ -318,10 +318,12 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
             "number": None,
         }
         if pane.order.shown and row["key"] != math.inf:
-            crop["number"] = brief(-row["key"] if pane.order.falling else row["key"])
+            value = -row["key"] if pane.order.falling else row["key"]
+            by_answer = answer is not None and sorted_by == CERTAIN
+            crop["number"] = f"{value:.0%} {crop['predicted']}" if by_answer else brief(value)
         right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
         crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
-        crop["told"] = _told(crop, run, (text(request, "sort") or "").removeprefix("-"))
+        crop["told"] = _told(crop, run, sorted_by)
         crops.append(crop)
     return crops
 
@@ -370,7 +372,7 @@ def _looks(request: Request) -> dict[str, Any]:
     for name in given[:MOST_CHANNELS]:
         if name.lower() not in known:
             raise UnknownNameError.of("channel", name, known.values())
-    outlines = choice(request, "outlines", ["0", "1"], "0")
+    outlines = choice(request, "outlines", ["0", "1"], "1")
     channels = [known[name.lower()] for name in dict.fromkeys(given[:MOST_CHANNELS])]
     return {"side": side, "channels": channels, "outlines": int(outlines)}
 
@@ -413,28 +415,32 @@ def _controls_beside(request: Request, chosen: Chosen) -> list[Pane]:
         for name, value in chosen.values.items()
         if re.search(rf"\${re.escape(name)}\b", chosen.images)
     }
-    of_plates = f"""SELECT DISTINCT w.plate_id FROM images AS i JOIN wells AS w ON w.id = i.well_id
-        WHERE i.id IN ({chosen.images})"""  # noqa: S608 - ours
-    named = f"""SELECT p.barcode, t.treatment, w.control = 'negative' AS control
+    named = f"""WITH mine AS (
+            SELECT DISTINCT i.well_id FROM images AS i WHERE i.id IN ({chosen.images})
+        ),
+        plates_of AS (
+            SELECT DISTINCT w.plate_id FROM wells AS w JOIN mine AS m ON m.well_id = w.id
+        )
+        SELECT p.barcode, p.id AS plate_id, t.treatment, w.control = 'negative' AS control
         FROM wells AS w JOIN plates AS p ON p.id = w.plate_id
         LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
-        WHERE w.id IN (SELECT i.well_id FROM images AS i WHERE i.id IN ({chosen.images}))
-        OR (w.control = 'negative' AND w.plate_id IN ({of_plates}))
+        WHERE w.id IN (SELECT well_id FROM mine)
+        OR (w.control = 'negative' AND w.plate_id IN (SELECT plate_id FROM plates_of))
         GROUP BY ALL ORDER BY ALL"""  # noqa: S608 - ours
     wells = kept(request, _kept_as(named, values), lambda: ask(request, named, values))
     controls = [row for row in wells if row["control"]]
     if not controls or len(controls) == len(wells):
         return []
-    plates = list(dict.fromkeys(row["barcode"] for row in controls))
+    plates = {row["plate_id"]: row["barcode"] for row in controls}
     treatments = list(dict.fromkeys(row["treatment"] for row in controls if row["treatment"]))
     title = "Negative controls"
     title += f" ({some_of(treatments, 3)})" if treatments else ""
-    title += f" of {'plate' if len(plates) == 1 else 'plates'} {some_of(plates, 4)}"
+    title += f" of {'plate' if len(plates) == 1 else 'plates'} {some_of([*plates.values()], 4)}"
     images = f"""SELECT i.id AS image_id FROM images AS i JOIN wells AS w ON w.id = i.well_id
-        WHERE w.control = 'negative' AND w.plate_id IN ({of_plates})"""  # noqa: S608 - ours
+        WHERE w.control = 'negative' AND w.plate_id IN ({", ".join(map(str, plates))})"""  # noqa: S608
     query = f"""SELECT t.cell_id, t.image_id FROM ({OF_CELLS}) AS t
         WHERE {COUNTS} AND t.image_id IN ({images})"""  # noqa: S608 - ours
-    found = Chosen(query, values, images, None, ())
+    found = Chosen(query, {}, images, None, ())
     return [Pane(OTHER, title, found, order_of(request, found))]
 
 
@@ -489,6 +495,14 @@ def _chips(request: Request, pane: Pane) -> list[dict[str, str]]:
     ]
 
 
+def _scatter_of(request: Request, pane: Pane) -> str | None:
+    """The address of the scatter plot of the cells of a filter."""
+    given = [(name.removeprefix(pane.prefix), value) for name, value in pane.chosen.active]
+    if "/scatter" not in request.app.state.addresses or (pane.prefix and not given):
+        return None
+    return f"/scatter?{urlencode(given)}" if given else "/scatter"
+
+
 def _tidied(request: Request) -> str | None:
     """The address that a form means, or none where this one is it.
 
@@ -525,12 +539,14 @@ def gallery(request: Request) -> Response:
                 "chips": _chips(request, pane),
                 "sheet": sheet,
                 "count": _changed(request, {"pane": pane.prefix or None}, path="/cells/count"),
+                "scatter": _scatter_of(request, pane),
                 "first": _changed(request, {pane.prefix + "after": None}),
                 "next": sheet["next"],
             }
             for pane, sheet in ((pane, _sheet_of(request, pane, n)) for pane in panes)
         ],
         looks=looks,
+        drawn=looks["channels"] or usual_channels(_channels(request)),
         micrometres=None if size is None else looks["side"] * size,
         form=kept(request, ("form of cells",), lambda: _choices(request)),
         features=features,

@@ -21,6 +21,7 @@ from ..enums import Status
 from ..errors import CellstoreError, UnknownNameError
 from ..jobs.lookup import IS_CURRENT, image_name
 from ..jobs.planes import ChannelFile, channel_files, open_file
+from ..learn.baselines import NULLS
 from ..models import (
     Cell,
     CellFeatures,
@@ -389,7 +390,7 @@ def cell_panel(request: Request) -> Response:
                 .order_by(CellFlag.run_id, CellFlag.reason)
             ).all(),
             "features": _features(session, cell.id, image.pixel_size),
-            "runs": _predictions(session, cell.id, image),
+            "runs": _predictions(session, cell.id, image, whole(request, "run")),
             "views": known_views(request),
         }
         return page(request, "cell_panel.html.j2", **values)
@@ -413,19 +414,29 @@ def _features(
     return rows
 
 
-def _predictions(session: Session, cell_id: int, image: Image) -> list[dict[str, Any]]:
-    """What every run predicted for a cell, the newest run first."""
+def _predictions(
+    session: Session, cell_id: int, image: Image, first: int | None
+) -> list[dict[str, Any]]:
+    """What every run predicted for a cell: the run ``first``, networks, baselines, null baselines.
+
+    Of each kind the newest run first.
+    """
     query = (
         select(Prediction.run_id, Prediction.rank, Label.value, Prediction.probability)
         .join(Label, Label.id == Prediction.label_id)
         .where(Prediction.cell_id == cell_id)
-        .order_by(Prediction.run_id.desc(), Prediction.rank)
+        .order_by(Prediction.run_id, Prediction.rank)
     )
     choices: dict[int, list[Any]] = {}
     for row in session.execute(query):
         choices.setdefault(row.run_id, []).append(row)
     runs = runs_about(session, image.id, image.well_id, choices.keys())
-    return [run | {"choices": choices[run["run_id"]]} for run in reversed(runs)]
+
+    def order(run: dict[str, Any]) -> tuple[bool, bool, bool, int]:
+        kind = run["baseline"]
+        return run["run_id"] != first, kind in NULLS, kind is not None, -run["run_id"]
+
+    return [run | {"choices": choices[run["run_id"]]} for run in sorted(runs, key=order)]
 
 
 ROUTES = [

@@ -74,6 +74,8 @@ class _Kept:
 
 
 KEPT = _Kept(KEPT_BYTES)
+AT_ONCE = threading.Semaphore(4)
+"""Whole fields that are made into pictures at once: each may take a hundred megabytes."""
 
 
 def in_threads(work: Callable[[T], S], items: Iterable[T]) -> list[S]:
@@ -238,21 +240,35 @@ def field_thumbnail(
     key = ("field", width, mask, *names, *limits, *marks)
     if (kept := KEPT.get(key)) is not None:
         return bytes(kept)
-    planes = in_threads(read_finite, of_image)
+    with AT_ONCE:
+        made = _drawn(explorer, of_image, limits, mask, width)
+    KEPT.put(key, made, len(made))
+    return made
+
+
+def _drawn(
+    explorer: Explorer,
+    files: Sequence[ChannelFile],
+    limits: Sequence[Limits],
+    mask: Mask | None,
+    width: int,
+) -> bytes:
+    """A field as a JPEG; without ``limits`` in its own contrast."""
+    planes = in_threads(read_finite, files)
     limits = limits or [grey_limits(plane) for plane in planes]
     if len({plane.shape for plane in planes}) > 1:
         raise ImageError("The channels of this image differ in size, so they cannot be mixed.")
     step = max(1, planes[0].shape[1] // width)
-    picture = coloured([_reduced(plane, step) for plane in planes], limits, names)
+    picture = coloured(
+        [_reduced(plane, step) for plane in planes], limits, [file.channel for file in files]
+    )
     if mask is not None:
         masks = read_mask(explorer.workspace.artifacts, mask)
         if masks.shape != planes[0].shape:
             raise ImageError("The masks of this image are of another size. Segment it again.")
         small = masks[::step, ::step][: picture.shape[0], : picture.shape[1]]
         picture[edges(small)] = np.array(OUTLINE_COLOUR, np.float32) / 255
-    made = jpeg(picture)
-    KEPT.put(key, made, len(made))
-    return made
+    return jpeg(picture)
 
 
 def _field(

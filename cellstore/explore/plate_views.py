@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -261,16 +262,20 @@ def _of_number(session: Session, number: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class MappedWell:
-    """A well of a map: what is written in it, what is said of it, and how it looks."""
+    """A well of a map: what is written in it (in parts), what is said of it, and how it looks."""
 
     name: str
     url: str
     colour: str | None
     ink: str
-    written: str
+    written: tuple[str, ...]
     words: str
     kinds: str
     group: int
+
+
+_PARTS = re.compile(r"\w{5}(?=\w{3})|\w+|\W+")
+"""The parts of a name, between which a line may end."""
 
 
 def plates(request: Request) -> Response:
@@ -301,9 +306,13 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
     shown = tuple(barcodes[:MOST_PLATES])
     kind = choice(request, "colour", KINDS, "treatment")
     feature, run = text(request, "feature"), whole(request, "run")
+    # The form sends the run and the feature of the choice before, too: perhaps they are of no use.
+    changed = text(request, "was", kind) != kind
     runs: list[dict[str, Any]] = []
     if kind in STAGES:
         runs = ask(request, RUNS, {"stage": STAGES[kind].value})
+        if run is not None and run not in [row["id"] for row in runs]:
+            run = None if changed else run
         if run is not None and run not in [row["id"] for row in runs]:
             raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
         run = run if run is not None else _usual_run(request, kind, runs)
@@ -319,13 +328,14 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
                 if kind in ("feature", "profile"):
                     list_all = list_features if kind == "feature" else list_profile_features
                     features = list(list_all(questions))
-                    chosen = known_feature(feature, features)
+                    chosen = None if changed and feature not in features else feature
+                    chosen = known_feature(chosen, features)
                 found = read_values(questions, wells, kind, run=run, feature=chosen)
             except UserInputError as error:  # a map without colours says what is missing
                 found, problem = WellValues(KINDS[kind], {}), str(error)
         return found, make_scale(found, wells, treatment), features, chosen, problem
 
-    key = ("map", shown, kind, feature, run, treatment if kind == "treatment" else None)
+    key = ("map", shown, kind, feature, changed, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)
     groups: dict[str, int] = {}
     maps = []
@@ -408,6 +418,9 @@ def _mapped(
         said.append(f"{control} control")
     cells = "not segmented" if row["n_cells"] is None else f"{row['n_cells']:,} cells"
     said.append(f"{cells} in {row['n_images']} field{'' if row['n_images'] == 1 else 's'}")
+    if row["n_excluded_images"] and row["excluded"] is None:
+        kinds.append("partly")
+        said.append(f"{row['n_excluded_images']} of its fields excluded")
     if value is None:
         kinds.append("novalue")
         said.append(f"{found.title}: no value")
@@ -429,7 +442,8 @@ def _mapped(
         url_of("well", row["plate"], row["well"]),
         colour,
         "" if colour is None else ink_on(colour),
-        short(shown, WRITTEN),
+        # A round well has no room for it, and its shape says so.
+        () if shown.endswith(" control") else tuple(_PARTS.findall(short(shown, WRITTEN))),
         f"{row['well']}: {', '.join(said)}",
         " ".join(kinds),
         groups.setdefault(row["named"] or "", len(groups)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -74,7 +75,11 @@ class PointMap(NamedTuple):
 
 
 class NotYetError(Exception):
-    """A map is being made; the text says how far."""
+    """A map is being made; the text says how far. ``job`` names it for :func:`stop`."""
+
+    def __init__(self, progress: str, job: str) -> None:
+        super().__init__(progress)
+        self.job = job
 
 
 class _GivenUpError(Exception):
@@ -128,7 +133,14 @@ def point_map(explorer: Explorer, kind: str, rows: Rows) -> PointMap:
             job.thread = threading.Thread(target=_carry_out, args=work, daemon=True)
             job.thread.start()
         job.asked = time.monotonic()
-        raise NotYetError(job.progress)
+        raise NotYetError(job.progress, digest)
+
+
+def stop(explorer: Explorer, job: str) -> None:
+    """Let a map that is being made go: nobody waits for it."""
+    known: dict[str, _Job] = explorer.kept.get("point maps", {})
+    if (found := known.get(job)) is not None:
+        found.asked = -math.inf
 
 
 def _opened(path: Path) -> PointMap:
@@ -176,14 +188,16 @@ def _make(questions: Questions, job: _Job, kind: str, rows: Rows, path: Path) ->
     if not fit.used.any():
         raise UserInputError(f"No feature differs between these {rows.words}.")
     whole = f"{n:,} {rows.words}"
-    drawn_of = f"{len(ids):,} of {whole}, drawn by chance" if len(ids) < n else f"all {whole}"
+    is_part = len(ids) < n
+    drawn_of = f"{len(ids):,} of {whole}, drawn by chance" if is_part else f"all {whole}"
     features = f"{int(fit.used.sum()):,} features"
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "umap":
         job.check("Principal components")
         points = _umap(centred @ components_of(centred), job, f"UMAP of {len(ids):,} {rows.words}")
         titles = ["UMAP 1", "UMAP 2"]
-        note = f"UMAP of {features} of {drawn_of}, seed {SEED}; others are not shown."
+        note = f"UMAP of {features} of {drawn_of}, seed {SEED}."
+        note += " The others are not shown." if is_part else ""
     else:
         axes = components_of(centred, COMPONENTS)
         shares = (centred @ axes).var(axis=0) / centred.var(axis=0).sum()

@@ -35,7 +35,7 @@ from ..settings import find_store
 
 T = TypeVar("T")
 
-LIMITS = Limits(seconds=30.0, memory_mb=320, answer_mb=64)
+LIMITS = Limits(seconds=30.0, memory_mb=256, answer_mb=64)
 """What a question of a page may take; the memory is that of all questions together."""
 UNUSED_SECONDS = 600.0
 """How long what is loaded stays without a request."""

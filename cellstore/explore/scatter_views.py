@@ -34,7 +34,7 @@ from .cell_filters import (
     keep_selection,
     kept_selection,
 )
-from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, reading
+from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, reading, stop
 from .requests import ask, explorer_of, kept, page, text, url_of, waited_for, whole
 from .sql_views import as_file
 from .well_colours import OKABE_ITO, viridis
@@ -50,7 +50,7 @@ NAMED_GROUPS = 7
 """Groups with a colour of their own: the most frequent ones."""
 OTHERS, CONTROLS, NOTHING = 8, 9, 10
 """Numbers of what is in none of them: of another group, a negative control, of no group."""
-SHOWN_PLATES, SHOWN_TREATMENTS = 6, 40
+SHOWN_PLATES, SHOWN_TREATMENTS = 6, 20
 """Of a selection."""
 
 GROUPS = {
@@ -522,7 +522,7 @@ def points(request: Request) -> Response:
             return _packed(*_density(plot, window, head))
         found = plot.points(window)
     except NotYetError as error:
-        return JSONResponse({"progress": str(error)}, 202)
+        return JSONResponse({"progress": str(error), "job": error.job}, 202)
     head |= {"kind": "points", "n": len(found.ids), "whole": window is None}
     if found.groups or found.colour.dtype == np.uint8:
         head["colour"]["groups"] = found.groups
@@ -531,6 +531,12 @@ def points(request: Request) -> Response:
         low, high = np.percentile(known, [2, 98]) if len(known) else (0, 1)
         head["colour"] |= {"low": float(low), "high": float(high), "known": len(known)}
     return _packed(head, found.ids.astype("<f8"), found.x, found.y, found.colour)
+
+
+def stop_map(request: Request) -> Response:
+    """Stop making a map that a page no longer waits for."""
+    stop(explorer_of(request), text(request, "job") or "")
+    return Response(status_code=204)
 
 
 def _density(
@@ -725,6 +731,7 @@ def selected_file(request: Request) -> Response:
 ROUTES = [
     Route("/scatter", scatter),
     Route("/scatter/points", points),
+    Route("/scatter/stop", stop_map),
     Route("/scatter/point", point),
     Route("/scatter/selected", selected),
     Route("/scatter/selected.bin", selected_ids),

@@ -8,12 +8,14 @@ something is written, and the policy of each page (CSP) allows no script but our
 
 from __future__ import annotations
 
+import ctypes
 import hmac
 import secrets
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from importlib import import_module
 from importlib.resources import files
@@ -62,6 +64,8 @@ HEADERS = {
 LARGEST_BODY = 8 << 20
 LONGEST_ADDRESS = 32_768
 COOKIE = "cellstore_token"
+MALLOC_ARENA_MAX = -8
+"""Of ``mallopt`` in malloc.h."""
 TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
@@ -250,6 +254,9 @@ def serve(
 
     from ..errors import UserInputError
 
+    # glibc gives threads areas of memory of their own, and keeps what pictures have left in each.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MALLOC_ARENA_MAX, 2)
     local = is_loopback(host)
     token = None if local else secrets.token_urlsafe(24)
     hosts = frozenset({"127.0.0.1", "localhost", "::1", host}) if local else None

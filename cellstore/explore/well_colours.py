@@ -135,6 +135,10 @@ VERDICT = """
     JOIN hit_table AS h ON h.treatment_id = w.treatment_id
     WHERE h.run_id = $run AND p.barcode IN (SELECT unnest($plates))
 """
+PROFILE_PARAMETERS = """
+    SELECT p.parameters ->> 'normalise' AS normalise
+    FROM runs AS r JOIN recipes AS p ON p.id = r.recipe_id WHERE r.id = $run
+"""
 PLATE_SETS = "SELECT result -> 'plate_sets' AS sets FROM runs WHERE id = $run"
 RUNS = """
     SELECT r.id, s.name AS split, r.started_at,
@@ -162,6 +166,10 @@ class WellValues:
     seen: Collection[int] = ()
     limits: tuple[float, float] | None = None
     order: Sequence[str] | None = None
+
+
+UNITS_OF_PROFILES = {"mad": "robust SD", "standardise": "SD"}
+"""The units of profiles, by how they were normalised."""
 
 
 def list_features(questions: Questions) -> dict[str, tuple[str, str]]:
@@ -206,9 +214,15 @@ def read_values(
     """
     plates = sorted({row["plate"] for row in wells})
     if kind in ("treatment", "dose", "control", "cells"):
-        return of_wells(wells, kind)
+        found = of_wells(wells, kind)
+        if kind == "dose" and not found.values:
+            raise UserInputError(
+                "No well of these plates has a dose. Plate maps bring doses: cellstore ingest MAP"
+            )
+        return found
     if kind in STAGES and run is None:
-        raise UserInputError(f"There is no {STAGES[kind].value} run yet that is done.")
+        stage = STAGES[kind].value
+        raise UserInputError(f"No {stage} run has ended yet. Next: cellstore {stage}")
     given: dict[str, Any] = {"plates": plates}
 
     def ask(query: str, column: str = "", of: str = "") -> list[dict[str, Any]]:
@@ -225,7 +239,9 @@ def read_values(
     if kind == "profile":
         column = known_feature(feature, list_profile_features(questions))
         rows = ask(PROFILE, column)
-        return WellValues(f"{column} (profile run {run})", _numbers(rows))
+        (made,) = questions.ask_ours(PROFILE_PARAMETERS, {"run": run}).records()
+        unit = UNITS_OF_PROFILES.get(made["normalise"], "")
+        return WellValues(f"{column} (profile run {run})", _numbers(rows), unit)
     rows = ask({"flags": FLAGS, "accuracy": ACCURACY, "vote": VOTE, "verdict": VERDICT}[kind])
     words = {row["well_id"]: row["words"] for row in rows if row["words"]}
     if kind == "verdict":

@@ -388,6 +388,7 @@ def runs_about(
             splits.id AS split_id, splits.field, subset, labels.value AS truth, runs.origin,
             runs.status,
             parameters ->> 'declared' AS model, parameters ->> 'trained_on' AS trained_on,
+            parameters ->> 'baseline' AS baseline,
             CASE WHEN parameters ->> 'declared' IS NOT NULL THEN weights_sha256 END
                 AS weights_sha256
         FROM runs LEFT JOIN runs AS parents ON parents.id = runs.parent_id

@@ -112,6 +112,9 @@ NUCLEI = (0.3, 0.5, 1.0)
 """Light that channels are shown in, of red, green and blue; that of nuclei is blue."""
 
 
+KNEE = 0.4
+
+
 def light_of(channels: Sequence[str]) -> list[tuple[float, float, float]]:
     """Return the light of each channel that is shown together with the others."""
     colours = iter(COLOURS * len(channels))
@@ -121,7 +124,11 @@ def light_of(channels: Sequence[str]) -> list[tuple[float, float, float]]:
 def coloured(
     planes: Sequence[NDArray[np.float32]], limits: Sequence[Limits], channels: Sequence[str] = ()
 ) -> NDArray[np.float32]:
-    """Return planes (H, W) as a picture (H, W, 3) from 0 to 1: grey, or each in its colour."""
+    """Return planes (H, W) as a picture (H, W, 3) from 0 to 1: grey, or each in its colour.
+
+    Where the light of several channels adds up to more than ``KNEE``, it grows less and less, in
+    its own colour: cells that are bright in all channels keep their structure.
+    """
     scaled = [
         np.clip((plane - low) / max(high - low, 1e-9), 0, 1)
         for plane, (low, high) in zip(planes, limits, strict=True)
@@ -132,7 +139,10 @@ def coloured(
         plane[..., None] * np.array(colour, np.float32)
         for plane, colour in zip(scaled, light_of(channels), strict=True)
     )
-    return np.asarray(np.clip(mixed, 0, 1), np.float32)
+    light = np.asarray(mixed, np.float32)
+    most = light.max(axis=-1, keepdims=True)
+    bent = KNEE + (1 - KNEE) * (1 - np.exp((KNEE - most) / (1 - KNEE)))
+    return light * np.where(most > KNEE, bent / np.maximum(most, KNEE), 1).astype(np.float32)
 
 
 WIDEST = 460

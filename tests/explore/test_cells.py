@@ -315,8 +315,8 @@ def test_the_form_leads_to_a_plain_address_and_hostile_ones_to_a_sentence(
     some = sorted(plain(screen, "true"))[:3]
     listed = ",".join(map(str, some))
     shown = client.get(f"/cells/sheet?cells={listed}&side=48")
-    made = crop_sheet(client.app.state.explorer, some, side=48)  # type: ignore[attr-defined]
-    assert shown.content == made
+    explorer = client.app.state.explorer  # type: ignore[attr-defined]
+    assert shown.content == crop_sheet(explorer, some, side=48, outlines=True)
     assert shown.headers["content-type"] == "image/jpeg"
     assert client.get("/cell/nix").status_code == client.get("/cell/999999999").status_code == 404
     there = client.get(f"/cell/{some[0]}", follow_redirects=False).headers["location"]
@@ -350,7 +350,7 @@ def test_one_scrolls_moves_and_selects_in_the_browser(tab: Any, site: str) -> No
     columns = "getComputedStyle(document.querySelector('.sheet')).gridTemplateColumns"
     across = tab.evaluate(f"{columns}.split(' ').length")
     assert here == left.locator(".crop").nth(1 + across).get_attribute("data-cell")
-    assert "DMSO" in tab.locator("#about").inner_text()
+    expect(tab.locator("#about")).to_contain_text("DMSO")
     tab.keyboard.press("Space")
     assert tab.evaluate("said.at(-1)") == {"level": "cell", "ids": [int(here)]}
     right.locator(".crop").nth(2).click(modifiers=["Shift"])

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from factories import Factory
 from sqlalchemy import select
 from starlette.testclient import TestClient
 
-from cellstore.enums import PROJECTION_CHANNEL
+from cellstore.enums import PROJECTION_CHANNEL, Stage
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.explore import pixels
 from cellstore.explore.requests import Explorer
+from cellstore.io.image_files import encode_tiff, probe
 from cellstore.jobs.planes import channel_files, open_file
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Image
@@ -95,6 +98,38 @@ def test_what_cannot_be_read_is_crossed_out_and_a_field_says_why(
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "image/svg+xml"
     assert "The folder &lt;b&gt;images&lt;/b&gt; is gone." in answer.text
+
+
+def test_images_in_an_object_store(
+    sqlite_workspace: Workspace,
+) -> None:
+    make, files = Factory(sqlite_workspace), fsspec.filesystem("memory")
+    plate, planes, cells = make.plate(), [], []
+    run, folder = make.run(Stage.SEGMENT), make.folder("memory://bucket/P").id
+    for number in (1, 2):
+        plane = np.random.default_rng(number).integers(100, 1000 * number, (64, 64), np.uint16)
+        files.pipe(f"/bucket/P/{number}.tif", encode_tiff(plane))
+        uri = f"memory://bucket/P/{number}.tif"
+        image = make.image(make.well(plate, 1, number), missing=True)
+        with sqlite_workspace.database.begin() as session:
+            row = session.get_one(Image, image.id)
+            row.content_sha256 = row.files[0].sha256 = probe(uri).sha256
+            row.files[0].name = f"{number}.tif"
+            row.files[0].folder_id = folder
+        cells.append(make.cells_of(make.segmentation(image, run, 1))[0])
+        planes.append(np.pad(plane, SIDE).astype(np.float32))
+    explorer = Explorer(sqlite_workspace)
+    low, high = pixels.contrast(explorer, plate.barcode, "DNA")
+    assert 100 < low < 130
+    assert 900 < high < 2000
+    sheet = pixels.sheet_pixels(explorer, [cell.id for cell in cells], side=SIDE)
+    for at, (cell, plane) in enumerate(zip(cells, planes, strict=True)):
+        box = [int(x) for x in (cell.min_row, cell.min_col, cell.max_row, cell.max_col)]  # type: ignore[arg-type]
+        top, left = (int((box[i] + box[i + 2] - SIDE) / 2) + SIDE for i in (0, 1))
+        wanted = coloured([plane[top : top + SIDE, left : left + SIDE]], [(low, high)])
+        np.testing.assert_array_equal(sheet[:, at * SIDE : (at + 1) * SIDE], wanted)
+    assert pixels.field_thumbnail(explorer, 1, width=32).startswith(b"\xff\xd8")
+    files.store.clear()
 
 
 def test_a_field_is_sent_once_and_outlines_change_it(client: TestClient) -> None:

@@ -31,7 +31,8 @@ def wells_of(client: TestClient, address: str) -> dict[str, dict[str, Any]]:
     keys = ("kinds", "group", "words", "colour", "ink", "written")
     found = {}
     for url, *values in WELL.findall(page.text):
-        found[url.removeprefix("/well/")] = dict(zip(keys, map(html.unescape, values), strict=True))
+        texts = (html.unescape(value).replace("\u00ad", "") for value in values)
+        found[url.removeprefix("/well/")] = dict(zip(keys, texts, strict=True))
     return found
 
 
@@ -93,10 +94,14 @@ def test_a_map_of_a_run_marks_what_it_learned_and_leaves_out_what_it_did_not_say
 def test_maps_of_what_is_not_there_say_so(client: TestClient) -> None:
     flags = client.get("/plate/DEMO0001?colour=flags")
     assert flags.status_code == 200
-    assert "no qc run yet" in flags.text
+    assert "No qc run has ended yet. Next: cellstore qc" in flags.text
+    assert "Plate maps bring doses" in client.get("/plate/DEMO0001?colour=dose").text
     assert client.get("/plate/DEMO9").status_code == 404
     assert client.get("/plate/DEMO0001?colour=accuracy&run=1").status_code == 404
     assert client.get("/plate/DEMO0001?colour=size").status_code == 400
+    # What was chosen for another colour is not meant for this one.
+    assert wells_of(client, "/plate/DEMO0001?colour=accuracy&was=profile&run=1")
+    assert "Unknown" not in client.get("/plate/DEMO0001?colour=feature&was=profile&feature=x").text
     assert "Unknown feature" in client.get("/plate/DEMO0001?colour=feature&feature=x").text
     assert client.get("/well/DEMO0001/Z99").status_code == 404
     assert client.get("/plates?treatment=nothing").status_code == 404

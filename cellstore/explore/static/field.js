@@ -9,6 +9,7 @@ const bar = view.querySelector(".bar");
 const panel = document.getElementById("cell");
 const aside = panel.parentElement;
 let gl = null;
+const KNEE = 0.4; // as in report/drawing.py: above it the light of several channels grows less and less
 const GREATEST_ZOOM = 40;
 const KINDS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 
@@ -105,7 +106,7 @@ uniform usampler2D now, before;
 uniform bvec2 outlined;
 uniform vec3 nowColour, beforeColour;
 uniform uint selected;
-uniform bool selectedBefore;
+uniform bool selectedBefore, mixed;
 ${all.map((n) => `uniform usampler2D c${n}; uniform vec4 r${n}; uniform vec3 k${n};`).join("\n")}
 out vec4 shown;
 
@@ -140,6 +141,8 @@ void main() {
   }
   float share = 1.0 / float(samples * samples);
   ${all.map((n) => `light += pow(clamp((s${n} * share - r${n}.x) * r${n}.y, 0.0, 1.0), r${n}.z) * k${n};`).join("\n  ")}
+  float most = max(light.r, max(light.g, light.b));
+  if (mixed && most > ${KNEE}) light *= (${KNEE} + ${1 - KNEE} * (1.0 - exp((${KNEE} - most) / ${1 - KNEE}))) / most;
   light = clamp(light, 0.0, 1.0);
   if (outlined.y && edge(before, p, thick)) light = beforeColour;
   if (outlined.x && edge(now, p, thick)) light = nowColour;
@@ -219,6 +222,7 @@ function draw() {
   gl.uniform3f(uniform("beforeColour"), ...state.colours.before);
   const in_ = state.cell && ["now", "before"].find((name) => masks[name]?.id === state.cell.segmentation);
   gl.uniform1ui(uniform("selected"), in_ ? state.cell.number : 0);
+  gl.uniform1i(uniform("mixed"), on.length > 1 ? 1 : 0);
   gl.uniform1i(uniform("selectedBefore"), in_ === "before" ? 1 : 0);
   gl.drawArrays(gl.TRIANGLES, 0, 3);
   drawBar();
@@ -367,7 +371,8 @@ async function show(query) {
   const mine = ++asked;
   let words = "The explorer does not answer. Is it still running?", ok = false;
   try {
-    const answer = await fetch(`/field/${viewer.image}/cell?${query}`);
+    const run = given.get("run");
+    const answer = await fetch(`/field/${viewer.image}/cell?${query}${run ? `&run=${encodeURIComponent(run)}` : ""}`);
     words = await answer.text();
     ok = answer.ok;
   } catch { /* said below */ }
@@ -384,7 +389,9 @@ async function show(query) {
   redraw();
 }
 
-const reveal = () => { aside.scrollTop = panel.offsetTop - aside.offsetTop; }; // only where it scrolls by itself
+const reveal = () => { // only where the settings scroll by themselves
+  aside.scrollTop += panel.getBoundingClientRect().top - aside.getBoundingClientRect().top;
+};
 const select = (ids) => document.dispatchEvent(new CustomEvent("cellstore:selection", { detail: { level: "cell", ids } }));
 
 document.addEventListener("cellstore:annotated", () => {
@@ -490,7 +497,7 @@ const thickness = document.querySelector("#thickness input");
 thickness?.addEventListener("input", () => { state.thickness = +thickness.value; redraw(); });
 
 document.addEventListener("click", (event) => {
-  const what = event.target.closest("[data-do]")?.dataset.do;
+  const what = event.target.closest(".viewer [data-do]")?.dataset.do;
   const actions = { in: () => zoomTo(state.zoom * 1.25), out: () => zoomTo(state.zoom / 1.25), fit, one: () => zoomTo(1),
     png: savePng, svg: saveSvg, plate: () => levels("plate"), auto: () => levels("auto"), reset };
   if (what && size.width) actions[what]();
@@ -508,6 +515,7 @@ function remember() {
 
 function settings() {
   const found = new URLSearchParams();
+  if (given.get("run")) found.set("run", given.get("run"));
   for (const channel of channels) {
     if (!channel.texture) continue;
     const parts = [+channel.on, hex(channel.colour).slice(1), short(channel.low), short(channel.high), +channel.gamma.toFixed(2)];

@@ -3,7 +3,6 @@
 import { selection } from "./selection.js";
 
 const about = document.getElementById("about");
-const bar = about.parentElement;
 const selected = document.getElementById("selected");
 const panes = [...document.querySelectorAll(".pane")];
 const cropsOf = (pane) => [...pane.querySelectorAll(".crop")];
@@ -62,22 +61,34 @@ function remember() {
   if (address.href !== location.href) history.replaceState(history.state, "", address);
 }
 addEventListener("scroll", () => {
+  about.hidden = true;
   clearTimeout(waiting);
   waiting = setTimeout(remember, 300);
 }, { passive: true });
 
 // Keys, the pointer and the selection
 
+// What a cell is stands below its crop, or above where there is no room.
 function show(crop) {
-  about.textContent = crop ? crop.getAttribute("aria-label") : "";
-  bar.hidden = !about.textContent && !selection.size;
+  about.hidden = !crop;
+  if (!crop) return;
+  about.textContent = crop.getAttribute("aria-label");
+  const place = crop.getBoundingClientRect();
+  const most = document.documentElement.clientWidth - about.offsetWidth - 8;
+  const below = place.bottom + 6;
+  const room = innerHeight - (document.getElementById("annotate")?.offsetHeight ?? 0);
+  const top = below + about.offsetHeight < room ? below : place.top - about.offsetHeight - 6;
+  about.style.left = `${Math.max(8, Math.min(place.left, most))}px`;
+  about.style.top = `${Math.max(4, top)}px`;
 }
 
 function go(crop) {
   const pane = crop.closest(".pane");
   for (const other of pane.querySelectorAll('.crop[tabindex="0"]')) other.tabIndex = -1;
   crop.tabIndex = 0;
-  crop.focus();
+  crop.focus({ preventScroll: true });
+  crop.scrollIntoView({ block: "nearest" });
+  requestAnimationFrame(() => requestAnimationFrame(() => show(crop))); // after it has scrolled
 }
 
 function perLine(pane) {
@@ -147,7 +158,7 @@ document.addEventListener("cellstore:selection", () => {
     clear.addEventListener("click", () => selection.clear());
     selected.append(clear);
   }
-  bar.hidden = !about.textContent && !n;
+  selected.style.bottom = `${document.getElementById("annotate")?.offsetHeight ?? 0}px`;
 });
 
 document.addEventListener("cellstore:annotated", ({ detail }) => {
@@ -170,8 +181,7 @@ document.addEventListener("focusin", ({ target }) => {
   if (crop) show(crop);
 });
 document.addEventListener("pointerover", ({ target }) => {
-  const crop = target.closest?.(".sheet li")?.querySelector(".crop");
-  if (crop) show(crop);
+  show(target.closest?.(".sheet li")?.querySelector(".crop"));
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest(".pick");
@@ -183,7 +193,10 @@ document.addEventListener("click", (event) => {
 });
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape") selection.clear();
+  if (event.key === "Escape") {
+    selection.clear();
+    show(null);
+  }
   const crop = document.activeElement?.closest?.(".crop");
   if (!crop) return;
   if (event.key === " ") {

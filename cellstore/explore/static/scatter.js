@@ -45,6 +45,7 @@ function start() {
   let view = null;      // [x from, x to, y from, y to] in the units of the axes
   let whole_view = null;
   let tool = "lasso", running = null, picked = null, drawing = false, refetch = 0;
+  let job = "";
   let wanted_view = numbers_of(address.get("view"));
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -90,6 +91,7 @@ function start() {
     cancel.hidden = false;
     const began = performance.now();
     let progress = `Reading ${data.unit}`;
+    job = "";
     const clock = setInterval(() => { state.textContent = `${progress} … ${((performance.now() - began) / 1000).toFixed(1)} s`; }, 200);
     try {
       for (;;) {
@@ -98,16 +100,17 @@ function start() {
         if (window_asked) asked.set("window", window_asked.join(","));
         const answer = await fetch(`/scatter/points?${asked}`, { signal: mine.signal });
         if (answer.status === 202) {
-          progress = (await answer.json()).progress;
+          ({ progress, job } = await answer.json());
           await new Promise((done) => setTimeout(done, WAIT_MS));
           if (mine.signal.aborted) throw new DOMException("", "AbortError");
           continue;
         }
         if (!answer.ok) { finish(mine, clock, (await answer.text()).trim()); return; }
+        job = "";
         const bytes = await answer.arrayBuffer();
         if (running !== mine) return;
         take(bytes);
-        finish(mine, clock, "");
+        finish(mine, clock, shown.head.n ? "" : `No ${data.unit} have both values.`);
         return;
       }
     } catch (error) {
@@ -124,7 +127,11 @@ function start() {
     plot.dataset.ready = words || "yes";
   }
 
-  cancel.addEventListener("click", () => running?.abort());
+  // A map of points that is being made has to be told; it also stops when nobody asks for a while.
+  function stop() { if (job) fetch(`/scatter/stop?job=${job}`, { keepalive: true }); job = ""; }
+
+  cancel.addEventListener("click", () => { running?.abort(); stop(); });
+  addEventListener("pagehide", stop);
 
   function take(bytes) {
     const length = new DataView(bytes).getUint32(0, true);
