@@ -81,7 +81,8 @@ def cell(value: Any, width: int | None = None) -> str:
     if isinstance(value, float):
         text = f"{value:.4g}" if abs(value) < 1e6 else f"{value:.6g}"
     else:
-        text = "".join(char if char.isprintable() else " " for char in str(json_value(value)))
+        plain = value if isinstance(value, str | int) else json_value(value)
+        text = "".join(char if char.isprintable() else " " for char in str(plain))
     if width is None or len(text) <= width:
         return text
     end = 0 if " " in text else (width - 1) // 2

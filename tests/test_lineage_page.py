@@ -13,10 +13,17 @@ from screens import small_screen
 
 from cellstore.jobs.lookup import find_well
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Well
+from cellstore.models import ImageFile, Well
 from cellstore.report.audit import audit
 from cellstore.report.drawing import plain
-from cellstore.report.lineage_page import BOX, Lineage, lay_out, lineage_of, write_lineage
+from cellstore.report.lineage_page import (
+    BOX,
+    Lineage,
+    draw_lineage,
+    lay_out,
+    lineage_of,
+    write_lineage,
+)
 
 audit_image = partial(audit, kind="image")
 audit_well = partial(audit, kind="well")
@@ -128,3 +135,19 @@ def test_boxes_stand_below_what_led_to_them_and_never_on_each_other() -> None:
         assert all(abs(x - u) > BOX[0] or abs(y - v) > BOX[1] for u, v in boxes[i + 1 :])
     assert max(map(len, paths)) == 4
     assert not re.search(r"\bnan\b", str(positions))
+
+
+def test_of_many_files_one_box_stands(sqlite_workspace: Workspace) -> None:
+    """Its boxes lead on all the same: no link is left of a box that is gone."""
+    screen = small_screen(sqlite_workspace)
+    with sqlite_workspace.database.begin() as session:
+        for number in range(6):
+            name, digest = f"more{number}.tiff", sha(f"more{number}")
+            values = {"position": 9 + number, "name": name, "sha256": digest}
+            image = screen.images["B01"].id
+            session.add(ImageFile(image_id=image, channel=f"C{number}", **values))
+    graph = lineage_of(audit_image(sqlite_workspace, "BR1/B01/1"), lambda *names: f"/{names[0]}")
+    assert "files" in graph.boxes
+    assert set(graph.addresses) <= set(graph.boxes)
+    assert graph.addresses["image"] == "/field"
+    assert draw_lineage(graph).count("<a ") == len(graph.addresses)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import escape
 from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -33,7 +33,7 @@ from ..models import (
     Run,
     Segmentation,
 )
-from ..query.exclusions import why_excluded
+from ..query.exclusions import cell_counts, why_excluded
 from ..report.audit import runs_about, why_not_counted
 from ..report.drawing import light_of
 from .pixels import (
@@ -156,6 +156,9 @@ def field(request: Request) -> Response:
                 session, image=number, well=image.well_id, plate=image.well.plate_id
             ),
             "flags": flags,
+            "not_counted": session.scalar(
+                select(func.count(Cell.id)).where(Cell.segmentation_id == shown, ~cell_counts())
+            ),
             "segmentations": segmentations,
             "masks": masks,
             "sites": _steps(others, image),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
@@ -352,7 +352,8 @@ def sheet_pixels(
 
     Row by row in the order of ``cell_ids``, ``SHEET_COLUMNS`` in a row (fewer, if there are
     fewer). A crop is a square of ``side`` pixels of the field around the cell, not scaled, in the
-    contrast of its plate; black outside of the field. ``outlines``: of the cell itself. A crop
+    contrast of its plate; at the rim of the field it is moved inwards, and what a field smaller
+    than it lacks is black. ``outlines``: of the cell itself. A crop
     that cannot be read is grey with a cross.
 
     Raises:
@@ -411,6 +412,12 @@ def _find_crops(session: Session, cell_ids: Sequence[int], side: int) -> dict[in
     rows: dict[int, Any] = {}
     for some in in_lists(sorted(set(cell_ids))):
         rows.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
+    sizes: dict[int, tuple[int, int]] = {}
+    size = select(ImageFile.image_id, func.min(ImageFile.height), func.min(ImageFile.width))
+    size = size.group_by(ImageFile.image_id)
+    for some in in_lists(sorted({row.image_id for row in rows.values()})):
+        for image_id, height, width in session.execute(size.where(ImageFile.image_id.in_(some))):
+            sizes[image_id] = height or 0, width or 0
     found = {}
     for cell_id in cell_ids:
         row = rows.get(cell_id)
@@ -422,7 +429,10 @@ def _find_crops(session: Session, cell_ids: Sequence[int], side: int) -> dict[in
             middle = row.centroid_row, row.centroid_col
         else:
             continue
-        top, left = (int(at - side / 2) for at in middle)
+        top, left = (
+            int(at - side / 2) if length < side else min(max(0, int(at - side / 2)), length - side)
+            for at, length in zip(middle, sizes.get(row.image_id, (0, 0)), strict=True)
+        )
         mask = None if row.path is None else (row.path, row.sha256)
         found[cell_id] = _Crop(
             cell_id, row.image_id, row.barcode, row.object_number, top, left, mask

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..db.bulk import IN_AT_ONCE
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
@@ -473,6 +474,7 @@ def scatter(request: Request) -> Response:
         groups=plot.groups(),
         runs=kept(request, ("scatter runs",), lambda: _runs(request)),
         run=text(request, "run", ""),
+        most=IN_AT_ONCE,
         chips=[
             {"name": name, "value": value, "without": _without(request, (name, value))}
             for name, value in active

@@ -263,6 +263,7 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
     if len(files) > MOST_BOXES:
         for key in after:
             del graph.boxes[key]
+            graph.addresses.pop(key, None)
         number = f"{len(files)} files, {record['missing_files']} missing"
         after = [graph.add("files", "file", number, files[0]["name"])]
     name = f"{record['plate']}/{record['well']}/{record['site']}"

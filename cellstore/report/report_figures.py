@@ -258,9 +258,10 @@ def class_content(
         for row, (label, most) in enumerate(zip(found.labels, mistakes.argmax(axis=1), strict=True))
         if mistakes[row, most]
     }
+    sure = {item.label: sure_of(hard, item.label) for item in result.by_class}
     by_recall = sorted(
         result.by_class,
-        key=lambda item: (-(item.recall or 0), -item.cells_correct / (item.cells or 1), item.label),
+        key=lambda item: (-(item.recall or 0), -(sure[item.label] or 0), item.label),
     )
     true = [item for item in by_recall if item.support]
     of_classes = Counter((item.support, item.correct) for item in true)
@@ -272,12 +273,21 @@ def class_content(
     return {
         "confusion": found,
         "matrices": matrices_of(found, images_at),
-        "class_rows": [(item, mistaken_for.get(item.label)) for item in by_recall],
+        "class_rows": [
+            (item, mistaken_for.get(item.label), sure[item.label]) for item in by_recall
+        ],
         "recalls": ranked([item.recall or 0 for item in true]) if len(true) > NAMED_ROWS else None,
         "targets": new(sorted(result.by_target, key=lambda item: (-item.accuracy, item.name))),
         "doses": new(result.by_dose),
         "bar": interval_bar,
     }
+
+
+def sure_of(images: Sequence[Mapping[str, Any]], label: str) -> float | None:
+    """Return the mean share of the votes in the images of a label that got it."""
+    right = [row["confidence"] for row in images if row["correct"] and row["truth"] == label]
+    known = [share for share in right if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 NAMED_CLASSES = 45

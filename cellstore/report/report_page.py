@@ -32,7 +32,7 @@ from .drawing import (
     write_html,
 )
 from .gallery import WINDOW, WellPictures, read_field
-from .report_figures import class_content, score_figures, training_curves
+from .report_figures import class_content, score_figures, sure_of, training_curves
 from .repro import repro
 from .scoring import HEADLINE, SEEN, ReportResult, Subject, by_baseline
 
@@ -151,13 +151,9 @@ def extremes(
         if row["correct"] is not None:
             of_label[row["truth"]].append(row)
     usual = {label for label, rows in of_label.items() if all(_is_negative(x) for x in rows)}
-    sure = {
-        label: sum((x["confidence"] or 0) * x["correct"] for x in rows) / len(rows)
-        for label, rows in of_label.items()
-    }
     order = sorted(
         (item for item in result.by_class if item.support and item.label not in usual),
-        key=lambda item: (item.recall or 0, sure[item.label], item.label),
+        key=lambda item: (item.recall or 0, sure_of(images, item.label) or 0, item.label),
     )
     ends = [("best", order[-1]), ("worst", order[0])] if len(order) > 1 else []
     chosen = {item.label: _usual_image(of_label[item.label], end) for end, item in ends}
@@ -186,7 +182,7 @@ def extremes(
                 "item": item,
                 "row": row,
                 "seen": well in seen,
-                "sure": _usual_share(of_label[item.label]),
+                "sure": sure_of(images, item.label),
                 "taken": taken.most_common(1)[0] if taken else None,
                 "treated": treated,
                 "control": {**control, "name": near[0][2]} if near else None,
@@ -200,12 +196,6 @@ def extremes(
         "colours": pictures.colours(),
         "kind": KINDS_OF_LABEL.get(result.field, ("label", "labels")),
     }
-
-
-def _usual_share(rows: Sequence[Row]) -> float | None:
-    """The mean share of the votes that right images got."""
-    shares = [row["confidence"] for row in rows if row["correct"] and row["confidence"] is not None]
-    return sum(shares) / len(shares) if shares else None
 
 
 def _is_negative(row: Row) -> bool:

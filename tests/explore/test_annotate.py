@@ -99,6 +99,8 @@ def test_only_a_page_of_a_writing_explorer_writes(
             assert writing.post(path, json=right, headers=headers).status_code == 403
     assert Store(writable).sql("FROM annotations").num_rows == 0
 
+    assert 'data-copy="cellstore --store' in (page := client.get("/field/1").text)
+    assert "napari 1" in page
     reading = client.get("/annotations")
     assert reading.status_code == 200
     assert "annotate.js" not in reading.text

@@ -52,10 +52,14 @@ def test_crops_are_the_pixels_of_the_files_in_the_contrast_of_their_plate(
         for at, (_, box, image_id, plate) in enumerate(cells):
             with explorer.workspace.database.read() as session:
                 files = channel_files(session, [image_id])[image_id]
-            planes = [np.pad(open_file(file), SIDE) for file in files]
+            planes = [open_file(file) for file in files]
             names = [file.channel for file in files]
-            top = int((box[0] + box[2] - SIDE) / 2) + SIDE
-            left = int((box[1] + box[3] - SIDE) / 2) + SIDE
+            middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+            # At the rim the crop is moved into the field.
+            top, left = (
+                min(max(0, int(where - SIDE / 2)), length - SIDE)
+                for where, length in zip(middle, planes[0].shape, strict=True)
+            )
             part = np.s_[top : top + SIDE, left : left + SIDE]
             limits = [pixels.contrast(explorer, plate, name) for name in names]
             wanted = coloured([p[part].astype(np.float32) for p in planes], limits, names)
@@ -116,8 +120,9 @@ def test_images_in_an_object_store(
             row.content_sha256 = row.files[0].sha256 = probe(uri).sha256
             row.files[0].name = f"{number}.tif"
             row.files[0].folder_id = folder
+            row.files[0].height = row.files[0].width = 64
         cells.append(make.cells_of(make.segmentation(image, run, 1))[0])
-        planes.append(np.pad(plane, SIDE).astype(np.float32))
+        planes.append(plane.astype(np.float32))
     explorer = Explorer(sqlite_workspace)
     low, high = pixels.contrast(explorer, plate.barcode, "DNA")
     assert 100 < low < 130
@@ -125,7 +130,7 @@ def test_images_in_an_object_store(
     sheet = pixels.sheet_pixels(explorer, [cell.id for cell in cells], side=SIDE)
     for at, (cell, plane) in enumerate(zip(cells, planes, strict=True)):
         box = [int(x) for x in (cell.min_row, cell.min_col, cell.max_row, cell.max_col)]  # type: ignore[arg-type]
-        top, left = (int((box[i] + box[i + 2] - SIDE) / 2) + SIDE for i in (0, 1))
+        top, left = (max(0, int((box[i] + box[i + 2] - SIDE) / 2)) for i in (0, 1))
         wanted = coloured([plane[top : top + SIDE, left : left + SIDE]], [(low, high)])
         np.testing.assert_array_equal(sheet[:, at * SIDE : (at + 1) * SIDE], wanted)
     assert pixels.field_thumbnail(explorer, 1, width=32).startswith(b"\xff\xd8")

@@ -306,6 +306,9 @@ def test_the_mouse_selects_exactly_what_is_inside(tab: Any, site: str, client: T
     )
     assert kept == sorted(known["ids"][within].tolist())
 
+    chosen = "import('/static/selection.js').then(({ selection }) => selection.ids().length)"
+    assert tab.evaluate(chosen) == within.sum()  # to be labelled
+
     tab.reload()  # the address brings it back
     tab.wait_for_selector(f"text=Selection: {within.sum():,} cells")
     tab.click("text=DMSO (negative controls)")

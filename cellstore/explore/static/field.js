@@ -254,6 +254,7 @@ function drawBar() {
 
 // Moving
 
+const smallest = () => Math.min(0.5, least() / 2);
 const least = () => Math.min(canvas.clientWidth / size.width, canvas.clientHeight / size.height);
 
 function fit() {
@@ -264,7 +265,7 @@ function fit() {
 
 function zoomTo(zoom, px = canvas.clientWidth / 2, py = canvas.clientHeight / 2) {
   const [x, y] = place(px, py);
-  state.zoom = Math.min(GREATEST_ZOOM, Math.max(least() / 2, zoom));
+  state.zoom = Math.min(GREATEST_ZOOM, Math.max(smallest(), zoom));
   state.x = x - (px - canvas.clientWidth / 2) / state.zoom;
   state.y = y - (py - canvas.clientHeight / 2) / state.zoom;
   move(0, 0);
@@ -571,7 +572,7 @@ function recall() {
   }
   const [x, y, zoom] = ["x", "y", "z"].map((name) => (given.get(name) ? Number(given.get(name)) : NaN));
   if ([x, y, zoom].every(finite) && zoom > 0) {
-    Object.assign(state, { x, y, zoom: Math.min(GREATEST_ZOOM, Math.max(least() / 2, zoom)), fitted: false });
+    Object.assign(state, { x, y, zoom: Math.min(GREATEST_ZOOM, Math.max(smallest(), zoom)), fitted: false });
     move(0, 0);
   } else fit();
   const cell = viewer.cell;

@@ -27,8 +27,8 @@ async function grow(pane) {
     prepare(sheet);
     if (!sheet.dataset.following) more?.remove();
     delete pane.dataset.busy;
-    ends.unobserve(last);
-    ends.observe(sheet);
+    ends.disconnect();
+    watch();
   } catch (error) { // stays busy: else it would be asked again at once
     if (more) more.textContent = error.message || "The explorer does not answer. Is it still running?";
   }
@@ -38,7 +38,15 @@ const ends = new IntersectionObserver((seen) => {
   for (const { isIntersecting, target } of seen) {
     if (isIntersecting) grow(target.closest(".pane"));
   }
-}, { rootMargin: "0px 0px 1200px 0px" });
+}, { rootMargin: "0px 0px 400px 0px" });
+
+// The next sheet comes when the last crop of a pane comes near.
+function watch() {
+  for (const pane of panes) {
+    const crop = pane.querySelector(".sheet:last-of-type > li:last-child");
+    if (crop) ends.observe(crop);
+  }
+}
 
 function prepare(sheet) {
   for (const crop of sheet.querySelectorAll(".crop")) crop.tabIndex = -1;
@@ -211,13 +219,12 @@ document.addEventListener("keydown", (event) => {
 });
 
 for (const pane of panes) {
-  for (const sheet of pane.querySelectorAll(".sheet")) {
-    prepare(sheet);
-    ends.observe(sheet);
-  }
+  for (const sheet of pane.querySelectorAll(".sheet")) prepare(sheet);
   const first = pane.querySelector(".crop");
   if (first) first.tabIndex = 0;
 }
+
+watch();
 
 // How many there are is asked when the first crops have come.
 addEventListener("load", async () => {

@@ -1,5 +1,7 @@
 // A scatter plot: points drawn by WebGL2, or their density; zoom, names, lasso and what is in it.
 
+import { selection } from "./selection.js";
+
 const data = JSON.parse(document.getElementById("scatter-data")?.textContent || "null");
 const BEYOND = { others: 8, controls: 9, nothing: 10 };
 const LEFT = 80, BOTTOM = 46, TOP = 10, RIGHT = 12;
@@ -508,6 +510,8 @@ function start() {
     const ids = new Float64Array(n);
     let most = 0;
     for (let at = 0, next = 0; at < mask.length; at++) if (mask[at]) { ids[next++] = shown.ids[at]; most = Math.max(most, shown.ids[at]); }
+    // What is selected can be labelled, where the explorer writes.
+    if (!data.profiles) selection.set(n <= data.most ? ids : [], "cell");
     show_picked(mask);
     plot.dataset.selected = String(n);
     state.textContent = `${n.toLocaleString("en")} ${data.unit} selected`;
@@ -522,17 +526,17 @@ function start() {
     const headers = { "X-CSRF-Token": document.querySelector('meta[name="csrf"]').content, "Content-Type": "application/octet-stream" };
     const answer = await fetch(`/selection?${asked}`, { method: "POST", body, headers });
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); return; }
-    const { selection } = await answer.json();
-    set("lasso", selection);
+    const { selection: name } = await answer.json();
+    set("lasso", name);
     keep_address();
-    await show_selection(selection, began);
+    await show_selection(name, began);
   }
 
   function show_picked(mask) { picked = mask; drawer.pick(mask); draw(); }
 
-  async function show_selection(selection, began) {
+  async function show_selection(name, began) {
     // The pictures are there first; what they are made of is counted beside them.
-    const named = encodeURIComponent(selection);
+    const named = encodeURIComponent(name);
     const gallery = document.createElement("div"), about = document.createElement("div");
     place.replaceChildren(about, gallery);
     const show = async (box, url) => {
@@ -556,12 +560,14 @@ function start() {
     const answer = await fetch(`/scatter/selected.bin?${asked}`);
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); set("lasso", ""); keep_address(); return; }
     const ids = new Set(new Float64Array(await answer.arrayBuffer()));
+    if (!data.profiles) selection.set(ids.size <= data.most ? ids : [], "cell");
     show_picked(Uint8Array.from(shown.ids, (id) => (ids.has(id) ? 1 : 0)));
     await show_selection(address.get("lasso"), 0);
   }
 
   function clear() {
     picked = null;
+    selection.clear();
     delete plot.dataset.selected;
     place.replaceChildren();
     set("lasso", "");
