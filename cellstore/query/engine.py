@@ -586,9 +586,39 @@ class Questions:
             query = None if is_table or name in (LATER, EXCLUDED) else self._query_of(name)
             if query is not None:
                 self._load(sources_of(query))
-            with self._making(name) as new:
-                if new:
-                    self._load_new(name, query)
+            with self._lock:
+                if name in self._loaded:  # by another thread
+                    continue
+                began, rows = time.monotonic(), None
+                create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
+                if name == LATER:
+                    # From the database, for the sake of time: of all exclusions few are made later.
+                    own = "WHERE t.source = 'annotation'"
+                    rows = self._source.feed_table(self._full, create, "exclusions", own)
+                    if (qc := self.vote_options.exclude_flagged) is not None:
+                        own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
+                        insert = f"INSERT INTO {name} FROM {{rows}}"
+                        rows += self._source.feed_table(self._full, insert, "exclusions", own)
+                elif name == EXCLUDED:  # from the database, too: it need not read the others
+                    flagged = self.vote_options.exclude_flagged
+                    run = None if flagged is None else int(flagged)
+                    rows = self._source.feed_excluded(self._full, create, run)
+                elif query is not None:
+                    # Of profiles, with their many columns, a question reads a few.
+                    once = sources_of(query) <= self._few and name != PROFILES
+                    if name == "run_images" and self.runs is not None:
+                        # Other views name it many times; made once, it is read as often for
+                        # nothing.
+                        numbers = ", ".join(str(int(run)) for run in self.runs)
+                        once = True
+                        query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
+                    self._make(name, query, once=once)
+                elif is_table:
+                    rows = self._source.feed_table(self._full, create, name)
+                if rows is not None and rows <= FEW:
+                    self._few.add(name)
+                self._loaded.add(name)
+                self._seconds[name] += time.monotonic() - began
 
     def _images_with_later_exclusions(self) -> list[int]:
         """The images that do not count, or have cells that do not, since somebody said so."""
@@ -606,45 +636,6 @@ class Questions:
         query = " UNION ".join(parts)
         self._load(sources_of(query))
         return [row[0] for row in self._full.execute(query).fetchall()]
-
-    @contextmanager
-    def _making(self, name: str) -> Iterator[bool]:
-        """Hold the lock, and tell whether a table is still to be made: another thread may have."""
-        with self._lock:
-            began = time.monotonic()
-            yield name not in self._loaded
-            self._loaded.add(name)
-            self._seconds[name] += time.monotonic() - began
-
-    def _load_new(self, name: str, query: str | None) -> None:
-        """Make a table of the database, or a view, whose sources are loaded."""
-        rows = None
-        create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
-        if name == LATER:
-            # From the database, for the sake of time: of all exclusions few are made later.
-            own = "WHERE t.source = 'annotation'"
-            rows = self._source.feed_table(self._full, create, "exclusions", own)
-            if (qc := self.vote_options.exclude_flagged) is not None:
-                own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
-                insert = f"INSERT INTO {name} FROM {{rows}}"
-                rows += self._source.feed_table(self._full, insert, "exclusions", own)
-        elif name == EXCLUDED:  # from the database, too: it need not read the others
-            flagged = self.vote_options.exclude_flagged
-            run = None if flagged is None else int(flagged)
-            rows = self._source.feed_excluded(self._full, create, run)
-        elif query is not None:
-            # Of profiles, with their many columns, a question reads a few.
-            once = sources_of(query) <= self._few and name != PROFILES
-            if name == "run_images" and self.runs is not None:
-                # Other views name it many times; made once, it is read as often for nothing.
-                numbers = ", ".join(str(int(run)) for run in self.runs)
-                once = True
-                query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
-            self._make(name, query, once=once)
-        elif name in self._source.columns:
-            rows = self._source.feed_table(self._full, create, name)
-        if rows is not None and rows <= FEW:
-            self._few.add(name)
 
     def _make(self, name: str, query: str, *, once: bool) -> None:
         """Make a view, or a table of its rows, for which the query is carried out ``once``."""
@@ -717,9 +708,10 @@ class Questions:
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
-        with self._making(name) as new:
-            if not new:
+        with self._lock:
+            if name in self._loaded:  # by another thread
                 return
+            began = time.monotonic()
             if recounted:
                 again = quoted(f"recounted {name}")
                 self._full.execute(f"CREATE TABLE {again} AS {recounted}")
@@ -738,6 +730,8 @@ class Questions:
                 nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
                 parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
             self._make(name, " UNION ALL ".join(parts), once=few)
+            self._loaded.add(name)
+            self._seconds[name] += time.monotonic() - began
 
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
