@@ -18,7 +18,6 @@ from cellstore.errors import QueryError
 from cellstore.explore.requests import Reader
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Plate
-from cellstore.query.engine import Questions
 from cellstore.query.source import Source
 
 SLOW = (
