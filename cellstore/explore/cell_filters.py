@@ -16,7 +16,7 @@ from starlette.requests import Request
 from ..enums import Control, FeatureStorage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.run_names import find_predict_run
-from ..models import FeatureSet
+from ..models import FeatureSet, Plate, Treatment, Well
 from ..query.cell_tables import chosen_cells as as_bits
 from ..query.cell_tables import selecting
 from ..query.cells import choose_recipes
@@ -29,6 +29,8 @@ from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, kept, text, w
 
 MOST_VALUES = 500
 """Values of one filter."""
+MOST_NAMES = 5_000
+"""Names among which one that is near to a wrong one is looked for."""
 MOST_SELECTIONS = 8
 NEWEST = "latest"
 
@@ -181,6 +183,18 @@ class _Filters:
         self.values[self.mark + name] = value
         return f"${self.mark}{name}"
 
+    def known(self, noun: str, *columns: Any) -> None:
+        """Check that a filter names what the store has: a name typed wrongly would mean no cell."""
+        given = self.request.query_params.getlist(self.prefix + noun)
+        unknown = {item for item in given[:MOST_VALUES] if item.strip()}
+        with explorer_of(self.request).workspace.database.read() as session:
+            for column in columns if unknown else ():
+                asked = [item for item in unknown if "\0" not in item]  # PostgreSQL knows no such
+                unknown -= set(session.scalars(select(column).where(column.in_(asked))))
+            if unknown:
+                names = session.scalars(select(columns[0]).distinct().limit(MOST_NAMES))
+                raise UnknownNameError.of(noun, min(unknown), sorted(map(str, names)))
+
     def among(self, name: str, *columns: str) -> str:
         """The condition that one of some columns has one of the values of a filter, or nothing."""
         found = self.many(name)
@@ -208,6 +222,9 @@ class _Filters:
 
     def wells_and_run(self) -> int | None:
         """The filters by well and treatment, and by what a predict run has said."""
+        self.known("plate", Plate.barcode)
+        self.known("well", Well.name)
+        self.known("treatment", Treatment.name, Treatment.name_with_dose)
         conditions = [
             self.among("plate", "p.barcode"),
             self.among("well", "w.name"),
@@ -229,9 +246,11 @@ class _Filters:
             if (given := self.text(name)) is not None
         ]
         sorted_by = (text(self.request, "sort") or "").removeprefix("-")
-        asked = (named, other, truth, predicted, subset, result, between)
         self.of_image += filter(None, conditions)
-        if not any(asked) and sorted_by != "probability" and not self.of_run:
+        # Of the cells that the run has labelled; a subset alone is about images of its split.
+        of_run = bool(predicted or result or between or other is not None or self.of_run)
+        of_run = of_run or sorted_by == "probability" or (named is not None and not subset)
+        if not (of_run or truth or subset):
             return None
         with explorer_of(self.request).workspace.database.read() as session:
             found = find_predict_run(session, named or NEWEST)
@@ -242,11 +261,11 @@ class _Filters:
                 f"{named} is several runs. Name one of them: {', '.join(map(str, found.folds))}."
             )
         run = found.id
-        of_run = f"SELECT image_id FROM run_images WHERE run_id = {run}"  # noqa: S608 - ours
+        its_images = f"SELECT image_id FROM run_images WHERE run_id = {run}"  # noqa: S608 - ours
         if truth or subset:
             every = [f"({truth})"] if truth else []
             every += [f"subset = {self.bind('subset', subset)}"] if subset else []
-            self.of_image.append(f"i.id IN ({of_run} AND {' AND '.join(every)})")
+            self.of_image.append(f"i.id IN ({its_images} AND {' AND '.join(every)})")
         if predicted:
             ids = f"SELECT id FROM labels WHERE {predicted}"  # noqa: S608 - ours
             self.of_cell.append(f"t.label_id IN ({ids})")
@@ -255,13 +274,13 @@ class _Filters:
                 FROM ({TRUE_LABELS.format(run=run)}) AS r
                 WHERE r.image_id = t.image_id AND r.label_id = t.label_id)"""
             self.of_cell.append(right if result == "right" else f"NOT {right}")
-            self.of_image.append(f"i.id IN ({of_run} AND truth IS NOT NULL)")
+            self.of_image.append(f"i.id IN ({its_images} AND truth IS NOT NULL)")
         if other is not None:
             self.of_cell.append(f"""EXISTS (
                 FROM predictions_with_image AS o WHERE o.run_id = {other} AND o.rank = 1
                 AND o.cell_id = t.cell_id AND o.label_id <> t.label_id)""")
         self.of_cell += between
-        return run
+        return run if of_run else None
 
     def exclusions(self) -> None:
         """What counts, what is flagged, and what people have labelled."""

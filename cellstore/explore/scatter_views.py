@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -347,11 +348,12 @@ class Plot:
                 numbers = {None: 0, "right": 1, "wrong": 2}
         else:
             codes = _codes(about[self.colour], numbers)[at]
-        controls: set[Any] = set()
+        controls, ranks = set[Any](), Counter[Any]()
         if self.colour in NAMES_OF_TREATMENTS:
             both = zip(about["control"], about["treatment"], strict=True)
             controls = {name for control, name in both if control == "negative" and name}
-        return named_groups(list(numbers), codes, controls)
+            ranks = Counter(about["treatment"])  # as on plate maps, so that colours are the same
+        return named_groups(list(numbers), codes, controls, ranks)
 
     def _about(self) -> dict[str, NDArray[Any]]:
         """What is known of each image or well, by what colours points."""
@@ -379,15 +381,20 @@ def _codes(names: Iterable[Any], numbers: dict[Any, int]) -> NDArray[np.int64]:
 
 
 def named_groups(
-    names: list[Any], codes: NDArray[np.int64], controls: set[Any]
+    names: list[Any],
+    codes: NDArray[np.int64],
+    controls: set[Any],
+    ranks: Mapping[Any, int] | None = None,
 ) -> tuple[NDArray[np.uint8], list[dict[str, Any]]]:
     """Return the group of each point (N,), and what the groups are called, as a legend lists them.
 
     ``codes`` (N,): numbers of ``names``. The most frequent names have a group each, the
-    ``controls`` one together, all others one; None is none.
+    ``controls`` one together, all others one; None is none. ``ranks``: how frequent names are,
+    where that is not the number of their points.
     """
     counts = np.bincount(codes, minlength=len(names))
-    ranked = sorted(range(len(names)), key=lambda at: (-int(counts[at]), str(names[at])))
+    often = [ranks.get(name, 0) for name in names] if ranks else counts
+    ranked = sorted(range(len(names)), key=lambda at: (-int(often[at]), str(names[at])))
     groups = np.full(len(names), NOTHING, np.uint8)
     legend: list[dict[str, Any]] = []
     rest: dict[int, list[int]] = {OTHERS: [], CONTROLS: [], NOTHING: []}

@@ -103,6 +103,8 @@ def test_filters_choose_the_cells_that_plain_sql_does(
         (of_first | {"result": "right"}, "l.value = n.value"),
         (of_first | {"result": "wrong"}, "l.value <> n.value"),
         (of_first | {"subset": "test"}, "a.cell_id IS NOT NULL AND m.subset = 'test'"),
+        ({"subset": "train"}, "m.subset = 'train'"),
+        (of_first | {"subset": "train", "area": f"{area}.."}, f"m.subset = 'train' AND {large}"),
         (of_first | {"other": last}, "a.label_id <> b.label_id"),
         (of_first | {"min_probability": sure}, certain),
         (of_first | {"max_probability": sure}, f"NOT {certain}"),
@@ -146,6 +148,8 @@ def test_what_cannot_be_meant_is_said_in_a_sentence(client: TestClient) -> None:
         ({"area": "nan.."}, UserInputError),
         ({"area": "1e999.."}, UserInputError),
         ({"nothing": "1..2"}, UnknownNameError),
+        ({"treatment": "demotax"}, UnknownNameError),
+        ({"well": "b2"}, UnknownNameError),
         ({"cells.id": "1..2"}, UnknownNameError),
         ({"dose": "much"}, UserInputError),
         ({"cells": "1;DROP TABLE cells"}, UserInputError),
@@ -162,8 +166,11 @@ def test_what_cannot_be_meant_is_said_in_a_sentence(client: TestClient) -> None:
         with pytest.raises(kind):
             chosen_cells(asked(client.app, **filters))
     for hostile in ("' OR 1 = 1 --", '"; DROP TABLE cells', "$run", "\u202eB02", "a..b"):
-        for name in ("plate", "well", "treatment", "predicted", "label"):
+        for name in ("predicted", "label"):
             assert ids(client.app, **{name: hostile}) == set()
+        for name in ("plate", "well", "treatment"):
+            with pytest.raises(UnknownNameError, match=f"Unknown {name}"):
+                ids(client.app, **{name: hostile})
 
 
 def test_flags_exclusions_and_labels_by_people_choose_cells(writable: Workspace) -> None:

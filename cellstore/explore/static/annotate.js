@@ -236,6 +236,9 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button[data-undo]");
   if (!button) return;
+  const mine = state.user || bar.dataset.login;
+  const theirs = button.dataset.user;
+  if (theirs !== mine && !confirm(`${theirs} said this, not ${mine}. Take it back all the same?`)) return;
   button.disabled = true;
   if (await undo([Number(button.dataset.undo)])) location.reload();
   else button.disabled = false;

@@ -30,6 +30,11 @@ document.addEventListener("click", async (event) => {
   setTimeout(() => { button.textContent = words; }, 2000);
 });
 
+for (const button of document.querySelectorAll("[data-back]")) {
+  button.hidden = history.length < 2;
+  button.addEventListener("click", () => history.back());
+}
+
 document.addEventListener("change", (event) => {
   const form = event.target.closest("form[data-auto]");
   const typed = event.target.matches("[type=text], [type=search]:not([list])");
