@@ -135,7 +135,7 @@ class Guard:
             return _refuse(403, "Another site asked for this.")
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin", "")
-            if urlsplit(origin).netloc != host or not host:
+            if origin.partition("://")[2] != host or not host:
                 return _refuse(403, "Another site asked for this.")
             if not self.explorer.write and scope["path"] not in READING_POSTS:
                 return _refuse(405, "This explorer only reads. Start it with --write to change.")
@@ -208,9 +208,13 @@ def _wrong(request: Request, error: Exception) -> Response:
         reason = str(error).strip().splitlines() or ["no reason given"]
         words = f"Something unexpected happened ({type(error).__name__}: {reason[0][:200]})."
         traceback.print_exception(error, file=sys.stderr)
+    found: Response
     if request.headers.get("sec-fetch-dest", "document") not in ("document", "iframe"):
-        return PlainTextResponse(words.encode("utf-8", "replace"), status)
-    return page(request, "error.html.j2", status, title=status.phrase, words=words)
+        found = PlainTextResponse(words.encode("utf-8", "replace"), status)
+    else:
+        found = page(request, "error.html.j2", status, title=status.phrase, words=words)
+    found.headers.update(HEADERS)  # of what is unexpected, the guard does not hear
+    return found
 
 
 def make_app(
