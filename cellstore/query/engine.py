@@ -19,10 +19,10 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -338,6 +338,7 @@ class Questions:
     _seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Held while tables are made: they are there for all threads."""
+    _is_shared: bool = False
 
     @property
     def seconds_loading(self) -> float:
@@ -350,6 +351,7 @@ class Questions:
         Close it with :meth:`close`, before these are closed.
         """
         made = copy(self)
+        made._is_shared = True
         made._full, made._empty = self._full.cursor(), self._empty.cursor()
         return made
 
@@ -584,9 +586,39 @@ class Questions:
             query = None if is_table or name in (LATER, EXCLUDED) else self._query_of(name)
             if query is not None:
                 self._load(sources_of(query))
-            with self._making(name) as new:
-                if new:
-                    self._load_new(name, query)
+            with self._lock:
+                if name in self._loaded:  # by another thread
+                    continue
+                began, rows = time.monotonic(), None
+                create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
+                if name == LATER:
+                    # From the database, for the sake of time: of all exclusions few are made later.
+                    own = "WHERE t.source = 'annotation'"
+                    rows = self._source.feed_table(self._full, create, "exclusions", own)
+                    if (qc := self.vote_options.exclude_flagged) is not None:
+                        own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
+                        insert = f"INSERT INTO {name} FROM {{rows}}"
+                        rows += self._source.feed_table(self._full, insert, "exclusions", own)
+                elif name == EXCLUDED:  # from the database, too: it need not read the others
+                    flagged = self.vote_options.exclude_flagged
+                    run = None if flagged is None else int(flagged)
+                    rows = self._source.feed_excluded(self._full, create, run)
+                elif query is not None:
+                    # Of profiles, with their many columns, a question reads a few.
+                    once = sources_of(query) <= self._few and name != PROFILES
+                    if name == "run_images" and self.runs is not None:
+                        # Other views name it many times; made once, it is read as often for
+                        # nothing.
+                        numbers = ", ".join(str(int(run)) for run in self.runs)
+                        once = True
+                        query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
+                    self._make(name, query, once=once)
+                elif is_table:
+                    rows = self._source.feed_table(self._full, create, name)
+                if rows is not None and rows <= FEW:
+                    self._few.add(name)
+                self._loaded.add(name)
+                self._seconds[name] += time.monotonic() - began
 
     def _images_with_later_exclusions(self) -> list[int]:
         """The images that do not count, or have cells that do not, since somebody said so."""
@@ -604,45 +636,6 @@ class Questions:
         query = " UNION ".join(parts)
         self._load(sources_of(query))
         return [row[0] for row in self._full.execute(query).fetchall()]
-
-    @contextmanager
-    def _making(self, name: str) -> Iterator[bool]:
-        """Hold the lock, and tell whether a table is still to be made: another thread may have."""
-        with self._lock:
-            began = time.monotonic()
-            yield name not in self._loaded
-            self._loaded.add(name)
-            self._seconds[name] += time.monotonic() - began
-
-    def _load_new(self, name: str, query: str | None) -> None:
-        """Make a table of the database, or a view, whose sources are loaded."""
-        rows = None
-        create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
-        if name == LATER:
-            # From the database, for the sake of time: of all exclusions few are made later.
-            own = "WHERE t.source = 'annotation'"
-            rows = self._source.feed_table(self._full, create, "exclusions", own)
-            if (qc := self.vote_options.exclude_flagged) is not None:
-                own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
-                insert = f"INSERT INTO {name} FROM {{rows}}"
-                rows += self._source.feed_table(self._full, insert, "exclusions", own)
-        elif name == EXCLUDED:  # from the database, too: it need not read the others
-            flagged = self.vote_options.exclude_flagged
-            run = None if flagged is None else int(flagged)
-            rows = self._source.feed_excluded(self._full, create, run)
-        elif query is not None:
-            # Of profiles, with their many columns, a question reads a few.
-            once = sources_of(query) <= self._few and name != PROFILES
-            if name == "run_images" and self.runs is not None:
-                # Other views name it many times; made once, it is read as often for nothing.
-                numbers = ", ".join(str(int(run)) for run in self.runs)
-                once = True
-                query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
-            self._make(name, query, once=once)
-        elif name in self._source.columns:
-            rows = self._source.feed_table(self._full, create, name)
-        if rows is not None and rows <= FEW:
-            self._few.add(name)
 
     def _make(self, name: str, query: str, *, once: bool) -> None:
         """Make a view, or a table of its rows, for which the query is carried out ``once``."""
@@ -715,9 +708,10 @@ class Questions:
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
-        with self._making(name) as new:
-            if not new:
+        with self._lock:
+            if name in self._loaded:  # by another thread
                 return
+            began = time.monotonic()
             if recounted:
                 again = quoted(f"recounted {name}")
                 self._full.execute(f"CREATE TABLE {again} AS {recounted}")
@@ -736,6 +730,8 @@ class Questions:
                 nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
                 parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
             self._make(name, " UNION ALL ".join(parts), once=few)
+            self._loaded.add(name)
+            self._seconds[name] += time.monotonic() - began
 
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
@@ -759,7 +755,55 @@ class Questions:
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
             with _copying[stem]:  # of all threads one makes it
-                return self._found_copy(stem) or self._make_copy(name, run, mark, stem)
+                self._copies.mkdir(parents=True, exist_ok=True)
+                for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
+                    if path.name == _checked_name(stem, path):
+                        with suppress(OSError):  # the file of another user
+                            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                        return path
+                    path.unlink(missing_ok=True)  # it is not as it was written
+                with (
+                    tempfile.TemporaryDirectory(
+                        prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
+                    ) as folder,
+                    # Other threads may want to use ours meanwhile.
+                    closing(Source(self.workspace.database))
+                    if self._is_shared
+                    else nullcontext(self._source) as source,
+                    closing(duckdb.connect(":memory:")) as own,
+                ):
+                    part = Path(folder, "part.parquet")
+                    into = (
+                        f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
+                    )
+                    own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
+                    own.execute(f"SET temp_directory = {literal(folder)}")
+                    own.execute("SET preserve_insertion_order = false")
+                    own.execute("SET TimeZone = 'UTC'")
+                    if name == PREDICTIONS:
+                        own.execute("SET threads = 1")  # each would have a group of rows in hand
+                        source.feed_predictions(own, into, ended=run)
+                    elif name not in _VOTE_VIEWS:
+                        source.feed_table(own, into, name, rows_of_runs(name, [run]))
+                    else:
+                        base = PREDICTIONS if name == COUNTS else COUNTS
+                        rows = reading_files([self._copy(base, run, mark)])
+                        own.execute(f"CREATE VIEW {base} AS FROM {rows}")
+                        if name == COUNTS:
+                            own.execute(_ELIGIBLE)
+                        else:
+                            source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
+                            own.execute(_NOTHING_OF_WELLS)
+                        for item in _VOTE_VIEWS[name]:
+                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                        kept = RANKED_COPIED if name == RANKED else "true"
+                        rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
+                        own.execute(into.replace("{rows}", rows))
+                    with part.open("rb") as file:
+                        os.fsync(file.fileno())
+                    made = part.replace(self._copies / _checked_name(stem, part))
+                    _make_room(self._copies, KEPT_BYTES)
+                    return made
         except (OSError, duckdb.IOException) as error:
             if isinstance(error, StorageError):
                 raise
@@ -769,58 +813,11 @@ class Questions:
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
 
-    def _found_copy(self, stem: str) -> Path | None:
-        self._copies.mkdir(parents=True, exist_ok=True)
-        for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
-            if path.name == _checked_name(stem, path):
-                with suppress(OSError):  # the file of another user
-                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-                return path
-            path.unlink(missing_ok=True)  # it is not as it was written
-        return None
-
-    def _make_copy(self, name: str, run: int, mark: str, stem: str) -> Path:
-        with (
-            tempfile.TemporaryDirectory(
-                prefix=part_prefix(), dir=self._spill, ignore_cleanup_errors=True
-            ) as folder,
-            closing(Source(self.workspace.database)) as source,  # others may use ours meanwhile
-            closing(duckdb.connect(":memory:")) as own,
-        ):
-            part = Path(folder, "part.parquet")
-            into = f"COPY {{rows}} TO {literal(str(part))} (FORMAT parquet, COMPRESSION lz4)"
-            own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
-            own.execute(f"SET temp_directory = {literal(folder)}")
-            own.execute("SET preserve_insertion_order = false")
-            own.execute("SET TimeZone = 'UTC'")
-            if name == PREDICTIONS:
-                own.execute("SET threads = 1")  # each would have a group of rows in hand
-                source.feed_predictions(own, into, ended=run)
-            elif name not in _VOTE_VIEWS:
-                source.feed_table(own, into, name, rows_of_runs(name, [run]))
-            else:
-                base = PREDICTIONS if name == COUNTS else COUNTS
-                rows = reading_files([self._copy(base, run, mark)])
-                own.execute(f"CREATE VIEW {base} AS FROM {rows}")
-                if name == COUNTS:
-                    own.execute(_ELIGIBLE)
-                else:
-                    source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
-                    own.execute(_NOTHING_OF_WELLS)
-                for item in _VOTE_VIEWS[name]:
-                    own.execute(f"CREATE VIEW {item} AS {view(item).query}")
-                kept = RANKED_COPIED if name == RANKED else "true"
-                rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
-                own.execute(into.replace("{rows}", rows))
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            made = part.replace(self._copies / _checked_name(stem, part))
-            _make_room(self._copies, KEPT_BYTES)
-            return made
-
 
 _copying: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 """For each copy a lock."""
+_checksums: dict[tuple[Path, int, int, int], int] = {}
+"""Of copies that this process has read: by path, inode, size and time of the last change."""
 
 _running = cache(duckdb.connect)
 """A DuckDB that goes on: to start one for a few rows would take longer than the answer."""
@@ -895,20 +892,16 @@ def _checked_name(stem: str, path: Path) -> str:
     """Return the name of a copy: with the checksum of its bytes; nothing if it is gone."""
     try:
         found = path.stat()
-        checksum = _checksum(path, found.st_ino, found.st_size, found.st_mtime_ns)
+        key = path, found.st_ino, found.st_size, found.st_mtime_ns
+        if (checksum := _checksums.get(key)) is None:
+            checksum = 0
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(BYTES_AT_ONCE):
+                    checksum = zlib.crc32(block, checksum)
+            _checksums[key] = checksum
     except FileNotFoundError:  # another process has just removed it
         return ""
     return f"{stem}-{checksum:08x}.parquet"
-
-
-@lru_cache(4096)
-def _checksum(path: Path, _inode: int, _size: int, _modified_ns: int) -> int:
-    """Return the checksum of a file; in this process it is read once, while it is the same."""
-    checksum = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BYTES_AT_ONCE):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 WIDTH = 80

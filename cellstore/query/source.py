@@ -392,26 +392,22 @@ class Source:
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
         """Open the Arrow stream of what a query yields."""
-        with self._lock, self._open_stream(query) as stream:
-            yield stream
-
-    @contextmanager
-    def _open_stream(self, query: str) -> Iterator[Any]:
-        try:
-            statement = self._adbc.AdbcStatement(self._connection)
+        with self._lock:
             try:
-                if self.is_sqlite:
-                    statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
-                statement.set_sql_query(query)
-                stream = statement.execute_query()[0]
+                statement = self._adbc.AdbcStatement(self._connection)
                 try:
-                    yield stream
+                    if self.is_sqlite:
+                        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+                    statement.set_sql_query(query)
+                    stream = statement.execute_query()[0]
+                    try:
+                        yield stream
+                    finally:
+                        stream.release()
                 finally:
-                    stream.release()
-            finally:
-                statement.close()
-        except self._adbc.Error as error:
-            raise self._failed(error) from error
+                    statement.close()
+            except self._adbc.Error as error:
+                raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> DatabaseError:
         lines = str(error).strip().splitlines() or ["no reason given"]

@@ -428,7 +428,8 @@ def draw_lineage(lineage: Lineage) -> str:
     width, height = (72 * side for side in BOX)
     links = [
         f'<a href="{escape(address)}" aria-label="{escape(plain(" ".join(lineage.boxes[key])))}">'
-        f'<rect class="link" x="{72 * positions[key][0] - width / 2:.1f}" '
+        f'<rect class="link{" subject" * (key == lineage.subject)}" '
+        f'x="{72 * positions[key][0] - width / 2:.1f}" '
         f'y="{72 * positions[key][1] - height / 2:.1f}" width="{width:g}" height="{height:g}" '
         'rx="6"/></a>'
         for key, address in lineage.addresses.items()

@@ -18,7 +18,6 @@ from cellstore.errors import QueryError
 from cellstore.explore.requests import Reader
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Plate
-from cellstore.query.engine import Questions
 from cellstore.query.source import Source
 
 SLOW = (
@@ -48,15 +47,14 @@ def test_what_one_request_has_loaded_the_next_one_finds(
     reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fed: list[str] = []
-    feed, copy = Source.feed, Questions._make_copy
-    monkeypatch.setattr(
-        Source, "feed", lambda self, *rest: (fed.append("table"), feed(self, *rest))[1]
-    )
-    monkeypatch.setattr(
-        Questions,
-        "_make_copy",
-        lambda self, name, *rest: (fed.append(name), copy(self, name, *rest))[1],
-    )
+    feed = Source.feed
+
+    def counted(self: Source, target: Any, statement: str, *rest: Any) -> int:
+        of_cells = any(" cells " in origin for origin in rest[-1])
+        fed.append("cells" if of_cells and statement.startswith("COPY") else "table")
+        return feed(self, target, statement, *rest)
+
+    monkeypatch.setattr(Source, "feed", counted)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(reader, CELLS), range(4)))
     assert answers == [[{"n": answers[0][0]["n"]}]] * 4

@@ -1,4 +1,11 @@
-// Arrow keys go from square to square of a confusion matrix; Enter follows its link.
+// Arrow keys go from square to square of a confusion matrix, and a lineage begins at its subject.
+
+const subject = document.querySelector(".graph .subject");
+if (subject) {
+  const graph = subject.closest(".graph");
+  const { left, width } = subject.getBoundingClientRect();
+  graph.scrollLeft += left + width / 2 - graph.getBoundingClientRect().left - graph.clientWidth / 2;
+}
 
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
