@@ -114,7 +114,7 @@ def _named(row: dict[str, Any]) -> tuple[str, str | None]:
 
 def used_labels(request: Request) -> Response:
     """Return the labels of a field that people gave most, for the keys."""
-    field = text(request, "field", ANNOTATION)
+    field = readable(text(request, "field", ANNOTATION) or "")
     query = select(Annotation.value).where(Annotation.field == field, is_label_now(Annotation))
     query = query.group_by(Annotation.value).order_by(func.count().desc(), Annotation.value)
     with explorer_of(request).workspace.database.read() as session:

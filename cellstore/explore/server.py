@@ -111,7 +111,8 @@ class Guard:
         headers = Headers(scope=scope)
         request = Request(scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _hostname(host) not in self.hosts:
+        name = _hostname(host)
+        if not name or (self.hosts is not None and name not in self.hosts):
             return _refuse(421, "This address is not of the explorer. Use the one it has printed.")
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > LONGEST_ADDRESS:
             return _refuse(414, "The address is too long.")
@@ -124,7 +125,8 @@ class Guard:
             given = request.query_params.get("token")
             if given is not None and _same(given, token):
                 rest = [(k, v) for k, v in parse_qsl(request.url.query) if k != "token"]
-                there = request.url.path + (f"?{urlencode(rest)}" if rest else "")
+                path = (scope.get("raw_path") or request.url.path.encode()).decode("latin-1")
+                there = path + (f"?{urlencode(rest)}" if rest else "")
                 answer = RedirectResponse("/" + there.lstrip("/"), 303)
                 answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
                 return answer

@@ -223,6 +223,9 @@ def test_a_link_of_another_machine_sends_nobody_elsewhere(screen: Workspace) -> 
             there = asked.get(f"http://testserver{path}?token=secret").headers["location"]
             assert re.match(r"/(?![/\\])", there), there
             assert "secret" not in there
+        there = asked.get("http://testserver/plate/a%2Fb?token=secret").headers["location"]
+        assert there == "/plate/a%2Fb"
+        assert asked.get("/?token=secret", headers={"host": "["}).status_code == 421
         answer = asked.get("/?token=secret&a=1")
         assert "HttpOnly" in answer.headers["set-cookie"]
         for cookie in (b"cellstore_token=wr\xf6ng", b"cellstore_token=", b"cellstore_token"):
