@@ -15,15 +15,18 @@ from ..db.bulk import IN_AT_ONCE
 from ..db.fields import is_label_now
 from ..enums import ANNOTATION, Level
 from ..errors import UserInputError
+from ..jobs.lookup import readable
 from ..models import Annotation
 from ..query.saved_queries import shipped_questions
 from ..stages.annotate import annotate, take_back
-from ..stages.corrections import Correction, set_excluded
+from ..stages.corrections import LONGEST, Correction, set_excluded
 from .requests import ask, explorer_of, page, text, url_of, whole
 from .server import check_csrf
 
 SHOWN = 100
 """Rows of a page of what was said."""
+LONGEST_REASON = 1_000
+"""Characters of a reason."""
 KEYS = 9
 """Labels that have a key."""
 
@@ -111,7 +114,7 @@ def _named(row: dict[str, Any]) -> tuple[str, str | None]:
 
 def used_labels(request: Request) -> Response:
     """Return the labels of a field that people gave most, for the keys."""
-    field = text(request, "field", ANNOTATION)
+    field = readable(text(request, "field", ANNOTATION) or "")
     query = select(Annotation.value).where(Annotation.field == field, is_label_now(Annotation))
     query = query.group_by(Annotation.value).order_by(func.count().desc(), Annotation.value)
     with explorer_of(request).workspace.database.read() as session:
@@ -129,7 +132,7 @@ def _sent(request: Request) -> dict[str, Any]:
     check_csrf(request, None)
     try:
         sent = json.loads(from_thread.run(request.body))
-    except ValueError:
+    except (ValueError, RecursionError):
         sent = None
     if not isinstance(sent, dict):
         raise UserInputError("This is not what a page of the explorer sends.")
@@ -138,10 +141,16 @@ def _sent(request: Request) -> dict[str, Any]:
         value = sent.get(name)
         if value is not None and not isinstance(value, str):
             raise UserInputError(f"{name} has to be a text.")
-        found[name] = (value or "").strip() or None
+        value = readable(value or "")
+        most = LONGEST_REASON if name == "reason" else LONGEST
+        if len(value) > most or not value.isprintable():
+            raise UserInputError(f"{name} has to be at most {most:,} printable characters.")
+        found[name] = value or None
     ids = sent.get("ids")
     if ids is not None:
-        right = isinstance(ids, list) and all(type(item) in (int, str) for item in ids)
+        right = isinstance(ids, list) and all(
+            type(item) is str or (type(item) is int and abs(item) < 2**63) for item in ids
+        )
         if not right or not 1 <= len(ids) <= IN_AT_ONCE:
             raise UserInputError(f"Choose 1 to {IN_AT_ONCE:,} at once.")
     return {**found, "ids": ids}

@@ -366,9 +366,8 @@ def crop(request: Request) -> Response:
 def cell_panel(request: Request) -> Response:
     """What is known of a cell, as a part of the page; ``?cell=``, or ``?segmentation=&object=``."""
     number, explorer = image_id(request), explorer_of(request)
-    cell_id, segmentation, label = (
-        whole(request, name) for name in ("cell", "segmentation", "object")
-    )
+    cell_id, segmentation = (whole(request, name) for name in ("cell", "segmentation"))
+    label = whole(request, "object", high=2**31 - 1)
     with explorer.workspace.database.read() as session:
         if cell_id is None:
             query = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)

@@ -258,7 +258,7 @@ def _drawn(
     limits = limits or [grey_limits(plane) for plane in planes]
     if len({plane.shape for plane in planes}) > 1:
         raise ImageError("The channels of this image differ in size, so they cannot be mixed.")
-    step = max(1, planes[0].shape[1] // width)
+    step = max(1, min(planes[0].shape[1] // width, planes[0].shape[0]))
     picture = coloured(
         [_reduced(plane, step) for plane in planes], limits, [file.channel for file in files]
     )

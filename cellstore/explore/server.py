@@ -111,7 +111,8 @@ class Guard:
         headers = Headers(scope=scope)
         request = Request(scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _hostname(host) not in self.hosts:
+        name = _hostname(host)
+        if not name or (self.hosts is not None and name not in self.hosts):
             return _refuse(421, "This address is not of the explorer. Use the one it has printed.")
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > LONGEST_ADDRESS:
             return _refuse(414, "The address is too long.")
@@ -124,7 +125,8 @@ class Guard:
             given = request.query_params.get("token")
             if given is not None and _same(given, token):
                 rest = [(k, v) for k, v in parse_qsl(request.url.query) if k != "token"]
-                there = request.url.path + (f"?{urlencode(rest)}" if rest else "")
+                path = (scope.get("raw_path") or request.url.path.encode()).decode("latin-1")
+                there = path + (f"?{urlencode(rest)}" if rest else "")
                 answer = RedirectResponse("/" + there.lstrip("/"), 303)
                 answer.set_cookie(COOKIE, token, httponly=True, samesite="lax")
                 return answer
@@ -135,7 +137,7 @@ class Guard:
             return _refuse(403, "Another site asked for this.")
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin", "")
-            if urlsplit(origin).netloc != host or not host:
+            if origin.partition("://")[2] != host or not host:
                 return _refuse(403, "Another site asked for this.")
             if not self.explorer.write and scope["path"] not in READING_POSTS:
                 return _refuse(405, "This explorer only reads. Start it with --write to change.")
@@ -208,9 +210,13 @@ def _wrong(request: Request, error: Exception) -> Response:
         reason = str(error).strip().splitlines() or ["no reason given"]
         words = f"Something unexpected happened ({type(error).__name__}: {reason[0][:200]})."
         traceback.print_exception(error, file=sys.stderr)
+    found: Response
     if request.headers.get("sec-fetch-dest", "document") not in ("document", "iframe"):
-        return PlainTextResponse(words.encode("utf-8", "replace"), status)
-    return page(request, "error.html.j2", status, title=status.phrase, words=words)
+        found = PlainTextResponse(words.encode("utf-8", "replace"), status)
+    else:
+        found = page(request, "error.html.j2", status, title=status.phrase, words=words)
+    found.headers.update(HEADERS)  # of what is unexpected, the guard does not hear
+    return found
 
 
 def make_app(

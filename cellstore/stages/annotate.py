@@ -15,7 +15,6 @@ from ..db.events import Change, caller
 from ..db.fields import is_label_now, stands, table_field
 from ..enums import ANNOTATION, AnnotationKind, Level
 from ..errors import UserInputError
-from ..jobs.lookup import readable
 from ..jobs.workspace import Workspace
 from ..models import Annotation
 from .corrections import (
@@ -25,6 +24,7 @@ from .corrections import (
     annotation,
     carry_out,
     level_named,
+    name_given,
     name_of,
     rows_named,
     undoing,
@@ -54,8 +54,8 @@ def annotate(
             nothing to take back.
     """
     of = level_named(level)
-    field, who = _name("field", field), _name("user", user or caller()[0][:LONGEST])
-    said = None if label is None else _name("label", label)
+    field, who = name_given("field", field), name_given("user", user or caller()[0][:LONGEST])
+    said = None if label is None else name_given("label", label)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         ids = rows_named(session, of, names)
@@ -102,7 +102,7 @@ def take_back(
     Raises:
         UserInputError: there is nothing to take back.
     """
-    who = _name("user", user or caller()[0][:LONGEST])
+    who = name_given("user", user or caller()[0][:LONGEST])
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         standing = select(Annotation).where(stands(Annotation)).order_by(Annotation.id)
@@ -189,10 +189,3 @@ def _added(session: Session, rows: Sequence[Annotation], new: dict[str, Any]) ->
     return [
         Change("annotations", max(ids), None, {"first_id": min(ids), "last_id": max(ids), **new})
     ]
-
-
-def _name(what: str, text: str) -> str:
-    text = readable(text)
-    if not 1 <= len(text) <= LONGEST or not text.isprintable():
-        raise UserInputError(f"A {what} needs 1 to {LONGEST} printable characters.")
-    return text

@@ -512,6 +512,7 @@ def set_excluded(
         UserInputError: it is excluded already, or nobody excluded it.
     """
     of = level_named(level)
+    user = None if user is None else name_given("user", user)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         ids = rows_named(session, of, names)
@@ -598,6 +599,14 @@ def rows_named(session: Session, level: Level, names: Names) -> list[int]:
                 find_cell(session, str(name))  # whose error says what a cell is named by
             raise UnknownNameError(f"There is no {level.value} with the id {name}.")
     return list(dict.fromkeys(found))
+
+
+def name_given(what: str, text: str) -> str:
+    """Return a label, a field or an author as it is kept; raises UserInputError if it is none."""
+    text = readable(text)
+    if not 1 <= len(text) <= LONGEST or not text.isprintable():
+        raise UserInputError(f"A {what} needs 1 to {LONGEST} printable characters.")
+    return text
 
 
 def annotation(

@@ -137,6 +137,13 @@ def test_images_in_an_object_store(
     files.store.clear()
 
 
+def test_a_field_that_is_much_wider_than_high(
+    screen: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "read_finite", lambda *_: np.zeros((20, 900), np.uint16))
+    assert pixels.field_thumbnail(Explorer(screen), 1, width=20).startswith(b"\xff\xd8")
+
+
 def test_a_field_is_sent_once_and_outlines_change_it(client: TestClient) -> None:
     plain = client.get("/field/1/thumbnail?width=100")
     assert plain.headers["content-type"] == "image/jpeg"

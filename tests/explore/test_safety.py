@@ -170,6 +170,7 @@ def test_writing_needs_a_page_of_ours(hostile: TestClient) -> None:
             {**ours, "origin": "null"},
             {**ours, "origin": "http://attacker.example"},
             {**ours, "origin": "http://testserver:81"},
+            {**ours, "origin": "http://["},
             {**ours, "x-csrf-token": ""},
             {**ours, "x-csrf-token": csrf + "x"},
             {**ours, "x-csrf-token": "\xe9"},
@@ -177,9 +178,27 @@ def test_writing_needs_a_page_of_ours(hostile: TestClient) -> None:
         ):
             raw = {name: value.encode("latin-1") for name, value in headers.items()}
             assert hostile.post(path, headers=raw, json={}).status_code == 403, (path, headers)
-        for body in (b"", b"[]", b"{", b'{"a": NaN}', b"\xff\xfe", b"null", b"9" * 5_000):
+        for body in (
+            b"",
+            b"[]",
+            b"{",
+            b'{"a": NaN}',
+            b"\xff\xfe",
+            b"null",
+            b"9" * 5_000,
+            b"[" * 200_000,
+        ):
             answer = hostile.post(path, headers=ours, content=body)
             assert answer.status_code < 500, (path, body[:20], answer.text[-400:])
+        for named in (
+            {"ids": [10**30]},
+            {"user": "u" * 300},
+            {"user": "a\nb"},
+            {"reason": "r" * 2000},
+        ):
+            sent = {"level": "plate", "ids": [1], "label": "x", "reason": "y", **named}
+            answer = hostile.post(path, headers=ours, json=sent)
+            assert 400 <= answer.status_code < 500, (path, named, answer.text[-400:])
         large = hostile.post(path, headers=ours, content=b"x" * (9 << 20))
         assert large.status_code == 413
         parts = (b"x" * (1 << 20) for _ in range(9))  # without its length at the head
@@ -204,6 +223,9 @@ def test_a_link_of_another_machine_sends_nobody_elsewhere(screen: Workspace) -> 
             there = asked.get(f"http://testserver{path}?token=secret").headers["location"]
             assert re.match(r"/(?![/\\])", there), there
             assert "secret" not in there
+        there = asked.get("http://testserver/plate/a%2Fb?token=secret").headers["location"]
+        assert there == "/plate/a%2Fb"
+        assert asked.get("/?token=secret", headers={"host": "["}).status_code == 421
         answer = asked.get("/?token=secret&a=1")
         assert "HttpOnly" in answer.headers["set-cookie"]
         for cookie in (b"cellstore_token=wr\xf6ng", b"cellstore_token=", b"cellstore_token"):

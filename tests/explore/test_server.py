@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from cellstore.explore.server import make_app
@@ -17,6 +20,19 @@ def test_a_page_comes_with_its_policy_and_an_unknown_one_is_a_page_too(client: T
     assert "Back to the start" in missing.text
     assert client.get("/static/page.css").status_code == 200
     assert client.get("/static/..%2Fserver.py").status_code == 404
+
+
+def test_an_unexpected_error_is_a_page_with_the_policy(screen: Workspace) -> None:
+    def broken(_: Request) -> Response:
+        raise RuntimeError("<b>oh")
+
+    app = make_app(screen)
+    app.router.routes.append(Route("/broken", broken))
+    answer = TestClient(app, raise_server_exceptions=False).get("/broken")
+    assert answer.status_code == 500
+    assert "&lt;b&gt;oh" in answer.text
+    assert "script-src 'self'" in answer.headers["content-security-policy"]
+    app.state.explorer.reader.close()
 
 
 def test_another_host_and_another_site_are_refused(client: TestClient) -> None:
