@@ -72,6 +72,7 @@ def served(workspace: Workspace, *, write: bool = False) -> Iterator[str]:
     config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     socket = config.bind_socket()
+    socket.listen(64)  # who comes before the server is ready waits
     thread = threading.Thread(target=server.run, args=([socket],), daemon=True)
     thread.start()
     try:
