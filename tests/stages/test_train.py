@@ -184,5 +184,5 @@ def test_an_interrupted_training_is_a_cancelled_run_with_its_metrics(
     assert (run.status, epochs) == (Status.CANCELLED, {1})
     with pytest.raises(UserInputError, match="is cancelled and has no checkpoint"):
         predict(workspace, run=str(run.id), device="cpu")
-    with pytest.raises(UnknownNameError, match="Unknown train run 'latest'"):
+    with pytest.raises(UnknownNameError, match="No train run has come to its end"):
         predict(workspace, device="cpu")

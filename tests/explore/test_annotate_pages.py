@@ -142,6 +142,7 @@ def test_keys_label_exclude_and_take_back(
     other.click("[data-do=user]")
     other.fill("dialog[open] input", "bob")
     other.keyboard.press("Enter")
+    other.wait_for_selector("[data-user]:has-text('bob')")
     other.keyboard.press("1")
     waits_for(other, "B02: round")
     other.keyboard.press("x")
