@@ -329,7 +329,10 @@ def _with_options(
                 typed.add(name)
         arguments = {name: value for name, value in values.items() if name in hints}
         folder = values["store"] if "store" in typed else context.find_root().params.get("store")
-        common = Common(folder, values["as_json"], frozenset(typed))
+        # Typer leaves the option before a command as it was typed.
+        common = Common(
+            None if folder is None else Path(folder), values["as_json"], frozenset(typed)
+        )
         for name, item in alone.items():
             arguments[name] = typed_value(item, values[name]) if name in typed else item.default
         for name, kind in groups.items():

@@ -21,6 +21,8 @@ def test_init_makes_a_store_and_keeps_an_existing_one(cellstore):
     assert "Made the store" in cellstore("init", "store").out
     assert "There is already a store" in cellstore("init", "store").out
     assert cellstore("init", "other", "--json").json["created"] is True
+    assert "Made the store" in cellstore("--store", "third", "init").out
+    assert "There is already a store" in cellstore("--store", "third", "init").out
 
 
 def test_init_in_a_place_that_cannot_be_written_is_one_sentence(cellstore, tmp_path):
