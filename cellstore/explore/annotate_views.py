@@ -18,7 +18,7 @@ from ..errors import UserInputError
 from ..jobs.lookup import readable
 from ..models import Annotation
 from ..query.saved_queries import shipped_questions
-from ..stages.annotate import annotate, take_back
+from ..stages.annotate import annotate, undo_annotations
 from ..stages.corrections import LONGEST, Correction, set_excluded
 from .requests import ask, explorer_of, page, text, url_of, whole
 from .server import check_csrf
@@ -201,7 +201,7 @@ def undo(request: Request) -> Response:
     if not all(type(item) is int for item in sent["ids"] or ()):
         raise UserInputError("What is taken back is named by its number in annotations.")
     more: dict[str, Any] = {"user": sent["user"], "reason": sent["reason"]}
-    return _answer(take_back(explorer_of(request).workspace, sent["ids"], **more))
+    return _answer(undo_annotations(explorer_of(request).workspace, sent["ids"], **more))
 
 
 ROUTES = [Route("/annotations", what_was_said)]

@@ -86,7 +86,7 @@ def annotate(
     return carry_out(workspace, reason, dry_run, act, annotating=True)
 
 
-def take_back(
+def undo_annotations(
     workspace: Workspace,
     ids: Collection[int] | None = None,
     *,

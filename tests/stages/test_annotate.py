@@ -16,7 +16,7 @@ from cellstore.enums import Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Annotation, Cell, Event, Run
-from cellstore.stages.annotate import take_back
+from cellstore.stages.annotate import undo_annotations
 from cellstore.store import Store
 
 ROUND, FLAT = "round", "flat"
@@ -72,7 +72,9 @@ def test_each_person_has_a_label_and_the_last_that_stands_counts(
     with pytest.raises(UserInputError, match="ada gave no label of the field annotation"):
         store.annotate("cell", [two], None, user="ada")
 
-    take_back(store.workspace, user="ada")  # the last that stands: three, and two of that is gone
+    undo_annotations(
+        store.workspace, user="ada"
+    )  # the last that stands: three, and two of that is gone
     assert said(store) == {("ada", one): ROUND, ("bob", one): FLAT}
     (row,) = [r for r in store.audit(str(one), "cell").record["annotations"] if r["by"] == "ada"]
     assert (row["field"], row["label"], row["reason"]) == ("annotation", ROUND, "look")
@@ -158,7 +160,7 @@ def test_what_is_no_name_is_refused_and_nothing_is_written(
     with store.session() as session:
         assert session.scalar(select(func.count(Annotation.id))) == 0
     with pytest.raises(UserInputError, match="ada has said nothing"):
-        take_back(store.workspace, user="ada")
+        undo_annotations(store.workspace, user="ada")
 
 
 @pytest.mark.one_database
@@ -180,9 +182,9 @@ def test_many_are_one_event_and_exclusions_are_taken_back_as_well(
     store.exclude("cell", cells[:3], reason="debris")
     assert store.exclude("cell", cells[:4], reason="dirt").notes == ("3 of 4 stay as they are.",)
     assert [row["reason"] for row in excluded(store)] == ["debris"] * 3 + ["dirt"]
-    take_back(store.workspace)
+    undo_annotations(store.workspace)
     assert len(excluded(store)) == 3
-    take_back(store.workspace)
+    undo_annotations(store.workspace)
     assert excluded(store) == []
     assert len(said(store)) == 1010  # another person's
     store.exclude("cell", cells[:3], reason="debris")
