@@ -171,23 +171,26 @@ class Store(AbstractContextManager["Store"]):
         """Give the database connections back."""
         self.__exit__()
 
-    def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
+    def ingest(
+        self, source: str | Path, params: IngestParams | None = None, *, dry_run: bool = False
+    ) -> IngestResult:
         """Bring a source in: a table, an index, a database, or a folder of images, maps or masks.
 
         ``params`` say how to read it: the plate, the plate map, where images are. Doing it again
         changes nothing. Returns how many rows were created, updated, unchanged and refused, with
         the reasons (``issues``), and what it has brought (``plates``, ``wells``, ``images``).
+        ``dry_run``: nothing is written, and the result is what would be.
 
         >>> store.ingest("images/", IngestParams(plate=("P1",), platemap=Path("map.xlsx")))
 
         Raises:
             BadTableError: the source is empty, damaged or ambiguous, or lacks columns.
-            UndoneError: rows were refused under ``strict``; nothing of the source is written.
+            MissingExtraError: masks, and scikit-image is not installed.
             UserInputError: a file or folder is not there, or the plate is not known.
         """
         from .stages.ingest.ingest import ingest
 
-        return ingest(self.workspace, source, params)
+        return ingest(self.workspace, source, params, dry_run=dry_run)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Compare the image files of a selection with what is known of them.
@@ -209,13 +212,12 @@ class Store(AbstractContextManager["Store"]):
         old: str,
         new: str,
         *,
-        check: bool = False,
         dry_run: bool = False,
         reason: str | None = None,
     ) -> RelocateResult:
         """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
 
-        Every file must be there with its size and time; ``check`` reads all of them. All or
+        Every file must be there, of the same size and time or else the same content. All or
         nothing; ``dry_run`` only looks. Returns the folders and how many files they hold.
 
         >>> store.relocate("/mnt/old", "s3://bucket/new")
@@ -226,7 +228,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.ingest.ingest import relocate
 
-        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
+        return relocate(self.workspace, old, new, dry_run=dry_run, reason=reason)
 
     def segment(
         self,

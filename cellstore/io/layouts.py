@@ -130,8 +130,8 @@ def detect(
             elif not found and open_map(path) is not None:
                 found = [Layout.PLATEMAP]
     chosen = [item for item in found if kind is None or item.kind is kind]
-    if kind is None and Layout.HARMONY in found:
-        chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
+    if Layout.HARMONY in chosen:
+        chosen = [item for item in chosen if item is not Layout.IMAGE_FOLDER]
     if kind is None and any(item.kind is SourceKind.IMAGES for item in found):
         # A plate map may lie beside the images, and a table of images may name treatments.
         chosen = [item for item in chosen if item.kind is not SourceKind.TREATMENTS]
@@ -144,13 +144,8 @@ def detect(
         raise BadTableError(
             f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
         )
-    if chosen:
-        raise BadTableError(f"{path} may be {named}. Choose with --layout.")
     if found:
-        raise BadTableError(
-            f"{path} looks like {named}, not {kind}. "
-            "Name another kind or none, or force a reader with --layout."
-        )
+        raise BadTableError(f"{path} looks like {named}, not {kind}. Name another kind, or none.")
     raise _unknown(path, head)
 
 
@@ -271,8 +266,8 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     )
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
-        return BadTableError(f"{needs}, or choose a reader with --layout.")
+        return BadTableError(f"{needs}.")
     wanted = [column for column in _WANTED if column not in columns]
     near = nearest_columns(wanted, columns)
     near = f" {near}" if near.startswith("The n") else ""
-    return BadTableError(f"{needs}. {_OTHERS}{near} Or choose a reader with --layout.")
+    return BadTableError(f"{needs}. {_OTHERS}{near}")

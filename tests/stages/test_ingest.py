@@ -29,7 +29,7 @@ from cellstore.models import (
     Treatment,
     Well,
 )
-from cellstore.stages.ingest.ingest import ingest, preview
+from cellstore.stages.ingest.ingest import ingest
 
 pytestmark = pytest.mark.one_database
 
@@ -302,11 +302,11 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
         assert (well.treatment.name, well.control) == ("DMSO", "negative")
 
 
-def test_a_dry_run_says_what_is_passed_over(tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_passed_over(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     write_image(tmp_path / "P", "x_A01_s1_w1.tif", 1)
     write_image(tmp_path / "P", "x_A01_s1_w1_thumb.tif", 1)
-    found = preview(tmp_path / "P")
-    assert (found.rows, found.notes) == (1, ["thumbnails, skipped: 1"])
+    found = ingest(sqlite_workspace, tmp_path / "P", dry_run=True)
+    assert (found.rows, found.notes) == (1, ("thumbnails, skipped: 1",))
 
 
 @pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
@@ -352,3 +352,21 @@ def test_what_was_passed_over_in_a_file_is_said_by_ingest(
     )
     (issue,) = ingest(sqlite_workspace, table).issues
     assert (issue.severity, issue.reason) == (Severity.PROBLEM, "image cannot be read")
+
+
+def test_blank_wells_are_named_where_they_have_images(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    rows = [f"{name}.tif,P1,{name},1" for name in ("A01", "A02", "A03")]
+    table = tmp_path / "t.csv"
+    header = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"
+    table.write_text("\n".join([header, *rows]))
+    platemap = tmp_path / "map.csv"
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA4,\nA5,noco\n")
+    params = IngestParams(platemap=platemap)
+    blank, missing = ingest(sqlite_workspace, table, params, dry_run=True).notes
+    assert blank.startswith("1 well is blank in map.csv, so its treatment is not known: A02. To")
+    assert missing.startswith("1 well with images got no treatment: A03, but wells without images")
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA3,x\nA4,\n")
+    (note,) = ingest(sqlite_workspace, table, params, dry_run=True).notes
+    assert note.startswith("1 well is blank in map.csv")

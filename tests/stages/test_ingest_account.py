@@ -17,7 +17,7 @@ from sqlalchemy import delete, func, select, text
 from test_ingest import CHANNELS, count, dump, loaddata, write_image, write_table
 
 from cellstore.config import IngestParams
-from cellstore.enums import Look, Severity, Status
+from cellstore.enums import Look, Severity
 from cellstore.errors import CellstoreError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
@@ -32,8 +32,8 @@ from cellstore.models import (
     Run,
     Well,
 )
-from cellstore.stages.ingest.account import FileIdentity, UndoneError
-from cellstore.stages.ingest.ingest import IngestResult, ingest, preview
+from cellstore.stages.ingest.account import FileIdentity
+from cellstore.stages.ingest.ingest import IngestResult, ingest
 
 pytestmark = pytest.mark.one_database
 
@@ -98,20 +98,6 @@ def test_an_unchanged_file_says_its_refusals_again(workspace: Workspace, tmp_pat
             (first.run_id, 1),
             (second.run_id, 1),
         ]
-
-
-@pytest.mark.each_database
-def test_strict_writes_nothing_but_why(workspace: Workspace, tmp_path: Path) -> None:
-    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
-    with pytest.raises(UndoneError, match=r"1 of its 2 rows.*--strict") as caught:
-        ingest(workspace, table, IngestParams(strict=True))
-    assert [issue.line for issue in caught.value.issues] == [3]
-    assert count(workspace, Plate) == count(workspace, Image) == count(workspace, Folder) == 0
-    with workspace.database.read() as session:
-        assert session.scalars(select(Run.status)).all() == [Status.FAILED]
-        assert session.scalars(select(IngestIssue.line)).all() == [3]
-    good = write_table(tmp_path / "u.csv", [loaddata(1)])
-    assert ingest(workspace, good, IngestParams(strict=True)).created == 1
 
 
 def test_a_repeated_row_is_unchanged(workspace: Workspace, tmp_path: Path) -> None:
@@ -211,15 +197,6 @@ def test_two_files_for_one_field_and_channel_are_not_mixed(
         assert all("p01" in name for name in session.scalars(select(ImageFile.name)))
 
 
-def test_strict_holds_for_a_table_that_was_read_less_strictly(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
-    assert ingest(workspace, table).refused == 1
-    with pytest.raises(UndoneError):
-        ingest(workspace, table, IngestParams(strict=True))
-
-
 def test_a_folder_whose_tables_changed_is_not_the_same(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     table = tmp_path / "tables" / "Cells.csv"
@@ -252,34 +229,27 @@ def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) 
     assert [item.reason for item in result.of(Severity.PROBLEM)] == ["another batch"]
 
 
-def test_a_layout_of_another_kind_than_the_word_is_refused(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "t.csv", [loaddata(1)])
-    with pytest.raises(UserInputError, match="Remove the word 'features' or --layout"):
-        preview(table, IngestParams(kind="features", layout="loaddata"))
-
-
 def test_a_source_of_another_kind_than_named_is_one_sentence(
     sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1)])
-    with pytest.raises(UserInputError, match="--layout"):
+    with pytest.raises(UserInputError, match="looks like loaddata"):
         ingest(sqlite_workspace, table, IngestParams(kind="features"))
     with pytest.raises(UserInputError, match="no file or folder"):
         ingest(sqlite_workspace, tmp_path / "absent.csv")
-    with pytest.raises(UserInputError, match="Unknown layout"):
-        ingest(sqlite_workspace, table, IngestParams(layout="odd"))
     assert count(sqlite_workspace, Run) == 0
 
 
-def test_a_dry_run_says_what_each_file_would_become(tmp_path: Path) -> None:
+def test_a_dry_run_says_what_each_file_would_become(workspace: Workspace, tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
-    found = preview(table)
+    found = ingest(workspace, table, dry_run=True)
     assert (found.layout, found.rows, found.images, found.refused) == ("loaddata", 2, 1, 1)
-    assert found.channels == {"RNA": 1, "DNA": 1}
-    first = found.files[0]
-    assert (first.plate, first.well, first.site, first.channel) == ("P1", "A02", 1, "RNA")
-    assert first.treatment == "DMSO"
+    assert [row["channel"] for row in found.preview] == ["RNA", "DNA"]
+    names = ("plate", "well", "site", "treatment")
+    assert [found.preview[0][name] for name in names] == ["P1", "A02", 1, "DMSO"]
     assert [issue.line for issue in found.issues] == [3]
+    tables = (Plate, Image, Folder, Run, IngestIssue)
+    assert [count(workspace, table) for table in tables] == [0] * len(tables)
 
 
 def test_wells_of_other_plates_are_not_touched(workspace: Workspace, tmp_path: Path) -> None:
@@ -556,8 +526,8 @@ def test_where_the_files_lie_is_no_part_of_the_recipe(
     [(IngestParams(name="mine"), "--name"), (IngestParams(binary=True), "--binary-masks")],
 )
 def test_an_option_that_would_mean_nothing_is_refused(
-    tmp_path: Path, params: IngestParams, option: str
+    sqlite_workspace: Workspace, tmp_path: Path, params: IngestParams, option: str
 ) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1)])
     with pytest.raises(UserInputError, match=f"does not use {option}"):
-        preview(table, params)
+        ingest(sqlite_workspace, table, params)

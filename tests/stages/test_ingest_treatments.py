@@ -21,6 +21,7 @@ from cellstore.io.layouts import Layout
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Base, Event, IngestIssue, Perturbation, Plate, Treatment, Well
 from cellstore.stages.ingest.account import Account
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
 pytestmark = pytest.mark.one_database
@@ -549,8 +550,6 @@ def test_a_well_that_a_column_calls_treated_is_no_control(bench: Bench) -> None:
 
 
 def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> None:
-    from cellstore.stages.ingest.ingest import preview
-
     wells = "Well,Compound\nA1,DMSO\nA2,taxol\n"
     map_of(bench, wells)
     table = bench.file("odd.csv", "broad_sample,pert_iname\nDMSO,DMSO\nBRD-7,taxol\n")
@@ -561,8 +560,9 @@ def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> Non
     )
     other = bench.file("other.csv", "broad_sample,pert_iname\nBRD-8,taxol\n")
     source = bench.file("codes.csv", "well_position,broad_sample\nA2,BRD-8\n")
-    found = preview(source, IngestParams(plate="P1", compounds=(other,)), bench.workspace)
-    assert [(well.well, well.change) for well in found.treated if well.change] == [
+    params = IngestParams(plate="P1", compounds=(other,))
+    found = ingest(bench.workspace, source, params, dry_run=True)
+    assert [(row["well"], row["change"]) for row in found.preview if row["change"]] == [
         ("A02", "was taxol, identifier BRD-7")
     ]
 
@@ -614,22 +614,20 @@ def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
 
 @pytest.mark.each_database
 def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:
-    from cellstore.stages.ingest.ingest import PreviewWell, preview
-
     map_of(bench, LONG)
     before = [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
     source = bench.file("next.csv", LONG.replace("500", "50") + "B7,noco,1,A549,\nQQ,x,1,A549,\n")
-    found = preview(source, IngestParams(plate="P1"), bench.workspace)
+    found = ingest(bench.workspace, source, IngestParams(plate="P1"), dry_run=True)
     assert (found.rows, found.created, found.updated, found.unchanged, found.refused) == (
         *(4, 1, 1, 1),
         1,
     )
-    assert found.treated == [
-        PreviewWell("P1", "A01", "taxol 0.05 uM", None, "was taxol 0.5 uM"),
-        PreviewWell("P1", "A02", "DMSO", Control.NEGATIVE, ""),
-        PreviewWell("P1", "B07", "noco 0.001 uM", None, "new"),
+    assert [tuple(row.values()) for row in found.preview] == [
+        ("P1", "A01", "taxol 0.05 uM", None, "was taxol 0.5 uM"),
+        ("P1", "A02", "DMSO", Control.NEGATIVE, ""),
+        ("P1", "B07", "noco 0.001 uM", None, "new"),
     ]
     assert before == [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
     table = bench.file("compounds.csv", COMPOUNDS)
-    assert preview(table, IngestParams(), bench.workspace).created == 2  # DMSO is there
+    assert ingest(bench.workspace, table, dry_run=True).created == 2  # DMSO is there
     assert bench.treated()["P1 A01"][0] == "taxol"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert
 from ...enums import Severity
-from ...errors import CellstoreError, UserInputError
+from ...errors import UserInputError
 from ...io.tables import Refusal
 from ...io.uris import plain_file, writable
 from ...models import IngestFile, IngestIssue
@@ -38,12 +39,6 @@ class Issue(NamedTuple):
     line: int | None
     reason: str
     detail: str
-
-
-class UndoneError(CellstoreError):
-    """Rows of a file were refused under ``strict``; ``issues`` are the first."""
-
-    issues: tuple[Issue, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,8 @@ class Account:
     what wells got were read first, if they are read again: what was corrected after it stays.
     The source is about ``plates`` (ids); ``cells``, their ``feature_set`` and ``segmentations`` (of
     recipes) are what it brought beside its rows. ``moved`` counts the files that are read from
-    another folder now, by the old and the new one.
+    another folder now, by the old and the new one. ``images`` are those of all records of images
+    that were used, ``unchanged_images`` of those that brought nothing new.
     """
 
     run_id: int
@@ -126,6 +122,8 @@ class Account:
     cells: int = 0
     feature_set: str | None = None
     segmentations: Sequence[int] = ()
+    images: array[int] = field(default_factory=lambda: array("q"))
+    unchanged_images: array[int] = field(default_factory=lambda: array("q"))
 
     def take(self, rows: Iterable[T | Refusal]) -> list[T]:
         """Count rows, refuse those that cannot be used, and return the others."""
@@ -183,20 +181,6 @@ class Account:
         self.pending += other.pending
         self.reasons.update(other.reasons)
         self.shown += other.shown[: SHOWN - len(self.shown)]
-
-    def check_strict(self) -> None:
-        """Undo the source if rows were refused.
-
-        Raises:
-            UndoneError: some were.
-        """
-        if self.refused:
-            error = UndoneError(
-                f"Nothing of {self.file} was written: {self.refused:,} of its {self.rows:,} rows "
-                "were refused, and --strict allows none. Correct them, or ingest without --strict."
-            )
-            error.issues = tuple(self.shown)
-            raise error
 
     def close(self, session: Session, layout: str, identity: FileIdentity) -> None:
         """Write what is left, and the row of the file.

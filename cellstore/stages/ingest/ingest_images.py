@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +32,7 @@ from ...db.bulk import (
     rows_in,
     wide_cache,
 )
-from ...db.events import Change, is_new, record_events, recording_new_rows, savepoint
+from ...db.events import Change, is_new, record_events, savepoint
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -152,8 +151,7 @@ class ImageSource:
             rows = read_image_table(table, plate, channels, needs_treatment=is_published)
         else:
             raise UserInputError(
-                f"{self.path.name} is a file, which cannot be read as {self.layout.value}. "
-                "Use --layout loaddata or --layout published, or remove --layout."
+                f"{self.path.name} is a file, and --pattern is for a folder of images. Remove it."
             )
         if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
             yield from rows  # as they are: a table may have millions
@@ -185,75 +183,73 @@ class ImageSource:
                 self.notes += notes_on_wells(plate_map, imaged[plate_map.name])
 
 
-def ingest_images(workspace: Workspace, source: ImageSource, account: Account, total: int) -> None:
-    """Bring the records of a source in, as one transaction, then look at their files.
+def ingest_images(
+    workspace: Workspace, session: Session, source: ImageSource, account: Account, total: int
+) -> None:
+    """Bring the records of a source in, in the open transaction of ``session``.
 
-    ``total``: about how many records there are.
-
-    Raises:
-        BadTableError: the source turned out unreadable; nothing of it is written.
-        UndoneError: rows were refused and all or nothing was asked for; nothing is written.
+    ``total``: about how many records there are. ``account`` gets their plates and images.
     """
     workspace.progress.start("ingest", total)
     # Rows have no cycles, and the collector would walk all of them, again and again.
     collects = gc.isenabled()
     gc.disable()
     try:
-        with workspace.database.begin() as session:
-            one_ingest_at_a_time(session)
-            with wide_cache(session), recording_new_rows(session, account.run_id):
-                writer = RowWriter(session, account, source.params.maps)
-                rows = source.records()
-                while batch := list(islice(rows, BATCH)):
-                    # Together; where the database refuses one of them, each by itself.
-                    waiting = [account.take(batch)]
-                    while waiting:
-                        some = waiting.pop()
-                        before = replace(
-                            account,
-                            reasons=account.reasons.copy(),
-                            shown=account.shown[:],
-                            pending=account.pending[:],
-                        )
-                        try:
-                            with savepoint(session):
-                                writer.write(some)
-                        except (DataError, IntegrityError):
-                            vars(account).update(vars(before))
-                            writer.forget()
-                            if len(some) > 1:
-                                waiting = [[record] for record in reversed(some)]
-                                continue
-                            detail = f"plate {some[0].plate}"
-                            account.refuse(some[0].line, "the database refuses it", detail)
-                    account.flush(session)
-                    workspace.progress.advance(len(batch))
-                # What is known only when all records were read.
-                for path, refusal in source.annotation.issues if source.annotation else ():
-                    account.problem(*refusal, file=writable(path.name))
-                writer.finish()
-                account.notes += source.notes
+        with wide_cache(session):
+            writer = RowWriter(session, account, source.params.maps)
+            rows = source.records()
+            while batch := list(islice(rows, BATCH)):
+                # Together; where the database refuses one of them, each by itself.
+                waiting = [account.take(batch)]
+                while waiting:
+                    some = waiting.pop()
+                    before = replace(
+                        account,
+                        reasons=account.reasons.copy(),
+                        shown=account.shown[:],
+                        pending=account.pending[:],
+                    )
+                    try:
+                        with savepoint(session):
+                            writer.write(some)
+                    except (DataError, IntegrityError):
+                        vars(account).update(vars(before))
+                        writer.forget()
+                        if len(some) > 1:
+                            waiting = [[record] for record in reversed(some)]
+                            continue
+                        detail = f"plate {some[0].plate}"
+                        account.refuse(some[0].line, "the database refuses it", detail)
                 account.flush(session)
-            if source.params.strict:
-                account.check_strict()
+                workspace.progress.advance(len(batch))
+            # What is known only when all records were read.
+            for path, refusal in source.annotation.issues if source.annotation else ():
+                account.problem(*refusal, file=writable(path.name))
+            writer.finish()
+            account.notes += source.notes
+            account.flush(session)
     finally:
         if collects:
             gc.enable()
         workspace.progress.finish()
-    images = np.unique(np.frombuffer(writer.images, dtype=np.int64))
-    changed = look_at_files(workspace, images, source.params.images, source.params.look, account)
-    found = int(np.isin(np.frombuffer(writer.unchanged, dtype=np.int64), list(changed)).sum())
+    account.plates = sorted(writer.plates)
+
+
+def look_at_images(workspace: Workspace, params: IngestParams, account: Account) -> None:
+    """Look at the files of the images that were ingested: those with news count as updated."""
+    images = np.unique(np.frombuffer(account.images, dtype=np.int64))
+    changed = look_at_files(workspace, images, params.images, params.look, account)
+    unchanged = np.frombuffer(account.unchanged_images, dtype=np.int64)
+    found = int(np.isin(unchanged, list(changed)).sum())
     account.unchanged -= found
     account.updated += found
-    account.plates = sorted(writer.plates)
 
 
 class RowWriter:
     """Writes the records of the file of ``account`` in the open transaction of ``session``.
 
-    ``maps`` rewrites the beginnings of the folders that the records name. ``plates`` and ``images``
-    are those of all records that were used, ``unchanged`` the images of those that brought nothing
-    new.
+    ``maps`` rewrites the beginnings of the folders that the records name. ``plates`` are those of
+    all records that were used.
     """
 
     def __init__(
@@ -272,8 +268,6 @@ class RowWriter:
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
         self.plates: set[int] = set()
-        self.images = array("q")
-        self.unchanged = array("q")
 
     def forget(self) -> None:
         """Ask the database again: what this writer wrote last was undone."""
@@ -347,7 +341,7 @@ class RowWriter:
                 self.account.updated += 1
             else:
                 self.account.unchanged += 1
-                self.unchanged.append(image)
+                self.account.unchanged_images.append(image)
         # From here on nothing is undone: what is remembered is of rows that are there.
         if len(self._metadata) > MANY_WELLS:
             self._write_metadata()
@@ -361,7 +355,7 @@ class RowWriter:
                 self._metadata[well] = both = {**found, **before}
                 self._differing |= {key for key, text in found.items() if both[key] != text}
         self.plates |= {self._plate_ids[barcode] for barcode in {r.plate for r in usable}}
-        self.images.extend(images)
+        self.account.images.extend(images)
         of_record = {
             id(record): None if id(used) in refused else image
             for record, used, image in zip(given, usable, images, strict=True)
