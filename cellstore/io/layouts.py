@@ -14,7 +14,7 @@ from ..errors import BadTableError, UserInputError
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
-from .platemaps import MapOptions, map_table
+from .platemaps import map_table
 from .tables import nearest_columns, open_table
 from .treatments import PREFIX
 
@@ -74,11 +74,12 @@ class Layout(StrEnum):
 def detect(
     path: Path,
     kind: SourceKind | None = None,
-    options: MapOptions = MapOptions(),  # noqa: B008
+    sheet: str | None = None,
+    map_columns: Sequence[tuple[str, str]] = (),
 ) -> Layout:
     """Tell from its content which layout a file or folder has; ``kind`` leaves only its layouts.
 
-    ``options`` are what a user says of a plate map, which they make of a table.
+    ``sheet`` and ``map_columns`` are what a user says of a plate map, which they make of a table.
 
     A table of images that also names treatments is a table of images, and a folder with a Harmony
     index is read through the index. Masks are never guessed: they are images like others.
@@ -124,8 +125,8 @@ def detect(
                     "cell), which cellstore does not store: ingest the table of single cells that "
                     "they were made from."
                 )
-            if options.sheet is not None or options.columns:
-                map_table(path, options)
+            if sheet is not None or map_columns:
+                map_table(path, sheet, map_columns)
                 found = [Layout.PLATEMAP]
             elif not found and open_map(path) is not None:
                 found = [Layout.PLATEMAP]

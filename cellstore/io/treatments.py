@@ -391,70 +391,49 @@ def _one_sample(given: TreatmentRecord, known: TreatmentRecord) -> bool:
     return known.kind is given.kind and getattr(known, key) == getattr(given, key)
 
 
-class Aliases:
-    """Names by alias; a name is never itself an alias."""
+def read_aliases(path: Path) -> dict[str, str]:
+    """Read names by alias: a table with the columns ``alias`` and ``name``.
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
-        self._done: dict[TreatmentRecord, TreatmentRecord] = {}
+    Raises:
+        BadTableError: a column is missing, a row is incomplete, an alias has two names, or is a
+            name, too. Nothing is guessed.
+        UserInputError: the file is missing or unreadable.
+    """
+    table = open_table(path)
+    columns = ("alias", "name")
+    table.require(*columns)
+    names: dict[str, str] = {}
 
-    @classmethod
-    def read(cls, path: Path) -> Aliases:
-        """Read a table with the columns ``alias`` and ``name`` (or ``from`` and ``to``).
+    def add(texts: Mapping[str, str]) -> None:
+        alias, name = map(texts.get, columns)
+        if alias is None or name is None:
+            raise RowRefusedError("", "both names are needed")
+        if len(name) > LONGEST:
+            raise RowRefusedError("", f"the name has more than {LONGEST} characters")
+        if names.setdefault(alias, name) != name:
+            raise RowRefusedError("", f"{alias!r} is {names[alias]!r} already")
 
-        An alias of an alias is followed to its end.
+    for row in table.records(columns, add):
+        if isinstance(row, Refusal):
+            raise BadTableError(
+                f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias table."
+            )
+    names = {alias: name for alias, name in names.items() if alias != name}
+    if both := sorted(names.keys() & set(names.values())):
+        raise BadTableError(
+            f"{path.name}: {', '.join(map(repr, both))} is an alias of another name, and has an "
+            "alias itself. Give each alias the name that is to stay."
+        )
+    return names
 
-        Raises:
-            BadTableError: a column is missing, a row is incomplete, an alias has two names, or
-                names go round in a circle. Nothing is guessed.
-            UserInputError: the file is missing or unreadable.
-        """
-        table = open_table(path)
-        pairs = (("alias", "name"), ("from", "to"))
-        columns = next((pair for pair in pairs if set(pair) <= set(table.columns)), pairs[0])
-        table.require(*columns)
-        given: dict[str, str] = {}
 
-        def add(texts: Mapping[str, str]) -> None:
-            alias, name = map(texts.get, columns)
-            if alias is None or name is None:
-                raise RowRefusedError("", "both names are needed")
-            if len(name) > LONGEST:
-                raise RowRefusedError("", f"the name has more than {LONGEST} characters")
-            if given.setdefault(alias, name) != name:
-                raise RowRefusedError("", f"{alias!r} is {given[alias]!r} already")
-
-        for row in table.records(columns, add):
-            if isinstance(row, Refusal):
-                raise BadTableError(
-                    f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias "
-                    "table."
-                )
-        names = {}
-        for alias in given:
-            chain = [alias]
-            while (name := given.get(chain[-1], chain[-1])) not in chain:
-                chain.append(name)
-            if name != chain[-1]:
-                circle = ", ".join(map(repr, sorted(chain)))
-                raise BadTableError(
-                    f"{path.name}: {circle} are aliases of each other. Choose one name for them."
-                )
-            names[alias] = name
-        return cls({alias: name for alias, name in names.items() if alias != name})
-
-    def apply(self, record: TreatmentRecord) -> TreatmentRecord:
-        """Return the treatment under its name; the same object for the same treatment.
-
-        Only the name is changed: two samples of one compound stay two samples.
-        """
-        if not any(part.pert_iname in self._names for part in record.parts):
-            return record
-        if record not in self._done:
-            name = self._names.get(record.pert_iname, record.pert_iname)
-            others = tuple(map(self.apply, record.others))
-            self._done[record] = replace(record, pert_iname=name, others=others)
-        return self._done[record]
+def without_aliases(record: TreatmentRecord, names: Mapping[str, str]) -> TreatmentRecord:
+    """Return the treatment under its ``names`` by alias: two samples of one stay two samples."""
+    if not any(part.pert_iname in names for part in record.parts):
+        return record
+    name = names.get(record.pert_iname, record.pert_iname)
+    others = tuple(without_aliases(other, names) for other in record.others)
+    return replace(record, pert_iname=name, others=others)
 
 
 # ---- Tables of treatments and of plates ----

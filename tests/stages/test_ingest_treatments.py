@@ -248,14 +248,15 @@ def test_barcodes_say_which_plates(bench: Bench) -> None:
     assert bench.count(Plate) == 3  # P9 is not made
     assert [issue.reason for issue in account.shown] == ["no such plate map"]
     unknown = (
-        "so its treatment is not known: A02. To say what it got: --blank DMSO or --blank untreated"
+        "is blank for these wells, so their treatment is not known: A02. To say what they got: "
+        "--blank DMSO or --blank untreated"
     )
     assert account.notes == [
         "1 of 4 plates are not in the store",
-        "1 well is blank in cp.csv, so DMSO: B01",
-        f"1 well is blank in orf.csv, {unknown}",
+        "cp.csv is blank for these wells, so DMSO: B01",
+        f"orf.csv {unknown}",
         "no plate of the store uses the plate map unused",
-        f"1 well is blank in unused.csv, {unknown}",
+        f"unused.csv {unknown}",
     ]
 
 
@@ -593,7 +594,7 @@ def test_one_map_for_several_plates(bench: Bench) -> None:
 def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
     head = "Well,Compound\n"
     blank = map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
-    assert blank.startswith("2 wells are blank in long.csv")  # no well has images so far
+    assert "known: A01, A02" in blank  # no well has images so far
     bench.make.image(bench.wells[1])
     assert "treatment is not known: A02. To say" in map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
     missing = map_of(bench, f"{head}A1,taxol\nB1,\n").notes[-1]
@@ -607,8 +608,8 @@ def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
     bench.make.image(third)
     (note,) = map_of(bench, f"{head}A1,taxol\nC1,taxol\n").notes
     assert note == (
-        "1 well with images got no treatment: B02, but wells without images got one: C01. If that "
-        "is not meant, look whether the map has shifted; cellstore undo RUN takes it back"
+        "long.csv: wells with images got no treatment: B02, but wells without images got one: C01. "
+        "If that is not meant, has the map shifted? cellstore undo RUN takes it back"
     )
 
 

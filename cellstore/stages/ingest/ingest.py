@@ -24,7 +24,6 @@ from ...enums import Look, Severity, Stage, Status
 from ...errors import UnknownNameError, UserInputError
 from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
-from ...io.platemaps import MapOptions
 from ...io.uris import exists, is_remote, join, map_folder, plain_file, shown, stat, writable
 from ...jobs.lookup import images_of
 from ...jobs.queue import requeue
@@ -293,7 +292,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if params.pattern is not None and kind in (None, SourceKind.IMAGES):
         layout = Layout.IMAGE_FOLDER
     else:
-        layout = detect(source, kind, MapOptions(params.sheet, params.map_columns))
+        layout = detect(source, kind, params.sheet, params.map_columns)
     chosen = [item for item in options_of(params) if getattr(params, item.name)]
     lost = [flag(item) for item in chosen if item.name in _OF_MAPS]
     if lost and layout is not Layout.PLATEMAP and params.platemap is None:

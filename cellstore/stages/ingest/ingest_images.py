@@ -41,9 +41,9 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import MapOptions, Position, notes_on_wells, read_annotation
+from ...io.platemaps import PlateAnnotation, Position, notes_on_wells, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
-from ...io.treatments import Aliases, TreatmentRecord
+from ...io.treatments import TreatmentRecord, read_aliases, without_aliases
 from ...io.uris import FileStat, exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_folder, gone_sentence
 from ...jobs.lookup import renamed_channels, renamed_plates
@@ -93,6 +93,19 @@ ImageKey = tuple[int, int, int, int]
 """Well, site, plane, time point."""
 
 
+def read_maps(platemap: Path, params: IngestParams) -> PlateAnnotation:
+    """Read a plate map, or a folder of them, with the tables and options that go with it."""
+    return read_annotation(
+        platemap,
+        params.compounds,
+        params.barcodes,
+        sheet=params.sheet,
+        columns=params.map_columns,
+        blank=params.blank,
+        controls=params.controls,
+    )
+
+
 class ImageSource:
     """Where records of images come from, and what is said about them elsewhere.
 
@@ -110,10 +123,7 @@ class ImageSource:
         self.files: list[Path] = []
         self.notes: list[str] = []
         if params.platemap is not None:
-            options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
-            self.annotation = read_annotation(
-                params.platemap, params.compounds, params.barcodes, options
-            )
+            self.annotation = read_maps(params.platemap, params)
             self.files += self.annotation.files
             self.notes += self.annotation.notes
         elif params.compounds or params.barcodes:
@@ -121,9 +131,9 @@ class ImageSource:
                 "--compounds and --barcodes go with a plate map: give --platemap, too, or ingest "
                 "the table of treatments by itself."
             )
-        self._aliases = None
+        self._aliases: Mapping[str, str] = {}
         if params.aliases is not None:
-            self._aliases = Aliases.read(params.aliases)
+            self._aliases = read_aliases(params.aliases)
             self.files.append(params.aliases)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
@@ -153,7 +163,7 @@ class ImageSource:
             raise UserInputError(
                 f"{self.path.name} is a file, and --pattern is for a folder of images. Remove it."
             )
-        if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
+        if not (self.annotation or self._aliases or self.params.pixel_size):
             yield from rows  # as they are: a table may have millions
             return
         imaged: dict[str, dict[Position, bool]] = {}
@@ -174,8 +184,8 @@ class ImageSource:
                 # A well of which the map says nothing is one that does not share it.
                 metadata = {**(metadata or {}), **(on_map.metadata if on_map else {})}
                 imaged.setdefault(plate_map.name, {})[well] = treatment is not None
-            if self._aliases is not None and treatment is not None:
-                treatment = self._aliases.apply(treatment)
+            if treatment is not None:
+                treatment = without_aliases(treatment, self._aliases)
             size = self.params.pixel_size or row.pixel_size
             yield row._replace(treatment=treatment, pixel_size=size, metadata=metadata)
         for plate_map in self.annotation.maps.values() if self.annotation else ():

@@ -19,30 +19,24 @@ from ...enums import Control
 from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
-from ...io.platemaps import (
-    MapOptions,
-    PlateAnnotation,
-    PlateMap,
-    Position,
-    notes_on_wells,
-    read_annotation,
-)
+from ...io.platemaps import PlateAnnotation, PlateMap, Position, notes_on_wells
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.treatments import (
-    Aliases,
     PlateRow,
     TreatmentRecord,
     TreatmentRow,
     completed,
     jump_plates,
+    read_aliases,
     treatment_rows,
+    without_aliases,
 )
 from ...io.uris import writable
 from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
-from .ingest_images import WELL, complete_plate, keep_well_metadata
+from .ingest_images import WELL, complete_plate, keep_well_metadata, read_maps
 from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
@@ -79,7 +73,7 @@ def ingest_treatments(
     """
     workspace.progress.start("ingest", 0)
     try:
-        aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
+        aliases = read_aliases(params.aliases) if params.aliases else {}
         if layout is Layout.PLATEMAP:
             _ingest_maps(session, source, params, aliases, account)
             return
@@ -160,7 +154,11 @@ def _write_plates(
 
 
 def _ingest_maps(
-    session: Session, source: Path, params: IngestParams, aliases: Aliases, account: Account
+    session: Session,
+    source: Path,
+    params: IngestParams,
+    aliases: Mapping[str, str],
+    account: Account,
 ) -> None:
     """Point the wells of the plates of the maps in ``source``.
 
@@ -168,8 +166,7 @@ def _ingest_maps(
         BadTableError: a table cannot be used as a plate map, or what goes with it.
         UserInputError: no plate is named for a map, or the store has none of them.
     """
-    options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
-    annotation = read_annotation(source, params.compounds, params.barcodes, options)
+    annotation = read_maps(source, params)
     account.notes += annotation.notes
     plates = _plates_of_maps(session, source, annotation, params.plate, account)
     map_files = {found.path for found in annotation.maps.values()}
@@ -275,12 +272,12 @@ def _apply_map(
     writer: TreatmentWriter,
     plate_map: PlateMap,
     plates: Sequence[int],
-    aliases: Aliases,
+    aliases: Mapping[str, str],
     account: Account,
 ) -> tuple[set[Position], set[Position]]:
     """Point the wells of ``plates`` to their treatments; return those made, and those changed."""
     on_map = plate_map.wells
-    treated = {at: aliases.apply(row.record) for at, row in on_map.items() if row.record}
+    treated = {at: without_aliases(row.record, aliases) for at, row in on_map.items() if row.record}
     emptied = on_map.keys() - treated.keys()
     wells: dict[tuple[int, Position], int] = {}
     query = (
@@ -367,7 +364,7 @@ def _write_treatments(
     session: Session,
     writer: TreatmentWriter,
     rows: Sequence[TreatmentRow],
-    aliases: Aliases,
+    aliases: Mapping[str, str],
     first: dict[_Sample, int],
     account: Account,
 ) -> None:
@@ -381,7 +378,7 @@ def _write_treatments(
         if written is None:
             account.unchanged += 1
             continue
-        record = aliases.apply(written)
+        record = without_aliases(written, aliases)
         sample, description = _sample(record), hash(record)
         if sample not in first:
             first[sample] = description
