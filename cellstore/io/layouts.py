@@ -15,7 +15,7 @@ from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
 from .platemaps import map_table
-from .tables import nearest_columns, open_table
+from .tables import open_table
 from .treatments import PREFIX
 
 _OTHERS = (
@@ -23,10 +23,6 @@ _OTHERS = (
     "Metadata_Site, or, as a published table, FileName_OrigRNA and Metadata_pert_iname; a table of "
     "treatments broad_sample and pert_iname or gene; a table of single cells Metadata_Plate, "
     "Metadata_Well and features."
-)
-_WANTED = (
-    *("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_Plate", "Metadata_Well"),
-    *("well_position", "broad_sample"),
 )
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
 _TABLE_SUFFIXES = (
@@ -268,7 +264,4 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
         return BadTableError(f"{needs}.")
-    wanted = [column for column in _WANTED if column not in columns]
-    near = nearest_columns(wanted, columns)
-    near = f" {near}" if near.startswith("The n") else ""
-    return BadTableError(f"{needs}. {_OTHERS}{near}")
+    return BadTableError(f"{needs}. {_OTHERS}")

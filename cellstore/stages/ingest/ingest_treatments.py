@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
@@ -396,24 +396,17 @@ def _write_treatments(
         for use, old in known[_sample(record)].items()
         if _unordered(completed(record, old)) != _unordered(old)
     }
+    query = select(Well.id, Well.treatment_id, Well.control)
+    treatments = {treatment for treatment, _ in corrected}
+    uses: dict[int, _Use] = {
+        well: (had, control)
+        for well, had, control in rows_in(session, query, Well.treatment_id, treatments)
+        if (had, control) in corrected
+    }
     moved: set[_Use] = set()
-    for some in in_lists(sorted({treatment for treatment, _ in corrected})):
-        last = 0
-        while True:  # in pieces by id: what changes meanwhile is past
-            query = (
-                select(Well.id, Well.treatment_id, Well.control)
-                .where(Well.treatment_id.in_(some), Well.id > last)
-                .order_by(Well.id)
-                .limit(WELLS_AT_ONCE)
-            )
-            wells: dict[int, Any] = {
-                well: (had, control) for well, had, control in session.execute(query)
-            }
-            if not wells:
-                break
-            wanted = {well: corrected[use] for well, use in wells.items() if use in corrected}
-            moved |= {wells[well] for well in writer.assign(wanted, ())}
-            last = max(wells)
+    for some in in_lists(sorted(uses), WELLS_AT_ONCE):
+        wanted = {well: corrected[uses[well]] for well in some}
+        moved |= {uses[well] for well in writer.assign(wanted, ())}
     records = []
     for _, record in given:
         present = known[_sample(record)]
