@@ -52,7 +52,7 @@ def ingest(
     common: Common,
     dry_run: bool = option(False, "Only show what each file, well or table would become."),
     template: Path | None = option(
-        None, "Write an empty plate map to this file (.xlsx or .csv) for you to fill in."
+        None, "Write an empty plate map to this file (.xlsx) for you to fill in."
     ),
 ) -> None:
     """Ingest images, treatments, features or masks, however they were exported.

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from ..errors import BadTableError, StorageError, UserInputError, first_line
+from ..errors import StorageError, UserInputError, first_line
 from .cellprofiler import (
     COMPARTMENTS,
     IMAGE_NUMBER,
@@ -101,8 +101,6 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
     for file in files:
         if object_columns(file.kind, file.columns):
             kinds.setdefault(file.kind, []).append(file)
-    if not of_images and not kinds:
-        raise BadTableError(f"{path} has no Image.csv of CellProfiler, nor tables of objects.")
     images = ImageIndex(source)
     folder_names = [folder.name for folder in folders]
     for file in of_images:
@@ -179,12 +177,7 @@ def _buffered(
     target: Path,
     images: ImageIndex,
 ) -> TableKeys:
-    """Move the features of all ``files`` of one kind to ``target``; return the keys of their rows.
-
-    Raises:
-        BadTableError: a file is damaged.
-        StorageError: the temporary folder is full.
-    """
+    """Move the features of ``files`` of one kind to ``target``; return the keys of their rows."""
     schema = pa.schema([(name, pa.float64()) for name in columns.features])
     keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
     without = images.groups_without(columns.objects)
@@ -251,11 +244,7 @@ def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array | None) -> Non
 
 @contextmanager
 def _arrow_file(path: Path, schema: pa.Schema) -> Iterator[Any]:
-    """Open a temporary Arrow file to write batches to.
-
-    Raises:
-        StorageError: the temporary folder is full.
-    """
+    """Open a temporary Arrow file to write batches to."""
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
             yield writer

@@ -151,17 +151,17 @@ def is_cellprofiler_sqlite(path: Path) -> bool:
 
 
 def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open an SQLite database; ``plate`` is the barcode where the tables name none.
+    """Open an SQLite database with a table of images (:func:`is_cellprofiler_sqlite`).
+
+    ``plate`` is the barcode where the tables name none.
 
     Raises:
-        BadTableError: there is no such table, several segmentations, or damage.
+        BadTableError: there are several segmentations, or damage.
         UserInputError: no table names its plate.
     """
     source = ObjectSource(TOOL, own_images=True)
     tables = _sqlite_tables(path)
-    image_table = _image_table(tables)
-    if image_table is None:
-        raise BadTableError(f"{path} has no table Image of CellProfiler.")
+    image_table = str(_image_table(tables))
     images = ImageIndex(source)
     keys = {IMAGE_NUMBER, TABLE_NUMBER}
     read = [name for name in tables[image_table] if name in keys or about_image(name)]

@@ -81,8 +81,8 @@ def detect(
     index is read through the index. Masks are never guessed: they are images like others.
 
     Raises:
-        BadTableError: it has none of the known layouts, or several of them; the message says what
-            was looked for, the nearest columns, and how to choose.
+        BadTableError: it has none of the known layouts, or holds several kinds; the message says
+            what was looked for, what is there, and how to choose.
         OSError: it is not there or may not be read.
     """
     if kind is SourceKind.MASKS:
@@ -127,21 +127,19 @@ def detect(
             elif not found and open_map(path) is not None:
                 found = [Layout.PLATEMAP]
     chosen = [item for item in found if kind is None or item.kind is kind]
-    if Layout.HARMONY in chosen:
-        chosen = [item for item in chosen if item is not Layout.IMAGE_FOLDER]
     if kind is None and any(item.kind is SourceKind.IMAGES for item in found):
         # A plate map may lie beside the images, and a table of images may name treatments.
         chosen = [item for item in chosen if item.kind is not SourceKind.TREATMENTS]
-    if len(chosen) == 1:
-        return chosen[0]
-    named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
-    if len({item.kind for item in chosen}) > 1:
-        kinds = [item.kind.value for item in chosen]
+    kinds = list(dict.fromkeys(item.kind.value for item in chosen))
+    if len(kinds) > 1:
         commands = (f"cellstore ingest {kind} {shlex.quote(str(path))}" for kind in kinds)
         raise BadTableError(
             f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
         )
+    if chosen:
+        return chosen[0]  # Harmony's index goes before the names of its images
     if found:
+        named = " or ".join(f"{item.value} ({item.kind.value})" for item in found)
         raise BadTableError(f"{path} looks like {named}, not {kind}. Name another kind, or none.")
     raise _unknown(path, head)
 

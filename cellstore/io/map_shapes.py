@@ -616,38 +616,28 @@ _TEMPLATE = (
     *("Well", "Compound", "Dose", "Unit", "Control", "Target", "Cell line", "Time (h)"),
     *("Replicate", "Batch"),
 )
-_TEMPLATE_FORMAT = (8, 12)
 
 
 def write_template(path: Path) -> None:
-    """Write an empty plate map of 96 wells, as .xlsx or .csv by the ending of ``path``.
+    """Write an empty plate map of 96 wells as .xlsx.
 
     Raises:
-        MissingExtraError: .xlsx, and xlsxwriter is not installed.
+        MissingExtraError: xlsxwriter is not installed.
         UserInputError: the file is there already, has another ending, or cannot be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".xlsx", ".csv"):
-        raise UserInputError(f"A template ends with .xlsx or .csv, not {path.name}.")
+    if path.suffix.lower() != ".xlsx":
+        raise UserInputError(f"A template ends with .xlsx, not {path.name}.")
     if path.exists():
         raise UserInputError(f"{path} is there already. Choose another name.")
-    n_rows, n_columns = _TEMPLATE_FORMAT
-    wells = [(r, c) for r in range(1, n_rows + 1) for c in range(1, n_columns + 1)]
-    names = [format_well(*well) for well in wells]
     try:
-        if suffix == ".csv":
-            blank = "," * (len(_TEMPLATE) - 1)
-            lines = [",".join(_TEMPLATE), *(f"{name}{blank}" for name in names)]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return
-        try:
-            xlsxwriter = import_module("xlsxwriter")
-        except ImportError as error:
-            raise MissingExtraError.of("xlsxwriter", "excel") from error
+        xlsxwriter = import_module("xlsxwriter")
+    except ImportError as error:
+        raise MissingExtraError.of("xlsxwriter", "excel") from error
+    try:
         book = xlsxwriter.Workbook(str(path))
         sheet = book.add_worksheet("plate map")
         sheet.write_row(0, 0, _TEMPLATE)
-        sheet.write_column(1, 0, names)
+        sheet.write_column(1, 0, [format_well(r, c) for r in range(1, 9) for c in range(1, 13)])
         book.close()
-    except OSError as error:
-        raise UserInputError(f"{path} cannot be written ({error.strerror}).") from error
+    except (OSError, xlsxwriter.exceptions.FileCreateError) as error:
+        raise UserInputError(f"{path} cannot be written. Choose another folder.") from error

@@ -231,11 +231,7 @@ def read_annotation(
 def _usable_rows(
     path: Path, table: TextTable, columns: MapColumns
 ) -> tuple[list[MapRow], list[Refusal]]:
-    """Return the rows of a map, and those that cannot be used.
-
-    Raises:
-        BadTableError: no row can be used, all for one reason; the message has an example.
-    """
+    """Return the rows of a map, and those that cannot be used."""
     rows: list[MapRow] = []
     refused: list[Refusal] = []
     for item in _map_rows(table, columns):
@@ -599,9 +595,6 @@ def _set_controls(maps: Collection[PlateMap], asked: Sequence[tuple[str, str]]) 
     """Make the treatments that a user names controls, as ``asked``: (name, role).
 
     Of a combination, all parts but genotypes must be named.
-
-    Raises:
-        UnknownNameError: a name is on no map, or a role is none.
     """
     roles: dict[str, Control] = {}
     for name, role in asked:

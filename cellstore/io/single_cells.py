@@ -158,21 +158,18 @@ def is_single_cells(path: Path) -> bool:
 
 
 def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open a table with a row per cell; ``plate`` is the barcode where it names none.
+    """Open a table with a row per cell (:func:`is_single_cells`).
+
+    ``plate`` is the barcode where it names none.
 
     Raises:
-        BadTableError: it has no cells, no features, or is damaged.
+        BadTableError: it is damaged.
         UserInputError: no row names its plate, or the file cannot be read.
     """
     source = ObjectSource(TOOL, own_images=False)
     is_parquet = first_bytes(path) == PARQUET
     table: _Table = _ParquetTable(path) if is_parquet else _TextCells(path, source)
     columns = _Columns.of(table.columns)
-    if columns.object_number is None:
-        what = "no column with the number of the cell (Metadata_ObjectNumber)"
-        raise BadTableError(f"{path.name} has {what}.")
-    if not columns.features:
-        raise BadTableError(f"{path.name} has no column of features.")
     kept = _find_cells(source, path, table, columns, plate)
     types = {name: table.dtype(name) for name in columns.features}
     source.objects = tuple(
@@ -361,8 +358,6 @@ class _TextCells:
 
     def __init__(self, path: Path, source: ObjectSource) -> None:
         self._table: TextTable = open_table(path, empty=True)
-        if not self._table.columns:
-            raise BadTableError(f"{path} is empty. Export it again, or give another file.")
         self._source = source
         self.refused: list[Refusal] = []
         self.columns: Sequence[str] = list(dict.fromkeys(self._table.columns))

@@ -87,7 +87,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     Raises:
         BadTableError: no table has a column ``split``; one does not name what it splits; two
             have no column in common.
-        UserInputError: a file cannot be read.
+        UserInputError: a file cannot be read, or no row can be used.
     """
     # Held in memory are the columns that we know, and those that join two tables.
     headers = [set(map(plain_name, open_table(path, whole=False).columns)) for path in paths]
@@ -118,6 +118,9 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
                 refusals.append((table.path.name, item))
             else:
                 rows.append(item)
+    if not rows:
+        why = refusals[0][1].detail if refusals else "there is none"
+        raise UserInputError(f"No row of the split tables can be used ({why}).")
     return SplitTables(tuple(rows), tuple(refusals), digests)
 
 
@@ -194,14 +197,3 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
             yield row
         else:
             yield from (replace(row, identifier=cells[name]) for name in pairs if name in cells)
-
-
-def check_not_empty(tables: SplitTables) -> None:
-    """Refuse tables of which no row can be used.
-
-    Raises:
-        UserInputError: with the first reason.
-    """
-    if not tables.rows:
-        why = tables.refusals[0][1].detail if tables.refusals else "there is none"
-        raise UserInputError(f"No row of the split tables can be used ({why}).")

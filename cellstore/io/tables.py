@@ -488,9 +488,6 @@ def _encoding(
     """Return the encoding of a text, by all or by the first piece of it, and a note if it is odd.
 
     None: it is ``empty``, which is allowed.
-
-    Raises:
-        BadTableError: it is empty, no text, or has a line that does not fit into memory.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     notes: tuple[str, ...] = ()
@@ -555,9 +552,6 @@ def _with_errors(path: Path) -> Path | io.BytesIO:
     """Return a workbook whose errors are texts like ``#N/A``: calamine leaves these cells blank.
 
     It is refused where it does not fit into memory, which is read from A1 to the last cell.
-
-    Raises:
-        BadTableError: it is too large, or it is .xls and has errors, which cannot be told apart.
     """
     import zipfile
 

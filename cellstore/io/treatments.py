@@ -506,11 +506,7 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
 
 def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
-    """Yield the plates of ``plate.csv``; their source and their type are metadata.
-
-    Raises:
-        BadTableError: a column is missing.
-    """
+    """Yield the plates of ``plate.csv``; their source and their type are metadata."""
     columns = [PREFIX + name for name in ("Plate", "Batch", "Source", "PlateType")]
 
     def record(texts: Mapping[str, str]) -> PlateRow:
@@ -522,7 +518,6 @@ def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
         others = {name.removeprefix(PREFIX): texts[name] for name in columns[2:] if name in texts}
         return PlateRow(barcode, batch, others)
 
-    table.require(*columns[:2])
     return table.records(columns, record)
 
 

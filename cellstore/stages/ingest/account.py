@@ -56,11 +56,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Return the identity of a file or folder on this machine; one pass over its bytes.
-
-        Raises:
-            UserInputError: it is a file that is not there or cannot be read, or a pipe.
-        """
+        """Return the identity of a file or folder on this machine; one pass over its bytes."""
         digest, size, lines = hashlib.sha256(), 0, 0
         if not path.is_dir():
             try:
@@ -183,11 +179,7 @@ class Account:
         self.shown += other.shown[: SHOWN - len(self.shown)]
 
     def close(self, session: Session, layout: str, identity: FileIdentity) -> None:
-        """Write what is left, and the row of the file.
-
-        Raises:
-            AssertionError: a row was lost or counted twice, which is an error of ours.
-        """
+        """Write what is left, and the row of the file."""
         found = self.created + self.updated + self.unchanged + self.refused
         if found != self.rows:
             raise AssertionError(f"{self.file}: {self.rows} rows were read, {found} accounted for")

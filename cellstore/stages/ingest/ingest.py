@@ -268,12 +268,7 @@ def _first_read(session: Session, digests: set[str]) -> int | None:
 
 
 def choose_layout(source: str | Path, params: IngestParams) -> Layout:
-    """Return how ``source`` is to be read: as asked for, else as its content says.
-
-    Raises:
-        BadTableError: it is none of the known layouts, or more than one.
-        UserInputError: there is no such file, or it is of another kind than asked for.
-    """
+    """Return how ``source`` is to be read: as asked for, else as its content says."""
     if is_remote(str(source)):
         raise UserInputError(
             f"{shown(str(source))} is not on this machine. Copy the table or index here; its "

@@ -80,11 +80,6 @@ def ingest_features(
     written at once, their rows count with the transaction. ``identity`` is that of ``source``; None
     for a dry run: no file is written, and the caller undoes the rows.
     ``again``: the source is known, and the features of cells whose file is gone are written again.
-
-    Raises:
-        BadTableError: the source is damaged, or its objects have no numbers.
-        UserInputError: no plate is known, or the feature set has other columns.
-        StorageError: a file cannot be written.
     """
     default_name, open_source = _READERS[layout]
     name = check_set_name(params.name or default_name)
@@ -152,11 +147,7 @@ def lacks_files(session: Session, artifacts: ArtifactFolder, name: str) -> bool:
 def _refuse_known_cells(
     session: Session, source: ObjectSource, images: Integers, segment_id: int
 ) -> None:
-    """Refuse an export of this store: its cells would be there a second time, and count twice.
-
-    Raises:
-        UserInputError: its first cells are those of this store, found by another recipe.
-    """
+    """Refuse an export of this store: its cells would be there a second time, and count twice."""
     if source.cell_ids is None or len(source.cell_ids) == 0:
         return
     batch = next(source.batches())
@@ -271,11 +262,7 @@ class _TargetSet:
     schema: pa.Schema
 
     def conform(self, values: pa.RecordBatch, where: str) -> pa.RecordBatch:
-        """Return ``values`` with the columns of the set, in its order and types.
-
-        Raises:
-            BadTableError: a column of whole numbers has others in this source.
-        """
+        """Return ``values`` with the columns of the set, in its order and types."""
         arrays = []
         for column in self.schema:
             found = values.column(values.schema.get_field_index(column.name))
@@ -290,11 +277,7 @@ class _TargetSet:
 
 
 def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet:
-    """Return the feature set ``name`` for the columns of ``source``, made if it is new.
-
-    Raises:
-        UserInputError: there is one with other columns.
-    """
+    """Return the feature set ``name`` for the columns of ``source``, made if it is new."""
     kinds = {kind: name for name, kind in DTYPES.items()}
     new = {column.name: kinds[column.type] for column in source.schema}
     found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
@@ -381,12 +364,7 @@ class _CellWriter:
     created: int = 0
 
     def write(self) -> None:
-        """Bring all cells in.
-
-        Raises:
-            BadTableError: the source turns out damaged.
-            StorageError: the disk is full.
-        """
+        """Bring all cells in."""
         artifacts, images = self.workspace.artifacts, self.images
         known: list[int] = []
         query = select(Segmentation.image_id, Segmentation.id, Segmentation.n_cells).where(

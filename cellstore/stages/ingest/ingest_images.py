@@ -111,10 +111,6 @@ class ImageSource:
 
     ``files`` are read beside the source. ``notes`` is what a user should know of it, complete when
     all records were read.
-
-    Raises:
-        BadTableError: a table of treatments cannot be read.
-        UserInputError: treatments are given, but not which well got which.
     """
 
     def __init__(self, path: Path, layout: Layout, params: IngestParams) -> None:
@@ -137,11 +133,7 @@ class ImageSource:
             self.files.append(params.aliases)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield the records with their treatments, and what cannot be used, one by one.
-
-        Raises:
-            BadTableError: the source is unreadable, or turns out to be.
-        """
+        """Yield the records with their treatments, and what cannot be used, one by one."""
         plate, channels = next(iter(self.params.plate), None), dict(self.params.channels)
         rows: Iterator[ImageRecord | Refusal]
         if self.layout is Layout.HARMONY:

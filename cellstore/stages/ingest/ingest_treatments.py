@@ -66,10 +66,6 @@ def ingest_treatments(
       corrects: the same ``broad_sample`` (or JCP2022), and other or more values. A value that
       the table leaves open stays as it is.
     * JUMP's table of plates makes plates, and sets the batch of those that are there.
-
-    Raises:
-        BadTableError: a table lacks columns, or tables do not fit each other.
-        UserInputError: no plate is named for a map, or none of them is in the store.
     """
     workspace.progress.start("ingest", 0)
     try:
@@ -160,12 +156,7 @@ def _ingest_maps(
     aliases: Mapping[str, str],
     account: Account,
 ) -> None:
-    """Point the wells of the plates of the maps in ``source``.
-
-    Raises:
-        BadTableError: a table cannot be used as a plate map, or what goes with it.
-        UserInputError: no plate is named for a map, or the store has none of them.
-    """
+    """Point the wells of the plates of the maps in ``source``."""
     annotation = read_maps(source, params)
     account.notes += annotation.notes
     plates = _plates_of_maps(session, source, annotation, params.plate, account)
