@@ -107,11 +107,11 @@ class TreatmentRecord:
         inchikey, smiles, pubchem_cid = chemistry or (None, None, None)
         target = target_of(targets)
         made = cls(kind, name, target, control, identifier, inchikey, smiles, pubchem_cid)
-        keys = ("pert_iname", "identifier", "inchikey", "pubchem_cid")
-        long = [key for key in keys if len(getattr(made, key) or "") > LONGEST]
-        if long:
-            detail = f"{' and '.join(long)} of more than {LONGEST} characters"
-            raise RowRefusedError(LONG_NAME, detail)
+        for key in ("pert_iname", "identifier", "inchikey", "pubchem_cid"):
+            if len(getattr(made, key) or "") > LONGEST:
+                raise RowRefusedError(LONG_NAME, f"{key} of more than {LONGEST} characters")
+        if any("\0" in (text or "") for text in (name, identifier, targets, *chemistry)):
+            raise RowRefusedError(LONG_NAME, "it has a NUL in it")
         return made
 
     @classmethod

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, func, select, text
+from sqlalchemy import delete, func, select
 from test_ingest import CHANNELS, count, dump, loaddata, write_image, write_table
 
 from cellstore.config import IngestParams
@@ -21,7 +21,6 @@ from cellstore.enums import Look, Severity
 from cellstore.errors import CellstoreError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
-    Event,
     Folder,
     Image,
     ImageFile,
@@ -151,31 +150,6 @@ def test_a_name_that_no_database_holds_is_refused(workspace: Workspace, tmp_path
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert (result.rows, result.created, result.refused) == (3, 1, 2)
     assert balanced(result)
-
-
-@pytest.mark.each_database
-def test_a_batch_that_the_database_refuses_loses_only_its_bad_rows(
-    workspace: Workspace, tmp_path: Path
-) -> None:
-    # Such an index takes one image of each site: a refusal as a database gives it.
-    with workspace.database.begin() as session:
-        session.execute(text("CREATE UNIQUE INDEX one_of_each ON images (site)"))
-    ingest(workspace, write_table(tmp_path / "before.csv", [loaddata(4, "taxol")]))
-    rows = [loaddata(site) for site in (1, 2, 3)]
-    other = {key: value.replace("r01c02", "r01c03") for key, value in loaddata(2).items()}
-    rows.insert(2, {**other, "Metadata_Well": "A03", "Metadata_pert_iname": "aloxistatin"})
-    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
-    assert (result.rows, result.created, result.refused) == (4, 3, 1)
-    assert [(item.line, item.reason) for item in result.issues] == [(4, "the database refuses it")]
-    assert (count(workspace, Image), result.plates, result.images) == (4, 1, 4)
-    relabelled = (
-        Event.run_id == result.run_id,
-        Event.table_name == "wells",
-        Event.old.is_not(None),
-    )
-    assert (
-        count(workspace, Event, *relabelled, Event.old.is_not(None)) == 1
-    )  # not once more for what was taken back
 
 
 def test_two_files_for_one_field_and_channel_are_not_mixed(
@@ -430,8 +404,7 @@ def test_metadata_columns_are_kept_with_the_plate_or_the_well(
         "metadata not kept, because the images of one well have different values: focus"
     ]
     more = [row("A03", 1, "9", "0.1") | {"Metadata_Source": "source_5"}]
-    again = ingest(workspace, write_table(tmp_path / "u.csv", more))
-    assert again.notes == ("wells whose metadata was replaced: 1",)
+    ingest(workspace, write_table(tmp_path / "u.csv", more))
     with workspace.database.read() as session:
         plate = session.scalars(select(Plate)).one()
         wells = session.execute(select(Well.name, Well.metadata_).order_by(Well.name)).all()

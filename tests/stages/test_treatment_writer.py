@@ -12,7 +12,6 @@ from cellstore.enums import Control, PerturbationKind, Severity, Stage
 from cellstore.io.treatments import TreatmentRecord
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Treatment, Well
-from cellstore.stages.ingest import write_treatments as writer_module
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.write_treatments import (
     TreatmentWriter,
@@ -248,20 +247,6 @@ def test_one_writer_remembers_what_it_did(screen: Screen) -> None:
         assert writer.used == set(writer.ids([AMG, TAXOL]).values())
     ((table, _, new, *where),) = screen.changes()
     assert (table, new["treatment"], where) == ("wells", "taxol", ["f", 3])
-
-
-def test_a_full_memory_forgets_and_asks_again(
-    screen: Screen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writer_module, "CACHED", 0)
-    records = [replace(TAXOL, identifier=f"BRD-{number}") for number in range(3)]
-    with screen.workspace.database.begin() as session:
-        writer = TreatmentWriter(session, Account(screen.run.id, "f"))
-        first = [writer.ids([record])[record] for record in records]
-        assert first == [writer.ids(records)[record] for record in records]
-        for well in screen.wells:
-            assert writer.assign({well: (AMG, None)}, {well}) == {well}
-            assert writer.assign({well: (AMG, None)}, {well}) == set()
 
 
 @pytest.mark.each_database

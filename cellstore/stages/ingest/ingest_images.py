@@ -11,7 +11,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
@@ -32,7 +30,7 @@ from ...db.bulk import (
     rows_in,
     wide_cache,
 )
-from ...db.events import Change, is_new, record_events, savepoint
+from ...db.events import Change, is_new, record_events
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -67,9 +65,6 @@ GONE = "files are gone"
 
 _LONGEST_FOLDER = 2_000
 """What the index of a database can hold."""
-
-MANY_WELLS = 200_000
-"""Wells whose ids are remembered; a file that goes on past them asks the database again."""
 
 _PLATE_COLUMNS = {
     name: column
@@ -201,27 +196,7 @@ def ingest_images(
             writer = RowWriter(session, account, source.params.maps)
             rows = source.records()
             while batch := list(islice(rows, BATCH)):
-                # Together; where the database refuses one of them, each by itself.
-                waiting = [account.take(batch)]
-                while waiting:
-                    some = waiting.pop()
-                    before = replace(
-                        account,
-                        reasons=account.reasons.copy(),
-                        shown=account.shown[:],
-                        pending=account.pending[:],
-                    )
-                    try:
-                        with savepoint(session):
-                            writer.write(some)
-                    except (DataError, IntegrityError):
-                        vars(account).update(vars(before))
-                        writer.forget()
-                        if len(some) > 1:
-                            waiting = [[record] for record in reversed(some)]
-                            continue
-                        detail = f"plate {some[0].plate}"
-                        account.refuse(some[0].line, "the database refuses it", detail)
+                writer.write(account.take(batch))
                 account.flush(session)
                 workspace.progress.advance(len(batch))
             # What is known only when all records were read.
@@ -270,13 +245,6 @@ class RowWriter:
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
         self.plates: set[int] = set()
-
-    def forget(self) -> None:
-        """Ask the database again: what this writer wrote last was undone."""
-        self._plate_ids.clear()
-        self._well_ids.clear()
-        self._folder_ids = {None: None}
-        self._treatments.forget()
 
     def write(self, records: Sequence[ImageRecord]) -> list[int | None]:
         """Bring records in; return the image of each, None where the record was refused.
@@ -344,9 +312,6 @@ class RowWriter:
             else:
                 self.account.unchanged += 1
                 self.account.unchanged_images.append(image)
-        # From here on nothing is undone: what is remembered is of rows that are there.
-        if len(self._metadata) > MANY_WELLS:
-            self._write_metadata()
         for record, well in zip(usable, wells, strict=True):
             found = record.metadata
             if found is None:
@@ -413,8 +378,6 @@ class RowWriter:
 
     def _find_wells(self, records: Sequence[ImageRecord]) -> tuple[list[int], set[int]]:
         """Return the well of each record, and those wells that were made for it."""
-        if len(self._well_ids) > MANY_WELLS:
-            self._well_ids.clear()
         known = self._well_ids
         keys = [(record.plate, record.row, record.column) for record in records]
         missing = {key for key in keys if key not in known}
@@ -567,9 +530,7 @@ class RowWriter:
                 if kept := {key: found[key] for key in found.keys() - self._differing}:
                     of_wells[well] = kept
         self.session.flush()
-        changed = keep_well_metadata(self.session, of_wells, common, self.account.run_id)
-        if replaced := sum(changed.values()):
-            self.account.notes.append(f"wells whose metadata was replaced: {replaced:,}")
+        keep_well_metadata(self.session, of_wells, common, self.account.run_id)
         if self._differing:
             names = ", ".join(sorted(self._differing)[:5])
             more = ", ..." if len(self._differing) > 5 else ""
@@ -577,7 +538,6 @@ class RowWriter:
                 "metadata not kept, because the images of one well have different values: "
                 f"{names}{more}"
             )
-        self._metadata.clear()
 
 
 def rename_channels(record: ImageRecord, now: Mapping[str, str], notes: list[str]) -> ImageRecord:
@@ -632,15 +592,15 @@ def keep_well_metadata(
     metadata: Mapping[int, Mapping[str, str]],
     common: Mapping[int, Mapping[str, Any]],
     run_id: int,
-) -> dict[int, bool]:
+) -> set[int]:
     """Add what a table says of wells (ids) beyond our columns.
 
     What holds for the whole plate (``common``, by its id) is not said again of a well, unless
     the well has a value of its own.
 
-    Returns the wells of which it is news, and whether they had other metadata before.
+    Returns the wells of which it is news.
     """
-    changed: dict[int, bool] = {}
+    changed: set[int] = set()
     for some in in_lists(metadata):
         rows = []
         changes = []
@@ -656,7 +616,7 @@ def keep_well_metadata(
                 if not is_new(session, "wells", well):
                     old, new = {"metadata": before}, {"metadata": after}
                     changes.append(Change("wells", well, old, new))
-                changed[well] = before is not None
+                changed.add(well)
         if rows:
             session.execute(update(Well), rows)
         record_events(session, changes, run_id=run_id)

@@ -315,7 +315,7 @@ def _apply_map(
         for (plate, at), well in all_wells.items()
         if at in on_map and on_map[at].metadata
     }
-    changed |= keep_well_metadata(session, metadata, common, account.run_id).keys()
+    changed |= keep_well_metadata(session, metadata, common, account.run_id)
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 

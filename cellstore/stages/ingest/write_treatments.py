@@ -21,9 +21,6 @@ from ...io.treatments import TreatmentRecord, completed, normalised_name, target
 from ...models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
 
-CACHED = 200_000
-"""Wells (and treatments) that a writer remembers: some 500 plates."""
-
 READABLE = 500
 """Characters of an identity that people can read; all that it says is in the digest after them."""
 
@@ -124,7 +121,7 @@ class TreatmentWriter:
     """Finds or makes treatments and gives them to wells, in the caller's transaction.
 
     Made for one ``file`` (else that of ``account``). It remembers what it has seen of treatments
-    and wells: ``forget`` that after a rollback.
+    and wells.
     """
 
     def __init__(self, session: Session, account: Account, file: str | None = None) -> None:
@@ -152,15 +149,8 @@ class TreatmentWriter:
             of = select(Event.row_id).where(Event.table_name == "perturbations", *after)
             self._newer["perturbations"] = {key for key in session.scalars(of) if key is not None}
 
-    def forget(self) -> None:
-        """Read all from the database again, after what was written last was undone."""
-        for cache in (self._wells, self._records, self._treatments, self._perturbations):
-            cache.clear()  # together, as they are looked up together
-
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new and corrected where it is not."""
-        if len(self._treatments) > CACHED:
-            self.forget()
         found = list(records)
         ids = self._find_or_make([(record, record, None) for record in found])
         self.used.update(ids)
@@ -181,8 +171,6 @@ class TreatmentWriter:
         session = self._session
         self._kept |= self._newer["wells"] & wanted.keys()
         wanted = {well: item for well, item in wanted.items() if well not in self._kept}
-        if max(len(self._wells), len(self._treatments)) > CACHED:
-            self.forget()
         unknown = [well for well in wanted if well not in self._wells]
         query = select(Well.id, Well.treatment_id, Well.control)
         for well, treatment, control in rows_in(session, query, Well.id, unknown):
