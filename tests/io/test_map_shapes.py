@@ -372,7 +372,7 @@ def test_errors_and_dates_of_excel_are_no_treatments(tmp_path: Path, ending: str
         "A07": None,
         "A08": "DMSO",
     }
-    blank, error, dates = sorted(notes_on_wells(found.maps["map"], {}))
+    dates, error, blank = sorted(notes_on_wells(found.maps["map"], {}))
     assert "is blank for these wells" in blank
     assert (
         "an error of Excel (#N/A) for these wells, so their treatment is not known: A02, A07"

@@ -86,7 +86,7 @@ def test_an_empty_sample_with_a_dose_is_not_guessed_to_be_dmso(tmp_path: Path) -
     assert treatment_of_well(found, "any", 1, 1) is None
     assert well(found, 2).control is Control.NEGATIVE
     note, _ = notes_on_wells(found.maps["map"], {})  # and that A02 is DMSO
-    assert note.startswith("map.txt for map has a dose and no name (5) for these wells")
+    assert note.startswith("map.txt has a dose and no name (5) for these wells")
     asked = read_annotation(path, blank="DMSO")
     assert well(asked).control is Control.NEGATIVE
 

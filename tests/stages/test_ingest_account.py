@@ -63,9 +63,7 @@ def test_every_issue_is_a_row_to_ask_for(workspace: Workspace, tmp_path: Path) -
     assert file.run_id == result.run_id
 
 
-def test_a_compound_of_two_targets_is_reported_with_its_wells(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_compound_of_two_targets_is_reported(workspace: Workspace, tmp_path: Path) -> None:
     def row(well: str, target: str) -> dict[str, str]:
         phenix = {
             key: value.replace("r01c02", f"r01c{well[1:]}") for key, value in loaddata(1).items()
@@ -78,10 +76,8 @@ def test_a_compound_of_two_targets_is_reported_with_its_wells(
     assert (result.created, result.refused) == (3, 0)
     with workspace.database.read() as session:
         issue = session.scalars(select(IngestIssue)).one()
-        plate = session.scalars(select(Plate.barcode)).one()
     assert (issue.severity, issue.file, issue.line) == (Severity.SUSPICIOUS, "t.csv", 3)
-    wells = f"TUBA in {plate}/A03, {plate}/A04; TUBB is kept"
-    assert wells in issue.detail
+    assert "TUBA here; TUBB is kept" in issue.detail
     assert result.issues[0].detail == issue.detail
 
 
