@@ -11,7 +11,6 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -90,10 +89,6 @@ if TYPE_CHECKING:
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
     from .stages.verify import VerifyResult
-
-
-SOME_SECONDS = 10.0
-"""A fold that took less says nothing of the time that others will take."""
 
 
 @checked
@@ -628,16 +623,11 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        """Yield the folds, and say which one it is, and how long the others will take."""
-        progress, took = self.workspace.progress, list[float]()
-        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
-            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
-            about = f", about {max(1, round(left))} min left" if took else ""
-            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
-            began = time.monotonic()
+        """Yield the folds, and say which one it is."""
+        progress = self.workspace.progress
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds), start=1):
+            progress.note(f"fold {number} of {len(folds)}: {fold}")
             yield fold
-            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
-                took.append(seconds)
 
     def train_baselines(
         self,
@@ -1433,10 +1423,11 @@ class Store(AbstractContextManager["Store"]):
             QueryError: it is an own question, and wrong.
 
         """
-        question = self.question(name)
-        values = self.question_values(question, parameters)
-        with self.open_questions(runs=question.predict_runs(values)) as questions:
-            return questions.ask(question.query, values).table()
+        from .query.saved_queries import find_question, open_saved
+
+        question = find_question(self.workspace, name)
+        with open_saved(self.workspace, question, parameters) as answer:
+            return answer.table()
 
     def questions(self) -> list[SavedQuestion]:
         """Return the saved questions: those of cellstore, and the store's own.
@@ -1446,30 +1437,6 @@ class Store(AbstractContextManager["Store"]):
         from .query.saved_queries import saved_questions
 
         return saved_questions(self.workspace)[0]
-
-    def question(self, name: str) -> SavedQuestion:
-        """Return one saved question by its name.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
-        from .query.saved_queries import find_question
-
-        return find_question(self.workspace, name)
-
-    def question_values(
-        self, question: SavedQuestion, given: Mapping[str, object]
-    ) -> dict[str, object]:
-        """Return what is bound to the parameters of a question."""
-        from .query.saved_queries import bound
-
-        return bound(self.workspace, question, given)
-
-    def question_problems(self) -> list[str]:
-        """Say which own questions cannot be asked, and why."""
-        from .query.saved_queries import saved_questions
-
-        return saved_questions(self.workspace)[1]
 
     def schema(self) -> list[RelationWords]:
         """Return every table, view and feature set in words, with all of their columns."""

@@ -20,7 +20,7 @@ from .cells import choose_recipes, last_with_masks
 from .engine import PREDICTIONS, Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
-from .guard import Limits, literal, quoted
+from .guard import Limits, literal, quoted, read_sql
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,17 +72,11 @@ def sql_of(given: str) -> str:
     """Return the SQL that ``--sql`` names: the text itself, or that of a file.
 
     Raises:
-        UserInputError: the file cannot be read.
+        QueryError: the file cannot be read.
     """
     if _SQL.match(given):
         return given.strip()
-    try:
-        text = Path(given).read_text(encoding="utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise UserInputError(
-            f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
-        ) from error
+    text = read_sql(Path(given)).strip()
     # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
     return text if _SQL.match(text) else f"--\n{text}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -491,16 +490,6 @@ class Questions:
         rows = found.query(self._source, self.workspace.artifacts, self._full, between)
         return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608
 
-    def plan(self, sql: str, parameters: Parameters | None = None) -> str:
-        """Return how a question would be answered: one step a line, what it reads below it.
-
-        Raises as :meth:`ask` does.
-        """
-        statement = only_reading(self._empty, sql)
-        answer = self.ask(f"EXPLAIN (FORMAT json) {statement.text}", parameters)
-        steps = json.loads(answer.records()[-1]["explain_value"])
-        return "\n".join(line for step in steps for line in _plan_lines(step, 0))
-
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Return name and type of the columns of a table, a view or a feature set.
 
@@ -902,26 +891,3 @@ def _checked_name(stem: str, path: Path) -> str:
     except FileNotFoundError:  # another process has just removed it
         return ""
     return f"{stem}-{checksum:08x}.parquet"
-
-
-WIDTH = 80
-_SHOWN = {"Conditions": "on", "Expression": "where", "Filters": "where", "Projections": "columns"}
-
-
-def _plan_lines(step: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """Yield a line for each step of a plan, what it reads further in."""
-    name = str(step.get("name", "")).strip().lower().replace("_", " ")
-    if name != "projection":  # it only hands columns on
-        extra = dict(step.get("extra_info", {}))
-        rows = extra.pop("Estimated Cardinality", None)
-        details = [] if rows is None else [f"rows: about {int(rows):,}"]
-        for key, shown in _SHOWN.items():
-            value = extra.get(key)
-            if value:
-                text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-                details.append(f"{shown}: {' '.join(text.split())}")
-        line = f"{' ' * depth}{name.removeprefix('python ')}  {'; '.join(details)}".rstrip()
-        yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}\u2026"
-        depth += 1
-    for child in step.get("children", ()):
-        yield from _plan_lines(child, depth)

@@ -150,6 +150,23 @@ def reading_files(paths: Sequence[Path]) -> str:
     return f"read_parquet([{names}])"
 
 
+def read_sql(path: Path) -> str:
+    """Return the SQL in a file.
+
+    Raises:
+        QueryError: it cannot be read, or is longer than any question.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise QueryError(f"{path} cannot be read: {reason}.") from error
+    if len(text) > MAX_CHARACTERS:
+        raise QueryError(f"{path} is longer than {MAX_CHARACTERS:,} characters.")
+    return text
+
+
 def quoted(name: str) -> str:
     """Return an SQL identifier in quotes."""
     return '"' + name.replace('"', '""') + '"'

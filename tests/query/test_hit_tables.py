@@ -52,8 +52,9 @@ def test_profiles_of_all_runs_are_one_relation(workspace: Workspace) -> None:
     ]
     # Of the files of other runs nothing is read.
     with store.open_questions() as questions:
-        plan = questions.plan(f"SELECT x FROM profiles WHERE run_id = {second.id}")
-    assert plan.count("read parquet") == 1
+        query = f"EXPLAIN SELECT x FROM profiles WHERE run_id = {second.id}"
+        ((_, plan),) = questions.ask(query).rows()
+    assert plan.count("READ_PARQUET") == 1
     words = {item.name: item for item in store.schema()}["profiles"]
     assert (words.kind, words.columns[-1].name) == ("view", "x")
 

@@ -521,7 +521,7 @@ def test_a_pivot_takes_its_columns_from_the_values(read_screen: SmallScreen) -> 
             questions.ask("PIVOT wells ON name || '!' USING count(*)")
         both = "PIVOT wells ON well_row, well_column USING count(*) GROUP BY plate_id"
         assert questions.ask(both).names[:3] == ["plate_id", "1_1", "1_2"]
-        assert "well_column" in questions.plan(both)
+        assert questions.ask(f"EXPLAIN {both}").names == ["explain_key", "explain_value"]
 
 
 def test_the_small_screen_has_the_votes_it_says(read_screen: SmallScreen) -> None:
