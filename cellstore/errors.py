@@ -1,21 +1,5 @@
 """Every error that cellstore raises on purpose.
 
-CellstoreError
-├── UserInputError (ValueError)        something typed or handed over is not usable
-│   ├── UnknownNameError (LookupError)   no run / image / split / model / label of that name
-│   ├── BadTableError                    a metadata file that cannot be read as asked
-│   └── QueryError                       an SQL question that is wrong or not allowed
-├── ImageError (ValueError)            pixels that cannot be used: truncated, odd shapes
-├── StoreError (RuntimeError)          the store itself
-│   ├── StoreNotFoundError               no store here or upwards
-│   ├── SchemaError                      its schema is older or newer than this library
-│   └── DatabaseError                    the database cannot be reached or refused
-│       └── ConflictError                  two transactions stood in each other's way
-├── StorageError (OSError)             a file could not be written or has changed on disk
-├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
-├── RunCancelledError (RuntimeError)   somebody cancelled the run
-└── TeamError (RuntimeError)           one of several processes of a training is gone
-
 A message is one or two sentences: what is wrong, then what to do next.
 """
 

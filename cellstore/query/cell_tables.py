@@ -17,10 +17,11 @@ from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from ..notebooks import html_of
 from .cells import choose_recipes, last_with_masks
-from .engine import PREDICTIONS, Questions, open_questions
+from .engine import Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
 from .guard import Limits, literal, quoted, read_sql
+from .source import PREDICTIONS
 
 if TYPE_CHECKING:
     import pandas as pd

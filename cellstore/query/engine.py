@@ -48,14 +48,16 @@ from .source import (
     EXCLUDED,
     LATER,
     PREDICTION_COLUMNS,
+    PREDICTIONS,
+    PROFILE_COLUMNS,
     PROFILES,
     VIEWS,
     Columns,
-    ProfileFiles,
     SetRelation,
     Source,
     list_profiles,
     list_sets,
+    no_rows,
     view,
 )
 
@@ -91,7 +93,6 @@ BUSY_SECONDS = 3600
 FEW = 10_000
 """A view of tables with so few rows is made once, as a table: planning it again takes longer."""
 
-PREDICTIONS = "predictions_with_image"
 COUNTS = "image_label_counts"
 RANKED = "ranked_votes"
 WRITERS = {
@@ -396,8 +397,8 @@ class Questions:
         }
 
     @cached_property
-    def _profiles(self) -> ProfileFiles:
-        return list_profiles(self._source, self._full, self.workspace.artifacts)
+    def _profiles(self) -> list[tuple[int, str]]:
+        return list_profiles(self._source, self._full)
 
     @property
     def names(self) -> list[str]:
@@ -525,8 +526,16 @@ class Questions:
         ``files``: whether it may read the files of profiles.
         """
         if name == PROFILES:
-            artifacts = self.workspace.artifacts if files else None
-            return view(name).query.replace("{values}", self._profiles.query(artifacts))
+            parts = [f"({no_rows(PROFILE_COLUMNS)})"]
+            for run, path in self._profiles:
+                with nullcontext() if files else suppress(StorageError):
+                    rows = reading_files([self.workspace.artifacts.existing(path)])
+                    parts.append(f"SELECT CAST({run} AS BIGINT) AS run_id, * FROM {rows}")  # noqa: S608
+            values = " UNION ALL BY NAME ".join(parts)
+            if not files:
+                found = self._full.execute(f"DESCRIBE {values}").fetchall()
+                values = no_rows({column: kind for column, kind, *_ in found})
+            return view(name).query.replace("{values}", f"({values})")
         if name in VIEWS:
             return view(name, self.vote_options).query
         if name == "predictions":
@@ -542,25 +551,23 @@ class Questions:
         Views are tables here, also in information_schema: as views they would be planned again and
         again. ``cellstore schema`` says which is which.
         """
-        if not names <= self._declared:
-            with self._lock:
-                self._declare_new(names)
-
-    def _declare_new(self, names: set[str]) -> None:
-        for name in sorted(names):
-            if name in self._declared:  # perhaps by one before it
-                continue
-            columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
-            if columns is None and name not in VIEWS and name in self._sets:
-                # Only the full database reads files.
-                columns = None if self._sets[name].in_table else self._sets[name].columns
-            if columns is not None:
-                listed = ", ".join(f"{quoted(item)} {kind}" for item, kind in columns.items())
-                self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
-            elif (query := self._query_of(name, files=False)) is not None:
-                self._declare(sources_of(query))
-                self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
-            self._declared.add(name)
+        if names <= self._declared:
+            return
+        with self._lock:
+            for name in sorted(names):
+                if name in self._declared:  # perhaps by one before it
+                    continue
+                columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
+                if columns is None and name not in VIEWS and name in self._sets:
+                    columns = self._sets[name].columns
+                query = None if columns is not None else self._query_of(name, files=False)
+                if query is not None:
+                    self._declare(sources_of(query))
+                elif columns is not None:
+                    query = no_rows(columns)
+                if query is not None:
+                    self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
+                self._declared.add(name)
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
@@ -580,18 +587,14 @@ class Questions:
                     continue
                 began, rows = time.monotonic(), None
                 create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
+                flagged = self.vote_options.exclude_flagged
+                flags = "" if flagged is None else f" OR t.run_id = {int(flagged)}"
                 if name == LATER:
                     # From the database, for the sake of time: of all exclusions few are made later.
-                    own = "WHERE t.source = 'annotation'"
+                    own = f"WHERE t.source = 'annotation'{flags}"
                     rows = self._source.feed_table(self._full, create, "exclusions", own)
-                    if (qc := self.vote_options.exclude_flagged) is not None:
-                        own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
-                        insert = f"INSERT INTO {name} FROM {{rows}}"
-                        rows += self._source.feed_table(self._full, insert, "exclusions", own)
                 elif name == EXCLUDED:  # from the database, too: it need not read the others
-                    flagged = self.vote_options.exclude_flagged
-                    run = None if flagged is None else int(flagged)
-                    rows = self._source.feed_excluded(self._full, create, run)
+                    rows = self._source.feed_excluded(self._full, create, flags)
                 elif query is not None:
                     # Of profiles, with their many columns, a question reads a few.
                     once = sources_of(query) <= self._few and name != PROFILES
@@ -708,17 +711,9 @@ class Questions:
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
                 create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-                if name == PREDICTIONS:
-                    rows = self._source.feed_predictions(self._full, create, runs=others)
-                else:
-                    of_runs = rows_of_runs(name, others)
-                    rows = self._source.feed_table(self._full, create, name, of_runs)
-                few = few and rows <= FEW
+                few = self._source.feed_runs(self._full, create, name, others) <= FEW and few
                 parts.append(f"FROM {live}")
-            if not parts:
-                nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
-                parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
-            self._make(name, " UNION ALL ".join(parts), once=few)
+            self._make(name, " UNION ALL ".join(parts) or no_rows(columns), once=few)
             self._loaded.add(name)
             self._seconds[name] += time.monotonic() - began
 
@@ -771,9 +766,8 @@ class Questions:
                     own.execute("SET TimeZone = 'UTC'")
                     if name == PREDICTIONS:
                         own.execute("SET threads = 1")  # each would have a group of rows in hand
-                        source.feed_predictions(own, into, ended=run)
-                    elif name not in _VOTE_VIEWS:
-                        source.feed_table(own, into, name, rows_of_runs(name, [run]))
+                    if name not in _VOTE_VIEWS:
+                        source.feed_runs(own, into, name, [run], have_ended=True)
                     else:
                         base = PREDICTIONS if name == COUNTS else COUNTS
                         rows = reading_files([self._copy(base, run, mark)])
@@ -848,14 +842,6 @@ def sources_of(sql: str) -> set[str]:
     """Return what stands behind FROM and JOIN in SQL of ours, but for what it names in WITH."""
     plain = _COMMENT.sub("", sql).lower()
     return set(_SOURCE.findall(plain)) - set(_IN_WITH.findall(plain))
-
-
-def rows_of_runs(table: str, run_ids: Collection[int]) -> str:
-    """Return the SQL condition for the rows that these runs wrote into a big table."""
-    numbers = ", ".join(str(int(item)) for item in run_ids) or "-1"
-    if table == "cells":
-        return f"JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.run_id IN ({numbers})"
-    return f"WHERE t.run_id IN ({numbers})"
 
 
 def _make_room(copies: Path, most: int) -> None:

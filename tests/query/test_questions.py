@@ -24,9 +24,9 @@ from cellstore.errors import DatabaseError, QueryError, StorageError, UnknownNam
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import METADATA
 from cellstore.query import source
-from cellstore.query.engine import COUNTS, PREDICTIONS, RANKED, Questions, open_questions
+from cellstore.query.engine import COUNTS, RANKED, Questions, open_questions
 from cellstore.query.guard import Limits
-from cellstore.query.source import VIEWS, view
+from cellstore.query.source import PREDICTIONS, VIEWS, view
 from cellstore.store import Store
 
 
