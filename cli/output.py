@@ -283,12 +283,7 @@ class AnswerOptions:
     )
 
     def checked(self) -> "AnswerOptions":
-        """Return the options with their format; refuse what cannot be written, before any work.
-
-        Raises:
-            UserInputError: Parquet or Excel on the screen, a spreadsheet of something else than
-                CSV, or a file that is there already, or that has no folder.
-        """
+        """Return the options with their format; refuse what cannot be written, before any work."""
         found = self.format
         if self.output is not None:
             check_new_file(self.output, replace=self.replace)

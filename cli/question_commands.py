@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -270,9 +270,6 @@ def schema(
             metavar="[TABLE]", help="A table, view or feature set. Default: an overview of all."
         ),
     ] = None,
-    form: Literal["text", "mermaid"] = option(
-        "text", "mermaid: a diagram of the tables and of what refers to what.", name="--format"
-    ),
 ) -> None:
     """Explain every table, view and column.
 
@@ -280,7 +277,6 @@ def schema(
     Example:
       cellstore schema
       cellstore schema cells
-      cellstore schema --format mermaid
     """
     every = store.schema()
     chosen = [item for item in every if table is None or item.name.lower() == table.lower()]
@@ -288,10 +284,6 @@ def schema(
         raise UnknownNameError.of("table", table, [item.name for item in every])
     if common.as_json:
         output.print_json(chosen)
-    elif form == "mermaid":
-        from cellstore.query.describe import diagram
-
-        typer.echo(diagram(chosen))
     elif table is None:
         titles = {
             "table": "Tables",

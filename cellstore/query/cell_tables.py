@@ -70,11 +70,7 @@ _SQL = re.compile(r"\s*(--|/\*|\(|(select|with|from)\s)", re.IGNORECASE)
 
 
 def sql_of(given: str) -> str:
-    """Return the SQL that ``--sql`` names: the text itself, or that of a file.
-
-    Raises:
-        QueryError: the file cannot be read.
-    """
+    """Return the SQL that ``--sql`` names: the text itself, or that of a file."""
     if _SQL.match(given):
         return given.strip()
     text = read_sql(Path(given)).strip()
@@ -109,10 +105,6 @@ def selecting(
     set ``name``, or of recipe ``measure_id`` in table ``features``. ``sql`` gives ``cell_id``, or
     ``image_id`` for all cells of these images that recipe ``segment_id`` has found; other columns
     do not count.
-
-    Raises:
-        QueryError: the SQL is wrong, or does more than read.
-        UserInputError: it gives neither.
     """
     text = sql or ""
     if where is not None:
@@ -183,11 +175,7 @@ class CellTable:
         return frame
 
     def to_polars(self) -> Any:
-        """Return all rows as a data frame of polars.
-
-        Raises:
-            UserInputError: polars is not installed.
-        """
+        """Return all rows as a data frame of polars."""
         try:
             import polars
         except ImportError as error:
@@ -204,12 +192,7 @@ def cell_table(
     where: str | None,
     sql: str | None,
 ) -> CellTable:
-    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`.
-
-    Raises:
-        UnknownNameError: there is no such split, recipe, feature set or quality-control run.
-        UserInputError: the recipes do not belong together, or nothing is measured yet.
-    """
+    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`."""
     with workspace.database.read() as session:
         split = find_split(session, sources.split)
         recipes = (sources.segmentation, sources.measurement)

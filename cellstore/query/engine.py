@@ -276,11 +276,6 @@ def open_questions(
     folds of a cross-validation, and read as one run of that number, of each only what it said of
     the test images of its fold. ``only_image_votes``: of the votes only the hard and soft ones of
     images are asked for, whose winners are kept; the others are left out.
-
-    Raises:
-        DatabaseError: the database cannot be reached.
-        MissingExtraError: the store is on PostgreSQL and its ADBC driver is not installed.
-        StorageError: the cache folder cannot be made.
     """
     limits, artifacts = limits or Limits(), workspace.artifacts
     copies, spill = (workspace.settings.cache.resolve() / name for name in ("snapshots", "spill"))
@@ -409,11 +404,6 @@ class Questions:
         """Answer one reading statement of a user; ``parameters`` fill its ``?`` or ``$name``.
 
         Read the answer before the next question is asked.
-
-        Raises:
-            QueryError: the statement is wrong, would write, reads files, or takes too much; also
-                while the answer is read.
-            StorageError: the copies cannot be written.
         """
         statement = only_reading(self._empty, sql)
         self._check(statement, parameters)
@@ -447,7 +437,7 @@ class Questions:
             name = waiting.pop()
             if name not in found:
                 found.add(name)
-                waiting += sources_of(view(name).query) if name in VIEWS else ()
+                waiting += sources_of(view(name)) if name in VIEWS else ()
         return found
 
     def interrupt(self) -> None:
@@ -478,9 +468,6 @@ class Questions:
         """Return the SQL that reads ``cell_id`` and ``columns`` of a feature set.
 
         Only of cells from one id to another: files without such cells are not opened.
-
-        Raises:
-            StorageError: a file of it is gone.
         """
         found = self._sets[name.lower()]
         if found.in_table:
@@ -492,11 +479,7 @@ class Questions:
         return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608
 
     def columns(self, name: str) -> list[tuple[str, str]]:
-        """Return name and type of the columns of a table, a view or a feature set.
-
-        Raises:
-            UnknownNameError: there is none of that name.
-        """
+        """Return name and type of the columns of a table, a view or a feature set."""
         if name not in self.names:
             raise UnknownNameError.of("table", name, self.names)
         self._declare({name.lower()})
@@ -535,9 +518,9 @@ class Questions:
             if not files:
                 found = self._full.execute(f"DESCRIBE {values}").fetchall()
                 values = no_rows({column: kind for column, kind, *_ in found})
-            return view(name).query.replace("{values}", f"({values})")
+            return view(name).replace("{values}", f"({values})")
         if name in VIEWS:
-            return view(name, self.vote_options).query
+            return view(name, self.vote_options)
         if name == "predictions":
             columns = ", ".join(self._source.columns[name])
             return f"SELECT {columns} FROM {PREDICTIONS} WHERE cell_id IS NOT NULL"  # noqa: S608
@@ -637,11 +620,7 @@ class Questions:
             self._few.add(name)
 
     def _load_copies(self, name: str) -> None:
-        """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
-
-        Raises:
-            StorageError: a copy cannot be written.
-        """
+        """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now."""
         self._load({"runs"})
         query = """
             SELECT id, concat_ws(' ', started_at, ended_at, changed_rows, sum(changed_rows)
@@ -678,7 +657,7 @@ class Questions:
             if name in _VOTE_VIEWS and (images := self._images_with_later_exclusions()):
                 listed = ", ".join(map(str, images))
                 said += f" WHERE {image} NOT IN ({listed})"
-                query = view(name).query
+                query = view(name)
                 self._load(sources_of(query))
                 numbers = ", ".join(str(self._folds.get(run, run)) for run in ended)
                 recounted = f"""SELECT {names} FROM ({query})
@@ -696,7 +675,7 @@ class Questions:
             if name == RANKED and not self.only_image_votes:
                 live += f" OR NOT ({RANKED_COPIED})"
             if live != "false":
-                query = view(name).query
+                query = view(name)
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
@@ -724,17 +703,14 @@ class Questions:
         wrote, where later runs may add to it, and how many of its rows and of those of cells were
         changed since. The copy is made in a database and a folder of its
         own: no user asks there.
-
-        Raises:
-            StorageError: the folder cannot be written.
         """
         made_from = str(KEPT_COLUMNS.get(name) or self._source.columns[name])
         if name in _VOTE_VIEWS:
-            made_from += _ELIGIBLE + view(COUNTS).query
+            made_from += _ELIGIBLE + view(COUNTS)
         if name == RANKED:  # the alphabet decides ties, so that other labels make another copy
             self._load({"labels"})
             labels = self._full.execute("SELECT id, field, value FROM labels ORDER BY id")
-            made_from += f"{[view(item).query for item in _VOTE_VIEWS[name]]} {labels.fetchall()}"
+            made_from += f"{[view(item) for item in _VOTE_VIEWS[name]]} {labels.fetchall()}"
         digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
@@ -778,7 +754,7 @@ class Questions:
                             source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
                             own.execute(_NOTHING_OF_WELLS)
                         for item in _VOTE_VIEWS[name]:
-                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                            own.execute(f"CREATE VIEW {item} AS {view(item)}")
                         kept = RANKED_COPIED if name == RANKED else "true"
                         rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
                         own.execute(into.replace("{rows}", rows))
@@ -832,7 +808,7 @@ def rank_counts(counts: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], di
     columns["position"] = [places[label_id] for label_id in columns["label_id"]]
     with _running(":memory:").cursor() as connection:
         connection.execute("PRAGMA disable_optimizer")  # to look for the best plan takes longer
-        found = connection.execute(_COUNTS_OF_IMAGE + view(RANKED).query, columns)
+        found = connection.execute(_COUNTS_OF_IMAGE + view(RANKED), columns)
         names = [column[0] for column in found.description]
         rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     return {(row["run_id"], row["vote"]): row for row in rows}

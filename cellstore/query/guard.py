@@ -92,9 +92,6 @@ def locked_connection(
 
     These are a folder of its own in ``parent``, which takes what does not fit into memory, and the
     folders ``readable``. No query can change these settings.
-
-    Raises:
-        StorageError: ``parent`` cannot be written.
     """
     try:
         spill = Path(tempfile.mkdtemp(prefix=part_prefix(), dir=parent))
@@ -237,11 +234,7 @@ def _one_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[str
 
 
 def parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement | None:
-    """Return what DuckDB's parser finds in one SELECT (or DESCRIBE, SHOW, SUMMARIZE); else None.
-
-    Raises:
-        QueryError: it is nested too deeply.
-    """
+    """Return what DuckDB's parser finds in one SELECT (or DESCRIBE, SHOW, SUMMARIZE); else None."""
     try:
         row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()[0]
         tree = json.loads(row[0])

@@ -106,12 +106,7 @@ def saved_questions(workspace: Workspace) -> tuple[list[SavedQuestion], list[str
 
 
 def find_question(workspace: Workspace, name: str) -> SavedQuestion:
-    """Return a saved question; an own one is taken before one of the same name.
-
-    Raises:
-        UnknownNameError: there is none of this name.
-        QueryError: the file of an own one is not as it should be.
-    """
+    """Return a saved question; an own one is taken before one of the same name."""
     if _NAME.fullmatch(name) and (own_folder(workspace) / f"{name}.sql").exists():
         return _own(workspace, name)
     found = {item.name: item for item in shipped_questions()}
@@ -135,12 +130,7 @@ def _own(workspace: Workspace, name: str) -> SavedQuestion:
 
 
 def parsed(name: str, text: str, path: Path | None = None) -> SavedQuestion:
-    """Return the question that a file holds.
-
-    Raises:
-        QueryError: its head does not say what it asks, or a parameter is not described as it
-            should be.
-    """
+    """Return the question that a file holds."""
     lines = text.splitlines()
     length = next((i for i, line in enumerate(lines) if not line.startswith("--")), len(lines))
     words: list[str] = []
@@ -205,12 +195,7 @@ def open_saved(
 def bound(
     workspace: Workspace, question: SavedQuestion, given: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return the value of each parameter of ``question``: what is given, else its default.
-
-    Raises:
-        UnknownNameError: it has no such parameter, or there is no such run.
-        UserInputError: a value is not of its kind, or one that is needed is missing.
-    """
+    """Return the value of each parameter of ``question``: what is given, else its default."""
     known = [item.name for item in question.parameters]
     for name in given:
         if name not in known:

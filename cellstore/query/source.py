@@ -83,22 +83,22 @@ LATER = "later_exclusions"
 EXCLUDED = "excluded_cells"
 
 
-@dataclass(frozen=True)
-class View:
-    """A named question. ``description`` is the comment at the head of its file."""
-
-    name: str
-    description: str
-    query: str
-
-
 @cache
-def view(name: str, options: VoteOptions | None = None) -> View:
-    """Return a view as its file has it; two of them depend on the options of the vote."""
+def _view_file(name: str) -> tuple[list[str], list[str]]:
+    """Return the comment at the head of the file of a view, and its query, as lines."""
     lines = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8").splitlines()
     length = next(i for i, line in enumerate(lines) if not line.startswith("--"))
-    words = " ".join(line.removeprefix("--").strip() for line in lines[:length])
-    query = "\n".join(lines[length:])
+    return lines[:length], lines[length:]
+
+
+def view_words(name: str) -> str:
+    """Return what a row of a view is."""
+    return " ".join(line.removeprefix("--").strip() for line in _view_file(name)[0])
+
+
+def view(name: str, options: VoteOptions | None = None) -> str:
+    """Return the query of a view; two of them depend on the options of the vote."""
+    query = "\n".join(_view_file(name)[1])
     if options is not None and name == "vote_options":
         query = (
             f"SELECT {int(options.min_cells)} AS min_cells, "
@@ -107,7 +107,7 @@ def view(name: str, options: VoteOptions | None = None) -> View:
         )
     elif options is not None and name == LATER and options.exclude_flagged is not None:
         query += f"\nOR run_id = {int(options.exclude_flagged)}"
-    return View(name, words, query)
+    return query
 
 
 @cache
@@ -170,12 +170,7 @@ class Source:
     """One read transaction on a database; all that is read through it belongs to one moment."""
 
     def __init__(self, database: Database) -> None:
-        """Begin the transaction; end it with :meth:`close`.
-
-        Raises:
-            DatabaseError: the database cannot be reached or refuses.
-            MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
-        """
+        """Begin the transaction; end it with :meth:`close`."""
         # The drivers themselves: their DB-API layer imports pandas, half a second for a short
         # answer.
         import adbc_driver_manager as adbc
@@ -474,11 +469,7 @@ class SetRelation:
         target: duckdb.DuckDBPyConnection,
         between: tuple[int, int] | None = None,
     ) -> str:
-        """Return the SQL behind the set; ``between``: only files with cells from one to another.
-
-        Raises:
-            StorageError: a file of it is gone.
-        """
+        """Return the SQL behind the set; ``between``: only files with cells from one to another."""
         if self.in_table:
             names = ", ".join(map(quoted, self.columns))
             # Columns of our own table and a number; nothing here comes from a user.
@@ -533,11 +524,7 @@ _MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
 
 
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
-    """Return the feature sets of a store, and of each group once more the one measured last.
-
-    Raises:
-        StorageError: the columns of a set are not described as they should be.
-    """
+    """Return the feature sets of a store, and of each group once more the one measured last."""
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
     now = _renamed_everywhere(source, target)

@@ -26,7 +26,7 @@ from cellstore.models import METADATA
 from cellstore.query import source
 from cellstore.query.engine import COUNTS, RANKED, Questions, open_questions
 from cellstore.query.guard import Limits
-from cellstore.query.source import PREDICTIONS, VIEWS, view
+from cellstore.query.source import PREDICTIONS, VIEWS, view_words
 from cellstore.store import Store
 
 
@@ -463,7 +463,7 @@ def test_show_and_describe_know_every_table_and_view(sqlite_workspace: Workspace
 
 def test_every_view_is_described() -> None:
     for name in VIEWS:
-        description = view(name).description
+        description = view_words(name)
         assert len(description) > 60, name
         assert description.rstrip().endswith("."), name
 
