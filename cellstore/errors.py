@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 SHOWN_NAMES = 8
-_NUMBER = re.compile(r"^[^\W\d]+0*([1-9]\d*)$")
 
 
 class CellstoreError(Exception):
@@ -33,9 +32,6 @@ class UnknownNameError(UserInputError, LookupError):
         names = [str(item) for item in known]
         lower = {item.lower(): item for item in names}
         close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
-        if not close and (number := _NUMBER.search(str(name))):  # w1 or C01 for ch1
-            same = [item for item in lower if re.search(rf"\D0*{number[1]}$", item)]
-            close = same if len(same) == 1 else []
         near = [lower[item] for item in close] or names[:5]
         near = names if len(names) <= SHOWN_NAMES else near
         more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""

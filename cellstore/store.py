@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .config import (
     EVERYTHING,
@@ -39,6 +40,7 @@ from .config import (
     TrainSetup,
     VoteOptions,
     checked,
+    fitted,
 )
 from .enums import ANNOTATION, PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from .notebooks import Rows
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
-    from .query.engine import Answer, Questions
+    from .query.engine import Questions
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
     from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
     from .stages.profile import ProfileResult
-    from .stages.qc import FlaggedImage, QcResult
+    from .stages.qc import QcResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
@@ -352,7 +354,6 @@ class Store(AbstractContextManager["Store"]):
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.qc_page import write_page, write_picture
-        from .settings import need
         from .stages.qc import qc
 
         if html is not None or plot is not None:
@@ -371,12 +372,6 @@ class Store(AbstractContextManager["Store"]):
             result = write_picture(self.workspace, result, Path(plot))
         self.wrote(html, plot)
         return result
-
-    def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
-        """Return every flag of an image behind a result of :meth:`qc`."""
-        from .stages.qc import list_flags
-
-        return list_flags(self.workspace, result)
 
     def jobs(
         self,
@@ -857,7 +852,7 @@ class Store(AbstractContextManager["Store"]):
         return cell_table(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset),
+            fitted("subset", Subset | None, subset),
             features,
             asked.exclude_flagged,
             asked.where,
@@ -906,8 +901,6 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: there is no such split, subset, channel, recipe or feature set.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
-        from .settings import need
-
         need("train")
         from .config import Sources
         from .learn.datasets import cell_dataset
@@ -930,7 +923,7 @@ class Store(AbstractContextManager["Store"]):
         return cell_dataset(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset) or Subset.TRAIN,
+            fitted("subset", Subset | None, subset) or Subset.TRAIN,
             params,
             unit=unit,
             crop=params.crop_size if unit == "cell" else crop,
@@ -1147,8 +1140,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
         >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
         """
-        from .settings import need
-
         need("train")
         from .learn.embedders import name_of, open_embedder
 
@@ -1252,38 +1243,13 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UnknownNameError: there is no such run, level or vote.
         """
-        with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
-            return replace(opened[0], table=opened[1].table())
-
-    def open_votes(
-        self,
-        run: RunName = "latest",
-        *,
-        level: str = "image",
-        vote: str = "hard",
-        vote_options: VoteOptions | None = None,
-        ties_only: bool = False,
-    ) -> AbstractContextManager[tuple[VotesResult, Answer]]:
-        """Open the votes of :meth:`votes`, for a screen whose rows do not fit into memory.
-
-        ``ties_only``: only the rows with a tie; the summary is of all.
-
-        >>> with store.open_votes(6) as (summary, answer):
-        ...     for batch in answer.batches(): ...
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
-        """
         from .report.votes import open_votes
 
-        return open_votes(
-            self.workspace,
-            run,
-            level=level,
-            vote=vote,
-            vote_options=vote_options,
-            ties_only=ties_only,
-        )
+        with open_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options) as (
+            summary,
+            rows,
+        ):
+            return replace(summary, table=rows.table())
 
     def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
@@ -1301,19 +1267,6 @@ class Store(AbstractContextManager["Store"]):
         from .report.audit import audit
 
         return audit(self.workspace, name, kind)
-
-    def lineage_page(self, audit: Audit, html: str | Path) -> Path:
-        """Write a page with a picture of where the audited thing comes from, and what came of it.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-            StorageError: the file cannot be written.
-        """
-        from .report.lineage_page import write_lineage
-
-        page = write_lineage(self.workspace, audit, Path(html))
-        self.wrote(page)
-        return page
 
     def log(
         self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
@@ -1378,11 +1331,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.redo import check
 
-        def carry_out(
-            workspace: Workspace, options: RunOptions, where: str | None
-        ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
-            return _carry_out(Store(workspace), options, where, device)
-
+        carry_out = partial(_carry_out, device=device)
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
 
@@ -1481,14 +1430,13 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.export import ExportFormat, export, export_profiles
 
-        if format not in list(ExportFormat):
-            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        kind = fitted("format", ExportFormat, format)
         if profiles is not None:
             wells = export_profiles(
                 self.workspace,
                 Path(out),
                 profiles,
-                format=ExportFormat(format),
+                format=kind,
                 for_spreadsheet=for_spreadsheet,
                 force=force,
             )
@@ -1497,13 +1445,13 @@ class Store(AbstractContextManager["Store"]):
         made = export(
             self.workspace,
             Path(out),
-            format=ExportFormat(format),
+            format=kind,
             features=features,
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -1536,7 +1484,7 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             Path(out),
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             channels=channels,
             plates=plates,
             segmentation=segmentation,
@@ -1840,12 +1788,6 @@ class Store(AbstractContextManager["Store"]):
         return seal(self.workspace, file)
 
 
-def _subset(name: str | None) -> Subset | None:
-    if name is not None and name not in list(Subset):
-        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
-    return None if name is None else Subset(name)
-
-
 def _table_of(given: Any) -> Any:
     """The path of a file, or the Arrow table of a table of pandas, polars or Arrow."""
     import pyarrow as pa
@@ -1865,10 +1807,10 @@ def _table_of(given: Any) -> Any:
 
 
 def _carry_out(
-    store: Store, options: RunOptions, where: str | None, device: str
+    workspace: Workspace, options: RunOptions, where: str | None, device: str
 ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
     """Do on a store what a run was asked to do; return the new run, and which images failed."""
-    params: Any = options.params
+    store, params = Store(workspace), cast("Any", options.params)
     names = options.inputs
     sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:

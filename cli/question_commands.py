@@ -333,41 +333,25 @@ def _show_export(result: ExportResult | ExportedProfiles | ExportedCrops) -> Non
     from cellstore.stages.export import ExportedProfiles
     from cellstore.stages.export_crops import ExportedCrops
 
+    shown: dict[str, Any] = {"written": result.path}
     if isinstance(result, ExportedProfiles):
-        output.pairs(
-            {
-                "written": result.path,
-                "format": result.format,
-                "profiles": f"run {result.run_id}",
-                "wells": f"{result.wells:,} on {output.count(result.plates, 'plate')}",
-                "features": result.features,
-            }
-        )
-        return
-
-    if isinstance(result, ExportedCrops):
-        output.pairs(
-            {
-                "written": result.path,
-                "cells": f"{result.cells:,} of {result.images:,} images",
-                "channels": ", ".join(result.channels),
-                "files": f"{result.files} ({result.bytes / 1e6:,.1f} MB), and README.md",
-                "recipe": f"segment {result.segment_recipe}",
-            }
-        )
-        return
-    output.pairs(
-        {
-            "written": result.path,
-            "format": result.format,
-            "cells": result.cells,
-            "excluded": f"{result.excluded:,} cells left out",
-            "features": f"{result.features:,} of {', '.join(result.feature_sets) or 'basic'}",
-            "recipes": f"segment {result.segment_recipe}, measure "
-            + ", ".join(map(str, result.measure_recipes)),
-            "plates": result.plates,
-        }
-    )
+        shown["profiles"] = f"run {result.run_id}"
+        shown["wells"] = f"{result.wells:,} on {output.count(result.plates, 'plate')}"
+        shown["features"] = result.features
+    elif isinstance(result, ExportedCrops):
+        shown["cells"] = f"{result.cells:,} of {result.images:,} images"
+        shown["channels"] = ", ".join(result.channels)
+        shown["files"] = f"{result.files} ({result.bytes / 1e6:,.1f} MB), and README.md"
+        shown["recipe"] = f"segment {result.segment_recipe}"
+    else:
+        shown["cells"] = result.cells
+        shown["excluded"] = f"{result.excluded:,} cells left out"
+        sets = ", ".join(result.feature_sets) or "basic"
+        shown["features"] = f"{result.features:,} of {sets}"
+        measures = ", ".join(map(str, result.measure_recipes))
+        shown["recipes"] = f"segment {result.segment_recipe}, measure {measures}"
+        shown["plates"] = result.plates
+    output.pairs(shown)
 
 
 @command(app, "export", _show_export, then=True)
