@@ -17,7 +17,6 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
-    DDL,
     BigInteger,
     CheckConstraint,
     Column,
@@ -33,7 +32,6 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    event,
     select,
     text,
 )
@@ -917,29 +915,6 @@ class Event(Base):
 
 METADATA = Base.metadata
 """All tables, for migrations."""
-
-EXCLUSIONS_VIEW = """
-CREATE VIEW exclusions AS
-SELECT CAST('cell' AS VARCHAR(20)) AS level, id, CAST(excluded AS TEXT) AS reason,
-    CAST('segmentation' AS VARCHAR(20)) AS source, CAST(NULL AS BIGINT) AS run_id,
-    CAST(NULL AS BIGINT) AS annotation_id
-FROM cells WHERE excluded IS NOT NULL
-UNION ALL
-SELECT CAST('image' AS VARCHAR(20)), image_id, CAST(reason AS TEXT),
-    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
-FROM image_flags
-UNION ALL
-SELECT CAST('cell' AS VARCHAR(20)), cell_id, CAST(reason AS TEXT),
-    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
-FROM cell_flags
-UNION ALL
-SELECT level, row_id, CAST(coalesce(reason, 'excluded by ' || user_name) AS TEXT),
-    CAST('annotation' AS VARCHAR(20)), CAST(NULL AS BIGINT), id
-FROM annotations AS a
-WHERE kind = 'exclusion' AND undoes_id IS NULL
-    AND NOT EXISTS (SELECT 1 FROM annotations AS later WHERE later.undoes_id = a.id)
-"""
-event.listen(METADATA, "after_create", DDL(EXCLUSIONS_VIEW))  # type: ignore[no-untyped-call]
 
 EXCLUSIONS = Table(
     "exclusions",
