@@ -1700,7 +1700,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
@@ -1718,7 +1718,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
