@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
+    from .analysis.leaks import SplitCheck
     from .analysis.well_profiles import WellProfiles
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     from .stages.predict import PredictResult
     from .stages.profile import ProfileResult
     from .stages.qc import QcResult
-    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
+    from .stages.split import Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
@@ -335,15 +336,13 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         html: str | Path | None = None,
-        plot: str | Path | None = None,
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
     ) -> QcResult:
         """Flag images and cells that are odd beside the others of their plate.
 
-        ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate. Returns
-        the run, which other steps take as ``exclude_flagged``, and what was flagged on each plate
-        (``plates``).
+        ``html`` is a page with maps of the plates. Returns the run, which other steps take as
+        ``exclude_flagged``, and what was flagged on each plate (``plates``).
 
         >>> store.qc(html="qc.html")
         >>> store.train(TrainParams(exclude_flagged="latest"))
@@ -353,10 +352,10 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: a limit is out of range, or a condition cannot be read.
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
-        from .report.qc_page import write_page, write_picture
+        from .report.qc_page import write_page
         from .stages.qc import qc
 
-        if html is not None or plot is not None:
+        if html is not None:
             need("report")  # said before an hour of work, not after it
         result = qc(
             self.workspace,
@@ -368,9 +367,7 @@ class Store(AbstractContextManager["Store"]):
         )
         if html is not None:
             result = write_page(self.workspace, result, Path(html))
-        if plot is not None:
-            result = write_picture(self.workspace, result, Path(plot))
-        self.wrote(html, plot)
+        self.wrote(html)
         return result
 
     def jobs(
@@ -535,7 +532,7 @@ class Store(AbstractContextManager["Store"]):
 
         return show_split(self.workspace, name)
 
-    def check_split(self, name: str | None = None) -> CheckResult:
+    def check_split(self, name: str | None = None) -> SplitCheck:
         """Return every way in which a split lets test images be seen in training."""
         from .stages.split import check_split
 
@@ -1615,7 +1612,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
@@ -1633,7 +1630,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 

@@ -319,9 +319,6 @@ def qc(
     segmentation: str | None = SEGMENTATION,
     listed: bool = option(False, "List the flagged images with reason and value.", name="--list"),
     html: Path | None = HTML,
-    plot: Path | None = option(
-        None, "Also write the maps of one plate as a picture.", metavar="FILE.png"
-    ),
     dry_run: bool = DRY_RUN,
 ) -> None:
     """Flag images and cells that are unusual on their plate; delete nothing.
@@ -342,7 +339,6 @@ def qc(
         selection,
         segmentation=segmentation,
         html=None if dry_run else html,
-        plot=None if dry_run else plot,
         resources=resources,
         dry_run=dry_run,
     )
@@ -403,9 +399,8 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
         output.table(["image", "reason", "channel", "value", "usual"], flags)
     say(*map(output.filled, result.notes))
     list_failures(result.failures)
-    for name, path in (("page", result.html), ("picture", result.picture)):
-        if path:
-            typer.echo(f"{name}: {path}")
+    if result.html:
+        typer.echo(f"page: {result.html}")
 
 
 def _numbers(
