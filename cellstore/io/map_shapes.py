@@ -225,9 +225,7 @@ class MapColumns:
         UnknownNameError: a pair names a role or a column that is not there.
     """
 
-    def __init__(
-        self, columns: Sequence[str], chosen: Sequence[tuple[str, str]], path: Path | None = None
-    ) -> None:
+    def __init__(self, columns: Sequence[str], chosen: Sequence[tuple[str, str]]) -> None:
         self.by_role: dict[tuple[str, int], str] = {}
         self.units: dict[str, str | None] = {}
         ranks: dict[tuple[str, int], int] = {}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError
@@ -442,12 +442,8 @@ TreatmentRow = tuple[int, TreatmentRecord | None]
 """A line of a table and its treatment; None where every cell of the row is empty."""
 
 
-class PlateRow(NamedTuple):
-    """A plate, the batch it was made in, and the values of its other columns."""
-
-    barcode: str
-    batch: str | None
-    metadata: dict[str, str]
+PlateRow = tuple[str, str | None, dict[str, str]]
+"""A plate, the batch it was made in, and the values of its other columns."""
 
 
 def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
@@ -516,7 +512,7 @@ def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
         if max(len(barcode), len(batch or "")) > LONGEST:
             raise RowRefusedError(LONG_NAME, f"more than {LONGEST} characters")
         others = {name.removeprefix(PREFIX): texts[name] for name in columns[2:] if name in texts}
-        return PlateRow(barcode, batch, others)
+        return barcode, batch, others
 
     return table.records(columns, record)
 

@@ -260,9 +260,7 @@ def test_layouts_are_told_from_the_columns(tmp_path: Path) -> None:
 
 def test_a_table_of_neither_shape_says_what_each_needs(tmp_path: Path) -> None:
     path = table(tmp_path, {"Filename_OrigRNA": "x", "Metadata_pert": "y"})
-    with pytest.raises(
-        BadTableError, match=r"yours has Filename_OrigRNA.*LoadData.*FileName"
-    ):
+    with pytest.raises(BadTableError, match=r"yours has Filename_OrigRNA.*LoadData.*FileName"):
         detect(path)
 
 

@@ -16,7 +16,6 @@ from cellstore.io.layouts import table_layouts
 from cellstore.io.platemaps import read_annotation
 from cellstore.io.tables import MISSING, Refusal, TextTable, open_table
 from cellstore.io.treatments import (
-    PlateRow,
     TreatmentRecord,
     TreatmentRow,
     completed,
@@ -120,8 +119,8 @@ def test_plates_keep_their_text(tmp_path: Path) -> None:
     text = "Metadata_Plate,Metadata_Batch,Metadata_PlateType\n001,B1,ORF\n1053601756,NA,\n,B1,ORF\n"
     found = list(jump_plates(table(tmp_path, text)))
     assert found[:2] == [
-        (2, PlateRow("001", "B1", {"PlateType": "ORF"})),
-        (3, PlateRow("1053601756", None, {})),
+        (2, ("001", "B1", {"PlateType": "ORF"})),
+        (3, ("1053601756", None, {})),
     ]
     assert reasons(found) == [(4, "no plate")]
 

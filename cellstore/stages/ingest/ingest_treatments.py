@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
@@ -20,7 +18,7 @@ from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
 from ...io.platemaps import PlateAnnotation, PlateMap, Position, notes_on_wells
-from ...io.tables import LONGEST, Refusal, open_table
+from ...io.tables import LONGEST, open_table
 from ...io.treatments import (
     PlateRow,
     TreatmentRecord,
@@ -39,15 +37,12 @@ from .account import Account
 from .ingest_images import WELL, complete_plate, keep_well_metadata, read_maps
 from .write_treatments import TreatmentWriter, records_of
 
-ROWS_AT_ONCE = 2_000
 PLATE_ROLES = ("cell_line", "time_point", "batch")
 """Columns of a map that are columns of ``plates``."""
 PLATES_AT_ONCE = 100
 """Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
-
-T = TypeVar("T")
 
 
 def ingest_treatments(
@@ -76,61 +71,34 @@ def ingest_treatments(
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
-            plates: dict[str, Plate] = {}
-            seen: dict[str, str | None] = {}
-            for plate_rows in _usable(workspace, session, account, jump_plates(table)):
-                _write_plates(session, plate_rows, plates, seen, account)
-            account.plates = [plate.id for plate in plates.values()]
-            return
-        writer = TreatmentWriter(session, account)
-        first: dict[_Sample, int] = {}
-        for rows in _usable(workspace, session, account, treatment_rows(table)):
-            _write_treatments(session, writer, rows, aliases, first, account)
-        writer.report()
+            _write_plates(session, account.take(jump_plates(table)), account)
+        else:
+            _write_treatments(session, account.take(treatment_rows(table)), aliases, account)
         account.flush(session)
     finally:
         workspace.progress.finish()
 
 
-def _usable(
-    workspace: Workspace, session: Session, account: Account, rows: Iterable[T | Refusal]
-) -> Iterator[list[T]]:
-    """Yield the rows that can be used, some at a time; count all, and refuse the others."""
-    left = iter(rows)
-    while some := list(islice(left, ROWS_AT_ONCE)):
-        yield account.take(some)
-        # Under --strict the whole file is undone, and its issues are written again.
-        account.flush(session)
-        workspace.progress.advance(len(some))
+def _write_plates(session: Session, rows: Sequence[tuple[int, PlateRow]], account: Account) -> None:
+    """Make plates, or set the batch of those that are there.
 
-
-def _write_plates(
-    session: Session,
-    rows: Sequence[tuple[int, PlateRow]],
-    plates: dict[str, Plate],
-    seen: dict[str, str | None],
-    account: Account,
-) -> None:
-    """Make plates, or set the batch of those that are there; add them to ``plates``.
-
-    A plate of two batches is refused the second time (``seen`` has the first); a changed batch is
-    noted as suspicious.
+    A plate of two batches is refused the second time; a changed batch is noted as suspicious.
     """
-    barcodes = {row.barcode for _, row in rows}
-    for (plate,) in rows_in(session, select(Plate), Plate.barcode, barcodes):
-        plates[plate.barcode] = plate
+    barcodes = dict.fromkeys(barcode for _, (barcode, _, _) in rows)
+    there = rows_in(session, select(Plate), Plate.barcode, barcodes)
+    plates: dict[str, Plate] = {plate.barcode: plate for (plate,) in there}
+    ids = iter(take_ids(session, Plate, len(barcodes) - len(plates)))
+    seen: dict[str, str | None] = {}
     for line, (barcode, batch, metadata) in rows:
         if seen.setdefault(barcode, batch) != batch:
             detail = f"{barcode} has batch {seen[barcode]} on an earlier line, {batch} here"
             account.refuse(line, "plate twice", detail)
             continue
         if barcode not in plates:
-            (key,) = take_ids(session, Plate, 1)
             plates[barcode] = Plate(
-                id=key, barcode=barcode, batch=batch, metadata_=metadata or None
+                id=next(ids), barcode=barcode, batch=batch, metadata_=metadata or None
             )
             session.add(plates[barcode])
-            session.flush()
             account.created += 1
             continue
         plate = plates[barcode]
@@ -144,6 +112,7 @@ def _write_plates(
         plate.batch, plate.metadata_ = batch or plate.batch, merged or None
         account.updated += 1
     session.flush()
+    account.plates = [plate.id for plate in plates.values()]
 
 
 # ---- Plate maps ----
@@ -353,28 +322,27 @@ def _unordered(record: TreatmentRecord) -> Hashable:
 
 def _write_treatments(
     session: Session,
-    writer: TreatmentWriter,
     rows: Sequence[TreatmentRow],
     aliases: Mapping[str, str],
-    first: dict[_Sample, int],
     account: Account,
 ) -> None:
     """Make new treatments, and give the wells of corrected ones what they are now.
 
-    A row that describes a sample otherwise than an earlier row of the file is refused; ``first``
-    remembers the first description (its hash) of each sample.
+    A row that describes a sample otherwise than an earlier row of the file is refused.
     """
+    writer = TreatmentWriter(session, account)
+    first: dict[_Sample, TreatmentRecord] = {}
     given: list[tuple[int, TreatmentRecord]] = []
     for line, written in rows:
         if written is None:
             account.unchanged += 1
             continue
         record = without_aliases(written, aliases)
-        sample, description = _sample(record), hash(record)
+        sample = _sample(record)
         if sample not in first:
-            first[sample] = description
+            first[sample] = record
             given.append((line, record))
-        elif first[sample] == description:
+        elif first[sample] == record:
             account.unchanged += 1
         else:
             name = record.identifier or record.pert_iname
@@ -418,6 +386,7 @@ def _write_treatments(
             account.updated += 1
         records.append(complete)
     writer.ids(records)
+    writer.report()
 
 
 def _known(
