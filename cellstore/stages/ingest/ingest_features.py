@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -85,13 +84,9 @@ def ingest_features(
     name = check_set_name(params.name or default_name)
     opened = open_source(source, next(iter(params.plate), None))
     accounts = _Accounts(session, account.run_id, opened)
-    pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
     progress.start("ingest", len(opened.object_number))
     try:
-        known = {source: identity} if identity and source.is_file() else {}
-        paths = sorted({file.path for file in opened.files} - known.keys())
-        asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
         images, plates = _write_images(session, opened, accounts, params.maps)
         # A set without cells or empty images would only be in the way.
@@ -118,12 +113,14 @@ def ingest_features(
             account.cells, account.feature_set = cells.created, target.name
             account.segmentations = (target.segment_id,)
         accounts.add_issues()  # some are found while the values are read
+        known = {source: identity} if identity and source.is_file() else {}
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
-            found = known.get(file.path) or asked[file.path].result()
-            of_file.close(session, layout.value, replace(found, name=file.name))
+            if file.path not in known:
+                known[file.path] = FileIdentity.of(file.path)
+            found = replace(known[file.path], name=file.name)
+            of_file.close(session, layout.value, found)
     finally:
         progress.finish()
-        pool.shutdown(wait=True, cancel_futures=True)
         opened.close()
     for of_file in accounts.of_files:
         for count, number in of_file.counts.items():
