@@ -34,7 +34,7 @@ from cellstore.models import (
     Recipe,
     Segmentation,
 )
-from cellstore.stages.ingest.account import Account
+from cellstore.stages.ingest.account import Account, Issue, issues_of
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.ingest_masks import ingest_masks
 from cellstore.stages.measure import measure
@@ -103,6 +103,10 @@ class Bench:
     def counts(self) -> tuple[int, int, int, int]:
         found = self.account
         return found.rows, found.created, found.unchanged, found.refused
+
+    def issues(self) -> tuple[Issue, ...]:
+        with self.workspace.database.read() as session:
+            return issues_of(session, self.account.run_id)
 
     def refusals(self) -> list[tuple[str, str]]:
         """File and reason of what the last run refused."""
@@ -256,7 +260,7 @@ def test_black_and_white_masks_are_refused_unless_asked_for(bench: Bench) -> Non
     bench.save("b_mask.tif", (MASKS > 0).astype(np.uint8))  # one label, in several parts
     bench.ingest()
     assert bench.counts == (2, 0, 0, 2)
-    assert all("--binary-masks" in issue.detail for issue in bench.account.shown)
+    assert all("--binary-masks" in issue.detail for issue in bench.issues())
     result = bench.ingest(binary=True)
     # The two that touch have become one object.
     assert (bench.counts, result.cells) == ((2, 2, 0, 0), 6)
@@ -269,7 +273,7 @@ def test_a_label_in_several_pieces_is_kept_and_noticed(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_mask.tif", labels_of((5, 1, 1, 4, 4), (5, 10, 10, 14, 14), (6, 1, 20, 4, 24)))
     assert bench.ingest().cells == 2
-    (issue,) = bench.account.shown
+    (issue,) = bench.issues()
     assert (issue.severity, issue.detail) == (Severity.SUSPICIOUS, "1 of 2 labels: 5")
 
 
@@ -370,7 +374,7 @@ def test_names_that_several_plates_have(bench: Bench) -> None:
     bench.save("a_mask.tif")
     bench.ingest()
     assert bench.refusals() == [("a_mask.tif", "several images have this name")]
-    assert "P1/A01/1, P2/A02/1" in bench.account.shown[0].detail
+    assert "P1/A01/1, P2/A02/1" in bench.issues()[0].detail
     bench.ingest(plate="P2")
     assert bench.counts == (1, 1, 0, 0)
     with pytest.raises(UnknownNameError, match="plate 'P9'"):

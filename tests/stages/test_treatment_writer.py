@@ -182,7 +182,7 @@ def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
         for well, target in zip(screen.wells, ("AURKA", "AURKB"), strict=True):
             writer.assign({well: (replace(NAME_ONLY, target=target), well)}, {well})
         writer.report()
-    ((severity, file, line, reason, detail),) = account.shown
+    ((severity, file, line, reason, detail),) = account.pending
     assert (severity, file, line) == (Severity.SUSPICIOUS, "f", screen.wells[1])
     assert reason == "described in two ways"
     assert "AMG900 has the target AURKA on an earlier line, but AURKB here;" in detail
@@ -279,7 +279,7 @@ def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:
         writer = TreatmentWriter(session, account)
         writer.used = {made[0].id}
         writer.report()
-    return [issue.detail for issue in account.shown]
+    return [issue.detail for issue in account.pending]
 
 
 @pytest.mark.each_database

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ...artifacts import CHUNK, sha256_of
@@ -24,7 +25,7 @@ from ...models import IngestFile, IngestIssue
 T = TypeVar("T")
 
 SHOWN = 1_000
-"""Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
+"""Issues, or rows of a dry run, that a result has; table ``ingest_issues`` has all issues."""
 
 _TABLES = (".csv", ".tsv", ".txt", ".xml", ".csv.gz", ".tsv.gz", ".txt.gz")
 _REASON_LENGTH = 255
@@ -39,6 +40,14 @@ class Issue(NamedTuple):
     line: int | None
     reason: str
     detail: str
+
+
+def issues_of(session: Session, run_id: int) -> tuple[Issue, ...]:
+    """Return the first issues of a run."""
+    row = IngestIssue
+    query = select(row.severity, row.file, row.line, row.reason, row.detail)
+    query = query.where(row.run_id == run_id).order_by(row.id).limit(SHOWN)
+    return tuple(Issue(*found) for found in session.execute(query))
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,6 @@ class Account:
     updated: int = 0
     unchanged: int = 0
     refused: int = 0
-    reasons: Counter[tuple[Severity, str]] = field(default_factory=Counter)
-    shown: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)
     pending: list[Issue] = field(default_factory=list)
@@ -151,11 +158,7 @@ class Account:
     ) -> None:
         """Say what is wrong; ``file`` None: the row is of the file of this account."""
         self.refused += severity is Severity.REFUSED
-        issue = Issue(severity, file or self.file, line, reason, detail)
-        self.reasons[severity, reason] += 1
-        self.pending.append(issue)
-        if len(self.shown) < SHOWN:
-            self.shown.append(issue)
+        self.pending.append(Issue(severity, file or self.file, line, reason, detail))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -171,12 +174,6 @@ class Account:
         ]
         bulk_insert(session, IngestIssue, _ISSUE_COLUMNS, rows)
         self.pending.clear()
-
-    def take_issues(self, other: Account) -> None:
-        """Say what ``other`` says, too; its issues that were not written yet are written here."""
-        self.pending += other.pending
-        self.reasons.update(other.reasons)
-        self.shown += other.shown[: SHOWN - len(self.shown)]
 
     def close(self, session: Session, layout: str, identity: FileIdentity) -> None:
         """Write what is left, and the row of the file."""

@@ -45,7 +45,7 @@ from ...models import (
 )
 from ...notebooks import Shown
 from ...settings import track
-from .account import SHOWN, Account, FileIdentity, Issue
+from .account import SHOWN, Account, FileIdentity, Issue, issues_of
 from .ingest_images import (
     READERS,
     ImageSource,
@@ -211,13 +211,17 @@ def _result(
     query = query.outerjoin(Image, Image.well_id == Well.id)
     for row in rows_in(session, query, Well.plate_id, account.plates):
         wells, images, seen = wells + row[0], images + row[1], seen + row[2]
+    issue, number = IngestIssue, func.count()
+    reasons = select(issue.severity, issue.reason, number).where(issue.run_id == account.run_id)
+    reasons = reasons.group_by(issue.severity, issue.reason)
+    reasons = reasons.order_by(number.desc(), func.min(issue.id))
     return IngestResult(
         run_id=run_id,
         source=account.file,
         layout=layout.value,
         **account.counts,
-        reasons=tuple((*key, number) for key, number in account.reasons.most_common()),
-        issues=tuple(account.shown),
+        reasons=tuple((*row,) for row in session.execute(reasons)),
+        issues=issues_of(session, account.run_id),
         plates=len(account.plates),
         wells=wells,
         images=images,
@@ -321,13 +325,6 @@ def _read_again(
     of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
     with workspace.database.begin() as session:
         # What the earlier run found wrong with the rows is true of this run, too.
-        first = session.execute(select(*columns).where(*of_rows).order_by(issue.id).limit(SHOWN))
-        account.shown += [Issue(*row) for row in first]
-        counts = select(issue.severity, issue.reason, func.count()).where(*of_rows)
-        for severity, reason, number in session.execute(
-            counts.group_by(issue.severity, issue.reason)
-        ):
-            account.reasons[Severity(severity), reason] += number
         copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(issue.id)
         names = ["run_id", *(column.key for column in columns)]
         session.execute(insert(issue).from_select(names, copied))
@@ -401,9 +398,12 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
     with running(workspace.database, recipe) as run:
         account = Account(run.id, "known files")
         changed = look_at_files(workspace, images, None, Look.HERE, account)
-        problems = sum(account.reasons.values())
+        with workspace.database.read() as session:
+            number = select(func.count()).where(IngestIssue.run_id == run.id)
+            problems = session.scalars(number).one()
+            some = issues_of(session, run.id)
         run.result = {"images": len(images), "changed": len(changed), "problems": problems}
-    some = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
+    some = tuple(issue for issue in some if issue.severity is Severity.PROBLEM)
     return RefreshResult(run.id, len(images), len(changed), problems, some)
 
 
@@ -528,12 +528,11 @@ def _rehearse(
 ) -> IngestResult:
     """Bring a source in, say what became of it, and undo all of it. Files are not looked at."""
     account = Account(0, writable(source.name))
+    preview: list[dict[str, Any]] = []
     if layout.kind is SourceKind.MASKS:
         from .ingest_masks import ingest_masks
 
         preview = ingest_masks(workspace, source, params, account, dry_run=True)
-        with workspace.database.read() as session:
-            return _result(session, account, layout, preview=preview)
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, {"dry run": source.name}))
@@ -552,11 +551,13 @@ def _rehearse(
         session.flush()
         account.run_id = run.id
         last_well = session.scalar(select(func.max(Well.id))) or 0
-        _write(workspace, session, source, layout, params, images, account, None)
-        if layout.kind is SourceKind.TREATMENTS:
-            preview = _changed_wells(session, account, last_well)
-        else:
-            preview = _first_images(session, account, layout.kind)
+        if layout.kind is not SourceKind.MASKS:
+            _write(workspace, session, source, layout, params, images, account, None)
+            if layout.kind is SourceKind.TREATMENTS:
+                preview = _changed_wells(session, account, last_well)
+            else:
+                preview = _first_images(session, account, layout.kind)
+        account.flush(session)
         result = _result(session, account, layout, preview=preview)
         session.rollback()
     return result

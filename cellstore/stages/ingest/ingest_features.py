@@ -125,7 +125,6 @@ def ingest_features(
     for of_file in accounts.of_files:
         for count, number in of_file.counts.items():
             setattr(account, count, getattr(account, count) + number)
-        account.take_issues(of_file)
     account.notes += opened.notes
     account.plates = sorted(plates)
     if again and lacks_files(session, workspace.artifacts, name):
@@ -233,7 +232,7 @@ def _write_images(
             writer.account.flush(session)
     writer.finish()
     source.notes += writer.account.notes
-    accounts.of_files[0].take_issues(scratch)
+    scratch.flush(session)
     images = np.array(found, np.int64)
     # Of several rows that are the same field the first counts: a field has one set of cells.
     again = ~first_of_each(images) & (images != _UNKNOWN)

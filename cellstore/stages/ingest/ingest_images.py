@@ -749,6 +749,8 @@ def look_at_files(
         workspace.progress.finish()
     for where, names in gone.items():
         account.problem(None, GONE, gone_sentence(where, len(names), names[0]))
+    with workspace.database.begin() as session:
+        account.flush(session)
     return frozenset(changed)
 
 
