@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -409,15 +408,10 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
 
 @dataclass(frozen=True)
 class RelocateResult(Shown):
-    """Which ``folders`` (old, new, files) are elsewhere now.
-
-    ``hashed`` of the files have another time there: their sha256 was compared. ``missing`` are in
-    neither place.
-    """
+    """Which ``folders`` (old, new, files) are elsewhere now; ``missing`` files are in neither."""
 
     folders: tuple[tuple[str, str, int], ...]
     files: int
-    hashed: int
     missing: int
     dry_run: bool
 
@@ -440,10 +434,10 @@ def relocate(
     )
     if old == new:
         raise UserInputError(f"{shown(old)} is the old and the new folder. Name another one.")
-    found: Counter[str] = Counter()
     per_folder: Counter[int] = Counter()
+    missing = 0
     wrong: list[str] = []
-    times = array("q")  # id and time of files with another time
+    times: list[dict[str, int]] = []
     with workspace.database.read() as session:
         with_files = select(Folder.id, Folder.uri).where(Folder.id.in_(select(ImageFile.folder_id)))
         folders = {row.id: row.uri for row in session.execute(with_files)}
@@ -453,15 +447,16 @@ def relocate(
             raise UnknownNameError.of("folder", shown(old), map(shown, folders.values()))
 
         def look(row: Any) -> tuple[Any, str, int | None]:
+            """Return what is wrong with a file, and its time if it is another one."""
             here, there = (join(uris[row.folder_id], row.name) for uris in (folders, targets))
             if not exists(there):
                 return row, "gone" if is_remote(here) or not exists(here) else "not there", None
             at = stat(there)
             same = at.size_bytes == row.size_bytes
             if same and (is_remote(there) or at.mtime_ns == row.modified_ns):
-                return row, "same", None
+                return row, "", None
             same = same and probe(there).sha256 == row.sha256
-            return row, "hashed" if same else "another file there", at.mtime_ns
+            return row, "" if same else "another file there", at.mtime_ns
 
         columns = (ImageFile.id, ImageFile.folder_id, ImageFile.name, ImageFile.sha256)
         query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
@@ -469,15 +464,16 @@ def relocate(
         rows = session.execute(query.order_by(ImageFile.id)).partitions(1000)
         with ThreadPoolExecutor(READERS) as pool:
             looks = (one for some in rows for one in pool.map(look, some))
-            for row, became, time in track(workspace.progress, "look at files", None, looks):
-                found[became] += 1
+            for row, problem, time in track(workspace.progress, "look at files", None, looks):
                 per_folder[row.folder_id] += 1
-                if became not in ("same", "hashed", "gone"):
-                    wrong.append(f"{row.name} is {became}")
-                elif time is not None and time != row.modified_ns:
-                    times.extend((row.id, time))
-    total = found.total()
-    if wrong or (total and found["gone"] == total):
+                if problem == "gone":
+                    missing += 1
+                elif problem:
+                    wrong.append(f"{row.name} is {problem}")
+                elif time is not None:
+                    times.append({"id": row.id, "modified_ns": time})
+    total = per_folder.total()
+    if wrong or (total and missing == total):
         some = f"{len(wrong):,} of them, for example {wrong[0]}" if wrong else "none of them is"
         raise UserInputError(
             f"The {total:,} files of {shown(old)} are not all in {shown(new)}: {some}. "
@@ -500,20 +496,14 @@ def relocate(
                     mine = update(ImageFile).where(ImageFile.folder_id == number)
                     session.execute(mine.values(folder_id=taken))
                     session.execute(delete(Folder).where(Folder.id == number))
-            pairs = zip(times[::2], times[1::2], strict=True)
-            for changed in in_lists([{"id": n, "modified_ns": time} for n, time in pairs]):
-                session.execute(update(ImageFile), changed)
+            if times:
+                session.execute(update(ImageFile), times)
             numbers = select(Folder.id).where(Folder.uri.in_(set(targets.values())))
             files = select(ImageFile.image_id).where(ImageFile.folder_id.in_(numbers))
             requeue(session, Job.image_id.in_(files))
             record_events(session, changes, reason=reason)
-    return RelocateResult(
-        tuple((shown(folders[n]), shown(uri), per_folder[n]) for n, uri in targets.items()),
-        total,
-        found["hashed"],
-        found["gone"],
-        dry_run,
-    )
+    moved = ((shown(folders[n]), shown(uri), per_folder[n]) for n, uri in targets.items())
+    return RelocateResult(tuple(moved), total, missing, dry_run)
 
 
 # ---- Dry run ----
