@@ -169,9 +169,6 @@ def choose_tables(
     """Return the tables that together describe the cells; what is not used is noted in ``source``.
 
     The object numbers of the first are those of the cells: Cells, else Nuclei.
-
-    Raises:
-        BadTableError: none has measurements, or there are several segmentations.
     """
     if not tables:
         source.notes.append("there is no table of objects: only images are read")

@@ -82,11 +82,6 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
     """Open a folder of CSV files; close the source after use.
 
     ``plate`` is the barcode where the tables name none.
-
-    Raises:
-        BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: no table names its plate.
-        StorageError: the temporary folder is full.
     """
     source = ObjectSource(TOOL, own_images=True)
     folders: dict[Path, int] = {}

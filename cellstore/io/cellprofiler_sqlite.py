@@ -50,11 +50,7 @@ class SqliteTable:
     odd: set[str] = field(default_factory=set)
 
     def keys(self, groups: Mapping[str | None, int], images: ImageIndex, file: int) -> TableKeys:
-        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have.
-
-        Raises:
-            BadTableError: the file is damaged, or the table has no row numbers.
-        """
+        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have."""
         parents = self.columns.parents
         keys = [TABLE_NUMBER, IMAGE_NUMBER, self.columns.object_number]
         group, *numbers = (_quoted(name) if name in self.present else "NULL" for name in keys)
@@ -87,9 +83,6 @@ class SqliteTable:
         """Return the features of ``rows`` (counted from 0, in any order, repeated or not).
 
         Numbers are float64, exactly as they are stored; the text 'nan' is null.
-
-        Raises:
-            BadTableError: the file is damaged.
         """
         wanted = self.rowids[rows]
         asked = np.unique(wanted)
@@ -154,10 +147,6 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
     """Open an SQLite database with a table of images (:func:`is_cellprofiler_sqlite`).
 
     ``plate`` is the barcode where the tables name none.
-
-    Raises:
-        BadTableError: there are several segmentations, or damage.
-        UserInputError: no table names its plate.
     """
     source = ObjectSource(TOOL, own_images=True)
     tables = _sqlite_tables(path)

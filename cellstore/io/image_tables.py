@@ -151,11 +151,7 @@ class ChannelNames:
         return f"{name} (ch{number})"
 
     def check_used(self) -> None:
-        """Check that each name wanted was for a channel that came.
-
-        Raises:
-            UnknownNameError: one was not; the message has channels that did come.
-        """
+        """Check that each name wanted was for a channel that came."""
         for key in self._wanted:
             if key not in self._used:
                 raise UnknownNameError.of("channel", self._written[key], sorted(self._seen))

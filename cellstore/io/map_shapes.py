@@ -319,11 +319,7 @@ def _row_of(text: str) -> int | None:
 
 
 def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
-    """Return the grids among rows of cells: columns 1, 2, 3 at the head, rows A, B, C at the left.
-
-    Raises:
-        BadTableError: a row or column goes on where the grid has no letter or number for it.
-    """
+    """Return the grids among rows of cells: columns 1, 2, 3 at the head, rows A, B, C at the left."""
     blocks: list[Block] = []
     taken: set[tuple[int, int]] = set()
     for at, (line, cells) in enumerate(rows):
@@ -532,13 +528,7 @@ def _head_of(rows: Sequence[TableRow], chosen: Sequence[tuple[str, str]]) -> int
 def open_map(
     path: Path, sheet: str | None = None, chosen: Sequence[tuple[str, str]] = ()
 ) -> TextTable | None:
-    """Return the plate map in a file as a table with a row for each well; None: there is none.
-
-    Raises:
-        BadTableError: the file is damaged, a grid is, or several sheets hold a map.
-        UnknownNameError: there is no such sheet.
-        UserInputError: the file is missing or unreadable, or a text table is to have a sheet.
-    """
+    """Return the plate map in a file as a table with a row for each well; None: there is none."""
     if first_bytes(path) not in SPREADSHEETS:
         if sheet is not None:
             raise UserInputError(f"{path.name} is a text table without sheets. Remove --sheet.")

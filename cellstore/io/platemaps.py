@@ -256,12 +256,7 @@ def _stem(path: Path) -> str:
 def map_table(
     path: Path, sheet: str | None = None, columns: Sequence[tuple[str, str]] = ()
 ) -> TextTable:
-    """Return the plate map in a file as a table with a row for each well.
-
-    Raises:
-        BadTableError: there is none; the message says what was looked for and what is there.
-        UserInputError: the file is missing or unreadable.
-    """
+    """Return the plate map in a file as a table with a row for each well."""
     table = open_map(path, sheet, columns)
     if table is not None:
         return table

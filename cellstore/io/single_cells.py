@@ -161,10 +161,6 @@ def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
     """Open a table with a row per cell (:func:`is_single_cells`).
 
     ``plate`` is the barcode where it names none.
-
-    Raises:
-        BadTableError: it is damaged.
-        UserInputError: no row names its plate, or the file cannot be read.
     """
     source = ObjectSource(TOOL, own_images=False)
     is_parquet = first_bytes(path) == PARQUET

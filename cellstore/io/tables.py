@@ -1,6 +1,7 @@
 """The one reader of tables: plate maps, LoadData, treatments, splits, tables of features.
 
-A Parquet file is read as the CSV file that has its rows.
+A Parquet file is read as the CSV file that has its rows. What is missing or unreadable is a
+``UserInputError``; what is empty, damaged, no table, or lacks columns, a ``BadTableError``.
 
 We split lines into rows ourselves because after a quote that is never closed DuckDB drops the rows
 that follow and pyarrow joins them into one cell, while here such a quote costs its own line only;
@@ -132,12 +133,7 @@ class TextTable:
     repeated: frozenset[str] = field(default_factory=frozenset)
 
     def rows(self) -> Generator[TableRow | Refusal, None, None]:
-        """Yield every data row, or why it is none; blank lines are not rows.
-
-        Raises:
-            BadTableError: the file ends in the middle of its compression, or is two tables.
-            UserInputError: the file has become unreadable.
-        """
+        """Yield every data row, or why it is none; blank lines are not rows."""
         with opened(self.path, self.encoding, self.header_lines) as text:
             yield from RowSplitter(self, text, self.header_lines).rows()
 
@@ -148,10 +144,6 @@ class TextTable:
 
         Those of ``numbers`` are float64 instead, missing ones null, until one of their values is
         no number: from there on they are texts, too.
-
-        Raises:
-            BadTableError: the file ends in the middle of its compression, or is two tables.
-            UserInputError: the file has become unreadable.
         """
         read = _ArrowReader(self, positions, numbers).read
         line, left = self.header_lines, ""
@@ -190,11 +182,7 @@ class TextTable:
             yield row.line, made
 
     def position(self, column: str) -> int | None:
-        """Return the index of a column in ``TableRow.cells``, or None where it is absent.
-
-        Raises:
-            BadTableError: there are several columns of that name.
-        """
+        """Return the index of a column in ``TableRow.cells``, or None where it is absent."""
         if column in self.repeated:
             raise BadTableError(
                 f"{self.path.name} has the column {column!r} more than once. "
@@ -203,11 +191,7 @@ class TextTable:
         return self.columns.index(column) if column in self.columns else None
 
     def require(self, *columns: str) -> None:
-        """Check that the columns are there, each once.
-
-        Raises:
-            BadTableError: some are not; the message names them and the nearest present ones.
-        """
+        """Check that the columns are there, each once."""
         absent = [column for column in columns if self.position(column) is None]
         if absent:
             raise BadTableError(
@@ -251,11 +235,7 @@ class RowSplitter:
     returned: deque[str] = field(default_factory=deque)
 
     def rows(self) -> Iterator[TableRow | Refusal]:
-        """Yield each data row, or why it is none; blank lines are not rows.
-
-        Raises:
-            BadTableError: the header comes again with its columns in another order.
-        """
+        """Yield each data row, or why it is none; blank lines are not rows."""
         written = self.table.headers or (self.table.columns,)
         headers = [tuple(name.strip() for name in header) for header in written]
         names = {name for header in headers for name in header if name}
@@ -621,11 +601,7 @@ def _workbook(path: Path) -> Iterator[Any]:
 
 
 def sheet_names(path: Path) -> list[str]:
-    """Return the names of the sheets of a spreadsheet.
-
-    Raises:
-        BadTableError: it is damaged or has a password.
-    """
+    """Return the names of the sheets of a spreadsheet."""
     with _workbook(path) as book:
         return list(book.sheet_names)
 
@@ -634,9 +610,6 @@ def read_sheet(path: Path, name: str) -> list[TableRow]:
     """Return the rows of a sheet that are not blank, as texts; merged cells all have their value.
 
     Whole numbers are written without a point, dates as 2026-03-12, errors as #N/A.
-
-    Raises:
-        BadTableError: the file is damaged or has a password.
     """
     with _workbook(path) as book:
         sheet = book.get_sheet_by_name(name)
@@ -673,10 +646,6 @@ def text_cells(path: Path) -> CellTable:
 
     The delimiter is what most lines have; of two that all lines have, tab goes before semicolon
     and that before comma, which may be a decimal comma. No line is taken for the header.
-
-    Raises:
-        BadTableError: the file is damaged, empty or no text.
-        UserInputError: it is missing or unreadable.
     """
     encoding, notes = _encoding(path, whole=False)
     with opened(path, encoding) as text:

@@ -308,9 +308,6 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
 
     A row that names no perturbation but its ``Metadata_JCP2022`` is called by that. Its kind is
     the one that is written, else that of this identifier.
-
-    Raises:
-        RowRefusedError: as of :meth:`TreatmentRecord.named`.
     """
     name = first_text(texts, (_NAME, _JCP))
     if name is None or name in _JCP_NOTHING or name.lower() == EMPTY:
@@ -392,13 +389,7 @@ def _one_sample(given: TreatmentRecord, known: TreatmentRecord) -> bool:
 
 
 def read_aliases(path: Path) -> dict[str, str]:
-    """Read names by alias: a table with the columns ``alias`` and ``name``.
-
-    Raises:
-        BadTableError: a column is missing, a row is incomplete, an alias has two names, or is a
-            name, too. Nothing is guessed.
-        UserInputError: the file is missing or unreadable.
-    """
+    """Read names by alias: a table with the columns ``alias`` and ``name``."""
     table = open_table(path)
     columns = ("alias", "name")
     table.require(*columns)
@@ -451,9 +442,6 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
     A table without codes (``broad_sample``, ``JCP2022``) describes treatments by their names. In
     one with them, only DMSO of a compound table may be without.
-
-    Raises:
-        BadTableError: the table has nothing to name a treatment by.
     """
     columns = MapColumns(table.columns, ())
     named = [columns.column(role) for role in ("sample", "treatment", "gene", "target")]
