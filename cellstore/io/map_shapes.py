@@ -319,7 +319,7 @@ def _row_of(text: str) -> int | None:
 
 
 def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
-    """Return the grids among rows of cells: columns 1, 2, 3 at the head, rows A, B, C at the left."""
+    """Return the grids among rows: columns 1, 2, 3 at the head, rows A, B, C at the left."""
     blocks: list[Block] = []
     taken: set[tuple[int, int]] = set()
     for at, (line, cells) in enumerate(rows):
