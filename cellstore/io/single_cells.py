@@ -32,7 +32,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, opened
+from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, readable
 
 EXCLUDED, CELL_ID = "Metadata_Excluded", "Metadata_CellId"
 SEGMENTATION, SUBSET, LABEL = "Metadata_Segmentation", "Metadata_Subset", "Metadata_Label"
@@ -194,7 +194,7 @@ def _find_cells(
     """Columns that have no single value per image."""
     of_image = {**columns.image, **{name: name for name in columns.others}}
     rows_of = ImageRows({name: at for at, name in enumerate(of_image)}, plate)
-    with opened(path):  # an image may be named by a column of an odd kind
+    with readable(path):  # an image may be named by a column of an odd kind
         for batch, lines in table.batches(list(dict.fromkeys([number, *own, *columns.of_image]))):
             keys = _joined(batch, columns.keys)
             codes = keys.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -314,7 +314,7 @@ class _ParquetTable:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.refused: list[Refusal] = []
-        with opened(path):
+        with readable(path):
             self._schema = pq.read_schema(path)
         self.columns: Sequence[str] = self._schema.names
         repeated = {name for name in self.columns if self.columns.count(name) > 1}
@@ -337,7 +337,7 @@ class _ParquetTable:
         line = 1
         # Others write tables of any length as one row group: read it piece by piece.
         options = {"pre_buffer": False, "buffer_size": _BUFFER}
-        with opened(self._path), pq.ParquetFile(self._path, **options) as file:
+        with readable(self._path), pq.ParquetFile(self._path, **options) as file:
             for batch in file.iter_batches(batch_rows(len(columns)), columns=list(columns)):
                 arrays = [batch.column(name) for name in columns]
                 if dtypes:
