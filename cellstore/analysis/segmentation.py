@@ -220,14 +220,12 @@ def load_segmenter(
     cellprob_threshold: float = -5.0,
     diameter: float | None = None,
     device: str = "auto",
-    sizes_given: bool = False,
 ) -> CellposeSegmenter:
     """Load a network and return what segments grey images with it.
 
     The default thresholds are those of the published A549 study (DESIGN section 2), not
     Cellpose's (0.4 and 0.0). ``diameter`` in pixels; ``None`` estimates it per image with the
-    size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
-    ``cpu`` or ``cuda``.
+    size model. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
     Raises UserInputError for a file that is no network of the installed Cellpose, or for a missing
     size model.
@@ -237,7 +235,7 @@ def load_segmenter(
         planes, diameter = 1, diameter or 30.0  # at which it leaves an image at its own scale
     elif diameter is None and files.size_model is not None:
         size_model = load_size_model(files.size_model)
-    elif diameter is None and not sizes_given:
+    elif diameter is None:
         raise UserInputError(
             f"The network {files.name} has no size model, so the cell diameter cannot be "
             "estimated. Give it in pixels with --diameter, or put "
@@ -278,43 +276,34 @@ class CellposeSegmenter:
         """Find the cells of one image; see :meth:`segment_batch`."""
         return self.segment_batch([image])[0]
 
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
+    def segment_batch(self, images: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
         """Find the cells of each image; on a GPU, several share a call of the network.
 
         An image is (H, W) float32 of any intensity scale, or (2, H, W): the plane of the cells
-        (cytoplasm) and that of their nuclei. ``diameters``: of the cells of each image, in
-        pixels, instead of the segmenter's own.
+        (cytoplasm) and that of their nuclei.
 
         Raises:
             ImageError: pixels that are not one or two finite planes, or an image that does not
                 fit into the memory of the GPU even alone.
         """
         planes = [input_planes(image, self.planes) for image in images]
-        given: Sequence[float | None] = diameters or [None] * len(planes)
-        items = list(zip(planes, given, strict=True))
         return [
             result
-            for _, alike in groupby(items, key=lambda item: item[0].shape)
+            for _, alike in groupby(planes, key=np.shape)
             for result in self.batches.run(list(alike), self._segment_alike)
         ]
 
     def _segment_alike(
-        self, items: Sequence[tuple[NDArray[np.float32], float | None]], tiles: int
+        self, planes: Sequence[NDArray[np.float32]], tiles: int
     ) -> list[SegmentationResult]:
-        """Find the cells of images of one size: their planes (H, W, planes), their diameters."""
+        """Find the cells of images of one size: their planes (H, W, planes)."""
         from cellpose.plot import dx_to_circ
         from cellpose.utils import diameters as cellpose_diameters
 
-        stack = np.stack([planes for planes, _ in items])
-        diameters = [diameter for _, diameter in items if diameter is not None]
-        if not diameters and self.diameter is not None:
-            diameters = [self.diameter] * len(stack)
-        elif not diameters:
+        stack = np.stack(planes)
+        diameters = [] if self.diameter is None else [self.diameter] * len(stack)
+        if self.size_model is not None:
             # Cellpose's two steps: by the style vector, then by the cells found so.
-            if self.size_model is None:
-                raise UserInputError("This network has no size model. Give the diameter in pixels.")
             styles = self.model.eval(
                 stack,
                 channel_axis=3,

@@ -101,7 +101,7 @@ def preview(
             images.append(PreviewImage(name, None, None, 0.0, None, first_line(error)))
             continue
         seconds = time.perf_counter() - started
-        plane = loaded[0] if loaded[0].ndim == 2 else loaded[0][0]
+        plane = loaded if loaded.ndim == 2 else loaded[0]
         text = f"{name}: {result.count} cells, diameter {result.diameter:.1f} px"
         target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
         with open_atomically(target) as file:
