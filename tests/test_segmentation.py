@@ -158,8 +158,9 @@ def test_a_published_network_that_cannot_be_fetched_is_explained(tmp_path, monke
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", offline)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path / "cache"))
     with pytest.raises(UserInputError, match=r"put it at .*nucleitorch_0") as raised:
-        find_model("nuclei", tmp_path / "cache")
+        find_model("nuclei")
     assert "no route to host" in str(raised.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -181,8 +182,9 @@ def test_a_published_network_is_fetched_once_and_known_by_its_bytes(tmp_path, mo
         return io.BytesIO(url.encode())
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", online)
-    files = find_model("nuclei", tmp_path)
-    again = find_model("nuclei", tmp_path)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
+    files = find_model("nuclei")
+    again = find_model("nuclei")
     assert files == again
     assert [url.rpartition("/")[2] for url in asked] == ["nucleitorch_0", "size_nucleitorch_0.npy"]
     parts = [hashlib.sha256(url.encode()).hexdigest() for url in asked]
@@ -205,8 +207,9 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
             raise ConnectionResetError("connection reset")
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", lambda *_, **__: Broken())
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     with pytest.raises(UserInputError, match="connection reset"):
-        find_model("cyto", tmp_path)
+        find_model("cyto")
     assert list(tmp_path.iterdir()) == []
 
 

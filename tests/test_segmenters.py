@@ -201,15 +201,17 @@ def test_a_name_of_the_other_generation_is_refused_before_it_is_fetched(
     monkeypatch, tmp_path, installed, model, words
 ):
     monkeypatch.setattr(segmentation, "version", lambda _: f"{installed}.9.9")
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     with pytest.raises(UserInputError, match=words):
-        find_model(model, tmp_path)
+        find_model(model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_without_size_model_is_found_by_its_one_file(monkeypatch, tmp_path):
     monkeypatch.setattr(segmentation, "version", lambda _: "4.2.1")
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     (tmp_path / "cpsam").write_bytes(b"weights")
-    files = find_model("cpsam", tmp_path)
+    files = find_model("cpsam")
     assert (files.network, files.size_model) == (tmp_path / "cpsam", None)
 
 
@@ -218,8 +220,9 @@ def test_without_cellpose_every_name_may_be_looked_for(monkeypatch, tmp_path):
         raise segmentation.PackageNotFoundError("cellpose")
 
     monkeypatch.setattr(segmentation, "version", absent)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     (tmp_path / "cpsam").write_bytes(b"weights")
-    assert find_model("cpsam", tmp_path).name == "cpsam"
+    assert find_model("cpsam").name == "cpsam"
 
 
 def test_a_file_of_cellpose_4_says_where_it_can_be_used(tmp_path):

@@ -113,14 +113,13 @@ class ModelFiles:
     run_id: int | None = None
 
 
-def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> ModelFiles:
+def find_model(model: str = DEFAULT_MODEL) -> ModelFiles:
     """Locate a network by name or by path.
 
     ``model`` is ``cellstore-nuclei``, a published Cellpose name (``cyto``, ``cyto2``, ``cyto3``,
     ``nuclei``; with Cellpose 4 ``cpsam`` and ``cpsam_v2``: fetched once into Cellpose's own
     folder), or the path of a network trained with Cellpose, with ``<path>_size.npz`` or Cellpose's
-    ``<path>_size.npy`` beside it if there is one. ``weights_dir`` replaces the folders in which
-    named networks are looked for.
+    ``<path>_size.npy`` beside it if there is one.
 
     Raises UnknownNameError for an unknown name, UserInputError if a file cannot be had, or if the
     network is one for the other generation of Cellpose.
@@ -137,16 +136,11 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
                 f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
             )
     if published is not None:
-        folder = weights_dir or cellpose_folder()
+        folder = cellpose_folder()
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
-        folder = weights_dir or Path(str(resources.files("cellstore.weights")))
-        network = folder / f"{DEFAULT_MODEL}.pt"
-        if not network.is_file():
-            raise UserInputError(
-                f"The network {network.name} is missing from {folder}. Install cellstore again."
-            )
+        network = Path(str(resources.files("cellstore.weights"))) / f"{DEFAULT_MODEL}.pt"
     else:
         network = Path(model).expanduser()
         if not network.is_file():

@@ -255,7 +255,6 @@ NO_VALUE = (0.54, 0.56, 0.6, 0.25)
 """Colour of a well without a value, seen on white as on black."""
 RING, HALO = "#d1350f", "#ffffff"
 """A ring is seen on every colour of a map, because a white one lies below it."""
-PNG_COLUMNS = 3
 
 WellPosition = tuple[int, int]
 
@@ -433,31 +432,6 @@ def interval_bar(
         )
     inner += f'<circle cx="{x(value):.1f}" cy="8" r="3.2" fill="{colour}"/>'
     return element("bar", width, height, inner, alt)
-
-
-def plate_maps_png(maps: Sequence[PlateMap]) -> bytes:
-    """Return a picture of several maps of a plate as PNG, on white, each below its title."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    step = max(found.height(SMALL_MAP) for found in maps) + 0.35
-    height = -(-len(maps) // PNG_COLUMNS) * step + 0.4
-    with rc_context(STYLE):
-        figure = Figure(figsize=(PNG_COLUMNS * SMALL_MAP, height))
-        figure.text(0.01, 1 - 0.12 / height, short(maps[0].plate, 60), size=11, va="top")
-        for index, found in enumerate(maps):
-            row, column = divmod(index, PNG_COLUMNS)
-            left, top = column * SMALL_MAP, height - 0.4 - row * step
-            title = f"{found.title} {short(found.channel)}, {found.unit}".replace(" ,", ",")
-            figure.text(
-                (left + LEFT) / figure.get_figwidth(), (top - 0.05) / height, title,
-                size=9, va="top",
-            )  # fmt: skip
-            bottom = top - 0.3 - found.height(SMALL_MAP)
-            draw_plate_map(figure, found, SMALL_MAP, left, bottom)
-        target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=150, metadata={"Software": None})
-    return target.getvalue()
 
 
 def draw_curve(

@@ -102,7 +102,6 @@ def finetune(
     params: FinetuneParams | None = None,
     *,
     plate: str | None = None,
-    weights_dir: Path | None = None,
     device: str = "auto",
     force: bool = False,
 ) -> FinetuneResult:
@@ -126,7 +125,7 @@ def finetune(
             "Fine-tuning works with Cellpose 3. Install cellstore in an environment of its own "
             "with: pip install 'cellstore[segment]'"
         )
-    start = find_network(workspace, params.model, weights_dir)
+    start = find_network(workspace, params.model)
     with workspace.database.read() as session:
         if plate is not None:
             find_plate(session, plate)

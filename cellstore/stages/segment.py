@@ -67,7 +67,6 @@ def segment(
     params: SegmentParams | None = None,
     selection: Selection = EVERYTHING,
     *,
-    weights_dir: Path | None = None,
     device: str = "auto",
     resources: Resources = THIS_PROCESS,
     dry_run: bool = False,
@@ -77,9 +76,7 @@ def segment(
     Masks and flows become files, every cell a row. What this recipe did before is left alone,
     unless its files are gone. Images without the channels are left out, and named in the result.
     """
-    stage, images, lacking = open_segment(
-        workspace, params or SegmentParams(), selection, weights_dir, device
-    )
+    stage, images, lacking = open_segment(workspace, params or SegmentParams(), selection, device)
     if dry_run:
         result = forecast(workspace, stage, stage.recipe, images, resources)
         return replace(result, lacking=lacking)
@@ -95,7 +92,6 @@ def open_segment(
     workspace: Workspace,
     params: SegmentParams,
     selection: Selection,
-    weights_dir: Path | None,
     device: str,
 ) -> tuple[Segment, Select[int], tuple[tuple[str, str], ...]]:
     """Find the network, the recipe and the images, before any work begins.
@@ -103,7 +99,7 @@ def open_segment(
     The images without the channels are returned by name, with the reason.
     """
     need("segment")
-    files = find_network(workspace, params.model, weights_dir)
+    files = find_network(workspace, params.model)
     with workspace.database.read() as session:
         params = replace(params, channels=choose_channels(session, params.channels))
         if params.nuclei is not None:
@@ -124,7 +120,7 @@ def open_segment(
     return stage, images, lacking
 
 
-def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> ModelFiles:
+def find_network(workspace: Workspace, model: str) -> ModelFiles:
     """Return the network that ``model`` names: a name, a file, or ``run:N``.
 
     Raises:
@@ -135,7 +131,7 @@ def find_network(workspace: Workspace, model: str, weights_dir: Path | None = No
     from ..analysis.segmentation import describe, find_model
 
     if not model.startswith(OF_A_RUN):
-        return find_model(model, weights_dir)
+        return find_model(model)
     with workspace.database.read() as session:
         run_id = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE).id
         artifacts = files_of(session, run_id, ArtifactKind.NETWORK)
