@@ -105,11 +105,7 @@ def _show_preview(result: PreviewResult, common: Common) -> None:
         typer.echo("Nothing to show: no image of the selection has its files.")
     else:
         rows = [
-            (
-                item.name,
-                item.cells,
-                *(None if x is None else round(x, 1) for x in (item.diameter, item.seconds)),
-            )
+            (item.name, item.cells, round(item.diameter or 0.0, 1), round(item.seconds, 1))
             for item in result.images
             if item.problem is None
         ]
@@ -133,12 +129,10 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
     parts = [f"{output.count(there, 'image')} {verb} already with these options"]
     if result.failed_before:
         parts.append(f"{result.failed_before:,} failed before")
-    if not result.waiting:
-        stage = {"segmented": "segment", "measured": "measure"}.get(verb)
-        again = f'\nTo do some again and compare: cellstore repro "latest {stage}" --check'
-        return f"{', '.join(parts)}.{again if stage and there else ''}"
-    parts.append(f"{output.count(result.waiting, 'image')} still without files")
-    return f"{', '.join(parts)}. Ingest again with --images to fill them in."
+    if result.waiting:
+        without = f"{output.count(result.waiting, 'image')} still without files"
+        parts.append(f"{without}. Ingest again with --images to fill them in")
+    return f"{', '.join(parts)}."
 
 
 def _show_dry_run(result: JobsResult | QcResult, to_do: int, verb: str) -> None:
@@ -398,7 +392,7 @@ def _numbers(
 def _show_finetune(result: FinetuneResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} learned from these masks already.")
-    before, after, error = result.before, result.after, result.size_error
+    before, after = result.before, result.after
     output.pairs(
         {
             "run": result.run_id,
@@ -408,7 +402,6 @@ def _show_finetune(result: FinetuneResult) -> None:
             "images held out": result.held_out,
             "AP before": "not known" if before is None else f"{before:.3f}",
             "AP after": "not known" if after is None else f"{after:.3f}",
-            "diameter estimate": "none" if error is None else f"{error:.0%} off (median)",
         }
     )
     for item in result.refused[:SHOWN_FAILURES]:
@@ -418,8 +411,8 @@ def _show_finetune(result: FinetuneResult) -> None:
         say("No image was held out, so nobody knows whether the new network is better.")
     elif after < before:
         say("The new network is worse on the held-out images. More masks, or fewer --epochs, help.")
-    size = "" if error is not None else " --diameter PIXELS"
-    say(f"Next: cellstore segment --model {result.model}{size} --preview 6")
+    size = result.diameter or "PIXELS"
+    say(f"Next: cellstore segment --model {result.model} --diameter {size} --preview 6")
 
 
 @command(app, "finetune", _show_finetune)

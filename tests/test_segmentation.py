@@ -21,6 +21,7 @@ pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
 from tiny_network import DIAM_MEAN, new_network, save_network  # noqa: E402
+from train_shipped_network import fit_size_model, save_size_model  # noqa: E402
 
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
 from cellstore.learn import finetuning  # noqa: E402
@@ -146,7 +147,7 @@ def test_the_digest_covers_network_and_size_model(untrained, tmp_path):
     plain = hashlib.sha256(network.read_bytes()).hexdigest()
     assert alone.size_model is None
     assert alone.sha256 == plain
-    segmentation.save_size_model(tmp_path / "net_size.npz", size_model())
+    save_size_model(tmp_path / "net_size.npz", size_model())
     both = find_model(str(network))
     assert both.size_model == tmp_path / "net_size.npz"
     sized = hashlib.sha256(both.size_model.read_bytes()).hexdigest()
@@ -325,7 +326,7 @@ def test_unusable_pixels_are_refused(untrained, image):
 
 def test_a_size_model_survives_storage(tmp_path):
     path = tmp_path / "size.npz"
-    segmentation.save_size_model(path, size_model())
+    save_size_model(path, size_model())
     loaded = segmentation.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, size_model().weights)
     assert (loaded.offset, loaded.diam_mean) == (0.2, 17.0)
@@ -352,7 +353,7 @@ def test_the_regression_recovers_a_law_it_can_express():
     rng = np.random.default_rng(0)
     styles, law = rng.normal(size=(600, 256)), rng.normal(size=256) / 30
     truth = 20 * np.exp(styles @ law)
-    fitted = segmentation.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
+    fitted = fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
     estimates = [fitted.estimate(style) for style in styles[:50]]
     np.testing.assert_allclose(estimates, truth[:50], rtol=1e-3)
 

@@ -20,7 +20,7 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -493,35 +493,6 @@ class SizeModel:
         logarithm = float(self.weights @ (style.astype(np.float64) - self.style_mean))
         diameter = float(np.exp(logarithm + self.offset)) * self.diam_mean
         return max(SMALLEST_DIAMETER, diameter) if np.isfinite(diameter) else self.diam_mean
-
-
-def fit_size_model(
-    styles: NDArray[np.floating[Any]],
-    diameters: NDArray[np.floating[Any]],
-    diam_mean: float,
-    ridge: float = 1.0,
-) -> SizeModel:
-    """Ridge regression of log diameter on ``styles`` (n, 256); ``diameters`` (n,) in pixels."""
-    style_mean = styles.mean(axis=0, dtype=np.float64)
-    target = np.log(diameters.astype(np.float64) / diam_mean)
-    centred = styles.astype(np.float64) - style_mean
-    normal = centred.T @ centred + ridge * np.eye(centred.shape[1])
-    weights = np.linalg.solve(normal, centred.T @ (target - target.mean()))
-    return SizeModel(weights, style_mean, float(target.mean()), diam_mean)
-
-
-def save_size_model(path: Path | BinaryIO, model: SizeModel) -> None:
-    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses.
-
-    ``path`` may be an open file.
-    """
-    np.savez(
-        path,
-        A=model.weights,
-        smean=model.style_mean,
-        ymean=np.float64(model.offset),
-        diam_mean=np.float64(model.diam_mean),
-    )
 
 
 def load_size_model(path: Path) -> SizeModel:

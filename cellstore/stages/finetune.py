@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
 from ..notebooks import Shown
 from ..settings import need, track
-from .segment import OF_A_RUN, SIZE_MODEL, find_network
+from .segment import OF_A_RUN, find_network
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles
@@ -76,9 +76,8 @@ class FinetuneResult(Shown):
     """A fine-tuned network. ``model``: what ``segment --model`` calls it.
 
     ``before`` and ``after``: mean average precision at IoU 0.5 on the ``held_out`` images, each
-    scaled by the true diameter; ``None``: none were held out. ``size_error``: median relative
-    error of the diameters that the new size model estimates; ``None``: there is no size model,
-    and the network needs a diameter. ``refused``: files that were not used, and why.
+    scaled by the true diameter; ``None``: none were held out. ``diameter``: the median of the
+    cells learned from, in pixels. ``refused``: files that were not used, and why.
     """
 
     run_id: int
@@ -91,9 +90,9 @@ class FinetuneResult(Shown):
     held_out: int
     before: float | None
     after: float | None
-    size_error: float | None
     losses: tuple[float, ...]
     refused: tuple[dict[str, str], ...]
+    diameter: float | None = None
 
 
 def finetune(
@@ -234,7 +233,6 @@ def _train(
     device: str,
 ) -> dict[str, Any]:
     """Train, judge and keep a network; return how good it is, for the run."""
-    from ..analysis.segmentation import save_size_model
     from ..learn import finetuning
 
     lessons, tests = (Opened(workspace, some, params.planes) for some in (training, held_out))
@@ -263,19 +261,12 @@ def _train(
             workspace.progress.finish()
     network = workspace.artifacts.write(ArtifactKind.NETWORK, state, ".pt")
     keep(network)
-    path, size_error = workspace.artifacts.locate(network.path), None
-    after = judged(path)
-    found = finetuning.size_model_of(path, lessons, device)
-    if found is not None:  # there are images enough
-        model, error = found
-        buffer, size_error = io.BytesIO(), math.expm1(error)
-        save_size_model(buffer, model)
-        keep(workspace.artifacts.write(ArtifactKind.NETWORK, buffer.getvalue(), SIZE_MODEL))
+    after = judged(workspace.artifacts.locate(network.path))
     keep(*(example.masks for example in (*training, *held_out)))
     return {
         "before": before,
         "after": after,
-        "size_error": size_error,
+        "diameter": round(median(prepared.diameters), 1),
         "network_sha256": network.sha256,
     }
 

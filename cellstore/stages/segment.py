@@ -59,8 +59,6 @@ GPU_BATCH = 8
 OF_A_RUN = "run:"
 """How a network of this store is named: ``run:12``, or ``run:latest``."""
 
-SIZE_MODEL = ".npz"
-
 
 def segment(
     workspace: Workspace,
@@ -138,7 +136,7 @@ def find_network(workspace: Workspace, model: str) -> ModelFiles:
     paths = {}
     for artifact in artifacts:
         workspace.artifacts.read(artifact.path, artifact.sha256)  # that it is what was written
-        paths[artifact.path.endswith(SIZE_MODEL)] = workspace.artifacts.locate(artifact.path)
+        paths[artifact.path.endswith(".npz")] = workspace.artifacts.locate(artifact.path)
     if False not in paths:
         raise UserInputError(f"Run {run_id} did not end with a network. Choose another run.")
     return replace(describe(f"{OF_A_RUN}{run_id}", paths[False], paths.get(True)), run_id=run_id)
