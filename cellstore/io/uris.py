@@ -122,11 +122,7 @@ def split_page(name: str) -> tuple[str, int | None]:
 
 
 def page_name(name: str, page: int) -> str:
-    """Return the name of a page of a file; the first is page 1.
-
-    Raises:
-        UserInputError: there is no such page number.
-    """
+    """Return the name of a page of a file; the first is page 1."""
     if not 1 <= page <= 999_999:
         raise UserInputError(f"{page} is no page of {name}. The first page is 1.")
     return f"{name}#page={page}"
@@ -180,13 +176,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def stat(uri: str) -> FileStat:
-    """Return size and time of change of a file here or elsewhere.
-
-    Raises:
-        ImageError: as ``read_bytes``, or the server does not give the size.
-        MissingExtraError: as ``read_bytes``.
-        UserInputError: as ``read_bytes``.
-    """
+    """Return size and time of change of a file here or elsewhere."""
     if is_remote(uri):
         info = _remote(uri, "info")
         size = info.get("size")
@@ -231,11 +221,7 @@ def local_stat(path: Path) -> FileStat:
 
 
 def array_files(path: Path) -> list[Path]:
-    """Return the files of a Zarr array, in an order that is always the same.
-
-    Raises:
-        OSError: it is not there, or is another folder.
-    """
+    """Return the files of a Zarr array, in an order that is always the same."""
     if not any((path / name).is_file() for name in _ARRAYS):
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
@@ -243,13 +229,7 @@ def array_files(path: Path) -> list[Path]:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is such a file; a server that does not answer is an error.
-
-    Raises:
-        ImageError: as ``read_bytes``, but not for a file that is not there.
-        MissingExtraError: as ``read_bytes``.
-        UserInputError: as ``read_bytes``.
-    """
+    """Whether there is such a file; a server that does not answer is an error."""
     if is_remote(uri):
         return bool(_remote(uri, "isfile"))
     try:

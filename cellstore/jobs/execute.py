@@ -201,9 +201,6 @@ def execute(
 
     ``parent_id``: the run whose result these rely on. ``result``: what else is kept with the runs.
     ``unseen``: also images that have not been seen, for work that opens none.
-
-    Raises:
-        StorageError, KeyboardInterrupt, RunCancelledError: see :func:`run_jobs`.
     """
     with workspace.database.read() as session:
         lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}

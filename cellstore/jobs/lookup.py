@@ -1,4 +1,8 @@
-"""Images, wells, channels, runs, recipes and splits by what people type; selections of images."""
+"""Images, wells, channels, runs, recipes and splits by what people type; selections of images.
+
+A name of nothing is an ``UnknownNameError`` that lists similar names; one that is not written like
+a name, or that means several things, a ``UserInputError``.
+"""
 
 from __future__ import annotations
 
@@ -96,10 +100,6 @@ def find_image(session: Session, text: str) -> int:
     where that names one image), a core file name (``r01c01f01``, with ``PLATE/`` before it where
     several plates have it), an id (``17``), the name or path of one of its files, or the first
     digits of the sha256 of its content or of one of its files.
-
-    Raises:
-        UnknownNameError: nothing has that name; similar names are listed.
-        UserInputError: several images have it.
     """
     text = readable(text)
     found = _images(session, _image_condition(session, text), _LISTED)
@@ -117,12 +117,7 @@ def find_image(session: Session, text: str) -> int:
 
 
 def images_named(session: Session, text: str) -> ColumnElement[bool]:
-    """Return the condition on an image that ``text`` names: it, or all of the well ``PLATE/A01``.
-
-    Raises:
-        UnknownNameError: nothing has that name; similar names are listed.
-        UserInputError: a well of several plates is meant.
-    """
+    """Return the condition on an image that ``text`` names: it, or all of the well ``PLATE/A01``."""
     text = readable(text)
     if looks_like_well(text):
         return Image.well_id == find_well(session, text)
@@ -222,10 +217,6 @@ def find_well(session: Session, text: str) -> int:
     """Return the id of the well that ``text`` names: ``PLATE/A01``, ``PLATE A1``, ``A01``.
 
     Without a plate there has to be one only. What names an image names its well, too.
-
-    Raises:
-        UnknownNameError: there is no such plate or well.
-        UserInputError: the text names no well, or one on several plates.
     """
     text = readable(text)
     parts = _parts(text)
@@ -325,11 +316,7 @@ def channels_now(session: Session, barcode: str) -> dict[str, str]:
 
 
 def in_recipes(session: Session, channels: Sequence[str]) -> tuple[str, ...]:
-    """Return what a recipe calls ``channels``, which are spelled as the store spells them.
-
-    Raises:
-        UserInputError: one has no name that means it on all plates.
-    """
+    """Return what a recipe calls ``channels``, which are spelled as the store spells them."""
     named = recipe_channels(session)
     if not named or not channels:
         return tuple(channels)
@@ -380,11 +367,7 @@ def channels_of_recipes(session: Session) -> dict[str, int]:
 
 
 def find_plate(session: Session, barcode: str | None) -> int:
-    """Return the id of the plate with this barcode.
-
-    Raises:
-        UnknownNameError: with the plates that there are.
-    """
+    """Return the id of the plate with this barcode."""
     found = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
     if found is None and (renamed := renamed_plates(session, [barcode or ""])):
         (now,) = (name for _, name in renamed.values())
@@ -396,11 +379,7 @@ def find_plate(session: Session, barcode: str | None) -> int:
 
 
 def find_cell(session: Session, number: str) -> tuple[int, int]:
-    """Return the id of a cell, and that of its image, by its number in table ``cells``.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return the id of a cell, and that of its image, by its number in table ``cells``."""
     query = select(cells.c.id, segmentations.c.image_id).join(segmentations)
     known = number.isdecimal() and len(number) < 19
     found = session.execute(query.where(cells.c.id == int(number))).first() if known else None
@@ -424,11 +403,7 @@ def has_results() -> ColumnElement[bool]:
 
 
 def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
-    """Return a recipe by its number, else by the start of its fingerprint.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return a recipe by its number, else by the start of its fingerprint."""
     recipes = session.scalars(select(Recipe).where(Recipe.stage == stage)).all()
     matches = [item for item in recipes if reference == str(item.id)]
     matches = matches or [item for item in recipes if item.fingerprint.startswith(reference)]
@@ -439,11 +414,7 @@ def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
 
 
 def find_split(session: Session, name: str | None) -> Split:
-    """Return the split of this name; without a name the only or the latest one.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return the split of this name; without a name the only or the latest one."""
     query = select(Split).order_by(Split.id.desc())
     found = session.scalars(query.where(Split.name == name) if name else query).first()
     if found is None and name is None:
@@ -458,10 +429,6 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
 
     ``typed`` is what was written between commas: a name with commas in it is put together again.
     A name that only recipes still have is read as what the channel is called now.
-
-    Raises:
-        UnknownNameError: no image of the store has such a channel.
-        UserInputError: a number is that of several channels.
     """
     if not typed:
         return ()
@@ -499,10 +466,6 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     """Return the query of the ids of the images of a selection.
 
     Its conditions are on single rows, so that more can be added and one image looked up at once.
-
-    Raises:
-        UnknownNameError: there is no such plate, well, image or column.
-        UserInputError: the condition cannot be read.
     """
     query = select(Image.id)
     if selection.plates or selection.wells or selection.where is not None:

@@ -119,13 +119,7 @@ def open_segment(
 
 
 def find_network(workspace: Workspace, model: str) -> ModelFiles:
-    """Return the network that ``model`` names: a name, a file, or ``run:N``.
-
-    Raises:
-        UnknownNameError: there is no such name or run.
-        UserInputError: the file cannot be had, or the run made no network.
-        StorageError: a stored file is gone or changed.
-    """
+    """Return the network that ``model`` names: a name, a file, or ``run:N``."""
     from ..analysis.segmentation import describe, find_model
 
     if not model.startswith(OF_A_RUN):
