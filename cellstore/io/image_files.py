@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -33,6 +33,7 @@ from .uris import (
     is_remote,
     local_path,
     local_stat,
+    not_opened,
     page_name,
     plain_file,
     read_bytes,
@@ -170,13 +171,8 @@ def read_plane(
                 if page not in {None, 1}:
                     raise ImageError(_no_page(name, page, 1))
                 return _grey_png(name, stream)[rows]
-            try:
-                with tifffile.TiffFile(stream) as tiff:
-                    return _grey(name, *_find_page(name, tiff, page, offsets), rows)
-            except ImageError:
-                raise
-            except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-                raise ImageError(unreadable(name)) from error
+            with open_tiff(name, stream) as tiff:
+                return _grey(name, *_find_page(name, tiff, page, offsets), rows)
     except CellstoreError:
         raise
     except (OSError, ValueError) as error:
@@ -369,10 +365,16 @@ def _page_digest(sha256: str, page: int | None) -> str:
     return sha256 if page is None else hashlib.sha256(f"{sha256}#page={page}".encode()).hexdigest()
 
 
-def not_opened(uri: str, error: OSError | ValueError) -> str:
-    """Return the sentence for a file that cannot be opened."""
-    reason = error.strerror if isinstance(error, OSError) else "not a path"
-    return f"{uri} cannot be opened ({reason})."
+@contextmanager
+def open_tiff(name: str, stream: BinaryIO) -> Iterator[tifffile.TiffFile]:
+    """Read a TIFF; whatever its damaged bytes lead tifffile to becomes an ``ImageError``."""
+    try:
+        with tifffile.TiffFile(stream) as tiff:
+            yield tiff
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(unreadable(name)) from error
 
 
 def too_large(name: str, height: int, width: int) -> str:
@@ -405,27 +407,22 @@ def _read_header(
         if kind in PNG_COLOURS:
             _grey_png(name, stream)
         return height, width, "uint16" if depth == 16 else "uint8", None, ()
-    try:
-        with tifffile.TiffFile(stream) as tiff:
-            found, sample = _find_page(name, tiff, page, offsets)
-            height, width, dtype = found.imagelength, found.imagewidth, found.dtype
-            depth, is_first = found.samplesperpixel, page in {None, 1}
-            if depth > 1 and sample is None and is_colour(found):
-                _grey(name, found, sample)
-            remarks = []
-            if found.photometric == _WHITE_IS_ZERO:
-                remarks.append("white is zero, values not inverted")
-            if depth > 1 and is_first and len(samples_of(found)) < depth:
-                remarks.append("alpha channel, skipped")
-            if is_first and len(tiff.pages) > 1 and len(full_pages(tiff)) < len(tiff.pages):
-                remarks.append("reduced copies of the image, skipped")
-            ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
-            is_cut_off = max(ends, default=0) > size
-            pixel_size = _ome_pixel_size(tiff.pages.first.description) if tiff.is_ome else None
-    except ImageError:
-        raise
-    except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(unreadable(name)) from error
+    with open_tiff(name, stream) as tiff:
+        found, sample = _find_page(name, tiff, page, offsets)
+        height, width, dtype = found.imagelength, found.imagewidth, found.dtype
+        depth, is_first = found.samplesperpixel, page in {None, 1}
+        if depth > 1 and sample is None and is_colour(found):
+            _grey(name, found, sample)
+        remarks = []
+        if found.photometric == _WHITE_IS_ZERO:
+            remarks.append("white is zero, values not inverted")
+        if depth > 1 and is_first and len(samples_of(found)) < depth:
+            remarks.append("alpha channel, skipped")
+        if is_first and len(tiff.pages) > 1 and len(full_pages(tiff)) < len(tiff.pages):
+            remarks.append("reduced copies of the image, skipped")
+        ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
+        is_cut_off = max(ends, default=0) > size
+        pixel_size = _ome_pixel_size(tiff.pages.first.description) if tiff.is_ome else None
     if is_cut_off or dtype is None or 0 in (height, width):
         raise ImageError(unreadable(name))
     return height, width, str(dtype), pixel_size, tuple(remarks)
@@ -448,16 +445,11 @@ def decode_tiff(
         except OSError as error:
             raise ImageError(not_opened(str(source), error)) from error
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        with tifffile.TiffFile(stream) as tiff:
-            found = _find_page(name, tiff, None, any_samples=True)[0]
-            if found.imagelength * found.imagewidth > most:
-                raise ImageError(too_large(name, found.imagelength, found.imagewidth))
-            return np.asarray(found.asarray())
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(unreadable(name)) from error
+    with open_tiff(name, stream) as tiff:
+        found = _find_page(name, tiff, None, any_samples=True)[0]
+        if found.imagelength * found.imagewidth > most:
+            raise ImageError(too_large(name, found.imagelength, found.imagewidth))
+        return np.asarray(found.asarray())
 
 
 def _find_page(

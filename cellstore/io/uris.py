@@ -160,19 +160,14 @@ def shown(uri: str) -> str:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of a file here or elsewhere.
+    """Return the content of a remote file.
 
     Raises:
         ImageError: it is not there, may not be read, or its server does not answer.
-        MissingExtraError: a remote file, and its reader is not installed.
+        MissingExtraError: its reader is not installed.
         UserInputError: a kind of URI that is not read.
     """
-    if is_remote(uri):
-        return bytes(_remote(uri, "cat_file"))
-    try:
-        return plain_file(local_path(uri)).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+    return bytes(_remote(uri, "cat_file"))
 
 
 def stat(uri: str) -> FileStat:
@@ -187,7 +182,7 @@ def stat(uri: str) -> FileStat:
     try:
         return local_stat(local_path(uri))
     except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+        raise ImageError(not_opened(uri, error)) from error
 
 
 def plain_file(path: Path) -> Path:
@@ -239,7 +234,8 @@ def exists(uri: str) -> bool:
         return False
 
 
-def _closed(uri: str, error: OSError | ValueError) -> str:
+def not_opened(uri: str, error: OSError | ValueError) -> str:
+    """Return the sentence for a file that cannot be opened."""
     reason = error.strerror if isinstance(error, OSError) else "not a path"
     return f"{shown(uri)} cannot be opened ({reason}). Check the path, or use --map."
 

@@ -117,7 +117,7 @@ def find_image(session: Session, text: str) -> int:
 
 
 def images_named(session: Session, text: str) -> ColumnElement[bool]:
-    """Return the condition on an image that ``text`` names: it, or all of the well ``PLATE/A01``."""
+    """Return the condition on the images that ``text`` names: one, or all of a well."""
     text = readable(text)
     if looks_like_well(text):
         return Image.well_id == find_well(session, text)
