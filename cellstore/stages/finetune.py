@@ -20,8 +20,9 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
+from ..io.tables import RowRefusedError
 from ..jobs.lookup import find_plate
-from ..jobs.mask_matching import NoMatch, read_masks_of
+from ..jobs.mask_matching import read_masks_of
 from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
@@ -171,22 +172,26 @@ def find_examples(
     refused: list[dict[str, str]] = []
     masks = mask_files(paths)
     for mask in track(workspace.progress, "read masks", len(masks), masks):
-        found = read_masks_of(workspace.database, mask, plate=plate, binary=params.binary)
-        if isinstance(found, NoMatch):
-            why = f"{found.reason}: {found.detail}"
-        elif not found.labels.any():
+        try:
+            image, labels = read_masks_of(
+                workspace.database, mask, plate=plate, binary=params.binary
+            )
+        except RowRefusedError as error:
+            refused.append({"file": mask.name, "reason": ": ".join(error.args)})
+            continue
+        if not labels.any():
             why = "it has no cells, so their size is not known"
-        elif found.image.id in {example.image_id for example in examples}:
-            why = f"other masks of {found.image} were read before it"
+        elif image.id in {example.image_id for example in examples}:
+            why = f"other masks of {image} were read before it"
         else:
-            image, tiff = found.image, encode_tiff(found.labels)
+            tiff = encode_tiff(labels)
             examples.append(
                 Example(
                     mask.name,
                     image.id,
                     image.content_sha256,
                     f"{image.plate}/{image.well}",
-                    len(np.unique(found.labels)) - 1,
+                    len(np.unique(labels)) - 1,
                     workspace.artifacts.write(ArtifactKind.MASK, tiff, ".tif"),
                 )
             )
