@@ -85,7 +85,8 @@ def ingest_masks(
                 plates.add(found.image.plate_id)
                 _keep(workspace, reader, found, account)
             except RowRefusedError as refused:
-                account.refuse(None, *refused.args, file.name)
+                reason, detail = refused.args
+                account.refuse(None, reason, detail, file.name)
             workspace.progress.advance()
             if number % _FLUSH_EVERY == 0 or number == len(reader.files):
                 with workspace.database.begin() as session:
@@ -154,7 +155,8 @@ class MaskReader:
                 if before != found.sha256:
                     raise other_masks(found.image)
             except RowRefusedError as refused:
-                account.refuse(None, *refused.args, file.name)
+                reason, detail = refused.args
+                account.refuse(None, reason, detail, file.name)
             else:
                 yield found
 
