@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
+    from .analysis.leaks import SplitCheck
     from .analysis.well_profiles import WellProfiles
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
@@ -85,7 +86,7 @@ if TYPE_CHECKING:
     from .stages.predict import PredictResult
     from .stages.profile import ProfileResult
     from .stages.qc import FlaggedImage, QcResult
-    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
+    from .stages.split import Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
@@ -534,7 +535,7 @@ class Store(AbstractContextManager["Store"]):
 
         return show_split(self.workspace, name)
 
-    def check_split(self, name: str | None = None) -> CheckResult:
+    def check_split(self, name: str | None = None) -> SplitCheck:
         """Return every way in which a split lets test images be seen in training."""
         from .stages.split import check_split
 
@@ -1689,7 +1690,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
@@ -1707,7 +1708,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
