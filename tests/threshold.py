@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,6 @@ class ThresholdSegmenter:
         flows = np.zeros((*image.shape, 4), np.uint8)
         flows[..., 3] = np.where(masks > 0, 255, 0)
         return SegmentationResult(masks, flows, 30.0)
-
-    def segment_batch(self, images: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
-        return [self.segment(image) for image in images]
 
 
 def use_threshold(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[str, ThresholdSegmenter]:

@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from ..analysis.segmentation import CellposeSegmenter, ModelFiles, SegmentationResult
 
 VERSION = 1
-GPU_BATCH = 8
-"""Images that a GPU is given at once; halved when its memory does not hold them."""
 OF_A_RUN = "run:"
 """How a network of this store is named: ``run:12``, or ``run:latest``."""
 
@@ -105,14 +103,12 @@ def open_segment(
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not. ``diameter_from`` was an option: with it, old fingerprints hold.
         values = asdict(params) | {"model": Path(files.name).name, "diameter_from": None}
-        gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
         stage = Segment(
             params=params,
             files=files,
             device=device,
             artifacts=workspace.artifacts,
             recipe=RecipeSpec(Stage.SEGMENT, VERSION, values, files.sha256),
-            batch=GPU_BATCH if gpu else 1,
         )
         images, lacking = lacking_channels(session, images_of(session, selection), params.planes)
     return stage, images, lacking
@@ -161,7 +157,6 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     device: str
     artifacts: ArtifactFolder
     recipe: RecipeSpec
-    batch: int = 1
     segmenter: CellposeSegmenter = field(init=False, repr=False, compare=False)
 
     # --- in the database: what a worker needs ----------------------------------------------------
@@ -212,7 +207,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
 
     def compute(self, loaded: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
         """Return masks and flows of each image."""
-        return self.segmenter.segment_batch(loaded)
+        return [self.segmenter.segment(image) for image in loaded]
 
     def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""
