@@ -325,7 +325,9 @@ def qc(
         dry_run=dry_run,
     )
     if listed:
-        result = replace(result, flags=store.flagged_images(result))
+        from cellstore.stages.qc import list_flags
+
+        result = replace(result, flags=list_flags(store.workspace, result))
     _end_jobs(
         {"": result}, common, "looked at", show=lambda left: _show_qc(result, left, listed=listed)
     )

@@ -70,7 +70,7 @@ from ..models import (
 from ..notebooks import Shown
 from ..query.feature_files import stream_ids
 from ..query.guard import Limits, locked_connection
-from ..query.source import Source
+from ..query.source import PREDICTIONS, Source
 from ..settings import track
 from .split import fingerprint_of_split
 
@@ -666,7 +666,8 @@ def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int
     nothing = digest_of_numbers(np.empty((0, 4)))
     with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
         for run_id, digests in written.items():
-            source.feed_predictions(duck, "CREATE OR REPLACE TABLE p AS FROM {rows}", ended=run_id)
+            create = "CREATE OR REPLACE TABLE p AS FROM {rows}"
+            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=True)
             found = {
                 image: digest_of_numbers(*(piece for _, piece in pieces))
                 for image, pieces in groupby(_by_image(duck), itemgetter(0))
