@@ -19,8 +19,9 @@ from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, masks_below
+from ...io.tables import RowRefusedError
 from ...jobs.lookup import find_channels, find_plate, in_recipes
-from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
+from ...jobs.mask_matching import FoundImage, read_masks_of
 from ...jobs.planes import cell_rows, insert_cells
 from ...jobs.runs import RecipeSpec, fingerprint, keep_files, register
 from ...jobs.workspace import Workspace
@@ -75,21 +76,19 @@ def ingest_masks(
     try:
         for number, file in enumerate(reader.files, start=1):
             account.rows += 1
-            found = reader.read(file)
-            if isinstance(found, NoMatch):
-                account.refuse(None, *found, file.name)
-            elif not dry_run:
-                plates.add(found.image.plate_id)
-                _count(account, found, _keep(workspace, reader, found, account.run_id))
-            else:
+            try:
+                found = reader.read(file)
                 image = found.image
                 plates.add(image.plate_id)
-                with workspace.database.read() as session:
-                    before = reader.present(session, found)
-                before = before or seen.get((image.id, file.kind))
-                seen[image.id, file.kind] = before or found.sha256
+                if not dry_run:
+                    before = _keep(workspace, reader, found, account.run_id)
+                else:
+                    with workspace.database.read() as session:
+                        before = reader.present(session, found)
+                    before = before or seen.get((image.id, file.kind))
+                    seen[image.id, file.kind] = before or found.sha256
                 _count(account, found, before)
-                if before in (None, found.sha256) and len(preview) < SHOWN:
+                if dry_run and len(preview) < SHOWN:
                     preview.append(
                         {
                             "file": file.name,
@@ -102,6 +101,9 @@ def ingest_masks(
                             "cells": len(found.cells),
                         }
                     )
+            except RowRefusedError as refused:
+                reason, detail = refused.args
+                account.refuse(None, reason, detail, file.name)
             workspace.progress.advance()
             if not dry_run and (number % _FLUSH_EVERY == 0 or number == len(reader.files)):
                 with workspace.database.begin() as session:
@@ -135,14 +137,13 @@ class _MaskReader:
             for plate in params.plate[:1]:
                 find_plate(session, plate)
 
-    def read(self, file: MaskFile) -> _Masks | NoMatch:
+    def read(self, file: MaskFile) -> _Masks:
         """Find the image of a file, read the file, and compare the two."""
         params = self._params
         plate = next(iter(params.plate), None)
-        found = read_masks_of(self._workspace.database, file, plate=plate, binary=params.binary)
-        if isinstance(found, NoMatch):
-            return found
-        labels = found.labels
+        image, labels = read_masks_of(
+            self._workspace.database, file, plate=plate, binary=params.binary
+        )
         small = labels.max(initial=0) <= np.iinfo(np.uint16).max
         data = encode_tiff(labels.astype(np.uint16) if small else labels)
         _, areas = np.unique(labels[labels > 0], return_counts=True)
@@ -150,7 +151,7 @@ class _MaskReader:
         diameter = float(np.median(2 * np.sqrt(areas / np.pi))) if areas.size else None
         sha256 = hashlib.sha256(data).hexdigest()
         pieces = cells_in_pieces(labels)
-        return _Masks(file, found.image, data, sha256, diameter, cell_rows(labels), pieces)
+        return _Masks(file, image, data, sha256, diameter, cell_rows(labels), pieces)
 
     def present(self, session: Session, found: _Masks) -> str | None:
         """Return the sha256 of the masks that the image has by this recipe, if there are any."""
@@ -224,7 +225,7 @@ def _count(account: Account, found: _Masks, before: str | None) -> None:
         account.unchanged += 1
     elif before is not None:
         detail = f"{found.image} has other masks of this name already; give these another --name"
-        account.refuse(None, "other masks are there", detail, found.file.name)
+        raise RowRefusedError("other masks are there", detail)
     else:
         account.created += 1
         account.cells += len(found.cells)
