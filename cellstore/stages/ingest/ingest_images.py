@@ -66,7 +66,7 @@ GONE = "files are gone"
 _LONGEST_FOLDER = 2_000
 """What the index of a database can hold."""
 
-_PLATE_COLUMNS = {
+PLATE_COLUMNS = {
     name: column
     for column, names in {
         "cell_line": ("cell_line", "Cell_Line", "CellLine", "cell_line_name"),
@@ -564,7 +564,7 @@ def complete_plate(
     it open where nothing was done. All else must be said of every well; what is ``differing``
     never is shared.
     """
-    columns = {key: getattr(plate, column) for key, column in _PLATE_COLUMNS.items()}
+    columns = {key: getattr(plate, column) for key, column in PLATE_COLUMNS.items()}
     common = {**(plate.metadata_ or {}), **columns}
     new: dict[str, str] = {}
     for key in sorted({key for found in wells for key in found} - differing):
@@ -573,12 +573,12 @@ def complete_plate(
         if len(set(texts)) != 1 or len(wells) == 1:
             continue
         text = texts[0]
-        if key not in _PLATE_COLUMNS:
+        if key not in PLATE_COLUMNS:
             if len(texts) == len(wells) and not common.get(key):
                 common[key] = new[key] = text
         elif not common[key] and len(text) <= LONGEST:
             common[key] = text
-            setattr(plate, _PLATE_COLUMNS[key], text)
+            setattr(plate, PLATE_COLUMNS[key], text)
         elif common[key] not in (None, text):
             said = f"plate {plate.barcode}: {key} is {common[key]} in the store, {text} here"
             account.suspicious(None, "the plate says otherwise", f"{said}; kept with wells")

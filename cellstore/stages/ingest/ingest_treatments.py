@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
@@ -34,13 +34,9 @@ from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
-from .ingest_images import WELL, complete_plate, keep_well_metadata, read_maps
+from .ingest_images import PLATE_COLUMNS, WELL, complete_plate, keep_well_metadata, read_maps
 from .write_treatments import TreatmentWriter, records_of
 
-PLATE_ROLES = ("cell_line", "time_point", "batch")
-"""Columns of a map that are columns of ``plates``."""
-PLATES_AT_ONCE = 100
-"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
 
@@ -141,19 +137,12 @@ def _ingest_maps(
         if plate_map.name not in plates:
             account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
         writer = TreatmentWriter(session, account, writable(plate_map.path.name))
-        created: set[Position] = set()
-        updated: set[Position] = set()
-        imaged: dict[Position, bool] = {}
-        for some in in_lists(plates.get(plate_map.name, ()), PLATES_AT_ONCE):
-            new, changed = _apply_map(session, writer, plate_map, some, aliases, account)
-            created |= new
-            updated |= changed
-            for at, known in _imaged(session, some):
-                imaged[at] = imaged.get(at, True) and known
+        its_plates = plates.get(plate_map.name, [])
+        created, updated = _apply_map(session, writer, plate_map, its_plates, aliases, account)
         account.updated += len(updated)
         account.created += len(created - updated)
         account.unchanged += len(plate_map.wells) - len(created | updated)
-        account.notes += notes_on_wells(plate_map, imaged)
+        account.notes += notes_on_wells(plate_map, _imaged(session, its_plates))
         writer.report()
     account.flush(session)
     account.plates = sorted(plate for some in plates.values() for plate in some)
@@ -195,7 +184,7 @@ def _plates_of_maps(
         keys[old] = key
     absent = [barcode for barcode in absent if barcode not in keys]
     if named or annotation.names_plates or not keys:
-        similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
+        similar = list(session.scalars(select(Plate.barcode).limit(100)))
         new = [name for name in absent if barcodes[name] in maps and maps[barcodes[name]].wells]
         for barcode in new:
             if len(barcode) > LONGEST:
@@ -260,7 +249,7 @@ def _apply_map(
             )
     # All else that a map says is of its wells, also where it is the same for all.
     of_plate = [
-        {key: text for key, text in row.metadata.items() if key in PLATE_ROLES}
+        {key: text for key, text in row.metadata.items() if key in PLATE_COLUMNS}
         for row in on_map.values()
     ]
     common = {
@@ -288,15 +277,14 @@ def _apply_map(
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 
-def _imaged(session: Session, plates: Sequence[int]) -> Iterator[tuple[Position, bool]]:
-    """Yield the wells of plates that have images, and whether their treatment is known."""
+def _imaged(session: Session, plates: Sequence[int]) -> dict[Position, bool]:
+    """Return the wells with images on plates, and whether their treatment is known on all."""
     query = (
-        select(Well.well_row, Well.well_column, Well.treatment_id)
-        .where(Well.plate_id.in_(plates))
-        .where(exists().where(Image.well_id == Well.id))
+        select(Well.well_row, Well.well_column, func.count(Well.treatment_id) == func.count())
+        .where(Well.plate_id.in_(plates), exists().where(Image.well_id == Well.id))
+        .group_by(Well.well_row, Well.well_column)
     )
-    for row, column, treatment in session.execute(query):
-        yield (row, column), treatment is not None
+    return {(row, column): bool(known) for row, column, known in session.execute(query)}
 
 
 # ---- Tables of treatments ----
