@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from ..errors import BadTableError, UserInputError
+from ..errors import BadTableError, UserInputError, some_of
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
@@ -253,13 +253,8 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     shown = [name for name in columns if name]
     if len(shown) == 1:  # a title
         shown = columns_below_titles(path)
-    yours = ", ".join(shown[:8])
-    needs = (
+    return BadTableError(
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
-        f"column; yours has {yours}{', ...' if len(columns) > 8 else ''}. Name them with "
-        "--map-column well=NAME --map-column treatment=NAME"
+        f"column; yours has {some_of(shown, 8)}. Name them with --map-column well=NAME "
+        f"--map-column treatment=NAME. {_OTHERS}"
     )
-    files = any(column.lower().startswith("filename") for column in columns)
-    if not files and any("well" in column.lower() for column in columns):
-        return BadTableError(f"{needs}.")
-    return BadTableError(f"{needs}. {_OTHERS}")

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInputError
+from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInputError, some_of
 from .filenames import format_well
 from .tables import (
     MISSING,
@@ -502,8 +502,7 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
         if not set(texts) <= titles
     ]
     if unused:
-        more = f" and {len(unused) - 5:,} more lines" if len(unused) > 5 else ""
-        notes.append(f"belongs to no grid and is not used: {', '.join(unused[:5])}{more}")
+        notes.append(f"belongs to no grid and is not used: {some_of(unused)}")
     header = ("Well", *columns)
     made = [
         TableRow(line, (format_well(*well), *(column.get(well, "") for column in columns.values())))
@@ -597,7 +596,7 @@ def _title_notes(rows: Sequence[TableRow]) -> Iterator[str]:
     texts = [" ".join(dict.fromkeys(filter(None, map(str.strip, row.cells)))) for row in rows]
     shown = [f"{text[:60]!r}" for text in texts if text]
     if shown:
-        yield f"above the header, not used: {', '.join(shown[:5])}"
+        yield f"above the header, not used: {some_of(shown)}"
 
 
 _TEMPLATE = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..enums import Control, PerturbationKind
-from ..errors import BadTableError, UnknownNameError, UserInputError
+from ..errors import BadTableError, UnknownNameError, UserInputError, some_of
 from .filenames import format_well, written_well
 from .map_shapes import (
     EXCEL,
@@ -264,15 +264,15 @@ def map_table(
     for meaning, header in columns:
         if header not in found:
             raise UnknownNameError.of("column", f"{header} ({meaning})", found)
-    yours = f"{', '.join(found[:8])}{', ...' if len(found) > 8 else ''}"
     where, others = path.name, ""
     if sheet is not None:
         where = f"sheet {sheet} of {path.name}"
         others = f" ({', '.join(name for name in sheet_names(path) if name != sheet)})"
     raise BadTableError(
         f"I do not recognise {where} as a plate map. It needs a well and a treatment column, or a "
-        f"grid with columns 1, 2, 3 and rows A, B, C; yours has {yours}. Name its columns with "
-        f"--map-column well=... --map-column treatment=..., or another sheet with --sheet{others}."
+        f"grid with columns 1, 2, 3 and rows A, B, C; yours has {some_of(found, 8)}. Name its "
+        "columns with --map-column well=... --map-column treatment=..., or another sheet with "
+        f"--sheet{others}."
     )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import BadTableError, UserInputError
+from ..errors import BadTableError, UserInputError, some_of
 from .cellprofiler import COMPARTMENTS, is_feature, position_columns
 from .image_tables import ROWS, WELLS, ImageRecord, ImageRows, is_needed
 from .objects import (
@@ -235,10 +235,9 @@ def _find_cells(
             if isinstance(content, ImageRecord) and content.metadata:
                 left = {name: text for name, text in content.metadata.items() if name not in names}
                 source.images[at] = file, content._replace(metadata=left or None)
-        more = ", ..." if len(names) > 5 else ""
         source.notes.append(
             "metadata not kept, because the cells of one image have different values: "
-            f"{', '.join(names[:5])}{more}"
+            f"{some_of(names)}"
         )
     image, numbers, lines, cell_ids = (np.concatenate(some) for some in parts)
     source.check_plate(path.name)

@@ -28,7 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from ..errors import BadTableError, UserInputError, first_line
+from ..errors import BadTableError, UserInputError, first_line, some_of
 from ..notebooks import json_value
 from .uris import plain_file
 
@@ -681,8 +681,7 @@ def nearest_columns(absent: Sequence[str], present: Sequence[str]) -> str:
     ]
     if near:
         return f"The nearest are {', '.join(map(repr, dict.fromkeys(near)))}: rename them if meant."
-    shown = ", ".join(map(repr, [name for name in present if name][:8]))
-    return f"Its columns are {shown}{', ...' if len(present) > 8 else ''}."
+    return f"Its columns are {some_of([repr(name) for name in present if name], 8)}."
 
 
 def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], int]:

@@ -23,7 +23,7 @@ from ...config import IngestParams
 from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...db.events import recording_removed
 from ...enums import FeatureStorage, Stage
-from ...errors import BadTableError, UserInputError
+from ...errors import BadTableError, UserInputError, some_of
 from ...io.cellprofiler_csv import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.image_tables import ImageRecord
@@ -309,11 +309,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         ("also has", [column for column in new if column not in old]),
         ("has another type for", texts),
     ]
-    parts = [
-        f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for verb, names in differences
-        if names
-    ]
+    parts = [f"{verb} {some_of(names)}" for verb, names in differences if names]
     if parts:
         raise UserInputError(
             f"Feature set {name!r} has other columns: this source {'; '.join(parts)}. "

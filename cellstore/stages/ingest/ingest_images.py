@@ -32,7 +32,7 @@ from ...db.bulk import (
 )
 from ...db.events import Change, is_new, record_events
 from ...enums import PROJECTION_CHANNEL, Look
-from ...errors import ImageError, StorageError, UserInputError
+from ...errors import ImageError, StorageError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.folders import read_folder
 from ...io.harmony import read_harmony
@@ -532,11 +532,9 @@ class RowWriter:
         self.session.flush()
         keep_well_metadata(self.session, of_wells, common, self.account.run_id)
         if self._differing:
-            names = ", ".join(sorted(self._differing)[:5])
-            more = ", ..." if len(self._differing) > 5 else ""
             self.account.notes.append(
                 "metadata not kept, because the images of one well have different values: "
-                f"{names}{more}"
+                f"{some_of(sorted(self._differing))}"
             )
 
 

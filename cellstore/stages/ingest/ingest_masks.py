@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from ...analysis.regions import cells_in_pieces
 from ...config import ImageInput, IngestParams
 from ...enums import ArtifactKind, Stage
-from ...errors import UserInputError
+from ...errors import UserInputError, some_of
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, masks_below
 from ...io.tables import RowRefusedError
@@ -32,7 +32,6 @@ from .account import SHOWN, Account
 VERSION = 1
 DEFAULT_NAME = "masks"
 _LONGEST_NAME = 100
-_SHOWN_OBJECTS = 5
 _FLUSH_EVERY = 500  # files
 
 
@@ -230,7 +229,6 @@ def _count(account: Account, found: _Masks, before: str | None) -> None:
         account.created += 1
         account.cells += len(found.cells)
         if found.in_pieces:
-            some = ", ".join(map(str, found.in_pieces[:_SHOWN_OBJECTS]))
-            more = ", ..." if len(found.in_pieces) > _SHOWN_OBJECTS else ""
-            detail = f"{len(found.in_pieces)} of {len(found.cells)} labels: {some}{more}"
+            pieces = found.in_pieces
+            detail = f"{len(pieces)} of {len(found.cells)} labels: {some_of(pieces)}"
             account.suspicious(None, "one label in several pieces", detail, found.file.name)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from ...config import IngestParams
 from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...enums import Control
-from ...errors import UnknownNameError, UserInputError
+from ...errors import UnknownNameError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.layouts import Layout
 from ...io.platemaps import PlateAnnotation, PlateMap, Position, notes_on_wells
@@ -162,7 +162,7 @@ def _plates_of_maps(
     barcodes = annotation.barcodes
     if barcodes is None and not named:
         known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(9)).all()
-        has = f" This store has {', '.join(known[:8])}{', ...' if known[8:] else ''}."
+        has = f" This store has {some_of(known, 8)}."
         raise UserInputError(
             f"Which plates is {source.name} for? Name them with --plate, or give a table of them "
             "with --barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
@@ -195,9 +195,8 @@ def _plates_of_maps(
         ids = insert_numbered(session, Plate, ("barcode",), [(barcode,) for barcode in new])
         keys.update(zip(new, ids, strict=True))
         if new:
-            more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
             account.notes.append(
-                f"new, made by this map, without images so far: plate {', '.join(new[:5])}{more}. "
+                f"new, made by this map, without images so far: plate {some_of(new)}. "
                 "If that is a mistake: cellstore undo RUN"
             )
         absent = [name for name in absent if barcodes[name] not in maps]
