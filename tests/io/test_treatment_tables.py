@@ -247,7 +247,7 @@ def test_no_row_of_a_plate_map_is_lost(
 def test_the_plates_of_jump() -> None:
     """2,525 rows, as many barcodes, 149 batches: `zcat plate.csv.gz | cut -d, -f2 | sort -u`."""
     found = list(jump_plates(open_table(real_data("jump_datasets/plate.csv.gz"))))
-    plates = {row[1].barcode: row[1].batch for row in found if not isinstance(row, Refusal)}
+    plates = {row[1][0]: row[1][1] for row in found if not isinstance(row, Refusal)}
     assert len(found) == len(plates) == 2525
     assert len(set(plates.values())) == 149
     assert "1053601756" in plates

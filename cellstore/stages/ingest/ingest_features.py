@@ -91,9 +91,9 @@ def ingest_features(
         images, plates = _write_images(session, opened, accounts, params.maps)
         # A set without cells or empty images would only be in the way.
         if len(opened.object_number) or opened.empty:
-            target = _target_set(session, opened, name)
+            target, segment_id = _target_set(session, opened, name)
             of_cells = images[opened.image_index]
-            _refuse_known_cells(session, opened, of_cells, target.segment_id)
+            _refuse_known_cells(session, opened, of_cells, segment_id)
             empty = {int(images[number]): number for number in opened.empty}
             for image in (_UNKNOWN, *np.unique(of_cells).tolist()):
                 empty.pop(image, None)
@@ -103,6 +103,7 @@ def ingest_features(
                 account.run_id,
                 opened,
                 target,
+                segment_id,
                 of_cells,
                 empty,
                 accounts,
@@ -111,7 +112,7 @@ def ingest_features(
             )
             cells.write()
             account.cells, account.feature_set = cells.created, target.name
-            account.segmentations = (target.segment_id,)
+            account.segmentations = (segment_id,)
         accounts.add_issues()  # some are found while the values are read
         known = {source: identity} if identity and source.is_file() else {}
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
@@ -247,33 +248,11 @@ def _write_images(
 # ---- The feature set ----
 
 
-@dataclass(frozen=True)
-class _TargetSet:
-    """A feature set, its recipes, and the type of each of its columns in their order."""
+def _target_set(session: Session, source: ObjectSource, name: str) -> tuple[FeatureSet, int]:
+    """Return the feature set ``name`` for the columns of ``source``, made if it is new.
 
-    id: int
-    name: str
-    segment_id: int
-    measure_id: int
-    schema: pa.Schema
-
-    def conform(self, values: pa.RecordBatch, where: str) -> pa.RecordBatch:
-        """Return ``values`` with the columns of the set, in its order and types."""
-        arrays = []
-        for column in self.schema:
-            found = values.column(values.schema.get_field_index(column.name))
-            try:
-                arrays.append(found.cast(column.type))
-            except pa.ArrowInvalid as error:
-                raise BadTableError(
-                    f"{where}: column {column.name} has other values than whole numbers, unlike "
-                    f"in feature set {self.name!r}. Give another --name."
-                ) from error
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-
-
-def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet:
-    """Return the feature set ``name`` for the columns of ``source``, made if it is new."""
+    And the recipe of the segmentations that its cells belong to.
+    """
     kinds = {kind: name for name, kind in DTYPES.items()}
     new = {column.name: kinds[column.type] for column in source.schema}
     found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
@@ -296,8 +275,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         )
         session.add(row)
         session.flush()
-        return _TargetSet(row.id, name, segment.id, measure.id, source.schema)
-
+        return row, segment.id
     if found.storage is not FeatureStorage.FILES:
         raise UserInputError(
             f"Feature set {name!r} was measured by cellstore. Give another --name."
@@ -324,8 +302,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
             f"Feature set {name!r} is of other objects ({', '.join(objects or ['?'])}). "
             "Give another --name."
         )
-    schema = pa.schema([(column, DTYPES[dtype]) for column, dtype in old.items()])
-    return _TargetSet(found.id, name, segment.id, found.recipe_id, schema)
+    return found, segment.id
 
 
 # ---- The cells ----
@@ -343,7 +320,8 @@ class _CellWriter:
     session: Session
     run_id: int
     source: ObjectSource
-    target: _TargetSet
+    target: FeatureSet
+    segment_id: int
     images: Integers
     empty: Mapping[int, int]
     accounts: _Accounts
@@ -354,13 +332,14 @@ class _CellWriter:
     """By image (id)."""
     files: Sequence[Any] | None = None
     created: int = 0
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     def write(self) -> None:
         """Bring all cells in."""
         artifacts, images = self.workspace.artifacts, self.images
         known: list[int] = []
         query = select(Segmentation.image_id, Segmentation.id, Segmentation.n_cells).where(
-            Segmentation.recipe_id == self.target.segment_id
+            Segmentation.recipe_id == self.segment_id
         )
         asked = [*np.unique(images[images != _UNKNOWN]).tolist(), *self.empty]
         for image, key, n_cells in rows_in(self.session, query, Segmentation.image_id, asked):
@@ -376,7 +355,7 @@ class _CellWriter:
         counts.update(dict.fromkeys(set(self.empty) - set(known), 0))
         ids = take_ids(self.session, Segmentation, len(counts))
         shared = {
-            "recipe_id": self.target.segment_id,
+            "recipe_id": self.segment_id,
             "run_id": self.run_id,
             "created_at": datetime.now(UTC),
         }
@@ -389,7 +368,8 @@ class _CellWriter:
         self.segmentations.update((row["image_id"], row["id"]) for row in rows)
         lost = np.flatnonzero(images == _UNKNOWN)
         self.accounts.refuse(lost, "image refused", "the row of its image could not be used")
-        writer = FeatureWriter(artifacts, self.target.schema)
+        self.schema = pa.schema([(c["name"], DTYPES[c["dtype"]]) for c in self.target.columns])
+        writer = FeatureWriter(artifacts, self.schema)
         try:
             for batch in self.source.batches():
                 end = batch.start + batch.values.num_rows
@@ -403,7 +383,7 @@ class _CellWriter:
         if self.made_again:
             made = np.concatenate(self.made_again)
             with recording_removed(self.session, ()):
-                forget_lost_files(self.session, artifacts, self.target.measure_id, made)
+                forget_lost_files(self.session, artifacts, self.target.recipe_id, made)
         register_files(self.session, artifacts, self.target.id, self.run_id, writer.files)
 
     def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
@@ -422,7 +402,7 @@ class _CellWriter:
             excluded,
         ]
         ids = insert_numbered(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
-        values = self.target.conform(_chosen(batch.values, rows), self.source.files[0].name)
+        values = self._conform(_chosen(batch.values, rows))
         if not self.dry_run:
             writer.write(np.asarray(ids, np.int64), values)
         for account, lines in self.accounts.rows_of(cells):
@@ -443,9 +423,7 @@ class _CellWriter:
         same = ids != _UNKNOWN
         rows = np.flatnonzero(same)
         order = rows[np.argsort(ids[rows], kind="stable")]
-        values = self.target.conform(
-            _chosen(batch.values, cells[order] - batch.start), self.source.files[0].name
-        )
+        values = self._conform(_chosen(batch.values, cells[order] - batch.start))
         same[order] = self._equal(writer, ids[order], values)
         for account, lines in self.accounts.rows_of(cells[same]):
             account.unchanged += len(lines)
@@ -454,6 +432,21 @@ class _CellWriter:
             "give another --name"
         )
         self.accounts.refuse(cells[~same], OTHER_VALUES, detail)
+
+    def _conform(self, values: pa.RecordBatch) -> pa.RecordBatch:
+        """Return ``values`` with the columns of the set, in its order and types."""
+        arrays = []
+        for column in self.schema:
+            found = values.column(values.schema.get_field_index(column.name))
+            try:
+                arrays.append(found.cast(column.type))
+            except pa.ArrowInvalid as error:
+                raise BadTableError(
+                    f"{self.source.files[0].name}: column {column.name} has other values than "
+                    f"whole numbers, unlike in feature set {self.target.name!r}. Give another "
+                    "--name."
+                ) from error
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def _equal(self, writer: FeatureWriter, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files.
@@ -470,7 +463,7 @@ class _CellWriter:
             for _, path, _, first, last in self.files
             if len(ids) and first <= ids[-1] and last >= ids[0]
         ]
-        found, table = stored_values(paths, self.target.schema.names, ids)
+        found, table = stored_values(paths, self.schema.names, ids)
         equal = np.isin(ids, found)
         if self.made_again is not None and not equal.all():
             writer.write(ids[~equal], _chosen(values, np.flatnonzero(~equal)))
@@ -482,7 +475,7 @@ class _CellWriter:
         if not (np.diff(found) > 0).all():
             table = table.take(pa.array(np.argsort(found, kind="stable")))
         same = np.ones(len(found), bool)
-        for name in self.target.schema.names:
+        for name in self.schema.names:
             one, other = mine.column(name), table.column(name).combine_chunks()
             if not one.equals(other):
                 nulls = pc.and_(pc.is_null(one), pc.is_null(other))
