@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import partial, wraps
 from numbers import Real
@@ -155,19 +155,13 @@ def typed_value(item: Field, typed: Any) -> Any:
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
         return tuple(kind(word if known["repeated"] else word.strip()) for word in words)
-    pairs, start = [], ""
+    pairs = []
     for word in words:
-        # What has no "=" belongs to the next word: the name that it came with has a comma in it.
-        start += word
-        if "=" not in word and word is not words[-1] and not known["repeated"]:
-            start += ","
-            continue
-        cut = start.partition if known["pair"] == "first" else start.rpartition
+        cut = word.partition if known["pair"] == "first" else word.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {start!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
         pairs.append((old, new))
-        start = ""
     return tuple(pairs)
 
 
