@@ -97,7 +97,12 @@ if TYPE_CHECKING:
 @checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
-    """An open store. Use it in a ``with`` block, or call :meth:`close`."""
+    """An open store. Use it in a ``with`` block, or call :meth:`close`.
+
+    All methods raise UnknownNameError where nothing has the name that was given (the message says
+    what there is), and StorageError where a file cannot be read or written. Each names what else it
+    raises.
+    """
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
 
@@ -142,7 +147,6 @@ class Store(AbstractContextManager["Store"]):
         """Make a store in the folder ``path``; an existing one is opened as it is.
 
         Raises:
-            StorageError: the folder cannot be written.
             SchemaError: the database holds a store of another version.
 
         """
@@ -194,9 +198,6 @@ class Store(AbstractContextManager["Store"]):
         stage makes it anew. Returns how many images were looked at and have changed, with problems.
 
         >>> store.refresh(Selection(plates=("P1",)))
-
-        Raises:
-            UnknownNameError: there is no such plate, well or column.
         """
         from .stages.ingest.ingest import refresh
 
@@ -219,7 +220,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.relocate("/mnt/old", "s3://bucket/new")
 
         Raises:
-            UnknownNameError: the store knows no folder of this name.
             UserInputError: a file is not in the new folder, or is another one there.
         """
         from .stages.ingest.ingest import relocate
@@ -281,7 +281,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError, MissingExtraError: as :meth:`segment`.
-            StorageError: the folder cannot be written.
         """
         from .report.segment_preview import preview
 
@@ -315,7 +314,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.measure(MeasureParams(features=("basic", "texture"))).feature_set
 
         Raises:
-            UnknownNameError: nothing has been segmented; no such recipe, plate, group or channel.
             UserInputError: the masks of the cells are unknown.
         """
         from .stages.measure import measure
@@ -348,7 +346,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.train(TrainParams(exclude_flagged="latest"))
 
         Raises:
-            UnknownNameError: no such recipe, plate or well.
             UserInputError: a limit is out of range, or a condition cannot be read.
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
@@ -385,9 +382,6 @@ class Store(AbstractContextManager["Store"]):
         ``PLATE/A01/1``. Returns ``counts`` and the first ``limit`` of ``jobs`` with their errors.
 
         >>> store.jobs(status="failed")
-
-        Raises:
-            UnknownNameError: no such stage, recipe, image or status.
         """
         from .stages.manage_jobs import list_jobs
 
@@ -403,9 +397,6 @@ class Store(AbstractContextManager["Store"]):
         Returns how many, and the commands that do them.
 
         >>> store.retry(run=5)
-
-        Raises:
-            UnknownNameError: there is no such stage, run or image.
         """
         from .stages.manage_jobs import retry
 
@@ -417,7 +408,6 @@ class Store(AbstractContextManager["Store"]):
         Returns their numbers. What is done is kept.
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is over, or is of a stage that does not listen.
         """
         from .stages.manage_jobs import cancel
@@ -468,7 +458,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the name is taken by another split, or the images cannot be split so.
-            UnknownNameError: no such field, plate, class or column.
         """
         from .stages.split import create_split
 
@@ -509,7 +498,6 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UserInputError: the name is taken, no row has an image, or an image is in two subsets.
             BadTableError: no table says the subsets, or of what.
-            UnknownNameError: there is no such field.
         """
         from .stages.split import import_split
 
@@ -573,7 +561,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such split, recipe, feature set or backbone.
             UserInputError: a subset has no measured cells, or the run cannot be resumed.
             RunCancelledError: :meth:`cancel` has ended it.
         """
@@ -643,7 +630,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: scikit-learn is not installed.
-            UnknownNameError: no such baseline, split, recipe or feature set.
             UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
@@ -684,9 +670,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such training run, split, plate, well or channel.
             UserInputError: none of the images has measured cells, or the model cannot read them.
-            StorageError: the file of the model is damaged.
         """
         from .stages.predict import predict
 
@@ -709,7 +693,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
-            UnknownNameError: no such plate, recipe, feature set or quality-control run.
             UserInputError: there is no measured cell, no control, or no feature is left.
         """
         from .stages.profile import profile
@@ -731,9 +714,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.profiles().to_pandas()
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it did not come to its end.
-            StorageError: its file is gone or damaged.
         """
         from .stages.profile import open_profiles
 
@@ -757,9 +738,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, copairs or scipy is not installed.
-            UnknownNameError: there is no such run, treatment, plate, feature or label.
             UserInputError: there is no control, nothing to compare it with, or no profile.
-            StorageError: the page cannot be written.
         """
         from .stages.hits import hits
 
@@ -794,10 +773,8 @@ class Store(AbstractContextManager["Store"]):
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
 
         Raises:
-            UnknownNameError: there is no such run or feature.
             UserInputError: the run has labelled nothing, or only what it was trained on.
             MissingExtraError: a page needs matplotlib and Jinja2.
-            StorageError: the page cannot be written.
         """
         from .report.scoring import report
 
@@ -838,7 +815,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
 
         Raises:
-            UnknownNameError: there is no such split, subset, recipe, feature set or run.
             UserInputError: nothing is measured yet, or the recipes do not belong together.
             QueryError: the SQL is wrong.
         """
@@ -895,7 +871,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch is not installed.
-            UnknownNameError: there is no such split, subset, channel, recipe or feature set.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         need("train")
@@ -957,7 +932,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: matplotlib is not installed.
-            UnknownNameError: there is no such image, column or channel.
             UserInputError: there is nothing to show.
             CellstoreError: none of the images can be read; the problem of the first.
         """
@@ -1002,7 +976,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.report(added.run_id)
 
         Raises:
-            UnknownNameError: there is no such split or segmentation.
             UserInputError: a row cannot be used; then nothing is written.
             BadTableError, StorageError: a file cannot be read.
         """
@@ -1040,7 +1013,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.add_embeddings(vectors, "dinov3", cell_ids=frame["cell_id"])
 
         Raises:
-            UnknownNameError: there is no such segmentation.
             UserInputError: a row cannot be used, or the set is there already with other rows; then
                 nothing is written.
             BadTableError, StorageError: a file cannot be read or written.
@@ -1100,7 +1072,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
 
         Raises:
-            UnknownNameError: there is no such split, recipe, channel or option.
             UserInputError: the function is not there, fails, or returns another shape.
         """
         from .stages.apply import apply
@@ -1154,7 +1125,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.withdraw_predictions(12, reason="the classes were mixed up")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it was not added, or is withdrawn; the reason is empty.
         """
         from .stages.own_models import withdraw
@@ -1187,7 +1157,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.compare(6, 11).conclusion
 
         Raises:
-            UnknownNameError: there is no such run, level or vote.
             UserInputError: both are the same run, or they answer other questions or have nothing in
                 common.
         """
@@ -1213,9 +1182,6 @@ class Store(AbstractContextManager["Store"]):
         whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
 
         >>> pandas.DataFrame(store.runs().runs)
-
-        Raises:
-            UnknownNameError: there is no such split, or no training yet.
         """
         from .report.leaderboard import list_runs
 
@@ -1236,9 +1202,6 @@ class Store(AbstractContextManager["Store"]):
         winner, votes, share, runner_up, margin, cells, tie, abstained, subset, truth, correct.
 
         >>> store.votes(6, level="well").table.to_pandas()
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
         """
         from .report.votes import open_votes
 
@@ -1258,7 +1221,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.audit(5, "run")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is a number without a kind, or several things have that name.
         """
         from .report.audit import audit
@@ -1271,9 +1233,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the last commands that changed the store, or a plate, or that a run did.
 
         >>> store.log(run=5).entries
-
-        Raises:
-            UnknownNameError: there is no such plate or run.
         """
         from .report.event_log import read_log
 
@@ -1298,9 +1257,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the commands and versions that redo a run (``script``), and what it relies on.
 
         >>> print(store.repro(6).script)
-
-        Raises:
-            UnknownNameError: there is no such run.
         """
         from .report.repro import repro
 
@@ -1323,7 +1279,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.check_run(3, images=2).outcome
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: the run is not finished, or its stage cannot be redone.
         """
         from .report.redo import check
@@ -1364,8 +1319,6 @@ class Store(AbstractContextManager["Store"]):
         """Answer a saved question as an Arrow table; see :meth:`questions`.
 
         Raises:
-            UnknownNameError: there is none of that name, it has no such parameter, or there is no
-                such run.
             QueryError: it is an own question, and wrong.
 
         """
@@ -1421,9 +1374,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: AnnData is asked for and not installed.
-            UnknownNameError: there is no such format, feature set, recipe, plate or split.
             UserInputError: there is no cell, or ``out`` is there already.
-            StorageError: the file cannot be written; nothing is left of it.
         """
         from .stages.export import ExportFormat, export, export_profiles
 
@@ -1508,7 +1459,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.rename("channel", "w1", "DNA")
 
         Raises:
-            UnknownNameError: there is no such plate or channel.
             UserInputError: the new name is taken, or is none.
         """
         from .stages.corrections import rename
@@ -1532,7 +1482,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.relabel("P1/B04", treatment="taxol", dose="3 uM", reason="pipetting list")
 
         Raises:
-            UnknownNameError: there is no such well.
             UserInputError: nothing would change, or the treatment is ambiguous.
         """
         from .stages.corrections import relabel
@@ -1567,7 +1516,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.annotate("cell", [4711, 4712], "mitotic")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: tables fill the field, a name is empty or too long, or there is nothing
                 to take back.
         """
@@ -1591,7 +1539,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: napari is not installed.
-            UnknownNameError: there is no such image or recipe.
             UserInputError: the image has other masks called ``name``, or the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
@@ -1609,7 +1556,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.exclude("well", "P1/B04", reason="air bubble")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
         from .stages.annotate import set_excluded
@@ -1627,7 +1573,6 @@ class Store(AbstractContextManager["Store"]):
         """Let something count again that a person has excluded.
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
         from .stages.annotate import set_excluded
@@ -1640,7 +1585,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.undo(1, reason="the wrong plate map")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is no ingest run, or later work relies on it: the message names that.
         """
         from .stages.corrections import undo
@@ -1653,7 +1597,6 @@ class Store(AbstractContextManager["Store"]):
         """Delete a plate with its wells, images, cells and measurements; image files stay.
 
         Raises:
-            UnknownNameError: there is no such plate.
             UserInputError: predictions or splits rely on it; the message names them.
         """
         from .stages.corrections import delete_plate
@@ -1667,7 +1610,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the file is part of a store.
-            StorageError: the file cannot be written.
         """
         from .stages.backup import backup
 
@@ -1690,7 +1632,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: there is a store with something in it, or the file is no backup.
-            StorageError: the backup is damaged; nothing is restored.
         """
         from .stages.backup import restore
 
@@ -1706,9 +1647,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.export_model(5, "my-model").path
 
         Raises:
-            UnknownNameError: there is no such training run.
             UserInputError: the folder is not empty, or the run has no model to write.
-            StorageError: the file of the model is damaged, or the folder cannot be written.
         """
         from .stages.export_model import export_model
 
@@ -1765,7 +1704,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.verify().problems
 
         Raises:
-            StorageError: a file cannot be removed.
             UserInputError: ``against`` is no file of :meth:`seal`.
         """
         from .stages.verify import verify
@@ -1776,9 +1714,6 @@ class Store(AbstractContextManager["Store"]):
         """Write the end of the ledger to a file, and return it; keep the file elsewhere.
 
         :meth:`verify` takes it as ``against``.
-
-        Raises:
-            StorageError: the file cannot be written.
         """
         from .stages.verify import seal
 
