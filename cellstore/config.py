@@ -863,21 +863,6 @@ class SplitParams(Params):
         return self.folds is not None or self.leave_out is not None
 
 
-def one_selection(where: str | None, sql: str | None) -> bool:
-    """Return whether there is a selection of cells.
-
-    Raises:
-        UserInputError: there are two, or the condition is empty.
-    """
-    if where is not None and not where.strip():
-        raise UserInputError('The condition is empty. Write it like --where "area > 500".')
-    if sql is not None and not sql.strip():
-        raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
-    if where is not None and sql is not None:
-        raise UserInputError("Select cells by --where or by --sql, not by both.")
-    return where is not None or sql is not None
-
-
 @dataclass(frozen=True)
 class CellChoice(Params):
     """Which cells are learned from, and which measurements of them."""
@@ -901,7 +886,17 @@ class CellChoice(Params):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_selection(self.where, self.sql)
+        if self.where is not None and not self.where.strip():
+            raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+        if self.sql is not None and not self.sql.strip():
+            raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
+        if self.where is not None and self.sql is not None:
+            raise UserInputError("Select cells by --where or by --sql, not by both.")
+
+    @property
+    def selects(self) -> bool:
+        """Whether a condition, or SQL, selects some of the cells."""
+        return self.where is not None or self.sql is not None
 
 
 @dataclass(frozen=True)

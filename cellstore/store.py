@@ -24,6 +24,7 @@ from .config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
+    CellChoice,
     FinetuneParams,
     HitsParams,
     IngestParams,
@@ -35,6 +36,7 @@ from .config import (
     RunName,
     SegmentParams,
     Selection,
+    Sources,
     SplitParams,
     TrainParams,
     TrainSetup,
@@ -818,18 +820,15 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: nothing is measured yet, or the recipes do not belong together.
             QueryError: the SQL is wrong.
         """
-        from .config import Sources
         from .query.cell_tables import cell_table
 
-        asked = TrainParams(exclude_flagged=exclude_flagged, where=where, sql=sql)
+        named = features if isinstance(features, str) else None
         return cell_table(
             self.workspace,
             Sources(split, segmentation, measurement),
             fitted("subset", Subset | None, subset),
-            features,
-            asked.exclude_flagged,
-            asked.where,
-            asked.sql,
+            CellChoice(named, exclude_flagged, where, sql),
+            with_features=bool(features),
         )
 
     def dataset(
@@ -874,7 +873,6 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         need("train")
-        from .config import Sources
         from .learn.datasets import cell_dataset
 
         if unit not in ("cell", "image"):
