@@ -962,7 +962,9 @@ class TrainParams(CellChoice):
     )
     step_size: int = learning(5, "Epochs until schedule step makes the step smaller.", min=1)
     gamma: float = learning(0.5, "How much smaller schedule step makes it.", min=0.0)
-    warmup_epochs: int = learning(2, "Epochs in which the step rises first.", min=0)
+    warmup_epochs: int = learning(
+        2, "Epochs in which the step rises first; fewer than all epochs.", min=0
+    )
     weight_decay: float = learning(1e-4, "Weight decay of Adam.", min=0.0)
     normalise: str = _normalise()
     intensity: str = learning(
@@ -975,18 +977,6 @@ class TrainParams(CellChoice):
     )
     seed: int = learning(0, "Same seed, same start.", min=0)
 
-    @classmethod
-    def of(cls, preset: str | None = None, **given: Any) -> Self:
-        """Return the values of a preset, but for those that are ``given``.
-
-        The warm-up is shorter than the training where only the ``epochs`` are given.
-        """
-        usual = {"warmup_epochs": cls.warmup_epochs, **PRESETS.get(preset or "", {}).get(cls, {})}
-        if "epochs" in given and "warmup_epochs" not in given:
-            epochs = fitted("--epochs", int, given["epochs"])
-            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], epochs - 1))
-        return super().of(preset, **given)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.branches == ():
@@ -998,11 +988,7 @@ class TrainParams(CellChoice):
                 "Only the branch image reads channels: add it, for example with "
                 "--branches mask,flow,image,tabular."
             )
-        if self.warmup_epochs >= self.epochs:
-            raise UserInputError(
-                f"The warm-up must be shorter than the training: {self.warmup_epochs} of "
-                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
-            )
+        object.__setattr__(self, "warmup_epochs", min(self.warmup_epochs, self.epochs - 1))
 
 
 @dataclass(frozen=True)
