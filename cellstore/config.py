@@ -622,11 +622,7 @@ class CellPlanes(Params):
 
 @dataclass(frozen=True)
 class SegmentParams(CellPlanes):
-    """Cellpose, on one plane of each image or on two.
-
-    ``diameter_from``: every image gets the median of the diameters that this segmentation used on
-    the image's plate.
-    """
+    """Cellpose, on one plane of each image or on two."""
 
     model: str = option(
         DEFAULT_MODEL,
@@ -641,12 +637,6 @@ class SegmentParams(CellPlanes):
     cellprob_threshold: float = option(0.0, "Lower finds more and larger cells, also dim ones.")
     diameter: float | None = option(
         None, "Diameter of the cells. Default: estimated for each image.", metavar="PIXELS", min=1.0
-    )
-    diameter_from: str | None = option(
-        None,
-        "Take, on each plate, the median of the diameters that this segmentation used there: "
-        "number or start of the fingerprint, as 'cellstore status' lists them.",
-        metavar="RECIPE",
     )
 
 

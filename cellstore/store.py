@@ -233,7 +233,6 @@ class Store(AbstractContextManager["Store"]):
         params: SegmentParams | None = None,
         selection: Selection = EVERYTHING,
         *,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
@@ -241,9 +240,8 @@ class Store(AbstractContextManager["Store"]):
         """Find the cells of the images of a selection that have their files, with Cellpose.
 
         What is done by the same ``params`` is left alone, so that the same call goes on after an
-        interruption. ``weights_dir``: a folder with the named networks, for machines without
-        internet. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a Dask
-        cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
+        interruption. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a
+        Dask cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
         ``done``, the ``cells`` found, and ``failures`` as (image, reason).
 
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
@@ -258,7 +256,6 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             params or SegmentParams(),
             selection,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
             resources=resources,
             dry_run=dry_run,
@@ -271,7 +268,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         count: int = 6,
         folder: str | Path,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
         """Segment ``count`` images of a selection and draw what is found, without keeping it.
@@ -292,7 +288,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             count=count,
             folder=Path(folder),
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
         self.wrote(folder)
@@ -422,7 +417,6 @@ class Store(AbstractContextManager["Store"]):
         params: FinetuneParams | None = None,
         *,
         plate: str | None = None,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> FinetuneResult:
         """Train a segmentation network further on masks that you have corrected.
@@ -445,7 +439,6 @@ class Store(AbstractContextManager["Store"]):
             [Path(path) for path in masks],
             params or FinetuneParams(),
             plate=plate,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
 
