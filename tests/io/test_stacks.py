@@ -380,10 +380,10 @@ def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
         with tifffile.TiffWriter(path) as writer:
             writer.write(pages(1)[0])
             writer.write(odd, photometric="rgb" if odd.ndim == 3 else "minisblack")
-        with pytest.raises(ImageError, match="no grey images of one shape"):
+        with pytest.raises(ImageError, match="not grey images of one shape"):
             read_stack(path)
     tifffile.imwrite(path, np.zeros((2, 3, 4, 3), np.uint8), photometric="rgb")
-    with pytest.raises(ImageError, match="no grey images of one shape"):
+    with pytest.raises(ImageError, match="not grey images of one shape"):
         read_stack(path)
 
 
