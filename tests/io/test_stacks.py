@@ -163,7 +163,7 @@ def test_channels_that_tifffile_names_have_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("axes", ["PQYX", "ZQYX"])
 def test_axes_that_mean_nothing_here_are_refused(tmp_path: Path, axes: str) -> None:
     path = saved(tmp_path / "a.tif", pages(4).reshape(2, 2, 3, 4), metadata={"axes": axes})
-    with pytest.raises(ImageError, match=f"axes '{axes}', of which cellstore reads C, Z and T only"):
+    with pytest.raises(ImageError, match=f"axes '{axes}', and cellstore reads C, Z and T"):
         read_stack(path)
 
 
