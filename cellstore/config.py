@@ -1231,7 +1231,8 @@ class AddedParams(Params):
         super().__post_init__()
         if self.mlflow_run is not None and not re.fullmatch(r"[\w-]{1,100}", self.mlflow_run):
             raise UserInputError(
-                f"{self.mlflow_run!r} is no id of an MLflow run: letters, digits, - and _ alone."
+                f"{self.mlflow_run!r} is not the id of an MLflow run: use letters, digits, - "
+                "and _ only."
             )
         _check_model_name(self.name)
 

@@ -1723,7 +1723,7 @@ def _table_of(given: Any) -> Any:
         return pa.table(given)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
-            f"This is no table that can be read: {first_line(error)}. Give a file, or a table of "
+            f"This cannot be read as a table: {first_line(error)}. Give a file, or a table of "
             "pandas, polars or Arrow with one kind of value in each column; with an array also "
             "cell_ids."
         ) from error

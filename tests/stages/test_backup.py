@@ -161,7 +161,7 @@ def test_a_damaged_backup_ends_in_a_sentence_and_restores_nothing(
 def refuses(file: Path, root: Path) -> None:
     """No store comes of a file that is no whole backup."""
     for dry_run in (True, False):
-        with pytest.raises(StorageError, match="damaged or no backup"):
+        with pytest.raises(StorageError, match="damaged, or not a backup"):
             Store.restore(file, root, dry_run=dry_run)
     assert not root.exists()
 
