@@ -184,7 +184,7 @@ def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
     rows = [loaddata(1), loaddata(2, treatment="aloxistatin"), loaddata(3)]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert result.created == 2
-    assert [(item.line, item.reason) for item in result.of(Severity.REFUSED)] == [
+    assert [(item.line, item.reason) for item in result.issues if item.severity == "refused"] == [
         (3, "the well has another treatment")
     ]
 
@@ -226,7 +226,7 @@ def test_an_unreadable_image_stays_missing_and_is_named(
     (folder / "r01c02f01p01-ch2sk1fk1fl1.tiff").write_bytes(b"II*\0rubbish")
     result = ingest(workspace, table, IngestParams(images=folder))
     assert (result.created, result.missing_images) == (1, 1)
-    (problem,) = result.of(Severity.PROBLEM)
+    (problem,) = (item for item in result.issues if item.severity is Severity.PROBLEM)
     assert problem.reason == "image cannot be read"
     assert "ch2" in problem.detail
 

@@ -196,7 +196,7 @@ def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) 
     ingest(workspace, write_table(tmp_path / "t.csv", rows))
     rows = [{**loaddata(1), "Metadata_Batch": "B2"}]
     result = ingest(workspace, write_table(tmp_path / "u.csv", rows))
-    assert [item.reason for item in result.of(Severity.PROBLEM)] == ["another batch"]
+    assert [item.reason for item in result.issues] == ["another batch"]
 
 
 def test_a_source_of_another_kind_than_named_is_one_sentence(
@@ -309,7 +309,7 @@ def test_one_file_is_one_channel(workspace: Workspace, tmp_path: Path) -> None:
     row = loaddata(1)
     renamed = {key.replace("OrigRNA", "OrigMito"): value for key, value in row.items()}
     result = ingest(workspace, write_table(tmp_path / "u.csv", [renamed]))
-    assert [item.reason for item in result.of(Severity.SUSPICIOUS)] == [
+    assert [item.reason for item in result.issues if item.severity is Severity.SUSPICIOUS] == [
         "one file under two channels"
     ]
     assert count(workspace, ImageFile) == 2

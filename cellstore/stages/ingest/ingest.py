@@ -101,10 +101,6 @@ class IngestResult(Shown):
     notes: tuple[str, ...] = ()
     preview: tuple[Mapping[str, Any], ...] = ()
 
-    def of(self, severity: Severity) -> tuple[Issue, ...]:
-        """Return the issues of one severity."""
-        return tuple(issue for issue in self.issues if issue.severity is severity)
-
 
 def ingest(
     workspace: Workspace,
@@ -291,23 +287,20 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
         layout = Layout.IMAGE_FOLDER
     else:
         layout = detect(source, kind, params.sheet, params.map_columns)
-    chosen = [item for item in options_of(params) if getattr(params, item.name)]
-    lost = [flag(item) for item in chosen if item.name in _OF_MAPS]
-    if lost and layout is not Layout.PLATEMAP and params.platemap is None:
-        raise UserInputError(
-            f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
-            f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
-        )
     if len(params.plate) > 1 and layout is not Layout.PLATEMAP:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
             "with --plate; only a plate map may be of several."
         )
-    wrong = [flag(i) for i in chosen if layout.kind not in _ONLY_OF.get(i.name, SourceKind)]
+    has_map = layout is Layout.PLATEMAP or params.platemap is not None
+    chosen = [item for item in options_of(params) if getattr(params, item.name)]
+    wrong = [flag(item) for item in chosen if item.name in _OF_MAPS and not has_map]
+    wrong += [flag(i) for i in chosen if layout.kind not in _ONLY_OF.get(i.name, SourceKind)]
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
-            f"Remove it, or name the content: cellstore ingest masks {source.name}"
+            "Remove it, give the plate map that it is about with --platemap FILE, or say what the "
+            f"source holds, for example: cellstore ingest masks {source.name}"
         )
     return layout
 
