@@ -144,8 +144,7 @@ class ImageSource:
         elif self.layout in (Layout.LOADDATA, Layout.PUBLISHED):
             table = open_table(self.path)
             self.notes += table.notes
-            is_published = self.layout is Layout.PUBLISHED
-            rows = read_image_table(table, plate, channels, needs_treatment=is_published)
+            rows = read_image_table(table, plate, channels)
         else:
             raise UserInputError(
                 f"{self.path.name} is a file, and --pattern is for a folder of images. Remove it."
