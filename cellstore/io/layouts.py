@@ -194,7 +194,7 @@ def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], int]:
 
 
 def _of_folder(path: Path) -> list[Layout]:
-    from .cellprofiler_csv import is_cellprofiler_folder
+    from .cellprofiler import is_cellprofiler_folder
     from .folders import has_image_names
     from .harmony import is_harmony
 

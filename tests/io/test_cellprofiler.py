@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cellstore.enums import Severity
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
-from cellstore.io.cellprofiler_csv import is_cellprofiler_folder, open_cellprofiler_folder
+from cellstore.io.cellprofiler import is_cellprofiler_folder, open_cellprofiler_folder
 from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite, open_cellprofiler_sqlite
 from cellstore.io.image_tables import FileRef, ImageRecord
 from cellstore.io.objects import ObjectSource, RowIssue

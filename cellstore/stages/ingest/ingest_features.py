@@ -24,7 +24,7 @@ from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...db.events import recording_removed
 from ...enums import FeatureStorage, Stage
 from ...errors import BadTableError, UserInputError, some_of
-from ...io.cellprofiler_csv import open_cellprofiler_folder
+from ...io.cellprofiler import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.image_tables import ImageRecord
 from ...io.layouts import Layout
