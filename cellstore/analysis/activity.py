@@ -307,26 +307,41 @@ def effects(
 def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
     """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
 
-    Of each feature the mean over the wells of the treatment, in standard deviations of the controls
-    of their plates; of the sizes of these the 95th percentile over the features. The number of
-    cells of a treatment (:func:`cell_counts`) can be held against it: where it has changed by more,
-    the cells have become fewer rather than different.
+    Of each feature the mean over the wells of the treatment (:func:`against_controls`); of the
+    sizes of these the 95th percentile over the features. The number of cells of a treatment
+    (:func:`cell_counts`) can be held against it: where it has changed by more, the cells have
+    become fewer rather than different.
     """
-    clean, usable = _complete(values)
-    scaled = np.full(clean.shape, np.nan)
-    for plate in np.unique(plates[controls & usable]):
-        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, controls))
-        own = own[usable[own]]
-        if len(own) >= FEWEST_CONTROLS:
-            spread = clean[own].std(axis=0, ddof=1)
-            varies = spread > 1e-10 * np.maximum(np.abs(clean[own]).max(axis=0), 1e-280)
-            apart = clean[wells] - clean[own].mean(axis=0)
-            scaled[wells] = np.where(varies, apart / np.where(varies, spread, 1.0), 0.0)
-    known = np.isfinite(scaled).all(axis=1)
+    scaled = against_controls(values[:, np.isfinite(values).any(axis=0)], controls, plates)
+    known = np.isfinite(scaled).any(axis=1)
     found = np.full(int(groups.max(initial=-1)) + 1, np.nan)
     for group in _treatments(groups):
         if (mine := (groups == group) & known & ~controls).any():
             found[group] = np.quantile(np.abs(scaled[mine].mean(axis=0)), MOST_CHANGED)
+    return found
+
+
+def against_controls(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return how far wells are from the controls of their plate, in standard deviations of these.
+
+    (N, F); 0 where a feature is missing in all wells, or constant among the controls. NaN: the well
+    has no profile, or fewer than ``FEWEST_CONTROLS`` are on its plate.
+    """
+    clean, usable = _complete(values)
+    columns = np.flatnonzero(np.isfinite(values).any(axis=0))
+    found = np.full(values.shape, np.nan)
+    for plate in np.unique(plates[controls & usable]):
+        wells, own = (
+            np.flatnonzero(some & (plates == plate)) for some in (usable, controls & usable)
+        )
+        if len(own) >= FEWEST_CONTROLS:
+            spread = clean[own].std(axis=0, ddof=1)
+            varies = spread > 1e-10 * np.maximum(np.abs(clean[own]).max(axis=0), 1e-280)
+            apart = clean[wells] - clean[own].mean(axis=0)
+            found[wells] = 0.0
+            found[np.ix_(wells, columns)] = np.where(
+                varies, apart / np.where(varies, spread, 1.0), 0.0
+            )
     return found
 
 
