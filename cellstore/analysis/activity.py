@@ -402,14 +402,9 @@ def cell_counts(
     plate (relative to the mean over both). Wells are in standard deviations of the controls (within
     plates); NaN where a plate has no control with cells.
     """
-    ratio, known = np.full(len(groups), np.nan), np.isfinite(counts)
-    ours, per_control = controls & known, np.full(len(groups), np.nan)
-    for plate in np.unique(plates[ours]):
-        mean = float(counts[ours & (plates == plate)].mean())
-        if mean > 0:
-            ratio[plates == plate] = counts[plates == plate] / mean
-            per_control[plates == plate] = mean
-    ours &= np.isfinite(ratio)
+    per_control = control_means(counts, controls, plates)
+    ratio = counts / per_control
+    ours = controls & np.isfinite(ratio)
     free = int(ours.sum()) - len(np.unique(plates[ours]))
     spread = math.sqrt(float(((ratio[ours] - 1) ** 2).sum()) / free) if free > 0 else 0.0
     each = (ratio - 1) / (spread or np.nan)
@@ -444,6 +439,15 @@ def cell_counts(
             score = replace(score, p=_p_value(off, draw, observed, permutations, block))
         found[group] = score
     return _with_q(found), each
+
+
+def control_means(counts: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return the mean count of the controls of the plate of each well, (N,); NaN: 0 or unknown."""
+    found, ours = np.full(len(counts), np.nan), controls & np.isfinite(counts)
+    for plate in np.unique(plates[ours]):
+        mean = float(counts[ours & (plates == plate)].mean())
+        found[plates == plate] = mean if mean > 0 else np.nan
+    return found
 
 
 def consistency(
