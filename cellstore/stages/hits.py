@@ -638,8 +638,8 @@ def _notes(
     wells = [part.compared & (part.groups == code) for code in range(len(part.treatments))]
     if single := sum(mine.sum() < FEWEST_WELLS for mine in wells):
         yield (
-            f"{single} of {len(wells)} treatments have fewer than {FEWEST_WELLS} wells: whether "
-            "they differ cannot be said."
+            f"{single} of {len(wells)} treatments have fewer than {FEWEST_WELLS} wells, too few "
+            "to show whether they differ."
         )
     open_question = "whether the same comes out on another plate is not known."
     plates = len(np.unique(part.plates[part.compared]))
@@ -673,7 +673,7 @@ def answer_of(part: PlateSet, params: HitsParams) -> str:
     )
     tested, differ = len(found) - unknown, hit + fewer + small
     if not tested:
-        return f"Of none of {unknown} treatments can it be said whether it differs."
+        return f"None of {unknown} treatments could be judged."
     treatments = "treatment" if tested == 1 else "treatments"
     does = "differ" if differ > 1 else "differs"
     said = [f"{differ or 'None'} of {tested} {treatments} {does} from the controls"]
@@ -683,7 +683,7 @@ def answer_of(part: PlateSet, params: HitsParams) -> str:
         asked = "less than --min-effect asks for"
         said.append(f"{small} of them {asked if params.min_effect else 'no farther than controls'}")
     if unknown:
-        said.append(f"of {unknown} more it cannot be said")
+        said.append(f"{unknown} more could not be judged")
     return "; ".join(said) + "."
 
 
