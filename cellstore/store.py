@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -819,18 +820,24 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.scoring import report
 
-        page = None if html is None else Path(html)
+        look = None
+        if html is not None:
+            need("report")
+            from .report.report_page import write_page
+
+            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
         found = report(
             self.workspace,
             run,
             compare=compare,
             vote_options=vote_options,
             force=force,
-            html=page,
-            maps=maps,
+            look=look,
         )
-        self.wrote(page)
-        return found
+        if html is None:
+            return found
+        self.wrote(Path(html))
+        return replace(found, html=str(html))
 
     def cells(
         self,
@@ -1203,8 +1210,8 @@ class Store(AbstractContextManager["Store"]):
         they differ (``differing``).
 
         Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
-        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
-        effects, and the ``treatments`` with both verdicts.
+        many are hits of both, of one alone or of neither, a ``conclusion``, and the ``treatments``
+        with both verdicts.
 
         >>> store.compare(6, 11).conclusion
 
