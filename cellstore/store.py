@@ -1233,13 +1233,11 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
 
-    def runs(
-        self, split: str | None = None, *, by: str = "test", every: bool = False
-    ) -> Leaderboard:
+    def runs(self, split: str | None = None, *, by: str = "test") -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
         ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
-        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+        whether the ``test`` or the ``validation`` images rank them.
 
         >>> pandas.DataFrame(store.runs().runs)
 
@@ -1248,7 +1246,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.leaderboard import list_runs
 
-        return list_runs(self.workspace, split, by=by, every=every)
+        return list_runs(self.workspace, split, by=by)
 
     def votes(
         self,

@@ -285,14 +285,12 @@ def report(
 
 
 def _show_runs(found: Leaderboard) -> None:
-    typer.echo(f"split {found.split}" if found.split else "all splits")
-    typer.echo("")
-    ranks = Counter((row.split, row.rank) for row in found.runs)
+    typer.echo(f"split {found.split}\n")
+    ranks = Counter(row.rank for row in found.runs)
     rows = [
         (
-            "-" if row.rank is None else f"{row.rank}{'=' * (ranks[row.split, row.rank] > 1)}",
-            *[row.split] * (found.split is None),
-            row.name.removeprefix(f"{row.split}:") if found.split is None else row.name,
+            "-" if row.rank is None else f"{row.rank}{'=' * (ranks[row.rank] > 1)}",
+            row.name,
             row.model,
             percent(row.accuracy) if row.accuracy is not None else row.status,
             percent(row.low, row.high),
@@ -301,10 +299,8 @@ def _show_runs(found: Leaderboard) -> None:
         )
         for row in found.runs
     ]
-    split = ["split"] * (found.split is None)
-    output.table(
-        ("", *split, "run", "model", "accuracy", "95 % interval", "wells", "validation"), rows
-    )
+    heads = ("", "run", "model", "accuracy", "95 % interval", "wells", "validation")
+    output.table(heads, rows)
     typer.echo("")
     for row in found.runs:
         if row.differs:
@@ -320,7 +316,7 @@ def _then_of_runs(found: Leaderboard) -> tuple[str, ...]:
     best = [row for row in found.runs if row.predict_runs and row.images][:2]
     names = [shlex.quote(row.name) for row in best]
     steps = tuple(f"cellstore report --run {name}" for name in names[:1])
-    if len(best) == 2 and best[0].split == best[1].split:
+    if len(best) == 2:
         steps += (f"cellstore compare {' '.join(names)}",)
     return steps
 
@@ -333,7 +329,6 @@ def runs(
         "Models on this split, or on all folds of this cross-validation. Default: the one that "
         "was trained on last.",
     ),
-    every: bool = option(False, "Models on all splits.", name="--all"),
     by: str = option(
         "test",
         "What ranks them: images of the test subset, or cells of the validation subset.",
@@ -351,9 +346,8 @@ def runs(
     Example:
       cellstore runs
       cellstore runs --split five --by validation
-      cellstore runs --all --json
     """
-    return store.runs(split, by=by, every=every)
+    return store.runs(split, by=by)
 
 
 def _save(text: str, path: Path | None) -> None:
