@@ -319,9 +319,6 @@ def qc(
     segmentation: str | None = SEGMENTATION,
     listed: bool = option(False, "List the flagged images with reason and value.", name="--list"),
     html: Path | None = HTML,
-    plot: Path | None = option(
-        None, "Also write the maps of one plate as a picture.", metavar="FILE.png"
-    ),
     dry_run: bool = DRY_RUN,
 ) -> None:
     """Flag images and cells that are unusual on their plate; delete nothing.
@@ -342,12 +339,13 @@ def qc(
         selection,
         segmentation=segmentation,
         html=None if dry_run else html,
-        plot=None if dry_run else plot,
         resources=resources,
         dry_run=dry_run,
     )
     if listed:
-        result = replace(result, flags=store.flagged_images(result))
+        from cellstore.stages.qc import list_flags
+
+        result = replace(result, flags=list_flags(store.workspace, result))
     _end_jobs(
         {"": result}, common, "looked at", show=lambda left: _show_qc(result, left, listed=listed)
     )
@@ -401,9 +399,8 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
         output.table(["image", "reason", "channel", "value", "usual"], flags)
     say(*map(output.filled, result.notes))
     list_failures(result.failures)
-    for name, path in (("page", result.html), ("picture", result.picture)):
-        if path:
-            typer.echo(f"{name}: {path}")
+    if result.html:
+        typer.echo(f"page: {result.html}")
 
 
 def _numbers(

@@ -16,10 +16,13 @@ from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
 from ..models import (
     METADATA,
+    Base,
+    Cell,
     CellFeatures,
     Image,
     ImageFile,
     Job,
+    Perturbation,
     Plate,
     Recipe,
     Run,
@@ -87,6 +90,35 @@ def image_name(barcode: str, core_name: str, plane: int, time_point: int) -> str
     """Return the name of an image for people: ``P1/r01c01f01``, with its plane and time if any."""
     name = f"{barcode}/{core_name}" + (f" plane {plane}" if plane != 1 else "")
     return name + (f" time {time_point}" if time_point != 1 else "")
+
+
+def name_of(session: Session, table: str, row_id: int | None) -> str:
+    """Return what a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``.
+
+    One that is gone or has no name has its number; without a number it is its table.
+    """
+    if row_id is None:
+        return table
+    known = {mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers}
+    row = session.get(known[table], row_id) if table in known else None
+    return _called(row) or f"{table.removesuffix('s').replace('_', ' ')} {row_id}"
+
+
+def _called(row: Any) -> str:
+    match row:
+        case Plate():
+            return row.barcode
+        case Perturbation():
+            return row.name
+        case Well():
+            return f"{row.plate.barcode}/{row.name}"
+        case Image():
+            return f"{_called(row.well)}/{row.site}"
+        case ImageFile():
+            return f"channel {row.channel} of {_called(row.image)}"
+        case Cell():
+            return f"cell {row.id} of {_called(row.segmentation.image)}"
+    return ""
 
 
 def find_image(session: Session, text: str) -> int:

@@ -132,7 +132,6 @@ class QcResult(Shown):
     notes: tuple[str, ...] = ()
     flags: tuple[FlaggedImage, ...] = ()
     html: str | None = None
-    picture: str | None = None
     forecast: Forecast | None = None
 
 
@@ -145,17 +144,12 @@ def qc(
     resources: Resources = THIS_PROCESS,
     dry_run: bool = False,
 ) -> QcResult:
-    """Measure the pixels of the selected images, and flag what is odd on their plates.
+    """Measure the pixels of the selected images, and flag what is odd; see :meth:`Store.qc`.
 
     An image is opened once, whatever the limits. It is compared with all images of its plate that
     have been looked at, not only with selected ones. Cells are those of one segment recipe
     (default: the one used last, if any), their areas those of its last measurement. Where nothing
     has changed since a run with the same limits, that run is returned.
-
-    Raises:
-        UnknownNameError: no such recipe, plate or well.
-        UserInputError: a limit is out of range, or the condition cannot be read.
-        StorageError, KeyboardInterrupt, RunCancelledError: see ``jobs.execute.run_jobs``.
     """
     params = params or QcParams()
     if params.outlier <= 0 or params.cell_outlier <= 0:

@@ -63,7 +63,7 @@ def test_rows_that_are_not_what_a_job_wrote_are_found(trained: Trained, opened: 
     for statement in changes.values():
         change(workspace, statement)
     reasons = [problem.reason for problem in verify(workspace).problems]
-    assert all("are not what its job" in reason for reason in reasons)
+    assert all("are not what run" in reason for reason in reasons)
     assert sorted(reason.split()[2] for reason in reasons) == ["measure", "predict", "qc"]
 
 

@@ -34,7 +34,7 @@ from cellstore.models import (
     Segmentation,
 )
 from cellstore.query.exclusions import find_qc_run
-from cellstore.report.qc_page import write_page, write_picture
+from cellstore.report.qc_page import write_page
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc
 
@@ -392,17 +392,6 @@ def test_the_same_run_gives_the_same_page(local: Bench, tmp_path: Path) -> None:
     result = qc(local.workspace)
     pages = [read_page(local, result, tmp_path / name)[0] for name in ("a.html", "b.html")]
     assert pages[0] == pages[1]
-
-
-def test_a_picture_is_of_one_plate(local: Bench, tmp_path: Path) -> None:
-    result = qc(local.workspace)
-    target = tmp_path / "maps.png"
-    assert write_picture(local.workspace, result, target).picture == str(target)
-    assert target.read_bytes().startswith(b"\x89PNG")
-    make = Factory(local.workspace)
-    make.image(make.well(make.plate("P2"), 1, 1))
-    with pytest.raises(UserInputError, match=r"2 are selected.*--plate"):
-        write_picture(local.workspace, qc(local.workspace), target)
 
 
 def test_numbers_need_no_extra_but_the_page_does(
