@@ -420,11 +420,6 @@ DEVICE = option(
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
 DRY_RUN = option(False, "Only say how many images there are to do, and how long it takes.")
-WEIGHTS_DIR = option(
-    None,
-    "Folder that holds the named networks, for machines without internet access.",
-    metavar="DIR",
-)
 PRESET = option(
     None,
     "published: all values as in the published study. Other options then change single values.",

@@ -112,7 +112,7 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
     assert (newest.excluded["qc_run"], newest.excluded["flagged"]) == (new.id, 0)
     named = create_split(sqlite_workspace, "b", SplitParams(exclude_flagged=str(old.id)))
     assert (named.excluded["qc_run"], named.excluded["flagged"]) == (old.id, 1)
-    with pytest.raises(UserInputError, match=r"is running, so its flags are not whole"):
+    with pytest.raises(UserInputError, match=r"is running, so its flags are incomplete"):
         create_split(sqlite_workspace, "c", SplitParams(exclude_flagged=str(unfinished.id)))
 
 
