@@ -164,10 +164,10 @@ def _given(workspace: Workspace, what: Any) -> tuple[str, Any]:
     if hasattr(what, "to_pandas") and not hasattr(what, "iloc"):
         what = what.to_pandas()
     if hasattr(what, "columns"):
-        unit = next((name for name in ("cell_id", "image_id") if name in what.columns), None)
-        if unit is None:
-            raise UserInputError("The table needs a column cell_id, or image_id for whole fields.")
-        return unit, what.drop_duplicates(unit)
+        for column in ("cell_id", "image_id"):
+            if column in what.columns:
+                return column, what.drop_duplicates(column)
+        raise UserInputError("The table needs a column cell_id, or image_id for whole fields.")
     values = [what] if isinstance(what, str) or not hasattr(what, "__iter__") else list(what)
     if values and all(isinstance(value, str) for value in values):
         with workspace.database.read() as session:
