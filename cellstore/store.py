@@ -775,18 +775,24 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.scoring import report
 
-        page = None if html is None else Path(html)
+        look = None
+        if html is not None:
+            need("report")
+            from .report.report_page import write_page
+
+            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
         found = report(
             self.workspace,
             run,
             compare=compare,
             vote_options=vote_options,
             force=force,
-            html=page,
-            maps=maps,
+            look=look,
         )
-        self.wrote(page)
-        return found
+        if html is None:
+            return found
+        self.wrote(Path(html))
+        return replace(found, html=str(html))
 
     def cells(
         self,
@@ -1144,8 +1150,8 @@ class Store(AbstractContextManager["Store"]):
         they differ (``differing``).
 
         Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
-        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
-        effects, and the ``treatments`` with both verdicts.
+        many are hits of both, of one alone or of neither, a ``conclusion``, and the ``treatments``
+        with both verdicts.
 
         >>> store.compare(6, 11).conclusion
 
@@ -1166,19 +1172,17 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
 
-    def runs(
-        self, split: str | None = None, *, by: str = "test", every: bool = False
-    ) -> Leaderboard:
+    def runs(self, split: str | None = None, *, by: str = "test") -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
         ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
-        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+        whether the ``test`` or the ``validation`` images rank them.
 
         >>> pandas.DataFrame(store.runs().runs)
         """
         from .report.leaderboard import list_runs
 
-        return list_runs(self.workspace, split, by=by, every=every)
+        return list_runs(self.workspace, split, by=by)
 
     def votes(
         self,
