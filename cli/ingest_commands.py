@@ -145,7 +145,8 @@ def _show_ingest(result: IngestResult) -> None:
         wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
         images = output.count(result.images, "image")
         missing = f"({result.missing_images:,} without files)"
-        rows.append(("its plates now have", f"{wells}, {images} {missing}"))
+        have = "its plates now have" if result.run_id else "its plates would have"
+        rows.append((have, f"{wells}, {images} {missing}"))
     if result.run_id:
         rows.append(("run", result.run_id))
     output.pairs(rows)

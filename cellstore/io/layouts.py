@@ -117,9 +117,9 @@ def detect(
             of_treatments = all(item.kind is SourceKind.TREATMENTS for item in found)
             if measured and of_treatments and kind is not SourceKind.TREATMENTS:
                 raise BadTableError(
-                    f"{path.name} holds well profiles ({measured:,} features, no row for each "
-                    "cell), which cellstore does not store: ingest the table of single cells that "
-                    "they were made from."
+                    f"{path.name} holds well profiles, without a row for each cell, which "
+                    "cellstore does not store: ingest the table of single cells that they were "
+                    "made from."
                 )
             if sheet is not None or map_columns:
                 map_table(path, sheet, map_columns)
@@ -144,17 +144,17 @@ def detect(
     raise _unknown(path, head)
 
 
-def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], int]:
+def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], bool]:
     """Return the layouts of images and treatments that a table with these columns may have.
 
-    And how many of its columns measure wells, if it is what the table does; else 0.
+    And whether it measures wells.
     """
     present = set(columns)
     about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
     measures = [name for name in columns if not name.startswith(about)]
     of_cells = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measures)
     of_wells = present & {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
-    measured = len(measures) if of_wells and (of_cells or len(measures) >= _MANY) else 0
+    measured = bool(of_wells) and (of_cells or len(measures) >= _MANY)
     names = {column.removeprefix(PREFIX) for column in columns}
     has_plate, has_name = f"{PREFIX}Plate" in present, f"{PREFIX}pert_iname" in present
     has_well = bool({f"{PREFIX}Well"} & present or {f"{PREFIX}Row", f"{PREFIX}Col"} <= present)

@@ -61,11 +61,10 @@ def ingest_masks(
 ) -> list[dict[str, Any]]:
     """Keep the label images below ``folder`` as segmentations of the images they are named like.
 
-    ``name`` tells several sets of masks apart, ``plate`` limits the images, ``binary`` takes each
-    connected part of a black and white mask for one object, ``channels`` are those of the image
-    that the masks are of, on which ``measure`` looks by default. An image is one short
-    transaction, so that what was done stays done; the same masks again change nothing.
-    ``account.rows`` counts the files. Returns what the first files of a ``dry_run`` would become.
+    ``channels`` of ``params`` are those of the image that the masks are of, on which ``measure``
+    looks by default. An image is one short transaction, so that what was done stays done; the
+    same masks again change nothing. ``account.rows`` counts the files. Returns what the first
+    files of a ``dry_run`` would become.
     """
     reader = _MaskReader(workspace, folder, params)
     plates = set()
