@@ -829,14 +829,12 @@ def csv_parts(
         flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
         return disarmed(flat) if for_spreadsheet else flat
 
-    nothing = [pa.array([], item.type) for item in schema]
-    empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
-    parts = _Parts()
-    with pyarrow.csv.CSVWriter(parts, shaped(empty).schema) as writer:
-        for batch in batches:
-            writer.write_batch(shaped(batch))
-            yield parts.take()
-    yield parts.take()
+    header = pa.RecordBatch.from_pylist([], schema)
+    for number, batch in enumerate(chain([header], batches)):
+        part = pa.BufferOutputStream()
+        options = pyarrow.csv.WriteOptions(include_header=number == 0)
+        pyarrow.csv.write_csv(shaped(batch), part, options)
+        yield part.getvalue().to_pybytes()
 
 
 def _flat(column: pa.Array) -> pa.Array:
