@@ -1018,14 +1018,11 @@ class TrainSetup(Params):
         "several hosts, leave it out.",
         min=1,
     )
-    compile: bool = hardware(
-        False, "Compile the network first: this takes minutes, then each step is faster."
-    )
     logs: tuple[str, ...] = hardware(
         (),
-        "Tell other programs, too: some of mlflow, wandb (Weights & Biases) and tensorboard.",
+        "Tell other programs, too: mlflow, wandb (Weights & Biases), or both.",
         name="--log",
-        choices=("mlflow", "tensorboard", "wandb"),
+        choices=("mlflow", "wandb"),
     )
     log_dir: Path | None = hardware(
         None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"

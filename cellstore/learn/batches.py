@@ -393,11 +393,7 @@ class CellReader:
         return crop_cells(self.cut(image_id), self.crop_size, self.device)
 
     def cut(self, image_id: int) -> CellCrops:
-        """Return the cells of an image, by cell id, whose crops are not resized yet.
-
-        Raises:
-            ImageError: its pixels or masks cannot be read or do not fit each other.
-        """
+        """Return the cells of an image, by cell id, whose crops are not resized yet."""
         found = self._kept.get(image_id)
         if found is not None:
             return found

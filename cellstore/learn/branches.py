@@ -30,9 +30,6 @@ def choose_branches(
     """Return the branches of a network on ``source``, and a sentence where some are excluded.
 
     Default: all three, or those that the segmentations of its split can feed.
-
-    Raises:
-        UserInputError: a branch that is wanted cannot be fed.
     """
     has_masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
     has_flows = and_(has_masks, Segmentation.flow_artifact_id.is_not(None))
@@ -58,12 +55,7 @@ def choose_branches(
 
 
 def choose_channels(session: Session, source: CellSource, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the channels of branch ``image`` as recipes call them; default: all of them.
-
-    Raises:
-        UnknownNameError: no image of the split has such a channel.
-        UserInputError: some images do not have it, or it is named twice.
-    """
+    """Return the channels of branch ``image`` as recipes call them; default: all of them."""
     images = _images_with_cells(source)
     number = session.scalar(images.with_only_columns(func.count())) or 0
     query = (

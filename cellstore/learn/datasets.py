@@ -191,11 +191,7 @@ class CellDataset(IterableDataset[Item]):
             yield item
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse fields that cannot stand in one batch.
-
-        Raises:
-            UserInputError: an earlier field has another size, and nobody makes them equal.
-        """
+        """Refuse fields that cannot stand in one batch."""
         self._shape = self._shape or shape
         if self.transform is None and shape != self._shape:
             raise UserInputError(
@@ -234,11 +230,7 @@ class FieldReader(CellReader):
     """Reads whole fields: :meth:`cut` returns one "cell", the field, with the id of the image."""
 
     def cut(self, image_id: int) -> CellCrops:
-        """Return an image; its masks are layer ``OBJECTS``.
-
-        Raises:
-            ImageError: its pixels or masks cannot be read or do not fit each other.
-        """
+        """Return an image; its masks are layer ``OBJECTS``."""
         if (found := self._kept.get(image_id)) is not None:
             return found
         database, names = self.workspace.database, self.channels
@@ -296,10 +288,6 @@ def cell_dataset(
     """Return the data set of a subset of a split; see :meth:`cellstore.Store.dataset`.
 
     ``params``: its branches are what an item has (``mask``, ``image``, ``tabular``).
-
-    Raises:
-        UnknownNameError: there is no such split, channel, recipe or feature set.
-        UserInputError: there are no cells, or what was asked for is not known of all of them.
     """
     wanted = params.branches or ()
     if unit == "image" and TABULAR in wanted:

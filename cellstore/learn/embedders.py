@@ -2,9 +2,8 @@
 
 A network is named as ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]`` (a
 repository of the Hugging Face hub), by the short name of one of :data:`KNOWN`, or by the path of a
-local folder with ``config.json`` and ``model.safetensors``. Nothing that comes with weights is run:
-weights are safetensors files, or state dicts that torch's reader of weights alone opens; networks
-are built from the code of timm, torchvision and transformers, or from the lines below.
+local folder with ``config.json`` and ``model.safetensors``. Networks are built from the code of
+timm, torchvision and transformers, or from the lines below; no code that comes with weights is run.
 """
 
 from __future__ import annotations
@@ -28,14 +27,16 @@ from ..errors import ImageError, UnknownNameError, UserInputError, first_line
 from ..settings import need
 from .crops import CROP_MEAN, CROP_STD
 from .exported_classifier import TIMM, ImageBranch, timm_network
-from .networks import (
+from .networks import check_backbone, start_from
+from .pretrained import (
+    WEIGHTS,
     State,
-    check_backbone,
     check_timm_name,
+    fetch,
     imagenet_state,
     owner_of,
     read_state,
-    start_from,
+    timm_weights,
 )
 
 TORCHVISION, HUB = "torchvision:", "hf:"
@@ -46,7 +47,7 @@ side; three channels as red, green and blue; or all channels as they are."""
 CROP, IMAGE = "each channel of each crop", "all channels of a crop together"
 """What is normalised by itself, where no fixed mean and spread are subtracted and divided by."""
 
-WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 AT_ONCE = 128
 """Pictures that go through a network together: of many channels, a batch of cells is more."""
@@ -234,68 +235,6 @@ def licence_of(model: str) -> str:
 
         return timm.get_pretrained_cfg(model.removeprefix(TIMM)).license or "not known"
     return "of torchvision: BSD-3-Clause" if model.startswith(TORCHVISION) else "not known"
-
-
-def fetch(
-    repository: str,
-    names: Sequence[str],
-    revision: str | None = None,
-    bring: str = f"--weights DIR/{WEIGHTS}",
-) -> tuple[dict[str, Path], str | None]:
-    """Return files of a repository of the Hugging Face hub by name, and the commit they are of.
-
-    They are kept in the cache of ``huggingface_hub``; what is there already is not fetched again.
-    ``bring``: the option that takes them, for the sentence where they cannot be had.
-
-    Raises ``UserInputError`` if one cannot be had, with what to do.
-    """
-    import huggingface_hub
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would print each attempt
-    get = partial(huggingface_hub.hf_hub_download, repository, revision=revision)
-    pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    try:
-        try:
-            found = {name: Path(get(name, local_files_only=pinned)) for name in names}
-        except huggingface_hub.errors.LocalEntryNotFoundError:
-            if not pinned:
-                raise
-            found = {name: Path(get(name)) for name in names}
-    except Exception as error:  # of the hub, of the network, of the disk
-        errors = huggingface_hub.errors
-        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
-        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            reason = "it cannot be reached, or HF_HUB_OFFLINE is set"
-        at = "" if revision is None else f" --revision {revision}"
-        login = ""
-        if isinstance(error, errors.GatedRepoError):
-            login = f"Accept its licence on the page of {repository}, and log in: hf auth login. "
-        raise UserInputError(
-            f"{repository} could not be fetched from the Hugging Face hub ({reason}). {login}"
-            f"Where there is a network: hf download {repository}{at} --local-dir DIR. Then bring "
-            f"the folder here and give it: {bring}"
-        ) from error
-    finally:
-        logging.set_verbosity(before)
-    folder = found[names[0]].parent
-    return found, folder.name if folder.parent.name == "snapshots" else None
-
-
-def timm_weights(name: str) -> tuple[Path, str | None]:
-    """Return the file of pretrained weights of a network of timm, and the commit it is of."""
-    check_timm_name(name)
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    if not str(config.hf_hub_id or "").startswith("timm/"):
-        raise UserInputError(
-            f"timm's {name} has no pretrained weights of timm's own on the Hugging Face hub. Give "
-            "a file of them (--weights FILE), or a name from timm.list_pretrained()."
-        )
-    found, revision = fetch(str(config.hf_hub_id), [WEIGHTS])
-    return found[WEIGHTS], revision
 
 
 def _open_backbone(backbone: str, weights: Path | None) -> Opened:

@@ -83,11 +83,7 @@ class OwnFunction:
         return {**self.__dict__, "given": None}
 
     def load(self) -> None:
-        """Find it in this process, and put a network on its device.
-
-        Raises:
-            UserInputError: it is not there, or is another one in this process.
-        """
+        """Find it in this process, and put a network on its device."""
         if self.given is None:
             assert self.reference is not None
             found = find_function(self.reference, self.folder)
@@ -120,11 +116,7 @@ class OwnFunction:
         return self.device if self.kind == NETWORK else "cpu"
 
     def choose_columns(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Return which columns of a feature set it is given: all, or those it was fitted with.
-
-        Raises:
-            UserInputError: it was fitted with others.
-        """
+        """Return which columns of a feature set it is given: all, or those it was fitted with."""
         if not self.is_estimator:
             return tuple(known)
         named = getattr(self.given, "feature_names_in_", None)
@@ -176,9 +168,6 @@ class OwnFunction:
 
         ``give`` returns the inputs of some of them. A batch that does not fit into the memory of a
         GPU is halved.
-
-        Raises:
-            ImageError: it raised an error, or did not return finite numbers of this shape.
         """
         names: list[str] | None = None
 

@@ -283,16 +283,13 @@ class Training:
         params: TrainParams,
         team: Team,
         class_weights: Sequence[float] | None = None,
-        *,
-        compiled: bool = False,
     ) -> None:
-        self.net, self.params, self.team, self.compiled = net, params, team, compiled
+        self.net, self.params, self.team = net, params, team
         self.adam = torch.optim.Adam(
             net.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
         )
-        module: Any = torch.compile(net) if compiled else net
         with quiet():
-            self.wrapped, self.optimizer = team.setup(module, self.adam)
+            self.wrapped, self.optimizer = team.setup(net, self.adam)
         self.loss = make_loss(params.loss, params.label_smoothing, class_weights)
         self.loss.to(team.device)
         self.epochs: list[EpochMetrics] = []
@@ -317,7 +314,7 @@ class Training:
         once.
 
         Raises ``UserInputError`` for a subset without cells, a batch of one cell or of cells
-        without a label, a loss that is no longer finite, or a network that cannot be compiled.
+        without a label, or a loss that is no longer finite.
         """
         team, params, rank = self.team, self.params, self.team.global_rank
         # Running statistics of batch normalisation start at 0 and 1 and are moving averages of
@@ -382,14 +379,6 @@ class Training:
                     if _better(epoch, self.epochs[self.best], params.monitor) or number == 0:
                         self.best, self.best_state = number, _copy(self.net)
                     yield epoch
-        except Exception as error:
-            compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-            if self.compiled and compiler:
-                raise UserInputError(
-                    f"The network cannot be compiled here ({first_line(error)}). Leave --compile "
-                    "out."
-                ) from error
-            raise
         finally:
             for layer, usual in norms:
                 layer.momentum = usual

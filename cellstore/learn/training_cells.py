@@ -84,12 +84,7 @@ class TrainingCells:
         }
 
     def check(self, labels: Collection[str], *subsets: Subset) -> None:
-        """Refuse to learn from one class, or from a subset that has no measured cells.
-
-        Raises:
-            UserInputError: with what is to be done first.
-
-        """
+        """Refuse to learn from one class, or from a subset that has no measured cells."""
         name = repr(self.split.name)
         if self.selection is not None:
             has_cells = {block.label_id for block in self.blocks[Subset.TRAIN]}

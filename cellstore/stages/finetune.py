@@ -106,16 +106,9 @@ def finetune(
     device: str = "auto",
     force: bool = False,
 ) -> FinetuneResult:
-    """Train the network ``params.model`` further on label images of images of the store.
+    """Train a network further on label images of images of the store; see ``Store.finetune``.
 
-    ``masks``: folders and files, matched to images by name as ``ingest masks`` matches them. A
-    part of the wells is held out to tell whether the new network is better. The same network,
-    masks and options again return what came out before, unless ``force``.
-
-    Raises:
-        MissingExtraError: Cellpose 3 is not installed.
-        UserInputError: no usable masks, no such model, run, plate or channel, or parameters out
-            of range.
+    The same network, masks and options again return what came out before, unless ``force``.
     """
     from ..analysis.segmentation import installed_generation
 
@@ -165,9 +158,6 @@ def find_examples(
     """Match files of masks to images, and keep them as artifacts.
 
     Returns also the files that are not learned from, and why.
-
-    Raises:
-        UserInputError: no such file or folder, or none that can be learned from.
     """
     examples: list[Example] = []
     refused: list[dict[str, str]] = []

@@ -247,23 +247,10 @@ def add_predictions(
     parameters: Mapping[str, Any] | None = None,
     query: str | None = None,
 ) -> AddedPredictions:
-    """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
+    """Keep what a model that is not of cellstore says of cells; see ``Store.add_predictions``.
 
-    ``table``: a file (CSV, TSV, Excel, Parquet) or an Arrow table with a row for each cell and
-    class. A cell is named by ``cell_id``, or by plate, well, site and object number, or by plate,
-    well, site and a point in pixels (x, y) that lies in its mask; plate, well and site alone: the
-    model sees whole images, and an image has one vote. The class is one of the split's;
-    a column ``probability`` says how probable it is (without one: 1). Or each class has a column
-    of its own with its probability. ``parameters``: of the model, to be kept with the run;
-    ``query``: the SQL of the cells that it has learned from.
-
-    The same table again adds nothing; a call that was killed is completed by the same call.
-
-    Raises:
-        UnknownNameError: there is no such split or segmentation.
-        UserInputError: a row cannot be used: then nothing is written; the table names no cells,
-            no classes, or cells of two segmentations.
-        BadTableError, StorageError: a file cannot be read.
+    Nothing is written if a row cannot be used. A call that was killed is completed by the same
+    call.
     """
     source = _TableSource(table)
     weights = None if params.model is None else _sha256_of_weights(params.model)
@@ -369,11 +356,7 @@ def classes_of(session: Session, split_id: int, subset: Subset | None = None) ->
 
 
 def check_not_withdrawn(latest: Run | None) -> None:
-    """Refuse to make predictions again that were withdrawn.
-
-    Raises:
-        UserInputError: they were.
-    """
+    """Refuse to make predictions again that were withdrawn."""
     if latest is not None and latest.status is Status.WITHDRAWN:
         raise UserInputError(
             f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
@@ -431,17 +414,9 @@ def add_embeddings(
     note: str | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> AddedEmbeddings:
-    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+    """Keep numbers that a model of somebody's own made of cells; see ``Store.add_embeddings``.
 
-    ``table``: a row for each cell, named as in :func:`add_predictions`; every other column is a
-    number, empty where it is not known. ``train``, ``export`` and ``sql`` read the set by its name.
     The same table again adds only what is lacking: a file was lost, or cells were found anew.
-
-    Raises:
-        UnknownNameError: there is no such segmentation.
-        UserInputError: a row cannot be used: then nothing is written; the table names no cells, or
-            no numbers; the set is there already with other rows.
-        BadTableError, StorageError: a file cannot be read or written.
     """
     source = _TableSource(table)
     check_set_name(name, "name")
@@ -556,11 +531,7 @@ def add_embeddings(
 
 
 def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> None:
-    """Make table ``rows_new``: those of ``rows_given`` that no file of a feature set has.
-
-    Raises:
-        StorageError: a file is damaged.
-    """
+    """Make table ``rows_new``: those of ``rows_given`` that no file of a feature set has."""
     with workspace.database.read() as session:
         paths = [row.path for row in list_files(session, FeatureSet.name == name)]
     files = [path for item in paths if (path := workspace.artifacts.locate(item)).is_file()]
@@ -582,15 +553,7 @@ def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> Non
 
 
 def withdraw(workspace: Workspace, run: RunName, reason: str) -> int:
-    """Mark added predictions as wrong; return the number of their run.
-
-    The rows stay, since what was published with them must be found; no command takes the run by
-    default any more, and what is asked of it by number says that it was withdrawn, and why.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it was not added, or is withdrawn; the reason is empty.
-    """
+    """Mark added predictions as wrong; see ``Store.withdraw_predictions``."""
     if not (reason := readable(reason)):
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
@@ -659,11 +622,7 @@ class _TableSource:
         }
 
     def classes(self, known: Mapping[str, int]) -> tuple[list[str], str]:
-        """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class.
-
-        Raises:
-            UserInputError: there are none, or in two ways.
-        """
+        """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class."""
         found = self.found
         used = {found[key] for key in (*self.named_by(), "label", "probability") if key in found}
         if "label" not in found:
@@ -715,9 +674,6 @@ class _TableSource:
         """Make table ``rows_given``; return which keys of ``NAMES`` it has.
 
         It has ``line``, the keys, and ``values``, SQL over some ``columns``.
-
-        Raises:
-            UserInputError: no column names cells; a row is damaged.
         """
         found, keys = self.found, self.named_by()
         if lacking := keys - found.keys():
@@ -815,9 +771,6 @@ def _find_rows(
 
     None: the rows are about whole images. With ``classes``, ``rows_added`` has the predictions.
     It is one table through all steps, so that memory holds the rows once or twice.
-
-    Raises:
-        UserInputError: some rows cannot be used, or they are about cells of two segmentations.
     """
     if classes is not None:
         ids = pa.array(classes.values(), pa.int64())
@@ -907,11 +860,7 @@ def _find_rows(
 
 
 def _find_points(workspace: Workspace, questions: Questions, joined: str) -> None:
-    """Give ``rows_given`` the object numbers of the masks at its points (x, y).
-
-    Raises:
-        UserInputError: the masks of an image are not known, or cannot be read.
-    """
+    """Give ``rows_given`` the object numbers of the masks at its points (x, y)."""
     points = (
         "SELECT g.line, g.x, g.y, s.id FROM rows_given AS g "  # noqa: S608 - our own names
         f"JOIN images_given AS i ON i.{joined} "
@@ -955,11 +904,7 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
 
 
 def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequence[int]) -> None:
-    """Make a job for each image that the table is about.
-
-    Raises:
-        UserInputError: another command was faster.
-    """
+    """Make a job for each image that the table is about."""
     start = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
     with workspace.database.begin() as session:
         for some in in_lists(images):
@@ -983,11 +928,7 @@ def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequen
 
 
 def _sha256_of_weights(path: Path) -> str:
-    """The digest of a file of weights, which is not opened: it may hold code.
-
-    Raises:
-        UserInputError: there is no such file.
-    """
+    """The digest of a file of weights, which is not opened: it may hold code."""
     if not path.is_file():
         raise UserInputError(f"There is no file {path} with the weights of the model.")
     return sha256_of(path)

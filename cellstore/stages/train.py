@@ -156,25 +156,12 @@ def train(
     force: bool = False,
     resume: RunName | None = None,
 ) -> TrainResult:
-    """Train on the training subset of a split (default: the latest) and keep the best epoch.
+    """Train on the training subset of a split; see ``Store.train``.
 
-    Of a split without a validation subset all epochs are trained, and the last is kept.
     Excluded cells do not count; features are scaled as the training subset is. Under the
-    published protocol the test subset is the validation subset too, as in the study. A training
-    that was finished with the same recipe is returned as it is, and one that was broken off after
-    an epoch is resumed, unless ``force``. ``resume``: the run to resume (a number, or
-    ``latest``), by what it was asked to do; ``params`` and the names do not count then.
-
-    With several devices this very program is run again for each, as Lightning does; on the others
-    the result is the same, and nothing is written.
-
-    Raises:
-        MissingExtraError: torch and the like, or what a log needs, are not installed.
-        UnknownNameError: no such split, recipe, feature set, branch, backbone and so on.
-        UserInputError: there are no measured cells in a subset, parameters are out of range, what
-            a branch looks at is unknown, or the run cannot be resumed.
-        RunCancelledError: ``cellstore cancel`` has ended it.
-
+    published protocol the test subset is the validation subset too, as in the study. With several
+    devices this very program is run again for each, as Lightning does; on the others the result is
+    the same, and nothing is written.
     """
     need("train")
     from ..learn.normalising import Scaler, fit_inputs
@@ -244,7 +231,7 @@ def train(
                 scaler = team.of_first(fitted)
             else:
                 scaler = Scaler.from_json(state.record["scaler"])
-            training = make_training(plan, len(scaler.names), state, setup, team)
+            training = make_training(plan, len(scaler.names), state, team)
             batches = make_batches(workspace, plan, scaler, team)
 
             forgotten: list[str] = []
@@ -269,9 +256,7 @@ def train(
         team.leave()
 
 
-def make_training(
-    plan: Plan, n_features: int, state: TrainingState | None, setup: TrainSetup, team: Team
-) -> Training:
+def make_training(plan: Plan, n_features: int, state: TrainingState | None, team: Team) -> Training:
     """Return the network with its first weights, or with those of a ``state``, to be trained."""
     from ..learn.networks import NetShape, build_net
     from ..learn.training import Training, balanced_weights
@@ -293,7 +278,7 @@ def make_training(
         for block in plan.cells.blocks[Subset.TRAIN]:
             counts[block.label_id] += block.n_cells
         class_weights = balanced_weights([counts[label_id] for label_id in labels.values()])
-    training = Training(net, params, team, class_weights, compiled=setup.compile)
+    training = Training(net, params, team, class_weights)
     if state is not None:
         training.resume(state)
     return training
@@ -508,7 +493,7 @@ def make_plan(
         from ..learn.exported_classifier import TIMM
 
         if params.backbone.startswith(TIMM):
-            from ..learn.embedders import timm_weights
+            from ..learn.pretrained import timm_weights
 
             # The hub may have other weights of this name one day.
             weights_sha256 = sha256_of(timm_weights(params.backbone.removeprefix(TIMM))[0])
@@ -553,12 +538,7 @@ def make_plan(
 
 
 def share_of_batch(cells: int, size: int) -> int:
-    """Return how many cells of a batch each of ``size`` processes reads.
-
-    Raises:
-        UserInputError: fewer than two.
-
-    """
+    """Return how many cells of a batch each of ``size`` processes reads."""
     if cells < 2 * size:
         raise UserInputError(
             f"A batch of {cells} cells cannot be shared out to {size} processes, which need two or "
@@ -568,12 +548,7 @@ def share_of_batch(cells: int, size: int) -> int:
 
 
 def check_agreed(team: Team, spec: RecipeSpec) -> None:
-    """Refuse processes that found different things in the store, as when a split was made just now.
-
-    Raises:
-        TeamError: it is so; the others then end, too.
-
-    """
+    """Refuse processes that found different things: a split may have been made just now."""
     mine = fingerprint(spec)
     if team.of_first(lambda: mine) != mine:
         raise TeamError(
@@ -596,13 +571,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, TrainParams, Sources]:
-    """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
-
-    Raises:
-        UnknownNameError: there is no such training run.
-        UserInputError: it is finished, is running, or is a baseline.
-
-    """
+    """Return a run that is not finished, and what it was asked to do; ``latest``: the last one."""
     with workspace.database.begin() as session:
         close_dead_runs(session)
     with workspace.database.read() as session:
@@ -637,12 +606,7 @@ def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, Trai
 
 
 def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, int | None]:
-    """Return the finished training of a plan, or an unfinished run that has seen an epoch.
-
-    Raises:
-        UserInputError: a run of the same recipe is running.
-
-    """
+    """Return the finished training of a plan, or an unfinished run that has seen an epoch."""
     with workspace.database.begin() as session:
         done = finished_run(session, plan.spec, plan.cells.split.id)
         if done is not None:
@@ -671,12 +635,7 @@ def _is_running(run: Run) -> str:
 
 
 def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
-    """Return the state of a run at the end of its last epoch; none: it has seen no such end.
-
-    Raises:
-        StorageError: the file is damaged, or is that of another run.
-
-    """
+    """Return the state of a run at the end of its last epoch; none: it has seen no such end."""
     from ..learn.training import TrainingState
 
     with workspace.database.read() as session:
@@ -702,11 +661,6 @@ def as_run(
     """Record the training as a run, or as run ``run_id`` that is resumed.
 
     On the processes of a team that write nothing there is none.
-
-    Raises:
-        StoreError: another process has resumed the run since its state was read.
-        TeamError: another process of this training has ended.
-
     """
     if not team.is_global_zero:
         yield None

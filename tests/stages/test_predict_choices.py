@@ -182,9 +182,8 @@ def expected_vectors(workspace: Workspace, run_id: int) -> dict[int, list[float]
         columns = [getattr(CellFeatures, name) for name in FEATURE_NAMES]
         cells = select(CellFeatures.cell_id, *columns).join(Cell, Cell.id == CellFeatures.cell_id)
         found = session.execute(cells.where(Cell.excluded.is_(None))).all()
-    model, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
+    net, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
     features = torch.from_numpy(meta.scaler.transform(np.array([row[1:] for row in found], float)))
-    net = model.net  # type: ignore[union-attr]
     with torch.no_grad():
         fused = net.get_submodule("tabular_branch")(features)
         vectors = net.projection(fused * net.attention(fused))
