@@ -1273,7 +1273,28 @@ class AddedParams(Params):
 
 
 @dataclass(frozen=True)
-class ApplyParams(Params):
+class EmbedParams(Params):
+    """Of which cells a network makes an embedding, and what it sees of them."""
+
+    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
+    intensity: str = option(
+        "plate",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
+        choices=("image", "plate"),
+    )
+    segmentation: str | None = option(
+        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
+    )
+    plates: tuple[str, ...] = _plates()
+    wells: tuple[str, ...] = _wells()
+    where: str | None = _where()
+    limit: int | None = _limit()
+    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
+    note: str | None = _note()
+
+
+@dataclass(frozen=True)
+class ApplyParams(EmbedParams):
     """What a function of somebody's own is given of each cell, and what it makes of it.
 
     ``features``: also these measurements, those of a feature set by name; ``subset``: train,
@@ -1289,7 +1310,6 @@ class ApplyParams(Params):
     image: bool = option(
         True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
     )
-    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
     crop: int = option(96, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
     mask: bool = option(False, "It is also given the mask of the cell, from 0 to 1.")
     features: str | None = option(
@@ -1301,11 +1321,6 @@ class ApplyParams(Params):
         False,
         "Measurements are scaled by the training subset of the split, as store.dataset does. "
         "Default: as they were measured, as store.cells has them.",
-    )
-    intensity: str = option(
-        "plate",
-        "Crops are divided by the intensity scale of their image, or of their plate.",
-        choices=("image", "plate"),
     )
     softmax: bool = option(
         False, "Its numbers are logits: make probabilities of them by the softmax function."
@@ -1320,16 +1335,7 @@ class ApplyParams(Params):
         choices=(*(item.value for item in Subset), "all"),
     )
     trained_on: tuple[str, ...] | None = _trained_on()
-    segmentation: str | None = option(
-        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
-    )
-    plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
-    where: str | None = _where()
-    limit: int | None = _limit()
     top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
-    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
-    note: str | None = _note()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,7 @@
-"""Commands about learning: train, predict, export-model."""
+"""Commands about learning: train, predict, models of somebody's own, export-model."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from cellstore.config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
+    EmbedParams,
     PredictParams,
     Resources,
     Sources,
@@ -36,7 +36,6 @@ from .answer_commands import show_report
 from .app import (
     DEVICE,
     PRESET,
-    SEGMENTATION,
     Common,
     command,
 )
@@ -159,7 +158,6 @@ def train(
     if resume is not None:
         sentence = "--resume uses the options of the run itself: remove {flags}."
         _refuse(common, common.typed - _WITH_RESUME, sentence)
-    _say_processors(device, setup.devices)
     with common.open() as store:
         result = store.train(
             params,
@@ -205,16 +203,6 @@ def _show_presets(every: Mapping[str, TrainParams]) -> None:
         for item in options_of(TrainParams)
     ]
     output.table(["option", *every], rows)
-
-
-def _say_processors(device: str, devices: int) -> None:
-    """Say that several devices are processes on a CPU, before they begin."""
-    if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
-        return
-    from cellstore.analysis.segmentation import pick_device
-
-    if pick_device(device).type == "cpu":
-        say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
 
 
 def _show_train(result: TrainResult) -> None:
@@ -423,6 +411,7 @@ def _show_embedders(known: list[dict[str, Any]]) -> None:
 
 @command(app, "embed", _show_apply, _failed_apply, then=_then_learn)
 def embed(
+    params: EmbedParams,
     common: Common,
     model: str | None = option(
         None,
@@ -446,15 +435,6 @@ def embed(
         metavar="PIXELS",
         min=1,
     ),
-    channels: tuple[str, ...] = option_of(ApplyParams, "channels"),
-    intensity: str = option_of(ApplyParams, "intensity"),
-    segmentation: str | None = SEGMENTATION,
-    plates: tuple[str, ...] = option_of(ApplyParams, "plates"),
-    wells: tuple[str, ...] = option_of(ApplyParams, "wells"),
-    where: str | None = option_of(ApplyParams, "where"),
-    limit: int | None = option_of(ApplyParams, "limit"),
-    batch_size: int = option_of(ApplyParams, "batch_size"),
-    note: str | None = option_of(ApplyParams, "note"),
     device: str = DEVICE,
     listed: bool = option(
         False,
@@ -493,20 +473,9 @@ def embed(
     from cellstore.learn.embedders import licence_of
 
     say(f"Licence of {model}: {licence_of(model)}.")
-    given = {
-        "channels": channels,
-        "intensity": intensity,
-        "segmentation": segmentation,
-        "plates": plates,
-        "wells": wells,
-        "where": where,
-        "limit": limit,
-        "batch_size": batch_size,
-        "note": note,
-    }
     with common.open() as store:
         return store.embed(
-            model, name, mode=mode, weights=weights, crop=crop, device=device, **given
+            model, name, mode=mode, weights=weights, crop=crop, device=device, **asdict(params)
         )
 
 

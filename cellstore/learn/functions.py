@@ -41,17 +41,7 @@ FUNCTION, NETWORK, ESTIMATOR, ONNX = "function", "network", "estimator", "onnx"
 INPUTS = ("image", "mask", "features")
 """What of a cell a function may be given, in the order in which a network takes them."""
 
-_AFTER_PICKLE = "skops.io.load(FILE), once it was saved with skops.io.dump"
-NOT_OPENED = {
-    ".pt": "torch.load(FILE, weights_only=True)",
-    ".pth": "torch.load(FILE, weights_only=True)",
-    ".ckpt": "torch.load(FILE, weights_only=True)",
-    ".safetensors": "safetensors.torch.load_file(FILE)",
-    ".pkl": _AFTER_PICKLE,
-    ".pickle": _AFTER_PICKLE,
-    ".joblib": _AFTER_PICKLE,
-    ".skops": "skops.io.load(FILE)",
-}
+NOT_OPENED = (".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".pickle", ".joblib", ".skops")
 """Endings of files that hold weights, or that run code when they are opened."""
 
 
@@ -119,23 +109,16 @@ class OwnFunction:
         """Return which columns of a feature set it is given: all, or those it was fitted with."""
         if not self.is_estimator:
             return tuple(known)
-        named = getattr(self.given, "feature_names_in_", None)
-        if named is not None:
-            wanted = tuple(str(name) for name in named)
-            if gone := [name for name in wanted if name not in set(known)]:
-                raise UserInputError(
-                    f"{self.name} was fitted with columns that this feature set does not have: "
-                    f"{some_of(gone)}. Name the feature set that has them: --features NAME"
-                )
-            return wanted
-        number = getattr(self.given, "n_features_in_", len(known))
-        if number != len(known):
+        wanted = tuple(map(str, getattr(self.given, "feature_names_in_", known)))
+        number = getattr(self.given, "n_features_in_", len(wanted))
+        gone = [name for name in wanted if name not in set(known)]
+        if gone or number != len(wanted):
+            lacking = some_of(gone) or f"it knows {number}, and the set has {len(known)}"
             raise UserInputError(
-                f"{self.name} was fitted with {number} columns, and the feature set has "
-                f"{len(known)}. Fit it on a table with names of columns, as store.cells gives it, "
-                "or name another set: --features NAME"
+                f"{self.name} was fitted with columns that this feature set does not have: "
+                f"{lacking}. Name the feature set that has them: --features NAME"
             )
-        return tuple(known)
+        return wanted
 
     def identity(self) -> dict[str, Any]:
         """Return what it is: equal for equal functions, another one after every change.
@@ -339,8 +322,6 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
             )
     elif hasattr(given, "fit") and hasattr(given, "get_params"):
         kind, described = ESTIMATOR, type(given)
-        if not any(hasattr(given, name) for name in ("predict_proba", "transform", "predict")):
-            raise UserInputError(f"{described.__qualname__} has no predict and no transform.")
     elif callable(given):
         plain = inspect.isfunction(given) or inspect.ismethod(given) or inspect.isbuiltin(given)
         kind, described = FUNCTION, given if plain else type(given)
@@ -373,11 +354,11 @@ def _named(text: str, folder: str) -> OwnFunction:
         except ModuleNotFoundError as error:
             raise MissingExtraError.of("onnxruntime", "onnx") from error
         return OwnFunction(path.name, ONNX, str(path), folder, path)
-    if (how := NOT_OPENED.get(path.suffix.lower())) is not None:
+    if path.suffix.lower() in NOT_OPENED:
         raise UserInputError(
             f"{path.name} is not opened: such a file holds weights without their model, or runs "
             "code when it is opened. Write a module my_model.py that makes the model and reads "
-            f"them, for example with {how}, and name it: my_model:model"
+            "them (torch.load with weights_only=True, skops.io.load), and name it: my_model:model"
         )
     module, colon, name = text.partition(":")
     if not colon or not name or not module:
@@ -392,18 +373,10 @@ def _named(text: str, folder: str) -> OwnFunction:
         sys.path.insert(0, folder)
     try:
         found: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module.split(".")[0] == error.name.split(".")[0]:
-            raise UserInputError(
-                f"There is no module {module!r} in this folder, and none is installed. Go to the "
-                f"folder of {module.split('.')[0]}.py, or check its name."
-            ) from error
-        raise UserInputError(
-            f"Module {module!r} needs {error.name}, which is not installed."
-        ) from error
     except (Exception, SystemExit) as error:
         raise UserInputError(
-            f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}"
+            f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}. "
+            "Is it in this folder, and what it imports installed?"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):

@@ -88,9 +88,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Names of columns, as ``plain_name`` gives them; the first one counts."""
 
-TREATED_FOR, TIME_POINT = "Metadata_time_point", "Metadata_Timepoint"
-"""Columns of an export: how long a plate was treated, as text, and the number of the time point."""
-
 ROWS_AT_ONCE = 65_536
 """Rows of a table in memory of which the digest is made at once; another number changes it."""
 
@@ -253,13 +250,12 @@ def add_predictions(
     call.
     """
     source = _TableSource(table)
-    weights = None if params.model is None else _sha256_of_weights(params.model)
+    weights = _sha256_of_weights(params.model)
     with workspace.database.read() as session:
         split = find_split(session, params.split)
         classes = classes_of(session, split.id)
-        segment = None
-        if params.segmentation is not None:
-            segment = choose_recipes(session, params.segmentation, None)[0]
+        named = params.segmentation
+        segment = choose_recipes(session, named, None)[0] if named else None
         said: dict[str, Any] = {"weights": params.model and params.model.name}
         said["parameters"] = dict(parameters or {})
         train = declared_training(session, split, params, said, weights)
@@ -274,10 +270,7 @@ def add_predictions(
             "FROM rows_added"
         ).records()
         n_cells = 0 if segment_id is None else int(about["cells"])
-        images = [
-            int(image)
-            for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
-        ]
+        images = _column(questions, "SELECT DISTINCT image_id FROM rows_added")
         kept = {"labels": list(classes), **told}
         train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
@@ -289,11 +282,11 @@ def add_predictions(
                 session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
             )
             latest = latest_run(session, recipe.id)
-            before = {} if latest is None else (latest.result or {}).get("trackers", {})
         check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
-        run_id = latest.id if latest is not None else 0
-        if not done:
+        if latest is not None and done:
+            run_id, trackers = latest.id, (latest.result or {}).get("trackers", {})
+        else:
             with running(
                 workspace.database,
                 recipe,
@@ -324,11 +317,6 @@ def add_predictions(
                         f"Predictions of {len(did.failures):,} images could not be written: "
                         f"{did.failures[0][1]} Give the same command again to complete them."
                     )
-    if done and trackers and trackers["mlflow"]["run"] != before.get("mlflow", {}).get("run"):
-        notes.append(
-            "These predictions are there already, and what is kept of them is not changed: MLflow "
-            f"run {params.mlflow_run} is not."
-        )
     if params.trained_on is None:
         notes.append(NOT_DECLARED)
     return AddedPredictions(
@@ -342,7 +330,7 @@ def add_predictions(
         images=0 if done else len(images),
         already_done=done,
         notes=tuple(notes),
-        trackers=before if done else trackers,
+        trackers=trackers,
     )
 
 
@@ -420,20 +408,16 @@ def add_embeddings(
     """
     source = _TableSource(table)
     check_set_name(name, "name")
-    weights = None if model is None else _sha256_of_weights(model)
+    weights = _sha256_of_weights(model)
     with workspace.database.read() as session:
         sets = session.scalars(select(FeatureSet).where(FeatureSet.name != name))
         known = exported_columns(sets) & set(source.columns)
     known |= {*source.found.values()}
     known |= {c for c in source.columns if c.startswith(("Metadata_", *FILE_COLUMNS))}
     columns = [column for column in source.columns if column not in known]
-    names = [column.casefold() for column in columns]  # SQL knows no capitals
-    for column in columns:
-        if (
-            not column.strip()
-            or column.casefold() == "cell_id"
-            or names.count(column.casefold()) > 1
-        ):
+    names = [column.strip().casefold() for column in columns]  # SQL knows no capitals
+    for column, name_in_set in zip(columns, names, strict=True):
+        if name_in_set in ("", "cell_id") or names.count(name_in_set) > 1:
             raise UserInputError(
                 f"{source.name} has a column {column!r}, which cannot be a name in the set: it "
                 "is empty, cell_id, or there twice. Rename it."
@@ -447,9 +431,7 @@ def add_embeddings(
             f"{source.name} has no column of numbers beside those that name cells."
         )
     with workspace.database.read() as session:
-        segment = None
-        if segmentation is not None:
-            segment = choose_recipes(session, segmentation, None)[0]
+        segment = choose_recipes(session, segmentation, None)[0] if segmentation else None
     with open_questions(workspace) as questions:
         values = ", ".join(
             f"TRY_CAST({source.sql(c)} AS FLOAT) AS v{at}, {source.sql(c)} AS t{at}"
@@ -488,8 +470,7 @@ def add_embeddings(
                     f"Feature set {name!r} is there already, with other rows. Give another name."
                 )
         _keep_new_rows(workspace, questions, name)
-        (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_new").records()
-        cells = int(about["cells"])
+        (cells,) = _column(questions, "SELECT count(*) FROM rows_new")
         if before is not None and cells == 0:
             return AddedEmbeddings(before.id, name, 0, len(columns), True, tuple(source.notes))
         with running(workspace.database, recipe, origin=Origin.DECLARED) as run:
@@ -590,13 +571,10 @@ class _TableSource:
             self.sha256 = sha256_of(self.table)
             self.notes += self.text.notes
         else:
-            half = [pa.types.is_float16(item.type) for item in self.table.schema]
-            kinds = [
-                pa.float32() if h else f.type for h, f in zip(half, self.table.schema, strict=True)
-            ]
-            if any(half):  # DuckDB does not know them
-                arrays = [c.cast(k) for c, k in zip(self.table.columns, kinds, strict=True)]
-                self.table = pa.table(arrays, names=self.table.column_names)
+            fields = list(self.table.schema)
+            kinds = [pa.float32() if pa.types.is_float16(f.type) else f.type for f in fields]
+            schema = [f.with_type(kind) for f, kind in zip(fields, kinds, strict=True)]
+            self.table = self.table.cast(pa.schema(schema))  # DuckDB does not know half floats
             self.columns = list(self.table.column_names)
             digest = hashlib.sha256(repr(self.columns).encode())
             for start in range(0, self.table.num_rows, ROWS_AT_ONCE):
@@ -612,8 +590,6 @@ class _TableSource:
             "" if name in truth and column.startswith("Metadata_") else name
             for name, column in zip(plain, self.columns, strict=True)
         ]
-        if {TREATED_FOR, TIME_POINT} <= set(self.columns):  # both are plain the same
-            plain[self.columns.index(TREATED_FOR)] = ""
         self.found = {
             key: self.columns[plain.index(name)]
             for key, names in NAMES.items()
@@ -703,7 +679,7 @@ class _TableSource:
         for key in sorted(keys & {"plate", "well"}):
             said = of_keys[key]
             texts = f"SELECT DISTINCT {said} FROM rows_given"  # noqa: S608 - our own names
-            names = [text for (text,) in questions.ask_ours(texts).rows() if text]
+            names = [text for text in _column(questions, texts) if text]
             meant = [_well_of(name) for name in names]
             if key == "plate":
                 with workspace.database.read() as session:
@@ -828,7 +804,7 @@ def _find_rows(
         "SELECT * FROM rows_given WHERE problem IS NOT NULL "  # noqa: S608 - our own names
         f"QUALIFY row_number() OVER (PARTITION BY line ORDER BY {first}) = 1 ORDER BY line"
     )
-    ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
+    (wrong,) = _column(questions, f"SELECT count(*) FROM ({problems})")  # noqa: S608
     if wrong:
         refusals = []
         for row in questions.ask_ours(f"{problems} LIMIT {SHOWN}").records():
@@ -841,10 +817,7 @@ def _find_rows(
             more = ["..."] if len(classes) > SHOWN else []
             refused += f"\nThe classes of the split: {', '.join(known + more)}"
         raise UserInputError(refused)
-    recipes: list[Any] = [
-        recipe
-        for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_given").rows()
-    ]
+    recipes = _column(questions, "SELECT DISTINCT recipe_id FROM rows_given")
     if not recipes:
         raise UserInputError(f"{name} has no rows.")
     if len(recipes) > 1:
@@ -859,6 +832,10 @@ def _find_rows(
     return found
 
 
+def _column(questions: Questions, sql: str) -> list[Any]:
+    return [value for (value,) in questions.ask_ours(sql).rows()]
+
+
 def _find_points(workspace: Workspace, questions: Questions, joined: str) -> None:
     """Give ``rows_given`` the object numbers of the masks at its points (x, y)."""
     points = (
@@ -867,9 +844,8 @@ def _find_points(workspace: Workspace, questions: Questions, joined: str) -> Non
         "JOIN segmentations_given AS s ON s.image_id = i.image_id ORDER BY s.id"
     )
     questions.keep("points_given", points)
-    ids = [row[0] for row in questions.ask_ours("SELECT DISTINCT id FROM points_given").rows()]
     parts = []
-    for segmentation in ids:
+    for segmentation in _column(questions, "SELECT DISTINCT id FROM points_given"):
         of_image = "SELECT line, x, y FROM points_given WHERE id = ?"
         found = questions.ask_ours(of_image, [segmentation]).arrays()
         with workspace.database.read() as session:
@@ -927,8 +903,10 @@ def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequen
         requeue(session, of_recipe)
 
 
-def _sha256_of_weights(path: Path) -> str:
+def _sha256_of_weights(path: Path | None) -> str | None:
     """The digest of a file of weights, which is not opened: it may hold code."""
+    if path is None:
+        return None
     if not path.is_file():
         raise UserInputError(f"There is no file {path} with the weights of the model.")
     return sha256_of(path)

@@ -180,14 +180,10 @@ def train(
     check_logs(setup.logs)
     plan = make_plan(workspace, params, sources, weights_sha256)
     if unfinished is not None and fingerprint(plan.spec) != unfinished.recipe.fingerprint:
-        now, then = plan.spec.parameters, unfinished.recipe.parameters
-        what = "This cellstore trains in another way than the one that began it"
-        if now.get("feature_files") != then.get("feature_files"):
-            what = f"Feature set {plan.cells.source.features.name!r} has changed since"
-        elif now.get("cells") != then.get("cells"):
-            kind = "measured" if plan.cells.selection is None else "measured or selected"
-            what = f"The {kind} cells of split {plan.cells.split.name!r} have changed since"
-        raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}: train again.")
+        raise UserInputError(
+            f"Run {unfinished.id} cannot be resumed: the cells of its split, their features, or "
+            "the way in which this cellstore trains have changed since. Train again."
+        )
 
     team = Team.open(device, params.precision, setup.devices)
     try:
@@ -700,27 +696,22 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     """Return what a run keeps of its training."""
     from ..learn.normalising import describe_plates
 
-    cells, params = plan.cells, plan.params
-    subsets = {"train": Subset.TRAIN}
+    cells = plan.cells
+    blocks = {"train": cells.blocks[Subset.TRAIN]}
+    without = {"train": cells.members[Subset.TRAIN] - len(blocks["train"])}
     if plan.validation is not None:
-        subsets["validation"] = plan.validation
-    blocks = {name: cells.blocks[subset] for name, subset in subsets.items()}
-    without = {
-        name: cells.members.get(subset, 0) - len(blocks[name]) for name, subset in subsets.items()
-    }
-    if plan.validation is not None:
-        without["validation"] -= plan.unknown
+        blocks["validation"] = cells.blocks[plan.validation]
+        of_known = cells.members[plan.validation] - plan.unknown
+        without["validation"] = of_known - len(blocks["validation"])
     seen = {block.label_id for block in blocks["train"]}
     unseen = [value for value, label_id in cells.labels.items() if label_id not in seen]
     columns = cells.source.features.columns if TABULAR in plan.branches else ()
     excluded, column_notes = excluded_columns(columns, scaler.names)
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is None:
-        usual = (TrainParams.patience, TrainParams.monitor)
-        vain = (params.patience, params.monitor) != usual
         notes.append(
-            f"No image validates, so nothing stopped the training: its {params.epochs} epochs "
-            f"were given, and the last is kept.{' Patience and monitor did nothing.' * vain}"
+            f"No image validates, so nothing stopped the training: its {plan.params.epochs} epochs "
+            "were given, and the last is kept."
         )
     if plan.validation is Subset.TEST:
         notes.append(
@@ -736,19 +727,13 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         notes.append(f"{len(unseen)} classes have no cell to train on: {', '.join(unseen[:5])}.")
     missing = sum(without.values()) - (flagged.images if flagged else 0)
     if missing > 0:
-        kind = "measured" if cells.selection is None else "selected"
-        notes.append(f"{missing} images of the split have no {kind} cells and were excluded.")
+        notes.append(f"{missing} images of the split have no cells to read and were excluded.")
     if flagged:
         notes.append(
             f"Excluded, because quality-control run {flagged.run_id} flagged them: "
             f"{flagged.images:,} images and {flagged.cells:,} cells, those of the images included."
         )
     notes += column_notes + describe_plates(scaler)
-    if params.class_weights and params.sampler != "cells":
-        notes.append(
-            f"Small classes count twice: they are drawn more often (sampler {params.sampler}) and "
-            "have larger weights in the loss."
-        )
     kept: dict[str, Any] = {
         "classes": len(cells.labels),
         "classes_without_cells": unseen,

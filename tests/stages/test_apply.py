@@ -315,10 +315,10 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
         (3, "has the type int cannot be applied"),
         (Small, "Small is a class"),
         (torch.nn.LazyLinear(2), "LazyLinear have no weights yet"),
-        ("no_such_module:f", "There is no module 'no_such_module'"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
         ("json:nothing", "Module 'json' has no 'nothing'"),
         ("json", "does not name a function"),
-        ("model.pkl", r"is not opened.*once it was saved with skops.io.dump"),
+        ("model.pkl", r"is not opened.*skops.io.load"),
         ("net.pt", "weights_only=True"),
         ("model.onnx", "There is no file"),
     ):
@@ -405,7 +405,7 @@ def test_by_command(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"feature set +mine\ncolumns +3\nimages done +6\n", said.stdout)
     said = command("mine:embed", *WORDS, "mine")
     assert "Nothing to do: mine has what mine:embed makes already." in said.stdout
-    assert "needs nothing_like_this" in command("broken:f", *WORDS, "x", code=2).output
+    assert "No module named 'nothing_like_this'" in command("broken:f", *WORDS, "x", code=2).output
     assert "no 'f'. It has embed, label" in command("mine:f", *WORDS, "x", code=2).output
     local = store.apply(lambda b: light(b), "local", resources=Resources(workers=2), crop=8)
     assert "is known in this process only" in local.notes[0]

@@ -155,12 +155,12 @@ def test_what_cannot_be_gone_on_with_is_told(trained: Trained, opened: Opener) -
     with workspace.database.begin() as session:
         cell = session.scalars(select(Cell).where(Cell.excluded.is_(None)).limit(1)).one()
         cell.excluded = "looked odd"
-    refused(str(run_id), "measured cells of split 'by-well' have changed since: train again")
+    refused(str(run_id), "have changed since. Train again")
     with workspace.database.begin() as session:
         recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
         recipe.parameters = {**recipe.parameters, "feature_files": "others"}
         recipe.fingerprint = sha("others")
-    refused(str(run_id), "Feature set .* has changed since: train again")
+    refused(str(run_id), "have changed since. Train again")
     with workspace.database.begin() as session:
         recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
         recipe.parameters = {**recipe.parameters, "baseline": "majority"}
