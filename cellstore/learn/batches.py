@@ -21,35 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import ImageError, UserInputError
 from ..jobs.execute import cores
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Image, Well
-from ..query.cells import (
-    CellSource,
-    ImageBlock,
-    current_segmentation,
-    plate_of,
-    read_cells,
-    read_flows,
-    read_masks,
-)
+from ..query.cells import CellSource, ImageBlock
 from .baselines import CELLCOUNT, MAJORITY, POSITION, count_rows
-from .branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
-from .crops import (
-    UNKNOWN_LABEL,
-    CellBlock,
-    CellCrops,
-    Layers,
-    Pictures,
-    crop_cells,
-    cut_crops,
-    empty_layers,
-)
+from .branches import BRANCHES
+from .cell_view import CellView
+from .crops import UNKNOWN_LABEL, CellBlock, CellCrops, crop_cells
 from .normalising import Scaler
 
 T = TypeVar("T")
@@ -370,10 +352,9 @@ class CellReader:
         device: str = "cpu",
         model: str | None = None,
     ) -> None:
-        self.workspace, self.source, self.plane = workspace, source, plane
+        self.workspace, self.source, self.device = workspace, source, device
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
-        self.branches, self.channels = tuple(branches), tuple(channels)
-        self.device = device
+        self.view = CellView(tuple(branches), tuple(channels), plane)
         self.of_image = model if model in (MAJORITY, CELLCOUNT, POSITION) else None
         features = source.features
         read = () if self.of_image else scaler.names
@@ -393,58 +374,36 @@ class CellReader:
         return crop_cells(self.cut(image_id), self.crop_size, self.device)
 
     def cut(self, image_id: int) -> CellCrops:
-        """Return the cells of an image, by cell id, whose crops are not resized yet."""
+        """Return the cells of an image, by cell id, whose crops are not resized yet.
+
+        Raises ``ImageError`` if its pixels or masks cannot be read or do not fit each other.
+        """
         found = self._kept.get(image_id)
-        if found is not None:
-            return found
-        columns = self.scaler.names
+        if found is None:
+            found = self.read(image_id)
+            with self._lock:
+                if self._room and image_id not in self._kept and found.nbytes <= self._room:
+                    self._kept[image_id], self._room = found, self._room - found.nbytes
+        return found
+
+    def read(self, image_id: int) -> CellCrops:
+        """Do what :meth:`cut` does; nothing is kept."""
+        columns = () if self.of_image else self.scaler.names
         with self.workspace.database.read() as session:
-            wanted = () if self.of_image else columns
-            rows = read_cells(session, self.source, image_id, wanted, self._values)
-            values, count = rows.features, len(rows.cell_ids)
+            found = self.view.find(session, self.source, image_id, columns, self._values)
+            rows, values, count = found.rows, found.rows.features, len(found.rows.cell_ids)
             if self.of_image == CELLCOUNT:
                 values = np.repeat(count_rows([count]), count, axis=0)
             elif self.of_image == POSITION:
                 query = select(Well.well_row, Well.well_column)
                 query = query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
-            plate = plate_of(session, image_id)
-            if self.branches == (TABULAR,):
-                sizes = np.zeros((count, 2), np.int64)
-                layers: Layers = {}
-            elif count == 0:
-                sizes = np.empty((0, 2), np.int64)
-                layers = empty_layers(sizes, self.branches, len(self.channels))
-            elif rows.boxes is None:
-                raise ImageError(
-                    "The boxes of these cells are unknown, so they cannot be cut out of the image. "
-                    "If you have their masks, run: cellstore ingest masks DIR"
-                )
-            else:
-                pictures = self._pictures(session, image_id, plate)
-                sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
+        scales = (self.scaler.intensities or {}).get(found.plate)
+        sizes, layers = self.view.cut(self.workspace.artifacts, found, scales)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(count, label, dtype=np.int64)
-        scaled = self.scaler.transform(values, plate)
-        found = CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
-        with self._lock:
-            if self._room and image_id not in self._kept and found.nbytes <= self._room:
-                self._kept[image_id], self._room = found, self._room - found.nbytes
-        return found
-
-    def _pictures(self, session: Session, image_id: int, plate: str) -> Pictures:
-        artifacts, database = self.workspace.artifacts, self.workspace.database
-        found = current_segmentation(session, self.source.segment_id, image_id)
-        try:
-            masks = read_masks(session, artifacts, found)
-            flows = read_flows(session, artifacts, found) if FLOW in self.branches else None
-        except StorageError as error:
-            # A file of one image that is damaged is no reason to give up the others.
-            raise ImageError(str(error)) from error
-        plane = read_image(database, image_id, self.plane) if MASK in self.branches else None
-        names = self.channels if IMAGE in self.branches else ()
-        channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
-        return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
+        scaled = self.scaler.transform(values, found.plate)
+        return CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
 
 
 def reading_threads() -> int:

@@ -68,7 +68,7 @@ class CellCrops:
 
     sizes: NDArray[np.int64]
     layers: Layers
-    features: NDArray[np.float32]
+    features: NDArray[Any]
     labels: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
 

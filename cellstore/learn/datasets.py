@@ -19,7 +19,6 @@ from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace, open_workspace
 from ..models import SplitMember
-from ..notebooks import html_of
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -109,20 +108,6 @@ class CellDataset(IterableDataset[Item]):
     def feature_names(self) -> tuple[str, ...]:
         """The columns of ``features``."""
         return self.scaler.names if TABULAR in self.branches else ()
-
-    def _repr_html_(self) -> str:
-        return html_of(
-            {
-                "cells of an epoch": len(self),
-                "classes": self.classes,
-                "channels": self.channels,
-                "crop": self.crop,
-                "features": self.feature_names,
-                "sampler": self.sampler,
-                "notes": self.notes,
-            },
-            "Cells for a DataLoader",
-        )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order, and the cells of a sampler, of another epoch."""
@@ -227,14 +212,12 @@ class CellDataset(IterableDataset[Item]):
 
 
 class FieldReader(CellReader):
-    """Reads whole fields: :meth:`cut` returns one "cell", the field, with the id of the image."""
+    """Reads whole fields: each is one "cell" with the id of the image."""
 
-    def cut(self, image_id: int) -> CellCrops:
+    def read(self, image_id: int) -> CellCrops:
         """Return an image; its masks are layer ``OBJECTS``."""
-        if (found := self._kept.get(image_id)) is not None:
-            return found
-        database, names = self.workspace.database, self.channels
-        channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
+        database, view = self.workspace.database, self.view
+        channels = tuple(read_image(database, image_id, ImageInput((c,))) for c in view.channels)
         with database.read() as session:
             member = (
                 SplitMember.split_id == self.source.split_id,
@@ -243,24 +226,20 @@ class FieldReader(CellReader):
             label_id = session.scalar(select(SplitMember.label_id).where(*member))
             plate = plate_of(session, image_id)
             masks = np.zeros(channels[0].shape, np.uint8)
-            if MASK in self.branches:
+            if MASK in view.branches:
                 try:
-                    found_in = current_segmentation(session, self.source.segment_id, image_id)
-                    masks = read_masks(session, self.workspace.artifacts, found_in)
+                    found = current_segmentation(session, self.source.segment_id, image_id)
+                    masks = read_masks(session, self.workspace.artifacts, found)
                 except StorageError as error:
                     raise ImageError(str(error)) from error
         scales = (self.scaler.intensities or {}).get(plate)
         nothing = np.zeros_like(masks)  # the field as the one cell of itself, number 0
         pictures = Pictures(nothing, None, None, channels, scales)
         sizes, layers = cut_crops(pictures, np.array([[0, 0, *masks.shape]]), np.zeros(1))
-        if MASK in self.branches:
+        if MASK in view.branches:
             layers = {**layers, OBJECTS: masks.astype(np.int64).reshape(1, -1)}
         label = np.array([self.classes.get(label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)])
-        found = CellCrops(sizes, layers, np.zeros((1, 0), np.float32), label, np.array([image_id]))
-        with self._lock:
-            if self._room and image_id not in self._kept and found.nbytes <= self._room:
-                self._kept[image_id], self._room = found, self._room - found.nbytes
-        return found
+        return CellCrops(sizes, layers, np.zeros((1, 0), np.float32), label, np.array([image_id]))
 
 
 def _shared(number: torch.Tensor) -> torch.Tensor:

@@ -28,13 +28,11 @@ from ..enums import (
     ArtifactKind,
     FeatureStorage,
     Gives,
-    Projection,
     Stage,
     Status,
     Subset,
 )
 from ..errors import CellstoreError, ImageError, UserInputError, some_of
-from ..io.image_files import decode_tiff, project
 from ..jobs.execute import NO_MEMORY, ImageStage, RunCounter, execute
 from ..jobs.lookup import (
     IS_CURRENT,
@@ -45,7 +43,7 @@ from ..jobs.lookup import (
     images_of,
     in_recipes,
 )
-from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
+from ..jobs.planes import lacking_channels
 from ..jobs.queue import JobScope, Task, count_images
 from ..jobs.runs import (
     RecipeSpec,
@@ -61,7 +59,6 @@ from ..jobs.workspace import Workspace
 from ..learn.branches import IMAGE, MASK
 from ..learn.normalising import Scaler, add_plates, fit_inputs
 from ..models import (
-    Artifact,
     FeatureSet,
     Image,
     ImageFile,
@@ -75,15 +72,10 @@ from ..models import (
 )
 from ..notebooks import Shown
 from ..query.cells import (
-    CellRows,
     CellSource,
     choose_recipes,
-    current_segmentation,
     feature_leak,
     last_with_masks,
-    plate_of,
-    read_cells,
-    read_masks,
 )
 from ..query.feature_files import (
     ROWS_OF_FILE,
@@ -118,15 +110,11 @@ from .predict import (
 )
 
 if TYPE_CHECKING:
+    from ..learn.cell_view import CellView, FoundCells
     from ..learn.crops import CellCrops
     from ..learn.functions import OwnFunction
 
 VERSION = 1
-
-NO_BOXES = (
-    "The boxes of these cells are unknown, so they cannot be cut out of the image. "
-    "If you have their masks, run: cellstore ingest masks DIR"
-)
 
 TRIED = 3
 """Images with which a function is tried before anything is written."""
@@ -528,17 +516,7 @@ def _label(
 
 
 @dataclass(frozen=True)
-class ApplyInput:
-    """What a worker needs of an image: its cells, its masks (path, sha256) and its channels."""
-
-    plate: str
-    rows: CellRows
-    mask: tuple[str, str] | None
-    files: tuple[ChannelFile, ...]
-
-
-@dataclass(frozen=True)
-class Apply(ImageStage[ApplyInput, CellAnswers]):
+class Apply(ImageStage[FoundCells, CellAnswers]):
     """The stage. ``columns``: the measurements that are given, by ``scaler`` if they are scaled.
 
     ``intensities``: by plate those of the channels that become 1, which are kept as ``scales``, if
@@ -581,50 +559,36 @@ class Apply(ImageStage[ApplyInput, CellAnswers]):
         """Find the function, and put a network on its device."""
         self.function.load()
 
+    @property
+    def view(self) -> CellView:
+        """What the function is shown of an image."""
+        from ..learn.cell_view import CellView
+
+        shown = (MASK,) * self.mask + (IMAGE,) * bool(self.channels)
+        return CellView(shown, self.channels)
+
     def fetch(
         self, session: Session, tasks: Sequence[Task]
-    ) -> Mapping[int, ApplyInput | CellstoreError]:
+    ) -> Mapping[int, FoundCells | CellstoreError]:
         """Return by image id its cells with their measurements, its masks and its files."""
-        files = channel_files(session, [task.image_id for task in tasks]) if self.channels else {}
-        reader, found = self.source.reader(), dict[int, ApplyInput | CellstoreError]()
+        reader, found = self.source.reader(), dict[int, FoundCells | CellstoreError]()
         for task in tasks:
             image = task.image_id
             try:
-                rows = read_cells(session, self.source, image, self.columns, reader)
-                mask, chosen = None, list[ChannelFile]()
-                if not self.unseen and len(rows.cell_ids):
-                    now = current_segmentation(session, self.source.segment_id, image)
-                    if now.mask_artifact_id is None or rows.boxes is None:
-                        read_masks(session, self.artifacts, now)  # says what to do
-                        raise ImageError(NO_BOXES)
-                    file = session.get_one(Artifact, now.mask_artifact_id)
-                    mask = (file.path, file.sha256)
-                    chosen = choose_files(files.get(image, []), ImageInput(self.channels))
-                found[image] = ApplyInput(plate_of(session, image), rows, mask, tuple(chosen))
+                found[image] = self.view.find(session, self.source, image, self.columns, reader)
             except (ImageError, UserInputError) as error:  # it lacks a channel, or masks
                 found[image] = error
         return found
 
-    def read(self, task_input: ApplyInput) -> CellCrops:
+    def read(self, task_input: FoundCells) -> CellCrops:
         """Cut the cells of an image out; crops are resized when they are needed, in batches."""
-        from ..learn.crops import CellCrops, Pictures, cut_crops
+        from ..learn.crops import CellCrops
 
-        rows, layers = task_input.rows, {}  # type: Any, Any
-        sizes = np.zeros((len(rows.cell_ids), 2), np.int64)
-        if task_input.mask is not None and rows.boxes is not None:
-            masks = decode_tiff(self.artifacts.read(*task_input.mask))
-            planes = [project([open_file(file)], Projection.MEDIAN) for file in task_input.files]
-            scales = None if self.intensities is None else self.intensities[task_input.plate]
-            pictures = Pictures(
-                masks,
-                None,
-                # The mask is cut without intensities of the cell.
-                np.zeros(masks.shape, np.uint8) if self.mask else None,
-                tuple(planes),
-                None if scales is None else (0.0, *scales),
-            )
-            sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
-        features = rows.features
+        rows, scales = task_input.rows, None
+        if self.intensities is not None:
+            scales = (0.0, *self.intensities[task_input.plate])
+        sizes, layers = self.view.cut(self.artifacts, task_input, scales)
+        features: NDArray[Any] = rows.features
         if self.scaler is not None:
             features = self.scaler.transform(features, task_input.plate)
         return CellCrops(sizes, layers, features, rows.labels, rows.cell_ids)
