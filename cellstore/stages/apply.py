@@ -22,11 +22,9 @@ from ..analysis.features import BASIC_GROUP
 from ..analysis.segmentation import Batches, pick_device
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection, option_of
-from ..db.bulk import insert_new
 from ..enums import (
     PROJECTION_CHANNEL,
     ArtifactKind,
-    FeatureStorage,
     Gives,
     Stage,
     Status,
@@ -83,9 +81,9 @@ from ..query.feature_files import (
     forget_lost_files,
     images_of_lost_files,
     images_per_file,
+    make_set,
     open_set,
     register_files,
-    set_of_recipe,
     write_features,
 )
 from ..query.source import check_set_name
@@ -709,12 +707,9 @@ class Apply(ImageStage[FoundCells, CellAnswers]):
             insert_predictions(session, run.run_id, (o.rows for _, o in done if o.rows))
         elif files:
             dtype = "float32" if self.function.gives is Gives.EMBEDDING else "float64"
-            said = {"unit": "1", "source": f"cellstore apply: {self.function.name}", "formula": ""}
+            said = {"dtype": dtype, "source": f"cellstore apply: {self.function.name}"}
             said["description"] = "Made by a function that is not of cellstore."
-            columns = [{"name": name, "dtype": dtype, **said} for name in self.expected]
-            row = {"name": self.name, "recipe_id": run.recipe_id, "columns": columns}
-            insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
-            found = set_of_recipe(session, run.recipe_id)
+            found = make_set(session, self.name, run.recipe_id, self.expected, **said)
             if found is None:
                 raise UserInputError(
                     f"Another command has made feature set {self.name!r}. Give another --name."

@@ -25,7 +25,7 @@ from ..artifacts import sha256_of
 from ..config import AddedParams, ApplyParams, RunName
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs, recording_removed
-from ..enums import FeatureStorage, Origin, Stage, Status, Subset
+from ..enums import Origin, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     ImageError,
@@ -62,14 +62,14 @@ from ..query.feature_files import (
     FeatureWriter,
     forget_lost_files,
     list_files,
+    make_set,
     register_files,
-    set_of_recipe,
     stream_ids,
 )
 from ..query.guard import literal
 from ..query.source import check_set_name
 from .export import FILE_COLUMNS, exported_columns
-from .predict import PredictionRows, insert_predictions, latest_run
+from .predict import PredictionRows, check_alone, insert_predictions, latest_run
 
 VERSION = 1
 SHOWN = 5
@@ -141,7 +141,10 @@ CLASSES = """
             WHEN sum(r.p) OVER (PARTITION BY r.cell) > {most}
                 THEN 'probabilities of one {unit} that add up to more than 1'
 """
-UNIQUE = "WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice'"
+NUMBERS = """
+            WHEN r.odd IS NOT NULL THEN 'no number'
+            WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice'
+"""
 ADDED = """
     SELECT image_id, cell AS cell_id, label_id, p AS probability,
         row_number() OVER (PARTITION BY cell ORDER BY p DESC, label) AS rank
@@ -297,6 +300,8 @@ def add_predictions(
                 origin=Origin.DECLARED,
             ) as run:
                 run_id = run.id
+                if latest is None:
+                    check_alone(workspace, recipe.id, run.id)
                 _open_jobs(workspace, recipe.id, run.id, images)
                 job = aliased(Job)  # those of this stage are looked up around it
                 mine = select(Image.id).where(
@@ -433,30 +438,25 @@ def add_embeddings(
     with workspace.database.read() as session:
         segment = choose_recipes(session, segmentation, None)[0] if segmentation else None
     with open_questions(workspace) as questions:
-        values = ", ".join(
-            f"TRY_CAST({source.sql(c)} AS FLOAT) AS v{at}, {source.sql(c)} AS t{at}"
-            for at, c in enumerate(columns)
-        )
+        missing, values, odd = ", ".join(map(literal, MISSING)), [], []
+        for at, column in enumerate(columns):
+            given, text = source.sql(column), f"CAST({source.sql(column)} AS VARCHAR)"
+            values.append(f"TRY_CAST({given} AS FLOAT) AS v{at}")
+            odd.append(
+                f"WHEN (v{at} IS NULL OR isinf(v{at})) AND trim({text}) NOT IN ({missing}) "
+                f"THEN {literal(f'{column} ')} || {text}"
+            )
+        values.append(f"CASE {' '.join(odd)} END AS odd")
         segment_id = _find_rows(
             workspace,
             questions,
-            source.bring(workspace, questions, columns, values),
+            source.bring(workspace, questions, columns, ", ".join(values)),
             segment,
             source.name,
             None,
         )
         if segment_id is None:
             raise UserInputError(f"{source.name} names images, not cells: add object_number.")
-        for at, column in enumerate(columns):
-            odd = (
-                f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_given "  # noqa: S608
-                f"WHERE (v{at} IS NULL OR isinf(v{at})) AND t{at} IS NOT NULL "
-                f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
-                "ORDER BY line LIMIT 1"
-            )
-            for row in questions.ask_ours(odd).records():
-                detail = Refusal(row["line"], "no number", f"{column} {row['text']}")
-                raise UserInputError(_nothing_added(source.name, 1, [detail]))
         with workspace.database.begin() as session:
             inputs = (session.get_one(Recipe, segment_id),)
             declared: dict[str, Any] = {"declared": name, "table": source.sha256}
@@ -490,16 +490,11 @@ def add_embeddings(
                 writer.abandon()
             run.result = {"cells": cells, "feature_set": name, "note": note}
             run.result |= {"file": source.name, **code_of_caller()}
-            described = [
-                {"name": column, "dtype": "float32", "unit": "1", "source": note or name}
-                | {"formula": "", "description": "Made by a model that is not of cellstore."}
-                for column in columns
-            ]
+            said = {"dtype": "float32", "source": note or name}
+            said["description"] = "Made by a model that is not of cellstore."
 
             def keep(session: Session) -> None:
-                row = {"name": name, "recipe_id": recipe.id, "columns": described}
-                insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
-                found = set_of_recipe(session, recipe.id)
+                found = make_set(session, name, recipe.id, columns, **said)
                 assert found is not None
                 if before is not None:
                     with recording_removed(session, ()):
@@ -789,7 +784,7 @@ def _find_rows(
                 _find_points(workspace, questions, joined)
             questions.keep("rows_given", BY_NUMBER.format(keys=joined))
     unit = "image" if whole else "cell"
-    asked = UNIQUE if classes is None else CLASSES
+    asked = NUMBERS if classes is None else CLASSES
     labels = "" if classes is None else "LEFT JOIN classes_given AS l ON l.value = r.label"
     checked = CHECKED.format(
         unknown_image=unknown_image,
@@ -808,8 +803,12 @@ def _find_rows(
     if wrong:
         refusals = []
         for row in questions.ask_ours(f"{problems} LIMIT {SHOWN}").records():
-            about = [key for key in (*NAMES, "p") if row.get(key) is not None]
-            said = ", ".join(f"{'probability' if k == 'p' else k} {row[k]}" for k in about)
+            about = {**dict.fromkeys(NAMES), "p": "probability", "odd": ""}
+            said = ", ".join(
+                f"{key if called is None else called} {row[key]}".strip()
+                for key, called in about.items()
+                if row.get(key) is not None
+            )
             refusals.append(Refusal(row["line"], row["problem"], said))
         refused = _nothing_added(name, wrong, refusals)
         if classes is not None and any("not in the split" in row.reason for row in refusals):
@@ -882,25 +881,13 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
 def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequence[int]) -> None:
     """Make a job for each image that the table is about."""
     start = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
+    start |= {"attempts": 0, "deaths": 0}
     with workspace.database.begin() as session:
         for some in in_lists(images):
             rows = session.execute(select(Image.id, CONTENT).where(Image.id.in_(some)))
-            insert_new(
-                session,
-                Job,
-                [
-                    {**start, "image_id": image, "content_sha256": content}
-                    | {"attempts": 0, "deaths": 0}
-                    for image, content in rows
-                ],
-            )
-        of_recipe = Job.recipe_id == recipe_id
-        others = select(Job.run_id).where(of_recipe, Job.run_id != run_id)
-        if (other := session.scalar(others.limit(1))) is not None:
-            raise UserInputError(
-                f"Another command adds the same predictions, as run {other}. Wait until it is over."
-            )
-        requeue(session, of_recipe)
+            keys = [{"image_id": image, "content_sha256": content} for image, content in rows]
+            insert_new(session, Job, [{**start, **key} for key in keys])
+        requeue(session, Job.recipe_id == recipe_id)
 
 
 def _sha256_of_weights(path: Path | None) -> str | None:

@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import ArtifactFolder
 from ..config import THIS_PROCESS, PredictParams, Resources, RunName, Selection
-from ..db.bulk import bulk_insert, in_lists, insert_new
+from ..db.bulk import bulk_insert, in_lists
 from ..db.events import recording_removed
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
+from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
@@ -61,6 +61,7 @@ from ..query.feature_files import (
     forget_lost_files,
     images_of_lost_files,
     images_per_file,
+    make_set,
     register_files,
     set_of_recipe,
     write_features,
@@ -210,7 +211,7 @@ def predict(
         counted = count_images(session, recipe.id, images, unseen=unseen)
         todo, recipes, per_file, again = counted.todo + counted.failed, [recipe.id], 1, 0
         embedding = None
-        if embedded_by is not None:
+        if params.embedding is not None and embedded_by is not None:
             embedding = register_embedding(session, params.embedding, model, embedded_by)
             recipes.append(embedding)
             most = min(ROWS_OF_FILE, MOST_ROWS // top_k)
@@ -432,21 +433,18 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
     return spec
 
 
-def register_embedding(
-    session: Session, name: str | None, model: OpenModel, spec: RecipeSpec
-) -> int:
+def register_embedding(session: Session, name: str, model: OpenModel, spec: RecipeSpec) -> int:
     """Insert the recipe and the feature set on their first use; return the id of the recipe."""
     recipe = register(session, spec)
-    said = {
-        "dtype": "float32",
-        "unit": "1",
-        "source": f"cellstore predict: {LAYER} of the network of training run {model.run.id}",
-        "formula": "",
-        "description": "What the classifier reads of a cell: 0 or more, meaningless alone.",
-    }
-    columns = [{"name": column, **said} for column in embedding_columns(model.width)]
-    row = {"name": name, "recipe_id": recipe.id, "columns": columns}
-    insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
+    make_set(
+        session,
+        name,
+        recipe.id,
+        embedding_columns(model.width),
+        dtype="float32",
+        source=f"cellstore predict: {LAYER} of the network of training run {model.run.id}",
+        description="What the classifier reads of a cell: 0 or more, meaningless alone.",
+    )
     return recipe.id
 
 
