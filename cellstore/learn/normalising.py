@@ -37,11 +37,6 @@ class Scale:
     scale: tuple[float | None, ...]
     cells: int
 
-    def of_columns(self, kept: NDArray[np.bool_]) -> Scale:
-        """The same of some columns only, (F,)."""
-        mean, scale = (tuple(np.array(v)[kept].tolist()) for v in (self.mean, self.scale))
-        return Scale(mean, scale, self.cells)
-
     def apply(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """``(x - mean) / scale``, (N, F)."""
         mean, scale = (np.array(v, dtype=np.float64) for v in (self.mean, self.scale))
@@ -82,12 +77,8 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # A constant column keeps rounding noise in place of an exact 0.
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
-    known = count > 0
-    of_columns = [
-        tuple(value if there else None for value, there in zip(values.tolist(), known, strict=True))
-        for values in (mean, scale)
-    ]
-    return Scale(of_columns[0], of_columns[1], cells)
+    means, scales = (tuple(np.where(count > 0, values, None).tolist()) for values in (mean, scale))
+    return Scale(means, scales, cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -138,12 +129,11 @@ class Scaler:
         Raises ``UserInputError`` where there is no row or no column with a value, too.
         """
         found = fit_scale(names, blocks, gaps=gaps)
-        kept = np.isfinite(np.array(found.mean, dtype=np.float64))
-        if not kept.any():
+        columns = zip(names, found.mean, found.scale, strict=True)
+        known = [(name, mean, scale) for name, mean, scale in columns if mean is not None]
+        if not known:
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        columns = (names, found.mean, found.scale)
-        known = [tuple(np.array(values)[kept].tolist()) for values in columns]
-        return cls(known[0], known[1], known[2], gaps)
+        return cls(*map(tuple, zip(*known, strict=True)), gaps)
 
     @classmethod
     def fit_plates(
@@ -160,9 +150,11 @@ class Scaler:
         )
         fitted = cls.fit(names, normalised, gaps=gaps)
         kept = np.isin(names, fitted.names)
-        return replace(
-            fitted, plates={plate: found.of_columns(kept) for plate, found in controls.items()}
-        )
+        plates = {}
+        for plate, found in controls.items():
+            mean, scale = (tuple(np.array(v)[kept].tolist()) for v in (found.mean, found.scale))
+            plates[plate] = Scale(mean, scale, found.cells)
+        return replace(fitted, plates=plates)
 
     def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
         """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32.

@@ -421,13 +421,9 @@ def _describe(
         if found is not None and found.recipe_id != recipe.id:
             old = session.get_one(Recipe, found.recipe_id).parameters
             odd = [key for key, value in plan.spec.parameters.items() if old.get(key) != value]
-            other = "of other cells, or otherwise"
-            if odd and "gives" in old:
-                names = " and ".join(odd).replace("fitted_on", "split")
-                other = f"with {'other' if names.endswith('s') else 'another'} {names}"
             raise UserInputError(
-                f"Feature set {params.name!r} is there already, and was made {other}. Give "
-                "another --name."
+                f"Feature set {params.name!r} is there already, and was made otherwise (other "
+                f"{' and '.join(odd) or 'cells'}). Give another --name."
             )
         counted = count_images(session, recipe.id, plan.images, unseen=stage.unseen)
         together = images_per_file(session, stage.source.segment_id, ROWS_OF_FILE)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artifacts import StoredFile
-from ..config import FinetuneParams, ImageInput
+from ..config import FinetuneParams
 from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
@@ -32,7 +32,6 @@ from .segment import OF_A_RUN, SIZE_MODEL, find_network
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles
-    from ..learn.finetuning import Corrected
 
 
 VERSION = 1
@@ -48,27 +47,6 @@ class Example:
     group: str
     cells: int
     masks: StoredFile
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Examples as the network sees them, opened one by one, as often as they are asked for."""
-
-    workspace: Workspace
-    examples: Sequence[Example]
-    planes: tuple[ImageInput, ...]
-
-    def __iter__(self) -> Iterator[Corrected]:
-        from ..learn.finetuning import Corrected
-
-        database, artifacts = self.workspace.database, self.workspace.artifacts
-        for example in self.examples:
-            masks = decode_tiff(artifacts.read(example.masks.path, example.masks.sha256))
-            found = [read_image(database, example.image_id, plane) for plane in self.planes]
-            pixels = found[0] if len(found) == 1 else np.stack(found)
-            if masks.shape != pixels.shape[-2:]:
-                raise ImageError(f"{example.file} and its image differ in size.")
-            yield Corrected(pixels, masks.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -228,10 +206,18 @@ def _train(
     from ..analysis.segmentation import save_size_model
     from ..learn import finetuning
 
-    lessons, tests = (Opened(workspace, some, params.planes) for some in (training, held_out))
+    def opened(examples: Sequence[Example]) -> Iterator[finetuning.Corrected]:
+        for example in examples:
+            tiff = workspace.artifacts.read(example.masks.path, example.masks.sha256)
+            masks = decode_tiff(tiff).astype(np.int64)
+            found = [read_image(workspace.database, example.image_id, p) for p in params.planes]
+            pixels = found[0] if len(found) == 1 else np.stack(found)
+            if masks.shape != pixels.shape[-2:]:
+                raise ImageError(f"{example.file} and its image differ in size.")
+            yield finetuning.Corrected(pixels, masks)
 
     def judged(network: Path) -> float | None:
-        return finetuning.precision(network, tests, device) if held_out else None
+        return finetuning.precision(network, opened(held_out), device) if held_out else None
 
     def keep(*files: StoredFile) -> None:
         with workspace.database.begin() as session:
@@ -245,7 +231,7 @@ def _train(
     before = judged(start.network)
     with tempfile.TemporaryDirectory(prefix="cellstore-finetune-") as folder:
         prepared = finetuning.Prepared(Path(folder))
-        for example in lessons:
+        for example in opened(training):
             prepared.add(example)
         workspace.progress.start("finetune", params.epochs)
         try:
@@ -256,7 +242,7 @@ def _train(
     keep(network)
     path, size_error = workspace.artifacts.locate(network.path), None
     after = judged(path)
-    found = finetuning.size_model_of(path, lessons, device)
+    found = finetuning.size_model_of(path, opened(training), device)
     if found is not None:  # there are images enough
         model, error = found
         buffer, size_error = io.BytesIO(), math.expm1(error)

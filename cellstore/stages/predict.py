@@ -156,7 +156,11 @@ def predict(
         n_selected = session.scalar(named) or 0
         ready, *met = _count(session, images, trained)
         if ready == 0:
-            raise UserInputError(_nothing_to_label(params, n_selected, trained.id))
+            raise UserInputError(
+                f"Of the {n_selected} images that meet every condition none has cells measured by "
+                f"the recipes of training run {trained.id}. Choose others, or run: cellstore "
+                "segment, then: cellstore measure"
+            )
         query = cells_query(source)
         if params.wells or params.where is not None or params.limit is not None:
             query = query.where(Image.id.in_(selected))
@@ -384,19 +388,6 @@ def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]
     counts = (func.count().filter(condition) for condition in conditions)
     query = select(func.count(), *counts).select_from(Image).where(Image.id.in_(images))
     return session.execute(query).one()
-
-
-def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
-    if selected == 0:
-        subset = "" if params.subset is None else f" of the {params.subset} subset"
-        return (
-            f"No image{subset} meets every condition. Choose another subset, or other plates, "
-            "wells or conditions."
-        )
-    return (
-        f"None of the {selected} images has cells measured by the recipes of training run "
-        f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
-    )
 
 
 def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | None) -> RecipeSpec:

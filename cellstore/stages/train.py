@@ -28,7 +28,6 @@ from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     RunCancelledError,
-    StorageError,
     StoreError,
     TeamError,
     UserInputError,
@@ -348,9 +347,8 @@ def learn(
         assert run is not None
         kept = {name: value for name, value in asdict(epoch).items() if value is not None}
         values = {name: float(value) for name, value in kept.items() if name != "epoch"}
-        values["waited"] = train_batches.waited  # in seconds, for cells
-        if validation_batches is not None:
-            values["waited"] += validation_batches.waited
+        read = (train_batches, validation_batches)
+        values["waited"] = sum(item.waited for item in read if item is not None)  # in seconds
         # With the number of the run in it, so that its file is that of no other run.
         state = training.state(run=run.id, scaler=scaler.to_json(), trackers=trackers.ids)
         file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
@@ -477,7 +475,8 @@ def make_plan(
     workspace: Workspace, params: TrainParams, sources: Sources, weights_sha256: str | None = None
 ) -> Plan:
     """Return the plan. ``weights_sha256``: of a file of weights that is not needed any more."""
-    if weights_sha256 is None and params.weights not in (NO_WEIGHTS, IMAGENET):
+    from_file = params.weights not in (NO_WEIGHTS, IMAGENET)
+    if weights_sha256 is None and from_file:
         path = Path(params.weights)
         if not path.is_file():
             raise UserInputError(
@@ -486,11 +485,9 @@ def make_plan(
             )
         weights_sha256 = sha256_of(path)
     if weights_sha256 is None and params.weights == IMAGENET:
-        from ..learn.exported_classifier import TIMM
+        from ..learn.pretrained import TIMM, timm_weights
 
         if params.backbone.startswith(TIMM):
-            from ..learn.pretrained import timm_weights
-
             # The hub may have other weights of this name one day.
             weights_sha256 = sha256_of(timm_weights(params.backbone.removeprefix(TIMM))[0])
     with workspace.database.read() as session:
@@ -499,22 +496,19 @@ def make_plan(
         channels: tuple[str, ...] = ()
         if IMAGE in branches:
             channels = choose_channels(session, cells.source, params.channels)
-    validation: Subset | None = validation_subset(cells.split)
-    unknown = 0
-    if validation is None or not cells.members.get(validation):
-        validation = None
-    else:
-        validated = cells.blocks[validation]
-        known = tuple(block for block in validated if block.label_id in cells.labels.values())
-        cells = replace(cells, blocks={**cells.blocks, validation: known})
-        unknown = len(validated) - len(known)
+    subset, validation, unknown = validation_subset(cells.split), None, 0
+    if cells.members.get(subset):
+        validation = subset
+        known = tuple(b for b in cells.blocks[subset] if b.label_id in cells.labels.values())
+        unknown = len(cells.blocks[subset]) - len(known)
+        cells = replace(cells, blocks={**cells.blocks, subset: known})
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
     given = asdict(params)
     for name in ("features", "exclude_flagged", "where", "sql"):
         del given[name]
     parameters = given | {
-        "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
+        "weights": FROM_FILE if from_file else params.weights,
         "branches": list(branches),
         "channels": list(channels),
         **cells.parameters,
@@ -638,12 +632,7 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
         files = files_of(session, run_id, STATE)
     if not files:
         return None
-    state = TrainingState.from_bytes(workspace.artifacts.read(files[-1].path, files[-1].sha256))
-    if state.record.get("run") != run_id:
-        raise StorageError(
-            f"The stored state of run {run_id} is that of another run. Train again with --force."
-        )
-    return state
+    return TrainingState.from_bytes(workspace.artifacts.read(files[-1].path, files[-1].sha256))
 
 
 @contextmanager
@@ -725,13 +714,13 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         )
     if unseen:
         notes.append(f"{len(unseen)} classes have no cell to train on: {', '.join(unseen[:5])}.")
-    missing = sum(without.values()) - (flagged.images if flagged else 0)
+    missing = sum(without.values()) - (flagged[0] if flagged else 0)
     if missing > 0:
         notes.append(f"{missing} images of the split have no cells to read and were excluded.")
     if flagged:
         notes.append(
-            f"Excluded, because quality-control run {flagged.run_id} flagged them: "
-            f"{flagged.images:,} images and {flagged.cells:,} cells, those of the images included."
+            f"Excluded, because quality-control run {cells.source.unflagged_by} flagged them: "
+            f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
     notes += column_notes + describe_plates(scaler)
     kept: dict[str, Any] = {
@@ -750,11 +739,8 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         "notes": notes,
     }
     if flagged:
-        kept |= {
-            "qc_run_id": flagged.run_id,
-            "images_flagged": flagged.images,
-            "cells_flagged": flagged.cells,
-        }
+        kept["qc_run_id"] = cells.source.unflagged_by
+        kept["images_flagged"], kept["cells_flagged"] = flagged
     return kept
 
 

@@ -83,7 +83,7 @@ def test_an_embedding_is_a_feature_set_of_the_cells(store: Store) -> None:
     items = {item["cell_id"]: item for item in store.dataset("by-well", "train", crop=8)}
     wanted = [float(items[i]["image"].mean()) for i in found.cell_id]
     np.testing.assert_allclose(found.embedding_000, wanted, rtol=1e-5)
-    with pytest.raises(UserInputError, match=r"'light' is there already.*another crop"):
+    with pytest.raises(UserInputError, match=r"'light' is there already.*other crop"):
         store.apply(light, "light", crop=9)
     for file in (store.root / "artifacts" / "features").rglob("*.parquet"):
         file.unlink()
@@ -118,7 +118,7 @@ def test_a_network_works_as_it_is(store: Store) -> None:
     assert store.apply(net, "small", crop=8, mask=True, device="cpu").done == 0
     with torch.no_grad():
         net.layer.bias += 1
-    with pytest.raises(UserInputError, match="another function"):
+    with pytest.raises(UserInputError, match="other function"):
         store.apply(net, "small", crop=8, mask=True, device="cpu")
     with pytest.raises(UserInputError, match=r"Small ended with TypeError: .*forward"):
         store.apply(net, "no_mask", crop=8, device="cpu")
@@ -277,7 +277,7 @@ def test_an_image_on_which_it_fails_fails_alone(
     again = store.apply(second_image_fails, "some", crop=8, intensity="image")
     assert (again.done, again.earlier, again.failed_before) == (0, 5, 1)
     monkeypatch.setattr(sys.modules[__name__], "LIMIT", 2.0)  # it would say something else now
-    with pytest.raises(UserInputError, match=r"'some' is there already.* another function"):
+    with pytest.raises(UserInputError, match=r"'some' is there already.*other function"):
         store.apply(second_image_fails, "some", crop=8, intensity="image")
 
 

@@ -95,7 +95,7 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(subset=None, where="well_column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
-    with pytest.raises(UserInputError, match="No image of the test subset"):
+    with pytest.raises(UserInputError, match="Of the 0 images that meet every condition"):
         wells(wells=("A02",), where="well_column = 3")
 
 

@@ -23,7 +23,7 @@ from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, Us
 from cellstore.jobs.runs import files_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import normalising
-from cellstore.models import Cell, Recipe, Run, RunArtifact, RunMetric
+from cellstore.models import Cell, Recipe, Run, RunMetric
 from cellstore.stages import train as train_module
 from cellstore.stages import verify as verifying
 from cellstore.stages.manage_jobs import cancel
@@ -270,19 +270,6 @@ def test_a_file_that_was_forgotten_while_it_was_checked_is_no_problem(
         verifying, "check_files", lambda _: (1, 0, [Problem("training_state/old", "is gone")])
     )
     assert verify(workspace).problems == ()
-
-
-def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
-    workspace = opened(built)
-    run_id = broken_off(workspace, 1)
-    other: TrainResult = train(workspace, replace(PARAMS, seed=2, epochs=1), device="cpu")
-    with workspace.database.begin() as session:
-        session.execute(
-            update(RunArtifact).where(RunArtifact.run_id == run_id).values(run_id=other.run_id)
-        )
-        session.execute(update(Run).where(Run.id == other.run_id).values(status=Status.FAILED))
-    with pytest.raises(OSError, match="that of another run"):
-        train(workspace, resume=str(other.run_id), device="cpu")
 
 
 def test_weights_of_a_file_are_needed_in_the_first_epoch_only(
