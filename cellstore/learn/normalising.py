@@ -77,8 +77,11 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # A constant column keeps rounding noise in place of an exact 0.
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
-    means, scales = (tuple(np.where(count > 0, values, None).tolist()) for values in (mean, scale))
-    return Scale(means, scales, cells)
+    pairs = [
+        (own_mean, own_scale) if number else (None, None)
+        for number, own_mean, own_scale in zip(count, mean.tolist(), scale.tolist(), strict=True)
+    ]
+    return Scale(tuple(m for m, _ in pairs), tuple(s for _, s in pairs), cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -133,7 +136,8 @@ class Scaler:
         known = [(name, mean, scale) for name, mean, scale in columns if mean is not None]
         if not known:
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        return cls(*map(tuple, zip(*known, strict=True)), gaps)
+        kept, means, scales = zip(*known, strict=True)
+        return cls(kept, means, scales, gaps)
 
     @classmethod
     def fit_plates(

@@ -485,7 +485,8 @@ def make_plan(
             )
         weights_sha256 = sha256_of(path)
     if weights_sha256 is None and params.weights == IMAGENET:
-        from ..learn.pretrained import TIMM, timm_weights
+        from ..learn.exported_classifier import TIMM
+        from ..learn.pretrained import timm_weights
 
         if params.backbone.startswith(TIMM):
             # The hub may have other weights of this name one day.
