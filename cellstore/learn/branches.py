@@ -58,14 +58,7 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
     """Return the channels of branch ``image`` as recipes call them; default: all of them."""
     images = _images_with_cells(source)
     number = session.scalar(images.with_only_columns(func.count())) or 0
-    query = (
-        images.with_only_columns(ImageFile.channel, func.count())
-        .join(ImageFile, ImageFile.image_id == Image.id)
-        .where(ImageFile.channel != PROJECTION_CHANNEL)
-        .group_by(ImageFile.channel)
-        .order_by(func.min(ImageFile.position), ImageFile.channel)
-    )
-    counts: dict[str, int] = dict(session.execute(query).all())
+    counts = count_channels(session, images)
     by_name = {name.lower(): name for name in counts}
     wanted = find_channels(session, wanted)
     for name in wanted:
@@ -81,6 +74,18 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
                 f"{name!r}. Name others with --channels, or ingest what is missing."
             )
     return in_recipes(session, chosen)
+
+
+def count_channels(session: Session, images: Select[Any]) -> dict[str, int]:
+    """Return how many of the ``images`` have each channel, in the order of the channels."""
+    query = (
+        images.with_only_columns(ImageFile.channel, func.count())
+        .join(ImageFile, ImageFile.image_id == Image.id)
+        .where(ImageFile.channel != PROJECTION_CHANNEL)
+        .group_by(ImageFile.channel)
+        .order_by(func.min(ImageFile.position), ImageFile.channel)
+    )
+    return dict(session.execute(query).all())
 
 
 def _images_with_cells(source: CellSource) -> Select[Any]:

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.segmentation import Batches, pick_device
 from ..artifacts import ArtifactFolder, StoredFile
-from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection, option_of
+from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, option_of
 from ..enums import (
-    PROJECTION_CHANNEL,
     ArtifactKind,
     Gives,
     Stage,
@@ -37,8 +36,6 @@ from ..jobs.lookup import (
     find_channels,
     find_recipe,
     find_split,
-    first_of,
-    images_of,
     in_recipes,
 )
 from ..jobs.planes import lacking_channels
@@ -54,18 +51,16 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..learn.branches import IMAGE, MASK
+from ..learn.branches import IMAGE, MASK, count_channels
 from ..learn.normalising import Scaler, add_plates, fit_inputs
 from ..models import (
     FeatureSet,
     Image,
-    ImageFile,
     Plate,
     Recipe,
     Run,
     Segmentation,
     Split,
-    SplitMember,
     Well,
 )
 from ..notebooks import Shown
@@ -105,6 +100,7 @@ from .predict import (
     label_all,
     latest_run,
     measured_images,
+    select_images,
 )
 
 if TYPE_CHECKING:
@@ -231,17 +227,9 @@ def _plan(
         source = CellSource(segment.id, None, annotated=True)
 
     # Which images.
-    selected = images_of(session, Selection(params.plates, params.wells, params.where))
-    if split is not None and (subset != "all" or labels):
-        members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-        if subset != "all":
-            members = members.where(SplitMember.subset == Subset(subset))
-        selected = selected.where(Image.id.in_(members))
-    if params.limit is not None:
-        selected = first_of(session, selected, params.limit)
-    n_selected = session.scalar(
-        select(func.count()).select_from(Image).where(Image.id.in_(selected))
-    )
+    of_subset = None if subset == "all" else Subset(subset)
+    of_split = split.id if split is not None and (of_subset or labels) else None
+    selected, n_selected = select_images(session, params, of_split, of_subset)
     images = selected.join(Segmentation, IS_CURRENT)
     images = images.where(Segmentation.recipe_id == segment.id)
     pixels = image or params.mask
@@ -328,7 +316,7 @@ def _plan(
     )
     of = Stage.PREDICT if labels else Stage.MEASURE
     spec = RecipeSpec(of, VERSION, described, None, tuple(inputs))
-    return _Plan(images, stage, spec, split, n_selected or 0, notes)
+    return _Plan(images, stage, spec, split, n_selected, notes)
 
 
 def _check_options(own: OwnFunction, params: ApplyParams, *, image: bool) -> None:
@@ -342,13 +330,8 @@ def _check_options(own: OwnFunction, params: ApplyParams, *, image: bool) -> Non
 
 def _channels(session: Session, images: Select[int], named: Sequence[str]) -> tuple[str, ...]:
     """The channels of the crops as recipes call them; default: all of the images."""
-    if not named:
-        query = select(ImageFile.channel).where(ImageFile.image_id.in_(images))
-        query = query.where(ImageFile.channel != PROJECTION_CHANNEL).group_by(ImageFile.channel)
-        named = session.scalars(
-            query.order_by(func.min(ImageFile.position), ImageFile.channel)
-        ).all()
-    chosen = in_recipes(session, find_channels(session, tuple(named)))
+    named = tuple(named or count_channels(session, images))
+    chosen = in_recipes(session, find_channels(session, named))
     if len(set(chosen)) < len(chosen) or not chosen:
         raise UserInputError("Name each channel of the crops once: --channels A,B.")
     return chosen

@@ -16,7 +16,14 @@ from sqlalchemy import Select, and_, case, exists, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import ArtifactFolder
-from ..config import THIS_PROCESS, PredictParams, Resources, RunName, Selection
+from ..config import (
+    THIS_PROCESS,
+    ApplyParams,
+    PredictParams,
+    Resources,
+    RunName,
+    Selection,
+)
 from ..db.bulk import bulk_insert, in_lists
 from ..db.events import recording_removed
 from ..enums import ArtifactKind, Stage, Status, Subset
@@ -136,24 +143,15 @@ def predict(
         # Which images.
         split = session.get_one(Split, trained.split_id)
         asked = split if params.split is None else find_split(session, params.split)
-        # The limit counts images of the subset, so it comes later.
-        conditions = Selection(params.plates, params.wells, params.where)
-        selected = images_of(session, conditions)
-        if params.subset is not None or params.split is not None:
-            members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
-            if params.subset is not None:
-                members = members.where(SplitMember.subset == params.subset)
-            selected = selected.where(Image.id.in_(members))
+        of_split = None if params.subset is None and params.split is None else asked.id
+        if of_split is not None:
             source = replace(source, split_id=asked.id, subset=params.subset)
-        if params.limit is not None:
-            selected = first_of(session, selected, params.limit)
+        selected, n_selected = select_images(session, params, of_split, params.subset)
         # A model that opens no image does not need the files of one.
         unseen = record.branches == (TABULAR,)
         segmented = selected.join(Segmentation, IS_CURRENT)
         segmented = segmented.where(Segmentation.recipe_id == source.segment_id)
         images = measured_images(segmented, source, pixels=not unseen)
-        named = select(func.count()).select_from(Image).where(Image.id.in_(selected))
-        n_selected = session.scalar(named) or 0
         ready, *met = _count(session, images, trained)
         if ready == 0:
             raise UserInputError(
@@ -281,6 +279,25 @@ def predict(
         feature_set=params.embedding,
         notes=tuple(notes),
     )
+
+
+def select_images(
+    session: Session,
+    params: PredictParams | ApplyParams,
+    split_id: int | None,
+    subset: Subset | None,
+) -> tuple[Select[int], int]:
+    """Return a query of the images that are asked for, and how many these are."""
+    selected = images_of(session, Selection(params.plates, params.wells, params.where))
+    if split_id is not None:
+        members = select(SplitMember.image_id).where(SplitMember.split_id == split_id)
+        if subset is not None:
+            members = members.where(SplitMember.subset == subset)
+        selected = selected.where(Image.id.in_(members))
+    if params.limit is not None:  # of the images of the subset
+        selected = first_of(session, selected, params.limit)
+    number = select(func.count()).select_from(Image).where(Image.id.in_(selected))
+    return selected, session.scalar(number) or 0
 
 
 def latest_run(session: Session, recipe_id: int) -> Run | None:
