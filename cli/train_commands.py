@@ -132,32 +132,30 @@ def train(
         every = {"default": TrainParams()} | {name: TrainParams.of(name) for name in PRESETS}
         common.show(every, _show_presets)
         return
-    only = {
+    of_baselines = {
         item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
     }
+    wrong, why = common.typed & {*of_baselines, "no_predict"}, "Only --baseline reads"
     if baseline is not None:
         from cellstore.learn.baselines import choose
         from cellstore.stages.train_baselines import USED
 
-        _refuse(common, common.typed - _OF_BASELINES - _ANYWAY, "Baselines have no option {flags}.")
         kinds = [word.strip() for word in baseline.split(",") if word.strip()]
         read = {name for kind in choose(kinds) for name in USED[kind]}
-        sentence = f"Baseline {baseline} does not read {{flags}}: remove it."
-        _refuse(common, common.typed & only - read, sentence)
+        wrong = common.typed - (_OF_BASELINES - of_baselines | read) - _ANYWAY
+        why = f"--baseline {baseline} does not read"
+    elif resume is not None:
+        wrong, why = common.typed - _WITH_RESUME, "--resume uses the options of the run, not"
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
+        raise UserInputError(f"{why} {flags}: remove it.")
+    if baseline is not None:
         with common.open() as store:
             made = store.train_baselines(
                 kinds, baselines, **asdict(sources), force=force, predict=not no_predict
             )
         common.show(made, _show_baselines)
         return
-    _refuse(
-        common,
-        common.typed & (only | {"no_predict"}),
-        "Only with --baseline: {flags}.",
-    )
-    if resume is not None:
-        sentence = "--resume uses the options of the run itself: remove {flags}."
-        _refuse(common, common.typed - _WITH_RESUME, sentence)
     with common.open() as store:
         result = store.train(
             params,
@@ -182,12 +180,6 @@ def train(
     _show_folds(result)
     show_report(report)
     say(*map(output.filled, (*result.notes, *report.notes)))
-
-
-def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
-    if names:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-        raise UserInputError(sentence.format(flags=flags))
 
 
 def _show_presets(every: Mapping[str, TrainParams]) -> None:

@@ -102,7 +102,6 @@ class CellDataset(IterableDataset[Item]):
     # Shared memory, so that workers that persist see it change.
     epoch: torch.Tensor = field(default_factory=lambda: _shared(torch.zeros((), dtype=torch.int64)))
     _opened: tuple[int, CellReader] | None = None
-    _shape: tuple[int, ...] | None = None
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -161,7 +160,6 @@ class CellDataset(IterableDataset[Item]):
             if crops is not None:
                 picture = crops[index]
             else:
-                self._check_shape(shape)
                 flat = torch.from_numpy(images.layers[IMAGE][:, start:end])
                 picture = (flat * 2 - 1).reshape(-1, *shape)  # as crops
             item: Item = {"image_id": image_id, **self.image_names[image_id]}
@@ -174,16 +172,6 @@ class CellDataset(IterableDataset[Item]):
                     numbers = numbers[np.ix_(rows, columns)]
                 item["mask"] = torch.from_numpy(numbers)
             yield item
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse fields that cannot stand in one batch."""
-        self._shape = self._shape or shape
-        if self.transform is None and shape != self._shape:
-            raise UserInputError(
-                f"Some fields have {self._shape[0]} x {self._shape[1]} pixels, others "
-                f"{shape[0]} x {shape[1]}. Give crop=512: all are resized to 512 x 512; or a "
-                "transform that makes them equal."
-            )
 
     @property
     def _blocks(self) -> list[Block]:

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..analysis.segmentation import Batches
 from ..artifacts import sha256_of
@@ -52,8 +51,7 @@ class OwnFunction:
     ``name``: for people. ``reference``: ``module:name`` or the path of an ONNX file, by which other
     processes find it; ``None``: it is in this process only. ``folder``: where its module may be.
     ``gives``: what its numbers are. ``features``: the names of the columns that it is given.
-    ``labels``: what the classes of an estimator are called here, if they are numbers. ``known``:
-    its identity, which it should have in other processes, too.
+    ``known``: its identity, which it should have in other processes, too.
     """
 
     name: str
@@ -65,7 +63,6 @@ class OwnFunction:
     device: str = "cpu"
     softmax: bool = False
     features: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
     known: dict[str, Any] = field(default_factory=dict)
     batches: Batches = field(default_factory=lambda: Batches(128, 1), compare=False)
 
@@ -215,13 +212,12 @@ class OwnFunction:
             return answer.toarray() if hasattr(answer, "toarray") else answer
         if hasattr(model, "predict_proba"):
             columns = np.asarray(model.predict_proba(table)).T
-            return dict(zip(self.labels or self.classes or (), columns, strict=True))
+            return dict(zip(self.classes or (), columns, strict=True))
         said = np.asarray(model.predict(table))
         if self.gives is not Gives.PROBABILITIES:
             return said[:, None] if said.ndim == 1 else said
         names = self.classes or sorted({str(item) for item in said})
-        called = zip(self.labels or names, names, strict=True)
-        return {label: (said.astype(str) == name).astype(float) for label, name in called}
+        return {name: (said.astype(str) == name).astype(float) for name in names}
 
     def _ask_onnx(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
         asked = self.given.get_inputs()
@@ -315,11 +311,6 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
         )
     if isinstance(given, nn.Module):
         kind, described = NETWORK, type(given)
-        if any(is_lazy(value) for value in given.state_dict(keep_vars=True).values()):
-            raise UserInputError(
-                f"Layers of {described.__qualname__} have no weights yet (LazyLinear and its "
-                "relatives). Call the network once, or load its weights, before you apply it."
-            )
     elif hasattr(given, "fit") and hasattr(given, "get_params"):
         kind, described = ESTIMATOR, type(given)
     elif callable(given):

@@ -287,8 +287,6 @@ def _plan(
         if measured and (mark := source.features.mark(session, segment.id, images)) is not None:
             described["feature_files"] = mark
         odd = [name for name in own.classes or () if name not in classes]
-        if odd and own.classes == [str(number) for number in range(len(learned))]:
-            own.labels, odd = tuple(learned), []  # it was fitted on positions
         if own.is_estimator and not hasattr(own.given, "predict_proba"):
             notes.append(f"{own.name} gives no probabilities: each of its labels counts with 1.")
         if odd:

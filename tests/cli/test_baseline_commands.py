@@ -96,9 +96,14 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
     refused = {
         ("--baseline", "tree"): "Unknown baseline 'tree'",
         ("--baseline", ","): "Name a baseline: majority",
-        ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
-        ("--max-cells", 3): "Only with --baseline: --max-cells.",
-        ("--baseline", "logistic", "--trees", 3): "Baseline logistic does not read --trees: remove",
+        ("--baseline", "null", "--epochs", 3): "--baseline null does not read --epochs: remove it",
+        ("--max-cells", 3): "Only --baseline reads --max-cells: remove it.",
+        (
+            "--baseline",
+            "logistic",
+            "--trees",
+            3,
+        ): "--baseline logistic does not read --trees",
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err
