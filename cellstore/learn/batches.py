@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -21,17 +22,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..errors import ImageError, UserInputError
+from ..enums import Projection
+from ..errors import ImageError, StorageError, UserInputError
+from ..io.image_files import decode_tiff, project
 from ..jobs.execute import cores
+from ..jobs.planes import ChannelFile, channel_files, choose_files, open_file
 from ..jobs.workspace import Workspace
 from ..models import Image, Well
-from ..query.cells import CellSource, ImageBlock
+from ..query.cells import (
+    CellRows,
+    CellSource,
+    ImageBlock,
+    current_segmentation,
+    flow_file,
+    mask_file,
+    plate_of,
+    read_cells,
+)
+from ..query.feature_files import SetReader
 from .baselines import CELLCOUNT, MAJORITY, POSITION, count_rows
-from .branches import BRANCHES
-from .cell_view import CellView
-from .crops import UNKNOWN_LABEL, CellBlock, CellCrops, crop_cells
+from .branches import BRANCHES, FLOW, IMAGE, MASK
+from .crops import (
+    UNKNOWN_LABEL,
+    CellBlock,
+    CellCrops,
+    Layers,
+    Pictures,
+    crop_cells,
+    cut_crops,
+    empty_layers,
+)
 from .normalising import Scaler
 
 T = TypeVar("T")
@@ -153,10 +177,6 @@ class BlockShuffle:
 
     Batches hold cells in the order of their blocks; ``read_all`` yields the cells of blocks in the
     order of the ids it is given.
-
-    Raises, when called:
-        UserInputError: ``share``: a process would have too few cells to fill its batches.
-        ImageError: a block has not as many cells as was said.
     """
 
     def __init__(
@@ -322,6 +342,94 @@ def available_memory() -> int:
     return min(found)
 
 
+@dataclass(frozen=True)
+class FoundCells:
+    """The cells of an image, and the files of it that are looked at.
+
+    ``masks`` and ``flows``: path and sha256. ``plane``: the files of the plane that was segmented.
+    Without masks nothing is to be cut.
+    """
+
+    plate: str
+    rows: CellRows
+    masks: tuple[str, str] | None = None
+    flows: tuple[str, str] | None = None
+    plane: tuple[ChannelFile, ...] = ()
+    channels: tuple[ChannelFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class CellView:
+    """Which ``branches`` look at the cells: ``channels`` are what branch ``image`` is shown.
+
+    ``plane``: the intensities of branch ``mask``; ``None``: there are none. What :meth:`find`
+    returns may be sent to another process, in which :meth:`cut` opens the files.
+    """
+
+    branches: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+    plane: ImageInput | None = None
+
+    def find(
+        self,
+        session: Session,
+        source: CellSource,
+        image_id: int,
+        columns: Sequence[str],
+        reader: SetReader,
+    ) -> FoundCells:
+        """Return the cells of an image with their measurements, and the files of the image."""
+        rows = read_cells(session, source, image_id, columns, reader)
+        plate = plate_of(session, image_id)
+        if not len(rows.cell_ids) or {MASK, FLOW, IMAGE}.isdisjoint(self.branches):
+            return FoundCells(plate, rows)
+        now = current_segmentation(session, source.segment_id, image_id)
+        masks = mask_file(session, now)
+        if rows.boxes is None:
+            raise ImageError(
+                "The boxes of these cells are unknown, so they cannot be cut out of the image. "
+                "If you have their masks, run: cellstore ingest masks DIR"
+            )
+        flows = flow_file(session, now) if FLOW in self.branches else None
+        files = channel_files(session, [image_id])[image_id]
+        plane = choose_files(files, self.plane) if self.plane and MASK in self.branches else []
+        channels = choose_files(files, ImageInput(self.channels)) if self.channels else []
+        return FoundCells(plate, rows, masks, flows, tuple(plane), tuple(channels))
+
+    def open(
+        self, artifacts: ArtifactFolder, found: FoundCells, scales: Sequence[float] | None = None
+    ) -> Pictures:
+        """Read the files of an image whose masks are known."""
+        assert found.masks is not None
+        try:
+            masks = decode_tiff(artifacts.read(*found.masks))
+            flows = None if found.flows is None else decode_tiff(artifacts.read(*found.flows))
+        except StorageError as error:
+            # A file of one image that is damaged is no reason to give up the others.
+            raise ImageError(str(error)) from error
+        plane: Any = np.zeros(masks.shape, np.uint8) if MASK in self.branches else None
+        if found.plane and self.plane is not None:
+            plane = project([open_file(file) for file in found.plane], self.plane.projection)
+        channels = [project([open_file(file)], Projection.MEDIAN) for file in found.channels]
+        return Pictures(
+            masks, flows, plane, tuple(channels), None if scales is None else tuple(scales)
+        )
+
+    def cut(
+        self, artifacts: ArtifactFolder, found: FoundCells, scales: Sequence[float] | None
+    ) -> tuple[NDArray[np.int64], Layers]:
+        """Cut the cells out; return sizes and layers, see :func:`.crops.cut_crops`.
+
+        ``scales``: the intensities that become 1, of the plane and of each channel; default: those
+        of the image.
+        """
+        if found.masks is None or found.rows.boxes is None:
+            sizes = np.zeros((len(found.rows.cell_ids), 2), np.int64)
+            return sizes, empty_layers(sizes, self.branches, len(self.channels))
+        pictures = self.open(artifacts, found, scales)
+        return cut_crops(pictures, found.rows.boxes, found.rows.labels)
+
+
 class CellReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
@@ -332,9 +440,6 @@ class CellReader:
     (default: a quarter of the memory, :func:`default_memory`). Several threads may call it. Crops
     come on ``device``. ``model``: ``None`` for a network; a baseline that looks at no cell reads
     what is the same for all cells of an image.
-
-    Raises:
-        UserInputError: ``scaler`` names a measurement that is not there any more.
     """
 
     def __init__(
@@ -374,10 +479,7 @@ class CellReader:
         return crop_cells(self.cut(image_id), self.crop_size, self.device)
 
     def cut(self, image_id: int) -> CellCrops:
-        """Return the cells of an image, by cell id, whose crops are not resized yet.
-
-        Raises ``ImageError`` if its pixels or masks cannot be read or do not fit each other.
-        """
+        """Return the cells of an image, by cell id, whose crops are not resized yet."""
         found = self._kept.get(image_id)
         if found is None:
             found = self.read(image_id)
@@ -418,14 +520,6 @@ class Batches:
     :class:`BlockShuffle`. A thread makes the next batch while this one is used. ``waited`` are the
     seconds that whoever took the batches of the latest epoch has waited for them. Batches are the
     same on any machine, with any number of threads and any memory.
-
-    Memory: what ``reader`` keeps, twice the buffer of crops that are shuffled, three batches,
-    and an image for each reading thread and one more.
-
-    Raises, when batches are taken:
-        ImageError: pixels or masks of an image cannot be read, or its cells are not those that
-            ``blocks`` counted.
-        UserInputError: there are too few images for a ``share``.
     """
 
     def __init__(self, reader: CellReader, blocks: Sequence[ImageBlock], **more: Any) -> None:

@@ -133,9 +133,6 @@ class Embedder(nn.Module):
 
         They are resized as torchvision does it (bilinear, with antialiasing), cut off at 0 and 1 on
         the scale where black is 0, and normalised.
-
-        Raises:
-            ImageError: there are more or fewer channels than it reads.
         """
         n, c = images.shape[:2]
         if self.mode != CHANNELS and self.channels not in (None, c):
@@ -170,11 +167,6 @@ def open_embedder(
     ``mode``: one of :data:`MODES`; default: that of a known model, else ``channels``. ``weights``:
     a file that was fetched before, instead of a download. ``size``: of its input in pixels;
     default: that with which the network was trained.
-
-    Raises:
-        MissingExtraError: timm or transformers is not installed.
-        UnknownNameError: there is no such network or mode.
-        UserInputError: it cannot be fetched or read, or does not fit the mode or the size.
     """
     need("train")
     need("embed")

@@ -118,11 +118,7 @@ class OwnFunction:
         return wanted
 
     def identity(self) -> dict[str, Any]:
-        """Return what it is: equal for equal functions, another one after every change.
-
-        Raises:
-            UserInputError: it cannot be described.
-        """
+        """Return what it is: equal for equal functions, another one after every change."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind}
         own = getattr(self.given, "identity", None)
         if isinstance(own, Mapping):
@@ -297,10 +293,6 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
     """Return what somebody wants to apply: an object, ``module:name``, or an ONNX file.
 
     ``folder``: where a module may be that is not installed; default: the current folder.
-
-    Raises:
-        UserInputError: it is not there, or cannot be applied.
-        MissingExtraError: ONNX, and its runtime is not installed.
     """
     folder = folder or os.getcwd()  # noqa: PTH109 - as sys.path has it
     if isinstance(given, str | Path):

@@ -162,10 +162,7 @@ class NetShape:
 
 
 class FusionNet(Network):
-    """The published network, or one of other branches; see the module's description.
-
-    Raises ``UserInputError`` for a backbone whose first convolution or head cannot be replaced.
-    """
+    """The published network, or one of other branches; see the module's description."""
 
     def __init__(self, shape: NetShape) -> None:
         try:
@@ -183,12 +180,8 @@ def build_net(
 
     ``weights`` start the branches that look at crops: ``None`` (random), ``"imagenet"`` (fetched
     through torchvision or timm and kept in a cache) or the path of a state dict of the network
-    of that backbone (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
-    filters of red, green and blue come first, each further channel gets their mean. With
-    ``crop_size``, in pixels, it is tried whether the backbone takes such crops.
-
-    Raises ``UserInputError`` if the weights cannot be fetched, read, are of another network, the
-    network has no such branch to start from them, or the crops do not fit the backbone.
+    of that backbone (``.pth`` or ``.safetensors``). With ``crop_size``, in pixels, it is tried
+    whether the backbone takes such crops.
     """
     if weights is not None and not shape.pictures:
         raise UserInputError(

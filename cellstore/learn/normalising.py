@@ -53,9 +53,6 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
 
     As scikit-learn's ``StandardScaler``: the population standard deviation, 1 for a column that
     never varies. ``gaps``: a value that is not finite is not there; else it is an error.
-
-    Raises ``UserInputError`` where a block is not (N, F) or, without ``gaps``, a value is not
-    finite.
     """
     # Blocks are merged as in Chan, Golub and LeVeque (1983). StandardScaler.partial_fit does the
     # same, but loses a column for good once a block has no value of it.
@@ -128,8 +125,6 @@ class Scaler:
         """Fit to ``blocks`` of rows; see :func:`fit_scale`.
 
         With ``gaps``, a column without a single finite value is not among the names of the scaler.
-
-        Raises ``UserInputError`` where there is no row or no column with a value, too.
         """
         found = fit_scale(names, blocks, gaps=gaps)
         columns = zip(names, found.mean, found.scale, strict=True)
@@ -161,10 +156,7 @@ class Scaler:
         return replace(fitted, plates=plates)
 
     def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
-        """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32.
-
-        Raises ``UserInputError`` for a plate without statistics, and as :func:`fit_scale` does.
-        """
+        """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32."""
         values = checked_rows(self.names, rows, self.gaps)
         if self.plates is not None:
             if plate is None or plate not in self.plates:
@@ -226,11 +218,6 @@ def fit_inputs(
 
     The intensity of a plate is the median over at most 32 images of it, always the same ones, of
     the 99.9th percentile. Images that cannot be read do not count.
-
-    Raises:
-        UnknownNameError: an image has no such channel.
-        UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
-        ImageError: no image of a plate can be read.
     """
     columns, gaps = source.features.columns, source.features.has_gaps
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()

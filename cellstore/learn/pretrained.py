@@ -50,8 +50,6 @@ def fetch(
 
     They are kept in the cache of ``huggingface_hub``; what is there already is not fetched again.
     ``bring``: the option that takes them, for the sentence where they cannot be had.
-
-    Raises ``UserInputError`` if one cannot be had, with what to do.
     """
     import huggingface_hub
     from huggingface_hub.utils import logging

@@ -98,11 +98,7 @@ class ModelRecord:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
-        """Return what :meth:`to_json` described.
-
-        Raises ``UserInputError`` if it is no such record, does not fit its own network, or is of a
-        model that is not known here.
-        """
+        """Return what :meth:`to_json` described."""
         try:
             model = str(record["model"])
             if model not in (NETWORK, *BASELINES):

@@ -114,8 +114,6 @@ class Team(Fabric):
 
         ``devices`` are those of this host; under torchrun or SLURM it has to be what they say, or
         1, which leaves it to them.
-
-        Raises ``UserInputError`` for a device, precision or number of devices that is not there.
         """
         check_device(device, precision, devices)
         with quiet():
@@ -157,10 +155,7 @@ class Team(Fabric):
             torch.distributed.destroy_process_group()
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on every one of them; its errors end them all.
-
-        Raises ``RunCancelledError`` on the others when the first fails.
-        """
+        """What the first process makes, on every one of them; its errors end them all."""
         if self.world_size == 1:
             return make()
         made: T | None = None
@@ -226,10 +221,7 @@ class TrainingState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
-        """Return the state in a file; no code in it is run.
-
-        Raises ``StorageError`` if it is damaged.
-        """
+        """Return the state in a file; no code in it is run."""
         try:
             size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + size])
@@ -312,9 +304,6 @@ class Training:
         seed, network and batches give the same result: random numbers of an epoch depend on the
         seed and the epoch only; they are torch's own, so threads of one process must not train at
         once.
-
-        Raises ``UserInputError`` for a subset without cells, a batch of one cell or of cells
-        without a label, or a loss that is no longer finite.
         """
         team, params, rank = self.team, self.params, self.team.global_rank
         # Running statistics of batch normalisation start at 0 and 1 and are moving averages of

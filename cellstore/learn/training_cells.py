@@ -131,12 +131,6 @@ def find_training_cells(
     quality-control run whose flagged images and cells do not count, and a selection of cells.
     ``subsets``: those that are read; default: the training subset and the one that stops a
     training.
-
-    Raises:
-        UnknownNameError: no such split, recipe, feature set or quality-control run.
-        QueryError: the selection is wrong, or does more than read.
-        UserInputError: the recipes do not belong together, or quality control has not looked at
-            these plates or these cells.
     """
     split = find_split(session, sources.split)
     recipes = (sources.segmentation, sources.measurement)

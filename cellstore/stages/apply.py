@@ -104,7 +104,7 @@ from .predict import (
 )
 
 if TYPE_CHECKING:
-    from ..learn.cell_view import CellView, FoundCells
+    from ..learn.batches import CellView, FoundCells
     from ..learn.crops import CellCrops
     from ..learn.functions import OwnFunction
 
@@ -537,7 +537,7 @@ class Apply(ImageStage[FoundCells, CellAnswers]):
     @property
     def view(self) -> CellView:
         """What the function is shown of an image."""
-        from ..learn.cell_view import CellView
+        from ..learn.batches import CellView
 
         shown = (MASK,) * self.mask + (IMAGE,) * bool(self.channels)
         return CellView(shown, self.channels)

@@ -135,9 +135,8 @@ def export_crops(
         StorageError: the folder cannot be written; nothing is left of it.
     """
     need("train")
-    from ..learn.batches import prefetch, reading_threads
+    from ..learn.batches import CellView, prefetch, reading_threads
     from ..learn.branches import IMAGE, choose_channels
-    from ..learn.cell_view import CellView
     from ..learn.normalising import Scaler, add_plates, fit_inputs, plates_of
 
     out = out.absolute()
