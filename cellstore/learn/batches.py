@@ -54,7 +54,6 @@ from .crops import (
     Pictures,
     crop_cells,
     cut_crops,
-    empty_layers,
 )
 from .normalising import Scaler
 
@@ -423,9 +422,7 @@ class CellView:
         ``scales``: the intensities that become 1, of the plane and of each channel; default: those
         of the image.
         """
-        if found.masks is None or found.rows.boxes is None:
-            sizes = np.zeros((len(found.rows.cell_ids), 2), np.int64)
-            return sizes, empty_layers(sizes, self.branches, len(self.channels))
+        assert found.rows.boxes is not None
         pictures = self.open(artifacts, found, scales)
         return cut_crops(pictures, found.rows.boxes, found.rows.labels)
 
@@ -500,8 +497,10 @@ class CellReader:
                 query = select(Well.well_row, Well.well_column)
                 query = query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
-        scales = (self.scaler.intensities or {}).get(found.plate)
-        sizes, layers = self.view.cut(self.workspace.artifacts, found, scales)
+        sizes, layers = np.zeros((count, 2), np.int64), {}  # type: Any, Layers
+        if found.masks is not None:
+            scales = (self.scaler.intensities or {}).get(found.plate)
+            sizes, layers = self.view.cut(self.workspace.artifacts, found, scales)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(count, label, dtype=np.int64)
         scaled = self.scaler.transform(values, found.plate)

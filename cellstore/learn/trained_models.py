@@ -275,11 +275,11 @@ class OpenModel:
         projection, made of all branches. Its numbers are 0 or more (ReLU) and have no unit.
         """
         found: list[Numbers] = [np.empty((0, len(self.record.labels)))]
-        embeddings = [np.empty((0, self.width), dtype=np.float32)]
         if self.record.shape is None:
             if len(cells):
                 found.append(self.learned.predict_proba(cells.features.numpy()))
             return np.concatenate(found), np.empty((len(cells), 0), dtype=np.float32)
+        embeddings = [np.empty((0, self.width), dtype=np.float32)]
 
         def keep(_layer: object, given: tuple[Tensor, ...]) -> None:
             embeddings.append(given[0].float().cpu().numpy())

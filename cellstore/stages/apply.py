@@ -560,9 +560,11 @@ class Apply(ImageStage[FoundCells, CellAnswers]):
         from ..learn.crops import CellCrops
 
         rows, scales = task_input.rows, None
-        if self.intensities is not None:
-            scales = (0.0, *self.intensities[task_input.plate])
-        sizes, layers = self.view.cut(self.artifacts, task_input, scales)
+        sizes, layers = np.zeros((len(rows.cell_ids), 2), np.int64), {}  # type: Any, Any
+        if task_input.masks is not None:
+            if self.intensities is not None:
+                scales = (0.0, *self.intensities[task_input.plate])
+            sizes, layers = self.view.cut(self.artifacts, task_input, scales)
         features: NDArray[Any] = rows.features
         if self.scaler is not None:
             features = self.scaler.transform(features, task_input.plate)
@@ -667,7 +669,7 @@ class Apply(ImageStage[FoundCells, CellAnswers]):
     def digest(self, recipe_id: int, output: CellAnswers) -> str:
         """Return the digest of the rows of an image, or of its cell ids and numbers."""
         if output.rows is not None:
-            return output.rows.digest()
+            return digest_of_numbers(np.column_stack(output.rows))
         return digest_of_numbers(output.cell_ids, output.values)
 
     def insert(

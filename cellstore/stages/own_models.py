@@ -40,7 +40,7 @@ from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_split, readable, renamed_plates
 from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
-from ..jobs.runs import RecipeSpec, finished_run, register, running
+from ..jobs.runs import RecipeSpec, digest_of_numbers, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..learn.trackers import of_mlflow
 from ..models import (
@@ -226,7 +226,7 @@ class AddPredictions(ImageStage[PredictionRows, PredictionRows]):
 
     def digest(self, recipe_id: int, output: PredictionRows) -> str | None:
         """Return the digest of the rows of cells; of images the ledger keeps one itself."""
-        return None if self.whole else output.digest()
+        return None if self.whole else digest_of_numbers(np.column_stack(output))
 
     def insert(
         self,

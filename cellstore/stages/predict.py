@@ -143,16 +143,34 @@ def predict(
         # Which images.
         split = session.get_one(Split, trained.split_id)
         asked = split if params.split is None else find_split(session, params.split)
-        of_split = None if params.subset is None and params.split is None else asked.id
-        if of_split is not None:
+        split_id = None if params.subset is None and params.split is None else asked.id
+        if split_id is not None:
             source = replace(source, split_id=asked.id, subset=params.subset)
-        selected, n_selected = select_images(session, params, of_split, params.subset)
+        selected, n_selected = select_images(session, params, split_id, params.subset)
         # A model that opens no image does not need the files of one.
         unseen = record.branches == (TABULAR,)
         segmented = selected.join(Segmentation, IS_CURRENT)
         segmented = segmented.where(Segmentation.recipe_id == source.segment_id)
         images = measured_images(segmented, source, pixels=not unseen)
-        ready, *met = _count(session, images, trained)
+
+        # How many images there are, and how many of them the training has met: that it has learned
+        # from, others of the wells of these, and that stopped it. Lists that are made once: asked
+        # image by image, a join would walk the split for each.
+        of_split = select(SplitMember.image_id).where(SplitMember.split_id == trained.split_id)
+        learned = of_split.where(SplitMember.subset == Subset.TRAIN)
+        other = aliased(Image)
+        wells = select(other.well_id).where(other.id.in_(learned))
+        stopped_by = (trained.result or {}).get("validation_subset")
+        conditions = (
+            Image.id.in_(learned),
+            and_(Image.id.not_in(learned), Image.well_id.in_(wells)),
+            Image.id.in_(of_split.where(SplitMember.subset == stopped_by))
+            if stopped_by
+            else false(),
+        )
+        counts = (func.count().filter(condition) for condition in conditions)
+        counted_images = select(func.count(), *counts).select_from(Image)
+        ready, *met = session.execute(counted_images.where(Image.id.in_(images))).one()
         if ready == 0:
             raise UserInputError(
                 f"Of the {n_selected} images that meet every condition none has cells measured by "
@@ -386,27 +404,6 @@ def measured_images(images: Select[int], source: CellSource, *, pixels: bool) ->
     return found.where(Image.content_sha256.is_not(None)) if pixels else found
 
 
-def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]:
-    """How many images there are, and how many of them a training has met.
-
-    Those that it has learned from, others of the wells of these, and those that stopped it.
-    """
-    # Lists that are made once: asked image by image, a join would walk the split for each.
-    members = select(SplitMember.image_id).where(SplitMember.split_id == trained.split_id)
-    learned = members.where(SplitMember.subset == Subset.TRAIN)
-    other = aliased(Image)
-    wells = select(other.well_id).where(other.id.in_(learned))
-    stopped_by = (trained.result or {}).get("validation_subset")
-    conditions = (
-        Image.id.in_(learned),
-        and_(Image.id.not_in(learned), Image.well_id.in_(wells)),
-        Image.id.in_(members.where(SplitMember.subset == stopped_by)) if stopped_by else false(),
-    )
-    counts = (func.count().filter(condition) for condition in conditions)
-    query = select(func.count(), *counts).select_from(Image).where(Image.id.in_(images))
-    return session.execute(query).one()
-
-
 def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | None) -> RecipeSpec:
     """Return by what recipe a model fills feature set ``name``, which may be there already.
 
@@ -468,10 +465,6 @@ class PredictionRows(NamedTuple):
     ranks: NDArray[np.int64]
     label_ids: NDArray[np.int64]
     probabilities: NDArray[np.float64]
-
-    def digest(self) -> str:
-        """Return the digest that is kept with the job of the image."""
-        return digest_of_numbers(np.column_stack(self))
 
 
 def insert_predictions(
@@ -571,7 +564,7 @@ class Predict(ImageStage[int, CellAnswers]):
         """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
         if output.rows is None or recipe_id == self.embedding:
             return digest_of_numbers(output.values)
-        return output.rows.digest()
+        return digest_of_numbers(np.column_stack(output.rows))
 
     def insert(
         self,
