@@ -387,23 +387,6 @@ _plates = partial(
     metavar="BARCODE",
     repeated=True,
 )
-_wells = partial(
-    option,
-    (),
-    "Only this well, like D14, or PLATE/D14; may be given several times.",
-    name="--well",
-    metavar="WELL",
-    repeated=True,
-)
-_images = partial(
-    option,
-    (),
-    "Only this image: PLATE/A01/1 (plate, well, site), core file name, file name or id; PLATE/A01: "
-    "all of the well. May be given several times.",
-    name="--image",
-    metavar="IMAGE",
-    repeated=True,
-)
 _where = partial(
     option,
     None,
@@ -413,28 +396,12 @@ _where = partial(
     "\"treatment = 'taxol' AND dose >= 1\".",
     metavar="SQL",
 )
-_limit = partial(option, None, "Only the first N images, for a first try.", min=1)
 _exclude_flagged = partial(
     cells,
     None,
     "Exclude the images and cells that this quality-control run (cellstore qc) has flagged: its "
     "number, or latest.",
     metavar="RUN|latest",
-)
-_where_cells = partial(
-    cells,
-    None,
-    "Only cells that meet this condition, over what image_table and cells have (cellstore schema) "
-    "and the measurements of the feature set. For example \"area > 500 AND plate = 'P1'\".",
-    metavar="SQL",
-)
-_sql = partial(
-    cells,
-    None,
-    "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file with "
-    "a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an image; "
-    "other columns do not count.",
-    metavar="FILE|SQL",
 )
 _features = partial(
     cells,
@@ -455,11 +422,6 @@ _binary = partial(
     "Masks are black and white: each connected piece is a cell.",
     name="--binary-masks",
 )
-_MODEL = (
-    "cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or nuclei (with "
-    "Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, what 'cellstore "
-    "finetune' made in run N."
-)
 
 
 @dataclass(frozen=True)
@@ -474,14 +436,33 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Selection(Params):
-    """Which images a command is about: all that meet every condition; the first ``limit``."""
+class ImageChoice(Params):
+    """Some images: all that meet every condition; of these the first ``limit``."""
 
     plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
+    wells: tuple[str, ...] = option(
+        (),
+        "Only this well, like D14, or PLATE/D14; may be given several times.",
+        name="--well",
+        metavar="WELL",
+        repeated=True,
+    )
     where: str | None = _where()
-    limit: int | None = _limit()
-    images: tuple[str, ...] = _images()
+    limit: int | None = option(None, "Only the first N images, for a first try.", min=1)
+
+
+@dataclass(frozen=True)
+class Selection(ImageChoice):
+    """Which images a command is about."""
+
+    images: tuple[str, ...] = option(
+        (),
+        "Only this image: PLATE/A01/1 (plate, well, site), core file name, file name or id; "
+        "PLATE/A01: all of the well. May be given several times.",
+        name="--image",
+        metavar="IMAGE",
+        repeated=True,
+    )
 
 
 EVERYTHING = Selection()
@@ -647,25 +628,21 @@ class CellPlanes(Params):
 
 @dataclass(frozen=True)
 class SegmentParams(CellPlanes):
-    """Cellpose, on one plane of each image or on two.
+    """Cellpose, on one plane of each image or on two."""
 
-    ``diameter_from``: every image gets the median of the diameters that this segmentation used on
-    the image's plate.
-    """
-
-    model: str = option(DEFAULT_MODEL, f"The network: {_MODEL}", metavar="NAME|FILE|run:N")
+    model: str = option(
+        DEFAULT_MODEL,
+        "The network: cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or "
+        "nuclei (with Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, "
+        "what 'cellstore finetune' made in run N.",
+        metavar="NAME|FILE|run:N",
+    )
     flow_threshold: float = option(
         0.4, "Higher keeps cells whose shape fits the network's flows less well."
     )
     cellprob_threshold: float = option(0.0, "Lower finds more and larger cells, also dim ones.")
     diameter: float | None = option(
         None, "Diameter of the cells. Default: estimated for each image.", metavar="PIXELS", min=1.0
-    )
-    diameter_from: str | None = option(
-        None,
-        "Take, on each plate, the median of the diameters that this segmentation used there: "
-        "number or start of the fingerprint, as 'cellstore status' lists them.",
-        metavar="RECIPE",
     )
 
 
@@ -898,17 +875,39 @@ def one_selection(where: str | None, sql: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class TrainParams(Params):
+class CellChoice(Params):
+    """Which cells are learned from, and which measurements of them."""
+
+    features: str | None = _features()
+    exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = cells(
+        None,
+        "Only cells that meet this condition, over what image_table and cells have (cellstore "
+        'schema) and the measurements of the feature set. For example "area > 500 AND plate = '
+        "'P1'\".",
+        metavar="SQL",
+    )
+    sql: str | None = cells(
+        None,
+        "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file "
+        "with a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an "
+        "image; other columns do not count.",
+        metavar="FILE|SQL",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_selection(self.where, self.sql)
+
+
+@dataclass(frozen=True)
+class TrainParams(CellChoice):
     """A network and its training.
 
     The defaults are for some thousand cells; docs/training.md says why, with numbers.
     ``TrainParams.of("published")`` is the network of the study, trained as published.
     """
 
-    features: str | None = _features()
-    exclude_flagged: str | None = _exclude_flagged()
-    where: str | None = _where_cells()
-    sql: str | None = _sql()
     branches: tuple[str, ...] | None = network(
         None,
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
@@ -991,7 +990,6 @@ class TrainParams(Params):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_selection(self.where, self.sql)
         if self.branches == ():
             raise UserInputError(
                 "A network needs one branch or more: --branches mask,flow,image,tabular."
@@ -1030,14 +1028,10 @@ class TrainSetup(Params):
 
 
 @dataclass(frozen=True)
-class BaselineParams(Params):
+class BaselineParams(CellChoice):
     """Classical models and null baselines; see ``cellstore.learn.baselines``."""
 
-    features: str | None = _features()
     normalise: str = _normalise()
-    exclude_flagged: str | None = _exclude_flagged()
-    where: str | None = _where_cells()
-    sql: str | None = _sql()
     seed: int = learning(0, "Same seed, same baseline.", min=0)
     max_cells: int = baseline(
         50_000,
@@ -1053,10 +1047,6 @@ class BaselineParams(Params):
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
     smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_selection(self.where, self.sql)
 
 
 @dataclass(frozen=True)
@@ -1188,7 +1178,7 @@ class VoteOptions(Params):
 
 
 @dataclass(frozen=True)
-class PredictParams(Params):
+class PredictParams(ImageChoice):
     """What to label, and what to keep of it.
 
     ``subset``: of the run's split, or of another named ``split``; ``None``: every image, or every
@@ -1203,10 +1193,6 @@ class PredictParams(Params):
     split: str | None = option(
         None, "The split whose --subset is meant. Default: the one of the run."
     )
-    plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
-    where: str | None = _where()
-    limit: int | None = _limit()
     top_k: int = option(
         5,
         "Keep this many labels per cell, the most probable first.",
@@ -1273,7 +1259,7 @@ class AddedParams(Params):
 
 
 @dataclass(frozen=True)
-class EmbedParams(Params):
+class EmbedParams(ImageChoice):
     """Of which cells a network makes an embedding, and what it sees of them."""
 
     channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
@@ -1285,10 +1271,6 @@ class EmbedParams(Params):
     segmentation: str | None = option(
         None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
     )
-    plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
-    where: str | None = _where()
-    limit: int | None = _limit()
     batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
     note: str | None = _note()
 

@@ -11,12 +11,12 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .config import (
     EVERYTHING,
@@ -40,6 +40,7 @@ from .config import (
     TrainSetup,
     VoteOptions,
     checked,
+    fitted,
 )
 from .enums import ANNOTATION, PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sqlalchemy.orm import Session
 
+    from .analysis.leaks import SplitCheck
     from .analysis.well_profiles import WellProfiles
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from .notebooks import Rows
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
-    from .query.engine import Answer, Questions
+    from .query.engine import Questions
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
@@ -84,16 +86,12 @@ if TYPE_CHECKING:
     from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
     from .stages.profile import ProfileResult
-    from .stages.qc import FlaggedImage, QcResult
-    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
+    from .stages.qc import QcResult
+    from .stages.split import Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
     from .stages.verify import VerifyResult
-
-
-SOME_SECONDS = 10.0
-"""A fold that took less says nothing of the time that others will take."""
 
 
 @checked
@@ -233,7 +231,6 @@ class Store(AbstractContextManager["Store"]):
         params: SegmentParams | None = None,
         selection: Selection = EVERYTHING,
         *,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
@@ -241,9 +238,8 @@ class Store(AbstractContextManager["Store"]):
         """Find the cells of the images of a selection that have their files, with Cellpose.
 
         What is done by the same ``params`` is left alone, so that the same call goes on after an
-        interruption. ``weights_dir``: a folder with the named networks, for machines without
-        internet. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a Dask
-        cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
+        interruption. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a
+        Dask cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
         ``done``, the ``cells`` found, and ``failures`` as (image, reason).
 
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
@@ -258,7 +254,6 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             params or SegmentParams(),
             selection,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
             resources=resources,
             dry_run=dry_run,
@@ -271,7 +266,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         count: int = 6,
         folder: str | Path,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
         """Segment ``count`` images of a selection and draw what is found, without keeping it.
@@ -293,7 +287,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             count=count,
             folder=Path(folder),
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
         self.wrote(folder)
@@ -338,15 +331,13 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         html: str | Path | None = None,
-        plot: str | Path | None = None,
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
     ) -> QcResult:
         """Flag images and cells that are odd beside the others of their plate.
 
-        ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate. Returns
-        the run, which other steps take as ``exclude_flagged``, and what was flagged on each plate
-        (``plates``).
+        ``html`` is a page with maps of the plates. Returns the run, which other steps take as
+        ``exclude_flagged``, and what was flagged on each plate (``plates``).
 
         >>> store.qc(html="qc.html")
         >>> store.train(TrainParams(exclude_flagged="latest"))
@@ -356,11 +347,10 @@ class Store(AbstractContextManager["Store"]):
             UserInputError: a limit is out of range, or a condition cannot be read.
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
-        from .report.qc_page import write_page, write_picture
-        from .settings import need
+        from .report.qc_page import write_page
         from .stages.qc import qc
 
-        if html is not None or plot is not None:
+        if html is not None:
             need("report")  # said before an hour of work, not after it
         result = qc(
             self.workspace,
@@ -372,16 +362,8 @@ class Store(AbstractContextManager["Store"]):
         )
         if html is not None:
             result = write_page(self.workspace, result, Path(html))
-        if plot is not None:
-            result = write_picture(self.workspace, result, Path(plot))
-        self.wrote(html, plot)
+        self.wrote(html)
         return result
-
-    def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
-        """Return every flag of an image behind a result of :meth:`qc`."""
-        from .stages.qc import list_flags
-
-        return list_flags(self.workspace, result)
 
     def jobs(
         self,
@@ -443,7 +425,6 @@ class Store(AbstractContextManager["Store"]):
         params: FinetuneParams | None = None,
         *,
         plate: str | None = None,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> FinetuneResult:
         """Train a segmentation network further on masks that you have corrected.
@@ -466,7 +447,6 @@ class Store(AbstractContextManager["Store"]):
             [Path(path) for path in masks],
             params or FinetuneParams(),
             plate=plate,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
 
@@ -545,7 +525,7 @@ class Store(AbstractContextManager["Store"]):
 
         return show_split(self.workspace, name)
 
-    def check_split(self, name: str | None = None) -> CheckResult:
+    def check_split(self, name: str | None = None) -> SplitCheck:
         """Return every way in which a split lets test images be seen in training."""
         from .stages.split import check_split
 
@@ -628,16 +608,11 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        """Yield the folds, and say which one it is, and how long the others will take."""
-        progress, took = self.workspace.progress, list[float]()
-        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
-            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
-            about = f", about {max(1, round(left))} min left" if took else ""
-            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
-            began = time.monotonic()
+        """Yield the folds, and say which one it is."""
+        progress = self.workspace.progress
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds), start=1):
+            progress.note(f"fold {number} of {len(folds)}: {fold}")
             yield fold
-            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
-                took.append(seconds)
 
     def train_baselines(
         self,
@@ -867,7 +842,7 @@ class Store(AbstractContextManager["Store"]):
         return cell_table(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset),
+            fitted("subset", Subset | None, subset),
             features,
             asked.exclude_flagged,
             asked.where,
@@ -916,8 +891,6 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: there is no such split, subset, channel, recipe or feature set.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
-        from .settings import need
-
         need("train")
         from .config import Sources
         from .learn.datasets import cell_dataset
@@ -940,7 +913,7 @@ class Store(AbstractContextManager["Store"]):
         return cell_dataset(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset) or Subset.TRAIN,
+            fitted("subset", Subset | None, subset) or Subset.TRAIN,
             params,
             unit=unit,
             crop=params.crop_size if unit == "cell" else crop,
@@ -1157,8 +1130,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
         >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
         """
-        from .settings import need
-
         need("train")
         from .learn.embedders import name_of, open_embedder
 
@@ -1262,38 +1233,13 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UnknownNameError: there is no such run, level or vote.
         """
-        with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
-            return replace(opened[0], table=opened[1].table())
-
-    def open_votes(
-        self,
-        run: RunName = "latest",
-        *,
-        level: str = "image",
-        vote: str = "hard",
-        vote_options: VoteOptions | None = None,
-        ties_only: bool = False,
-    ) -> AbstractContextManager[tuple[VotesResult, Answer]]:
-        """Open the votes of :meth:`votes`, for a screen whose rows do not fit into memory.
-
-        ``ties_only``: only the rows with a tie; the summary is of all.
-
-        >>> with store.open_votes(6) as (summary, answer):
-        ...     for batch in answer.batches(): ...
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
-        """
         from .report.votes import open_votes
 
-        return open_votes(
-            self.workspace,
-            run,
-            level=level,
-            vote=vote,
-            vote_options=vote_options,
-            ties_only=ties_only,
-        )
+        with open_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options) as (
+            summary,
+            rows,
+        ):
+            return replace(summary, table=rows.table())
 
     def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
@@ -1311,19 +1257,6 @@ class Store(AbstractContextManager["Store"]):
         from .report.audit import audit
 
         return audit(self.workspace, name, kind)
-
-    def lineage_page(self, audit: Audit, html: str | Path) -> Path:
-        """Write a page with a picture of where the audited thing comes from, and what came of it.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-            StorageError: the file cannot be written.
-        """
-        from .report.lineage_page import write_lineage
-
-        page = write_lineage(self.workspace, audit, Path(html))
-        self.wrote(page)
-        return page
 
     def log(
         self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
@@ -1388,11 +1321,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.redo import check
 
-        def carry_out(
-            workspace: Workspace, options: RunOptions, where: str | None
-        ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
-            return _carry_out(Store(workspace), options, where, device)
-
+        carry_out = partial(_carry_out, device=device)
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
 
@@ -1433,10 +1362,11 @@ class Store(AbstractContextManager["Store"]):
             QueryError: it is an own question, and wrong.
 
         """
-        question = self.question(name)
-        values = self.question_values(question, parameters)
-        with self.open_questions(runs=question.predict_runs(values)) as questions:
-            return questions.ask(question.query, values).table()
+        from .query.saved_queries import find_question, open_saved
+
+        question = find_question(self.workspace, name)
+        with open_saved(self.workspace, question, parameters) as answer:
+            return answer.table()
 
     def questions(self) -> list[SavedQuestion]:
         """Return the saved questions: those of cellstore, and the store's own.
@@ -1446,30 +1376,6 @@ class Store(AbstractContextManager["Store"]):
         from .query.saved_queries import saved_questions
 
         return saved_questions(self.workspace)[0]
-
-    def question(self, name: str) -> SavedQuestion:
-        """Return one saved question by its name.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
-        from .query.saved_queries import find_question
-
-        return find_question(self.workspace, name)
-
-    def question_values(
-        self, question: SavedQuestion, given: Mapping[str, object]
-    ) -> dict[str, object]:
-        """Return what is bound to the parameters of a question."""
-        from .query.saved_queries import bound
-
-        return bound(self.workspace, question, given)
-
-    def question_problems(self) -> list[str]:
-        """Say which own questions cannot be asked, and why."""
-        from .query.saved_queries import saved_questions
-
-        return saved_questions(self.workspace)[1]
 
     def schema(self) -> list[RelationWords]:
         """Return every table, view and feature set in words, with all of their columns."""
@@ -1514,14 +1420,13 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.export import ExportFormat, export, export_profiles
 
-        if format not in list(ExportFormat):
-            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        kind = fitted("format", ExportFormat, format)
         if profiles is not None:
             wells = export_profiles(
                 self.workspace,
                 Path(out),
                 profiles,
-                format=ExportFormat(format),
+                format=kind,
                 for_spreadsheet=for_spreadsheet,
                 force=force,
             )
@@ -1530,13 +1435,13 @@ class Store(AbstractContextManager["Store"]):
         made = export(
             self.workspace,
             Path(out),
-            format=ExportFormat(format),
+            format=kind,
             features=features,
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -1569,7 +1474,7 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             Path(out),
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             channels=channels,
             plates=plates,
             segmentation=segmentation,
@@ -1700,7 +1605,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, True, reason=reason, dry_run=dry_run)
 
@@ -1718,7 +1623,7 @@ class Store(AbstractContextManager["Store"]):
             UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
-        from .stages.corrections import set_excluded
+        from .stages.annotate import set_excluded
 
         return set_excluded(self.workspace, kind, name, False, reason=reason, dry_run=dry_run)
 
@@ -1873,12 +1778,6 @@ class Store(AbstractContextManager["Store"]):
         return seal(self.workspace, file)
 
 
-def _subset(name: str | None) -> Subset | None:
-    if name is not None and name not in list(Subset):
-        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
-    return None if name is None else Subset(name)
-
-
 def _table_of(given: Any) -> Any:
     """The path of a file, or the Arrow table of a table of pandas, polars or Arrow."""
     import pyarrow as pa
@@ -1898,10 +1797,10 @@ def _table_of(given: Any) -> Any:
 
 
 def _carry_out(
-    store: Store, options: RunOptions, where: str | None, device: str
+    workspace: Workspace, options: RunOptions, where: str | None, device: str
 ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
     """Do on a store what a run was asked to do; return the new run, and which images failed."""
-    params: Any = options.params
+    store, params = Store(workspace), cast("Any", options.params)
     names = options.inputs
     sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:

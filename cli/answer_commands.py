@@ -78,9 +78,11 @@ def votes(
       cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
       cellstore votes --ties --format csv --output ties.csv
     """
+    from cellstore.report.votes import open_votes
+
     answer = answer.checked()
-    with store.open_votes(
-        run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
+    with open_votes(
+        store.workspace, run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
     ) as (result, rows):
         if common.as_json:
             found = {item.name: getattr(result, item.name) for item in fields(result)}

@@ -18,8 +18,8 @@ from ..errors import UserInputError
 from ..jobs.lookup import readable
 from ..models import Annotation
 from ..query.saved_queries import shipped_questions
-from ..stages.annotate import annotate, undo_annotations
-from ..stages.corrections import LONGEST, Correction, set_excluded
+from ..stages.annotate import annotate, set_excluded, undo_annotations
+from ..stages.corrections import LONGEST, Correction
 from .requests import ask, explorer_of, page, text, url_of, whole
 from .server import check_csrf
 

@@ -17,10 +17,11 @@ from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from ..notebooks import html_of
 from .cells import choose_recipes, last_with_masks
-from .engine import PREDICTIONS, Questions, open_questions
+from .engine import Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
-from .guard import Limits, literal, quoted
+from .guard import Limits, literal, quoted, read_sql
+from .source import PREDICTIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,20 +70,10 @@ _SQL = re.compile(r"\s*(--|/\*|\(|(select|with|from)\s)", re.IGNORECASE)
 
 
 def sql_of(given: str) -> str:
-    """Return the SQL that ``--sql`` names: the text itself, or that of a file.
-
-    Raises:
-        UserInputError: the file cannot be read.
-    """
+    """Return the SQL that ``--sql`` names: the text itself, or that of a file."""
     if _SQL.match(given):
         return given.strip()
-    try:
-        text = Path(given).read_text(encoding="utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise UserInputError(
-            f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
-        ) from error
+    text = read_sql(Path(given)).strip()
     # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
     return text if _SQL.match(text) else f"--\n{text}"
 
@@ -114,10 +105,6 @@ def selecting(
     set ``name``, or of recipe ``measure_id`` in table ``features``. ``sql`` gives ``cell_id``, or
     ``image_id`` for all cells of these images that recipe ``segment_id`` has found; other columns
     do not count.
-
-    Raises:
-        QueryError: the SQL is wrong, or does more than read.
-        UserInputError: it gives neither.
     """
     text = sql or ""
     if where is not None:
@@ -188,11 +175,7 @@ class CellTable:
         return frame
 
     def to_polars(self) -> Any:
-        """Return all rows as a data frame of polars.
-
-        Raises:
-            UserInputError: polars is not installed.
-        """
+        """Return all rows as a data frame of polars."""
         try:
             import polars
         except ImportError as error:
@@ -209,12 +192,7 @@ def cell_table(
     where: str | None,
     sql: str | None,
 ) -> CellTable:
-    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`.
-
-    Raises:
-        UnknownNameError: there is no such split, recipe, feature set or quality-control run.
-        UserInputError: the recipes do not belong together, or nothing is measured yet.
-    """
+    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`."""
     with workspace.database.read() as session:
         split = find_split(session, sources.split)
         recipes = (sources.segmentation, sources.measurement)

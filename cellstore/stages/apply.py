@@ -19,7 +19,7 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import BASIC_GROUP
-from ..analysis.segmentation import Batches, pick_device
+from ..analysis.segmentation import pick_device
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, option_of
 from ..enums import (
@@ -165,7 +165,7 @@ def apply(
 
     own = find_function(function)
     own.gives, own.softmax = params.gives, params.softmax
-    own.batches = Batches(params.batch_size, 1)
+    own.batch_size = params.batch_size
     own.device = str(pick_device(device))
     if params.gives is not Gives.PROBABILITIES:
         check_set_name(params.name, "--name")

@@ -121,7 +121,6 @@ def test_a_plate_is_read_plane_by_plane(tmp_path: Path, version: str, axes: str)
             np.testing.assert_array_equal(read_plane(uri), expected)
             info = probe(uri)
             assert (info.height, info.width, info.dtype) == (6, 7, "uint16")
-            np.testing.assert_array_equal(read_plane(uri, info.sha256), expected)
     every = {probe(f"{file.folder}/{file.name}").sha256 for r in found for file in r.files}
     assert len(every) == sum(len(record.files) for record in found)
 
@@ -150,8 +149,6 @@ def test_an_array_is_known_by_its_bytes(tmp_path: Path, version: str) -> None:
     assert probe(uri) == before
     zarr.open_array(str(path / "B/3/0/0"), mode="r+")[0, 0, 0] = 9
     assert probe(uri).sha256 != before.sha256
-    with pytest.raises(ImageError, match="has changed since it was ingested"):
-        read_plane(uri, before.sha256)
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])

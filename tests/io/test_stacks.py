@@ -223,7 +223,6 @@ def test_samples_that_nothing_is_said_of_are_channels(
         expected = array[plane - 1, channel - 1]
         uri = f"{path}#page={page}"
         np.testing.assert_array_equal(read_plane(uri), expected)
-        np.testing.assert_array_equal(read_plane(uri, probe(uri).sha256), expected)
     for look in (probe, read_plane):
         with pytest.raises(ImageError, match=f"holds {3 * count} planes"):
             look(path)
@@ -396,9 +395,6 @@ def test_a_page_is_read_and_known_by_its_name(tmp_path: Path) -> None:
     assert {(info.height, info.width, info.size_bytes) for info in infos} == {
         (3, 4, path.stat().st_size)
     }
-    assert int(read_plane(uris[1], infos[1].sha256).max()) == 2
-    with pytest.raises(ImageError, match="has changed"):
-        read_plane(uris[0], infos[1].sha256)
 
 
 def test_a_changed_stack_is_another_file(tmp_path: Path) -> None:
@@ -504,7 +500,8 @@ def test_a_file_of_many_pages_is_read_once_for_all_of_them(
     monkeypatch.delattr(tifffile.TiffPages, "__len__")
     for page in range(1, 31):
         uri = page_name(str(path), page)
-        plane = read_plane(uri, probe(uri).sha256)
+        probe(uri)
+        plane = read_plane(uri)
         assert (plane == page).all()
         assert plane.shape == (3, 4)
     assert len(hashed) == 1

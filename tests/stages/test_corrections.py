@@ -231,10 +231,10 @@ def test_what_is_excluded_with_something_larger_names_it(store: Store, screen: S
     cell = make.cells_of(screen.segmentations["B01"])[0]
     small = make.cells(screen.segmentations["B01"], 1, excluded="perimeter is 0")[0]
     store.exclude("well", "BR1/B01", reason="debris")
-    with pytest.raises(UserInputError, match="cellstore include well BR1/B01"):
-        store.include("cell", str(cell.id))
-    with pytest.raises(UserInputError, match="when it was found"):
-        store.include("cell", str(small.id))
+    for one, why in ((cell, "debris"), (small, "perimeter is 0")):
+        with pytest.raises(UserInputError, match=f"why: cellstore audit cell {one.id}"):
+            store.include("cell", str(one.id))
+        assert why in str(store.audit(str(one.id), "cell").record)
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(store: Store, screen: SmallScreen) -> None:
@@ -439,12 +439,9 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
     first, second = (item.run_id for item in maps)
-    refused = rf"run {second} changed P1/A01 again\.\nTake .* order:\n  cellstore undo {second}$"
-    with pytest.raises(UserInputError, match=refused):
+    with pytest.raises(UserInputError, match=rf"run {second} changed P1/A01 again\.\nUndo"):
         store.undo(str(first))
-    refused = (
-        rf"run {first} corrected its wells\.\n.*\n  cellstore undo {second}\n  .* undo {first}$"
-    )
+    refused = f"run {second} corrected its wells, ingest run {first} corrected its wells"
     with pytest.raises(UserInputError, match=refused):
         store.undo(str(images))
     assert answers(store, *EVERYTHING) == before
@@ -494,7 +491,7 @@ def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"split main\.\nTo .*:\n  cellstore exclude plate"):
+    with pytest.raises(UserInputError, match=r"split main\.\n.*cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))

@@ -62,7 +62,7 @@ def test_the_published_network_is_that_of_the_study() -> None:
     ("kind", "rest"),
     [
         (TrainParams, NOT_OF_THE_STUDY),
-        (SegmentParams, {"model", "diameter_from"}),
+        (SegmentParams, {"model"}),
         # By image, without a validation subset, DMSO cut: the protocol says so.
         (SplitParams, {item.name for item in fields(SplitParams)} - {"field", "test_size"}),
     ],
