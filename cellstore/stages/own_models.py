@@ -88,6 +88,9 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 }
 """Names of columns, as ``plain_name`` gives them; the first one counts."""
 
+TREATED_FOR, TIME_POINT = "Metadata_time_point", "Metadata_Timepoint"
+"""Columns of an export: how long a plate was treated, as text, and the number of the time point."""
+
 ROWS_AT_ONCE = 65_536
 """Rows of a table in memory of which the digest is made at once; another number changes it."""
 
@@ -585,6 +588,8 @@ class _TableSource:
             "" if name in truth and column.startswith("Metadata_") else name
             for name, column in zip(plain, self.columns, strict=True)
         ]
+        if {TREATED_FOR, TIME_POINT} <= set(self.columns):  # both are plain the same
+            plain[self.columns.index(TREATED_FOR)] = ""
         self.found = {
             key: self.columns[plain.index(name)]
             for key, names in NAMES.items()
