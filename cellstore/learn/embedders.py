@@ -253,15 +253,14 @@ def _open_backbone(backbone: str, weights: Path | None) -> Opened:
         ) from error
     state = imagenet_state(backbone) if weights is None else read_state(weights, owner_of(backbone))
     start_from(branch, state)
-    digest = _digest(state) if weights is None else sha256_of(weights)
+    if weights is not None:
+        digest = sha256_of(weights)
+    else:
+        every = hashlib.sha256()
+        for key, value in sorted(state.items()):
+            every.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        digest = every.hexdigest()
     return Opened(branch, 3, size, mean, std, digest, revision, licence)
-
-
-def _digest(state: State) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _open_hub(name: str, known: KnownModel | None) -> Opened:
@@ -556,7 +555,6 @@ _IMAGENET = "each channel as grey, mean and spread of ImageNet"
 _DINOV3 = "DINOv3 License (accept it on the page of the repository)"
 _FAIR = "FAIR Noncommercial Research License: no commercial use"
 _CELL_DINO = "by a form of Meta: ai.meta.com/resources/models-and-libraries/cell-dino-downloads"
-_SUBCELL = "file {} in the public bucket czi-subcell-public, folder models"
 
 KNOWN: Mapping[str, KnownModel] = {
     "dinov2-small": KnownModel(
@@ -565,23 +563,11 @@ KNOWN: Mapping[str, KnownModel] = {
         _IMAGENET,
         "ed25f3a31f01632728cabb09d1542f84ab7b0056",
     ),
-    "dinov2-base": KnownModel(
-        "hf:facebook/dinov2-base",
-        "Apache-2.0",
-        _IMAGENET,
-        "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
-    ),
     "dinov3-small": KnownModel(
         "hf:facebook/dinov3-vits16-pretrain-lvd1689m",
         _DINOV3,
         _IMAGENET,
         "114c1379950215c8b35dfcd4e90a5c251dde0d32",
-    ),
-    "dinov3-base": KnownModel(
-        "hf:facebook/dinov3-vitb16-pretrain-lvd1689m",
-        _DINOV3,
-        _IMAGENET,
-        "5931719e67bbdb9737e363e781fb0c67687896bc",
     ),
     "openphenom": KnownModel(
         "hf:recursionpharma/OpenPhenom",
@@ -612,7 +598,7 @@ KNOWN: Mapping[str, KnownModel] = {
         make=partial(cell_dino, "small", 8, 128, 5),
     ),
     "subcell": KnownModel(
-        _SUBCELL.format("all_channels_MAE-CellS-ProtS-Pool.pth"),
+        "models/all_channels_MAE-CellS-ProtS-Pool.pth in the public bucket czi-subcell-public",
         "MIT (of its code)",
         "microtubules, ER, DNA and a protein together, 0 to 1",
         mode=NATIVE,
@@ -620,16 +606,6 @@ KNOWN: Mapping[str, KnownModel] = {
         size=448,
         normalise=IMAGE,
         make=partial(SubCell, 4),
-    ),
-    "subcell-er": KnownModel(
-        _SUBCELL.format("ER-DNA-Protein_MAE-CellS-ProtS-Pool.pth"),
-        "MIT (of its code)",
-        "ER, DNA and a protein together, 0 to 1",
-        mode=NATIVE,
-        channels=3,
-        size=448,
-        normalise=IMAGE,
-        make=partial(SubCell, 3),
     ),
 }
 """Networks by a short name. The revisions are the commits that were seen at the time."""

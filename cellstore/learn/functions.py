@@ -96,11 +96,6 @@ class OwnFunction:
         known = getattr(self.given, "classes_", None) if self.is_estimator else None
         return None if known is None else [str(item) for item in known]
 
-    @property
-    def crops_on(self) -> str:
-        """The device that crops are made on: that of a network, since they stay there."""
-        return self.device if self.kind == NETWORK else "cpu"
-
     def choose_columns(self, known: Sequence[str]) -> tuple[str, ...]:
         """Return which columns of a feature set it is given: all, or those it was fitted with."""
         if not self.is_estimator:

@@ -178,7 +178,15 @@ def apply(
         )
         resources = THIS_PROCESS
     make = _label if params.gives is Gives.PROBABILITIES else _describe
-    return make(workspace, plan, params, resources)
+    made = make(workspace, plan, params, resources)
+    return ApplyResult(
+        name=params.name,
+        gives=params.gives,
+        function=own.name,
+        selected=plan.selected,
+        notes=tuple(plan.notes),
+        **made,
+    )
 
 
 class _Plan(NamedTuple):
@@ -392,7 +400,7 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
 
 def _describe(
     workspace: Workspace, plan: _Plan, params: ApplyParams, resources: Resources
-) -> ApplyResult:
+) -> dict[str, Any]:
     """Make a feature set, or complete it."""
     stage = plan.stage
     with workspace.database.begin() as session:
@@ -418,29 +426,24 @@ def _describe(
     (did,) = execute(
         workspace, stage, [recipe], plan.images, resources, result=kept, unseen=stage.unseen
     )
-    return ApplyResult(
-        run_id=did.run_id,
-        name=params.name,
-        gives=params.gives,
-        function=stage.function.name,
-        selected=plan.selected,
-        waiting=plan.selected - did.selected + did.waiting,
-        earlier=did.selected - did.waiting - did.done - len(did.failures) - did.failed_before,
-        done=did.done,
-        failures=did.failures,
-        cells=did.cells,
-        failed_before=did.failed_before,
-        feature_set=params.name,
-        columns=None if columns is None else len(columns),
-        notes=tuple(plan.notes),
-    )
+    return {
+        "run_id": did.run_id,
+        "waiting": plan.selected - did.selected + did.waiting,
+        "earlier": did.selected - did.waiting - did.done - len(did.failures) - did.failed_before,
+        "done": did.done,
+        "failures": did.failures,
+        "cells": did.cells,
+        "failed_before": did.failed_before,
+        "feature_set": params.name,
+        "columns": None if columns is None else len(columns),
+    }
 
 
 def _label(
     workspace: Workspace, plan: _Plan, params: ApplyParams, resources: Resources
-) -> ApplyResult:
+) -> dict[str, Any]:
     """Make a predict run that is whole, and the training that is declared of its model."""
-    stage, split, images, notes = plan.stage, plan.split, plan.images, plan.notes
+    stage, split, images = plan.stage, plan.split, plan.images
     assert split is not None
     said = {key: plan.spec.parameters[key] for key in ("function", "parameters")}
     with workspace.database.begin() as session:
@@ -472,22 +475,17 @@ def _label(
             did = label_all(workspace, stage, scope, current, resources)
             current.result |= {"note": params.note, **code_of_caller()}
     if params.trained_on is None:
-        notes.append(NOT_DECLARED)
-    return ApplyResult(
-        run_id=did.run_id,
-        name=params.name,
-        gives=params.gives,
-        function=stage.function.name,
-        selected=plan.selected,
-        waiting=plan.selected - ready,
-        earlier=ready - did.images - len(did.failures),
-        done=did.images,
-        failures=tuple(did.failures),
-        cells=did.cells,
-        train_run_id=train_run_id,
-        split=split.name,
-        notes=tuple(notes),
-    )
+        plan.notes.append(NOT_DECLARED)
+    return {
+        "run_id": did.run_id,
+        "waiting": plan.selected - ready,
+        "earlier": ready - did.images - len(did.failures),
+        "done": did.images,
+        "failures": tuple(did.failures),
+        "cells": did.cells,
+        "train_run_id": train_run_id,
+        "split": split.name,
+    }
 
 
 @dataclass(frozen=True)
@@ -573,11 +571,14 @@ class Apply(ImageStage[FoundCells, CellAnswers]):
     def give(self, cells: CellCrops, piece: slice) -> dict[str, Any]:
         """Return what the function is given of some cells of an image."""
         from ..learn.crops import crop_cells
+        from ..learn.functions import NETWORK
 
         # A copy: whose cells these are does not change with what a function does to it.
         some = cells.take(np.arange(len(cells))[piece])
         batch: dict[str, Any] = {"cell_id": some.cell_ids}
-        crops = crop_cells(some, self.crop, self.function.crops_on).crops
+        # Of a network on its device, since they stay there.
+        device = self.device if self.function.kind == NETWORK else "cpu"
+        crops = crop_cells(some, self.crop, device).crops
         if self.channels:
             batch["image"] = crops[IMAGE]
         if self.mask:
