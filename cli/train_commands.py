@@ -65,7 +65,6 @@ EPOCH_COLUMNS = {
 """Metrics of an epoch and their heads, which fit 80 columns."""
 
 _ANYWAY = {"device", "store", "as_json"}
-_WITH_RESUME = _ANYWAY | {"resume"} | {item.name for item in options_of(TrainSetup)}
 _OF_BASELINES = {"baseline", "no_predict", "force"} | {
     item.name for kind in (Sources, BaselineParams) for item in options_of(kind)
 }
@@ -80,12 +79,6 @@ def train(
     common: Common,
     preset: str | None = PRESET,
     list_presets: bool = option(False, "Show the values with and without --preset, and end."),
-    resume: str | None = option(
-        None,
-        "Resume a run that was stopped, after its last whole epoch, with its own "
-        "options; 'latest': the last such run.",
-        metavar="RUN",
-    ),
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
@@ -111,7 +104,7 @@ def train(
     in the training images.
 
     A training that was stopped is resumed after its last whole epoch when the same command is
-    given again, or with --resume.
+    given again.
 
     --split may name a cross-validation (split create five --folds 5): its folds are trained one
     after the other, each labels its test images, and the scores are of every image once, by the
@@ -123,7 +116,6 @@ def train(
       cellstore train --split by-well --branches mask,image
       cellstore train --split by-well --features cellprofiler --branches tabular
       cellstore train --split as-published --preset published
-      cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
       cellstore train --split by-well --baseline probe --features dinov2_small
       cellstore train --split five
@@ -144,8 +136,6 @@ def train(
         read = {name for kind in choose(kinds) for name in USED[kind]}
         wrong = common.typed - (_OF_BASELINES - of_baselines | read) - _ANYWAY
         why = f"--baseline {baseline} does not read"
-    elif resume is not None:
-        wrong, why = common.typed - _WITH_RESUME, "--resume uses the options of the run, not"
     if wrong:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
         raise UserInputError(f"{why} {flags}: remove it.")
@@ -163,7 +153,6 @@ def train(
             device=device,
             setup=setup,
             force=force,
-            resume=resume,
         )
     from cellstore.learn.training import is_first
 

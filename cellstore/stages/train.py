@@ -23,8 +23,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import RunName, Sources, TrainParams, TrainSetup
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
+from ..config import Sources, TrainParams, TrainSetup
+from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     RunCancelledError,
@@ -32,9 +32,7 @@ from ..errors import (
     TeamError,
     UserInputError,
 )
-from ..jobs.lookup import find_run
 from ..jobs.queue import close_dead_runs, shown_worker
-from ..jobs.run_names import RUN_WORDS
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
@@ -58,7 +56,7 @@ from ..learn.training_cells import (
 )
 from ..models import Recipe, Run, RunMetric
 from ..notebooks import Shown
-from ..query.cells import input_of, plane_of
+from ..query.cells import plane_of
 from ..settings import Progress, need
 
 if TYPE_CHECKING:
@@ -74,6 +72,7 @@ FROM_FILE = "file"
 
 STATE = ArtifactKind.TRAINING_STATE
 LOGS = Path("logs")
+AGAIN = "The same command goes on after the last whole epoch."
 LISTEN_SECONDS = 5.0
 """How often a training looks whether it was cancelled; the end of an epoch apart."""
 
@@ -153,7 +152,6 @@ def train(
     device: str = "auto",
     setup: TrainSetup | None = None,
     force: bool = False,
-    resume: RunName | None = None,
 ) -> TrainResult:
     """Train on the training subset of a split; see ``Store.train``.
 
@@ -170,19 +168,9 @@ def train(
 
     # What to train, and whether it can be done, before anything is written.
     params, setup = params or TrainParams(), setup or TrainSetup()
-    sources = Sources(split, segmentation, measurement)
-    unfinished, weights_sha256 = None, None
-    if resume is not None:
-        unfinished, params, sources = find_unfinished(workspace, resume)
-        weights_sha256 = unfinished.recipe.weights_sha256  # the file is not needed any more
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
-    plan = make_plan(workspace, params, sources, weights_sha256)
-    if unfinished is not None and fingerprint(plan.spec) != unfinished.recipe.fingerprint:
-        raise UserInputError(
-            f"Run {unfinished.id} cannot be resumed: the cells of its split, their features, or "
-            "the way in which this cellstore trains have changed since. Train again."
-        )
+    plan = make_plan(workspace, params, Sources(split, segmentation, measurement))
 
     team = Team.open(device, params.precision, setup.devices)
     try:
@@ -191,8 +179,8 @@ def train(
             check_agreed(team, plan.spec)
 
             # Where to begin: it is done, is resumed in an unfinished run, or is new.
-            run_id = None if unfinished is None else unfinished.id
-            if unfinished is None and not force:
+            run_id = None
+            if not force:
                 done, run_id = team.of_first(lambda: find_earlier(workspace, plan))
                 if done is not None:
                     return done
@@ -205,11 +193,6 @@ def train(
             validated = () if plan.validation is None else (plan.validation,)
             plan.cells.check(plan.cells.labels, Subset.TRAIN, *validated)
             state = None if run_id is None else read_state(workspace, run_id)
-            if unfinished is not None and state is None and params.weights == FROM_FILE:
-                raise UserInputError(
-                    f"Run {unfinished.id} was stopped in its first epoch, and began from a file "
-                    "of weights: train again, with --weights and that file."
-                )
 
             # The scale of what the network reads is fitted once: a training that is resumed keeps
             # what it began with.
@@ -471,12 +454,10 @@ def keep_model(
     return forgotten
 
 
-def make_plan(
-    workspace: Workspace, params: TrainParams, sources: Sources, weights_sha256: str | None = None
-) -> Plan:
-    """Return the plan. ``weights_sha256``: of a file of weights that is not needed any more."""
-    from_file = params.weights not in (NO_WEIGHTS, IMAGENET)
-    if weights_sha256 is None and from_file:
+def make_plan(workspace: Workspace, params: TrainParams, sources: Sources) -> Plan:
+    """Return what to train on which cells."""
+    weights_sha256, from_file = None, params.weights not in (NO_WEIGHTS, IMAGENET)
+    if from_file:
         path = Path(params.weights)
         if not path.is_file():
             raise UserInputError(
@@ -484,7 +465,7 @@ def make_plan(
                 "'imagenet'."
             )
         weights_sha256 = sha256_of(path)
-    if weights_sha256 is None and params.weights == IMAGENET:
+    elif params.weights == IMAGENET:
         from ..learn.exported_classifier import TIMM
         from ..learn.pretrained import timm_weights
 
@@ -561,41 +542,6 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, TrainParams, Sources]:
-    """Return a run that is not finished, and what it was asked to do; ``latest``: the last one."""
-    with workspace.database.begin() as session:
-        close_dead_runs(session)
-    with workspace.database.read() as session:
-        if reference in RUN_WORDS:
-            query = select(Run).where(Run.stage == Stage.TRAIN, Run.status != Status.DONE)
-            last = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-            if last is None:
-                raise UserInputError("Every training is finished: there is nothing to resume.")
-            run = last
-        else:
-            run = find_run(session, reference, Stage.TRAIN)
-        stored = run.recipe.parameters
-        if "baseline" in stored:
-            raise UserInputError(f"Run {run.id} is a baseline, trained in one go. Train it again.")
-        if run.status is Status.DONE:
-            raise UserInputError(
-                f"Run {run.id} is finished: there is nothing to resume. Label images with it: "
-                f"cellstore predict --run {run.id}"
-            )
-        if run.status is Status.RUNNING:
-            raise UserInputError(f"{_is_running(run)}, or resume it when it is over.")
-        measure = input_of(run.recipe, Stage.MEASURE)
-        segment = input_of(run.recipe, Stage.SEGMENT)
-        found, qc = measure.feature_set, stored["exclude_flagged"]
-        params = TrainParams.from_recipe(
-            stored,
-            features=found.name if found and found.storage is FeatureStorage.FILES else None,
-            exclude_flagged=None if qc is None else str(qc),
-        )
-        assert run.split is not None
-        return run, params, Sources(run.split.name, str(segment.id), str(measure.id))
-
-
 def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, int | None]:
     """Return the finished training of a plan, or an unfinished run that has seen an epoch."""
     with workspace.database.begin() as session:
@@ -612,17 +558,13 @@ def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, 
         runs = list(session.scalars(query.order_by(Run.id.desc())))
         busy = next((run for run in runs if run.status is Status.RUNNING), None)
         if busy is not None:
+            where = shown_worker(busy.process) or busy.host
             raise UserInputError(
-                f"{_is_running(busy)}, or train another one beside it with --force."
+                f"Run {busy.id} is training this just now, at {where}. Wait for it; mark it as "
+                f"over, if that machine has lost it, with: cellstore cancel {busy.id}, or train "
+                "another one beside it with --force."
             )
         return None, next((run.id for run in runs if files_of(session, run.id, STATE)), None)
-
-
-def _is_running(run: Run) -> str:
-    return (
-        f"Run {run.id} is training this just now, at {shown_worker(run.process) or run.host}. Wait "
-        f"for it; mark it as over, if that machine has lost it, with: cellstore cancel {run.id}"
-    )
 
 
 def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
@@ -665,20 +607,18 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has resumed run {run.id} in the meantime. Resume "
-                    f"it with: cellstore train --resume {run.id}"
+                    f"Another process has resumed run {run.id} in the meantime. {AGAIN}"
                 )
         try:
             yield run
         except (KeyboardInterrupt, RunCancelledError):
-            workspace.progress.note(f"Resume it with: cellstore train --resume {run.id}")
+            workspace.progress.note(AGAIN)
             raise
         except RuntimeError as error:
             if team.world_size == 1 or isinstance(error, CellstoreError):
                 raise
             raise TeamError(
-                "Another process of this training has ended, so it cannot go on. "
-                f"Resume it with: cellstore train --resume {run.id}"
+                f"Another process of this training has ended, so it cannot go on. {AGAIN}"
             ) from error
 
 

@@ -138,7 +138,7 @@ def test_a_network_stops_by_the_same_kind_of_cells_and_is_resumed(
     with pytest.raises(KeyboardInterrupt):
         stopping.train(params, device="cpu")
     store = Store(workspace)
-    done = store.train(device="cpu", resume="latest")
+    done = store.train(params, device="cpu")
     assert done.resumed_after == 1
     assert done.cells == {"train": 6, "validation": 6}
     assert done.notes[0].startswith("18 cells are selected, and used: 6 in the train subset, 6 in")
