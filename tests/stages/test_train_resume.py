@@ -182,7 +182,7 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = opened(built)
-    run_id = broken_off(workspace)
+    broken_off(workspace)
     monkeypatch.setattr(normalising, "fit_inputs", lambda *_: pytest.fail("fitted again"))
     assert train(workspace, PARAMS, device="cpu").epochs == PARAMS.epochs
 
