@@ -489,7 +489,7 @@ def _label(
 
 
 @dataclass(frozen=True)
-class Apply(ImageStage[FoundCells, CellAnswers]):
+class Apply(ImageStage["FoundCells", CellAnswers]):
     """The stage. ``columns``: the measurements that are given, by ``scaler`` if they are scaled.
 
     ``intensities``: by plate those of the channels that become 1, which are kept as ``scales``, if
