@@ -544,7 +544,8 @@ class Apply(ImageStage["FoundCells", CellAnswers]):
         self, session: Session, tasks: Sequence[Task]
     ) -> Mapping[int, FoundCells | CellstoreError]:
         """Return by image id its cells with their measurements, its masks and its files."""
-        reader, found = self.source.reader(), dict[int, FoundCells | CellstoreError]()
+        reader = self.source.reader()
+        found: dict[int, FoundCells | CellstoreError] = {}
         for task in tasks:
             image = task.image_id
             try:
