@@ -725,7 +725,7 @@ class DaskCluster(Worker):
         """Connect to the scheduler."""
         if not re.fullmatch(r"[a-z]+://\S+:\d+", self.address):
             raise UserInputError(
-                f"{self.address!r} is no address of a Dask scheduler. It looks like "
+                f"{self.address!r} is not the address of a Dask scheduler. It looks like "
                 "tcp://host:8786."
             )
         try:
