@@ -129,7 +129,7 @@ def _sent(request: Request) -> dict[str, Any]:
         HTTPException: the token of the page is missing.
         UserInputError: it is something else.
     """
-    check_csrf(request, None)
+    check_csrf(request)
     try:
         sent = json.loads(from_thread.run(request.body))
     except (ValueError, RecursionError):

@@ -6,26 +6,25 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 from starlette.requests import Request
 
-from ..enums import Control, FeatureStorage, Subset
+from ..enums import Control, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.run_names import find_predict_run
-from ..models import FeatureSet, Plate, Treatment, Well
+from ..models import Plate, Treatment, Well
 from ..query.cell_tables import chosen_cells as as_bits
 from ..query.cell_tables import selecting
 from ..query.cells import choose_recipes
 from ..query.engine import Questions
 from ..query.exclusions import find_qc_run
 from ..query.feature_files import set_of_recipe
-from ..query.guard import quoted
-from ..query.source import group_of
-from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, kept, text, whole
+from .known_features import feature_of
+from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, text, whole
 
 MOST_VALUES = 500
 """Values of one filter."""
@@ -41,20 +40,7 @@ SUBSETS = (*(item.value for item in Subset), "outside")
 EXCLUDED = ("no", "yes", "all")
 
 _RANGE = re.compile(r"(\S*?)\.\.(\S*)")
-_NUMBER = re.compile(r"[A-Z]*INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*")
-_NO_FEATURES = ("cell_id", "recipe_id", "run_id")
 
-MEASURED = """
-    SELECT recipe_id FROM (
-        SELECT r.recipe_id,
-            row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS number
-        FROM runs AS r
-        JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
-        WHERE r.stage = 'measure'
-        AND r.recipe_id NOT IN (SELECT recipe_id FROM feature_sets WHERE storage = 'files')
-    ) WHERE number = 1
-"""
-"""Whose rows of table ``features`` count, as in ``cell_table``."""
 OF_CELLS = """SELECT c.id AS cell_id, s.image_id, c.excluded IS NOT NULL AS excluded
     FROM cells AS c
     JOIN (
@@ -97,19 +83,6 @@ class Chosen:
     images: str
     run: int | None
     active: tuple[tuple[str, str], ...]
-
-
-class Feature(NamedTuple):
-    """A measurement of cells: a ``column`` of rows ``origin`` (SQL), each with its ``cell_id``."""
-
-    name: str
-    column: str
-    origin: str
-
-    @property
-    def query(self) -> str:
-        """SQL that gives ``cell_id`` and ``value``."""
-        return f"SELECT cell_id, CAST({self.column} AS DOUBLE) AS value FROM {self.origin}"  # noqa: S608
 
 
 def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) -> Chosen:
@@ -363,42 +336,6 @@ def _number(name: str, given: str) -> float:
     if not math.isfinite(found):
         raise UserInputError(f"{name} has to be a number, not {given[:40]!r}.")
     return found
-
-
-def feature_of(request: Request, name: str) -> Feature:
-    """Return a measurement of cells by its name: ``area``, or ``texture.contrast`` of a set.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
-    known = features_known(request)
-    if name not in known:
-        raise UnknownNameError.of("feature", name, list(known))
-    return known[name]
-
-
-def features_known(request: Request) -> dict[str, Feature]:
-    """Return the measurements of cells by name: those of table ``features`` first."""
-    return kept(request, ("features",), lambda: _features(request))
-
-
-def _features(request: Request) -> dict[str, Feature]:
-    explorer = explorer_of(request)
-    with explorer.workspace.database.read() as session:
-        in_files = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
-        sets = list(session.scalars(in_files.order_by(FeatureSet.id)))
-    sets += sorted({group for name in sets if (group := group_of(name))} - set(sets))
-    known = {}
-    with explorer.reader.questions() as questions:
-        recipes = [str(int(row["recipe_id"])) for row in questions.ask_ours(MEASURED).records()]
-        of_recipes = f" WHERE recipe_id IN ({', '.join(recipes) or -1})"
-        for relation in ("features", *sets):
-            mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
-            for column, kind in questions.columns(relation):
-                if _NUMBER.fullmatch(kind) and column not in _NO_FEATURES:
-                    rows = f"{quoted(relation)}{origin}"
-                    known[mine + column] = Feature(mine + column, quoted(column), rows)
-    return known
 
 
 def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:

@@ -46,9 +46,8 @@ from .cell_filters import (
     OTHER,
     Chosen,
     chosen_cells,
-    feature_of,
-    features_known,
 )
+from .known_features import feature_of, features_known
 from .pixels import SHEET_COLUMNS, crop_sheet, usual_channels
 from .requests import (
     ask,
@@ -498,7 +497,7 @@ def _chips(request: Request, pane: Pane) -> list[dict[str, str]]:
 def _scatter_of(request: Request, pane: Pane) -> str | None:
     """The address of the scatter plot of the cells of a filter."""
     given = [(name.removeprefix(pane.prefix), value) for name, value in pane.chosen.active]
-    if "/scatter" not in request.app.state.addresses or (pane.prefix and not given):
+    if pane.prefix and not given:
         return None
     return f"/scatter?{urlencode(given)}" if given else "/scatter"
 

@@ -36,6 +36,7 @@ from ..models import (
 from ..query.exclusions import cell_counts, why_excluded
 from ..report.audit import runs_about, why_not_counted
 from ..report.drawing import light_of
+from .known_features import unit_in_words
 from .pixels import (
     LARGEST_SIDE,
     contrasts,
@@ -106,11 +107,6 @@ def thumbnail(request: Request) -> Response:
     return bytes_once(request, picture, "image/jpeg")
 
 
-def known_views(request: Request) -> set[str]:
-    """Return the first words of the addresses that are there: no page links to one that is not."""
-    return {address.split("/")[1] for address in request.app.state.addresses}
-
-
 def field(request: Request) -> Response:
     """A field: the viewer, and what is known of it."""
     number = image_id(request)
@@ -163,7 +159,6 @@ def field(request: Request) -> Response:
             "masks": masks,
             "sites": _steps(others, image),
             "others": others,
-            "views": known_views(request),
             "viewer": _viewer(session, image, files, cell, masks, explorer.kept),
         }
         return page(request, "field.html.j2", **values)
@@ -393,7 +388,6 @@ def cell_panel(request: Request) -> Response:
             ).all(),
             "features": _features(session, cell.id, image.pixel_size),
             "runs": _predictions(session, cell.id, image, whole(request, "run")),
-            "views": known_views(request),
         }
         return page(request, "cell_panel.html.j2", **values)
 
@@ -410,7 +404,7 @@ def _features(
     for feature in BASIC_GROUP.features:
         value = getattr(found, feature.name)
         if value is not None:
-            rows.append((feature.name, value, feature.unit))
+            rows.append((feature.name, value, unit_in_words(feature.unit)))
         if feature.name == "area" and value is not None and pixel_size is not None:
             rows.append(("area", value * pixel_size**2, "µm²"))
     return rows

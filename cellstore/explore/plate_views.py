@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from ..enums import Control, Level
-from ..errors import CellstoreError, UserInputError
+from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.run_names import find_named_run, find_predict_run
@@ -27,17 +27,18 @@ from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, short, well_name
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
+from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
 from .requests import (
     NotFoundError,
     ask,
+    asking,
     choice,
     explorer_of,
     kept,
     page,
     text,
     url_of,
-    waited_for,
     whole,
 )
 from .well_colours import (
@@ -49,9 +50,6 @@ from .well_colours import (
     Scale,
     WellValues,
     ink_on,
-    known_feature,
-    list_features,
-    list_profile_features,
     make_scale,
     of_wells,
     read_values,
@@ -321,19 +319,30 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
     wells = _wells_of(request, shown)
 
     def read() -> tuple[WellValues, Scale, list[str], str | None, str]:
-        features, chosen, problem = list[str](), feature, ""
-        explorer = explorer_of(request)
-        with explorer.reader.questions() as questions, waited_for(request, questions):
-            try:
-                if kind in ("feature", "profile"):
-                    list_all = list_features if kind == "feature" else list_profile_features
-                    features = list(list_all(questions))
-                    chosen = None if changed and feature not in features else feature
-                    chosen = known_feature(chosen, features)
-                found = read_values(questions, wells, kind, run=run, feature=chosen)
-            except UserInputError as error:  # a map without colours says what is missing
-                found, problem = WellValues(KINDS[kind], {}), str(error)
-        return found, make_scale(found, wells, treatment), features, chosen, problem
+        known: dict[str, Feature] = {}
+        chosen, problem = feature, ""
+        try:
+            if kind in STAGES and run is None:
+                stage = STAGES[kind].value
+                raise UserInputError(f"No {stage} run has ended yet. Next: cellstore {stage}")
+            if kind == "feature":
+                known = features_known(request)
+            elif kind == "profile" and run is not None:
+                known = profile_features(request, run)
+            if kind in ("feature", "profile"):
+                if not known:
+                    raise UserInputError("No cell is measured yet. Next: cellstore measure")
+                if feature is None or (changed and feature not in known):
+                    chosen = "area" if "area" in known else next(iter(known))
+                elif feature not in known:
+                    raise UnknownNameError.of("feature", feature, known)
+            with asking(request) as questions:
+                found = read_values(
+                    questions, wells, kind, run=run, feature=known.get(chosen or "")
+                )
+        except UserInputError as error:  # a map without colours says what is missing
+            found, problem = WellValues(KINDS[kind], {}), str(error)
+        return found, make_scale(found, wells, treatment), list(known), chosen, problem
 
     key = ("map", shown, kind, feature, changed, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)

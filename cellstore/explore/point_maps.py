@@ -28,7 +28,6 @@ from ..analysis.components import components_of, umap_of
 from ..artifacts import open_atomically
 from ..errors import CellstoreError, MissingExtraError, UserInputError
 from ..query.engine import Questions
-from ..query.guard import reading_files
 from .requests import Explorer
 
 FORMAT = 1
@@ -283,8 +282,3 @@ def _umap(parts: Numbers, job: _Job, words: str) -> Numbers:
 def _umap_process(connection: Connection, parts: Numbers) -> None:
     connection.send(umap_of(parts, SEED))
     connection.close()
-
-
-def reading(found: PointMap) -> str:
-    """Return the SQL that stands behind FROM for the points of a map."""
-    return reading_files([found.path])

@@ -10,7 +10,7 @@ import asyncio
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -268,19 +268,16 @@ def waited_for(request: Request, questions: Questions) -> Iterator[None]:
         from_thread.run_sync(task.cancel)
 
 
+@contextmanager
+def asking(request: Request, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
+    """Lend open questions, which are stopped when the browser goes away."""
+    with explorer_of(request).reader.questions(seconds) as found, waited_for(request, found):
+        yield found
+
+
 def ask(request: Request, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
-    """Answer a question of our own over the relations of the store; a row is a dictionary.
-
-    It is stopped when the browser goes away. For some thousand rows; larger answers are read from
-    ``explorer.reader.questions()``.
-
-    Raises:
-        QueryError: it takes longer, or more memory, than a page may.
-    """
-    with (
-        explorer_of(request).reader.questions() as questions,
-        waited_for(request, questions),
-    ):
+    """Answer a question of our own, for some thousand rows; a row is a dictionary."""
+    with asking(request) as questions:
         return questions.ask_ours(sql, parameters).records()
 
 
@@ -298,11 +295,7 @@ def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:
-    """Return a parameter of the address; an empty one is none.
-
-    Raises:
-        UserInputError: it is too long.
-    """
+    """Return a parameter of the address; an empty one is none. Raises UserInputError."""
     found = request.query_params.get(name)
     if found is None or not found.strip():
         return default
@@ -314,11 +307,7 @@ def text(request: Request, name: str, default: str | None = None) -> str | None:
 def whole(
     request: Request, name: str, default: int | None = None, *, low: int = 0, high: int = 2**53
 ) -> int | None:
-    """Return a whole number of the address.
-
-    Raises:
-        UserInputError: it is something else, or out of range.
-    """
+    """Return a whole number of the address. Raises UserInputError."""
     found = text(request, name)
     if found is None:
         return default
@@ -331,12 +320,8 @@ def whole(
     return number
 
 
-def choice(request: Request, name: str, choices: Mapping[str, T] | list[str], default: str) -> str:
-    """Return a parameter that is one of some words.
-
-    Raises:
-        UserInputError: it is none of them.
-    """
+def choice(request: Request, name: str, choices: Collection[str], default: str) -> str:
+    """Return a parameter that is one of some words. Raises UserInputError."""
     found = text(request, name, default) or default
     if found not in choices:
         raise UserInputError(f"{name} has to be one of {some_of(list(choices), 12)}.")

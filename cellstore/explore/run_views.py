@@ -16,7 +16,7 @@ from ..enums import Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..models import Image, Job, Plate, Run, Split, Well
 from ..report.audit import KINDS, audit, shown
-from ..report.drawing import Place, interval_bar
+from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
 from ..report.leaderboard import list_runs
 from ..report.lineage_page import lineage_content
@@ -88,16 +88,6 @@ HITS = """
     SELECT * FROM hit_table WHERE run_id = ?
     ORDER BY CASE verdict {order} ELSE 9 END, effect DESC NULLS LAST, treatment, dose
 """
-
-
-def linked(request: Request) -> Place:
-    """Return :func:`url_of`, without addresses of pages that are not there."""
-    known = {address.split("/")[1] for address in request.app.state.addresses}
-
-    def place(what: str, *names: Any, **parameters: Any) -> str | None:
-        return url_of(what, *names, **parameters) if what in known else None
-
-    return place
 
 
 def find_run(request: Request) -> Run:
@@ -204,7 +194,6 @@ def run_page(request: Request) -> Response:
         "failures": [],
         "shows": SHOWS,
         "listed": LISTED,
-        "place": linked(request),
     }
     if record["jobs"].get("failed"):
         values["failures"] = _failures(request, run.id)
@@ -264,7 +253,7 @@ def report_part(request: Request) -> Response:
     workspace = explorer_of(request).workspace
 
     def look(*read: Any) -> bytes:
-        content = report_content(workspace, *read, place=linked(request))
+        content = report_content(workspace, *read, place=url_of)
         made = page(request, "report.html.j2", frame="part.html.j2", heading="h2", **content)
         return bytes(made.body)
 
@@ -287,8 +276,8 @@ def cells_part(request: Request) -> Response:
 
     rows = kept(request, ("cell pairs", run.id), make)
     counts = {(row["truth"], row["predicted"]): row["n"] for row in rows}
-    total, place = sum(counts.values()), linked(request)
-    at = partial(place, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")
+    total = sum(counts.values())
+    at = partial(url_of, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")
     return page(
         request,
         "cell_matrix.html.j2",
@@ -358,8 +347,7 @@ def voted_images(request: Request) -> Response:
         f"that got the label {predicted}" if predicted else "",
         f"to which run {other} gives another label" if other else "",
     ]
-    place = linked(request)
-    cells = place("cells", run=run.id, label=label, predicted=predicted, subset=subset)
+    cells = url_of("cells", run=run.id, label=label, predicted=predicted, subset=subset)
     return page(
         request,
         "voted_images.html.j2",
@@ -372,7 +360,6 @@ def voted_images(request: Request) -> Response:
         show=show,
         shows=SHOWS,
         cells=cells if label or predicted else None,
-        place=place,
         **given,
     )
 
@@ -384,7 +371,7 @@ def lineage(request: Request) -> Response:
         raise NotFoundError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
     workspace = explorer_of(request).workspace
     found = audit(workspace, name, kind, on_disk=False)
-    content = lineage_content(workspace, found, linked(request))
+    content = lineage_content(workspace, found, url_of)
     return page(request, "lineage.html.j2", frame="layout.html.j2", **content)
 
 

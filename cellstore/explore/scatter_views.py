@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -21,23 +21,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..db.bulk import IN_AT_ONCE
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
-from ..jobs.runs import files_of
 from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
-from ..query.guard import quoted
+from ..query.guard import quoted, reading_files
 from ..report.drawing import plate_layout, well_name
-from ..stages.profile import NOT_FEATURES, PLACES
-from .cell_filters import (
-    Chosen,
-    chosen_cells,
-    features_known,
-    keep_selection,
-    kept_selection,
-)
-from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, reading, stop
-from .requests import ask, explorer_of, kept, page, text, url_of, waited_for, whole
+from ..stages.profile import PLACES
+from .cell_filters import Chosen, chosen_cells, keep_selection, kept_selection
+from .known_features import Feature, features_known, profile_features
+from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, stop
+from .requests import ask, asking, explorer_of, kept, page, text, url_of, whole
 from .sql_views import as_file
 from .well_colours import OKABE_ITO, viridis
 
@@ -73,7 +67,6 @@ GROUPS_OF_RUN = {
 """The same, of a predict run."""
 NAMES_OF_TREATMENTS = ("treatment", "label", "predicted")
 """Of these, negative controls are one group of its own."""
-UNITS = {"pixel": "pixels", "pixel^2": "pixels²", "intensity": "grey levels", "radian": "radians"}
 
 ABOUT = "SELECT {} AS key, treatment, target, control, plate, batch, dose FROM {} ORDER BY key"
 """What is known of images, or of wells."""
@@ -81,16 +74,6 @@ RIGHT_WRONG = {"right": "#0072b2", "wrong": "#d55e00"}
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-
-class Axis(NamedTuple):
-    """A number of each cell or well: the SQL ``value`` of rows ``origin``, whose ids are ``id``."""
-
-    name: str
-    title: str
-    value: str
-    origin: str
-    id: str
 
 
 @dataclass
@@ -133,40 +116,14 @@ class Plot:
         return chosen_cells(self.request, of_run=self.of_run)
 
     @cached_property
-    def sets(self) -> dict[str, dict[str, Axis]]:
+    def sets(self) -> dict[str, dict[str, Feature]]:
         """The measurements by the set that they are of, then by their names in the address."""
         if self.profiles is not None:
-            return {"profile": kept(self.request, ("profile", self.profiles), self._of_profile)}
-        units = kept(self.request, ("units",), lambda: _units(self.request))
-        found: dict[str, dict[str, Axis]] = {}
+            return {"profile": profile_features(self.request, self.profiles)}
+        found: dict[str, dict[str, Feature]] = {}
         for name, item in features_known(self.request).items():
-            group, _, column = name.rpartition(".")
-            unit = units.get((group, column)) or units.get(("", column), "") if group else ""
-            unit = unit or units.get((group or "basic", column), "")
-            title = f"{name} ({unit})" if unit else name
-            found.setdefault(group or "basic", {})[name] = Axis(
-                name, title, item.column, item.origin, "cell_id"
-            )
+            found.setdefault(name.rpartition(".")[0] or "basic", {})[name] = item
         return found
-
-    def _of_profile(self) -> dict[str, Axis]:
-        import pyarrow.parquet as pq
-
-        assert self.profiles is not None
-        workspace = self.explorer.workspace
-        with workspace.database.read() as session:
-            files = files_of(session, self.profiles, ArtifactKind.PROFILES)
-        if not files:
-            raise UserInputError(f"Profile run {self.profiles} has no profiles.")
-        with self.explorer.reader.questions() as questions:
-            known = {name for name, _ in questions.columns("profiles")}
-        names = pq.read_schema(workspace.artifacts.existing(files[0].path)).names
-        origin = f"profiles WHERE run_id = {self.profiles}"
-        return {
-            name: Axis(name, name, quoted(name), origin, "well_id")
-            for name in names
-            if name not in NOT_FEATURES and name in known
-        }
 
     def usual(self) -> tuple[str, str]:
         """What is on the axes where the address does not say it."""
@@ -177,7 +134,7 @@ class Plot:
         names = [*wanted, *(name for name in known if name not in wanted)]
         return (names[0], names[-1] if len(names) < 2 else names[1]) if names else ("", "")
 
-    def axis(self, name: str) -> Axis:
+    def axis(self, name: str) -> Feature:
         """Return what an axis of this name shows: a feature, or ``pca:SET:1``, ``umap:SET:2``.
 
         Raises:
@@ -193,7 +150,7 @@ class Plot:
             if not number.isdecimal() or not 1 <= int(number[:9]) <= len(found.titles):
                 raise UnknownNameError(f"{name[:60]!r} is none of its {len(found.titles)} axes.")
             title = f"{found.titles[int(number) - 1]} of {of}"
-            return Axis(name, title, f"c{int(number)}", reading(found), "id")
+            return Feature(title, f"c{int(number)}", reading_files([found.path]), id="id")
         for axes in self.sets.values():
             if name in axes:
                 return axes[name]
@@ -316,10 +273,7 @@ class Plot:
     def points(self, window: tuple[float, ...] | None) -> Points:
         """Return the points, in an order of chance: none of a group lies above all others."""
         sql, values = self.joined(window)
-        with (
-            self.explorer.reader.questions(SECONDS) as questions,
-            waited_for(self.request, questions),
-        ):
+        with asking(self.request, SECONDS) as questions:
             arrays = questions.ask_ours(sql, values).arrays()
         ids = np.asarray(arrays["id"], np.int64)
         order = np.random.default_rng(0).permutation(len(ids))
@@ -434,19 +388,6 @@ def _columns(request: Request, sql: str, names: tuple[str, ...]) -> dict[str, ND
         name: np.array([row[name] for row in rows] + [None], object)[:-1] for name in GROUPS
     }
     return found | {"key": np.array([row["key"] for row in rows], np.int64)}
-
-
-def _units(request: Request) -> dict[tuple[str, str], str]:
-    """The unit of each feature, by its set and name; of a group, of the set made last."""
-    found = {}
-    for row in ask(request, "SELECT name, columns FROM feature_sets ORDER BY id"):
-        for item in json.loads(row["columns"]):
-            unit = str(item.get("unit") or "1")
-            if unit != "1":
-                named = UNITS.get(unit, unit)
-                found[row["name"], item["name"]] = named
-                found[row["name"].rpartition("_")[0], item["name"]] = named
-    return found
 
 
 def _state(request: Request, origin: str) -> tuple[Any, ...]:
@@ -572,10 +513,7 @@ def _density(
     binned = f"SELECT {parts}, count(*) AS n FROM ({sql}) GROUP BY ALL"  # noqa: S608 - ours
 
     def find() -> dict[str, Any]:
-        with (
-            plot.explorer.reader.questions(SECONDS) as questions,
-            waited_for(plot.request, questions),
-        ):
+        with asking(plot.request, SECONDS) as questions:
             return questions.ask_ours(binned, values).arrays()
 
     rows = kept(plot.request, ("density", _digest(binned, values)), find)

@@ -144,14 +144,9 @@ class Guard:
         return None
 
 
-def check_csrf(request: Request, given: str | None) -> None:
-    """Check what a page that writes has sent along.
-
-    Raises:
-        HTTPException: it is not the token of this server.
-    """
-    known = request.app.state.explorer.csrf
-    if not _same(request.headers.get("x-csrf-token") or given or "", known):
+def check_csrf(request: Request) -> None:
+    """Check that a page that writes has sent the token of this server along."""
+    if not _same(request.headers.get("x-csrf-token", ""), request.app.state.explorer.csrf):
         raise HTTPException(403, "Load the page again, then repeat this.")
 
 
@@ -237,7 +232,6 @@ def make_app(
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.add_middleware(Guard, explorer=explorer, hosts=hosts)
     app.state.explorer = explorer
-    app.state.addresses = {route.path for route in routes}
     return app
 
 

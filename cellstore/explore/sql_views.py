@@ -30,7 +30,7 @@ from ..query.saved_queries import (
     find_question,
     saved_questions,
 )
-from .requests import explorer_of, page, text, url_of, waited_for
+from .requests import asking, explorer_of, page, text, url_of, waited_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,7 +64,7 @@ def sql_page(request: Request) -> Response:
 
 def names(request: Request) -> Response:
     """Every table, view and feature set with its columns, for the list and for completion."""
-    with explorer_of(request).reader.questions() as questions, waited_for(request, questions):
+    with asking(request) as questions:
         found = described(questions)
     order = {"view": 0, "feature set": 1, "table": 2, "step": 3}
     relations = [
@@ -108,10 +108,7 @@ def answer(request: Request) -> Response:
     count, stopped = 0, ""
     try:
         asked = _asked(request)
-        with (
-            explorer_of(request).reader.questions(SECONDS) as questions,
-            waited_for(request, questions),
-        ):
+        with asking(request, SECONDS) as questions:
             found = questions.ask(asked.sql, asked.values)
             schema = found.schema
             try:
@@ -132,8 +129,6 @@ def answer(request: Request) -> Response:
         values = {"error": str(error), "line": line, "wrong": wrong[:LONG]}
         return page(request, "answer.html.j2", 400, **values)
     heads = schema.names[:SHOWN_COLUMNS]
-    # The pages that there are: those whose address names a thing.
-    there = {path.split("/")[1] for path in request.app.state.addresses if "{" in path}
     here = request.url.path
     query = f"?{request.url.query}" if request.url.query else ""
     return page(
@@ -141,7 +136,7 @@ def answer(request: Request) -> Response:
         "answer.html.j2",
         error="",
         heads=[(name, str(schema.field(i).type)) for i, name in enumerate(heads)],
-        rows=[_shown(heads, row, there) for row in rows],
+        rows=[_shown(heads, row) for row in rows],
         count=count,
         columns=len(schema.names),
         stopped=stopped,
@@ -254,9 +249,7 @@ def _values(column: pa.Array) -> list[Any]:
         return list(column.cast("string").to_pylist())
 
 
-def _shown(
-    heads: Sequence[str], row: Sequence[Any], pages: set[str]
-) -> list[tuple[str, str, str, str]]:
+def _shown(heads: Sequence[str], row: Sequence[Any]) -> list[tuple[str, str, str, str]]:
     """Return each value as text, its class, where it leads, and the whole where it was cut."""
     plates = [row[heads.index(name)] for name in ("plate", "barcode") if name in heads]
     found = []
@@ -270,9 +263,9 @@ def _shown(
         elif isinstance(value, float):
             words = f"{value:.6g}"
         link = ""
-        if value is not None and _PAGES.get(name) in pages:
+        if value is not None and name in _PAGES:
             link = url_of(_PAGES[name], value)
-        elif name == "well" in pages and value is not None and [*plates, None][0] is not None:
+        elif name == "well" and value is not None and [*plates, None][0] is not None:
             link = url_of("well", plates[0], value)
         words = words if len(words) <= LONG else f"{words[: LONG - 1]}…"
         found.append((words, kind, link, whole[:LONGEST_TITLE] if whole != words else ""))
