@@ -86,9 +86,9 @@ def _of_cells(request: Request) -> dict[str, Feature]:
     with explorer.workspace.database.read() as session:
         for item in session.scalars(select(FeatureSet).order_by(FeatureSet.id)):
             group = group_of(item.name) or item.name
-            for column in item.columns:
-                unit = unit_in_words(column.get("unit"))
-                units[item.name, column["name"]] = units[group, column["name"]] = unit
+            for made in item.columns:
+                unit = unit_in_words(made.get("unit"))
+                units[item.name, made["name"]] = units[group, made["name"]] = unit
             if item.storage == FeatureStorage.FILES:
                 relations.append(item.name)
                 groups.add(group)

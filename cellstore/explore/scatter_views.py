@@ -570,7 +570,7 @@ def keep(request: Request) -> Response:
     """
     from .server import check_csrf
 
-    check_csrf(request, None)
+    check_csrf(request)
     body = from_thread.run(request.body)
     if text(request, "bits") is not None:
         ids = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little"))
