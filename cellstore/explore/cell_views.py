@@ -48,13 +48,14 @@ from .cell_filters import (
     chosen_cells,
 )
 from .known_features import feature_of, features_known
-from .pixels import SHEET_COLUMNS, crop_sheet, usual_channels
+from .pixels import LARGEST_SIDE, SHEET_COLUMNS, jpeg, sheet_pixels, usual_channels
 from .requests import (
     ask,
     choice,
     explorer_of,
     kept,
     page,
+    row_of,
     text,
     url_of,
     whole,
@@ -365,7 +366,7 @@ def _shown_run(request: Request) -> int | None:
 def _looks(request: Request) -> dict[str, Any]:
     """How crops look: pixels of a side, channels, and whether there are outlines (1 or 0)."""
     usual = kept(request, ("side of crops",), lambda: _usual_side(request))
-    side = whole(request, "side", usual, low=SIDES[0], high=SIDES[-1]) or usual
+    side = whole(request, "side", usual, low=SIDES[0], high=LARGEST_SIDE) or usual
     given = [item for item in request.query_params.getlist("channels") if item]
     known = {name.lower(): name for name in _channels(request)}
     for name in given[:MOST_CHANNELS]:
@@ -635,7 +636,7 @@ def sheet(request: Request) -> Response:
     looks = _looks(request)
     if len(ids) * looks["side"] ** 2 > PER_SHEET * SIDES[-1] ** 2:
         raise UserInputError("These are too many cells for one picture. Ask for fewer at a time.")
-    made = crop_sheet(
+    made = sheet_pixels(
         explorer_of(request),
         [int(item) for item in ids],
         side=looks["side"],
@@ -643,20 +644,14 @@ def sheet(request: Request) -> Response:
         outlines=bool(looks["outlines"]),
     )
     headers = {"Cache-Control": "private, max-age=600"}
-    return Response(made, media_type="image/jpeg", headers=headers)
+    return Response(jpeg(made), media_type="image/jpeg", headers=headers)
 
 
 def cell(request: Request) -> Response:
     """Lead to the field of a cell."""
-    number = request.path_params["cell_id"]
-    found = None
-    if number.isdecimal() and len(number) <= 18:
-        query = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
-        with explorer_of(request).workspace.database.read() as session:
-            found = session.scalar(query.where(Cell.id == int(number)))
-    if found is None:
-        raise UnknownNameError(f"There is no cell {number[:40]}.")
-    return RedirectResponse(url_of("field", found, cell=int(number)), 303)
+    with explorer_of(request).workspace.database.read() as session:
+        found = row_of(session, Cell, request.path_params["cell_id"])
+        return RedirectResponse(url_of("field", found.segmentation.image_id, cell=found.id), 303)
 
 
 ROUTES = [
@@ -664,5 +659,5 @@ ROUTES = [
     Route("/cells/more", more),
     Route("/cells/count", count),
     Route("/cells/sheet", sheet),
-    Route("/cell/{cell_id}", cell),
+    Route("/cell/{cell_id:int}", cell),
 ]

@@ -10,7 +10,7 @@ import asyncio
 import shlex
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ import duckdb
 import jinja2
 from anyio import from_thread
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -292,6 +293,14 @@ def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
         explorer.answers.pop(old, None)
     value: T = found[1]
     return value
+
+
+def row_of(session: Session, model: type[T], number: int, options: Sequence[Any] = ()) -> T:
+    """Return a row by its number, read with some ``options``; raises NotFoundError."""
+    found = session.get(model, number, options=options) if number < 2**63 else None
+    if found is None:
+        raise NotFoundError(f"There is no {model.__name__.lower()} {number}.")
+    return found
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:

@@ -26,7 +26,18 @@ from ..report.scoring import report
 from ..report.votes import SUBSETS
 from ..settings import need
 from ..stages.hits import hits_result
-from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+from .requests import (
+    NotFoundError,
+    ask,
+    choice,
+    explorer_of,
+    kept,
+    page,
+    row_of,
+    text,
+    url_of,
+    whole,
+)
 
 RUNS = 100
 """Runs of a page."""
@@ -91,17 +102,9 @@ HITS = """
 
 
 def find_run(request: Request) -> Run:
-    """Return the run of an address.
-
-    Raises:
-        NotFoundError: there is none of this number.
-    """
-    number = request.path_params["run"]
+    """Return the run of an address; raises NotFoundError."""
     with explorer_of(request).workspace.database.read() as session:
-        found = session.get(Run, number, options=WITH_MODEL) if number < 2**63 else None
-    if found is None:
-        raise NotFoundError(f"There is no run {number}. All runs are at /runs.")
-    return found
+        return row_of(session, Run, request.path_params["run"], WITH_MODEL)
 
 
 # All runs

@@ -19,7 +19,7 @@ from cellstore.enums import AnnotationKind, ImageFlagReason, Level, Stage
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.explore import cell_views
 from cellstore.explore.cell_filters import chosen_cells, keep_selection
-from cellstore.explore.pixels import crop_sheet
+from cellstore.explore.pixels import jpeg, sheet_pixels
 from cellstore.explore.server import make_app
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Annotation, Cell, Image, Segmentation
@@ -324,7 +324,7 @@ def test_the_form_leads_to_a_plain_address_and_hostile_ones_to_a_sentence(
     listed = ",".join(map(str, some))
     shown = client.get(f"/cells/sheet?cells={listed}&side=48")
     explorer = client.app.state.explorer  # type: ignore[attr-defined]
-    assert shown.content == crop_sheet(explorer, some, side=48, outlines=True)
+    assert shown.content == jpeg(sheet_pixels(explorer, some, side=48, outlines=True))
     assert shown.headers["content-type"] == "image/jpeg"
     assert client.get("/cell/nix").status_code == client.get("/cell/999999999").status_code == 404
     there = client.get(f"/cell/{some[0]}", follow_redirects=False).headers["location"]
