@@ -21,6 +21,7 @@ from ..enums import (
     Control,
     ImageFlagReason,
     Level,
+    Stage,
 )
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..jobs.run_names import find_predict_run
@@ -56,6 +57,7 @@ from .requests import (
     kept,
     page,
     row_of,
+    runs_done,
     text,
     url_of,
     whole,
@@ -92,16 +94,6 @@ SHORT_WORDS = {
     "annotated": "labelled by people",
     "cells": "cells",
 }
-RUNS = """
-    SELECT r.id, s.name AS split,
-        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared', 'network') AS model
-    FROM runs AS r
-    LEFT JOIN runs AS t ON t.id = r.parent_id
-    LEFT JOIN recipes AS p ON p.id = t.recipe_id
-    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
-    WHERE r.stage = 'predict' AND r.status = 'done'
-    ORDER BY r.id DESC LIMIT 200
-"""
 PEOPLE = """
     SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
     ORDER BY a.label LIMIT 100
@@ -352,9 +344,6 @@ def _told(crop: Mapping[str, Any], run: int | None, name: str) -> str:
 
 def _shown_run(request: Request) -> int | None:
     """The predict run whose answers are told where the filters name none."""
-    runs = kept(request, ("predict runs",), lambda: ask(request, RUNS))
-    if not runs:
-        return None
     with explorer_of(request).workspace.database.read() as session:
         try:
             found = find_predict_run(session, NEWEST)
@@ -590,7 +579,7 @@ def _choices(request: Request) -> dict[str, Any]:
         "labels": [row["value"] for row in labels],
         "run_names": [
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
-            for row in ask(request, RUNS)
+            for row in runs_done(request, Stage.PREDICT)
         ],
         "people": [row["label"] for row in ask(request, PEOPLE)],
         "channels": _channels(request),

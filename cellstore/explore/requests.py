@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from ..db.events import caller
+from ..enums import Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
@@ -301,6 +302,23 @@ def row_of(session: Session, model: type[T], number: int, options: Sequence[Any]
     if found is None:
         raise NotFoundError(f"There is no {model.__name__.lower()} {number}.")
     return found
+
+
+RUNS = """
+    SELECT r.id, s.name AS split,
+        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared',
+            CASE WHEN t.id IS NOT NULL THEN 'network' END) AS model
+    FROM runs AS r LEFT JOIN runs AS t ON t.id = r.parent_id AND t.stage = 'train'
+    LEFT JOIN recipes AS p ON p.id = t.recipe_id
+    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
+    WHERE r.stage = $stage AND r.status = 'done' ORDER BY r.id DESC LIMIT 200
+"""
+
+
+def runs_done(request: Request, stage: Stage) -> list[dict[str, Any]]:
+    """Return ``id``, ``split`` and ``model`` of the runs of a stage that are done, newest first."""
+    given = {"stage": stage.value}
+    return kept(request, ("runs done", stage), lambda: ask(request, RUNS, given))
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:

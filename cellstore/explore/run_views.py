@@ -34,6 +34,7 @@ from .requests import (
     kept,
     page,
     row_of,
+    runs_done,
     text,
     url_of,
     whole,
@@ -238,15 +239,12 @@ def _failures(request: Request, run_id: int) -> list[dict[str, Any]]:
 
 def _about_labels(request: Request, run: Run) -> dict[str, Any]:
     """Other predict runs, with which this one can be compared."""
-    query = select(Run).where(Run.stage == Stage.PREDICT, Run.status == Status.DONE)
-    query = query.where(Run.id != run.id).order_by(Run.id.desc()).limit(200)
-    query = query.options(*WITH_MODEL)
-    with explorer_of(request).workspace.database.read() as session:
-        others = [(x.id, f"run {x.id}, {_model(x)}") for x in session.scalars(query)]
+    others = {row["id"]: f"run {row['id']}, {row['model']}"
+              for row in runs_done(request, Stage.PREDICT) if row["id"] != run.id}  # fmt: skip
     other = whole(request, "other")
-    if other is not None and other not in dict(others):
+    if other is not None and other not in others:
         raise UserInputError(f"There is no other predict run {other} that is done.")
-    return {"others": others, "other": other}
+    return {"others": others.items(), "other": other}
 
 
 def report_part(request: Request) -> Response:

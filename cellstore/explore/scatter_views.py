@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..db.bulk import IN_AT_ONCE
-from ..enums import Stage, Status
+from ..enums import Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
 from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
@@ -31,7 +31,7 @@ from ..stages.profile import PLACES
 from .cell_filters import Chosen, chosen_cells, keep_selection, kept_selection
 from .known_features import Feature, features_known, profile_features
 from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, stop
-from .requests import ask, asking, explorer_of, kept, page, text, url_of, whole
+from .requests import ask, asking, explorer_of, kept, page, runs_done, text, url_of, whole
 from .sql_views import as_file
 from .well_colours import OKABE_ITO, viridis
 
@@ -40,8 +40,8 @@ MOST_POINTS = 1_000_000
 BINS = 256
 """Parts of the plane along each axis."""
 SECONDS = 120.0
-SHOWN_FEATURES, SHOWN_RUNS = 1_000, 100
-"""Of a feature set, in the form; and runs."""
+SHOWN_FEATURES = 1_000
+"""Of a feature set, in the form."""
 NAMED_GROUPS = 7
 """Groups with a colour of their own: the most frequent ones."""
 OTHERS, CONTROLS, NOTHING = 8, 9, 10
@@ -216,7 +216,7 @@ class Plot:
         """What points may be coloured by, besides features."""
         if self.profiles is not None:
             return GROUPS
-        has_run = kept(self.request, ("scatter runs",), lambda: _runs(self.request))["predict"]
+        has_run = runs_done(self.request, Stage.PREDICT)
         return GROUPS | GROUPS_OF_RUN if has_run else GROUPS
 
     def colour_title(self) -> str:
@@ -397,16 +397,6 @@ def _state(request: Request, origin: str) -> tuple[Any, ...]:
     return tuple(ask(request, sql)[0].values())
 
 
-def _runs(request: Request) -> dict[str, list[int]]:
-    with explorer_of(request).workspace.database.read() as session:
-        found = {}
-        for stage in (Stage.PREDICT, Stage.PROFILE):
-            query = select(Run.id).where(Run.stage == stage, Run.status == Status.DONE)
-            found[stage.value] = list(session.scalars(query.order_by(Run.id.desc())
-                                                      .limit(SHOWN_RUNS)))  # fmt: skip
-        return found
-
-
 # Pages
 
 
@@ -420,7 +410,10 @@ def scatter(request: Request) -> Response:
         plot=plot,
         options=plot.options(),
         groups=plot.groups(),
-        runs=kept(request, ("scatter runs",), lambda: _runs(request)),
+        runs={
+            stage.value: [row["id"] for row in runs_done(request, stage)]
+            for stage in (Stage.PREDICT, Stage.PROFILE)
+        },
         run=text(request, "run", ""),
         most=IN_AT_ONCE,
         chips=[

@@ -131,15 +131,6 @@ VERDICT = """
     WHERE h.run_id = $run AND p.barcode IN (SELECT unnest($plates))
 """
 PLATE_SETS = "SELECT result -> 'plate_sets' AS sets FROM runs WHERE id = $run"
-RUNS = """
-    SELECT r.id, s.name AS split, r.started_at,
-        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared',
-            CASE WHEN t.id IS NOT NULL THEN 'network' END) AS model
-    FROM runs AS r LEFT JOIN runs AS t ON t.id = r.parent_id AND t.stage = 'train'
-    LEFT JOIN recipes AS p ON p.id = t.recipe_id
-    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
-    WHERE r.stage = $stage AND r.status = 'done' ORDER BY r.id DESC LIMIT 200
-"""
 
 
 @dataclass(frozen=True)
@@ -288,24 +279,16 @@ WRITTEN = 60
 
 
 @dataclass(frozen=True)
-class LegendEntry:
-    """A colour of a legend, and how many wells have it."""
-
-    words: str
-    colour: str
-    wells: int
-
-
-@dataclass(frozen=True)
 class Scale:
     """The colour of each well, by its id, and the legend.
 
-    Numbers have ``ticks``: the shares (0 to 1) of the bar where numbers stand; groups ``entries``.
+    Groups have ``entries``: words, colour, and number of wells. Numbers have ``ticks``: what stands
+    below the bar, at equal distances.
     """
 
     colours: Mapping[int, str]
-    entries: tuple[LegendEntry, ...] = ()
-    ticks: tuple[tuple[float, str], ...] = ()
+    entries: Sequence[tuple[str, str, int]] = ()
+    ticks: Sequence[str] = ()
 
 
 def viridis(share: float) -> str:
@@ -357,16 +340,14 @@ def make_scale(
             if name not in colours and (colour := next(free, None)):
                 colours[name] = colour
         colours = {name: colours[name] for name in ranked if name in colours}
-    entries = [
-        LegendEntry(short(name, WRITTEN), colour, counts[name]) for name, colour in colours.items()
-    ]
+    entries = [(short(name, WRITTEN), colour, counts[name]) for name, colour in colours.items()]
     if found.order is not None and len(entries) > MOST_DOSES:
         step = -(-len(entries) // MOST_DOSES)
         entries = entries[::step]
     if more := [name for name in counts if name not in colours]:
         words = f"{len(more)} other" + ("s" if len(more) > 1 else "")
-        entries.append(LegendEntry(words, OTHERS, sum(counts[name] for name in more)))
-    return Scale({w: colours.get(name, OTHERS) for w, name in groups.items()}, tuple(entries))
+        entries.append((words, OTHERS, sum(counts[name] for name in more)))
+    return Scale({w: colours.get(name, OTHERS) for w, name in groups.items()}, entries)
 
 
 def _of_numbers(numbers: Mapping[int, float], found: WellValues) -> Scale:
@@ -379,5 +360,5 @@ def _of_numbers(numbers: Mapping[int, float], found: WellValues) -> Scale:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         beyond = "≤ " if share == 0 and min(values) < low else ""
         beyond = "≥ " if share == 1 and max(values) > high else beyond
-        ticks.append((share, beyond + brief(low + share * (high - low))))
-    return Scale(colours, ticks=tuple(ticks))
+        ticks.append(beyond + brief(low + share * (high - low)))
+    return Scale(colours, ticks=ticks)
