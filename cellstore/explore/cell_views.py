@@ -47,6 +47,7 @@ from .cell_filters import (
     OTHER,
     Chosen,
     chosen_cells,
+    id_list,
 )
 from .known_features import feature_of, features_known
 from .pixels import LARGEST_SIDE, SHEET_COLUMNS, jpeg, sheet_pixels, usual_channels
@@ -619,15 +620,13 @@ def count(request: Request) -> Response:
 
 def sheet(request: Request) -> Response:
     """Return the picture of a sheet of crops."""
-    ids = [item for item in (text(request, "cells") or "").split(",") if item.strip()]
-    if not all(item.isdecimal() and len(item) <= 18 for item in ids):
-        raise UserInputError("cells has to be whole numbers with commas between.")
+    ids = id_list("cells", text(request, "cells") or "")
     looks = _looks(request)
     if len(ids) * looks["side"] ** 2 > PER_SHEET * SIDES[-1] ** 2:
         raise UserInputError("These are too many cells for one picture. Ask for fewer at a time.")
     made = sheet_pixels(
         explorer_of(request),
-        [int(item) for item in ids],
+        ids,
         side=looks["side"],
         channels=looks["channels"],
         outlines=bool(looks["outlines"]),

@@ -134,7 +134,7 @@ def small_maps(request: Request) -> Response:
     names = tuple(row["plate"] for row in listed if row["wells"])
 
     def read() -> tuple[Scale, dict[str, Any]]:
-        wells = _wells_of(request, names)
+        wells = wells_of(request, names)
         scale = make_scale(of_wells(wells, "treatment"), wells)
         return scale, {name: _small_map(some, scale) for name, some in _by(wells, "plate").items()}
 
@@ -280,7 +280,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
         run = None
-    wells = _wells_of(request, shown)
+    wells = wells_of(request, shown)
 
     def read() -> tuple[WellValues, Scale, list[str], str | None, str]:
         known: dict[str, Feature] = {}
@@ -310,11 +310,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
 
     key = ("map", shown, kind, feature, changed, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)
-    groups: dict[str, int] = {}
-    maps = []
-    for barcode in shown:
-        own = [row for row in wells if row["plate"] == barcode]
-        maps.append((barcode, *_grid(own, found, scale, groups, treatment)))
+    maps, there = plate_maps(shown, wells, found, scale, treatment)
     beside = _neighbours(request, barcodes[0]) if len(barcodes) == 1 else {}
     return page(
         request,
@@ -337,9 +333,8 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         treatment=treatment,
         treatments=sorted({row["treatment"] for row in wells if row["treatment"]})[:5_000],
         beside=beside,
-        there={kind for _, _, _, rows in maps for _, row in rows
-               for well in row if well for kind in well["kinds"]},
-    )  # fmt: skip
+        there=there,
+    )
 
 
 def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | None:
@@ -359,20 +354,30 @@ def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
     return {"before": before, "after": after}
 
 
-def _grid(
+def plate_maps(
+    barcodes: Sequence[str],
     wells: Sequence[Record],
     found: WellValues,
     scale: Scale,
-    groups: dict[str, int],
-    treatment: str | None,
-) -> tuple[int, int, list[tuple[str, list[dict[str, Any] | None]]]]:
-    """Rows and columns of a map, and its rows: their letter, and a well or nothing."""
-    rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
-    grid: list[list[dict[str, Any] | None]] = [[None] * columns for _ in range(rows)]
-    for row in wells:
-        made = _mapped(row, found, scale, groups, treatment)
-        grid[row["well_row"] - 1][row["well_column"] - 1] = made
-    return rows, columns, [(well_name(at + 1, 1)[:-2], line) for at, line in enumerate(grid)]
+    treatment: str | None = None,
+) -> tuple[list[tuple[str, int, int, list[Any]]], set[str]]:
+    """Return name, rows, columns and lines of each map, and what kinds of wells there are.
+
+    A line is its letter, and what is known of its wells, or None where there is none.
+    """
+    groups: dict[str, int] = {}
+    maps, there = [], set[str]()
+    for barcode in barcodes:
+        own = [row for row in wells if row["plate"] == barcode]
+        rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in own])
+        grid: list[list[dict[str, Any] | None]] = [[None] * columns for _ in range(rows)]
+        for row in own:
+            made = _mapped(row, found, scale, groups, treatment)
+            grid[row["well_row"] - 1][row["well_column"] - 1] = made
+            there.update(made["kinds"])
+        lines = [(well_name(at, 1)[:-2], line) for at, line in enumerate(grid, 1)]
+        maps.append((barcode, rows, columns, lines))
+    return maps, there
 
 
 def _mapped(
@@ -460,7 +465,7 @@ RUNS_OF_WELL = """
 def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    wells = _wells_of(request, (barcode,))
+    wells = wells_of(request, (barcode,))
     at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
     if at is None:
         raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
@@ -514,8 +519,8 @@ def well(request: Request) -> Response:
     )
 
 
-def _wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The wells of plates in order, rows of ``WELLS``."""
+def wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the wells of plates in order, rows of ``WELLS``."""
     found = kept(
         request, ("wells", barcodes), lambda: ask(request, WELLS, {"plates": list(barcodes)})
     )
@@ -616,7 +621,7 @@ def _said(session: Session, well_id: int) -> list[dict[str, Any]]:
 
 def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    found = [row for row in _wells_of(request, (barcode,)) if row["well"] == name]
+    found = [row for row in wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
         raise NotFoundError(f"Plate {barcode} has no well {name}.")
     return found[0]

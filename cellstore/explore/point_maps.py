@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import threading
 import time
@@ -74,11 +73,7 @@ class PointMap(NamedTuple):
 
 
 class NotYetError(Exception):
-    """A map is being made; the text says how far. ``job`` names it for :func:`stop`."""
-
-    def __init__(self, progress: str, job: str) -> None:
-        super().__init__(progress)
-        self.job = job
+    """A map is being made; the text says how far."""
 
 
 class _GivenUpError(Exception):
@@ -132,14 +127,7 @@ def point_map(explorer: Explorer, kind: str, rows: Rows) -> PointMap:
             job.thread = threading.Thread(target=_carry_out, args=work, daemon=True)
             job.thread.start()
         job.asked = time.monotonic()
-        raise NotYetError(job.progress, digest)
-
-
-def stop(explorer: Explorer, job: str) -> None:
-    """Let a map that is being made go: nobody waits for it."""
-    known: dict[str, _Job] = explorer.kept.get("point maps", {})
-    if (found := known.get(job)) is not None:
-        found.asked = -math.inf
+        raise NotYetError(job.progress)
 
 
 def _opened(path: Path) -> PointMap:

@@ -7,7 +7,6 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlencode
@@ -26,14 +25,21 @@ from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
 from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
 from ..query.guard import quoted, reading_files
-from ..report.drawing import plate_layout, well_name
 from ..stages.profile import PLACES
-from .cell_filters import Chosen, chosen_cells, keep_selection, kept_selection
+from .cell_filters import (
+    Chosen,
+    bits_of,
+    chosen_cells,
+    ids_of,
+    keep_selection,
+    kept_selection,
+)
 from .known_features import Feature, features_known, profile_features
-from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, stop
+from .plate_views import plate_maps, wells_of
+from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map
 from .requests import ask, asking, explorer_of, kept, page, runs_done, text, url_of, whole
 from .sql_views import as_file
-from .well_colours import OKABE_ITO, viridis
+from .well_colours import OKABE_ITO, WellValues, make_scale
 
 MOST_POINTS = 1_000_000
 """Points that a browser gets; of more, how many lie in each part of the plane."""
@@ -68,26 +74,18 @@ GROUPS_OF_RUN = {
 NAMES_OF_TREATMENTS = ("treatment", "label", "predicted")
 """Of these, negative controls are one group of its own."""
 
-ABOUT = "SELECT {} AS key, treatment, target, control, plate, batch, dose FROM {} ORDER BY key"
-"""What is known of images, or of wells."""
+OF_WELLS = """SELECT well_id AS key, treatment, target, control, plate, batch, dose,
+        NULL AS label, NULL AS subset
+    FROM well_table ORDER BY key"""
+OF_IMAGES = """SELECT i.image_id AS key, i.treatment, i.target, i.control, i.plate, i.batch, i.dose,
+        r.truth AS label, r.subset
+    FROM image_table AS i LEFT JOIN run_images AS r ON r.run_id = $run AND r.image_id = i.image_id
+    ORDER BY key"""
+"""What colours points, by well and by image; two columns are of a predict run."""
 RIGHT_WRONG = {"right": "#0072b2", "wrong": "#d55e00"}
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-
-@dataclass
-class Points:
-    """N points: ``ids`` of cells or wells, ``x``, ``y``, and what colours them.
-
-    ``colour``: numbers (N,), NaN where there is none; or with ``groups`` the number of each.
-    """
-
-    ids: Ids
-    x: Floats
-    y: Floats
-    colour: NDArray[Any]
-    groups: list[dict[str, Any]]
 
 
 class Plot:
@@ -270,27 +268,32 @@ class Plot:
         key = "points", _digest(counting, values)
         return int(kept(self.request, key, lambda: ask(self.request, counting, values)[0]["n"]))
 
-    def points(self, window: tuple[float, ...] | None) -> Points:
-        """Return the points, in an order of chance: none of a group lies above all others."""
+    def points(
+        self, window: tuple[float, ...] | None
+    ) -> tuple[Ids, Floats, Floats, NDArray[Any], list[dict[str, Any]] | None]:
+        """Return ids, x and y of points (N,), their colours, and what groups these are.
+
+        Colours are numbers, NaN where there is none, or with groups the number of each. The order
+        is of chance: none of a group lies above all others.
+        """
         sql, values = self.joined(window)
         with asking(self.request, SECONDS) as questions:
             arrays = questions.ask_ours(sql, values).arrays()
+        x, y, colour = (filled(arrays[name], np.nan).astype(np.float32) for name in "xyc")
+        groups = None
+        if self.colour in GROUPS | GROUPS_OF_RUN:
+            colour, groups = self._grouped(np.asarray(arrays["key"]), arrays["label_id"])
         ids = np.asarray(arrays["id"], np.int64)
         order = np.random.default_rng(0).permutation(len(ids))
-        x, y = (filled(arrays[name], np.nan).astype(np.float32) for name in "xy")
-        keys, labels = arrays["key"], arrays["label_id"]
-        if self.colour not in GROUPS | GROUPS_OF_RUN:
-            colour = filled(arrays["c"], np.nan).astype(np.float32)
-            return Points(ids[order], x[order], y[order], colour[order], [])
-        colour, groups = self._grouped(np.asarray(keys), labels)
-        return Points(ids[order], x[order], y[order], colour[order], groups)
+        return ids[order], x[order], y[order], colour[order], groups
 
-    def _grouped(self, keys: Ids, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any]]:
+    def _grouped(self, keys: Ids, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any] | None]:
         """Return what colours points whose image or well is ``keys``: numbers, or of groups."""
         about = self._about()
-        at = np.minimum(np.searchsorted(about["key"], keys), max(0, len(about["key"]) - 1))
+        known = about["key"].astype(np.int64)
+        at = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
         if self.colour == "dose":
-            return np.asarray(about["dose"], np.float32)[at], []
+            return np.asarray(about["dose"], np.float32)[at], None
         numbers: dict[Any, int] = {None: 0}
         if self.colour in ("predicted", "result"):
             names = {row["id"]: row["value"] for row in ask(self.request, "FROM labels")}
@@ -311,22 +314,13 @@ class Plot:
 
     def _about(self) -> dict[str, NDArray[Any]]:
         """What is known of each image or well, by what colours points."""
-        images = self.profiles is None
-        which = ("image_id", "image_table") if images else ("well_id", "well_table")
-        found = kept(self.request, ("about", which), lambda: _columns(self.request, ABOUT, which))
         run = self.chosen.run if self.of_run else None
-        if run is None:
-            return found
-        sql = f"SELECT image_id AS key, truth, subset FROM run_images WHERE run_id = {run}"  # noqa: S608
-        truths = kept(self.request, ("truths", run), lambda: ask(self.request, sql))
-        by_key = {row["key"]: row for row in truths}
-        nothing: dict[str, Any] = {"truth": None, "subset": None}
-        rows = [by_key.get(int(key), nothing) for key in found["key"]]
-        more = {"label": "truth", "subset": "subset"}
-        return found | {
-            name: np.array([row[column] for row in rows] + [None], object)[:-1]
-            for name, column in more.items()
-        }
+        rows = kept(self.request, ("about", self.unit, run), lambda: (
+            ask(self.request, OF_WELLS) if self.profiles is not None
+            else ask(self.request, OF_IMAGES, {"run": run})
+        ))  # fmt: skip
+        names = ("key", *GROUPS, "label", "subset")
+        return {name: np.array([*(row[name] for row in rows), None], object)[:-1] for name in names}
 
 
 def _codes(names: Iterable[Any], numbers: dict[Any, int]) -> NDArray[np.int64]:
@@ -380,14 +374,6 @@ def named_groups(
         total = int(sum(counts[at] for at in members))
         legend.append({"code": code, "name": words[code], "count": total})
     return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
-
-
-def _columns(request: Request, sql: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    rows = ask(request, sql.format(*names))
-    found: dict[str, NDArray[Any]] = {
-        name: np.array([row[name] for row in rows] + [None], object)[:-1] for name in GROUPS
-    }
-    return found | {"key": np.array([row["key"] for row in rows], np.int64)}
 
 
 def _state(request: Request, origin: str) -> tuple[Any, ...]:
@@ -463,23 +449,17 @@ def points(request: Request) -> Response:
         n = plot.count(window)
         if n > MOST_POINTS:
             return _packed(*_density(plot, window, head))
-        found = plot.points(window)
+        ids, x, y, colour, groups = plot.points(window)
     except NotYetError as error:
-        return JSONResponse({"progress": str(error), "job": error.job}, 202)
-    head |= {"kind": "points", "n": len(found.ids), "whole": window is None}
-    if found.groups or found.colour.dtype == np.uint8:
-        head["colour"]["groups"] = found.groups
+        return JSONResponse({"progress": str(error)}, 202)
+    head |= {"kind": "points", "n": len(ids), "whole": window is None}
+    if groups is not None:
+        head["colour"]["groups"] = groups
     else:
-        known = found.colour[np.isfinite(found.colour)]
+        known = colour[np.isfinite(colour)]
         low, high = np.percentile(known, [2, 98]) if len(known) else (0, 1)
         head["colour"] |= {"low": float(low), "high": float(high), "known": len(known)}
-    return _packed(head, found.ids.astype("<f8"), found.x, found.y, found.colour)
-
-
-def stop_map(request: Request) -> Response:
-    """Stop making a map that a page no longer waits for."""
-    stop(explorer_of(request), text(request, "job") or "")
-    return Response(status_code=204)
+    return _packed(head, ids.astype("<f8"), x, y, colour)
 
 
 def _density(
@@ -557,48 +537,37 @@ def point(request: Request) -> Response:
 
 
 def keep(request: Request) -> Response:
-    """Keep the points within a lasso, whose ids come as bytes.
-
-    They are float64, little endian; with ``bits=1`` bits: of id N bit N % 8 of byte N // 8.
-    """
+    """Keep the points within a lasso, whose ids come as bits: of id N bit N % 8 of byte N // 8."""
     from .server import check_csrf
 
     check_csrf(request)
-    body = from_thread.run(request.body)
-    if text(request, "bits") is not None:
-        ids = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little"))
-    else:
-        if len(body) % 8:
-            raise UserInputError("A selection is a list of numbers of 8 bytes each.")
-        given = np.frombuffer(body, "<f8")
-        ids = np.where(np.isfinite(given) & (abs(given) < 2**53), given, -1).astype(np.int64)
+    bits = from_thread.run(request.body)
+    ids = ids_of(bits)
     last = "SELECT greatest((SELECT max(id) FROM cells), (SELECT max(id) FROM wells)) AS id"
-    if len(ids) and not 0 < ids.min() <= ids.max() <= (ask(request, last)[0]["id"] or 0):
+    if len(ids) and not 0 < ids[0] <= ids[-1] <= (ask(request, last)[0]["id"] or 0):
         raise UserInputError("A selection is a list of ids of cells or wells.")
-    n = len(ids)
     if text(request, "profiles") is not None:
         sql = """SELECT c.id FROM cells AS c JOIN segmentations AS s ON s.id = c.segmentation_id
             JOIN images AS i ON i.id = s.image_id
             WHERE i.well_id IN (SELECT unnest($wells))"""
         with explorer_of(request).reader.questions(SECONDS) as questions:
             arrays = questions.ask_ours(sql, {"wells": ids[:10_000].tolist()}).arrays()
-        ids = np.asarray(arrays["id"], np.int64)
-    return JSONResponse({"selection": keep_selection(explorer_of(request), ids), "n": n})
+        bits = bits_of(np.asarray(arrays["id"], np.int64))
+    return JSONResponse({"selection": keep_selection(explorer_of(request), bits)})
 
 
 def selected_ids(request: Request) -> Response:
-    """The ids of a selection that is kept, as float64, little endian: of cells, or of wells."""
-    ids = kept_selection(explorer_of(request), text(request, "selection") or "")
+    """The ids of a selection that is kept, as bits: of cells, or of wells."""
+    bits = kept_selection(explorer_of(request), text(request, "selection") or "")
     if text(request, "profiles") is not None:
-        ids = np.array([row["well_id"] for row in _wells(request)], np.int64)
-    return Response(ids.astype("<f8").tobytes(), media_type="application/octet-stream")
+        bits = bits_of(np.array([row["well_id"] for row in _wells(request)], np.int64))
+    return Response(bits, media_type="application/octet-stream")
 
 
 def _wells(request: Request) -> list[dict[str, Any]]:
     """The wells of a selection, each with the number of its cells in it."""
     chosen = chosen_cells(request)
-    sql = f"""SELECT w.plate, w.well, w.well_row, w.well_column, w.well_id, w.treatment, w.control,
-            c.n
+    sql = f"""SELECT w.plate, w.well_id, w.treatment, w.control, c.n
         FROM (
             SELECT i.well_id, count(*) AS n FROM ({chosen.query}) AS t
             JOIN images AS i ON i.id = t.image_id GROUP BY i.well_id
@@ -618,43 +587,29 @@ def selected(request: Request) -> Response:
         found[0] += row["n"]
         found[1] += 1
     listed = sorted(treatments.items(), key=lambda item: -item[1][0])
-    plates: dict[str, list[dict[str, Any]]] = {}
+    cells = Counter[str]()
     for row in wells:
-        plates.setdefault(row["plate"], []).append(row)
-    fullest = sorted(plates, key=lambda plate: -sum(row["n"] for row in plates[plate]))
-    most = max((row["n"] for row in wells), default=0)
+        cells[row["plate"]] += row["n"]
+    fullest = [plate for plate, _ in cells.most_common(SHOWN_PLATES)]
+    of_plates = wells_of(request, tuple(sorted(fullest))) if fullest else []
+    numbers = dict.fromkeys((row["well_id"] for row in of_plates), 0.0)
+    numbers |= {row["well_id"]: float(row["n"]) for row in wells}
+    values = WellValues("Selected cells", numbers, limits=(0.0, max(numbers.values(), default=1.0)))
+    scale = make_scale(values, of_plates)
+    maps, there = plate_maps(fullest, of_plates, values, scale)
     return page(
         request,
         "selected.html.j2",
         name=name,
-        cells=sum(row["n"] for row in wells),
+        cells=cells.total(),
         wells=wells,
-        plates={p: _count_map(p, plates[p], most) for p in fullest[:SHOWN_PLATES]},
-        most=most,
-        n_plates=len(plates),
+        maps=maps,
+        there=there,
+        scale=scale,
+        n_plates=len(cells),
         treatments=listed[:SHOWN_TREATMENTS],
         n_treatments=len(listed),
     )
-
-
-def _count_map(plate: str, wells: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """The cells of a selection in each well, as a map of the plate; ``most`` is the lightest."""
-    by_position = {(row["well_row"], row["well_column"]): row for row in wells}
-    rows, columns = plate_layout(list(by_position))
-    grid = []
-    for at in range(1, rows + 1):
-        line: list[dict[str, str] | None] = []
-        for column in range(1, columns + 1):
-            row = by_position.get((at, column))
-            if row is None:
-                line.append(None)
-                continue
-            role = f" ({row['control']} control)" if row["control"] else ""
-            words = f"{row['well']}, {row['treatment'] or 'unknown'}{role}: {row['n']:,}"
-            url = url_of("well", plate, row["well"])
-            line.append({"url": url, "words": words, "colour": viridis(row["n"] / most)})
-        grid.append((well_name(at, 1)[:-2], line))
-    return {"columns": columns, "rows": grid}
 
 
 def selected_file(request: Request) -> Response:
@@ -671,7 +626,6 @@ def selected_file(request: Request) -> Response:
 ROUTES = [
     Route("/scatter", scatter),
     Route("/scatter/points", points),
-    Route("/scatter/stop", stop_map),
     Route("/scatter/point", point),
     Route("/scatter/selected", selected),
     Route("/scatter/selected.bin", selected_ids),

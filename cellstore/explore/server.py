@@ -61,7 +61,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-LARGEST_BODY = 8 << 20
+LARGEST_BODY = 32 << 20
+"""Bytes of a request: a bit for each cell that may be selected."""
 LONGEST_ADDRESS = 32_768
 COOKIE = "cellstore_token"
 MALLOC_ARENA_MAX = -8
