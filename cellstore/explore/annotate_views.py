@@ -125,9 +125,7 @@ def used_labels(request: Request) -> Response:
 def _sent(request: Request) -> dict[str, Any]:
     """Return what a page has sent, checked: texts, and a list of ids or names.
 
-    Raises:
-        HTTPException: the token of the page is missing.
-        UserInputError: it is something else.
+    Raises HTTPException or UserInputError.
     """
     check_csrf(request)
     try:

@@ -91,11 +91,7 @@ def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) ->
     ``prefix`` stands before the names of all of them. Nothing that is joined has a row for each
     cell and a text in it, so that some million cells are looked through in a fraction of a second.
     ``of_run``: those that a predict run has labelled, also where no filter is about it.
-
-    Raises:
-        UserInputError: a value cannot be meant.
-        UnknownNameError: there is no such run, feature or selection.
-        QueryError: ``where`` is wrong, or does more than read.
+    Raises UserInputError or UnknownNameError or QueryError.
     """
     return _Filters(request, prefix, of_run=of_run).chosen()
 

@@ -309,6 +309,7 @@ def cell_panel(request: Request) -> Response:
     cell_id, segmentation = (whole(request, name) for name in ("cell", "segmentation"))
     label = whole(request, "object", high=2**31 - 1)
     with explorer.workspace.database.read() as session:
+        image = row_of(session, Image, number)
         if cell_id is None:
             query = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
             query = query.where(Segmentation.image_id == number, Cell.object_number == label)
@@ -317,7 +318,6 @@ def cell_panel(request: Request) -> Response:
                 raise UnknownNameError(f"Segmentation {segmentation} has no cell {label} here.")
         cell = _cell_of(session, number, cell_id)
         assert cell is not None
-        image = session.get_one(Image, number)
         rows, columns = (cell.min_row, cell.max_row), (cell.min_col, cell.max_col)
         sides = [
             high - low for low, high in (rows, columns) if low is not None and high is not None

@@ -65,8 +65,7 @@ def unit_in_words(unit: str | None) -> str:
 def feature_of(request: Request, name: str) -> Feature:
     """Return a measurement of cells by its name: ``area``, or ``texture.contrast`` of a set.
 
-    Raises:
-        UnknownNameError: there is none.
+    Raises UnknownNameError.
     """
     known = features_known(request)
     if name not in known:
@@ -108,11 +107,7 @@ def _of_cells(request: Request) -> dict[str, Feature]:
 
 
 def profile_features(request: Request, run_id: int) -> dict[str, Feature]:
-    """Return the features of the wells of a profile run by name.
-
-    Raises:
-        UserInputError: the run has none.
-    """
+    """Return the features of the wells of a profile run by name; raises UserInputError."""
     return kept(request, ("profile", run_id), lambda: _of_wells(request, run_id))
 
 

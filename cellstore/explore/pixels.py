@@ -135,8 +135,7 @@ def _chosen(
 ) -> dict[int, list[ChannelFile]]:
     """The files of some channels of images, by any case; what an image lacks is left out.
 
-    Raises:
-        UnknownNameError: none of the images has such a channel.
+    Raises UnknownNameError.
     """
     known = {file.channel.lower(): file.channel for some in files.values() for file in some}
     for name in channels:
@@ -185,11 +184,7 @@ def field_thumbnail(
     together, each in its colour, or one in grey; see :func:`usual_channels`. ``outlines``: of the
     cells of a segmentation, the newest unless another is named. Pictures with the same mark are
     the same.
-
-    Raises:
-        UnknownNameError: there is no such image or segmentation, or it has no such channel.
-        UserInputError: ``width`` is out of range.
-        ImageError: a file is gone or has changed, or the masks do not fit.
+    Raises UnknownNameError or UserInputError or ImageError.
     """
     if not 16 <= width <= WIDEST:
         raise UserInputError(f"width has to be between 16 and {WIDEST} pixels, not {width}.")
@@ -239,8 +234,7 @@ Mask = tuple[str, str]
 def mask_of(session: Session, image_id: int, segmentation_id: int | None) -> Mask | None:
     """Return the masks of a segmentation, or of the usual one; None may be known of either.
 
-    Raises:
-        UnknownNameError: the image has no such segmentation.
+    Raises UnknownNameError.
     """
     if segmentation_id is None:
         found = usual_segmentation(session, image_id)
@@ -283,10 +277,7 @@ def sheet_pixels(
     contrast of its plate; at the rim of the field it is moved inwards, and what a field smaller
     than it lacks is black. ``outlines``: of the cell itself. A crop
     that cannot be read is grey with a cross.
-
-    Raises:
-        UnknownNameError: there is no such cell, or none of the images has such a channel.
-        UserInputError: ``side`` is out of range, or there are too many cells.
+    Raises UnknownNameError or UserInputError.
     """
     if not SMALLEST_SIDE <= side <= LARGEST_SIDE:
         raise UserInputError(

@@ -59,8 +59,6 @@ MOST_PLATES = 12
 """Plates that are shown side by side."""
 LISTED_PLATES = 500
 LISTED_RUNS = 12
-SELECTABLE = 400
-"""Features of a list to choose from; of more, names are typed."""
 PICTURE = 320
 """Pixels of a picture of a field, at least."""
 
@@ -323,7 +321,6 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         run=run,
         features=features,
         feature=feature,
-        selectable=SELECTABLE,
         title=found.title,
         unit=found.unit,
         scale=scale,

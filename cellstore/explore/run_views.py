@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from ..enums import Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..models import Image, Job, Plate, Run, Split, Well
+from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
 from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
@@ -48,8 +48,6 @@ HIT_ROWS = 1_000
 """Treatments that are listed."""
 CURVES = 6
 """Treatments whose dose curves are drawn."""
-FAILURES = 20
-"""Reasons of failures that are listed."""
 LISTED = 40
 """Values of a list that are shown."""
 
@@ -88,6 +86,15 @@ VOTED_IMAGES = """
     ORDER BY v.share DESC NULLS LAST, v.image_id
     LIMIT $most OFFSET $after
 """
+FAILURES = """
+    SELECT j.*, i.plate || '/' || i.well || '/' || i.site AS name
+    FROM (
+        SELECT error, count(*) AS n, min(image_id) AS image FROM jobs
+        WHERE run_id = ? AND status = 'failed' GROUP BY error
+    ) AS j LEFT JOIN image_table AS i ON i.image_id = j.image
+    ORDER BY n DESC LIMIT 20
+"""
+"""The most frequent reasons of failed jobs, each with an image."""
 CELL_PAIRS = """
     SELECT r.truth, l.value AS predicted, CAST(sum(c.cells) AS BIGINT) AS n
     FROM image_label_counts AS c
@@ -200,7 +207,7 @@ def run_page(request: Request) -> Response:
         "listed": LISTED,
     }
     if record["jobs"].get("failed"):
-        values["failures"] = _failures(request, run.id)
+        values["failures"] = ask(request, FAILURES, [run.id])
     if run.stage == Stage.PREDICT:
         values |= _about_labels(request, run)
     if run.stage == Stage.HITS:
@@ -216,25 +223,6 @@ def run_page(request: Request) -> Response:
 def _values(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), shown(name, x, digits=64, most=LISTED))
             for name, x in found.items() if x not in (None, [], {}, "")]  # fmt: skip
-
-
-def _failures(request: Request, run_id: int) -> list[dict[str, Any]]:
-    """Reasons of failed jobs, the most frequent first, each with an image."""
-    query = select(Job.error, func.count(), func.min(Job.image_id)).group_by(Job.error)
-    query = query.where(Job.run_id == run_id, Job.status == Status.FAILED)
-    query = query.order_by(func.count().desc()).limit(FAILURES)
-    names = select(Image.id, Plate.barcode, Well.name, Image.site)
-    names = names.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-    with explorer_of(request).workspace.database.read() as session:
-        rows = session.execute(query).all()
-        known = {
-            row[0]: f"{row[1]}/{row[2]}/{row[3]}"
-            for row in session.execute(names.where(Image.id.in_([row[2] for row in rows])))
-        }
-    return [
-        {"error": error, "n": number, "image": image, "name": known.get(image, "")}
-        for error, number, image in rows
-    ]
 
 
 def _about_labels(request: Request, run: Run) -> dict[str, Any]:

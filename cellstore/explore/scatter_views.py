@@ -91,7 +91,8 @@ Ids = NDArray[np.int64]
 class Plot:
     """What an address means: which cells or wells, what is on the axes, and what colours them.
 
-    ``profiles``: the number of a profile run whose wells are shown; None: cells are.
+    ``profiles``: the number of a profile run whose wells are shown; None: cells are. ``notes`` say
+    how the maps were made that :meth:`axis` has returned.
     """
 
     def __init__(self, request: Request) -> None:
@@ -107,6 +108,7 @@ class Plot:
         self.y = text(request, "y", usual[1]) or ""
         self.colour = text(request, "colour", "treatment") or ""
         self.of_run = self.profiles is None and self.colour in GROUPS_OF_RUN
+        self.notes: dict[str, None] = {}
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -135,9 +137,7 @@ class Plot:
     def axis(self, name: str) -> Feature:
         """Return what an axis of this name shows: a feature, or ``pca:SET:1``, ``umap:SET:2``.
 
-        Raises:
-            UnknownNameError: there is no such feature, set or map.
-            NotYetError: its map is being made.
+        Raises UnknownNameError or NotYetError.
         """
         kind, _, rest = name.partition(":")
         if kind in ("pca", "umap") and rest:
@@ -145,6 +145,7 @@ class Plot:
             if of not in self.sets:
                 raise UnknownNameError.of("feature set", of, list(self.sets))
             found = self.map(kind, of)
+            self.notes[found.note] = None
             if not number.isdecimal() or not 1 <= int(number[:9]) <= len(found.titles):
                 raise UnknownNameError(f"{name[:60]!r} is none of its {len(found.titles)} axes.")
             title = f"{found.titles[int(number) - 1]} of {of}"
@@ -187,15 +188,6 @@ class Plot:
                 key += f" {chosen.query} {sorted(given.items())}"
         found = Rows(key, self.unit, sql, given, columns, alike)
         return point_map(self.explorer, kind, found)
-
-    def notes(self) -> list[str]:
-        """Say how the maps on the axes were made."""
-        found: dict[str, None] = {}
-        for name in (self.x, self.y):
-            kind, _, rest = name.partition(":")
-            if kind in ("pca", "umap") and rest.rpartition(":")[0] in self.sets:
-                found[self.map(kind, rest.rpartition(":")[0]).note] = None
-        return list(found)
 
     def options(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """What the axes may show, in groups: the name in the address, and in words."""
@@ -444,7 +436,7 @@ def points(request: Request) -> Response:
             "unit": plot.unit,
             "titles": [axis.title for axis in axes],
             "colour": {"title": plot.colour_title()},
-            "notes": plot.notes(),
+            "notes": list(plot.notes),
         }
         n = plot.count(window)
         if n > MOST_POINTS:

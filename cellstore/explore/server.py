@@ -246,8 +246,7 @@ def serve(
 ) -> None:
     """Answer until Ctrl-C; ``ready`` is told the address when the pages can be opened.
 
-    Raises:
-        UserInputError: the port is taken, or there is no such host.
+    Raises UserInputError.
     """
     import socket
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -47,14 +46,6 @@ FILES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.pa
 _PAGES = {"plate": "plate", "barcode": "plate", "image_id": "field", "cell_id": "cell"}
 _PAGES |= {"run_id": "run"}
 """Columns whose values name a thing with a page of its own; wells need their plate, too."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question, and what is bound to its parameters."""
-
-    sql: str
-    values: Mapping[str, object]
 
 
 def sql_page(request: Request) -> Response:
@@ -107,9 +98,9 @@ def answer(request: Request) -> Response:
     rows: list[Sequence[Any]] = []
     count, stopped = 0, ""
     try:
-        asked = _asked(request)
+        sql, values = _asked(request)
         with asking(request, SECONDS) as questions:
-            found = questions.ask(asked.sql, asked.values)
+            found = questions.ask(sql, values)
             schema = found.schema
             try:
                 for batch in found.batches():
@@ -124,10 +115,10 @@ def answer(request: Request) -> Response:
                 stopped = str(error)
     except UserInputError as error:
         line = getattr(error, "line", None)
-        lines = asked.sql.splitlines() if line else []
+        lines = sql.splitlines() if line else []
         wrong = lines[line - 1].strip() if line and line <= len(lines) else ""
-        values = {"error": str(error), "line": line, "wrong": wrong[:LONG]}
-        return page(request, "answer.html.j2", 400, **values)
+        wrong = wrong[:LONG]
+        return page(request, "answer.html.j2", 400, error=str(error), line=line, wrong=wrong)
     heads = schema.names[:SHOWN_COLUMNS]
     here = request.url.path
     query = f"?{request.url.query}" if request.url.query else ""
@@ -148,10 +139,10 @@ def answer(request: Request) -> Response:
 def download(request: Request) -> Response:
     """All rows of an answer as a file, which is written while it is sent."""
     _check_ours(request)
-    asked = _asked(request)
+    sql, values = _asked(request)
     name = request.path_params.get("name", "answer")
     kind = request.path_params["kind"]
-    return as_file(request, f"{name}.{kind}", lambda found: found.ask(asked.sql, asked.values))
+    return as_file(request, f"{name}.{kind}", lambda found: found.ask(sql, values))
 
 
 def as_file(request: Request, name: str, ask: Callable[[Questions], Answer]) -> Response:
@@ -187,14 +178,14 @@ def _typed(request: Request) -> str:
     return found
 
 
-def _asked(request: Request) -> Asked:
-    """The question of a request: the saved one of its path, else what was typed."""
+def _asked(request: Request) -> tuple[str, Mapping[str, object]]:
+    """The saved question of the path, or what was typed, and what is bound to its parameters."""
     name = request.path_params.get("name")
     if name is None:
-        return Asked(_typed(request), {})
+        return _typed(request), {}
     workspace = explorer_of(request).workspace
     question = find_question(workspace, name)
-    return Asked(question.query, bound(workspace, question, _given(request, question)))
+    return question.query, bound(workspace, question, _given(request, question))
 
 
 def _given(request: Request, question: SavedQuestion) -> dict[str, str]:

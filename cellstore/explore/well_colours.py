@@ -158,11 +158,7 @@ def read_values(
     run: int | None,
     feature: Feature | None,
 ) -> WellValues:
-    """Return what ``wells`` (rows of ``WELLS``) are coloured by; see ``KINDS``.
-
-    Raises:
-        UserInputError: no plate has doses.
-    """
+    """Return what ``wells`` (rows of ``WELLS``) are coloured by; raises UserInputError."""
     plates = sorted({row["plate"] for row in wells})
     if kind in ("treatment", "dose", "control", "cells"):
         found = of_wells(wells, kind)

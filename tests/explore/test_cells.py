@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from cellstore.enums import AnnotationKind, ImageFlagReason, Level, Stage
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.explore import cell_views
-from cellstore.explore.cell_filters import chosen_cells, keep_selection
+from cellstore.explore.cell_filters import bits_of, chosen_cells, keep_selection
 from cellstore.explore.pixels import jpeg, sheet_pixels
 from cellstore.explore.server import make_app
 from cellstore.jobs.workspace import Workspace
@@ -118,7 +118,7 @@ def test_filters_choose_the_cells_that_plain_sql_does(
     assert ids(app, **both) == plain(screen, "w.name = 'B02'")
     assert ids(app, "b.", **both) == plain(screen, f"w.name = 'B03' AND f.area >= {area}")
     some = sorted(plain(screen, "true"))[3::7]
-    name = keep_selection(app.state.explorer, np.array(some[::-1], np.int64))
+    name = keep_selection(app.state.explorer, bits_of(np.array(some[::-1], np.int64)))
     assert ids(app, selection=name) == ids(app, cells=",".join(map(str, some))) == set(some)
 
 
