@@ -358,18 +358,11 @@ class Params:
         return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
-CELLS = "Which cells"
-NETWORK = "The network"
-LEARNING = "How it learns"
-HARDWARE = "How it is carried out"
 BASELINES = "Instead of a network"
-SECTIONS = (CELLS, NETWORK, LEARNING, HARDWARE, BASELINES)
-"""Headings of the help, in their order."""
-
-cells = partial(option, section=CELLS)
-network = partial(option, section=NETWORK)
-learning = partial(option, section=LEARNING)
-hardware = partial(option, section=HARDWARE)
+cells = partial(option, section="Which cells")
+network = partial(option, section="The network")
+learning = partial(option, section="How it learns")
+hardware = partial(option, section="How it is carried out")
 baseline = partial(option, section=BASELINES)
 
 # What several dataclasses declare alike.
@@ -1153,6 +1146,17 @@ class VoteOptions(Params):
     )
     controls: bool = option(True, "Whether control wells count.", negatable=True)
     exclude_flagged: str | None = _exclude_flagged()
+
+
+@dataclass(frozen=True)
+class Limits(Params):
+    """What one question may take; ``answer_mb``: as one table of Arrow."""
+
+    seconds: float = option(600.0, "Stop a question after this time.", metavar="S", min=0.1)
+    memory_mb: int = option(
+        2048, "Memory of a question; more goes to the disk.", name="--memory", metavar="MB", min=64
+    )
+    answer_mb: int = 1024
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from .config import (
     FinetuneParams,
     HitsParams,
     IngestParams,
+    Limits,
     MeasureParams,
     PredictParams,
     ProfileParams,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
     from .query.engine import Questions
-    from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison, HitsComparison

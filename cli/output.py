@@ -453,18 +453,13 @@ class Bar(Progress):
         from rich import progress
 
         if self._progress is None:
-            self._progress = progress.Progress(
-                progress.SpinnerColumn(),
+            columns = (
                 progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(bar_width=None),
+                progress.BarColumn(),
                 progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-                expand=True,
             )
+            self._progress = progress.Progress(*columns, console=self.console, transient=True)
             self._progress.start()
         self._tasks.append(self._progress.add_task(label, total=total))
 

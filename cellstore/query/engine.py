@@ -28,12 +28,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from ..artifacts import BorrowingFolder, part_prefix, sweep
-from ..config import VoteOptions
+from ..config import Limits, VoteOptions
 from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .guard import (
-    Limits,
     Parameters,
     Statement,
     literal,

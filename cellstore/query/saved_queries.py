@@ -13,13 +13,14 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from ..config import Limits
 from ..enums import Stage
 from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
 from .engine import Answer, open_questions
-from .guard import Limits, read_sql
+from .guard import read_sql
 
 KINDS = (
     *("predict run", "two predict runs", "train run", "qc run", "hits run", "run"),
