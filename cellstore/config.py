@@ -578,10 +578,6 @@ class IngestParams(Params):
         metavar="REGEX",
     )
     binary: bool = _binary()
-    layout: str | None = option(
-        None, "What kind of table the source is. Default: recognised by its content."
-    )
-    strict: bool = option(False, "Keep nothing of the source if one of its rows is refused.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
 

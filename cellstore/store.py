@@ -175,23 +175,26 @@ class Store(AbstractContextManager["Store"]):
         """Give the database connections back."""
         self.__exit__()
 
-    def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
+    def ingest(
+        self, source: str | Path, params: IngestParams | None = None, *, dry_run: bool = False
+    ) -> IngestResult:
         """Bring a source in: a table, an index, a database, or a folder of images, maps or masks.
 
         ``params`` say how to read it: the plate, the plate map, where images are. Doing it again
         changes nothing. Returns how many rows were created, updated, unchanged and refused, with
         the reasons (``issues``), and what it has brought (``plates``, ``wells``, ``images``).
+        ``dry_run``: nothing is written, and the result is what would be.
 
         >>> store.ingest("images/", IngestParams(plate=("P1",), platemap=Path("map.xlsx")))
 
         Raises:
             BadTableError: the source is empty, damaged or ambiguous, or lacks columns.
-            UndoneError: rows were refused under ``strict``; nothing of the source is written.
+            MissingExtraError: masks, and scikit-image is not installed.
             UserInputError: a file or folder is not there, or the plate is not known.
         """
         from .stages.ingest.ingest import ingest
 
-        return ingest(self.workspace, source, params)
+        return ingest(self.workspace, source, params, dry_run=dry_run)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Compare the image files of a selection with what is known of them.
@@ -210,13 +213,12 @@ class Store(AbstractContextManager["Store"]):
         old: str,
         new: str,
         *,
-        check: bool = False,
         dry_run: bool = False,
         reason: str | None = None,
     ) -> RelocateResult:
         """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
 
-        Every file must be there with its size and time; ``check`` reads all of them. All or
+        Every file must be there, of the same size and time or else the same content. All or
         nothing; ``dry_run`` only looks. Returns the folders and how many files they hold.
 
         >>> store.relocate("/mnt/old", "s3://bucket/new")
@@ -226,7 +228,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.ingest.ingest import relocate
 
-        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
+        return relocate(self.workspace, old, new, dry_run=dry_run, reason=reason)
 
     def segment(
         self,
@@ -764,18 +766,24 @@ class Store(AbstractContextManager["Store"]):
         """
         from .report.scoring import report
 
-        page = None if html is None else Path(html)
+        look = None
+        if html is not None:
+            need("report")
+            from .report.report_page import write_page
+
+            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
         found = report(
             self.workspace,
             run,
             compare=compare,
             vote_options=vote_options,
             force=force,
-            html=page,
-            maps=maps,
+            look=look,
         )
-        self.wrote(page)
-        return found
+        if html is None:
+            return found
+        self.wrote(Path(html))
+        return replace(found, html=str(html))
 
     def cells(
         self,
@@ -1131,8 +1139,8 @@ class Store(AbstractContextManager["Store"]):
         they differ (``differing``).
 
         Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
-        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
-        effects, and the ``treatments`` with both verdicts.
+        many are hits of both, of one alone or of neither, a ``conclusion``, and the ``treatments``
+        with both verdicts.
 
         >>> store.compare(6, 11).conclusion
 
@@ -1153,19 +1161,17 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
 
-    def runs(
-        self, split: str | None = None, *, by: str = "test", every: bool = False
-    ) -> Leaderboard:
+    def runs(self, split: str | None = None, *, by: str = "test") -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
         ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
-        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+        whether the ``test`` or the ``validation`` images rank them.
 
         >>> pandas.DataFrame(store.runs().runs)
         """
         from .report.leaderboard import list_runs
 
-        return list_runs(self.workspace, split, by=by, every=every)
+        return list_runs(self.workspace, split, by=by)
 
     def votes(
         self,
