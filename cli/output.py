@@ -38,7 +38,6 @@ MIN_COLUMN = 10
 LINES = 4
 """Of a text in a table, at most."""
 SHOWN_PER_REASON = 10
-MANY_ALIKE = 3
 _QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
@@ -142,7 +141,7 @@ _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run",
 
 
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each.
+    """Print problems (where, reason, detail) by reason, the first few of each.
 
     What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
     """
@@ -152,16 +151,12 @@ def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
         alike: dict[str, list[str]] = {}
         for where, _, detail in (problem for problem in problems if problem[1] == reason):
             alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
-        lines: list[tuple[str, int]] = []
-        for some in alike.values():
-            if len(some) > MANY_ALIKE:
-                more = f"And {len(some) - 1:,} more like this."
-                lines.append((f"{some[0].rstrip('.')}. {more}", len(some)))
-            else:
-                lines += [(line, 1) for line in some]
-        for line, _ in lines[:SHOWN_PER_REASON]:
+        kinds = list(alike.values())
+        for line, *others in kinds[:SHOWN_PER_REASON]:
+            if others:
+                line = f"{line.rstrip('.')}. And {len(others):,} more like this."  # noqa: PLW2901
             typer.echo(filled(cell(line), GAP * 3, GAP * 2))
-        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+        if left := sum(map(len, kinds[SHOWN_PER_REASON:])):
             typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
@@ -186,14 +181,11 @@ def table(
     file: BinaryIO | None = None,
     margin: str = "",
     widths: Sequence[int] = (),
-    *,
-    fits: bool = False,
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
     The width of a terminal, or ``widths`` of columns, are kept: long texts go on in the next line,
     and are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
-    ``fits``: in a pipe, too, where 80 columns are kept.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -205,8 +197,8 @@ def table(
     shown = len(headers)
     if not widths:
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-        if file is None and (fits or sys.stdout.isatty()):
-            room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        if file is None and sys.stdout.isatty():
+            room = shutil.get_terminal_size().columns
             least = [min(width, MIN_COLUMN) for width in widths]
             while not (fitting := narrowed(widths[:shown], room, least)) and shown > 1:
                 shown -= 1
@@ -255,8 +247,6 @@ class Format(StrEnum):
     XLSX = "xlsx"
 
 
-EXCEL_ROWS, EXCEL_COLUMNS, EXCEL_CHARACTERS = 1_048_576, 16_384, 32_767
-"""The most that a sheet of Excel and one of its cells hold."""
 EXACT = 1 << 53
 """From here on Excel changes the last digits of a whole number."""
 
@@ -283,12 +273,7 @@ class AnswerOptions:
     )
 
     def checked(self) -> "AnswerOptions":
-        """Return the options with their format; refuse what cannot be written, before any work.
-
-        Raises:
-            UserInputError: Parquet or Excel on the screen, a spreadsheet of something else than
-                CSV, or a file that is there already, or that has no folder.
-        """
+        """Return the options with their format; refuse what cannot be written, before any work."""
         found = self.format
         if self.output is not None:
             check_new_file(self.output, replace=self.replace)
@@ -415,11 +400,6 @@ def _write_excel(taken: _First, file: BinaryIO) -> None:
         number = isinstance(found, int) and not isinstance(found, bool)
         if number and abs(found) > EXACT:
             found = str(found)
-        if isinstance(found, str) and len(found) > EXCEL_CHARACTERS:
-            raise UserInputError(
-                f"Excel cannot hold this answer: a text has {len(found):,} characters. Take "
-                "--format csv or parquet."
-            )
         return found
 
     keeping = {"constant_memory": True, "nan_inf_to_errors": True}
@@ -431,12 +411,12 @@ def _write_excel(taken: _First, file: BinaryIO) -> None:
         sheet.freeze_panes(1, 0)
         sheet.write_row(0, 0, taken.answer.names, book.add_format({"bold": True}))
         for number, row in enumerate(taken.rows(), start=1):
-            if number >= EXCEL_ROWS or len(row) > EXCEL_COLUMNS:
+            if sheet.write_row(number, 0, map(value, row)) != 0:
                 raise UserInputError(
-                    f"Excel holds {EXCEL_ROWS - 1:,} rows and {EXCEL_COLUMNS:,} columns, and this "
-                    "answer has more. Take --format csv or parquet, or ask for less."
+                    "Excel cannot hold this answer: it has more than 1,048,575 rows or 16,384 "
+                    "columns, or a text of more than 32,767 characters. Take --format csv or "
+                    "parquet, or ask for less."
                 )
-            sheet.write_row(number, 0, map(value, row))
 
 
 class Notes(Progress):
@@ -466,18 +446,13 @@ class Bar(Progress):
         from rich import progress
 
         if self._progress is None:
-            self._progress = progress.Progress(
-                progress.SpinnerColumn(),
+            columns = (
                 progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(bar_width=None),
+                progress.BarColumn(),
                 progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-                expand=True,
             )
+            self._progress = progress.Progress(*columns, console=self.console, transient=True)
             self._progress.start()
         self._tasks.append(self._progress.add_task(label, total=total))
 

@@ -18,7 +18,8 @@ from .app import PRESET, Common, command, confirm
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.split import CheckResult, Deleted, SplitLine, SplitResult
+    from cellstore.analysis.leaks import SplitCheck
+    from cellstore.stages.split import Deleted, SplitLine, SplitResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 split = typer.Typer(
@@ -323,7 +324,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _show_check(result: CheckResult) -> None:
+def _show_check(result: SplitCheck) -> None:
     classes = f"{result.labels_in_both_subsets:,} of {result.labels:,}"
     rows: list[tuple[str, Any]] = [
         ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),

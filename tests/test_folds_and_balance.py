@@ -46,7 +46,7 @@ def groups_on(images: list[SplitImage], split: Assignment, side: Subset) -> list
 def test_the_test_sides_of_folds_partition_the_images(wells, seed, count, order) -> None:
     images = plate(wells)
     if sum(wells.values()) < count:
-        with pytest.raises(UserInputError, match=r"groups to put into|can be in"):
+        with pytest.raises(UserInputError, match=r"would test nothing|can be in"):
             folds(images, seed, count)
         return
     found = folds(images, seed, count)
@@ -108,7 +108,7 @@ def test_classes_that_some_fold_could_not_train_are_left_out_of_all() -> None:
     ("images", "count", "message"),
     [
         (plate({"a": 3, "b": 3}), 2, "2 folds cannot be 3 subsets"),
-        (plate({"a": 3, "b": 3}), 9, "6 groups to put into 9 folds: 'a' has 3 groups"),
+        (plate({"a": 3, "b": 3}), 9, "3 of 9 folds would test nothing: 'a' has 3 groups"),
         (plate({"a": 9, "b": 2}), 3, "needed: 'b' has 2 groups; a class needs 3 groups or more"),
         (plate({"a": 1, "b": 2}), 3, "Of 2 classes, 0 can be .* 'a' has 1 group, 'b' has 2 groups"),
         (plates("ab", "ab"), 3, "'a' has 2 groups, 'b' has 2 groups"),
@@ -136,15 +136,15 @@ def test_named_plates_are_on_their_sides() -> None:
 
 def test_a_class_that_no_named_plate_has_is_left_out() -> None:
     split = named_split(plates("abx", "ab", "ab"), 0, ["P2"], validation_size=0)
-    assert [(item.label, item.image_ids) for item in split.excluded] == [("x", (2,))]
+    assert [(item.label, item.images) for item in split.excluded] == [("x", 1)]
 
 
 @pytest.mark.parametrize(
     ("test", "validation", "message"),
     [
-        (["P1"], ["P1"], "In two subsets at once: 'P1'"),
-        (["P9"], [], "None of the images to split is on 'P9'. Those with images: 'P1', 'P2'"),
-        (["P1", "P2"], [], "None is left to train"),
+        (["P1"], ["P1"], "In two subsets at once: P1"),
+        (["P9"], [], "None of the images to split is on P9. Those with images: P1, P2"),
+        (["P1", "P2"], [], "No image is left to train"),
     ],
 )
 def test_plates_that_cannot_be_named(test, validation, message) -> None:
@@ -230,7 +230,7 @@ def test_classes_with_too_few_images_are_named() -> None:
     images = plate({"a": 3, "b": 2, "c": 1})
     found, out = enough(images, 6)
     assert {image.label for image in found} == {"a", "b"}
-    assert [(item.label, len(item.image_ids), item.reason) for item in out] == [
+    assert [(item.label, item.images, item.reason) for item in out] == [
         ("c", 3, "has fewer than 6 images")
     ]
     with pytest.raises(UserInputError, match="Of 3 classes, 1 have 9 images"):

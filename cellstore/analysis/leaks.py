@@ -7,8 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from ..enums import GroupLevel, Subset
+from ..notebooks import Shown
 
 _BROAD = re.compile(r"BRD-[A-Z]\d{8}(?=-|$)")
 """A Broad compound: what follows (``-001-02-4``) names its salt, batch and supplier."""
@@ -124,8 +126,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class SplitCheck:
-    """All findings (none: nothing found), worst first, and how much the subsets share."""
+class SplitCheck(Shown):
+    """What a split gives away: all findings, worst first, and how much the subsets share.
+
+    ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
+    their rows that were, ``refused`` the lines that could not be used, and ``images`` is 0.
+    ``unseen``: images whose files the store has not seen, so that their bytes were not compared.
+    ``relabelled``: wells that have another label now than the split keeps, with both.
+    """
 
     findings: tuple[Finding, ...]
     leaks: int
@@ -136,6 +144,13 @@ class SplitCheck:
     wells_in_both_subsets: int
     labels_in_both_subsets: int
     plates_in_both_subsets: int
+    split: str = ""
+    protocol: str = "imported"
+    group_level: str = ""
+    unseen: int = 0
+    rows: int = 0
+    refused: int = 0
+    relabelled: tuple[str, ...] = ()
 
 
 SubsetsOf = dict[str, set[Subset]]
@@ -197,21 +212,21 @@ def leaks(
             shown = tuple(found[:examples])
             findings.append(Finding(severity, kind, message, len(found), shown))
 
-    shared = [" ".join(well) for well, subsets in sorted(wells.items()) if len(subsets) > 1]
+    shared = [" ".join(well) for well in _in_several(wells)]
     message = f"{_of(len(shared), len(wells), 'well')} in both subsets."
     add(LeakSeverity.LEAK, LeakKind.WELL, shared, message)
 
-    same = sorted(digest for digest, subsets in digests.items() if len(subsets) > 1)
+    same = _in_several(digests)
     message = f"{_number(len(same), 'image file')} {_are(len(same))} in both subsets, byte by byte."
     add(LeakSeverity.LEAK, LeakKind.FILE, same, message)
 
-    on_plates = sorted(plate for plate, subsets in plates.items() if len(subsets) > 1)
+    on_plates = _in_several(plates)
     severity = LeakSeverity.LEAK if group_level is GroupLevel.PLATE else LeakSeverity.REMARK
     message = f"{_of(len(on_plates), len(plates), 'plate')} in both subsets."
     add(severity, LeakKind.PLATE, on_plates, message)
 
-    for severity, kind, found, message in _compound_findings(compounds, group_level):
-        add(severity, kind, found, message)
+    for finding in _compound_findings(compounds, group_level):
+        add(*finding)
 
     lacking = [
         f"{label}: not in {' and '.join(sorted(BOTH - subsets))}"
@@ -221,10 +236,10 @@ def leaks(
     message = f"{_of(len(lacking), len(labels), 'class', 'classes')} missing in train or test."
     add(LeakSeverity.WARNING, LeakKind.CLASS, lacking, message)
 
-    trained_labels = sorted(label for label, subsets in labels.items() if Subset.TRAIN in subsets)
-    absent = [label for label in trained_labels if Subset.VALIDATION not in labels[label]]
+    training = sorted(label for label, subsets in labels.items() if Subset.TRAIN in subsets)
     validating = sorted(label for label, subsets in labels.items() if Subset.VALIDATION in subsets)
-    message = f"{_of(len(absent), len(trained_labels), 'class', 'classes')} missing in validation."
+    absent = [label for label in training if label not in validating]
+    message = f"{_of(len(absent), len(training), 'class', 'classes')} missing in validation."
     severity = LeakSeverity.REMARK
     if len(validating) == 1:
         severity = LeakSeverity.WARNING
@@ -240,19 +255,15 @@ def leaks(
         mine = {plate for some in by_subset.values() for plate, _ in some}
         if len(mine) == 1 and len(plates) > 1:
             on_one.append(f"{label}: {min(mine)}")
-    message = (
-        f"{_of(len(on_one), len(wells_of), 'class', 'classes')} on one plate only: the plate gives "
-        "it away."
-    )
+    number = _of(len(on_one), len(wells_of), "class", "classes")
+    message = f"{number} on one plate only: the plate gives it away."
     add(LeakSeverity.WARNING, LeakKind.CONFOUNDED_PLATE, on_one, message)
 
     tested = {label: some[Subset.TEST] for label, some in wells_of.items() if Subset.TEST in some}
     trained = {label: some[Subset.TRAIN] for label, some in wells_of.items()}
     by_position = _by_position(trained, tested)
-    message = (
-        f"{_of(len(by_position), len(tested), 'class', 'classes')} predicted by well position "
-        "alone."
-    )
+    number = _of(len(by_position), len(tested), "class", "classes")
+    message = f"{number} predicted by well position alone."
     add(LeakSeverity.WARNING, LeakKind.CONFOUNDED_POSITION, by_position, message)
 
     ranks = list(LeakSeverity)
@@ -265,9 +276,14 @@ def leaks(
         wells=len(wells),
         labels=len(labels),
         wells_in_both_subsets=len(shared),
-        labels_in_both_subsets=sum(len(subsets) > 1 for subsets in labels.values()),
+        labels_in_both_subsets=len(_in_several(labels)),
         plates_in_both_subsets=len(on_plates),
+        group_level=group_level.value,
     )
+
+
+def _in_several(subsets_of: Mapping[Any, set[Subset]]) -> list[Any]:
+    return sorted(key for key, subsets in subsets_of.items() if len(subsets) > 1)
 
 
 def _number(count: int, noun: str, plural: str | None = None) -> str:
@@ -333,7 +349,7 @@ def _compound_findings(
 
     by_compound = level is GroupLevel.PERTURBATION
     if by_compound or any(len(groups) > 1 for groups in of_label.values()):
-        found = sorted(names[group] for group, on in subsets.items() if len(on) > 1)
+        found = sorted(names[group] for group in _in_several(subsets))
         severity = LeakSeverity.LEAK if by_compound else LeakSeverity.WARNING
         message = f"{_of(len(found), len(subsets), 'compound')} in both subsets"
         message += "." if by_compound else ", not only their class."
@@ -345,10 +361,7 @@ def _compound_findings(
         if len({compound.spelling for compound in equal}) > 1
     }
     for kind, groups in ((LeakKind.SPELLING, by_name), (LeakKind.STRUCTURE, several_names)):
-        by_severity: dict[LeakSeverity, list[str]] = {
-            LeakSeverity.LEAK: [],
-            LeakSeverity.WARNING: [],
-        }
+        by_severity = {LeakSeverity.LEAK: list[str](), LeakSeverity.WARNING: list[str]()}
         for key, equal in sorted(groups.items()):
             of_name: SubsetsOf = defaultdict(set)
             for compound in equal:

@@ -1,7 +1,8 @@
 """Who trains and who tests: by image as published, by whole groups, or in folds.
 
-Classes are cut to size first (:func:`enough`, :func:`balanced`, :func:`cut_by_groups`); then images
-are assigned (:func:`grouped_split`, :func:`named_split`, :func:`folds`, :func:`published_split`).
+Classes are cut to size first (:func:`enough`, :func:`balanced`, :func:`cut_by_groups`,
+:func:`cut_largest`); then images are assigned (:func:`grouped_split`, :func:`named_split`,
+:func:`folds`, :func:`published_split`).
 The outcome depends on the seed and on the ids, groups and labels of the images, and not on their
 order.
 """
@@ -15,11 +16,11 @@ import statistics
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 from ..enums import Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError, some_of
 
 Cut = dict[str, tuple[int, int]]
 """The number of images before and after, by class that was cut."""
@@ -40,24 +41,19 @@ class SplitImage:
 
 @dataclass(frozen=True, slots=True)
 class ExcludedClass:
-    """Images of a class that are in no subset, and why."""
+    """A class that is in no subset, how many images it has, and why."""
 
     label: str
-    image_ids: tuple[int, ...]
+    images: int
     reason: str
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The outcome of a split.
-
-    ``subsets`` says the subset of each image, by ascending image id. ``excluded`` lists classes
-    that could not be split. ``downsampled``: the classes that the assignment itself has cut.
-    """
+    """The subset of each image, by ascending image id, and the classes that could not be split."""
 
     subsets: Mapping[int, Subset]
     excluded: tuple[ExcludedClass, ...] = ()
-    downsampled: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def draw_order(seed: int, purpose: str, key: object) -> tuple[str, str]:
@@ -108,25 +104,17 @@ def excluded_classes(
 
     ``unit``: what a group is: a well, a plate, ...
     """
-    images: dict[str, list[SplitImage]] = defaultdict(list)
-    for image in pool:
-        if image.label not in kept:
-            images[image.label].append(image)
+    counts = Counter(image.label for image in pool)
+    groups = groups_by_label(pool)
     found = []
-    for label, some in sorted(images.items()):
+    for label in sorted(counts.keys() - kept):
         why = reason or f"its {unit}s fell in one subset; try another seed"
-        if reason is None and len({image.group for image in some}) == 1:
+        if reason is None and len(groups[label]) == 1:
             why = f"has one {unit} only, and two are needed: add one to keep the class"
             if unit == "well":
                 why += ", or use --group image, which trains and tests on the same well"
-        found.append(ExcludedClass(label, tuple(image.image_id for image in some), why))
+        found.append(ExcludedClass(label, counts[label], why))
     return tuple(found)
-
-
-def quoted(names: Sequence[str], limit: int = 10) -> str:
-    """Return the first few names in quotes, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
 
 
 def enough(
@@ -166,7 +154,7 @@ def balanced(
     Raises ``UserInputError``: a class is named twice, is not there, or would have no image left.
     """
     pool = by_id(images)
-    sizes: dict[str, int] = defaultdict(int)
+    sizes = Counter[str]()
     for image in pool:
         sizes[image.label] += image.cells if by_cells else 1
     ranked = sorted(sizes, key=lambda label: (-sizes[label], label))
@@ -177,12 +165,14 @@ def balanced(
         if label not in sizes:
             raise UnknownNameError.of("class", label, sizes)
         if label in limits:
-            raise UserInputError(f"The class {label!r} is to be cut twice. Say it once.")
-        others = [number for other, number in sizes.items() if other != label]
+            raise UserInputError(f"The class {label!r} is to be cut twice. Name it once.")
+        others = [sizes[other] for other in ranked if other != label]
         if size.isdecimal():
             limits[label] = int(size)
         elif not others:
-            raise UserInputError(f"There is no other class than {label!r} to compare it with.")
+            raise UserInputError(
+                f"The only class is {label!r}: there is no other to compare it with."
+            )
         else:
             median = int(statistics.median(others))
             limits[label] = median if size == "median" else sizes[ranked[1]]
@@ -193,14 +183,14 @@ def balanced(
         if sizes[label] <= limit:
             continue
         mine = [image for image in pool if image.label == label]
-        keys = {image.image_id: draw_order(seed, "cap", image.image_id) for image in mine}
-        turns: dict[str, int] = defaultdict(int)  # how many images of a group come before
-        order = []
-        for image in sorted(mine, key=lambda image: keys[image.image_id]):
-            order.append((turns[image.group], keys[image.image_id], image))
+        mine.sort(key=lambda image: draw_order(seed, "cap", image.image_id))
+        turns = Counter[str]()  # how many images of a group come before
+        order: dict[int, list[SplitImage]] = defaultdict(list)
+        for image in mine:
+            order[turns[image.group]].append(image)
             turns[image.group] += 1
         kept, total = set[int](), 0
-        for _, _, image in sorted(order, key=lambda item: item[:2]):
+        for image in (image for turn in order.values() for image in turn):
             total += image.cells if by_cells else 1
             if total > limit:
                 break
@@ -211,7 +201,7 @@ def balanced(
                 f"{'cells' if by_cells else 'images'}. Allow more, or exclude the class with "
                 "--where."
             )
-        dropped |= keys.keys() - kept
+        dropped |= {image.image_id for image in mine} - kept
         cut[label] = (len(mine), len(kept))
     return [image for image in pool if image.image_id not in dropped], cut
 
@@ -234,6 +224,22 @@ def cut_by_groups(
     dropped = set(drawn(seed, "downsample", groups[label])[limit:])
     kept = [image for image in pool if image.group not in dropped]
     before, after = (sum(image.label == label for image in some) for some in (pool, kept))
+    return kept, {label: (before, after)}
+
+
+def cut_largest(images: Iterable[SplitImage], seed: int) -> tuple[list[SplitImage], Cut]:
+    """Cut a class that is larger than every other to the size of the second largest, by image.
+
+    Returns the images kept, and images before and after by class cut.
+    """
+    pool = by_id(images)
+    ranked = Counter(image.label for image in pool).most_common(2)
+    if len(ranked) < 2 or ranked[0][1] == ranked[1][1]:
+        return pool, {}
+    (label, before), (_, after) = ranked
+    mine = [image.image_id for image in pool if image.label == label]
+    dropped = set(sorted(mine, key=lambda key: draw_order(seed, "downsample", key))[after:])
+    kept = [image for image in pool if image.image_id not in dropped]
     return kept, {label: (before, after)}
 
 
@@ -300,15 +306,15 @@ def named_split(
     named = {*test, *validation}
     twice, absent = sorted(set(test) & set(validation)), sorted(named - set(groups))
     if twice:
-        raise UserInputError(f"In two subsets at once: {quoted(twice)}. Name each once.")
+        raise UserInputError(f"In two subsets at once: {some_of(twice)}. Name each once.")
     if absent:
         raise UserInputError(
-            f"None of the images to split is on {quoted(absent)}. Those with images: "
-            f"{quoted(groups)}."
+            f"None of the images to split is on {some_of(absent)}. Those with images: "
+            f"{some_of(groups)}."
         )
     rest = drawn(seed, "side of ", set(groups) - named)
     if not rest:
-        raise UserInputError("None is left to train. Name fewer for test and validation.")
+        raise UserInputError("No image is left to train with. Name fewer for test and validation.")
     if not validation and validation_size and len(rest) > 1:
         validation = rest[: max(1, min(round(len(groups) * validation_size), len(rest) - 1))]
     subset_of = dict.fromkeys(groups, Subset.TRAIN)
@@ -327,16 +333,14 @@ def _all_groups(pool: Sequence[SplitImage], unit: str) -> list[str]:
     return keys
 
 
-def _counts(groups: Mapping[str, Sequence[str]], unit: str, limit: int = 5) -> str:
+def _counts(groups: Mapping[str, Sequence[str]], unit: str) -> str:
     """Return ``'a' has 1 well, 'b' has 2 wells``, those with the fewest first."""
     ranked = sorted(groups.items(), key=lambda item: (len(item[1]), item[0]))
-    more = f" and {len(ranked) - limit} more classes" if len(ranked) > limit else ""
-    return (
-        ", ".join(
+    return some_of(
+        [
             f"{label!r} has {len(keys)} {unit}{'' if len(keys) == 1 else 's'}"
-            for label, keys in ranked[:limit]
-        )
-        + more
+            for label, keys in ranked
+        ]
     )
 
 
@@ -382,9 +386,8 @@ def folds(
     that are alike in the order drawn by ``seed``. Classes that some split would test without
     having trained on them are excluded from all.
 
-    Raises ``UserInputError``: there are fewer parts than subsets, fewer groups than parts, a part
-    without images, or fewer than two classes are left. It names the classes and their groups,
-    called by ``unit``.
+    Raises ``UserInputError``: there are fewer parts than subsets, a part without images, or fewer
+    than two classes are left. It names the classes and their groups, called by ``unit``.
     """
     pool = by_id(images)
     n_subsets = 3 if validation else 2
@@ -429,21 +432,14 @@ def folds(
             f"{_counts(few, unit)}; a class needs {n_subsets} {unit}s or more, in different folds. "
             f"{other}"
         )
-    if len(set(parts.values())) < count:
-        raise UserInputError(
-            f"There are {len(parts)} {unit}s to put into {count} folds: {_counts(groups, unit)}. "
-            f"Ask for fewer folds. {other}"
-        )
     out = excluded_classes(
         pool, kept, f"needs {n_subsets} {unit}s or more, in different folds, to train in each"
     )
     part_of = {image.image_id: parts[image.group] for image in pool if image.label in kept}
-    if idle := set(range(count)) - set(part_of.values()):
-        few = {key: some for key, some in groups.items() if key not in kept}
+    if idle := count - len(set(part_of.values())):
         raise UserInputError(
-            f"{len(idle)} of {count} folds would test nothing: all their classes have too few "
-            f"{unit}s: {_counts(few, unit)}. Ask for fewer folds, or choose images that have other "
-            "classes, with --where."
+            f"{idle} of {count} folds would test nothing: {_counts(groups, unit)}. Ask for fewer "
+            f"folds. {other}"
         )
     return [
         Assignment({key: subset(part, tested) for key, part in part_of.items()}, out)
@@ -470,15 +466,14 @@ def _stratified_parts(pool: Sequence[SplitImage], seed: int, count: int) -> dict
 
 
 def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 0.2) -> Assignment:
-    """The split of the published study: by image, train and test only.
+    """The split of the published study, after :func:`cut_largest`: by image, train and test only.
 
-    A class that is larger than every other is down-sampled to the size of the second largest;
-    then ``StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)``. Groups
-    are not looked at, so images of one well are in both subsets: scores are those of wells already
-    seen. The study stopped early on the same 20 %, so its test subset is its validation subset too.
+    ``StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)``. Groups are not
+    looked at, so images of one well are in both subsets: scores are those of wells already seen.
+    The study stopped early on the same 20 %, so its test subset is its validation subset too.
 
-    Raises ``UserInputError`` for fewer than two classes, a class with a single image, or a class
-    that would have no image in train or in test.
+    Raises ``UserInputError`` for fewer than two classes, or a class that would have no image in
+    train or in test.
     """
     from sklearn.model_selection import StratifiedShuffleSplit
 
@@ -489,32 +484,22 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
             f"A split needs images of at least two classes, there are {len(counts)}. "
             "Ingest more treatments or choose another label field."
         )
-    (largest, before), (_, after) = counts.most_common(2)
-    if before > after:
-        order = sorted(
-            (image for image in pool if image.label == largest),
-            key=lambda image: draw_order(seed, "downsample", image.image_id),
-        )
-        dropped = {image.image_id for image in order[after:]}
-        pool = [image for image in pool if image.image_id not in dropped]
     n_test = math.ceil(len(pool) * test_size)
+    subsets = {image.image_id: Subset.TRAIN for image in pool}
     absent = sorted(label for label, count in counts.items() if count < 2)
     if not absent and min(n_test, len(pool) - n_test) < len(counts):
         absent = sorted(counts)
-    subsets = {image.image_id: Subset.TRAIN for image in pool}
     if not absent:
         labels = [image.label for image in pool]
         splitter = StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
         _, tested = next(splitter.split(labels, labels))
         subsets |= {pool[position].image_id: Subset.TEST for position in tested}
-        pairs = {(image.label, subsets[image.image_id]) for image in pool}
-        in_both = Counter(label for label, _ in pairs)
-        absent = sorted(label for label, number in in_both.items() if number < 2)
+        in_test = Counter(labels[position] for position in tested)
+        absent = sorted(label for label in counts if in_test[label] in (0, counts[label]))
     if absent:
         raise UserInputError(
-            f"Too few images to be in both subsets: {quoted(absent)}. Exclude them with "
+            f"Too few images to be in both subsets: {some_of(absent)}. Exclude them with "
             "--min-images, ingest more of them, ask for a larger test share, or split by well, "
             "which excludes classes with a single one."
         )
-    downsampled = {largest: (before, after)} if before > after else {}
-    return Assignment(subsets, downsampled=downsampled)
+    return Assignment(subsets)

@@ -130,6 +130,15 @@ def changed_triggers(database: Database) -> list[str]:
     ]
 
 
+def create_unguarded(database: Database) -> None:
+    """Make the tables and the view in an empty database, without triggers: to copy rows into."""
+    module = import_module(_TRIGGERS)
+    engine = database.engine.execution_options(writes=True)
+    with _translated(database), engine.begin() as connection:
+        module.SCHEMA.create_all(connection)
+        connection.exec_driver_sql(module.EXCLUSIONS)
+
+
 def put_back_triggers(database: Database) -> None:
     """Make the triggers and the view of a store anew, as the migration makes them."""
     from alembic.migration import MigrationContext
@@ -170,8 +179,9 @@ def _refuse_unknown(database: Database) -> None:
     found = database.revision()
     if found is None and tables:
         raise SchemaError(
-            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
-            "of their schema. Restore it from a backup, or use a database without tables."
+            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no "
+            "record of their schema version. Restore it from a backup, or use a database "
+            "without tables."
         )
     if found is not None and not _knows(found):
         raise SchemaError(

@@ -18,8 +18,8 @@ from ..errors import UserInputError
 from ..jobs.lookup import readable
 from ..models import Annotation
 from ..query.saved_queries import shipped_questions
-from ..stages.annotate import annotate, undo_annotations
-from ..stages.corrections import LONGEST, Correction, set_excluded
+from ..stages.annotate import annotate, set_excluded, undo_annotations
+from ..stages.corrections import LONGEST, Correction
 from .requests import ask, explorer_of, page, text, url_of, whole
 from .server import check_csrf
 
@@ -197,7 +197,7 @@ def undo(request: Request) -> Response:
     """Take back the rows of ``ids``, or what the person said last."""
     sent = _sent(request)
     if not all(type(item) is int for item in sent["ids"] or ()):
-        raise UserInputError("What is taken back is named by its number in annotations.")
+        raise UserInputError("Name the label to take back by its number in table annotations.")
     more: dict[str, Any] = {"user": sent["user"], "reason": sent["reason"]}
     return _answer(undo_annotations(explorer_of(request).workspace, sent["ids"], **more))
 

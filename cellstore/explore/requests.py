@@ -25,13 +25,14 @@ from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ..config import Limits
 from ..db.events import caller
 from ..enums import Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
 from ..query.engine import Questions, open_questions
-from ..query.guard import Limits, Parameters, explained
+from ..query.guard import Parameters, explained
 from ..report.drawing import TEMPLATES, environment_of
 from ..settings import find_store
 

@@ -255,7 +255,6 @@ NO_VALUE = (0.54, 0.56, 0.6, 0.25)
 """Colour of a well without a value, seen on white as on black."""
 RING, HALO = "#d1350f", "#ffffff"
 """A ring is seen on every colour of a map, because a white one lies below it."""
-PNG_COLUMNS = 3
 
 WellPosition = tuple[int, int]
 
@@ -316,32 +315,23 @@ def colour_limits(values: Collection[float]) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
-def draw_plate_map(
-    figure: Figure,
-    found: PlateMap,
-    width: float,
-    left: float = 0,
-    bottom: float = 0,
-    *,
-    scale: bool = True,
-) -> None:
-    """Draw a map ``width`` inches wide, its lower left corner at these inches of the figure.
+def draw_plate_map(figure: Figure, found: PlateMap, *, scale: bool = True) -> None:
+    """Draw a map that fills the figure.
 
     Its parts have fixed positions: to lay out dozens of maps by their texts takes seconds.
     ``scale``: whether colours with their numbers stand beside it.
     """
     figure.set_layout_engine("none")
     rows, columns = plate_layout([*found.wells, *found.values])
-    whole, height = figure.get_size_inches()
-    right = RIGHT if scale else BELOW
-    tall = (found.height(width, scale=scale) - ABOVE - BELOW) / height
-    base, map_width = (bottom + BELOW) / height, width - LEFT - right
+    width, height = figure.get_size_inches()
+    map_width = width - LEFT - (RIGHT if scale else BELOW)
+    base, tall = BELOW / height, (height - ABOVE - BELOW) / height
     values, present = np.full((rows, columns), np.nan), np.zeros((rows, columns, 4))
     for row, column in found.wells:
         present[row - 1, column - 1] = NO_VALUE
     for (row, column), value in found.values.items():
         values[row - 1, column - 1] = value
-    axes = figure.add_axes(((left + LEFT) / whole, base, map_width / whole, tall))
+    axes = figure.add_axes((LEFT / width, base, map_width / width, tall))
     # A picture of one pixel for each well: a page has many maps, and a path for each well is long.
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
     axes.imshow(present, interpolation="none", extent=extent)
@@ -370,7 +360,7 @@ def draw_plate_map(
             axes.scatter(x, y, s=points**2, facecolors="none", edgecolors=colour, linewidths=line)
     if not scale:
         return
-    beside = figure.add_axes(((left + width - RIGHT + 0.08) / whole, base, 0.1 / whole, tall))
+    beside = figure.add_axes(((width - RIGHT + 0.08) / width, base, 0.1 / width, tall))
     bar = figure.colorbar(picture, cax=beside)
     bar.outline.set_visible(False)
     beside.tick_params(length=0, labelsize=size)
@@ -382,7 +372,7 @@ def plate_map_svg(found: PlateMap, width: float = SMALL_MAP, *, scale: bool = Tr
     return svg(
         f"{found.plate} {found.title} {found.channel} {found.unit}",
         (width, found.height(width, scale=scale)),
-        lambda figure: draw_plate_map(figure, found, width, scale=scale),
+        lambda figure: draw_plate_map(figure, found, scale=scale),
         f"Plate {found.plate}, {named} ({found.unit}): {found.extremes()}.",
     )
 
@@ -433,31 +423,6 @@ def interval_bar(
         )
     inner += f'<circle cx="{x(value):.1f}" cy="8" r="3.2" fill="{colour}"/>'
     return element("bar", width, height, inner, alt)
-
-
-def plate_maps_png(maps: Sequence[PlateMap]) -> bytes:
-    """Return a picture of several maps of a plate as PNG, on white, each below its title."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    step = max(found.height(SMALL_MAP) for found in maps) + 0.35
-    height = -(-len(maps) // PNG_COLUMNS) * step + 0.4
-    with rc_context(STYLE):
-        figure = Figure(figsize=(PNG_COLUMNS * SMALL_MAP, height))
-        figure.text(0.01, 1 - 0.12 / height, short(maps[0].plate, 60), size=11, va="top")
-        for index, found in enumerate(maps):
-            row, column = divmod(index, PNG_COLUMNS)
-            left, top = column * SMALL_MAP, height - 0.4 - row * step
-            title = f"{found.title} {short(found.channel)}, {found.unit}".replace(" ,", ",")
-            figure.text(
-                (left + LEFT) / figure.get_figwidth(), (top - 0.05) / height, title,
-                size=9, va="top",
-            )  # fmt: skip
-            bottom = top - 0.3 - found.height(SMALL_MAP)
-            draw_plate_map(figure, found, SMALL_MAP, left, bottom)
-        target = io.BytesIO()
-        figure.savefig(target, format="png", dpi=150, metadata={"Software": None})
-    return target.getvalue()
 
 
 def draw_curve(

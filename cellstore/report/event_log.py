@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 from ..config import RunName
 from ..enums import Stage
-from ..jobs.lookup import find_plate, find_run, readable
+from ..jobs.lookup import find_plate, find_run, name_of, readable
 from ..jobs.workspace import Workspace
-from ..models import METADATA, Cell, Event, Image, Plate, Run, Segmentation, Well
+from ..models import Event, Image, Plate, Run, Well
 from ..notebooks import Shown
 
 SHOWN = 3
@@ -55,11 +55,7 @@ class EventLog(Shown):
 def read_log(
     workspace: Workspace, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
 ) -> EventLog:
-    """Return the last ``limit`` commands that changed a store, or a plate, or that a run did.
-
-    Raises:
-        UnknownNameError: there is no such plate or run.
-    """
+    """Return the last ``limit`` commands that changed a store, or a plate, or that a run did."""
     entries: dict[tuple[Any, ...], LogEntry] = {}
     with workspace.database.read() as session:
         columns = (Event.created_at, Event.user_name, Event.host, Event.role, Event.command)
@@ -146,14 +142,16 @@ def _said(
         number = after["last_id"] - after["first_id"] + 1
         more = ", ".join(f"{n} {_text(value)}" for n, value in after.items() if n not in _UNSAID)
         return f"added: {number:,} {table.replace('_', ' ')}" + (f" ({more})" if more else "")
+    named = name_of(session, table, row_id)
+    if table == "plates" and row_id is None:
+        named = "plates that come later"
     names = [n for n in {**before, **after} if n not in _UNSAID and not n.endswith("_id")]
     values = [
-        f"{name.replace('_', ' ')} {_text(after.get(name))}"
-        if old is None
-        else f"{name.replace('_', ' ')} {_text(before.get(name))} -> {_text(after.get(name))}"
+        f"{name.replace('_', ' ')} "
+        + ("" if old is None else f"{_text(before.get(name))} -> ")
+        + _text(after.get(name))
         for name in names
     ]
-    named = _name(session, table, row_id)
     return f"{named}: {', '.join(values)}" if values else named
 
 
@@ -161,26 +159,3 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
     return "none" if value is None else str(value)
-
-
-def _name(session: Session, table: str, row_id: int | None) -> str:
-    """What a row is called now, else its table."""
-    ways: dict[str, tuple[Any, ...]] = {
-        "plates": (Plate,),
-        "wells": (Plate, Well),
-        "images": (Plate, Well, Image),
-        "cells": (Plate, Well, Image, Segmentation, Cell),
-    }
-    found = None
-    if row_id is not None and (way := ways.get(table)):
-        query = select(Plate.barcode if table == "plates" else Plate.barcode + "/" + Well.name)
-        query = query.select_from(Plate)
-        for joined in way[1:]:
-            query = query.join(joined)
-        found = session.scalar(query.where(way[-1].id == row_id))
-    if table == "plates" and row_id is None:
-        return "plates that come later"
-    singular = table.removesuffix("s") if table in METADATA.tables else table
-    if found is None:
-        return singular.replace("_", " ") + ("" if row_id is None else f" {row_id}")
-    return f"{singular} {row_id} of {found}" if table in ("images", "cells") else found

@@ -13,7 +13,6 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..artifacts import open_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
@@ -22,7 +21,7 @@ from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
 from ..query.cells import plane_of, read_masks
-from ..settings import check_not_of_a_store, need
+from ..settings import need
 from ..stages.qc import (
     FlaggedImage,
     Flagging,
@@ -42,7 +41,6 @@ from .drawing import (
     field_picture,
     grey_limits,
     plate_map_svg,
-    plate_maps_png,
     write_html,
 )
 
@@ -84,27 +82,6 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
     }
     write_html(path, "qc.html.j2", content, {"usual": _usual})
     return replace(result, html=str(path))
-
-
-def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write the maps of one plate as a PNG; raises as :func:`write_page` does.
-
-    Raises:
-        UserInputError: nothing was looked at, or several plates were.
-    """
-    flagging = _flagging(workspace, result)
-    if len(result.plates) != 1:
-        raise UserInputError(
-            f"A picture is of one plate, and {len(result.plates)} are selected. Name one with "
-            "--plate, or ask for a page with --html."
-        )
-    check_not_of_a_store(path)
-    need("report")
-    with workspace.database.read() as session:
-        maps = _plate_maps(session, flagging, result.plates[0].plate)
-    with open_atomically(path) as file:
-        file.write(plate_maps_png(maps))
-    return replace(result, picture=str(path))
 
 
 def _flagging(workspace: Workspace, result: QcResult) -> Flagging:

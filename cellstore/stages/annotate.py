@@ -1,8 +1,8 @@
-"""What people say of plates, wells, images and cells: labels, and taking back what was said."""
+"""What people say of plates, wells, images and cells: labels, and that they do not count."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -14,21 +14,30 @@ from ..db.bulk import IN_AT_ONCE
 from ..db.events import Change, caller
 from ..db.fields import is_label_now, stands, table_field
 from ..enums import ANNOTATION, AnnotationKind, Level
-from ..errors import UserInputError
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import find_cell, find_image, find_plate, find_well, name_of, readable
 from ..jobs.workspace import Workspace
-from ..models import Annotation
+from ..models import METADATA, Annotation
 from .corrections import (
     LONGEST,
     Correction,
-    Names,
     annotation,
     carry_out,
-    level_named,
+    concerned,
+    images_of_level,
     name_given,
-    name_of,
-    rows_named,
     undoing,
 )
+
+Names = str | Sequence[str | int]
+"""One name as ``audit`` takes it, or names and ids."""
+
+_FINDERS: dict[Level, Callable[[Session, str], int]] = {
+    Level.PLATE: find_plate,
+    Level.WELL: find_well,
+    Level.IMAGE: find_image,
+    Level.CELL: lambda session, number: find_cell(session, number)[0],
+}
 
 
 def annotate(
@@ -47,24 +56,19 @@ def annotate(
     Each person (``user``, if not who runs this process) has a label of their own for the same
     thing and field; the last one counts, and once it is taken back, the one before it. What has
     the label already stays as it is.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: the label, field or user is no name, tables fill the field, or there is
-            nothing to take back.
     """
-    of = level_named(level)
+    of = _level_named(level)
     field, who = name_given("field", field), name_given("user", user or caller()[0][:LONGEST])
     said = None if label is None else name_given("label", label)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
-        ids = rows_named(session, of, names)
+        ids = _rows_named(session, of, names)
         present = _labels(session, of, ids, field, who)
         if said is None:
             if not present:
                 raise UserInputError(
                     f"{_called(session, of, ids)}: {who} gave no label of the field {field}. See "
-                    "what was said: cellstore annotate --list"
+                    "all labels: cellstore annotate --list"
                 )
             return _take_back(session, list(present.values()), who, reason)
         if table_field(session, field):
@@ -84,6 +88,62 @@ def annotate(
         return done, _added(session, new, {"level": of.value, "field": field, "label": said})
 
     return carry_out(workspace, reason, dry_run, act, annotating=True)
+
+
+def set_excluded(
+    workspace: Workspace,
+    level: str,
+    names: Names,
+    excluded: bool,
+    *,
+    user: str | None = None,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Correction:
+    """Let plates, wells, images or cells count nowhere, with a reason; or let them count again.
+
+    They stay visible. Only what a person excluded can be included again. Of several, those that
+    are so already stay as they are.
+    """
+    of = _level_named(level)
+    who = name_given("user", user or caller()[0][:LONGEST])
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        ids = _rows_named(session, of, names)
+        query = select(Annotation).where(Annotation.level == of, Annotation.row_id.in_(ids))
+        query = query.where(Annotation.kind == AnnotationKind.EXCLUSION, stands(Annotation))
+        present = {row.row_id: row for row in session.scalars(query.order_by(Annotation.id))}
+        to_do = [row_id for row_id in ids if (row_id in present) is not excluded]
+        if not to_do:
+            called = _called(session, of, ids[:1])
+            if excluded:
+                why = present[ids[0]].reason
+                raise UserInputError(f"{called} is excluded already: {why}.")
+            name = ids[0] if of is Level.CELL else called
+            raise UserInputError(
+                f"Nobody has excluded {called} itself, so there is nothing to include. If it does "
+                f"not count, this says why: cellstore audit {of.value} {name}"
+            )
+        of_cells = to_do if of is Level.CELL else None
+        about = concerned(session, images_of_level(of, *to_do), of_cells)
+        if excluded:
+            why, at = reason and readable(reason), datetime.now(UTC)
+            session.add_all(annotation(of, row_id, why, user=who, at=at) for row_id in to_do)
+            changes = [_counting(of, row_id, None, why) for row_id in to_do]
+            shown = _shown(session, of, "excluded", dict.fromkeys(to_do, (None, why)))
+        else:
+            done, changes = _take_back(session, [present[i] for i in to_do], who, reason)
+            shown = done.changes
+        verb = f"{'exclude' if excluded else 'include'} {of.value}"
+        same = len(ids) - len(to_do)
+        notes = (f"{same} of {len(ids)} stay as they are.",) if same else ()
+        return Correction(verb, _called(session, of, to_do), shown, **about, notes=notes), changes
+
+    return carry_out(workspace, reason, dry_run, act, annotating=True)
+
+
+def _counting(level: Level, row_id: int, old: str | None, new: str | None) -> Change:
+    return Change(f"{level.value}s", row_id, {"excluded": old}, {"excluded": new})
 
 
 def undo_annotations(
@@ -110,7 +170,7 @@ def undo_annotations(
             mine = standing.where(Annotation.user_name == who)
             last = session.scalar(mine.order_by(None).order_by(Annotation.id.desc()).limit(1))
             if last is None:
-                raise UserInputError(f"{who} has said nothing that could be taken back.")
+                raise UserInputError(f"{who} has given no label that could be taken back.")
             mine = mine.where(Annotation.created_at == last.created_at)
             rows = session.scalars(mine.where(Annotation.id > last.id - IN_AT_ONCE)).all()
         else:
@@ -127,13 +187,13 @@ def undo_annotations(
 def _take_back(
     session: Session, rows: Sequence[Annotation], who: str, reason: str | None
 ) -> tuple[Correction, list[Change]]:
-    at, changes, shown = datetime.now(UTC), list[Change](), list[dict[str, Any]]()
+    at, shown = datetime.now(UTC), list[dict[str, Any]]()
+    undone = {row: undoing(row, reason, who, at) for row in rows}
+    session.add_all(undone.values())
     excluded = [row for row in rows if row.kind is AnnotationKind.EXCLUSION]
-    changes += (
-        Change(f"{row.level.value}s", row.row_id, {"excluded": row.reason}, {"excluded": None})
-        for row in excluded
-    )
-    changes += _added(session, [undoing(row, reason, who, at) for row in rows], {"undo": len(rows)})
+    changes = [_counting(row.level, row.row_id, row.reason, None) for row in excluded]
+    labels = [undone[row] for row in rows if row.kind is AnnotationKind.LABEL]
+    changes += _added(session, labels, {"undo": len(labels)})
     groups: dict[tuple[Level, str | None, str], dict[int, Annotation]] = {}
     for row in rows:
         groups.setdefault((row.level, row.field, row.user_name), {})[row.row_id] = row
@@ -146,6 +206,33 @@ def _take_back(
         shown += _shown(session, level, field or "excluded", pairs)
     name = shown[0]["name"] if len(shown) == 1 else f"{len(rows)} annotations"
     return Correction("take back", name, tuple(shown)), changes
+
+
+def _level_named(level: str) -> Level:
+    if level not in list(Level):
+        raise UnknownNameError.of("kind", level, [item.value for item in Level])
+    return Level(level)
+
+
+def _rows_named(session: Session, level: Level, names: Names) -> list[int]:
+    """The ids of plates, wells, images or cells, each once, in the order of their names."""
+    given = [names] if isinstance(names, str) else list(names)
+    if not 1 <= len(given) <= IN_AT_ONCE:
+        raise UserInputError(f"Name 1 to {IN_AT_ONCE:,} {level.value}s at once.")
+    found = list[int]()
+    for name in given:
+        if isinstance(name, str) and (level is not Level.CELL or not name.strip().isdecimal()):
+            found.append(_FINDERS[level](session, readable(name)))
+        else:
+            found.append(int(name) if len(str(name)) < 19 else -1)
+    table = METADATA.tables[f"{level.value}s"].c.id
+    there = set(session.scalars(select(table).where(table.in_(set(found)))))
+    for name, row_id in zip(given, found, strict=True):
+        if row_id not in there:
+            if level is Level.CELL:
+                find_cell(session, str(name))  # whose error says what a cell is named by
+            raise UnknownNameError(f"There is no {level.value} with the id {name}.")
+    return list(dict.fromkeys(found))
 
 
 Pair = tuple[str | None, str | None]

@@ -18,6 +18,7 @@ from ..enums import Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import encode_tiff
 from ..io.mask_files import MaskFile
+from ..io.tables import RowRefusedError
 from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, readable
 from ..jobs.mask_matching import match_image
 from ..jobs.planes import channel_files, open_file
@@ -177,8 +178,11 @@ def open_field(workspace: Workspace, image: str, segmentation: str | None) -> Op
 
 def _is_told(session: Session, stem: str, barcode: str, image_id: int) -> bool:
     """Whether a file of masks of this name is found to be of this image."""
-    found = match_image(session, MaskFile(Path(f"{stem}.tif"), stem, (stem,), None), barcode)
-    return getattr(found, "id", None) == image_id
+    file = MaskFile(Path(f"{stem}.tif"), stem, (stem,), None)
+    try:
+        return match_image(session, file, barcode).id == image_id
+    except RowRefusedError:
+        return False
 
 
 def keep_masks(

@@ -7,8 +7,7 @@ takes the transaction back.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +16,7 @@ from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, u
 from sqlalchemy.orm import Session
 
 from ..config import RunName
-from ..db.bulk import IN_AT_ONCE, in_lists, one_ingest_at_a_time
+from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import (
     Change,
     caller,
@@ -28,24 +27,22 @@ from ..db.events import (
     table_digests,
 )
 from ..db.fields import stands, wells_relabelled
-from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
+from ..enums import AnnotationKind, Control, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.tables import MISSING, RowRefusedError
 from ..io.treatments import TreatmentRecord, normalised_name
 from ..jobs.lookup import (
     IN_RECIPES,
     channels_of_recipes,
-    find_cell,
-    find_image,
     find_plate,
     find_run,
     find_well,
+    name_of,
     readable,
     recipe_channels,
 )
 from ..jobs.workspace import Workspace
 from ..models import (
-    EXCLUSIONS,
     METADATA,
     Annotation,
     Artifact,
@@ -77,14 +74,6 @@ from .ingest.account import Account
 from .ingest.write_treatments import TreatmentWriter, retarget
 
 LONGEST = 255
-_NAMED = 5
-"""Things that a message names."""
-SHOWN = 20
-"""Changes of many rows that are shown, each with its name."""
-_CLASSES: dict[str, Any] = {
-    mapper.class_.__tablename__: mapper.class_ for mapper in Base.registry.mappers
-}
-"""The classes of all tables, by the names of these."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +113,6 @@ def carry_out(
 
     ``files``: where ``act`` puts the paths of files that are needed no more. ``annotating``: it
     only adds rows to table ``annotations``.
-
-    Raises:
-        UserInputError: the reason is empty.
     """
     if reason is not None and not (reason := readable(reason)):
         raise UserInputError("Say why: --reason TEXT.")
@@ -152,23 +138,16 @@ def carry_out(
 
 
 def _plates_of(session: Session, changes: Sequence[Change]) -> set[int] | None:
-    """Return the plates whose wells or images changed; None: any, as rows were deleted."""
-    ids: dict[str, set[int]] = {"plates": set(), "wells": set(), "images": set()}
-    for change in changes:
-        if change.table_name == "runs" or "rows" in (change.old or {}):
-            return None
-        if change.table_name in ids and change.row_id is not None:
-            ids[change.table_name].add(change.row_id)
-    found = ids["plates"]
-    for some in in_lists(ids["wells"]):
-        found.update(session.scalars(select(Well.plate_id).where(Well.id.in_(some))))
-    of_images = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-    for some in in_lists(ids["images"]):
-        found.update(session.scalars(of_images.where(Image.id.in_(some))))
-    return found
+    """Return the plates that changed, or wells of them; None: any, as rows were deleted."""
+    if any(change.table_name == "runs" or "rows" in (change.old or {}) for change in changes):
+        return None
+    wells = [change.row_id for change in changes if change.table_name == "wells"]
+    plates = [change.row_id for change in changes if change.table_name == "plates"]
+    of_wells = session.scalars(select(Well.plate_id).where(Well.id.in_(wells)))
+    return {plate for plate in (*plates, *of_wells) if plate is not None}
 
 
-def _concerned(
+def concerned(
     session: Session, images: Select[Any], only: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Count images (a query of their ids), their cells and predictions; or of cells ``only``."""
@@ -186,7 +165,7 @@ def _concerned(
     }
 
 
-def _images_of(level: Level, *ids: int) -> Select[Any]:
+def images_of_level(level: Level, *ids: int) -> Select[Any]:
     """The query of the ids of the images of plates, wells or cells; of images themselves."""
     query = select(Image.id)
     match level:
@@ -198,34 +177,6 @@ def _images_of(level: Level, *ids: int) -> Select[Any]:
             return query.where(Image.id.in_(ids))
     of_cell = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
     return query.where(Image.id.in_(of_cell.where(Cell.id.in_(ids))))
-
-
-def name_of(session: Session, table: str, row_id: int | None) -> str:
-    """What a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``.
-
-    One that is gone has its number, and one without a name the name of its table.
-    """
-    if row_id is None:
-        return table
-    row = session.get(_CLASSES[table], row_id)
-    return f"{table[:-1]} {row_id}" if row is None else _called(row) or table
-
-
-def _called(row: Any) -> str:
-    match row:
-        case Plate():
-            return row.barcode
-        case Perturbation():
-            return row.name
-        case Well():
-            return f"{row.plate.barcode}/{row.name}"
-        case Image():
-            return f"{_called(row.well)}/{row.site}"
-        case ImageFile():
-            return f"channel {row.channel} of {_called(row.image)}"
-        case Cell():
-            return f"cell {row.id} of {_called(row.segmentation.image)}"
-    return ""
 
 
 # ---- Rename ----
@@ -245,26 +196,17 @@ def rename(
 
     What was made of the channel stays valid: recipes and models that name it keep the name that
     it had, and mean the same pixels.
-
-    Raises:
-        UnknownNameError: there is no such plate or channel.
-        UserInputError: the new name is taken, or is none.
     """
-    old, new = readable(old), readable(new)
-    if not 1 <= len(new) <= LONGEST or not new.isprintable() or (kind == "plate" and "/" in new):
-        raise UserInputError(
-            f"A {kind} needs a name of 1 to {LONGEST} printable characters"
-            f"{', without a slash' if kind == 'plate' else ''}."
-        )
+    if kind not in ("plate", "channel"):
+        raise UnknownNameError.of("thing to rename", kind, ("plate", "channel"))
+    old, new = readable(old), name_given("name", new)
     if old == new:
         raise UserInputError(f"The {kind} is called {new} already.")
-    if kind == "plate":
-        if plate is not None:
-            raise UserInputError("--plate says on which plate a channel is renamed. Leave it out.")
-        return carry_out(workspace, reason, dry_run, lambda s: _rename_plate(s, old, new))
-    if kind != "channel":
-        raise UnknownNameError.of("thing to rename", kind, ("plate", "channel"))
-    return carry_out(workspace, reason, dry_run, lambda s: _rename_channel(s, old, new, plate))
+    if kind == "channel":
+        return carry_out(workspace, reason, dry_run, lambda s: _rename_channel(s, old, new, plate))
+    if plate is not None or "/" in new:
+        raise UserInputError("The name of a plate has no slash, and --plate is for channels only.")
+    return carry_out(workspace, reason, dry_run, lambda s: _rename_plate(s, old, new))
 
 
 def _rename_plate(session: Session, old: str, new: str) -> tuple[Correction, list[Change]]:
@@ -277,7 +219,7 @@ def _rename_plate(session: Session, old: str, new: str) -> tuple[Correction, lis
         "rename plate",
         old,
         ({"name": old, "old": change.old, "new": change.new},),
-        **_concerned(session, _images_of(Level.PLATE, plate)),
+        **concerned(session, images_of_level(Level.PLATE, plate)),
         notes=(f"Tables that name {old} are read as {new} from now on.",),
     )
     return found, [change]
@@ -289,7 +231,7 @@ def _rename_channel(
     def files(channel: str) -> Select[Any]:
         query = select(ImageFile.image_id).where(ImageFile.channel == channel)
         if plate is not None:
-            on_plate = _images_of(Level.PLATE, find_plate(session, readable(plate)))
+            on_plate = images_of_level(Level.PLATE, find_plate(session, readable(plate)))
             query = query.where(ImageFile.image_id.in_(on_plate))
         return query
 
@@ -311,19 +253,17 @@ def _rename_channel(
             f"Image {name_of(session, 'images', both)} has a channel {new} already. To swap "
             "two channels, rename one of them to a third name first."
         )
-    concerned = _concerned(session, images)
+    about = concerned(session, images)
     named, used = recipe_channels(session), channels_of_recipes(session)
-    measured = select(ImageQuality.channel).distinct()
+    measured = set(session.scalars(select(ImageQuality.channel).distinct()))
 
     def kept(plate: int | None) -> dict[str, str]:
         """The name that recipes keep, if one has it and the channel can be told by it."""
         names = named.get(plate, named.get(None, {}))
         before = names.get(old, old)
-        if before.lower() in used or before in found or new in names.values():
-            return {IN_RECIPES: before} if before != new else {}
-        return {}
+        known = before.lower() in used or before in measured or new in names.values()
+        return {IN_RECIPES: before} if known and before != new else {}
 
-    found = set(session.scalars(measured))
     # What was made of the image stays as it is: its bytes are the same.
     renaming = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
     session.execute(renaming.values(channel=new), execution_options={"synchronize_session": False})
@@ -342,7 +282,7 @@ def _rename_channel(
     shown = tuple(
         {"name": p.barcode, "old": {"channel": old}, "new": {"channel": new}} for p in plates
     )
-    return Correction("rename channel", old, shown, **concerned, notes=tuple(notes)), changes
+    return Correction("rename channel", old, shown, **about, notes=tuple(notes)), changes
 
 
 # ---- Relabel ----
@@ -362,10 +302,6 @@ def relabel(
 
     Without ``control`` a well that gets another treatment has the role that the other wells of
     this treatment have. ``none`` is no control.
-
-    Raises:
-        UnknownNameError: there is no such well.
-        UserInputError: nothing would change, or the treatment is ambiguous.
     """
     if treatment is None and (dose is not None or control is None):
         raise UserInputError("Say what the well got: --treatment NAME, perhaps with --dose.")
@@ -374,7 +310,7 @@ def relabel(
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         row = session.get_one(Well, find_well(session, well))
-        name = _called(row)
+        name = name_of(session, "wells", row.id)
         before = _label_of(session, row)
         notes: list[str] = []
         if treatment is not None:
@@ -390,7 +326,7 @@ def relabel(
             raise UserInputError(f"Well {name} has this already; nothing would change.")
         old, new = ({key: item[key] for key in changed} for item in (before, after))
         used = select(Split.id, Split.name).join(SplitMember, SplitMember.split_id == Split.id)
-        used = used.where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id))).distinct()
+        used = used.where(SplitMember.image_id.in_(images_of_level(Level.WELL, row.id))).distinct()
         for split_id, split in session.execute(used.order_by(Split.name)).all():
             for well_now in wells_relabelled(session, split_id, row.id):
                 notes.append(
@@ -399,8 +335,8 @@ def relabel(
                 )
         change = Change("wells", row.id, old, new)
         shown = (_shown_change(session, change),)
-        concerned = _concerned(session, _images_of(Level.WELL, row.id))
-        return Correction("relabel", name, shown, **concerned, notes=tuple(notes)), [change]
+        about = concerned(session, images_of_level(Level.WELL, row.id))
+        return Correction("relabel", name, shown, **about, notes=tuple(notes)), [change]
 
     return carry_out(workspace, reason, dry_run, act)
 
@@ -430,11 +366,11 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     if name and name in MISSING:
         if name.lower() != "none" or dose is not None:
             raise UserInputError(
-                f"{name!r} is no treatment. Where it is not known: --treatment none, without --dose"
+                f"{name!r} is not a treatment. Where it is not known: --treatment none, "
+                "without --dose"
             )
         return None
-    if not 1 <= len(name) <= LONGEST or not name.isprintable():
-        raise UserInputError(f"A treatment needs a name of 1 to {LONGEST} printable characters.")
+    name = name_given("treatment", name)
     if dose is None:
         has_wells = exists().where(Well.treatment_id == Treatment.id)
         query = select(Treatment.id, Treatment.name_with_dose, has_wells.label("used"))
@@ -476,11 +412,9 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Treatm
     if found:
         return TreatmentRecord(found[0].kind, found[0].name, identifier=found[0].identifier)
     known = session.scalars(select(Perturbation.name).distinct())
-    alike = next(
-        (other for other in known if normalised_name(other) == normalised_name(name)), None
-    )
-    if alike is not None:
-        raise UserInputError(f"Unknown treatment {name!r}. Did you mean {alike}?")
+    for alike in known:
+        if normalised_name(alike) == normalised_name(name):
+            raise UserInputError(f"Unknown treatment {name!r}. Did you mean {alike}?")
     if " + " in name:
         raise UserInputError(
             f"No table has named the combination {name!r}. Give it in a plate map, and ingest that."
@@ -489,116 +423,7 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Treatm
     return TreatmentRecord(PerturbationKind.COMPOUND, name)
 
 
-# ---- Exclude and include ----
-
-
-def set_excluded(
-    workspace: Workspace,
-    level: str,
-    names: Names,
-    excluded: bool,
-    *,
-    user: str | None = None,
-    reason: str | None = None,
-    dry_run: bool = False,
-) -> Correction:
-    """Let plates, wells, images or cells count nowhere, with a reason; or let them count again.
-
-    They stay visible. Only what a person excluded can be included again. Of several, those that
-    are so already stay as they are. ``user``: who says so, if not who runs this process.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: it is excluded already, or nobody excluded it.
-    """
-    of = level_named(level)
-    user = None if user is None else name_given("user", user)
-
-    def act(session: Session) -> tuple[Correction, list[Change]]:
-        ids = rows_named(session, of, names)
-        found = EXCLUSIONS.c
-        mine = and_(found.level == of.value, found.id.in_(ids))
-        query = select(found.id, found.reason, found.annotation_id).where(mine, _BY_PERSON)
-        present: dict[int, list[Any]] = {}
-        for row in session.execute(query.order_by(found.annotation_id)):
-            present.setdefault(row.id, []).append(row)
-        to_do = [row_id for row_id in ids if (row_id in present) is not excluded]
-        if not to_do:
-            called = name_of(session, f"{of.value}s", ids[0])
-            if excluded:
-                raise UserInputError(f"{called} is excluded already: {present[ids[0]][0].reason}.")
-            raise UserInputError(_why_not_included(session, of, ids[0], called))
-        why, at = reason and readable(reason), datetime.now(UTC)
-        changes = []
-        for row_id in to_do:
-            if excluded:
-                session.add(annotation(of, row_id, why, user=user, at=at))
-                old, new = {"excluded": None}, {"excluded": why}
-            else:
-                for row in present[row_id]:
-                    undone = row.annotation_id
-                    session.add(annotation(of, row_id, why, user=user, at=at, undoes_id=undone))
-                old, new = {"excluded": present[row_id][0].reason}, {"excluded": None}
-            changes.append(Change(f"{of.value}s", row_id, old, new))
-        session.flush()
-        shown = tuple(_shown_change(session, change) for change in changes[:SHOWN])
-        concerned = _concerned(session, _images_of(of, *to_do), to_do if of is Level.CELL else None)
-        verb = f"{'exclude' if excluded else 'include'} {of.value}"
-        called = shown[0]["name"] if len(to_do) == 1 else f"{len(to_do)} {of.value}s"
-        same = len(ids) - len(to_do)
-        notes = (f"{same} of {len(ids)} stay as they are.",) if same else ()
-        return Correction(verb, called, shown, **concerned, notes=notes), changes
-
-    return carry_out(workspace, reason, dry_run, act, annotating=True)
-
-
-_FINDERS: dict[Level, Callable[[Session, str], int]] = {
-    Level.PLATE: find_plate,
-    Level.WELL: find_well,
-    Level.IMAGE: find_image,
-    Level.CELL: lambda session, number: find_cell(session, number)[0],
-}
-_BY_PERSON = EXCLUSIONS.c.source == ExclusionSource.ANNOTATION.value
-
-Names = str | Sequence[str | int]
-"""One name as ``audit`` takes it, or names and ids."""
-
-
-def level_named(level: str) -> Level:
-    """Return the level of this name.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
-    if level not in list(Level):
-        raise UnknownNameError.of("kind", level, [item.value for item in Level])
-    return Level(level)
-
-
-def rows_named(session: Session, level: Level, names: Names) -> list[int]:
-    """Return the ids of plates, wells, images or cells, each once, in the order of their names.
-
-    Raises:
-        UnknownNameError: one is not there.
-        UserInputError: there are none, or too many.
-    """
-    given = [names] if isinstance(names, str) else list(names)
-    if not 1 <= len(given) <= IN_AT_ONCE:
-        raise UserInputError(f"Name 1 to {IN_AT_ONCE:,} {level.value}s at once.")
-    found = list[int]()
-    for name in given:
-        if isinstance(name, str) and (level is not Level.CELL or not name.strip().isdecimal()):
-            found.append(_FINDERS[level](session, readable(name)))
-        else:
-            found.append(int(name) if len(str(name)) < 19 else -1)
-    table = METADATA.tables[f"{level.value}s"].c.id
-    there = set(session.scalars(select(table).where(table.in_(set(found)))))
-    for name, row_id in zip(given, found, strict=True):
-        if row_id not in there:
-            if level is Level.CELL:
-                find_cell(session, str(name))  # whose error says what a cell is named by
-            raise UnknownNameError(f"There is no {level.value} with the id {name}.")
-    return list(dict.fromkeys(found))
+# ---- What people say ----
 
 
 def name_given(what: str, text: str) -> str:
@@ -619,10 +444,7 @@ def annotation(
     kind: AnnotationKind = AnnotationKind.EXCLUSION,
     **more: Any,
 ) -> Annotation:
-    """What a person says (by default: who runs this process, now); ``undoes_id``: or takes back.
-
-    What is said in one go has the same moment.
-    """
+    """What a person says (by default: who runs this process, now); ``undoes_id``: or takes back."""
     return Annotation(
         level=level,
         row_id=row_id,
@@ -640,26 +462,6 @@ def undoing(
     """Return the row that takes an annotation back."""
     more: dict[str, Any] = {"kind": row.kind, "field": row.field, "undoes_id": row.id}
     return annotation(row.level, row.row_id, reason, user=user, at=at, **more)
-
-
-def _why_not_included(session: Session, level: Level, row_id: int, called: str) -> str:
-    """Why there is nothing to take back: what excludes it instead, if anything does."""
-    begin = f"{called[:1].upper()}{called[1:]}"
-    if level is Level.CELL and (why := session.get_one(Cell, row_id).excluded) is not None:
-        return f"{begin} was excluded when it was found ({why}); it stays so."
-    query = select(Image.id, Image.well_id, Well.plate_id).join(Well, Well.id == Image.well_id)
-    image = session.execute(query.where(Image.id.in_(_images_of(level, row_id))).limit(1)).first()
-    found = EXCLUSIONS.c
-    of_person = select(found.id).where(_BY_PERSON)
-    for higher, number in zip((Level.IMAGE, Level.WELL, Level.PLATE), image or (), strict=False):
-        named = of_person.where(found.level == higher.value, found.id == number).limit(1)
-        is_above = list(Level).index(higher) < list(Level).index(level)
-        if is_above and session.scalar(named) is not None:
-            return (
-                f"Not {called} itself is excluded, but its {higher.value}. To include that: "
-                f"cellstore include {higher.value} {name_of(session, f'{higher.value}s', number)}"
-            )
-    return f"{begin} is not excluded, so there is nothing to include."
 
 
 # ---- Undo and delete ----
@@ -681,10 +483,6 @@ def undo(
 
     The run is marked as cancelled, so that its source can be ingested again. What a person has
     corrected since keeps the correction, which a note names. Where files were found stays known.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it is no ingest run, or later work relies on it: the message names that.
     """
     files: list[str] = []
 
@@ -695,7 +493,7 @@ def undo(
         mine = or_(Segmentation.run_id == found.id, Segmentation.image_id.in_(images))
         restored, later, notes = _restorable(session, found.id)
         relying = _relying(session, images, select(Segmentation.id).where(mine), found.id)
-        relying |= _relying_on_rows(session, found.id, ranges) | later
+        relying += [*later, *_relying_on_rows(session, found.id, ranges)]
         _refuse_if(relying, f"Run {found.id} cannot be undone")
         wells = select(Well.id).where(_within(Well.id, ranges["wells"]))
         notes = [*_corrected_by_hand(session, wells, images), *notes]
@@ -710,18 +508,13 @@ def undo(
         segmented = select(Segmentation.image_id).where(Segmentation.run_id == found.id)
         of_run = select(Event.row_id).where(Event.run_id == found.id, Event.old.is_not(None))
         labelled = of_run.where(Event.table_name == "wells")  # by a plate map
-        for about in (
-            images,
-            segmented.distinct(),
-            select(Image.id).where(Image.well_id.in_(labelled)),
-        ):
-            concerned = _concerned(session, about)
-            if concerned["images"]:
-                break
+        brought = _within(Image.id, ranges["images"])
+        touched = or_(brought, Image.id.in_(segmented), Image.well_id.in_(labelled))
+        about = concerned(session, select(Image.id).where(touched))
         deletion = _Deletion(session)
         features = deletion.of_files(FeatureFile.run_id == found.id, with_sets=True)
         deletion.of(Segmentation, mine)
-        deletion.of(Image, _within(Image.id, ranges["images"]))
+        deletion.of(Image, brought)
         deletion.of(ImageFile, _within(ImageFile.id, ranges["image_files"]))
         if partly:
             from .ingest.ingest_images import write_contents  # it reads images: slow to import
@@ -738,7 +531,7 @@ def undo(
         status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
         rows = [_shown_change(session, change) for change in changes]
         return Correction(
-            "undo", f"run {found.id}", (*rows, *features), **concerned, notes=tuple(notes)
+            "undo", f"run {found.id}", (*rows, *features), **about, notes=tuple(notes)
         ), [*changes, status]
 
     return carry_out(workspace, reason, dry_run, act, files)
@@ -750,22 +543,18 @@ def delete_plate(
     """Delete a plate with its wells, images, cells and measurements; to undo it, ingest it again.
 
     Image files stay where they are. Measurements in files that hold other plates, too, stay there.
-
-    Raises:
-        UnknownNameError: there is no such plate.
-        UserInputError: predictions or splits rely on it; the message names them.
     """
     files: list[str] = []
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         plate = find_plate(session, readable(name))
-        images = _images_of(Level.PLATE, plate)
+        images = images_of_level(Level.PLATE, plate)
         segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
         _refuse_if(
             _relying(session, images, segmentations, None), f"Plate {name} cannot be deleted"
         )
         notes = _corrected_by_hand(session, select(Well.id).where(Well.plate_id == plate), images)
-        concerned = _concerned(session, images)
+        about = concerned(session, images)
         deletion = _Deletion(session)
         with recording_removed(session, [images]):
             deletion.of(Plate, Plate.id == plate)
@@ -775,7 +564,7 @@ def delete_plate(
         *changes, own = deletion.changes
         changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
         shown = tuple(_shown_change(session, change) for change in changes)
-        done = Correction("delete plate", name, shown, **concerned, notes=tuple(notes))
+        done = Correction("delete plate", name, shown, **about, notes=tuple(notes))
         return done, changes
 
     return carry_out(workspace, reason, dry_run, act, files)
@@ -785,11 +574,7 @@ _UNDONE = "Undone."
 
 
 def _check_undoable(session: Session, run: Run) -> Ranges:
-    """Return the new rows of an ingest run by table, as ranges of ids.
-
-    Raises:
-        UserInputError: the run cannot be undone, whatever relies on it.
-    """
+    """Return the new rows of an ingest run by table, as ranges of ids."""
     if run.stage is not Stage.INGEST:
         raise UserInputError(
             f"Run {run.id} is a {Stage(run.stage).value} run. Only ingest runs are undone; results "
@@ -825,46 +610,27 @@ def _corrected_by_hand(session: Session, wells: Select[Any], images: Select[Any]
     return [f"Corrected or excluded by hand: {names}. Do that again if the images come back."]
 
 
-Relying = dict[str, str]
-"""Later work that relies on something, with the command that takes it back, if there is one."""
-
-_EXCLUDE = "cellstore exclude plate PLATE --reason TEXT"
-
-
-def _refuse_if(relying: Relying, refused: str) -> None:
+def _refuse_if(relying: Sequence[str], refused: str) -> None:
     if relying:
-        names = list(relying)
-        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        commands = dict.fromkeys(command for command in relying.values() if command)
-        last = commands.pop(_EXCLUDE, "") is None
-        lines = [
-            f"{refused}. Nothing was changed. Later work relies on it:",
-            f"{', '.join(names[:_NAMED])}{more}.",
-        ]
-        if commands:
-            lines += ["Take that back first, in this order:", *(f"  {item}" for item in commands)]
-        if last:
-            lines += ["To let a plate count nowhere instead:", f"  {_EXCLUDE}"]
-        raise UserInputError("\n".join(lines))
-
-
-def _undo_of(runs: Iterable[tuple[int, str]]) -> Relying:
-    """What runs did, the last first: so they have to be undone."""
-    by_run = sorted(runs, key=lambda item: -item[0])
-    return {text: f"cellstore undo {number}" for number, text in by_run}
+        raise UserInputError(
+            f"{refused}. Nothing was changed. Later work relies on it: {some_of(relying)}.\n"
+            "Undo later ingest runs first (cellstore undo RUN), and delete splits (cellstore split "
+            "delete NAME) and plates (cellstore delete plate NAME) that were made of it. What "
+            "predictions rely on stays; to let it count nowhere: cellstore exclude plate NAME"
+        )
 
 
 def _references(table: Any) -> Iterator[Any]:
     """The columns of all tables that refer to rows of a table, both as the classes have them."""
-    for other in _CLASSES.values():
-        for key in other.__table__.foreign_keys:
+    for mapper in Base.registry.mappers:
+        for key in mapper.local_table.foreign_keys:
             if key.column.table is table.__table__:
-                yield getattr(other, key.parent.name)
+                yield getattr(mapper.class_, key.parent.name)
 
 
 def _relying(
     session: Session, images: Select[Any], segmentations: Select[Any], run_id: int | None
-) -> Relying:
+) -> list[str]:
     """What relies on images and segmentations: predictions, splits, and other runs than ``run_id``.
 
     Without ``run_id`` only predictions and splits: the rest can be made again.
@@ -877,14 +643,10 @@ def _relying(
         if hasattr(column.class_, "run_id")
     }
     predicted = union(*(made_by.pop(table) for table in (Prediction, ImagePrediction)))
-    runs = sorted(session.scalars(predicted))
-    found = {f"predictions of run {number}": _EXCLUDE for number in runs}
-    splits = select(Split.name, Split.frozen_at)
-    splits = splits.join(SplitMember, SplitMember.split_id == Split.id)
+    found = [f"predictions of run {number}" for number in sorted(session.scalars(predicted))]
+    splits = select(Split.name).join(SplitMember, SplitMember.split_id == Split.id)
     splits = splits.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.name)
-    for name, frozen_at in session.execute(splits):
-        free = f"cellstore split delete {shlex.quote(name)}"
-        found[f"split {name}"] = _EXCLUDE if frozen_at else free
+    found += [f"split {name}" for name in session.scalars(splits)]
     if run_id is None:
         return found
     recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
@@ -905,25 +667,13 @@ def _relying(
     )
     queries: list[Any] = [*made_by.values(), in_files, of_recipes]
     numbers = {number for query in queries for number in session.scalars(query.distinct())}
-    stages = select(Run.id, Run.stage).where(Run.id.in_(numbers - {run_id})).order_by(Run.id)
-    plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
-    plates = plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
-    gone = [
-        f"cellstore delete plate {shlex.quote(name)}"
-        for name in session.scalars(plates.order_by(Plate.barcode).limit(_NAMED))
-    ]
-    for number, stage in session.execute(stages):
-        name = f"{Stage(stage).value} run {number}"
-        if stage is Stage.INGEST:
-            found |= _undo_of([(number, name)])
-        else:  # what it made goes with its plates
-            found[name] = "; ".join(gone)
-    return found
+    runs = select(Run.stage, Run.id).where(Run.id.in_(numbers - {run_id})).order_by(Run.id.desc())
+    return found + [f"{Stage(stage).value} run {number}" for stage, number in session.execute(runs)]
 
 
-def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> Relying:
+def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> list[str]:
     """Which other ingests put files to images, images into wells, or wells onto plates of a run."""
-    found = list[tuple[int, str]]()
+    found = list[str]()
     of: Any
     for of in (ImageFile.image_id, Image.well_id, Well.plate_id):
         table, (key,) = of.class_, of.expression.foreign_keys
@@ -936,7 +686,7 @@ def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> Relying:
             )
             by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
             name = name_of(session, table.__tablename__, row_id)
-            found.append((by or 0, f"ingest run {by} brought {name}"))
+            found.append(f"ingest run {by} brought {name}")
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
         Event.row_id.in_(select(Well.id).where(_within(Well.id, ranges["wells"]))),
@@ -944,19 +694,18 @@ def _relying_on_rows(session: Session, run_id: int, ranges: Ranges) -> Relying:
         Event.old.is_not(None),
         Event.run_id.in_(select(Run.id).where(Run.status != Status.CANCELLED)),
     )
-    for number in session.scalars(labelled.distinct()):
-        found.append((number or 0, f"ingest run {number} corrected its wells"))
-    return _undo_of(found)
+    numbers = session.scalars(labelled.distinct().order_by(Event.run_id.desc()))
+    return found + [f"ingest run {number} corrected its wells" for number in numbers]
 
 
-def _restorable(session: Session, run_id: int) -> tuple[list[Change], Relying, list[str]]:
+def _restorable(session: Session, run_id: int) -> tuple[list[Change], list[str], list[str]]:
     """What a run changed of rows that were there before it: its events, the last first.
 
     Returns also the runs that changed the same since, and a note of what people corrected since.
     """
     query = select(Event).where(Event.run_id == run_id, Event.old.is_not(None))
     query = query.where(Event.new.is_not(None), Event.table_name != "runs")
-    changes, later, kept = [], dict[tuple[int, str], None](), dict[str, None]()
+    changes, later, kept = [], set[tuple[int, str]](), set[str]()
     present: dict[tuple[str, int], dict[str, Any]] = {}
     corrected: dict[tuple[str, int], set[str]] = {}
     for row in session.scalars(query.order_by(Event.id.desc())):
@@ -983,9 +732,9 @@ def _restorable(session: Session, run_id: int) -> tuple[list[Change], Relying, l
             called = name_of(session, row.table_name, row.row_id)
             if by is None:
                 by_hand.add(name)
-                kept[called] = None
+                kept.add(called)
             else:
-                later[by, f"ingest run {by} changed {called} again"] = None
+                later.add((by, f"ingest run {by} changed {called} again"))
         if "treatment_id" in by_hand:
             by_hand.add("treatment")  # its name
         if by_hand:
@@ -994,7 +743,7 @@ def _restorable(session: Session, run_id: int) -> tuple[list[Change], Relying, l
             changes.append(replace(change, old=old, new=new))
         present[key] |= row.old or {}
     notes = [f"Corrected by hand since, and kept: {some_of(sorted(kept))}."] if kept else []
-    return changes, _undo_of(later), notes
+    return changes, [said for _, said in sorted(later, reverse=True)], notes
 
 
 def _restore(session: Session, changes: Sequence[Change]) -> list[Change]:

@@ -22,6 +22,7 @@ from ..analysis.splitting import (
     SplitImage,
     balanced,
     cut_by_groups,
+    cut_largest,
     enough,
     folds,
     grouped_split,
@@ -34,7 +35,7 @@ from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
+from ..io.split_tables import SplitRow, SplitTables, read_split_tables
 from ..io.treatments import normalised_name
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
@@ -121,79 +122,37 @@ class Deleted(Shown):
     images: int
 
 
-@dataclass(frozen=True)
-class CheckResult(SplitCheck, Shown):
-    """What a split gives away.
-
-    ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
-    their rows that were, ``refused`` the lines that could not be used, and ``images`` is 0.
-    ``unseen``: images whose files the store has not seen, so that their bytes were not compared.
-    ``relabelled``: wells that have another label now than the split keeps, with both.
-    """
-
-    split: str
-    protocol: str
-    group_level: str
-    unseen: int = 0
-    rows: int = 0
-    refused: int = 0
-    relabelled: tuple[str, ...] = ()
+Members = Sequence[tuple[Any, Subset]]
+"""Rows of :func:`_images` with their subsets, in the order of :func:`_key`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An image that could be in a split; ``key`` names it in every store.
-
-    ``compound`` is what all treatments share that are the same compound, for splits by
-    perturbation; ``cells`` are counted where classes are balanced by cells; ``part`` is what a
-    fold tests as a whole, where one is left out in turn.
-    """
-
-    image_id: int
-    key: tuple[str, int, int, int, int, int]
-    well: str
-    label: str
-    compound: str = ""
-    cells: int = 0
-    part: str = ""
-
-    @classmethod
-    def of(cls, row: Any, *more: Any) -> Candidate:
-        """The image of a row of :func:`_images`; ``more``: its compound and its cells."""
-        key = (row.barcode, row.well_row, row.well_column, row.site, row.plane, row.time_point)
-        return cls(row.image_id, key, row.well, row.label or "", *more)
-
-    def group(self, level: GroupLevel) -> str:
-        """Return the name of what it must stay with."""
-        if self.part:
-            return self.part
-        match level:
-            case GroupLevel.PLATE:
-                return self.key[0]
-            case GroupLevel.WELL:
-                return f"{self.key[0]}/{self.well}"
-            case GroupLevel.PERTURBATION:
-                return self.compound
-        return "/".join(map(str, self.key))
+def _key(row: Any) -> tuple[str, int, int, int, int, int]:
+    """Return what names an image in every store."""
+    return (row.barcode, row.well_row, row.well_column, row.site, row.plane, row.time_point)
 
 
-Members = Sequence[tuple[Candidate, Subset]]
-"""The members of a split in the order of their keys."""
+def _group(row: Any, level: GroupLevel, compound: str) -> str:
+    """Return the name of what an image must stay with."""
+    match level:
+        case GroupLevel.PLATE:
+            return str(row.barcode)
+        case GroupLevel.WELL:
+            return f"{row.barcode}/{row.well}"
+        case GroupLevel.PERTURBATION:
+            return compound
+    return "/".join(map(str, _key(row)))
 
 
 def _new_split(members: Members, **columns: Any) -> tuple[Split, Members]:
-    """Return a split before it is written, and its members.
-
-    Its fingerprint is the SHA-256 of what it is: its members, their subsets and labels.
-    """
+    """Return a split before it is written, and its members."""
     split = Split(**columns, created_at=datetime.now(UTC))
-    found = ((item.key, item.label, subset.value) for item, subset in members)
+    found = ((_key(row), row.label, subset.value) for row, subset in members)
     split.fingerprint = fingerprint_of_split(split, found)
     return split, members
 
 
 def fingerprint_of_split(split: Split, members: Iterable[tuple[Any, str, str]]) -> str:
-    """Return the SHA-256 of a split and its members: key (:class:`Candidate`), label, subset."""
+    """Return the SHA-256 of a split and its members: key (:func:`_key`), label, subset."""
     digest = hashlib.sha256(repr((split.protocol, split.field, split.seed)).encode())
     digest.update(split.group_level.value.encode())
     for member in members:
@@ -202,17 +161,7 @@ def fingerprint_of_split(split: Split, members: Iterable[tuple[Any, str, str]]) 
 
 
 def create_split(workspace: Workspace, name: str, params: SplitParams | None = None) -> SplitResult:
-    """Assign the images that have a treatment to subsets, and keep that under ``name``.
-
-    The same images and parameters give the same split in every store. Protocol ``published``
-    works by image, so wells are in both subsets; ``grouped`` keeps groups together.
-
-    Raises:
-        UserInputError: the name is taken by another split, or the images cannot be split.
-        UnknownNameError: no such field, plate, class or column.
-        MissingExtraError: the published protocol needs scikit-learn.
-
-    """
+    """Assign images to subsets; see :meth:`Store.create_split`."""
     params = params or SplitParams()
     if params.several:
         raise UserInputError("Folds are several splits: make them with create_folds.")
@@ -221,18 +170,10 @@ def create_split(workspace: Workspace, name: str, params: SplitParams | None = N
 
 
 def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
-    """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
+    """Make the splits of a cross-validation; see :meth:`Store.create_folds`.
 
-    Their test subsets partition the images; of each, the next fold's test subset validates. They
-    are one family, and share the images, the classes and what is excluded. With
-    ``params.leave_out`` each tests one plate, or one value of a column, in the order of these.
-    Without it and ``params.folds`` one split is made, of that very name.
-
-    Raises:
-        UserInputError: a name is taken by another split, or the images cannot be split so.
-        UnknownNameError: no such field, plate, class or column.
-        MissingExtraError: groups that hold several classes need scikit-learn.
-
+    They are one family, and share the images, the classes and what is excluded. Without
+    ``params.folds`` and ``params.leave_out`` one split is made, of that very name.
     """
     name = _checked_name(name, more=5 if params.several else 0)
     family = name if params.several else None
@@ -248,40 +189,36 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         if params.downsample_by == "cell":
             segment = last_with_masks(session)
         query = _candidates(params, qc)
-        rows = session.execute(query.add_columns(Treatment.id.label("treatment_id"))).all()
+        # Not by id, so that every store draws alike.
+        rows = sorted(
+            session.execute(query.add_columns(Treatment.id.label("treatment_id"))), key=_key
+        )
         excluded = _count_excluded(session, chosen, params, qc, len(rows))
         if qc is not None:
             excluded["unseen_by_qc"] = unseen
         if not rows:
             raise UserInputError(_nothing_to_split(params, excluded))
-        compounds, cells = dict[int, str](), dict[int, int]()
-        if params.group_level is GroupLevel.PERTURBATION:
-            compounds = _compounds(session, query)
-        if segment is not None:
-            cells = _cells(session, query, segment.id, len(rows))
-        found = (
-            Candidate.of(
-                row,
-                compounds.get(row.treatment_id, ""),
-                cells.get(row.image_id, 0),
-                row.part if params.leave_out else "",
-            )
-            for row in rows
-        )
         if params.leave_out is not None and (lost := sum(not row.part for row in rows)):
             raise UserInputError(
                 f"{lost} of {len(rows)} images have no {params.leave_out}, so no fold can test "
                 "them. Choose the others with --where, or complete the table of their wells."
             )
-        # Not by id, so that every store draws alike.
-        candidates = sorted(found, key=lambda item: item.key)
-        digest = hashlib.sha256()
-        for item in candidates:
-            digest.update(repr((item.key, item.well, item.label)).encode())
-            if item.compound or item.cells:
-                digest.update(repr((item.compound, item.cells)).encode())
-            if item.part:
-                digest.update(item.part.encode())
+        compounds, cells = dict[int, str](), dict[int, int]()
+        if params.group_level is GroupLevel.PERTURBATION:
+            compounds = _compounds(session, query)
+        if segment is not None:
+            cells = _cells(session, query, segment.id, len(rows))
+        images, digest = list[SplitImage](), hashlib.sha256()
+        for position, row in enumerate(rows):
+            of_row = compounds.get(row.treatment_id, ""), cells.get(row.image_id, 0)
+            digest.update(repr((_key(row), row.well, row.label)).encode())
+            if any(of_row):
+                digest.update(repr(of_row).encode())
+            group = _group(row, params.group_level, of_row[0])
+            if params.leave_out is not None:
+                group = row.part
+                digest.update(group.encode())
+            images.append(SplitImage(position, row.label, group, of_row[1]))
         parameters = asdict(params) | {
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
@@ -289,39 +226,32 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
-    assignments, few, cut = _assign(candidates, params)
+    assignments, few, cut = _assign(images, params)
     names = [name]
     if family is not None:
         names = [f"{family}-{number}" for number in range(1, len(assignments) + 1)]
-    new = []
-    for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1):
-        out = (*few, *assignment.excluded)
-        downsampled = {
-            label: {"before": before, "after": after}
-            for label, (before, after) in {**cut, **assignment.downsampled}.items()
-        }
-        subsets = sorted(assignment.subsets.items())
-        new.append(
-            _new_split(
-                tuple((candidates[position], subset) for position, subset in subsets),
-                name=name,
-                protocol=params.protocol,
-                field=params.field,
-                group_level=params.group_level,
-                seed=params.seed,
-                query=as_text(query),
-                excluded={
-                    **excluded,
-                    "classes": [
-                        {"label": c.label, "images": len(c.image_ids), "reason": c.reason}
-                        for c in out
-                    ],
-                    "downsampled": downsampled,
-                },
-                family=family,
-                fold=number if family else None,
-            )
+    downsampled = {
+        label: {"before": before, "after": after} for label, (before, after) in cut.items()
+    }
+    new = [
+        _new_split(
+            [(rows[position], subset) for position, subset in assignment.subsets.items()],
+            name=name,
+            protocol=params.protocol,
+            field=params.field,
+            group_level=params.group_level,
+            seed=params.seed,
+            query=as_text(query),
+            excluded={
+                **excluded,
+                "classes": [asdict(one) for one in (*few, *assignment.excluded)],
+                "downsampled": downsampled,
+            },
+            family=family,
+            fold=number if family else None,
         )
+        for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1)
+    ]
     return _keep(workspace, new, spec)
 
 
@@ -333,7 +263,7 @@ def _checked_name(name: str, more: int = 0) -> str:
 
 
 def _images(field: str, *columns: Any) -> Select[Any]:
-    """Ask for images with the columns that :meth:`Candidate.of` reads, and more."""
+    """Ask for images with the columns of their keys, their well and label, and more."""
     return (
         select(Image.id.label("image_id"), Plate.barcode, Well.well_row, Well.well_column)
         .add_columns(Well.name.label("well"), Image.site, Image.plane, Image.time_point)
@@ -377,10 +307,7 @@ def _count_excluded(
     }
     if qc is not None:
         with_flagged = select(func.count()).select_from(_candidates(params, None).subquery())
-        counts |= {
-            "flagged": (session.scalar(with_flagged) or 0) - kept,
-            "qc_run": qc.id,
-        }
+        counts |= {"flagged": (session.scalar(with_flagged) or 0) - kept, "qc_run": qc.id}
     return counts
 
 
@@ -440,51 +367,47 @@ def _cells(session: Session, query: Select[Any], segment_id: int, images: int) -
 
 
 def _assign(
-    candidates: Sequence[Candidate], params: SplitParams
+    images: list[SplitImage], params: SplitParams
 ) -> tuple[list[Assignment], tuple[ExcludedClass, ...], Cut]:
-    """Assign the candidates, by their positions: once, or for each fold.
+    """Assign the images: once, or for each fold.
 
     Returns also the classes that are too small, and those that were cut before.
     """
     seed, by_cells, unit = params.seed, params.downsample_by == "cell", params.group_level.value
-    images = [
-        SplitImage(position, item.label, item.group(params.group_level), item.cells)
-        for position, item in enumerate(candidates)
-    ]
+    group_of = {image.image_id: image.group for image in images}
     few: tuple[ExcludedClass, ...] = ()
     if params.min_images:
         images, few = enough(images, params.min_images)
     cut: Cut = {}
     by_class = not params.several and params.group_level is GroupLevel.PERTURBATION
-    if params.downsample is not None or by_cells:
+    if params.protocol == "published":
+        images, cut = cut_largest(images, seed)
+    elif params.downsample is not None or by_cells:
         images, cut = balanced(images, seed, params.downsample, by_cells)
-    elif params.protocol == "grouped" and not params.test_plates:
+    elif not params.test_plates:
         images, cut = cut_by_groups(images, seed, by_class)
-    if params.several:
+    if params.several or params.protocol == "published":
         need("train")
-        values = {item.part for item in candidates}
-        if params.leave_out is not None:
-            unit = params.leave_out
-            if len(values) == 1:
-                raise UserInputError(
-                    f"All images have the same {unit}: without it nothing is left to train on."
-                )
-            if len(values) == 2 and params.validation_size > 0:
-                raise UserInputError(
-                    f"There are two {unit}s: one would test, one validate, and none train. Let "
-                    "none validate: --validation-size 0"
-                )
-        found = folds(images, seed, params.folds or len(values), params.validation_size > 0, unit)
-        if params.leave_out is not None:
-            found.sort(
-                key=lambda one: min(
-                    candidates[position].part
-                    for position, subset in one.subsets.items()
-                    if subset is Subset.TEST
-                )
+    if params.leave_out is not None:
+        unit, number = params.leave_out, len(set(group_of.values()))
+        if number == 1:
+            raise UserInputError(
+                f"All images have the same {unit}: without it nothing is left to train on."
             )
+        if number == 2 and params.validation_size > 0:
+            raise UserInputError(
+                f"There are two {unit}s: one would test, one validate, and none train. Let "
+                "none validate: --validation-size 0"
+            )
+        found = folds(images, seed, number, params.validation_size > 0, unit)
+        found.sort(
+            key=lambda one: min(
+                group_of[key] for key, subset in one.subsets.items() if subset is Subset.TEST
+            )
+        )
+    elif params.folds is not None:
+        found = folds(images, seed, params.folds, params.validation_size > 0, unit)
     elif params.protocol == "published":
-        need("train")
         found = [published_split(images, seed, params.test_size)]
     elif params.test_plates:
         plates = (params.test_plates, params.validation_plates)
@@ -503,26 +426,17 @@ def import_split(
     group_level: GroupLevel = GroupLevel.IMAGE,
     allow_missing: bool = False,
 ) -> SplitResult:
-    """Keep the split that tables say (see ``io.split_tables``) under ``name``, as ``imported``.
+    """Keep the split that tables say; see :meth:`Store.import_split` and ``io.split_tables``.
 
     A row puts in its subset all images that it names: by plate, well and site as far as it says
     them; without a well those of its treatment (``identifier``, else ``pert_iname``), on its plate
-    if it says one. Labels are those of the store. ``group_level``: what the split promises to keep
-    together, which the database then guards; by default nothing.
-
-    Raises:
-        UserInputError: the name is taken; no row has an image; an image is put in two subsets; a
-            group is in two subsets and ``group_level`` says it must not be.
-        BadTableError: no table says the subsets, or of what.
-        UnknownNameError: there is no such field or group level.
-
+    if it says one. Labels are those of the store. The database guards ``group_level``.
     """
     name = _checked_name(name)
     if group_level not in list(GroupLevel):
         raise UnknownNameError.of("group level", group_level, list(GroupLevel))
     group_level = GroupLevel(group_level)
     tables = read_split_tables([Path(path) for path in paths])
-    check_not_empty(tables)
     with workspace.database.read() as session:
         field = check_field(session, field)
         members, excluded = _match(session, tables, field, allow_missing)
@@ -554,20 +468,19 @@ def import_split(
 
 def _match(
     session: Session, tables: SplitTables, field: str, allow_missing: bool
-) -> tuple[tuple[tuple[Candidate, Subset], ...], dict[str, Any]]:
+) -> tuple[Members, dict[str, Any]]:
     """Return the members of the split that tables say, and what is in no subset."""
-    members: dict[int, tuple[Candidate, Subset]] = {}
+    members: dict[int, tuple[Any, Subset]] = {}
     without_image, twice = list[str](), list[str]()
     without_label, missing_files = set[int](), set[int]()
     for row, found in _match_rows(session, tables.rows, field):
         for image in found:
-            item = Candidate.of(image)
-            if not item.label:
-                without_label.add(item.image_id)
+            if not image.label:
+                without_label.add(image.image_id)
             elif image.content_sha256 is None and not allow_missing:
-                missing_files.add(item.image_id)
-            elif members.setdefault(item.image_id, (item, row.subset))[1] is not row.subset:
-                twice.append(f"{item.key[0]} {item.well} site {item.key[3]} ({row.where})")
+                missing_files.add(image.image_id)
+            elif members.setdefault(image.image_id, (image, row.subset))[1] is not row.subset:
+                twice.append(f"{image.barcode} {image.well} site {image.site} ({row.where})")
         if not found:
             without_image.append(row.where)
     if twice:
@@ -575,22 +488,14 @@ def _match(
             f"Images that the tables put in two subsets: {len(twice)}, first {twice[0]}. See what "
             "the tables share with: cellstore split check --csv FILE, then correct them."
         )
-    if not members and missing_files:
-        raise UserInputError(
-            f"All {len(missing_files)} images that the tables name lack files. Ingest again with "
-            "--images, or import without the pixels: --allow-missing."
-        )
-    if not members and without_label:
-        raise UserInputError(
-            f"None of the images that the tables name has a {field}. Choose another --field."
-        )
     refused = [f"{file}, {refusal.detail}" for file, refusal in tables.refusals[:EXAMPLES]]
     if not members:
-        lead = f"Refused: {refused[0]}. " if refused else ""
-        other = "other " if refused else ""
         raise UserInputError(
-            f"{lead}No {other}row of the tables names an image of this store. Compare their plates "
-            "with those of: cellstore ask plates. Images are ingested first."
+            "No row of the tables puts an image of this store in a subset. Rows that name none: "
+            f"{len(without_image)} (compare their plates with: cellstore ask plates), rows that "
+            f"cannot be used: {len(tables.refusals)}{f', first {refused[0]}' if refused else ''}; "
+            f"images without a {field}: {len(without_label)} (choose another --field), without "
+            f"files: {len(missing_files)} (--allow-missing)."
         )
     excluded = {
         "without_label": len(without_label),
@@ -604,7 +509,7 @@ def _match(
         "classes": [],
         "downsampled": {},
     }
-    return tuple(sorted(members.values(), key=lambda item: item[0].key)), excluded
+    return sorted(members.values(), key=lambda item: _key(item[0])), excluded
 
 
 def _match_rows(
@@ -658,12 +563,7 @@ def _match_rows(
 def _keep(
     workspace: Workspace, new: Sequence[tuple[Split, Members]], spec: RecipeSpec
 ) -> tuple[SplitResult, ...]:
-    """Write the splits in one run, all or none; those that are there already stay as they are.
-
-    Raises:
-        UserInputError: a name is taken by another split, or the database refuses a split that
-            has a group in two subsets.
-    """
+    """Write the splits in one run, all or none; those that are there already stay as they are."""
     names, (first, members) = [split.name for split, _ in new], new[0]
     family, seed, query = first.family, first.seed, first.query
     with workspace.database.begin() as session:
@@ -696,16 +596,21 @@ def _keep(
                     split.recipe_id = recipe.id
                     session.add(split)
                     session.flush()
-                    values = sorted({item.label for item, _ in some})
+                    values = sorted({row.label for row, _ in some})
                     rows = [{"field": split.field, "value": value} for value in values]
                     insert_new(session, Label, rows)
                     known_labels = select(Label.value, Label.id).where(Label.field == split.field)
                     ids = dict(session.execute(known_labels).all())
                     chosen = [
-                        {"image_id": item.image_id, "subset": subset, "label_id": ids[item.label]}
-                        for item, subset in some
+                        {
+                            "split_id": split.id,
+                            "image_id": row.image_id,
+                            "subset": subset,
+                            "label_id": ids[row.label],
+                        }
+                        for row, subset in some
                     ]
-                    insert_new(session, SplitMember, [{"split_id": split.id, **c} for c in chosen])
+                    insert_new(session, SplitMember, chosen)
         except IntegrityError as error:
             raise UserInputError(
                 "Another program made a split of this name at this moment. Choose another name."
@@ -734,12 +639,7 @@ def folds_of(workspace: Workspace, name: str | None) -> tuple[str, ...]:
 
 
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:
-    """Return a split as it stands (default: the latest).
-
-    Raises:
-        UnknownNameError: there is none of that name.
-
-    """
+    """Return a split as it stands (default: the latest)."""
     with workspace.database.read() as session:
         return _result(session, find_split(session, name))
 
@@ -807,15 +707,7 @@ def list_splits(workspace: Workspace) -> tuple[SplitLine, ...]:
 
 
 def delete_split(workspace: Workspace, name: str, *, dry_run: bool = False) -> Deleted:
-    """Delete a split that no run uses, or all folds of a family of that name; all or none.
-
-    ``dry_run``: return what would be deleted, and change nothing.
-
-    Raises:
-        UnknownNameError: there is no split or family of that name.
-        UserInputError: a run relies on it.
-
-    """
+    """Delete a split, or all folds of a family of that name, that no run uses; all or none."""
     with workspace.database.begin() as session:
         named = or_(Split.name == name, Split.family == name)
         splits = session.scalars(select(Split).where(named).order_by(Split.id)).all()
@@ -823,17 +715,13 @@ def delete_split(workspace: Workspace, name: str, *, dry_run: bool = False) -> D
             known = session.scalars(select(Split.name).order_by(Split.id.desc()))
             raise UnknownNameError.of("split", name, known)
         for split in splits:
-            query = select(Run.id).where(Run.split_id == split.id).order_by(Run.id)
-            runs = session.scalars(query).all()
-            if runs:
-                raise UserInputError(
-                    f"The split {split.name!r} stays: it is used by run {some_of(runs)}, and what "
-                    "a network was trained and tested on must be known as long as the network is."
-                )
             if split.frozen_at is not None:
+                query = select(Run.id).where(Run.split_id == split.id).order_by(Run.id)
+                runs = session.scalars(query).all()
+                by = f"run {some_of(runs)}" if runs else f"a run of {split.frozen_at:%Y-%m-%d}"
                 raise UserInputError(
-                    f"The split {split.name!r} stays: it was frozen for a run on "
-                    f"{split.frozen_at:%Y-%m-%d}. Make a new one with: cellstore split create NAME"
+                    f"The split {split.name!r} stays: it is used by {by}, and what a network was "
+                    "trained and tested on must be known as long as the network is."
                 )
         ids = [split.id for split in splits]
         images = select(func.count()).select_from(SplitMember).where(SplitMember.split_id.in_(ids))
@@ -851,32 +739,25 @@ def delete_split(workspace: Workspace, name: str, *, dry_run: bool = False) -> D
         return result
 
 
-def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
-    """Look for what a split (default: the latest) gives away; see :func:`..analysis.leaks.leaks`.
-
-    Raises:
-        UnknownNameError: there is no split of that name.
-
-    """
+def check_split(workspace: Workspace, name: str | None = None) -> SplitCheck:
+    """Look for what a split (default: the latest) gives away, by :func:`leaks`."""
     with workspace.database.read() as session:
         split = find_split(session, name)
-        members, files = _members(session, split.id), _same_files(session, split.id)
         unseen = (
             select(func.count())
             .select_from(SplitMember)
             .join(Image, Image.id == SplitMember.image_id)
             .where(SplitMember.split_id == split.id, Image.content_sha256.is_(None))
         )
-        return CheckResult(
+        return replace(
+            leaks(_members(session, split.id), _same_files(session, split.id), split.group_level),
             split=split.name,
             protocol=split.protocol,
-            group_level=split.group_level.value,
             unseen=session.scalar(unseen) or 0,
             relabelled=tuple(
                 f"{row.name} ({row.frozen} -> {row.now or 'none'})"
                 for row in wells_relabelled(session, split.id)
             ),
-            **vars(leaks(members, files, split.group_level)),
         )
 
 
@@ -884,19 +765,14 @@ def check_tables(
     paths: Sequence[Path],
     field: str | None = None,
     group_level: GroupLevel = GroupLevel.WELL,
-) -> CheckResult:
+) -> SplitCheck:
     """Look for what the split tables of others give away, without a store.
 
     ``field``: what is to be predicted; ``None``: the target where the tables have one, else the
     compound, else only wells and plates are looked at. Image files and wells are looked at only
     where the tables name them.
-
-    Raises:
-        BadTableError, UserInputError: the tables cannot be read or hold no split.
-
     """
     tables = read_split_tables(paths)
-    check_not_empty(tables)
     has_target = any(row.target is not None for row in tables.rows)
     wanted = field or (TARGET if has_target else PERTURBATION)
     members = []
@@ -916,13 +792,12 @@ def check_tables(
             f"No row of the tables has a {wanted}, or plate and well. Choose another "
             "--field, or add a table that has it."
         )
-    return CheckResult(
+    return replace(
+        leaks(members, group_level=group_level),
         split=", ".join(path.name for path in paths),
-        protocol="imported",
-        group_level=group_level.value,
+        images=0,
         rows=len(members),
         refused=len(tables.refusals),
-        **vars(leaks(members, group_level=group_level)) | {"images": 0},
     )
 
 

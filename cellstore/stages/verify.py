@@ -5,27 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from array import array
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import and_, func, select, true
+from sqlalchemy import func, select, true
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
+from ..config import Limits
 from ..db import migrate
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, rows_in
 from ..db.events import (
     BEGUN,
     MODULUS,
@@ -38,7 +39,7 @@ from ..db.events import (
 )
 from ..db.session import DANGLING, Database
 from ..enums import FeatureStorage, Stage, Status
-from ..errors import CellstoreError, ImageError, StorageError, UserInputError
+from ..errors import ImageError, StorageError, UserInputError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
 from ..jobs.gone_files import GoneFiles, find_gone, lost_files
@@ -57,7 +58,6 @@ from ..models import (
     Job,
     Label,
     Plate,
-    Prediction,
     Recipe,
     RecipeInput,
     Run,
@@ -70,8 +70,13 @@ from ..models import (
 )
 from ..notebooks import Shown
 from ..query.feature_files import stream_ids
+from ..query.guard import locked_connection
+from ..query.source import PREDICTIONS, Source
 from ..settings import track
 from .split import fingerprint_of_split
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 
 @dataclass(frozen=True)
@@ -135,43 +140,30 @@ def verify(
     """Look at the database, and compare rows and files with their digests; look for orphans.
 
     Masks and features are compared with their cells, runs, splits and recipes with the ledger,
-    which must be the chain it was, and image files be where they were seen. ``against``: a file of
-    :func:`seal`, whose end of the chain must still be there.
+    which must be the chain it was, and image files be where they were seen.
 
-    ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
+    ``fix`` removes orphans: files left by a crash between writing a file and its row. Those
     younger than ``minutes`` are left alone, as a running command may be about to name them. It also
     removes masks, flows, features and profiles whose bytes have changed: then a command makes them
     again. It makes triggers again that are gone or changed.
-
-    Raises:
-        StorageError: an orphan cannot be removed.
-        UserInputError: ``against`` is no file of :func:`seal`.
     """
     head = None if against is None else read_seal(against)
-    shown, folder = workspace.database.shown, workspace.artifacts
-    broken = schema_problems(workspace.database)
-    failed: Exception | None = None
-    with ThreadPoolExecutor(1) as pool:  # the database looks at itself while we read its rows
-        looking = pool.submit(workspace.database.damage, quick=False)
-        try:
-            jobs, changed = check_rows(workspace)
-        except Exception as error:
-            failed = error
-        try:
-            damage = looking.result()
-        except CellstoreError as error:
-            damage, failed = [], error
+    database, folder = workspace.database, workspace.artifacts
+    broken = schema_problems(database)
+    with ThreadPoolExecutor(2) as pool:  # the database looks at itself while we read its rows
+        looking = pool.submit(database.damage, quick=False)
+        reading = pool.submit(check_rows, workspace)
+    damage = looking.result()
     # What is read of such a database may be anything.
     hopeless = any(DANGLING not in reason for reason in damage)
     hopeless |= any(FROM_BACKUP in reason and ": index" not in reason for reason in broken)
-    if failed is not None and not hopeless:
-        raise failed
     if fix and broken and not hopeless:
-        broken = schema_problems(workspace.database, fix=True)
+        broken = schema_problems(database, fix=True)
     broken += [f"{reason}. {FROM_BACKUP}" for reason in damage]
-    of_database = tuple(Problem(shown, reason) for reason in broken)
+    of_database = [Problem(database.shown, reason) for reason in broken]
     if hopeless:
-        return VerifyResult(0, 0, of_database, (), 0, 0)
+        return VerifyResult(0, 0, tuple(of_database), (), 0, 0)
+    jobs, changed = reading.result()
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     if fix:  # what is not whole, and whose command was killed, gets no row
@@ -184,31 +176,15 @@ def verify(
     problems = [problem for problem in found if problem.path not in forgotten]
     features, odd = check_features(workspace, {problem.path for problem in problems})
     ledger = check_ledger(workspace, head)
-    with workspace.database.read() as session:
-        gone = tuple(find_gone(session))
-    unnamed = _unnamed(workspace, there)
-    old = []
+    unnamed, old = _unnamed(workspace, there), []
     for path in unnamed:
         with suppress(FileNotFoundError):
             if (folder.root / path).lstat().st_mtime <= before:
                 old.append(path)
-    removed = [*old, *_changed(folder, problems)] if fix else []
-    if removed:
-        for path in removed:
-            try:
-                # Not resolved: of a link, the link is removed, never what it points to.
-                (folder.root / path).unlink(missing_ok=True)
-            except OSError as error:
-                raise StorageError(
-                    f"{path} cannot be removed: {error.strerror}. Mend the permissions of the "
-                    "store, then run the same command again."
-                ) from error
-        with workspace.database.begin() as session:
-            record_events(
-                session, [Change("artifacts", None, {"path": path}, None) for path in removed]
-            )
-    with workspace.database.read() as session:
-        commands = lost_files(session, folder)[1]
+    if fix:
+        _remove(workspace, [*old, *_changed(folder, problems)])
+    with database.read() as session:
+        gone, commands = tuple(find_gone(session)), lost_files(session, folder)[1]
     return VerifyResult(
         files=files,
         segmentations=masks,
@@ -221,6 +197,20 @@ def verify(
         gone=gone,
         commands=commands,
     )
+
+
+def _remove(workspace: Workspace, paths: Sequence[str]) -> None:
+    for path in paths:
+        try:
+            # Not resolved: of a link, the link is removed, never what it points to.
+            (workspace.artifacts.root / path).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be removed: {error.strerror}. Correct the permissions of the "
+                "store, then run the same command again."
+            ) from error
+    with workspace.database.begin() as session:
+        record_events(session, [Change("artifacts", None, {"path": path}, None) for path in paths])
 
 
 def schema_problems(database: Database, *, fix: bool = False) -> list[str]:
@@ -242,11 +232,7 @@ def schema_problems(database: Database, *, fix: bool = False) -> list[str]:
 
 
 def seal(workspace: Workspace, file: Path) -> dict[str, Any]:
-    """Write the end of the ledger to a file, to be kept where the store's owner cannot change it.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Write the end of the ledger to a file, to be kept where the owner cannot change it."""
     with workspace.database.read() as session:
         last = select(Event.id, Event.sha256).order_by(Event.id.desc()).limit(1)
         row = session.execute(last).one()
@@ -259,17 +245,13 @@ def seal(workspace: Workspace, file: Path) -> dict[str, Any]:
 
 
 def read_seal(file: Path) -> dict[str, Any]:
-    """Return what :func:`seal` wrote.
-
-    Raises:
-        UserInputError: the file is not there, or is another.
-    """
+    """Return what :func:`seal` wrote."""
     try:
         head = json.loads(file.read_text(encoding="utf-8"))
         return {name: head[name] for name in ("event", "sha256", "made_at")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserInputError(
-            f"{file} is no file that cellstore seal wrote. Check the path."
+            f"{file} was not written by cellstore seal. Check the path."
         ) from error
 
 
@@ -294,14 +276,11 @@ def _changed(folder: ArtifactFolder, problems: Sequence[Problem]) -> list[str]:
     return [path for path in paths if sha256_of(folder.locate(path)) != Path(path).stem]
 
 
-def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:
-    unnamed: list[str] = []
-    for start in range(0, len(there), BATCH):
-        piece = there[start : start + BATCH]
-        with workspace.database.read() as session:
-            named = set(session.scalars(select(Artifact.path).where(Artifact.path.in_(piece))))
-        unnamed += [path for path in piece if path not in named]
-    return unnamed
+def _unnamed(workspace: Workspace, there: Sequence[str]) -> list[str]:
+    with workspace.database.read() as session:
+        rows = rows_in(session, select(Artifact.path), Artifact.path, there)
+    named = {row.path for row in rows}
+    return [path for path in there if path not in named]
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -311,10 +290,7 @@ _Masks: TypeAlias = list[tuple[str, list[int]]]
 
 
 def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
-    """Count the stored files and the segmentations with masks, and say what is wrong with them.
-
-    Reading, hashing and unpacking leave Python's lock alone, so threads share the work.
-    """
+    """Count the stored files and the segmentations with masks, and say what is wrong with them."""
     files = select(Artifact.id, Artifact.path, Artifact.sha256).order_by(Artifact.id).limit(BATCH)
     cells_of_masks = (
         select(Segmentation.mask_artifact_id, Segmentation.id, Plate.barcode, Image.core_name)
@@ -329,34 +305,29 @@ def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
         total = session.scalar(select(func.count()).select_from(Artifact)) or 0
         masks = session.scalar(select(func.count(Segmentation.mask_artifact_id))) or 0
     problems: list[Problem] = []
-    waiting: deque[Future[list[Problem]]] = deque()
-    last, threads, more = 0, max(2, cores()), True
+    cells: dict[int | None, _Masks] = {}
+
+    def look(file: Any) -> list[Problem]:
+        return _check(workspace.artifacts, file.path, file.sha256, cells.get(file.id, []))
+
+    last, found = 0, list[Any]([None])
     workspace.progress.start("verify files", total)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            while more or waiting:
-                if more and len(waiting) < 8 * threads:
-                    with workspace.database.read() as session:
-                        found = session.execute(files.where(Artifact.id > last)).all()
-                        ids = [row.id for row in found]
-                        of_files = cells_of_masks.where(Segmentation.mask_artifact_id.in_(ids))
-                        rows = session.execute(of_files).all()
-                    cells: dict[int | None, _Masks] = {}
-                    for (mask, _, barcode, core), group in groupby(rows, key=lambda row: row[:4]):
-                        numbers = [
-                            row.object_number for row in group if row.object_number is not None
-                        ]
-                        cells.setdefault(mask, []).append((f"{barcode}/{core}", numbers))
-                    for file_id, path, sha256 in found:
-                        of_file = cells.get(file_id, [])
-                        waiting.append(
-                            pool.submit(_check, workspace.artifacts, path, sha256, of_file)
-                        )
-                        last = file_id
-                    more = bool(found)
-                if waiting:
-                    problems += waiting.popleft().result()
+        # Reading, hashing and unpacking leave Python's lock alone, so threads share the work.
+        with ThreadPoolExecutor(max(2, cores())) as pool:
+            while found:
+                with workspace.database.read() as session:
+                    found = list(session.execute(files.where(Artifact.id > last)))
+                    of_files = Segmentation.mask_artifact_id.in_([file.id for file in found])
+                    rows = session.execute(cells_of_masks.where(of_files)).all()
+                cells.clear()
+                for (mask, _, barcode, core), group in groupby(rows, key=lambda row: row[:4]):
+                    numbers = [row.object_number for row in group if row.object_number is not None]
+                    cells.setdefault(mask, []).append((f"{barcode}/{core}", numbers))
+                for reasons in pool.map(look, found):
+                    problems += reasons
                     workspace.progress.advance()
+                last = found[-1].id if found else last
     finally:
         workspace.progress.finish()
     return total, masks, problems
@@ -491,14 +462,12 @@ def check_ledger(workspace: Workspace, head: dict[str, Any] | None = None) -> li
                         f"{head['made_at']}, is {what}: what was done before was changed since",
                     )
                 )
-        problems += [Problem(f"run {run}", reason) for run, reason in _odd_runs(session)]
-        problems += [Problem(name, reason) for name, reason in _odd_recipes(session)]
-        problems += [Problem(name, reason) for name, reason in _odd_splits(session)]
-        problems += [Problem(name, reason) for name, reason in _odd_treatments(session)]
+        for odd in (_odd_runs, _odd_recipes, _odd_splits, _odd_treatments):
+            problems += [Problem(name, reason) for name, reason in odd(session)]
     return problems
 
 
-def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
+def _odd_runs(session: Session) -> Iterator[tuple[str, str]]:
     """Yield the runs that are not what the ledger says, with the reason."""
     entries: dict[int, dict[str, Any]] = {}
     query = select(Event.row_id, Event.new).where(Event.table_name == "runs").order_by(Event.id)
@@ -514,24 +483,27 @@ def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
     for (run_id, table), (_, found) in run_digests(session).items():
         wrote[run_id][table] = found
     for run_id, row in run_rows(session):
-        entry = entries.pop(run_id, None)
+        entry, name = entries.pop(run_id, None), f"run {run_id}"
         if entry is None:
-            yield run_id, "table runs: the ledger knows no such run; it was not made by cellstore"
+            yield (
+                f"run {run_id}",
+                "table runs: the ledger knows no such run; it was not made by cellstore",
+            )
             continue
         begins = row["ended_at"] is None
-        for name in BEGUN if begins else row:
-            if row[name] != entry["row"].get(name):
-                was = entry["row"].get(name)
-                yield run_id, f"table runs: {name} is {row[name]}, and was {was}"
+        for column in BEGUN if begins else row:
+            was = entry["row"].get(column)
+            if row[column] != was:
+                yield name, f"table runs: {column} is {row[column]}, and was {was}"
         if begins:
             continue
         nothing, digests = "0" * 64, entry.get("digests", {})  # none: it was not ended by cellstore
         for table in sorted({*wrote[run_id], *digests}):
             now, then = wrote[run_id].get(table, nothing), digests.get(table, nothing)
             if now != then:
-                yield run_id, f"table {table}: its rows are not what the run wrote"
+                yield name, f"table {table}: its rows are not what the run wrote"
     for run_id in entries:
-        yield run_id, "table runs: the run is gone"
+        yield f"run {run_id}", "table runs: the run is gone"
     of_weights = (
         select(Run.id, Recipe.weights_sha256, Run.parent_id)
         .join(Recipe, Recipe.id == Run.recipe_id)
@@ -540,7 +512,10 @@ def _odd_runs(session: Session) -> Iterator[tuple[int, str]]:
     for run_id, sha256, parent_id in session.execute(of_weights).all():
         written = select(Artifact.sha256).join(RunArtifact).where(RunArtifact.run_id == parent_id)
         if sha256 not in session.scalars(written).all():
-            yield run_id, f"table artifacts: its network is no file of run {parent_id} any more"
+            yield (
+                f"run {run_id}",
+                f"table artifacts: its network is no file of run {parent_id} any more",
+            )
 
 
 def _odd_recipes(session: Session) -> Iterator[tuple[str, str]]:
@@ -632,153 +607,90 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
     What a job wrote into files is not looked at here: files have digests of their own.
     """
     in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
-    which = and_(Job.status == Status.DONE, Job.digest.is_not(None), Job.recipe_id.not_in(in_files))
-    predicting = Job.recipe_id.in_(select(Recipe.id).where(Recipe.stage == Stage.PREDICT))
-    with workspace.database.read() as session:
-        total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
-    workspace.progress.start("verify rows", total)
-    problems = check_predictions(workspace, which)
-    which = and_(which, ~predicting)
     query = (
         select(Job.id, Job.image_id, Job.recipe_id, Job.run_id, Job.content_sha256, Job.digest)
-        .add_columns(Recipe.stage, Plate.barcode, Image.core_name)
+        .add_columns(Recipe.stage)
         .join(Recipe, Recipe.id == Job.recipe_id)
-        .join(Image, Image.id == Job.image_id)
-        .join(Well, Well.id == Image.well_id)
-        .join(Plate, Plate.id == Well.plate_id)
-        .where(which)
+        .where(Job.status == Status.DONE, Job.digest.is_not(None), Job.recipe_id.not_in(in_files))
         .order_by(Job.id)
-        .limit(BATCH)
     )
-    last = 0
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
+    workspace.progress.start("verify rows", total)
     try:
-        while True:
+        odd = set(_odd_predictions(workspace, query))
+        of_others = query.where(Recipe.stage != Stage.PREDICT).limit(BATCH)
+        last, jobs = 0, list[Any]([None])
+        while jobs:
             with workspace.database.read() as session:
-                jobs = session.execute(query.where(Job.id > last)).all()
-                problems += [
-                    Problem(
-                        f"{job.barcode}/{job.core_name}",
-                        f"rows of {job.stage.value} recipe {job.recipe_id} are not what its job "
-                        f"{job.id} (run {job.run_id}) wrote (digest differs)",
-                    )
+                jobs = list(session.execute(of_others.where(Job.id > last)))
+                odd |= {
+                    (job.run_id, job.image_id)
                     for job in jobs
                     if _digest_of_rows(session, job) != job.digest
-                ]
-            if not jobs:
-                return total, problems
-            last = jobs[-1].id
+                }
+            last = jobs[-1].id if jobs else last
             workspace.progress.advance(len(jobs))
     finally:
         workspace.progress.finish()
-
-
-def check_predictions(workspace: Workspace, which: Any) -> list[Problem]:
-    """Name the images whose predictions are not what a job wrote, one of those ``which`` are meant.
-
-    The rows are read once, as they lie in the table, where those of an image are together and in
-    the order in which they were written. What does not fit its job so is read again, by cell and
-    rank.
-    """
-    database = workspace.database
-    jobs = select(Job.run_id, Job.image_id, Job.digest).join(Recipe, Recipe.id == Job.recipe_id)
-    jobs = jobs.where(which, Recipe.stage == Stage.PREDICT)
-    right: dict[int, array[int]] = defaultdict(lambda: array("q"))
-    odd: set[tuple[int, int]] = set()
-    with database.read(steady=True) as session:
-        runs = set(session.scalars(jobs.with_only_columns(Job.run_id).distinct()))
-        for run_id, images, table in _by_image(session):
-            if run_id not in runs:  # somebody brought them: no job has a digest
-                continue
-            written: dict[int, str | None] = {}
-            for some in in_lists(set(images.tolist())):
-                mine = jobs.where(Job.run_id == run_id, Job.image_id.in_(some))
-                written |= {image: made for _, image, made in session.execute(mine)}
-            starts = np.flatnonzero(np.diff(images, prepend=-1))
-            pieces = np.split(table, starts[1:])
-            for image, piece in zip(images[starts].tolist(), pieces, strict=True):
-                if digest_of_numbers(piece) == written.get(image):
-                    right[run_id].append(image)
-                else:
-                    odd.add((run_id, image))
-            workspace.progress.advance(len(starts))
+    name = select(Plate.barcode, Image.core_name, Run.stage, Run.recipe_id).select_from(Run)
+    name = name.join(Image, true()).join(Well, Well.id == Image.well_id)
+    name = name.join(Plate, Plate.id == Well.plate_id)
     problems = []
-    with database.read(steady=True) as session:
-        wanted = jobs.where(Job.digest != digest_of_numbers(np.empty((0, 4))))
-        counted = wanted.with_only_columns(Job.run_id, func.count()).group_by(Job.run_id)
-        for run_id, number in session.execute(counted).all():
-            if number > len(right[run_id]):
-                seen = np.array(right[run_id])
-                mine = wanted.where(Job.run_id == run_id).execution_options(yield_per=BATCH)
-                for part in session.execute(mine).partitions():
-                    images = np.array([image for _, image, _ in part])
-                    odd |= {(run_id, image) for image in images[~np.isin(images, seen)].tolist()}
-        for run_id, image in sorted(odd):
-            rows = session.execute(
-                select(Prediction.cell_id, Prediction.rank, Prediction.label_id)
-                .add_columns(Prediction.probability)
-                .join(Cell, Cell.id == Prediction.cell_id)
-                .join(Segmentation, Segmentation.id == Cell.segmentation_id)
-                .where(Prediction.run_id == run_id, Segmentation.image_id == image)
-                .order_by(Prediction.cell_id, Prediction.rank)
-            )
-            table = np.array([tuple(row) for row in rows]).reshape(-1, 4)
-            made = session.execute(jobs.where(Job.run_id == run_id, Job.image_id == image)).first()
-            if made is None or made.digest != digest_of_numbers(table):
-                name = select(Plate.barcode, Image.core_name, Run.recipe_id).select_from(Image)
-                name = name.join(Well, Well.id == Image.well_id)
-                name = name.join(Plate, Plate.id == Well.plate_id).join(Run, Run.id == run_id)
-                for barcode, core, recipe_id in session.execute(name.where(Image.id == image)):
-                    reason = (
-                        f"rows of predict recipe {recipe_id} are not what its job (run {run_id}) "
-                        "wrote (digest differs)"
-                    )
-                    problems.append(Problem(f"{barcode}/{core}", reason))
-    return problems
-
-
-def _by_image(
-    session: Session,
-) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
-    """Yield predictions by run: the image of each, and cell, rank, label, probability (N, 4).
-
-    Those of an image come together, if they lie together.
-    """
-    driver: Any = session.connection().connection.driver_connection
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    # Plain tuples: rows of SQLAlchemy take as long as all the rest. PostgreSQL: not all at once.
-    named = {} if is_sqlite else {"name": "verify"}
-    # Each value takes a while on its way to Python, so that two small ones share a number.
-    query = """SELECT run_id << 40 | cell_id, CAST(rank AS BIGINT) << 32 | label_id, probability
-        FROM predictions"""
-    kind = np.dtype([("of", np.int64), ("choice", np.int64), ("probability", np.float64)])
-    with closing(driver.cursor(**named)) as cursor:
-        cursor.execute(query)
-        rest = np.empty(0, kind)
-        while True:
-            new = np.fromiter(cursor.fetchmany(ROWS_AT_ONCE), kind)
-            table = np.concatenate([rest, new])
-            parts = np.split(table, np.flatnonzero(np.diff(table["of"] >> 40)) + 1)
-            for number, part in enumerate(parts if len(table) else [], start=1):
-                cells, choice = part["of"] & (1 << 40) - 1, part["choice"]
-                homes = driver.cursor()
-                homes.execute(
-                    "SELECT s.image_id, min(c.id) FROM cells c JOIN segmentations s "  # noqa: S608
-                    f"ON s.id = c.segmentation_id WHERE c.id BETWEEN {cells.min()} "
-                    f"AND {cells.max()} GROUP BY s.id, s.image_id ORDER BY 2"
+    with workspace.database.read() as session:
+        for run_id, image_id in sorted(odd):
+            of_both = name.where(Run.id == run_id, Image.id == image_id)
+            for barcode, core, stage, recipe_id in session.execute(of_both):
+                reason = (
+                    f"rows of {stage.value} recipe {recipe_id} are not what run {run_id} wrote "
+                    "(digest differs)"
                 )
-                found = np.array(homes.fetchall() or [(0, 0)])
-                images = found[np.searchsorted(found[:, 1], cells, "right") - 1, 0]
-                whole = len(part)
-                if len(new) and number == len(parts):  # its last image may go on in the next table
-                    others = np.flatnonzero(images != images[-1])
-                    whole = int(others[-1]) + 1 if len(others) else 0
-                    rest = part[whole:]
-                columns = (cells, choice >> 32, choice & (1 << 32) - 1, part["probability"])
-                if whole:
-                    run_id = int(part["of"][0]) >> 40
-                    yield run_id, images[:whole], np.column_stack(columns)[:whole]
-            if not len(new):
-                return
+                problems.append(Problem(f"{barcode}/{core}", reason))
+    return total, problems
+
+
+def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int]]:
+    """Yield run and image of predictions that are not what a job wrote.
+
+    ``jobs``: the query of those looked at. DuckDB sorts the rows: the databases take long for it.
+    """
+    jobs = jobs.where(Recipe.stage == Stage.PREDICT, Run.ended_at.is_not(None))
+    jobs = jobs.join(Run, Run.id == Job.run_id).order_by(None)
+    written: dict[int, dict[int, str]] = defaultdict(dict)
+    with workspace.database.read() as session:
+        for row in session.execute(jobs):
+            written[row.run_id][row.image_id] = row.digest
+    if not written:
+        return
+    spill = workspace.settings.cache / "spill"
+    spill.mkdir(parents=True, exist_ok=True)
+    nothing = digest_of_numbers(np.empty((0, 4)))
+    with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
+        for run_id, digests in written.items():
+            create = "CREATE OR REPLACE TABLE p AS FROM {rows}"
+            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=True)
+            found = {
+                image: digest_of_numbers(*(piece for _, piece in pieces))
+                for image, pieces in groupby(_by_image(duck), itemgetter(0))
+            }
+            for image in {*digests, *found}:
+                if digests.get(image) != found.get(image, nothing):
+                    yield run_id, image
+            workspace.progress.advance(len(digests))
+
+
+def _by_image(duck: DuckDBPyConnection) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """Yield table ``p`` in pieces: an image, and cell, rank, label, probability (N, 4) of it.
+
+    Those of an image come one after the other, by cell and rank.
+    """
+    query = "SELECT image_id, cell_id, rank, label_id, probability FROM p"
+    query += " WHERE cell_id IS NOT NULL ORDER BY image_id, cell_id, rank"
+    for batch in duck.sql(query).to_arrow_reader(ROWS_AT_ONCE):
+        images, *columns = (column.to_numpy() for column in batch.columns)
+        starts = np.flatnonzero(np.diff(images, prepend=-1))
+        tables = np.split(np.column_stack(columns), starts[1:])
+        yield from zip(images[starts].tolist(), tables, strict=True)
 
 
 def _digest_of_rows(session: Session, job: Any) -> str:

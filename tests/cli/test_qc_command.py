@@ -47,12 +47,11 @@ def test_json_has_everything(cellstore, store, screen):
     assert cellstore("qc", *FEW, "--store", store, "--json").json["flags"] == []
 
 
-def test_page_and_picture_are_written(cellstore, store, screen, tmp_path):
+def test_a_page_is_written(cellstore, store, screen, tmp_path):
     ready(cellstore, store, screen)
-    told = cellstore("qc", *FEW, "--html", "qc.html", "--plot", "qc.png", "--store", store)
+    told = cellstore("qc", *FEW, "--html", "qc.html", "--store", store)
     assert "page: qc.html" in told.out
     assert "<svg" in (tmp_path / "qc.html").read_text()
-    assert (tmp_path / "qc.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_dry_run_says_how_much_there_is_to_do(cellstore, store):

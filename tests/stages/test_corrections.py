@@ -30,7 +30,7 @@ from cellstore.jobs.lookup import in_recipes
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Event, Folder, Image, ImageFile, Plate, Segmentation, Well
 from cellstore.query.feature_files import open_set
-from cellstore.stages.ingest.ingest import IngestResult, preview
+from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
@@ -184,8 +184,8 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
         ({"treatment": "taxol", "dose": "much"}, "number and a unit"),
         ({"dose": "5 uM"}, "--treatment"),
         ({}, "--treatment"),
-        ({"treatment": "none", "dose": "5 uM"}, "is no treatment"),
-        ({"treatment": "N/A"}, "is no treatment"),
+        ({"treatment": "none", "dose": "5 uM"}, "is not a treatment"),
+        ({"treatment": "N/A"}, "is not a treatment"),
         ({"treatment": "taxol + brefeldin"}, "in a plate map"),
         ({"treatment": "taxol", "reason": " "}, "--reason"),
     ):
@@ -231,10 +231,10 @@ def test_what_is_excluded_with_something_larger_names_it(store: Store, screen: S
     cell = make.cells_of(screen.segmentations["B01"])[0]
     small = make.cells(screen.segmentations["B01"], 1, excluded="perimeter is 0")[0]
     store.exclude("well", "BR1/B01", reason="debris")
-    with pytest.raises(UserInputError, match="cellstore include well BR1/B01"):
-        store.include("cell", str(cell.id))
-    with pytest.raises(UserInputError, match="when it was found"):
-        store.include("cell", str(small.id))
+    for one, why in ((cell, "debris"), (small, "perimeter is 0")):
+        with pytest.raises(UserInputError, match=f"why: cellstore audit cell {one.id}"):
+            store.include("cell", str(one.id))
+        assert why in str(store.audit(str(one.id), "cell").record)
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(store: Store, screen: SmallScreen) -> None:
@@ -439,12 +439,9 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
     first, second = (item.run_id for item in maps)
-    refused = rf"run {second} changed P1/A01 again\.\nTake .* order:\n  cellstore undo {second}$"
-    with pytest.raises(UserInputError, match=refused):
+    with pytest.raises(UserInputError, match=rf"run {second} changed P1/A01 again\.\nUndo"):
         store.undo(str(first))
-    refused = (
-        rf"run {first} corrected its wells\.\n.*\n  cellstore undo {second}\n  .* undo {first}$"
-    )
+    refused = f"run {second} corrected its wells, ingest run {first} corrected its wells"
     with pytest.raises(UserInputError, match=refused):
         store.undo(str(images))
     assert answers(store, *EVERYTHING) == before
@@ -494,7 +491,7 @@ def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"split main\.\nTo .*:\n  cellstore exclude plate"):
+    with pytest.raises(UserInputError, match=r"split main\.\n.*cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))
@@ -710,12 +707,9 @@ def test_folders_find_renamed_channels_by_their_old_names(
     assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
     store.rename("channel", "ch1", "Mito", plate=plate)
     how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
-    tried = preview(place, how, store.workspace)
-    assert (set(tried.channels), set(preview(place, how).channels)) == (
-        {"Mito", "ch2"},
-        {"ch1", "ch2"},
-    )
-    assert tried.notes == ["channel ch1 was renamed: read as Mito"]
+    tried = store.ingest(place, how, dry_run=True)
+    assert {row["channel"] for row in tried.preview} == {"Mito", "ch2"}
+    assert tried.notes == ("channel ch1 was renamed: read as Mito",)
     store.rename("channel", "Mito", "ch1", plate=plate)
     # The two are swapped, with a third name; the files say what they said.
     for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):

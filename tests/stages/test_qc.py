@@ -34,7 +34,7 @@ from cellstore.models import (
     Segmentation,
 )
 from cellstore.query.exclusions import find_qc_run
-from cellstore.report.qc_page import write_page, write_picture
+from cellstore.report.qc_page import write_page
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc
 
@@ -256,8 +256,7 @@ def test_a_few_images_are_compared_with_all_that_were_seen(local: Bench) -> None
 
 def test_a_dry_run_only_counts(local: Bench) -> None:
     result = qc(local.workspace, dry_run=True)
-    assert result.forecast is not None
-    assert (result.run_id, result.forecast.images) == (None, 10)
+    assert (result.run_id, result.to_do) == (None, 10)
     assert (local.count(ImageQuality), local.count(Run, Run.stage == Stage.QC)) == (0, 0)
 
 
@@ -392,17 +391,6 @@ def test_the_same_run_gives_the_same_page(local: Bench, tmp_path: Path) -> None:
     result = qc(local.workspace)
     pages = [read_page(local, result, tmp_path / name)[0] for name in ("a.html", "b.html")]
     assert pages[0] == pages[1]
-
-
-def test_a_picture_is_of_one_plate(local: Bench, tmp_path: Path) -> None:
-    result = qc(local.workspace)
-    target = tmp_path / "maps.png"
-    assert write_picture(local.workspace, result, target).picture == str(target)
-    assert target.read_bytes().startswith(b"\x89PNG")
-    make = Factory(local.workspace)
-    make.image(make.well(make.plate("P2"), 1, 1))
-    with pytest.raises(UserInputError, match=r"2 are selected.*--plate"):
-        write_picture(local.workspace, qc(local.workspace), target)
 
 
 def test_numbers_need_no_extra_but_the_page_does(

@@ -242,7 +242,7 @@ def test_a_label_with_a_single_image_cannot_follow_the_published_protocol(
     sqlite_workspace: Workspace,
 ) -> None:
     fill(sqlite_workspace, {"DMSO": 3, "once": 1}, sites=1)
-    with pytest.raises(UserInputError, match="both subsets: 'once'"):
+    with pytest.raises(UserInputError, match="both subsets: DMSO, once"):
         create_split(sqlite_workspace, "s", PUBLISHED)
 
 

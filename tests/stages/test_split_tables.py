@@ -76,7 +76,7 @@ def test_words_that_a_program_gets_wrong_are_named(sqlite_workspace, tmp_path) -
     table = write(tmp_path / "s.csv", "split,pert_iname", "train,aspirin")
     with pytest.raises(UnknownNameError, match="Unknown label field 'colour'"):
         import_split(sqlite_workspace, "s", [table], "colour")  # type: ignore[arg-type]
-    with pytest.raises(UserInputError, match="names an image of this store"):
+    with pytest.raises(UserInputError, match="puts an image of this store"):
         import_split(sqlite_workspace, "s", [table], "target")  # type: ignore[arg-type]
 
 
@@ -130,7 +130,7 @@ def test_tables_that_are_no_split(sqlite_workspace: Workspace, tmp_path: Path) -
         (["Metadata_Plate,Metadata_Well", "P1,A01"], "no column 'split'"),
         (["split,colour", "train,red"], "does not say what it splits"),
         (["split,well", "train,A01"], "of which plate"),
-        (["split,plate,well", "train,P9,A01"], "names an image of this store"),
+        (["split,plate,well", "train,P9,A01"], "puts an image of this store"),
         (
             ["split,plate,well", "train,P1,A01", "test,P1,A01"],
             "put in two subsets: 2, first P1 A01",

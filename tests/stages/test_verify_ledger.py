@@ -27,7 +27,7 @@ from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Artifact, Event, Image, Run, RunArtifact, RunMetric
 from cellstore.stages import verify as verify_step
-from cellstore.stages.corrections import set_excluded
+from cellstore.stages.annotate import set_excluded
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train_baselines import train_baselines
