@@ -358,18 +358,11 @@ class Params:
         return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
-CELLS = "Which cells"
-NETWORK = "The network"
-LEARNING = "How it learns"
-HARDWARE = "How it is carried out"
 BASELINES = "Instead of a network"
-SECTIONS = (CELLS, NETWORK, LEARNING, HARDWARE, BASELINES)
-"""Headings of the help, in their order."""
-
-cells = partial(option, section=CELLS)
-network = partial(option, section=NETWORK)
-learning = partial(option, section=LEARNING)
-hardware = partial(option, section=HARDWARE)
+cells = partial(option, section="Which cells")
+network = partial(option, section="The network")
+learning = partial(option, section="How it learns")
+hardware = partial(option, section="How it is carried out")
 baseline = partial(option, section=BASELINES)
 
 # What several dataclasses declare alike.
@@ -1149,6 +1142,17 @@ class VoteOptions(Params):
 
 
 @dataclass(frozen=True)
+class Limits(Params):
+    """What one question may take; ``answer_mb``: as one table of Arrow."""
+
+    seconds: float = option(600.0, "Stop a question after this time.", metavar="S", min=0.1)
+    memory_mb: int = option(
+        2048, "Memory of a question; more goes to the disk.", name="--memory", metavar="MB", min=64
+    )
+    answer_mb: int = 1024
+
+
+@dataclass(frozen=True)
 class PredictParams(ImageChoice):
     """What to label, and what to keep of it.
 
@@ -1178,42 +1182,48 @@ class PredictParams(ImageChoice):
     )
 
 
-_trained_on = partial(
-    option,
-    None,
-    "The subsets of the split that the model was trained on; none, if on no image of this "
-    "screen. Without it reports say that it is not known.",
-    metavar="A,B",
-    choices=tuple(item.value for item in Subset),
-)
-_note = partial(option, None, "A note to keep with the runs.", metavar="TEXT")
+@dataclass(frozen=True)
+class OwnModel(Params):
+    """A model that is not of cellstore.
 
+    ``trained_on``: subsets of the split; ``()``: it has not seen this screen, ``None``: nobody
+    knows.
+    """
 
-def _check_model_name(name: str) -> None:
-    if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
-        raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+    name: str = option(
+        "", "What the model, or the feature set that it makes, is called, for example my-vit."
+    )
+    trained_on: tuple[str, ...] | None = option(
+        None,
+        "The subsets of the split that the model was trained on; none, if on no image of this "
+        "screen. Without it reports say that it is not known.",
+        metavar="A,B",
+        choices=tuple(item.value for item in Subset),
+    )
+    note: str | None = option(None, "A note to keep with the runs.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.name.strip()) <= 100 or not self.name.isprintable():
+            raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
 
 
 @dataclass(frozen=True)
-class AddedParams(Params):
+class AddedParams(OwnModel):
     """What is said of predictions that a model outside cellstore made.
 
-    ``model``: the file of its weights, of which the sha256 is kept. ``trained_on``: subsets of the
-    split; ``()``: it has not seen this screen, ``None``: nobody knows.
+    ``model``: the file of its weights, of which the sha256 is kept.
     """
 
-    name: str = option("", "What the model is called, for example my-vit.")
     split: str | None = option(
         None, "The split that says which images are for training and which for tests."
     )
-    trained_on: tuple[str, ...] | None = _trained_on()
     model: Path | None = option(
         None, "The file with its weights: its sha256 is kept; it is not opened.", metavar="FILE"
     )
     segmentation: str | None = option(
         None, "Whose cells, where the table names them by number or point: a segment recipe."
     )
-    note: str | None = _note()
     mlflow_run: str | None = option(
         None,
         "The id of the MLflow run that trained the model, to keep with the runs.",
@@ -1227,7 +1237,6 @@ class AddedParams(Params):
                 f"{self.mlflow_run!r} is not the id of an MLflow run: use letters, digits, - "
                 "and _ only."
             )
-        _check_model_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -1244,18 +1253,16 @@ class EmbedParams(ImageChoice):
         None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
     )
     batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
-    note: str | None = _note()
 
 
 @dataclass(frozen=True)
-class ApplyParams(EmbedParams):
+class ApplyParams(OwnModel, EmbedParams):
     """What a function of somebody's own is given of each cell, and what it makes of it.
 
     ``features``: also these measurements, those of a feature set by name; ``subset``: train,
-    validation, test or all; ``trained_on`` as in :class:`AddedParams`.
+    validation, test or all.
     """
 
-    name: str = option("", "What the model, or the feature set that it makes, is called.")
     gives: Gives = option(
         Gives.EMBEDDING,
         "What its numbers are: an embedding of a cell, the probabilities of the classes of the "
@@ -1288,12 +1295,10 @@ class ApplyParams(EmbedParams):
         "images.",
         choices=(*(item.value for item in Subset), "all"),
     )
-    trained_on: tuple[str, ...] | None = _trained_on()
     top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_model_name(self.name)
         if self.gives is Gives.PROBABILITIES:
             return
         for name in ("softmax", "trained_on", "top_k"):

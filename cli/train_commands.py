@@ -416,6 +416,7 @@ def embed(
         metavar="PIXELS",
         min=1,
     ),
+    note: str | None = option_of(ApplyParams, "note"),
     device: str = DEVICE,
     listed: bool = option(
         False,
@@ -455,8 +456,9 @@ def embed(
 
     say(f"Licence of {model}: {licence_of(model)}.")
     with common.open() as store:
+        given = {**asdict(params), "note": note}
         return store.embed(
-            model, name, mode=mode, weights=weights, crop=crop, device=device, **asdict(params)
+            model, name, mode=mode, weights=weights, crop=crop, device=device, **given
         )
 
 

@@ -295,13 +295,11 @@ def list_files(session: Session, of: ColumnElement[bool]) -> Sequence[Any]:
     return session.execute(query).all()
 
 
-def open_set(
-    session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
-) -> ReadableSet:
-    """Return what is to be read of the feature set of a measure recipe; ``name`` checks it."""
+def open_set(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> ReadableSet:
+    """Return what is to be read of the feature set of a measure recipe."""
     found = set_of_recipe(session, recipe_id)
     if found is None or found.storage is FeatureStorage.TABLE:
-        return ReadableSet(name=found.name if found else name)
+        return ReadableSet(found.name if found else None)
     columns = tuple(
         str(item["name"])
         for item in found.columns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -90,7 +92,7 @@ def test_a_cell_is_described_by_its_number_or_by_its_object(
     for label, probability in choices:
         assert label in panel
         assert f"{probability:.3f}" in panel
-    crop = client.get(f"/field/{image.id}/crop?cell={cell_id}")
+    crop = client.get(html.unescape(re.findall(r'<img src="([^"]+)"', panel)[0]))
     assert crop.headers["content-type"] == "image/jpeg"
 
 
@@ -132,7 +134,7 @@ def test_what_is_not_there_is_a_sentence(client: TestClient, screen: Workspace) 
         "/field/1/channel/-1.raw", "/field/1/channel/%C2%B2.raw",
         "/field/1/mask.raw?segmentation=2",
         f"/field/1/cell?cell={elsewhere}", "/field/1/cell?segmentation=1&object=99999",
-        "/field/1/cell", "/field/1/crop", f"/field/1/crop?cell={elsewhere}",
+        "/field/1/cell",
         "/field/99999/contrast.json", "/field/99999/channel/0.raw",
     ):  # fmt: skip
         answer = client.get(address)
