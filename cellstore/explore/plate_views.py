@@ -25,7 +25,6 @@ from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, short, well_name
-from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
@@ -97,33 +96,7 @@ def _list_plates(request: Request) -> list[dict[str, Any]]:
 def stages(request: Request) -> Response:
     """What each stage has left to do, and what is wrong: counted after the page is there."""
     found = kept(request, ("status",), lambda: status(explorer_of(request).workspace))
-    return page(request, "home_stages.html.j2", found=found, plates=_first_plates(request))
-
-
-def latest_runs(request: Request) -> Response:
-    """The models on the split that was trained on last, with their scores."""
-    workspace = explorer_of(request).workspace
-
-    def read() -> tuple[Leaderboard | None, str, int, int | None]:
-        try:
-            board = list_runs(workspace)
-        except CellstoreError as error:  # no training yet
-            return None, str(error), 0, None
-        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
-        seen = ask(request, SEEN_TEST_WELLS, {"runs": scored}) if scored else []
-        leaking = {row["run_id"]: row["wells"] for row in seen}
-        first = next((run for run in scored if run in leaking), None)
-        return board, "", leaking.get(first, 0), first
-
-    board, words, leaking, run = kept(request, ("latest runs",), read)
-    return page(
-        request, "home_runs.html.j2", board=board, words=words, leaking=leaking, run=run,
-        most=LISTED_RUNS, plates=_first_plates(request),
-    )  # fmt: skip
-
-
-def _first_plates(request: Request) -> list[str]:
-    return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+    return page(request, "home_stages.html.j2", found=found)
 
 
 def small_maps(request: Request) -> Response:
@@ -156,12 +129,6 @@ def _small_map(wells: Sequence[Record], scale: Scale) -> dict[str, Any]:
         colour = scale.colours.get(row["well_id"], "")
         paths[colour] = paths.get(colour, "") + drawn
     return {"rows": rows, "columns": columns, "wells": len(wells), "paths": paths}
-
-
-SEEN_TEST_WELLS = """
-    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
-    WHERE run_id IN (SELECT unnest($runs)) AND subset = 'test' AND well_in_training GROUP BY run_id
-"""
 
 
 # Search
@@ -239,13 +206,15 @@ _PARTS = re.compile(r"\w{5}(?=\w{3})|\w+|\W+")
 
 
 def plates(request: Request) -> Response:
-    """Several plates side by side on one colour scale; without names: the list of plates."""
+    """Several plates side by side on one colour scale; without names or a colour, their list."""
     barcodes = list(dict.fromkeys(request.query_params.getlist("plate")))
     treatment = text(request, "treatment")
     if not barcodes and treatment is not None:
         barcodes = [row["plate"] for row in ask(request, PLATES_OF, [treatment])]
         if not barcodes:
             raise NotFoundError(f"No well has the treatment {treatment[:200]!r}.")
+    elif not barcodes and text(request, "colour") is not None:
+        barcodes = [row["plate"] for row in _list_plates(request)]
     if not barcodes:
         listed = _list_plates(request)
         return page(request, "plates.html.j2", plates=listed, most=LISTED_PLATES)
@@ -627,7 +596,6 @@ def _one_well(request: Request) -> dict[str, Any]:
 ROUTES = [
     Route("/", home),
     Route("/home/stages", stages),
-    Route("/home/runs", latest_runs),
     Route("/search", search),
     Route("/plates", plates),
     Route("/plates/small", small_maps),
