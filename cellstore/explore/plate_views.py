@@ -429,7 +429,8 @@ VOTES_OF_WELL = """
     ),
     of_wells AS (
         SELECT run_id, sum(cells) AS cells,
-            list({'label': label, 'cells': cells} ORDER BY cells DESC, probability DESC, label) AS labels
+            list({'label': label, 'cells': cells} ORDER BY cells DESC, probability DESC, label)
+                AS labels
         FROM of_labels GROUP BY run_id
     ),
     of_fields AS (
