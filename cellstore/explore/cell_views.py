@@ -93,10 +93,6 @@ SHORT_WORDS = {
     "max_probability": "probability to",
     "annotated": "labelled by people",
 }
-PEOPLE = """
-    SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
-    ORDER BY a.label LIMIT 100
-"""
 PIXEL_SIZES = "SELECT min(pixel_size) AS low, max(pixel_size) AS high FROM images"
 SIZES = """
     SELECT quantile_cont(greatest(max_row - min_row, max_col - min_col), 0.9) AS size
@@ -531,31 +527,29 @@ def _check_names(request: Request, panes: Sequence[Pane]) -> None:
 
 def _choices(request: Request) -> dict[str, Any]:
     """What the form offers."""
-    treatments = ask(
-        request,
-        f"""SELECT DISTINCT t.treatment AS name FROM wells AS w
+
+    def names(sql: str) -> list[Any]:
+        return [row["name"] for row in ask(request, sql)]
+
+    treatments = f"""SELECT DISTINCT t.treatment AS name FROM wells AS w
         JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
-        ORDER BY name LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
-    )
-    plates = ask(request, "SELECT barcode FROM plates ORDER BY barcode LIMIT 1000")
-    labels = ask(
-        request,
-        f"""SELECT DISTINCT l.value FROM labels AS l
-        WHERE l.id IN (SELECT label_id FROM split_members)
-        ORDER BY l.value LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
-    )
-    reasons = [*ImageFlagReason, *CellFlagReason]
+        ORDER BY name LIMIT {MOST_NAMES}"""  # noqa: S608 - a number
+    labels = f"""SELECT DISTINCT value AS name FROM labels
+        WHERE id IN (SELECT label_id FROM split_members)
+        ORDER BY name LIMIT {MOST_NAMES}"""  # noqa: S608 - a number
+    people = """SELECT DISTINCT label AS name FROM current_labels WHERE level = 'cell'
+        ORDER BY name LIMIT 100"""
     return {
-        "treatments": [row["name"] for row in treatments],
-        "plates": [row["barcode"] for row in plates],
-        "labels": [row["value"] for row in labels],
+        "treatments": names(treatments),
+        "plates": names("SELECT barcode AS name FROM plates ORDER BY name LIMIT 1000"),
+        "labels": names(labels),
         "run_names": [
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
             for row in runs_done(request, Stage.PREDICT)
         ],
-        "people": [row["label"] for row in ask(request, PEOPLE)],
+        "people": names(people),
         "channels": _channels(request),
-        "reasons": [reason.value for reason in reasons],
+        "reasons": [reason.value for reason in (*ImageFlagReason, *CellFlagReason)],
         "sides": SIDES,
     }
 

@@ -111,8 +111,11 @@ def field(request: Request) -> Response:
             shown = cell.segmentation_id
         elif shown is None and (usual := usual_segmentation(session, number)) is not None:
             shown = usual.id
-        masks = {"now": _chosen(segmentations, number, shown),
-                 "before": _chosen(segmentations, number, asked["before"])}  # fmt: skip
+        for wanted in (shown, asked["before"]):
+            if wanted is not None and wanted not in segmentations:
+                raise UnknownNameError(f"Image {number} has no segmentation {wanted}.")
+        masks = {"now": segmentations.get(shown or 0),
+                 "before": segmentations.get(asked["before"] or 0)}  # fmt: skip
         others = list(
             session.execute(
                 select(Image.id, Image.site, Image.plane, Image.time_point)
@@ -141,7 +144,7 @@ def field(request: Request) -> Response:
             "not_counted": session.scalar(
                 select(func.count(Cell.id)).where(Cell.segmentation_id == shown, ~cell_counts())
             ),
-            "segmentations": segmentations,
+            "segmentations": list(segmentations.values()),
             "masks": masks,
             "sites": _steps(others, image),
             "others": others,
@@ -160,37 +163,21 @@ def _cell_of(session: Session, number: int, cell_id: int | None) -> Cell | None:
     return cell
 
 
-def _segmentations(session: Session, number: int) -> list[dict[str, Any]]:
-    """The segmentations of an image, the newest first."""
-    query = select(Segmentation, IS_CURRENT.label("current")).join(
-        Image, Image.id == Segmentation.image_id
-    )
-    query = query.where(Image.id == number).order_by(Segmentation.id.desc())
-    return [
-        {
+def _segmentations(session: Session, number: int) -> dict[int, dict[str, Any]]:
+    """The segmentations of an image by number, the newest first."""
+    query = select(Segmentation, IS_CURRENT.label("current"))
+    query = query.join(Image, Image.id == Segmentation.image_id).where(Image.id == number)
+    return {
+        found.id: {
             "id": found.id,
             "cells": found.n_cells,
             "run": found.run_id,
-            "recipe": found.recipe_id,
             "current": current,
             "has_masks": found.mask_artifact_id is not None,
-            "from": found.recipe.parameters.get("imported")
-            or found.recipe.parameters.get("model")
-            or "",
+            "from": found.recipe.parameters.get("imported") or found.recipe.parameters.get("model"),
         }
-        for found, current in session.execute(query)
-    ]
-
-
-def _chosen(
-    segmentations: Sequence[dict[str, Any]], number: int, segmentation_id: int | None
-) -> dict[str, Any] | None:
-    if segmentation_id is None:
-        return None
-    found = next((item for item in segmentations if item["id"] == segmentation_id), None)
-    if found is None:
-        raise UnknownNameError(f"Image {number} has no segmentation {segmentation_id}.")
-    return found
+        for found, current in session.execute(query.order_by(Segmentation.id.desc()))
+    }
 
 
 def _steps(others: Sequence[Any], image: Image) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, short, well_name
-from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
@@ -58,7 +57,7 @@ from .well_colours import (
 MOST_PLATES = 12
 """Plates that are shown side by side."""
 LISTED_PLATES = 500
-LISTED_RUNS = 12
+LISTED_RUNS = 48
 PICTURE = 320
 """Pixels of a picture of a field, at least."""
 
@@ -97,33 +96,7 @@ def _list_plates(request: Request) -> list[dict[str, Any]]:
 def stages(request: Request) -> Response:
     """What each stage has left to do, and what is wrong: counted after the page is there."""
     found = kept(request, ("status",), lambda: status(explorer_of(request).workspace))
-    return page(request, "home_stages.html.j2", found=found, plates=_first_plates(request))
-
-
-def latest_runs(request: Request) -> Response:
-    """The models on the split that was trained on last, with their scores."""
-    workspace = explorer_of(request).workspace
-
-    def read() -> tuple[Leaderboard | None, str, int, int | None]:
-        try:
-            board = list_runs(workspace)
-        except CellstoreError as error:  # no training yet
-            return None, str(error), 0, None
-        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
-        seen = ask(request, SEEN_TEST_WELLS, {"runs": scored}) if scored else []
-        leaking = {row["run_id"]: row["wells"] for row in seen}
-        first = next((run for run in scored if run in leaking), None)
-        return board, "", leaking.get(first, 0), first
-
-    board, words, leaking, run = kept(request, ("latest runs",), read)
-    return page(
-        request, "home_runs.html.j2", board=board, words=words, leaking=leaking, run=run,
-        most=LISTED_RUNS, plates=_first_plates(request),
-    )  # fmt: skip
-
-
-def _first_plates(request: Request) -> list[str]:
-    return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+    return page(request, "home_stages.html.j2", found=found)
 
 
 def small_maps(request: Request) -> Response:
@@ -156,12 +129,6 @@ def _small_map(wells: Sequence[Record], scale: Scale) -> dict[str, Any]:
         colour = scale.colours.get(row["well_id"], "")
         paths[colour] = paths.get(colour, "") + drawn
     return {"rows": rows, "columns": columns, "wells": len(wells), "paths": paths}
-
-
-SEEN_TEST_WELLS = """
-    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
-    WHERE run_id IN (SELECT unnest($runs)) AND subset = 'test' AND well_in_training GROUP BY run_id
-"""
 
 
 # Search
@@ -239,13 +206,15 @@ _PARTS = re.compile(r"\w{5}(?=\w{3})|\w+|\W+")
 
 
 def plates(request: Request) -> Response:
-    """Several plates side by side on one colour scale; without names: the list of plates."""
+    """Several plates side by side on one colour scale; without names or a colour, their list."""
     barcodes = list(dict.fromkeys(request.query_params.getlist("plate")))
     treatment = text(request, "treatment")
     if not barcodes and treatment is not None:
         barcodes = [row["plate"] for row in ask(request, PLATES_OF, [treatment])]
         if not barcodes:
             raise NotFoundError(f"No well has the treatment {treatment[:200]!r}.")
+    elif not barcodes and text(request, "colour") is not None:
+        barcodes = [row["plate"] for row in _list_plates(request)]
     if not barcodes:
         listed = _list_plates(request)
         return page(request, "plates.html.j2", plates=listed, most=LISTED_PLATES)
@@ -446,16 +415,38 @@ FIELDS = """
     WHERE i.well_id IN (SELECT unnest($wells))
     ORDER BY i.well_id, i.site, i.plane, i.time_point
 """
+# The hard vote of a well, of all its fields in whatever subset, and of each of its fields.
 VOTES_OF_WELL = """
-    SELECT c.run_id, c.image_id, l.value AS label, c.cells, c.probability
-    FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id
-    WHERE c.image_id IN (SELECT id FROM images WHERE well_id = $well)
-    ORDER BY c.run_id DESC, c.image_id, c.cells DESC, c.probability DESC, l.value
-"""
-RUNS_OF_WELL = """
-    SELECT run_id, max(truth) AS truth, bool_or(well_in_training) AS seen,
-        string_agg(DISTINCT subset, ', ' ORDER BY subset) AS subsets
-    FROM run_images WHERE well_id = $well GROUP BY run_id
+    WITH counted AS (
+        SELECT c.run_id, c.image_id, l.value AS label, c.cells,
+            CAST(round(c.probability * 1e12) AS BIGINT) AS probability
+        FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id
+        WHERE c.image_id IN (SELECT id FROM images WHERE well_id = $well)
+    ),
+    of_labels AS (
+        SELECT run_id, label, sum(cells) AS cells, sum(probability) AS probability
+        FROM counted GROUP BY run_id, label
+    ),
+    of_wells AS (
+        SELECT run_id, sum(cells) AS cells,
+            list({'label': label, 'cells': cells} ORDER BY cells DESC, probability DESC, label)
+                AS labels
+        FROM of_labels GROUP BY run_id
+    ),
+    of_fields AS (
+        SELECT run_id, image_id, first(label ORDER BY cells DESC, probability DESC, label) AS label
+        FROM counted GROUP BY run_id, image_id
+    ),
+    fields AS (
+        SELECT f.run_id, count(*) AS fields, count(*) FILTER (f.label = r.truth) AS n_right,
+            max(r.truth) AS truth, bool_or(r.well_in_training) AS seen,
+            string_agg(DISTINCT r.subset, ', ' ORDER BY r.subset) AS subsets
+        FROM of_fields AS f
+        LEFT JOIN run_images AS r ON r.run_id = f.run_id AND r.image_id = f.image_id
+        GROUP BY f.run_id
+    )
+    SELECT w.run_id AS run, w.cells, w.labels, f.* EXCLUDE (run_id)
+    FROM of_wells AS w JOIN fields AS f ON f.run_id = w.run_id ORDER BY w.run_id DESC
 """
 
 
@@ -550,25 +541,14 @@ def votes_of_well(request: Request) -> Response:
     one = _one_well(request)
 
     def read() -> list[dict[str, Any]]:
+        models = {row["id"]: row["model"] for row in runs_done(request, Stage.PREDICT)}
         rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
-        about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
-        models = {row["id"]: row for row in runs_done(request, Stage.PREDICT)}
-        found = [
-            {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
-            for run, some in _by(rows, "run_id").items()
-        ]
+        found = [row | {"model": models.get(row["run"])} for row in rows]
         # Networks first, then baselines: the newest first.
-        return sorted(found, key=lambda row: (row["model"] or {}).get("model") != "network")
+        return sorted(found, key=lambda row: row["model"] != "network")
 
     answers = kept(request, ("votes of well", one["well_id"]), read)
-    for answer in answers:
-        if answer["truth"] is not None:
-            right = sum(label == answer["truth"] for label in answer["fields"])
-            answer["right"] = right
-    return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS * 4)
-
-
-NOT_KNOWN = {"truth": None, "seen": None, "subsets": ""}
+    return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS)
 
 
 def _by(rows: Sequence[Record], key: str) -> dict[Any, list[Record]]:
@@ -576,22 +556,6 @@ def _by(rows: Sequence[Record], key: str) -> dict[Any, list[Record]]:
     for row in rows:
         found.setdefault(row[key], []).append(row)
     return found
-
-
-def _answer(rows: Sequence[Record]) -> dict[str, Any]:
-    """The hard vote of a well by one run, and of each of its fields."""
-    labels = {
-        label: (sum(row["cells"] for row in some), sum(row["probability"] for row in some))
-        for label, some in _by(rows, "label").items()
-    }
-    ranked = sorted(labels, key=lambda name: (*(-number for number in labels[name]), name))
-    total = sum(cells for cells, _ in labels.values())
-    return {
-        "winner": ranked[0],
-        "labels": [(name, labels[name][0]) for name in ranked[:3] if labels[name][0]],
-        "cells": total,
-        "fields": [some[0]["label"] for some in _by(rows, "image_id").values()],
-    }
 
 
 def history_of_well(request: Request) -> Response:
@@ -627,7 +591,6 @@ def _one_well(request: Request) -> dict[str, Any]:
 ROUTES = [
     Route("/", home),
     Route("/home/stages", stages),
-    Route("/home/runs", latest_runs),
     Route("/search", search),
     Route("/plates", plates),
     Route("/plates/small", small_maps),

@@ -13,12 +13,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ..enums import Stage, Status, Subset
-from ..errors import UnknownNameError, UserInputError, some_of
+from ..errors import UserInputError, some_of
 from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
 from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
-from ..report.leaderboard import list_runs
+from ..report.leaderboard import Leaderboard, list_runs
 from ..report.lineage_page import lineage_content
 from ..report.report_figures import confusion_of, matrices_of, training_curves
 from ..report.report_page import report_content
@@ -95,6 +95,12 @@ FAILURES = """
     ORDER BY n DESC LIMIT 20
 """
 """The most frequent reasons of failed jobs, each with an image."""
+SEEN_TEST_WELLS = """
+    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
+    WHERE run_id IN (SELECT unnest(CAST($runs AS BIGINT[])))
+        AND subset = 'test' AND well_in_training
+    GROUP BY run_id
+"""
 CELL_PAIRS = """
     SELECT r.truth, l.value AS predicted, CAST(sum(c.cells) AS BIGINT) AS n
     FROM image_label_counts AS c
@@ -178,14 +184,17 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def ranked_runs(request: Request) -> Response:
-    """A part: the models of a split, the best first."""
+    """A part: the models of a split, the best first, and whether one has seen its test wells."""
     split = text(request, "split")
-    workspace = explorer_of(request).workspace
-    try:
-        board = kept(request, ("runs", split), lambda: list_runs(workspace, split))
-    except UnknownNameError as error:
-        raise NotFoundError(str(error)) from None
-    return page(request, "ranked_runs.html.j2", board=board, bar=interval_bar)
+
+    def read() -> tuple[Leaderboard, dict[str, Any] | None]:
+        board = list_runs(explorer_of(request).workspace, split)
+        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
+        seen = {row["run_id"]: row for row in ask(request, SEEN_TEST_WELLS, {"runs": scored})}
+        return board, next((seen[run] for run in scored if run in seen), None)
+
+    board, leak = kept(request, ("runs", split), read)
+    return page(request, "ranked_runs.html.j2", board=board, leak=leak, bar=interval_bar)
 
 
 # One run

@@ -23,7 +23,7 @@ from ..db.bulk import IN_AT_ONCE
 from ..enums import Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
-from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
+from ..models import Cell, Recipe, Run, Well
 from ..query.guard import quoted, reading_files
 from ..stages.profile import PLACES
 from .cell_filters import (
@@ -37,7 +37,7 @@ from .cell_filters import (
 from .known_features import Feature, features_known, profile_features
 from .plate_views import plate_maps, wells_of
 from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map
-from .requests import ask, asking, explorer_of, kept, page, runs_done, text, url_of, whole
+from .requests import ask, asking, explorer_of, kept, page, row_of, runs_done, text, url_of, whole
 from .sql_views import as_file
 from .well_colours import OKABE_ITO, WellValues, make_scale
 
@@ -501,28 +501,22 @@ def _packed(head: dict[str, Any], *arrays: NDArray[Any]) -> Response:
 
 def point(request: Request) -> Response:
     """What a point is, in words, and its page."""
-    number, of_well = whole(request, "id", 0), text(request, "profiles") is not None
-    query = select(Plate.barcode, Well.name, Well.control, Treatment.name_with_dose)
-    if of_well:
-        query = query.select_from(Well).where(Well.id == number)
-    else:
-        query = query.add_columns(Image.site, Image.id).select_from(Cell)
-        query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
-        query = query.join(Image, Image.id == Segmentation.image_id)
-        query = query.join(Well, Well.id == Image.well_id).where(Cell.id == number)
-    query = query.join(Plate, Plate.id == Well.plate_id)
-    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    number = whole(request, "id", 0) or 0
     with explorer_of(request).workspace.database.read() as session:
-        row = session.execute(query).first()
-    if row is None:
-        raise UnknownNameError("This point is no longer in the store.")
-    lines = [f"{row.barcode} {row.name}" + ("" if of_well else f", field {row.site}")]
-    treatment = row.name_with_dose or "treatment unknown"
-    lines.append(treatment + (f" ({row.control.value} control)" if row.control else ""))
-    if not of_well:
-        lines.append(f"cell {number}")
-    there = url_of("well", row.barcode, row.name) if of_well else url_of("cell", number)
-    return JSONResponse({"lines": lines, "url": there})
+        if text(request, "profiles") is not None:
+            well, of_cell = row_of(session, Well, number), None
+        else:
+            of_cell = row_of(session, Cell, number).segmentation.image
+            well = of_cell.well
+        there = [well.plate.barcode, well.name]
+        treatment = well.treatment.name_with_dose if well.treatment else "treatment unknown"
+        role = f" ({well.control.value} control)" if well.control else ""
+        lines = [" ".join(there), treatment + role]
+        if of_cell is not None:
+            lines[0] += f", field {of_cell.site}"
+            lines.append(f"cell {number}")
+    url = url_of("well", *there) if of_cell is None else url_of("cell", number)
+    return JSONResponse({"lines": lines, "url": url})
 
 
 # Selections
