@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -195,11 +194,6 @@ def cells_after(
     return [row | {"place": f"{row['key']!r}~{row['cell_id']}"} for row in rows]
 
 
-def _kept_as(*parts: Any) -> tuple[str, str]:
-    """The key under which an answer is kept that depends on these."""
-    return "cells", hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
     """Return a sheet of the gallery: its crops with what is told of each, and what follows."""
     name = pane.prefix + "after"
@@ -209,7 +203,7 @@ def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
         found = cells_after(request, pane.chosen, pane.order, after, n + 1)
         return _described(request, found[:n], pane), len(found) > n
 
-    crops, more = kept(request, _kept_as(pane.chosen, pane.order, after, n), find)
+    crops, more = kept(request, (pane.chosen, pane.order, after, n), find)
     columns = min(len(crops), SHEET_COLUMNS)
     following = behind = None
     if more and crops:
@@ -384,7 +378,7 @@ def _controls_beside(request: Request, chosen: Chosen) -> list[Pane]:
         WHERE w.id IN (SELECT well_id FROM mine)
         OR (w.control = 'negative' AND w.plate_id IN (SELECT plate_id FROM plates_of))
         GROUP BY ALL ORDER BY ALL"""  # noqa: S608 - ours
-    wells = kept(request, _kept_as(named, values), lambda: ask(request, named, values))
+    wells = kept(request, (named, values), lambda: ask(request, named, values))
     controls = [row for row in wells if row["control"]]
     if not controls or len(controls) == len(wells):
         return []
@@ -577,8 +571,7 @@ def count(request: Request) -> Response:
             count(DISTINCT i.well_id) AS wells
         FROM (SELECT image_id, count(*) AS n FROM ({chosen.query}) GROUP BY image_id) AS c
         JOIN images AS i ON i.id = c.image_id"""  # noqa: S608 - ours
-    key = _kept_as("count", chosen)
-    found = kept(request, key, lambda: ask(request, sql, chosen.values)[0])
+    found = kept(request, ("count", chosen), lambda: ask(request, sql, chosen.values)[0])
     words = [f"{found[name]:,} {name if found[name] != 1 else name[:-1]}" for name in found]
     return PlainTextResponse(f"{words[0]} in {words[1]} of {words[2]}")
 

@@ -7,6 +7,7 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shlex
 import threading
 import time
@@ -209,7 +210,7 @@ class Explorer:
     token: str | None = None
     reader: Reader = field(init=False)
     kept: dict[str, Any] = field(default_factory=dict)
-    answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    answers: dict[bytes, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
@@ -284,13 +285,13 @@ def ask(request: Request, sql: str, parameters: Parameters | None = None) -> lis
         return questions.ask_ours(sql, parameters).records()
 
 
-def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+def kept(request: Request, key: object, make: Callable[[], T]) -> T:
     """Return what ``make`` returned for this ``key``, made again once the store has changed."""
     explorer = explorer_of(request)
-    mark = explorer.reader.mark()
-    found = explorer.answers.get(key)
+    mark, digest = explorer.reader.mark(), hashlib.sha256(repr(key).encode()).digest()
+    found = explorer.answers.get(digest)
     if found is None or found[0] != mark:
-        found = explorer.answers[key] = mark, make()
+        found = explorer.answers[digest] = mark, make()
     for old in list(explorer.answers)[:-KEPT_VALUES]:
         explorer.answers.pop(old, None)
     value: T = found[1]
