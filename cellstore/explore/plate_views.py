@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from sqlalchemy import and_, exists, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from ..enums import Control, Level, Stage
+from ..enums import Control, Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
@@ -400,8 +400,6 @@ def _mapped(
 BESIDE, FIELDS_BESIDE = 2, 4
 """Negative controls that are shown beside a well, and how many fields of each."""
 MOST_FIELDS = 60
-SAID = 200
-"""What people said of a well, at most."""
 FIELDS = """
     SELECT i.image_id, i.well_id, i.site, i.plane, i.time_point, i.n_cells, i.n_excluded_cells,
         i.excluded, f.flags
@@ -563,21 +561,7 @@ def history_of_well(request: Request) -> Response:
     one = _one_well(request)
     with explorer_of(request).workspace.database.read() as session:
         record = audit_well(session, one["well_id"]).record
-        said = _said(session, one["well_id"])
-    return page(request, "well_history.html.j2", record=record, said=said, in_words=in_words)
-
-
-def _said(session: Session, well_id: int) -> list[dict[str, Any]]:
-    """What people said of a well and its fields, and did not take back; the newest first."""
-    notes, later = METADATA.tables["annotations"], METADATA.tables["annotations"].alias()
-    images = METADATA.tables["images"]
-    of_field = and_(notes.c.level == Level.IMAGE.value, images.c.id == notes.c.row_id)
-    query = select(notes, images.c.site).outerjoin(images, of_field)
-    of_well = and_(notes.c.level == Level.WELL.value, notes.c.row_id == well_id)
-    query = query.where(or_(of_well, images.c.well_id == well_id), notes.c.undoes_id.is_(None))
-    query = query.where(~exists().where(later.c.undoes_id == notes.c.id))
-    rows = session.execute(query.order_by(notes.c.id.desc()).limit(SAID)).mappings()
-    return [dict(row) for row in rows]
+    return page(request, "well_history.html.j2", record=record, in_words=in_words)
 
 
 def _one_well(request: Request) -> dict[str, Any]:

@@ -333,37 +333,25 @@ def named_groups(
     """
     counts = np.bincount(codes, minlength=len(names))
     often = [ranks.get(name, 0) for name in names] if ranks else counts
-    ranked = sorted(range(len(names)), key=lambda at: (-int(often[at]), str(names[at])))
+    ranked = sorted(np.flatnonzero(counts), key=lambda at: (-int(often[at]), str(names[at])))
     groups = np.full(len(names), NOTHING, np.uint8)
-    legend: list[dict[str, Any]] = []
-    rest: dict[int, list[int]] = {OTHERS: [], CONTROLS: [], NOTHING: []}
+    members: dict[int, list[int]] = {}
+    free = iter(range(NAMED_GROUPS))
     for at in ranked:
-        if not counts[at]:
-            continue
-        name = names[at]
-        if name is None or name in controls:
-            code = NOTHING if name is None else CONTROLS
-        else:
-            code = len(legend) if len(legend) < NAMED_GROUPS else OTHERS
+        is_control = names[at] in controls
+        code = NOTHING if names[at] is None else CONTROLS if is_control else next(free, OTHERS)
         groups[at] = code
+        members.setdefault(code, []).append(at)
+    legend: list[dict[str, Any]] = []
+    for code, some in sorted(members.items()):
+        first = ", ".join(str(names[at]) for at in some[:3])
+        first += f" and {len(some) - 3} more" if len(some) > 3 else ""
+        words = {CONTROLS: f"{first} (negative controls)", NOTHING: "unknown"}.get(code, first)
+        if code == OTHERS and len(some) > 1:
+            words = f"{len(some)} others"
+        legend.append({"code": code, "name": words, "count": int(counts[some].sum())})
         if code < OTHERS:
-            colour = RIGHT_WRONG.get(name, OKABE_ITO[code])
-            entry = {"code": code, "name": str(name), "count": int(counts[at]), "colour": colour}
-            legend.append(entry)
-        else:
-            rest[code].append(at)
-    for code, members in rest.items():
-        if not members:
-            continue
-        first = [str(names[at]) for at in members[:3]]
-        more = f" and {len(members) - 3} more" if len(members) > 3 else ""
-        words = {
-            OTHERS: f"{len(members)} others" if len(members) > 1 else first[0],
-            CONTROLS: f"{', '.join(first)}{more} (negative controls)",
-            NOTHING: "unknown",
-        }
-        total = int(sum(counts[at] for at in members))
-        legend.append({"code": code, "name": words[code], "count": total})
+            legend[-1]["colour"] = RIGHT_WRONG.get(words, OKABE_ITO[code])
     return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
 
 
