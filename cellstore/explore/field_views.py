@@ -39,15 +39,10 @@ from .pixels import (
     usual_channels,
     usual_segmentation,
 )
-from .requests import LONGEST_TEXT, explorer_of, page, row_of, text, whole
+from .requests import explorer_of, page, row_of, text, whole
 
 RAW_KINDS = {"u1": "u1", "u2": "u2", "u4": "u4", "b1": "u1"}
 """Kinds of numbers that are sent as they are; others become 32-bit floats."""
-
-
-def chosen_channels(request: Request) -> list[str]:
-    """Return the channels that an address names: ``?channels=DNA&channels=ER``."""
-    return [name[:LONGEST_TEXT] for name in request.query_params.getlist("channels") if name][:50]
 
 
 def sent_once(request: Request, mark: str | None, make: Callable[[], Response]) -> Response:
@@ -66,7 +61,7 @@ def thumbnail(request: Request) -> Response:
         explorer_of(request),
         request.path_params["image_id"],
         width=whole(request, "width", 360) or 0,
-        channels=chosen_channels(request),
+        channels=[name for name in request.query_params.getlist("channels")[:50] if name],
         outlines=text(request, "outlines") is not None,
         segmentation_id=whole(request, "segmentation"),
     )

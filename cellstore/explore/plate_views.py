@@ -19,7 +19,7 @@ from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.planes import channel_files
 from ..jobs.run_names import find_named_run, find_predict_run
-from ..models import METADATA
+from ..models import Plate, Treatment, Well
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
@@ -107,7 +107,8 @@ def small_maps(request: Request) -> Response:
     def read() -> tuple[Scale, dict[str, Any]]:
         wells = wells_of(request, names)
         scale = make_scale(of_wells(wells, "treatment"), wells)
-        return scale, {name: _small_map(some, scale) for name, some in _by(wells, "plate").items()}
+        own = {name: [row for row in wells if row["plate"] == name] for name in names}
+        return scale, {name: _small_map(some, scale) for name, some in own.items()}
 
     scale, maps = kept(request, ("small maps", names), read)
     more = len(_list_plates(request)) - len(maps)
@@ -141,27 +142,23 @@ def search(request: Request) -> Response:
 
     What names nothing, or several things, has a page that says so, with names that are near.
     """
-    asked = (text(request, "q") or "").strip()
+    asked = readable(text(request, "q") or "")
     if not asked:
         return RedirectResponse("/plates", 303)
     links: dict[str, str] = {}
     words = ""
     with explorer_of(request).workspace.database.read() as session:
         try:
-            return RedirectResponse(_found(session, readable(asked)), 303)
+            return RedirectResponse(_found(session, asked), 303)
         except CellstoreError as error:
             words = str(error)
-        known = METADATA.tables["treatments"].c.name
-        like = known.icontains(readable(asked), autoescape=True)
-        for name in session.scalars(
-            select(known).where(like).distinct().order_by(known).limit(NEAR)
-        ):
+        like = select(Treatment.name).where(Treatment.name.icontains(asked, autoescape=True))
+        for name in session.scalars(like.distinct().order_by(Treatment.name).limit(NEAR)):
             links[name] = url_of("plates", treatment=name)
-        if readable(asked).isdecimal():
+        if asked.isdecimal():
             words = f"{asked} is the number of what?"
-            number = readable(asked)
-            links |= {f"{of} {number}": url_of(of, number) for of in ("field", "cell", "run")}
-        barcodes = session.scalars(select(METADATA.tables["plates"].c.barcode).limit(5_000))
+            links |= {f"{of} {asked}": url_of(of, asked) for of in ("field", "cell", "run")}
+        barcodes = session.scalars(select(Plate.barcode).limit(5_000))
         for name in get_close_matches(asked, list(barcodes), NEAR, 0.5):
             links[name] = url_of("plate", name)
     if len(links) == 1 and asked.lower() in (name.lower() for name in links):
@@ -179,10 +176,10 @@ def _found(session: Session, asked: str) -> str:
     else:
         kind = kind_of(session, asked, on_disk=False)
     if kind == "plate":
-        barcode = METADATA.tables["plates"].c.barcode
-        return url_of("plate", session.scalar(select(barcode).where(barcode == asked)) or asked)
+        return url_of("plate", asked)
     if kind == "well":
-        return _well_url(session, find_well(session, asked))
+        found = session.get_one(Well, find_well(session, asked))
+        return url_of("well", found.plate.barcode, found.name)
     if kind == "image":
         return url_of("field", find_image(session, asked))
     if kind == "cell":
@@ -190,12 +187,6 @@ def _found(session: Session, asked: str) -> str:
     if kind == "run":
         return url_of("run", find_named_run(session, asked).id)
     return url_of("lineage", "artifact", asked)
-
-
-def _well_url(session: Session, well_id: int) -> str:
-    plates, wells = METADATA.tables["plates"], METADATA.tables["wells"]
-    query = select(plates.c.barcode, wells.c.name).join(wells, wells.c.plate_id == plates.c.id)
-    return url_of("well", *session.execute(query.where(wells.c.id == well_id)).one())
 
 
 # Plates
@@ -313,10 +304,10 @@ def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | Non
 
 def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
     """The plates before and after one, by name."""
-    names = METADATA.tables["plates"].c.barcode
+    name = Plate.barcode
     with explorer_of(request).workspace.database.read() as session:
-        before = session.scalar(select(func.max(names)).where(names < barcode))
-        after = session.scalar(select(func.min(names)).where(names > barcode))
+        before = session.scalar(select(func.max(name)).where(name < barcode))
+        after = session.scalar(select(func.min(name)).where(name > barcode))
     return {"before": before, "after": after}
 
 
@@ -547,13 +538,6 @@ def votes_of_well(request: Request) -> Response:
 
     answers = kept(request, ("votes of well", one["well_id"]), read)
     return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS)
-
-
-def _by(rows: Sequence[Record], key: str) -> dict[Any, list[Record]]:
-    found: dict[Any, list[Record]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
 
 
 def history_of_well(request: Request) -> Response:

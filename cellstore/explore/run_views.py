@@ -170,12 +170,7 @@ def _row(run: Run) -> dict[str, Any]:
         for name in ("plates", "images", "wells", "cells", "treatments", "hits", "failed")
         if isinstance(result.get(name), int) and (name != "failed" or result[name])
     ]
-    seconds = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
-    took = "-"
-    if seconds is not None:
-        minutes, hours = seconds / 60, seconds / 3600
-        took = f"{seconds:.0f} s" if seconds < 99 else f"{minutes:.0f} min"
-        took = f"{hours:.1f} h" if minutes > 99 else took
+    took = str(run.ended_at - run.started_at).partition(".")[0] if run.ended_at else "-"
     return {"run": run, "did": _did(run), "numbers": numbers, "took": took}
 
 
@@ -214,7 +209,12 @@ def run_page(request: Request) -> Response:
     if record["jobs"].get("failed"):
         values["failures"] = ask(request, FAILURES, [run.id])
     if run.stage == Stage.PREDICT:
-        values |= _about_labels(request, run)
+        values["others"] = {row["id"]: f"run {row['id']}, {row['model']}"
+                            for row in runs_done(request, Stage.PREDICT)
+                            if row["id"] != run.id}  # fmt: skip
+        values["other"] = other = whole(request, "other")
+        if other is not None and other not in values["others"]:
+            raise UserInputError(f"There is no other predict run {other} that is done.")
     if run.stage == Stage.HITS:
         order = " ".join(f"WHEN '{verdict.value}' THEN {i}" for i, verdict in enumerate(MARKS))
         hits = ask(request, HITS.format(order=order), [run.id])
@@ -228,16 +228,6 @@ def run_page(request: Request) -> Response:
 def _values(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), shown(name, x, digits=64, most=LISTED))
             for name, x in found.items() if x not in (None, [], {}, "")]  # fmt: skip
-
-
-def _about_labels(request: Request, run: Run) -> dict[str, Any]:
-    """Other predict runs, with which this one can be compared."""
-    others = {row["id"]: f"run {row['id']}, {row['model']}"
-              for row in runs_done(request, Stage.PREDICT) if row["id"] != run.id}  # fmt: skip
-    other = whole(request, "other")
-    if other is not None and other not in others:
-        raise UserInputError(f"There is no other predict run {other} that is done.")
-    return {"others": others.items(), "other": other}
 
 
 def report_part(request: Request) -> Response:

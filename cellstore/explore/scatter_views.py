@@ -176,8 +176,9 @@ class Plot:
             alike = parameters.get("normalise") not in (None, "none")
             key = f"profile {self.profiles} {sorted(axes)}"
         else:
-            origin = first.origin
-            state = kept(self.request, ("state of set", of), lambda: _state(self.request, origin))
+            asked = f"""SELECT count(*) AS n, max(cell_id) AS last,
+                (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {first.origin}"""  # noqa: S608
+            state = kept(self.request, asked, lambda: tuple(ask(self.request, asked)[0].values()))
             key = f"{of} {sorted(axes)} {state}"
             if kind == "umap":
                 chosen = self.chosen
@@ -353,13 +354,6 @@ def named_groups(
         if code < OTHERS:
             legend[-1]["colour"] = RIGHT_WRONG.get(words, OKABE_ITO[code])
     return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
-
-
-def _state(request: Request, origin: str) -> tuple[Any, ...]:
-    """What changes with the rows of a set."""
-    sql = f"""SELECT count(*) AS n, max(cell_id) AS last,
-        (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {origin}"""  # noqa: S608
-    return tuple(ask(request, sql)[0].values())
 
 
 # Pages
