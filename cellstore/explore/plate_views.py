@@ -29,7 +29,6 @@ from ..stages.status import next_step, status
 from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
 from .requests import (
-    NotFoundError,
     ask,
     asking,
     choice,
@@ -203,7 +202,7 @@ def plates(request: Request) -> Response:
     if not barcodes and treatment is not None:
         barcodes = [row["plate"] for row in ask(request, PLATES_OF, [treatment])]
         if not barcodes:
-            raise NotFoundError(f"No well has the treatment {treatment[:200]!r}.")
+            raise UnknownNameError(f"No well has the treatment {treatment[:200]!r}.")
     elif not barcodes and text(request, "colour") is not None:
         barcodes = [row["plate"] for row in _list_plates(request)]
     if not barcodes:
@@ -233,7 +232,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         runs = runs_done(request, STAGES[kind])
         if run is not None and run not in [row["id"] for row in runs]:
             if not changed:
-                raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
+                raise UnknownNameError(f"There is no {STAGES[kind].value} run {run} that is done.")
             run = None
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
@@ -445,7 +444,7 @@ def well(request: Request) -> Response:
     wells = wells_of(request, (barcode,))
     at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
     if at is None:
-        raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
+        raise UnknownNameError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
     one = wells[at]
     beside = _nearest_controls(wells, one)
     wanted = [row["well_id"] for row in (one, *beside)]
@@ -507,7 +506,7 @@ def wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]
             known = [row["barcode"] for row in ask(request, "SELECT barcode FROM plates")]
             if barcode in known:
                 raise UserInputError(f"Plate {barcode} has no wells yet.")
-            raise NotFoundError.of("plate", barcode, known)
+            raise UnknownNameError.of("plate", barcode, known)
     return found
 
 
@@ -552,7 +551,7 @@ def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
     found = [row for row in wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
-        raise NotFoundError(f"Plate {barcode} has no well {name}.")
+        raise UnknownNameError(f"Plate {barcode} has no well {name}.")
     return found[0]
 
 

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from ..enums import Stage, Subset
-from ..errors import UserInputError, some_of
+from ..errors import UnknownNameError, UserInputError, some_of
 from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
 from ..report.drawing import interval_bar
@@ -25,7 +25,6 @@ from ..report.report_page import report_content
 from ..report.scoring import report
 from ..report.votes import SUBSETS
 from .requests import (
-    NotFoundError,
     ask,
     choice,
     explorer_of,
@@ -112,7 +111,7 @@ HITS = """
 
 
 def find_run(request: Request) -> Run:
-    """Return the run of an address; raises NotFoundError."""
+    """Return the run of an address; raises UnknownNameError."""
     with explorer_of(request).workspace.database.read() as session:
         return row_of(session, Run, request.path_params["run"], WITH_MODEL)
 
@@ -286,7 +285,7 @@ def voted_images(request: Request) -> Response:
     """Images that a run has labelled, with their fields: by truth, by label, ties, mistakes."""
     run = find_run(request)
     if run.stage != Stage.PREDICT:
-        raise NotFoundError(f"Run {run.id} ({run.stage.value}) has labelled nothing.")
+        raise UnknownNameError(f"Run {run.id} ({run.stage.value}) has labelled nothing.")
     label, predicted = text(request, "label"), text(request, "predicted")
     other = whole(request, "other")
     subset = text(request, "subset")
@@ -326,7 +325,7 @@ def lineage(request: Request) -> Response:
     """The lineage of an image, a well, a cell, a run, a plate or a file, and its record."""
     kind, name = request.path_params["kind"], request.path_params["name"]
     if kind not in KINDS:
-        raise NotFoundError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
+        raise UnknownNameError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
     workspace = explorer_of(request).workspace
     found = audit(workspace, name, kind, on_disk=False)
     content = lineage_content(workspace, found, url_of)
