@@ -235,17 +235,16 @@ def report_part(request: Request) -> Response:
     other = whole(request, "other")
     workspace = explorer_of(request).workspace
 
-    def look(*read: Any) -> bytes:
-        content = report_content(workspace, *read, place=url_of)
+    def make() -> bytes:
+        content: dict[str, Any] = {}
+
+        def look(*read: Any) -> None:
+            content.update(report_content(workspace, *read, place=url_of))
+
+        compare = None if other is None else str(other)
+        report(workspace, str(run.id), compare=compare, only_images=True, look=look)
         made = page(request, "report.html.j2", frame="part.html.j2", heading="h2", **content)
         return bytes(made.body)
-
-    def make() -> bytes:
-        found: list[bytes] = []
-        compare = None if other is None else str(other)
-        keep = partial(report, workspace, str(run.id), compare=compare, only_images=True)
-        keep(look=lambda *read: found.append(look(*read)))
-        return found[0]
 
     return HTMLResponse(kept(request, ("report", run.id, other), make))
 
