@@ -243,10 +243,13 @@ def edges(screens: int) -> None:
             for seed in range(screens):
                 random = np.random.default_rng([seed, 2])
                 some = screen(layout, random, edge=strength, spread=spread)
-                check = edge_check(some.values, some.controls, some.plates, some.edge, seed=seed)
-                strata = some.plates * 2 + some.edge if check.matched else some.plates
+                names = [str(plate) for plate in range(some.plates.max() + 1)]
+                same_zone, warning = edge_check(
+                    some.values, some.controls, some.plates, some.edge, names, seed=seed
+                )
+                strata = some.plates * 2 + some.edge if same_zone else some.plates
                 any_hit += bool(hits_of(some, seed, strata=strata))
-                matched, warned = matched + check.matched, warned + bool(check.warnings)
+                matched, warned = matched + same_zone, warned + bool(warning)
             counts = [f"{n / screens:6.1%}" for n in (any_hit, matched, warned)]
             where = "spread" if spread else "all at the edge"
             print(f"  {layout.name:<20} {strength} SD, controls {where:<16}", *counts, flush=True)

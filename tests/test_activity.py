@@ -254,22 +254,18 @@ def test_what_cannot_be_said_has_a_reason() -> None:
 
 def test_edges_of_plates() -> None:
     values, _, controls, plates = screen(1, plates=2, controls=12)
-    edge = np.arange(len(controls)) % 2 == 0
-    same = edge_check(values, controls, plates, edge)
-    assert (same.matched, same.warnings) == (False, ())
+    edge, names = np.arange(len(controls)) % 2 == 0, ("P1", "P2")
+    assert edge_check(values, controls, plates, edge, names) == (False, None)
     moved = values + 2.0 * edge[:, None]
-    assert edge_check(moved, controls, plates, edge).matched
-    bare = edge_check(moved, controls & (plates == 0), plates, edge)
-    assert (bare.matched, bare.warnings) == (
-        True,
-        (),
-    )  # plate 1: no controls, no wells
+    assert edge_check(moved, controls, plates, edge, names)[0]
+    # Plate 1: no controls, no wells.
+    assert edge_check(moved, controls & (plates == 0), plates, edge, names) == (True, None)
     few = edge.copy()
     few[plates == 1] = np.cumsum(controls[plates == 1]) == 1
-    warned = edge_check(values + 2.0 * few[:, None], controls, plates, few, names={1: "P2"})
-    assert not warned.matched
-    assert "plates P2" in warned.warnings[0]
-    assert "cannot be checked" in edge_check(values, controls, plates, controls).warnings[0]
+    matched, warning = edge_check(values + 2.0 * few[:, None], controls, plates, few, names)
+    assert not matched
+    assert "plates P2" in (warning or "")
+    assert "cannot be checked" in (edge_check(values, controls, plates, controls, names)[1] or "")
 
 
 def test_replicates_needed() -> None:

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import some_of
+
 Numbers = NDArray[np.float64]
 Codes = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -62,18 +64,6 @@ class Score:
     n_controls: int = 0
     n_plates: int = 0
     note: str | None = None
-
-
-@dataclass(frozen=True)
-class EdgeCheck:
-    """Whether wells at the edge have to be compared with controls at the edge, and what to warn of.
-
-    ``p``: of control wells at the edge against those inside; ``None`` where it cannot be said.
-    """
-
-    matched: bool
-    warnings: tuple[str, ...]
-    p: float | None
 
 
 def activity(
@@ -217,10 +207,7 @@ def replicate_correlation(
     def likeness(chosen: Codes) -> Numbers:
         """Mean of all pairs, from the length of the sum of unit vectors."""
         n = chosen.shape[1]
-        total = np.zeros((len(chosen), rows.shape[1]))
-        for place in range(n):
-            total += rows[chosen[:, place]]
-        size: Numbers = ((total**2).sum(axis=1) - n) / (n * (n - 1))
+        size: Numbers = ((_sums(rows, chosen) ** 2).sum(axis=1) - n) / (n * (n - 1))
         return size
 
     found: dict[int, Score] = {}
@@ -532,29 +519,28 @@ def edge_check(
     controls: Flags,
     plates: Codes,
     on_edge: Flags,
+    names: Sequence[str],
     *,
     permutations: int = 2_000,
     seed: int = 0,
-    names: Mapping[int, str] | None = None,
-) -> EdgeCheck:
+) -> tuple[bool, str | None]:
     """Compare control wells at the edge of their plates with those inside.
 
-    ``on_edge`` (N,): in the outermost row or column. The statistic is the length of the difference
-    of mean profiles, standardised over the controls of each plate; p by exchanging edge and inside
-    controls of a plate. ``matched``: they differ (p < 0.05), and each plate has
-    ``FEWEST_CONTROLS`` controls in both, so that like is compared with like. ``names`` of plates,
-    for the warnings.
+    ``on_edge`` (N,): in the outermost row or column; ``names`` of the plates, by number. The
+    statistic is the length of the difference of mean profiles, standardised over the controls of
+    each plate; p by exchanging edge and inside controls of a plate. Returns whether they differ
+    (p < 0.05) and each plate has ``FEWEST_CONTROLS`` controls in both, so that like can be compared
+    with like; and a warning, where edge and inside cannot be told apart or matched.
     """
     clean, usable = _complete(values)
     ours = np.flatnonzero(controls & usable)
-    named, few, both = names or {}, [], []
+    few, both = [], []
     for plate in np.unique(plates[ours]).tolist():  # wells of other plates are not compared
         zone = on_edge[ours[plates[ours] == plate]]
         if min(zone.sum(), (~zone).sum()) < FEWEST_CONTROLS:
-            few.append(str(named.get(plate, plate)))
+            few.append(names[plate])
         if 0 < zone.sum() < len(zone):
             both.append(plate)
-    listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
     used = ours[np.isin(plates[ours], both)]
     p = None
     if len(used) >= FEWEST_CONTROLS:
@@ -563,30 +549,27 @@ def edge_check(
 
         def apart(chosen: Codes) -> Numbers:
             # Sums over each plate are 0, so what the edge has is what the inside has not.
-            total = np.zeros((len(chosen), rows.shape[1]))
-            for place in range(chosen.shape[1]):
-                total += rows[chosen[:, place]]
-            size: Numbers = (total**2).sum(axis=1) / (len(used) * share * (1 - share))
-            return size
+            size: Numbers = (_sums(rows, chosen) ** 2).sum(axis=1)
+            return size / (len(used) * share * (1 - share))
 
         draw = _draws(plates[used], edge, np.random.default_rng(seed))
         observed = float(apart(np.flatnonzero(edge)[None])[0])
         block = max(1, _LARGEST // rows.shape[1])
         p = _p_value(apart, draw, observed, permutations, block)
-    differs = p is not None and p < 0.05
-    said = []
+    differs, warning = p is not None and p < 0.05, None
     if differs and few:
-        said.append(
+        warning = (
             "Control wells at the edge differ from those inside"
             f" (p = {p:.2g}), and too few controls stand in one of both to compare like with like"
-            f" (plates {listed}): treatments at the edge may look active by their position alone."
+            f" (plates {some_of(few)}): treatments at the edge may look active by their position"
+            " alone."
         )
     elif few and p is None:
-        said.append(
-            f"The negative controls are not spread over edge and inside (plates {listed}):"
+        warning = (
+            f"The negative controls are not spread over edge and inside (plates {some_of(few)}):"
             " whether wells differ by their position alone cannot be checked."
         )
-    return EdgeCheck(differs and not few, tuple(said), p)
+    return differs and not few, warning
 
 
 def replicates_needed(
@@ -715,6 +698,14 @@ def _p_value(
         reached += (drawn + hits).tolist()
         drawn += size
     return _stopped(reached, drawn)
+
+
+def _sums(rows: Numbers, chosen: Codes) -> Numbers:
+    """Return the sum (B, F) of the rows (N, F) of each choice (B, n)."""
+    total = np.zeros((len(chosen), rows.shape[1]))
+    for place in range(chosen.shape[1]):
+        total += rows[chosen[:, place]]
+    return total
 
 
 def _stopped(reached: Sequence[int], drawn: int) -> float:

@@ -53,16 +53,14 @@ HEADINGS = {"Cell area": "Cells"}
 
 
 def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write maps of the plates and their oddest fields as one HTML file.
-
-    Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
-        StorageError: the file cannot be written.
-        UserInputError: nothing was looked at.
-    """
+    """Write maps of the plates and their oddest fields as one HTML file."""
     need("report")
-    flagging = _flagging(workspace, result)
+    if result.run_id is None:
+        raise UserInputError(
+            "No image has been looked at, so there is nothing to draw. Ingest images first."
+        )
     with workspace.database.read() as session:
+        flagging = flagging_of(session, result.run_id)
         run = session.get_one(Run, flagging.run_id)
         fingerprint = session.get_one(Recipe, run.recipe_id).fingerprint
     shown = result.plates[:SHOWN_PLATES]
@@ -82,15 +80,6 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
     }
     write_html(path, "qc.html.j2", content, {"usual": _usual})
     return replace(result, html=str(path))
-
-
-def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
-    if result.run_id is None:
-        raise UserInputError(
-            "No image has been looked at, so there is nothing to draw. Ingest images first."
-        )
-    with workspace.database.read() as session:
-        return flagging_of(session, result.run_id)
 
 
 def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, Any]:
@@ -174,16 +163,13 @@ def _measures(session: Session, flagging: Flagging, plate_id: int) -> Iterator[M
             ids, areas = areas_by_image(session, flagging, plate_id)
             yield "Cell area", "", unit, odd, ids, areas * factor
     channels = channels_of(session, flagging, plate_id)
-    for item in channels:
-        blurred = (reason.OUT_OF_FOCUS, reason.NO_SIGNAL)
-        unit = "slope, higher is sharper"
-        yield "Focus", item.channel, unit, blurred, item.image_ids, item.slopes
-    for item in channels:
-        bright = (reason.BACKGROUND,)
-        yield "Background", item.channel, "grey levels", bright, item.image_ids, item.backgrounds
-    for item in channels:
-        percent, full = 100 * item.saturated, (reason.SATURATED,)
-        yield "Saturated", item.channel, "% of the pixels", full, item.image_ids, percent
+    for title, column, unit, flags, factor in (
+        ("Focus", "slope", "slope, higher is sharper", (reason.OUT_OF_FOCUS, reason.NO_SIGNAL), 1),
+        ("Background", "background", "grey levels", (reason.BACKGROUND,), 1),
+        ("Saturated", "saturated", "% of the pixels", (reason.SATURATED,), 100),
+    ):
+        for channel, rows in channels.items():
+            yield title, channel, unit, flags, rows["image_id"], factor * rows[column]
 
 
 def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
@@ -277,9 +263,8 @@ def _usual_image(
 ) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        channels = channels_of(session, flagging, plate_id)
-        found = next(item for item in channels if item.channel == flag.channel)
-        ids, values = found.image_ids, found.slopes
+        rows = channels_of(session, flagging, plate_id)[flag.channel]
+        ids, values = rows["image_id"], rows["slope"]
     elif flagging.segment_id is None:
         return None
     else:

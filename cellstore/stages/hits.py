@@ -510,13 +510,14 @@ def _score(part: PlateSet, params: HitsParams) -> None:
 
     groups, controls, plates = part.groups, part.controls, part.plates
     strata, edge = plates, on_edge(part.table)
-    names = dict(enumerate(part.barcodes))
-    check = activity.edge_check(part.values, controls, plates, edge, seed=params.seed, names=names)
-    if params.edge == "match" or (params.edge == "auto" and check.matched):
+    matched, warning = activity.edge_check(
+        part.values, controls, plates, edge, part.barcodes, seed=params.seed
+    )
+    if params.edge == "match" or (params.edge == "auto" and matched):
         part.strata = "plate and zone"
         strata = 2 * plates + edge
-    if params.edge == "auto" and (edge & part.compared & ~controls).any():
-        part.notes += check.warnings
+    if warning and params.edge == "auto" and (edge & part.compared & ~controls).any():
+        part.notes.append(warning)
     data = (part.values, groups, controls)
     how: dict[str, Any] = {"permutations": params.permutations, "seed": params.seed}
     scores = {

@@ -155,18 +155,10 @@ def profile(
     measurement: str | None = None,
     force: bool = False,
 ) -> ProfileResult:
-    """Average the cells of each well, compare wells with the controls of their plate, and keep it.
+    """Average the cells of each well, and compare wells; see :meth:`Store.profile`.
 
     Excluded cells do not count, nor do values that are missing or infinite. A well whose images
     are segmented and hold no cell is kept: its features are missing, its number of cells is 0.
-    Profiles that were made with the same options of the same cells are returned as they are,
-    unless ``force``.
-
-    Raises:
-        MissingExtraError: pycytominer, or harmonypy, is not installed.
-        UnknownNameError: no such plate, recipe, feature set or quality-control run.
-        UserInputError: there is no measured cell, no control, or no feature is left.
-        StorageError: a file of the feature set is gone, or the profiles cannot be written.
     """
     need("hits")
     params = params or ProfileParams()
@@ -209,7 +201,7 @@ def profile(
             if earlier is not None:
                 files = files_of(session, earlier.id, ArtifactKind.PROFILES)
                 if not workspace.artifacts.missing(file.path for file in files):
-                    return _result(earlier)
+                    return result_of(earlier, ProfileResult, already_done=True)
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
@@ -244,7 +236,7 @@ def profile(
                 "notes": [*notes, *profiles.notes],
             }
     with workspace.database.read() as session:
-        return replace(_result(session.get_one(Run, run.id)), already_done=False)
+        return result_of(session.get_one(Run, run.id), ProfileResult, already_done=False)
 
 
 def open_profiles(
@@ -254,11 +246,6 @@ def open_profiles(
 
     What was done to a well is as the store has it now. Wells that were excluded since are left out;
     the first of ``notes`` say what else was changed since.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it did not come to its end.
-        StorageError: its file is gone or damaged.
     """
     with workspace.database.read() as session:
         run = find_run(session, "latest" if reference is None else reference, Stage.PROFILE)
@@ -308,10 +295,6 @@ def _controls_of(profiles: WellProfiles) -> str:
     """Return what stands for the wells that are negative controls."""
     table = profiles.table.loc[profiles.controls, ["plate", "well"]]
     return digest(sorted(table.to_numpy(dtype=str).tolist()))
-
-
-def _result(run: Run) -> ProfileResult:
-    return result_of(run, ProfileResult, already_done=True)
 
 
 def _parameters(
@@ -412,23 +395,17 @@ class _Averaging:
         values = np.full((len(ids), len(names)), np.nan)
         of_plate = table.groupby("plate", sort=False)["n_cells"].sum().tolist()
         at_once = max(1, min(COLUMNS_AT_ONCE, VALUES_AT_ONCE // max(1, *of_plate)))
-        blocks = [names[at : at + at_once] for at in range(0, len(names), at_once)]
         progress = self.workspace.progress
-        progress.start("profile", len(self.extents) * len(blocks))
-        try:
-            for extent in self.extents:
-                span = self._keep_cells(*extent)
-                for number, block in enumerate(blocks):
-                    if span is not None:
-                        columns = [self.columns[name] for name in block]
-                        features = self.questions.reading(self.feature_set, *span, columns)
-                        found = self._averages(features, columns)
-                        rows = [row_of[well_id] for well_id in found.pop("well_id").tolist()]
-                        for at, column in enumerate(found.values(), number * at_once):
-                            values[rows, at] = column
-                    progress.advance()
-        finally:
-            progress.finish()
+        for extent in track(progress, "profile", len(self.extents), self.extents):
+            if (span := self._keep_cells(*extent)) is None:
+                continue
+            for first in range(0, len(names), at_once):
+                columns = [self.columns[name] for name in names[first : first + at_once]]
+                features = self.questions.reading(self.feature_set, *span, columns)
+                found = self._averages(features, columns)
+                rows = [row_of[well_id] for well_id in found.pop("well_id").tolist()]
+                for at, column in enumerate(found.values(), first):
+                    values[rows, at] = column
         return WellProfiles(table, values, tuple(names))
 
     def _averages(self, features: str, columns: Sequence[str]) -> dict[str, Any]:

@@ -828,21 +828,14 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:
-    """Yield the digest and the subsets of files that are in images of several subsets."""
+    """Yield the digest and two subsets of files that are in images of several subsets."""
+    first, last = func.min(SplitMember.subset), func.max(SplitMember.subset)
     several = (
-        select(ImageFile.sha256)
+        select(ImageFile.sha256, first, last)
         .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
         .where(SplitMember.split_id == split_id, ImageFile.sha256.is_not(None))
         .group_by(ImageFile.sha256)
-        .having(func.min(SplitMember.subset) != func.max(SplitMember.subset))
-        .subquery()
+        .having(first != last)
     )
-    subsets = (
-        select(ImageFile.sha256, SplitMember.subset)
-        .join(several, several.c.sha256 == ImageFile.sha256)
-        .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
-        .where(SplitMember.split_id == split_id)
-        .distinct()
-    )
-    for sha256, subset in session.execute(subsets.execution_options(yield_per=10_000)):
-        yield sha256 or "", subset
+    for sha256, *subsets in session.execute(several.execution_options(yield_per=10_000)):
+        yield from ((str(sha256), subset) for subset in subsets)
