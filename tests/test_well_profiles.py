@@ -187,7 +187,7 @@ def test_a_plate_without_enough_controls_keeps_its_wells_without_values() -> Non
     assert np.isnan(found.values[of_plate]).all()
     assert not np.isnan(found.values[~of_plate]).any()
     (note,) = found.notes
-    assert note.startswith("Plate P1 has fewer than 2 negative control wells with cells")
+    assert note.startswith("Fewer than 2 negative control wells with cells are on plate P1")
     assert not np.isnan(normalise(profiles, "mad", "all").values).any()
 
 

@@ -1,11 +1,7 @@
 """What a treatment does to wells: which measures say so, and how surely. Pure functions on arrays.
 
-Rows are wells. ``values`` (N, F) are their profiles in any unit, best in standard deviations of the
-negative controls of their plate; ``groups`` (N,) the number of the treatment of each well, -1 where
-it has none; ``controls`` (N,) whether it is a negative control, which then belongs to no group;
-``plates`` and ``strata`` (N,) numbers: wells are compared with controls of the same stratum, which
-is a plate, or a zone of a plate. A value that is not finite becomes the mean of its column; a well
-without any finite value has no profile and is left out of all measures but the cell count.
+A value of a profile that is not finite becomes the mean of its column; a well without any finite
+value has no profile and is left out of all measures but the cell count.
 
 p values come from exchanging wells at random (Fisher 1935), so they are right whatever the
 distribution of the features is and however these hang together. Drawing stops when ``STOP``
@@ -21,7 +17,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +44,21 @@ _LARGEST = 4_000_000
 """Numbers that one block of exchanges may hold."""
 
 
+class Wells(NamedTuple):
+    """N wells that are compared.
+
+    ``values`` (N, F) are their profiles in any unit, best in standard deviations of the negative
+    controls of their plate; ``groups`` (N,) the number of the treatment of each well, -1 where it
+    has none; ``controls`` (N,) whether it is a negative control, which then belongs to no group;
+    ``strata`` (N,): wells are compared with controls of the same one, a plate or a zone of a plate.
+    """
+
+    values: Numbers
+    groups: Codes
+    controls: Flags
+    strata: Codes
+
+
 @dataclass(frozen=True)
 class Score:
     """What one measure says of a treatment or a target, with its 95 % interval, p and q.
@@ -66,15 +78,7 @@ class Score:
     note: str | None = None
 
 
-def activity(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    strata: Codes,
-    *,
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> dict[int, Score]:
+def activity(wells: Wells, *, permutations: int = 10_000, seed: int = 0) -> dict[int, Score]:
     """Return for each treatment how well its wells are told from controls, 0 to 1, with p and q.
 
     The value is the mean average precision (Kalinin et al., Nature Communications 16, 2025): for
@@ -84,13 +88,13 @@ def activity(
     within the stratum, and p is right where the treatment does nothing. Equal means are told apart
     by the mean similarity of the wells of the treatment. Equal similarities are ranked at random.
     """
-    clean, usable = _complete(values)
+    clean, usable = _complete(wells.values)
     found: dict[int, Score] = {}
-    for group, wells, ours, empty, possible in _comparisons(groups, controls, strata, usable):
+    for group, mine, ours, empty, possible in _comparisons(wells, usable):
         found[group] = empty
         if possible:
-            used = np.concatenate([wells, ours])
-            layer, treated = strata[used], np.arange(len(used)) < len(wells)
+            used = np.concatenate([mine, ours])
+            layer, treated = wells.strata[used], np.arange(len(used)) < len(mine)
             generator = np.random.default_rng([seed, group])
             ranks = _Ranks(_standardised(clean[used], layer), layer, generator)
             draw = _draws(layer, treated, generator)
@@ -99,34 +103,25 @@ def activity(
     return _with_q(found)
 
 
-def smallest_p(
-    groups: Codes, controls: Flags, strata: Codes, permutations: int
-) -> dict[int, float]:
+def smallest_p(wells: Wells, permutations: int) -> dict[int, float]:
     """Return for each treatment the smallest p that :func:`activity` could give it.
 
     1 over the number of ways to choose as many wells in each stratum, or over ``permutations + 1``.
     """
-    everywhere = np.ones(len(groups), dtype=bool)
-    found = {}
-    for group, wells, ours, _, possible in _comparisons(groups, controls, strata, everywhere):
+    strata, found = wells.strata, {}
+    for group, mine, ours, _, possible in _comparisons(wells, _complete(wells.values)[1]):
         if not possible:
             continue
         ways = 1
-        for stratum in np.unique(strata[wells]):
-            treated = int((strata[wells] == stratum).sum())
+        for stratum in np.unique(strata[mine]):
+            treated = int((strata[mine] == stratum).sum())
             ways *= math.comb(treated + int((strata[ours] == stratum).sum()), treated)
         found[group] = max(1 / ways, 1 / (permutations + 1))
     return found
 
 
 def activity_by_copairs(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    strata: Codes,
-    *,
-    null_size: int = 10_000,
-    seed: int = 0,
+    wells: Wells, *, null_size: int = 10_000, seed: int = 0
 ) -> dict[int, Score]:
     """Return mean average precision, p and q exactly as copairs says, of the profiles as they are.
 
@@ -136,62 +131,58 @@ def activity_by_copairs(
     import pandas as pd
     from copairs.map import average_precision
 
-    clean, usable = _complete(values)
+    clean, usable = _complete(wells.values)
     found: dict[int, Score] = {}
     shown: list[Codes] = []
-    for group, wells, _, score, possible in _comparisons(groups, controls, strata, usable):
+    for group, mine, _, score, possible in _comparisons(wells, usable):
         found[group] = score
         if possible:
-            shown.append(wells)
+            shown.append(mine)
     if not shown:
         return found
-    rows = np.concatenate([*shown, np.flatnonzero(controls & usable)])
-    control = controls[rows]
+    rows = np.concatenate([*shown, np.flatnonzero(wells.controls & usable)])
+    control = wells.controls[rows]
     table = pd.DataFrame(
         {
-            "group": np.where(control, -1, groups[rows]),
+            "group": np.where(control, -1, wells.groups[rows]),
             # Every control is a group of its own, so that no two of them are a pair.
             "alone": np.where(control, rows, -1),
-            "stratum": strata[rows],
+            "stratum": wells.strata[rows],
         }
     )
     pair = ["group", "alone"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scored = average_precision(
-            table, clean[rows], pair, [], ["stratum"], pair, progress_bar=False
-        )
-    scored = scored[scored["group"] >= 0]
-    return found | _by_copairs(scored, "group", found, null_size, seed)
+    asked: tuple[Any, ...] = (table, clean[rows], pair, [], ["stratum"], pair)
+    return _by_copairs(average_precision, asked, "group", found, null_size, seed)
 
 
 def _by_copairs(
-    scored: Any, label: str, found: Mapping[Name, Score], null_size: int, seed: int
+    average_precision: Callable[..., Any],
+    asked: tuple[Any, ...],
+    label: str,
+    found: Mapping[Name, Score],
+    null_size: int,
+    seed: int,
 ) -> dict[Name, Score]:
-    """Scores by name of what copairs found for single profiles. Its cache goes with the folder."""
+    """Give scores by name what copairs says of what it is ``asked``. Its cache is not kept."""
     from copairs.map import mean_average_precision
 
     with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        scored = average_precision(*asked, progress_bar=False)
+        scored = scored[scored[label] != -1]  # controls
         means = mean_average_precision(
             scored, [label], null_size, 0.05, seed, progress_bar=False, cache_dir=cache
         )
     columns = ("mean_average_precision", "p_value", "corrected_p_value")
     numbers = means[list(columns)].to_numpy(np.float64)
-    return {
+    return {**found} | {
         name: replace(found[name], value=float(row[0]), p=float(row[1]), q=float(row[2]))
         for name, row in zip(means[label].tolist(), numbers, strict=True)
     }
 
 
 def replicate_correlation(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    plates: Codes,
-    *,
-    permutations: int = 10_000,
-    seed: int = 0,
+    wells: Wells, *, permutations: int = 10_000, seed: int = 0
 ) -> dict[int, Score]:
     """Return for each treatment the mean Pearson correlation between its wells, -1 to 1, with p.
 
@@ -199,6 +190,7 @@ def replicate_correlation(
     (the null of "percent replicating", Way et al., Cell Systems 13, 2022). Controls are not drawn:
     profiles are centred on them, so that they are less alike than wells of different treatments.
     """
+    values, groups, controls, plates = wells
     clean, usable = _complete(values)
     generator = np.random.default_rng(seed)
     rows = clean - clean.mean(axis=1, keepdims=True)
@@ -213,11 +205,11 @@ def replicate_correlation(
     found: dict[int, Score] = {}
     alike: dict[tuple[tuple[int, int], ...], dict[int, float]] = {}
     for group in _treatments(groups):
-        wells = np.flatnonzero((groups == group) & usable & ~controls)
-        there, counts = np.unique(plates[wells], return_counts=True)
-        score = Score(n_wells=len(wells), n_plates=len(there), note=_too_few(len(wells)))
-        if len(wells) > 1:
-            score = replace(score, value=float(likeness(wells[None])[0]))
+        mine = np.flatnonzero((groups == group) & usable & ~controls)
+        there, counts = np.unique(plates[mine], return_counts=True)
+        score = Score(n_wells=len(mine), n_plates=len(there), note=_too_few(len(mine)))
+        if len(mine) > 1:
+            score = replace(score, value=float(likeness(mine[None])[0]))
             layout = tuple(zip(there.tolist(), counts.tolist(), strict=True))
             alike.setdefault(layout, {})[group] = score.value or 0.0
         found[group] = score
@@ -248,9 +240,7 @@ def replicate_correlation(
     return _with_q(found)
 
 
-def effects(
-    values: Numbers, groups: Codes, controls: Flags, plates: Codes
-) -> tuple[dict[int, Score], Numbers]:
+def effects(wells: Wells) -> tuple[dict[int, Score], Numbers]:
     """Return how far treatments are from controls, and how far each well is (N,).
 
     The distance of a well is the mean over features of the size of z, z from the mean and standard
@@ -265,12 +255,13 @@ def effects(
     error: the wells; the controls that they are compared with, by jackknife; the unit, by the
     spread of the controls' distances.
     """
-    each, compared, without, constant = _log_distances(values, controls, plates)
+    plates = wells.strata
+    each, compared, without, constant = _log_distances(wells)
     if not compared:
         note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
         if constant:
             note = "All features are constant among the negative controls."
-        return {group: Score(note=note) for group in _treatments(groups)}, each
+        return {group: Score(note=note) for group in _treatments(wells.groups)}, each
     distances = each[np.concatenate(compared)]
     free = len(distances) - len(compared)
     unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
@@ -279,19 +270,19 @@ def effects(
     kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
     unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
     found = {}
-    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
+    for group, mine, _, score, _ in _comparisons(wells, np.isfinite(each)):
         error = 0.0
-        for plate in np.unique(plates[wells]):
-            beside = wells[plates[wells] == plate].tolist()
-            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
+        for plate in np.unique(plates[mine]):
+            beside = mine[plates[mine] == plate].tolist()
+            moved = np.sum([without[well] for well in beside], axis=0) / len(mine)
             error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
-        mean = float(each[wells].mean()) if len(wells) else 0.0
+        mean = float(each[mine].mean()) if len(mine) else 0.0
         error = error / unit**2 + mean**2 * unsure
-        found[group] = _welch(score, each[wells], error, free)
+        found[group] = _welch(score, each[mine], error, free)
     return found, each
 
 
-def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
+def strongest_changes(wells: Wells) -> Numbers:
     """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
 
     Of each feature the mean over the wells of the treatment (:func:`against_controls`); of the
@@ -299,6 +290,7 @@ def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: C
     (:func:`cell_counts`) can be held against it: where it has changed by more, the cells have
     become fewer rather than different.
     """
+    values, groups, controls, plates = wells
     scaled = against_controls(values[:, np.isfinite(values).any(axis=0)], controls, plates)
     known = np.isfinite(scaled).any(axis=1)
     found = np.full(int(groups.max(initial=-1)) + 1, np.nan)
@@ -332,22 +324,21 @@ def against_controls(values: Numbers, controls: Flags, plates: Codes) -> Numbers
     return found
 
 
-def _log_distances(
-    values: Numbers, controls: Flags, plates: Codes
-) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
+def _log_distances(wells: Wells) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
     """Return the log distance of each well (N,), 0 for the mean of the controls of its plate.
 
     Also the controls of each plate that has enough of them; of each well, by how much its distance
     exceeds the controls', without each of these in turn; and whether some plate has enough
     controls, but no feature varies among them.
     """
+    values, _, controls, plates = wells
     clean, usable = _complete(values)
     each, ours = np.full(len(controls), np.nan), controls & usable
     compared: list[Codes] = []
     without: dict[int, Numbers] = {}
     constant = False
     for plate in np.unique(plates[ours]):
-        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, ours))
+        there, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, ours))
         centred = clean[own] - clean[own].mean(axis=0)
         squares, n = (centred**2).sum(axis=0), len(own)
         varies = squares > 1e-20 * (clean[own] ** 2).sum(axis=0)
@@ -355,19 +346,19 @@ def _log_distances(
             constant |= n >= FEWEST_CONTROLS
             continue
         rows, squares = (
-            clean[np.ix_(wells, varies)] - clean[own].mean(axis=0)[varies],
+            clean[np.ix_(there, varies)] - clean[own].mean(axis=0)[varies],
             squares[varies],
         )
-        is_control, apart = np.isin(wells, own), np.empty((n, len(wells)))
+        is_control, apart = np.isin(there, own), np.empty((n, len(there)))
         for position, one in enumerate(rows[is_control]):
             rest = np.maximum(squares - one**2 * n / (n - 1), 1e-6 * squares) / (n - 2)
             size = np.abs(rows + one / (n - 1)) / np.sqrt(rest)
             apart[position] = np.log(np.maximum(size.mean(axis=1), 1e-12))
         of_control = np.diagonal(apart[:, is_control])
-        each[wells] = apart.mean(axis=0) - of_control.mean()
+        each[there] = apart.mean(axis=0) - of_control.mean()
         each[own] = of_control - of_control.mean()
         apart -= ((of_control.sum() - of_control) / (n - 1))[:, None]
-        without |= dict(zip(wells.tolist(), apart.T, strict=True))
+        without |= dict(zip(there.tolist(), apart.T, strict=True))
         compared.append(own)
     return each, compared, without, constant
 
@@ -397,7 +388,9 @@ def cell_counts(
     each = (ratio - 1) / (spread or np.nan)
     found: dict[int, Score] = {}
     there = np.isfinite(ratio)
-    for group, wells, others, empty, possible in _comparisons(groups, controls, plates, there):
+    for group, wells, others, empty, possible in _comparisons(
+        Wells(ratio[:, None], groups, controls, plates), there
+    ):
         score = empty
         of_plates, share = np.unique(plates[wells], return_counts=True)
         if len(wells) and free > 0:
@@ -499,19 +492,10 @@ def consistency_by_copairs(
     )
     if not apart or all(score.n_wells < 2 for score in found.values()):
         return found
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scored = average_precision(
-            table[shown].reset_index(drop=True),
-            clean[rows[shown]],
-            ["target"],
-            [],
-            [],
-            ["target"],
-            multilabel_col="target",
-            progress_bar=False,
-        )
-    return found | _by_copairs(scored, "target", found, null_size, seed)
+    table = table[shown].reset_index(drop=True)
+    asked: tuple[Any, ...] = (table, clean[rows[shown]], ["target"], [], [], ["target"])
+    by_label = partial(average_precision, multilabel_col="target")
+    return _by_copairs(by_label, asked, "target", found, null_size, seed)
 
 
 def edge_check(
@@ -779,29 +763,28 @@ def _treatments(groups: Codes) -> list[int]:
     return found
 
 
-def _comparisons(
-    groups: Codes, controls: Flags, strata: Codes, usable: Flags
-) -> Iterator[tuple[int, Codes, Codes, Score, bool]]:
+def _comparisons(wells: Wells, usable: Flags) -> Iterator[tuple[int, Codes, Codes, Score, bool]]:
     """Each treatment, its wells, controls beside them, its empty score, and whether to compare.
 
     Wells that are not ``usable`` or have no controls in their stratum are left out, with a note.
     """
+    _, groups, controls, strata = wells
     ours = controls & usable
     for group in _treatments(groups):
-        wells = np.flatnonzero((groups == group) & ~controls)
-        present = wells[usable[wells]]
+        every = np.flatnonzero((groups == group) & ~controls)
+        present = every[usable[every]]
         used = present[np.isin(strata[present], strata[ours])]
         others = np.flatnonzero(ours & np.isin(strata, strata[used]))
         notes = []
-        if len(present) < len(wells):
-            notes.append(f"{len(wells) - len(present)} of {len(wells)} wells have no values.")
+        if len(present) < len(every):
+            notes.append(f"{len(every) - len(present)} of {len(every)} wells have no values.")
         if len(used) < len(present):
             without = len(present) - len(used)
-            notes.append(f"{without} of {len(wells)} wells have no negative controls beside them.")
+            notes.append(f"{without} of {len(every)} wells have no negative controls beside them.")
         too_few = _too_few(len(used))
         if too_few is None and len(others) < FEWEST_CONTROLS:
             too_few = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
-        if too_few and len(used) == len(wells):
+        if too_few and len(used) == len(every):
             notes.append(too_few)
         layers = len(np.unique(strata[used]))
         note = " ".join(notes) or None

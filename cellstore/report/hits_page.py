@@ -97,7 +97,7 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
     """Return the wells that a hits run compared, with its parameters, and what it found."""
     import pandas as pd
 
-    from ..analysis.activity import against_controls, effects
+    from ..analysis.activity import Wells, against_controls, effects
     from ..analysis.well_profiles import on_edge
 
     _, profiles = open_profiles(workspace, str(result.profile_run))
@@ -122,7 +122,7 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
         key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), by_number(item.name))
     )
     table = pd.concat(tables, ignore_index=True)
-    away = [effects(p.values, p.groups, p.controls, p.plates)[1] for p in parts.values()]
+    away = [effects(Wells(p.values, p.groups, p.controls, p.plates))[1] for p in parts.values()]
     return Screen(
         result=result,
         table=table,

@@ -518,29 +518,27 @@ def _score(part: PlateSet, params: HitsParams) -> None:
         strata = 2 * plates + edge
     if warning and params.edge == "auto" and (edge & part.compared & ~controls).any():
         part.notes.append(warning)
-    data = (part.values, groups, controls)
+    data = activity.Wells(part.values, groups, controls, plates)
+    layered = data._replace(strata=strata)
     how: dict[str, Any] = {"permutations": params.permutations, "seed": params.seed}
     scores = {
-        "activity": activity.activity(*data, strata, **how),
+        "activity": activity.activity(layered, **how),
         "activity_copairs": activity.activity_by_copairs(
-            *data, strata, null_size=params.permutations, seed=params.seed
+            layered, null_size=params.permutations, seed=params.seed
         ),
-        "replicate_correlation": activity.replicate_correlation(*data, plates, **how),
+        "replicate_correlation": activity.replicate_correlation(data, **how),
     }
-    scores["effect"], effects = activity.effects(*data, plates)
+    scores["effect"], effects = activity.effects(data)
     scores["cell_count"], changes = activity.cell_counts(
         part.counts, groups, controls, plates, **how
     )
-    strongest = activity.strongest_changes(part.values, groups, controls, plates)
+    strongest = activity.strongest_changes(data)
     part.table = part.table.assign(effect=effects)
     floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
     rule = scores["activity_copairs"]
     if params.measure == "activity":
         rule = scores["activity"]
-        known = part.profiled
-        floors |= activity.smallest_p(
-            groups[known], controls[known], strata[known], params.permutations
-        )
+        floors |= activity.smallest_p(layered, params.permutations)
     for code, item in enumerate(part.treatments):
         mine = part.compared & (groups == code)
         change = changes[mine & np.isfinite(changes)]
