@@ -14,8 +14,6 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import UserInputError
-
 Floats = NDArray[np.float64]
 
 FEWEST_DOSES = 4
@@ -127,7 +125,6 @@ def fit_curve(
     responses: ArrayLike,
     controls: ArrayLike = (),
     *,
-    level: float = 0.95,
     seed: int = 0,
 ) -> DoseCurve:
     """Fit a four-parameter log-logistic curve by least squares.
@@ -155,10 +152,10 @@ def fit_curve(
     data = _Doses.of(doses, responses, controls)
     if data.total <= 1e-20 * float(np.abs(data.mean).max()) ** 2:
         return replace(curve, note="no response: it is the same in all wells")
-    return _fitted(curve, data, freedom, level)
+    return _fitted(curve, data, freedom)
 
 
-def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseCurve:
+def _fitted(curve: DoseCurve, data: _Doses, freedom: int) -> DoseCurve:
     from scipy import stats
 
     lowest, highest = data.tested[0], data.tested[-1]
@@ -174,7 +171,7 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
         halfway=10**middle,
         slope=math.exp(steepness),
         p_flat=p_flat,
-        reach=float(stats.t.ppf((1 + level) / 2, freedom)),
+        reach=float(stats.t.ppf(1 - ALPHA / 2, freedom)),
     )
     _, jacobian = curve._at(10**data.log_dose)
     information = jacobian.T @ (data.number[:, None] * jacobian)
@@ -182,7 +179,7 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
     if p_flat >= ALPHA:
         flat = f"a curve fits no better than a flat line, p = {p_flat:.2g}"
         return replace(curve, note=f"no response: {flat}")
-    low, high = data.interval(middle, squares + noise * float(stats.f.ppf(level, 1, freedom)))
+    low, high = data.interval(middle, squares + noise * float(stats.f.ppf(1 - ALPHA, 1, freedom)))
     curve = replace(
         curve, low=None if low is None else 10**low, high=None if high is None else 10**high
     )
@@ -476,10 +473,6 @@ def _checked(doses: ArrayLike, responses: ArrayLike, controls: ArrayLike) -> lis
     dose, response, control = (
         np.asarray(some, np.float64) for some in (doses, responses, controls)
     )
-    if dose.shape != response.shape or dose.ndim != 1:
-        raise UserInputError(f"There are {dose.size} doses and {response.size} responses.")
-    if not (np.isfinite(dose) & (dose >= 0)).all():
-        raise UserInputError("A dose is missing, infinite or below 0.")
     known = np.isfinite(response) & (dose > 0)
     return [dose[known], response[known], control[np.isfinite(control)]]
 

@@ -56,7 +56,7 @@ FEWEST_WELLS, MOST_WELLS = 15, 2_000
 MOST_DOTS = 400
 
 PURPLE, PALE = "#7a5ea8", "#b9bec7"
-MARKS: Mapping[Verdict, tuple[str, str, str]] = {
+MARKS: Mapping[str, tuple[str, str, str]] = {
     Verdict.HIT: ("●", "o", BLUE),
     Verdict.FEWER_CELLS: ("▲", "^", ORANGE),
     Verdict.SMALL: ("◆", "D", PURPLE),
@@ -82,19 +82,9 @@ class Judged:
     controls: Wells
 
     @property
-    def name(self) -> str:
-        """With its dose."""
-        return self.row.name
-
-    @property
-    def verdict(self) -> Verdict:
-        """By the rule of the run."""
-        return Verdict(self.row.verdict)
-
-    @property
     def is_different(self) -> bool:
         """Whether it differs from the controls in any way."""
-        return self.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
+        return self.row.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def strip(screen: Screen, item: Judged) -> str:
     def x(value: float) -> float:
         return left + (width - 2 * left) * (value - low) / (high - low)
 
-    colour = MARKS[item.verdict][2]
+    colour = MARKS[item.row.verdict][2]
     begin, end = x(max(low, -2)), x(min(2, high))
     shade = f'x="{begin:.1f}" y="{top}" width="{end - begin:.1f}" height="66"'
     parts = [f'<rect {shade} fill="currentColor" opacity=".07"/>']
@@ -228,7 +218,7 @@ def position_map(screen: Screen, item: Judged) -> str:
     inner = 24 + side, 16 + side, side * (columns - 2), side * (rows - 2)
     usual = {screen.position(well) for well in item.controls}
     mine = Counter(screen.position(well) for well in item.wells)
-    colour = MARKS[item.verdict][2]
+    colour = MARKS[item.row.verdict][2]
     parts = [
         f'<path d="{"".join(box(one, 0.8) for one in every)}" fill="currentColor" opacity=".07"/>',
         f'<path d="{"".join(box(one, 0.5) for one in sorted(usual))}" fill="{GREY}"/>',
@@ -247,7 +237,7 @@ def position_map(screen: Screen, item: Judged) -> str:
         f"{well_name(*where)}{f' ({n} plates)' if n > 1 else ''}"
         for where, n in sorted(mine.items())
     )
-    alt = f"Wells of {item.name}: {names}."
+    alt = f"Wells of {item.row.name}: {names}."
     return element("positions", width, height, "".join(parts), alt, wide=True)
 
 
@@ -268,7 +258,7 @@ def volcano(screen: Screen, limit: float) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
-            some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
+            some = np.array([(x, y) for item, x, y in points if item.row.verdict == verdict])
             if len(some):
                 size, line = {".": 16, "x": 22}.get(mark, 26), 1.2 if mark == "x" else 0
                 axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
@@ -282,7 +272,7 @@ def volcano(screen: Screen, limit: float) -> str:
         axes.set(xlabel="effect, SD of the controls", ylabel="q (higher: surer)")
         _name_points(figure, axes, points)
 
-    counted = Counter(item.verdict.value for item, _, _ in points)
+    counted = Counter(item.row.verdict for item, _, _ in points)
     alt = f"Effect against q: {', '.join(f'{n} {name}' for name, n in counted.items())}."
     return svg("volcano", (5.4, 4.2), draw, alt)
 
@@ -298,7 +288,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[Judged, floa
     at = [into.transform((x, y)) * (wide, high) for _, x, y in strongest]
     taken = [(y, x - 3, x + 3) for x, y in at]
     for (item, *point), (x, y) in zip(strongest[:NAMED], at[:NAMED], strict=True):
-        text = short(item.name, 20)
+        text = short(item.row.name, 20)
         length = 4.6 * len(text)
         tries = ((side, shift) for shift in (0, 10, -10, 20, -20, 30, -30) for side in (1, -1))
         for side, shift in tries:
@@ -376,7 +366,7 @@ def heat_map(screen: Screen, found: Clusters) -> str:
     limit = float(np.clip(np.percentile(np.abs(values), 97), 2, 10))
     tall, wide = len(found.rows), len(found.columns)
     names = [
-        f"{number}  {short(screen.judged[row].name, 24)}"
+        f"{number}  {short(screen.judged[row].row.name, 24)}"
         for row, number in zip(found.rows, found.numbers, strict=True)
     ]
     height = 0.145 * tall + 2.6
@@ -411,7 +401,7 @@ def well_figure(screen: Screen, seed: int) -> tuple[str, str]:
     order = list(MARKS)
     verdicts = np.where(screen.controls, len(order), -1)
     for item in screen.judged:
-        verdicts[item.wells] = order.index(item.verdict)
+        verdicts[item.wells] = order.index(item.row.verdict)
     wells = np.flatnonzero(screen.usable & (verdicts >= 0))
     if len(wells) < 3:
         return "", ""
@@ -432,7 +422,7 @@ def well_figure(screen: Screen, seed: int) -> tuple[str, str]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         kinds = [("controls", "+", GREY)]
-        kinds += [(v.value, MARKS[v][1], MARKS[v][2]) for v in reversed(order)]
+        kinds += [(verdict, *MARKS[verdict][1:]) for verdict in reversed(order)]
         for code, (label, mark, colour) in zip(range(len(order), -1, -1), kinds, strict=True):
             x, y = points[verdicts[wells] == code].T
             size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0

@@ -71,8 +71,8 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "recipe": recipe,
         "profile_run": profile_run,
         "profile_recipe": profile_recipe,
-        "marks": {verdict.value: mark for verdict, mark in MARKS.items()},
-        "counts": Counter(item.verdict.value for item in screen.judged),
+        "marks": MARKS,
+        "counts": Counter(item.row.verdict for item in screen.judged),
         "rows": ranked_rows(screen, clusters),
         "more_rows": max(0, len(screen.judged) - ROWS),
         "volcano": volcano(screen, recipe.parameters["q"]),
@@ -119,7 +119,11 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
         first += len(part.table)
     order = list(MARKS)
     judged.sort(
-        key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), by_number(item.name))
+        key=lambda item: (
+            order.index(item.row.verdict),
+            -(item.row.effect or 0),
+            by_number(item.row.name),
+        )
     )
     table = pd.concat(tables, ignore_index=True)
     away = [effects(Wells(p.values, p.groups, p.controls, p.plates))[1] for p in parts.values()]
@@ -163,7 +167,7 @@ def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
     rows = []
     for at, row in enumerate(shown):
         item = screen.judged[at]
-        ends_of, colour = (row.effect_low, row.effect_high), MARKS[item.verdict][2]
+        ends_of, colour = (row.effect_low, row.effect_high), MARKS[item.row.verdict][2]
         bar = interval_bar("effect", row.effect, *ends_of, limits=limits, colour=colour)
         rows.append({"item": item, "bar": bar, "cluster": cluster_of.get(at)})
     return rows
@@ -184,7 +188,7 @@ def sections(
         drawn_at = first.setdefault(item.perturbation, item.number)
         yield {
             "item": item,
-            "mark": MARKS[item.verdict],
+            "mark": MARKS[item.row.verdict],
             "changes": changes(screen.columns, screen.middles[item.number - 1], CHANGED, CHANGES),
             "strip": strip(screen, item),
             "map": position_map(screen, item) if len(item.wells) else "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,7 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
     with workspace.database.read() as session:
         maps = _plate_maps(session, flagging, barcode)
         plate_id = session.scalars(select(Plate.id).where(Plate.barcode == barcode)).one()
-        flags = flagged_images(session, flagging.run_id, [barcode])
-        listed = list(islice(flags, SHOWN_FLAGS))
-        more = sum(1 for _ in flags)
-        odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
+        flags = list(flagged_images(session, flagging.run_id, [barcode]))
         factor, unit = _area_unit(session, plate_id)
 
     def scaled(flag: FlaggedImage) -> FlaggedImage:
@@ -103,10 +100,12 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
     return {
         "name": barcode,
         "maps": [(heading, [(m, plate_map_svg(m)) for m in some]) for heading, some in groups],
-        "flags": [scaled(flag) for flag in listed],
+        "flags": [scaled(flag) for flag in flags[:SHOWN_FLAGS]],
         "area_unit": unit,
-        "more_flags": more,
-        "examples": [_example(workspace, flagging, plate_id, scaled(flag)) for flag in odd],
+        "more_flags": max(0, len(flags) - SHOWN_FLAGS),
+        "examples": [
+            _example(workspace, flagging, plate_id, scaled(flag)) for flag in _oddest_fields(flags)
+        ],
     }
 
 
@@ -186,19 +185,13 @@ def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
 
 def _oddest_fields(flags: Iterable[FlaggedImage]) -> list[FlaggedImage]:
     """The oddest image for each reason, then the second oddest; none twice."""
-    best: dict[str, dict[int, FlaggedImage]] = {reason.value: {} for reason in ImageFlagReason}
-    for flag in flags:
-        kept = best[flag.reason]
-        if flag.image_id not in kept or _excess(flag) > _excess(kept[flag.image_id]):
-            kept[flag.image_id] = flag
-        oddest = sorted(kept.values(), key=_excess, reverse=True)[:SHOWN_EXAMPLES]
-        best[flag.reason] = {item.image_id: item for item in oddest}
+    ordered = sorted(flags, key=_excess, reverse=True)
     chosen: dict[int, FlaggedImage] = {}
-    for number in range(EXAMPLES_PER_REASON):
-        for kept in best.values():
-            left = [item for item in kept.values() if item.image_id not in chosen]
-            if left and number < len(kept):
-                chosen[left[0].image_id] = left[0]
+    for _ in range(EXAMPLES_PER_REASON):
+        for reason in ImageFlagReason:
+            left = (f for f in ordered if f.reason == reason.value and f.image_id not in chosen)
+            if (flag := next(left, None)) is not None:
+                chosen[flag.image_id] = flag
     return list(chosen.values())[:SHOWN_EXAMPLES]
 
 

@@ -235,10 +235,8 @@ def hits(
         spec = _recipe(session, params, parts, curves, tuple(inputs))
         earlier = None if force else finished_run(session, spec)
         made = session.get_one(Run, profile_run).result or {}
-        changed = [note for note in profiles.notes if note not in made.get("notes", ())]
         if earlier is not None:
-            found = hits_result(session, earlier)
-            return replace(found, notes=tuple(dict.fromkeys([*changed, *found.notes])))
+            return hits_result(session, earlier)
         training = next(trainings_of_features(session, recipe), None)
         sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
     with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
@@ -247,7 +245,7 @@ def hits(
             _score_targets(part, params)
             _score_doses(part, params, profiles.columns, curves)
         lead = {part.name: f"{part.name}: " if len(parts) > 1 else "" for part in parts}
-        notes = [*changed, *(lead[part.name] + note for part in parts for note in part.notes)]
+        notes = [lead[part.name] + note for part in parts for note in part.notes]
         if sphered == ["sphere", "controls"]:
             notes.insert(
                 0,
@@ -467,29 +465,29 @@ def _curves(
         return {}, None
     with workspace.database.read() as session:
         run = find_predict_run(session, params.run or "latest")
-    found: dict[str, dict[int, float]] = {}
     with open_questions(workspace, runs=run.read_as) as questions:
-        named = questions.ask_ours(
-            "SELECT DISTINCT l.id, l.value FROM image_label_counts AS c "
-            "JOIN labels AS l ON l.id = c.label_id WHERE c.run_id = $run ORDER BY 2",
+        answer = questions.ask_ours(
+            "SELECT i.well_id, l.value AS label, sum(c.probability) AS given, "
+            "sum(c.cells) AS cells FROM image_label_counts AS c "
+            "JOIN images AS i ON i.id = c.image_id JOIN labels AS l ON l.id = c.label_id "
+            "WHERE c.run_id = $run GROUP BY ALL ORDER BY 2, 1",
             {"run": run.id},
         )
-        known = {str(row["value"]): int(row["id"]) for row in named.records()}
-        for label in labels:
-            if label not in known:
-                raise UnknownNameError.of(f"label of run {run.id}", label, known)
-            answer = questions.ask_ours(
-                "SELECT i.well_id, sum(c.probability) FILTER (WHERE c.label_id = $label) AS given, "
-                "sum(c.cells) AS cells FROM image_label_counts AS c "
-                "JOIN images AS i ON i.id = c.image_id WHERE c.run_id = $run GROUP BY 1",
-                {"run": run.id, "label": known[label]},
-            )
-            found[PROBABILITY + label] = {
-                int(row["well_id"]): float(row["given"] or 0) / float(row["cells"])
-                for row in answer.records()
-                if row["cells"]
-            }
-    return found, run
+        rows = list(answer.records())
+    cells: dict[int, float] = defaultdict(float)
+    given: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        cells[int(row["well_id"])] += float(row["cells"] or 0)
+        given[str(row["label"])][int(row["well_id"])] = float(row["given"] or 0)
+    for label in labels:
+        if label not in given:
+            raise UnknownNameError.of(f"label of run {run.id}", label, given)
+    return {
+        PROBABILITY + label: {
+            well: given[label].get(well, 0.0) / number for well, number in cells.items() if number
+        }
+        for label in labels
+    }, run
 
 
 def _is_label(name: str) -> bool:
@@ -848,7 +846,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(**found) for found in doses.values()),
-        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
+        notes=(*changed_since(session, run.parent_id or run.id), *(run.result or {})["notes"]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from ..analysis.well_profiles import (
 )
 from ..config import ProfileParams, RunName, Selection, VoteOptions
 from ..db.bulk import in_lists
+from ..db.fields import changed_since
 from ..enums import ArtifactKind, Stage
 from ..errors import UserInputError
 from ..jobs.lookup import find_run, images_of
 from ..jobs.runs import (
     RecipeSpec,
-    digest,
     digest_of_images,
     files_of,
     finished_run,
@@ -61,8 +61,6 @@ COLUMNS_AT_ONCE = 100
 
 ROWS_AT_ONCE = 2_000
 """Wells of a row group."""
-
-AGAIN = "make the profiles again with 'cellstore profile', then repeat this."
 
 NOT_FEATURES = ("well_id", "n_cells", "n_images")
 """The first columns of a file of profiles."""
@@ -228,7 +226,6 @@ def profile(
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),
                 "controls": int(profiles.controls.sum()),
-                "control_wells": _controls_of(profiles),
                 "cells": int(table["n_cells"].sum()),
                 "measured": len(averaging.columns),
                 "features": len(profiles.columns),
@@ -245,7 +242,7 @@ def open_profiles(
     """Return the number of a profile run, and its profiles; default: the latest that is done.
 
     What was done to a well is as the store has it now. Wells that were excluded since are left out;
-    the first of ``notes`` say what else was changed since.
+    the first of ``notes`` says how many were changed since.
     """
     with workspace.database.read() as session:
         run = find_run(session, "latest" if reference is None else reference, Stage.PROFILE)
@@ -266,35 +263,18 @@ def open_profiles(
         values = np.full((len(ids), len(columns)), np.nan)
         for at, name in enumerate(columns):
             values[:, at] = read[name].to_numpy()
-        images = _images_that_count(session, ids)
+        images: dict[int, int] = {}
+        for some in in_lists(ids):
+            query = select(Image.well_id, func.count()).group_by(Image.well_id)
+            query = query.where(Image.well_id.in_(some), image_counts())
+            images |= dict(session.execute(query).all())
         now = np.array([images.get(well_id, 0) for well_id in ids])
         there = now > 0  # the others were excluded, or deleted, since
-        fewer = int((there & (now < table["n_images"].to_numpy())).sum())
         table = table[there].reset_index(drop=True)
         result = run.result or {}
         gone = {reason: tuple(names) for reason, names in result.get("gone", {}).items()}
-        profiles = WellProfiles(table, values[there], columns, gone)
-        notes = list(result.get("notes", ()))
-        if _controls_of(profiles) != result.get("control_wells"):
-            changed = "Wells became controls, or no longer count as controls,"
-            notes.insert(0, f"{changed} since profile run {run.id}: {AGAIN}")
-        if fewer:
-            notes.insert(0, f"Images of {fewer} wells were excluded since: {AGAIN}")
-        return run.id, replace(profiles, notes=tuple(notes))
-
-
-def _images_that_count(session: Session, well_ids: Sequence[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for some in in_lists(well_ids):
-        query = select(Image.well_id, func.count()).where(Image.well_id.in_(some), image_counts())
-        found |= {row[0]: row[1] for row in session.execute(query.group_by(Image.well_id))}
-    return found
-
-
-def _controls_of(profiles: WellProfiles) -> str:
-    """Return what stands for the wells that are negative controls."""
-    table = profiles.table.loc[profiles.controls, ["plate", "well"]]
-    return digest(sorted(table.to_numpy(dtype=str).tolist()))
+        notes = (*changed_since(session, run.id), *result.get("notes", ()))
+        return run.id, WellProfiles(table, values[there], columns, gone, notes)
 
 
 def _parameters(
@@ -492,18 +472,11 @@ def _well_table(session: Session, well_ids: Sequence[int]) -> pd.DataFrame:
 
 def _as_parquet(profiles: WellProfiles) -> bytes:
     """Return the file of profiles: ``NOT_FEATURES``, then the features; a missing value is null."""
-    schema = pa.schema(
-        [
-            *(pa.field(name, pa.int64()) for name in NOT_FEATURES),
-            *(pa.field(name, pa.float64()) for name in profiles.columns),
-        ]
-    )
-    counts = [profiles.table[name].to_numpy(dtype=np.int64) for name in NOT_FEATURES]
+    arrays = [pa.array(profiles.table[name].to_numpy(dtype=np.int64)) for name in NOT_FEATURES]
+    arrays += [pa.array(column, from_pandas=True) for column in profiles.values.T]
+    table = pa.table(arrays, [*NOT_FEATURES, *profiles.columns])
     sink = BytesIO()
-    with pq.ParquetWriter(sink, schema, use_dictionary=False, compression="zstd") as writer:
-        for start in range(0, len(profiles.values), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            arrays = [pa.array(column[rows]) for column in counts]
-            arrays += [pa.array(v, from_pandas=True) for v in profiles.values[rows].T]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    pq.write_table(
+        table, sink, row_group_size=ROWS_AT_ONCE, use_dictionary=False, compression="zstd"
+    )
     return sink.getvalue()

@@ -263,9 +263,9 @@ def check_changes(store: Store) -> None:
     store.relabel(name["DMSO"], control="none", reason="empty")
     store.relabel(name["idle"], control="negative", reason="as DMSO")
     for _ in range(2):  # also where it is answered from the store
-        assert store.hits(FAST).notes[0].startswith("Wells became controls, or no longer count as")
+        assert "relabelled, excluded or included since run" in store.hits(FAST).notes[0]
     store.profile(ProfileParams(features="single_cells"))
-    assert "became controls" not in " ".join(store.hits(FAST).notes)
+    assert "relabelled" not in " ".join(store.hits(FAST).notes)
 
 
 def check_words(store: Store) -> None:
