@@ -121,11 +121,7 @@ def along_change(values: ArrayLike, doses: ArrayLike) -> Floats:
 
 
 def fit_curve(
-    doses: ArrayLike,
-    responses: ArrayLike,
-    controls: ArrayLike = (),
-    *,
-    seed: int = 0,
+    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike = (), *, seed: int = 0
 ) -> DoseCurve:
     """Fit a four-parameter log-logistic curve by least squares.
 
@@ -149,7 +145,7 @@ def fit_curve(
         return replace(curve, note=f"a curve needs {FEWEST_DOSES} doses, {there}")
     if (freedom := doses.size + controls.size - 4) < 1:
         return replace(curve, note="a curve needs 5 wells, controls among them; there are 4")
-    data = _Doses.of(doses, responses, controls)
+    data = _Doses(doses, responses, controls)
     if data.total <= 1e-20 * float(np.abs(data.mean).max()) ** 2:
         return replace(curve, note="no response: it is the same in all wells")
     return _fitted(curve, data, freedom)
@@ -191,7 +187,6 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int) -> DoseCurve:
     return replace(curve, ec50=curve.halfway)
 
 
-@dataclass(frozen=True)
 class _Doses:
     """Wells by their dose, K of them: controls, if there are any, first with -inf.
 
@@ -199,26 +194,16 @@ class _Doses:
     mean response. ``within`` (K,): squares about these means; ``total``: about that of all.
     """
 
-    log_dose: Floats
-    number: Floats
-    mean: Floats
-    within: Floats
-    total: float
-
-    @classmethod
-    def of(cls, doses: Floats, responses: Floats, controls: Floats) -> _Doses:
+    def __init__(self, doses: Floats, responses: Floats, controls: Floats) -> None:
         values = np.concatenate((controls, responses))
         all_doses = np.concatenate((np.zeros(controls.size), doses))
         levels, which = np.unique(all_doses, return_inverse=True)
-        number = np.bincount(which).astype(np.float64)
-        mean = np.bincount(which, weights=values) / number
-        return cls(
-            _log10(levels),
-            number,
-            mean,
-            np.bincount(which, weights=(values - mean[which]) ** 2).astype(np.float64),
-            float(((values - values.mean()) ** 2).sum()),
-        )
+        self.log_dose = _log10(levels)
+        self.number = np.bincount(which).astype(np.float64)
+        self.mean: Floats = np.bincount(which, weights=values) / self.number
+        squares = (values - self.mean[which]) ** 2
+        self.within = np.bincount(which, weights=squares).astype(np.float64)
+        self.total = float(((values - values.mean()) ** 2).sum())
 
     @property
     def tested(self) -> Floats:
@@ -420,16 +405,16 @@ def lowest_active(
     levels, which, number = np.unique(doses, return_inverse=True, return_counts=True)
     means = np.bincount(which, weights=responses) / number
     within = float(((responses - means[which]) ** 2).sum()), int(doses.size - levels.size)
-    found, largest, first = None, 0.0, None
+    found, largest, highest = None, 0.0, (0.0, 1.0)
     for index in range(levels.size)[::-1]:
         gain, p = _t_test(float(means[index]), int(number[index]), within, controls)
-        first = first or (gain, p)
-        if p >= ALPHA or gain * first[0] < 0:
+        if index == levels.size - 1:
+            highest = gain, p
+        if p >= ALPHA or gain * highest[0] < 0:
             break
         found, largest = float(levels[index]), max(largest, p)
     if found is None:
-        none = "the highest dose does not differ from the controls"
-        return None, first[1] if first else None, none
+        return None, highest[1], "the highest dose does not differ from the controls"
     return found, largest, None
 
 

@@ -109,12 +109,11 @@ class WellProfiles:
 
     def without(self, reason: str, names: Sequence[str]) -> WellProfiles:
         """Return them without some features, and with these in ``gone``."""
-        some = set(names)
-        if not some:
+        if not (some := set(names)):
             return self
-        kept = np.array([name not in some for name in self.columns], dtype=bool)
+        kept = [at for at, name in enumerate(self.columns) if name not in some]
         listed = (*self.gone.get(reason, ()), *(n for n in self.columns if n in some))
-        columns = tuple(n for n in self.columns if n not in some)
+        columns = tuple(self.columns[at] for at in kept)
         gone = {**self.gone, reason: listed}
         return replace(self, values=self.values[:, kept], columns=columns, gone=gone)
 

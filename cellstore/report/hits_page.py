@@ -206,10 +206,9 @@ def edge_wells(screen: Screen, item: Judged) -> str:
     number, every = int(screen.on_edge[item.wells].sum()), len(item.wells)
     if not number:
         return ""
-    if number < every:
-        return f"{number} of {every} wells are at the edge of the plate."
-    alone = "" if screen.on_edge[item.controls].any() else ", and no control is"
-    return f"⚠ All wells are at the edge of the plate{alone}."
+    alone = number == every and not screen.on_edge[item.controls].any()
+    warning = " No control is: its position alone may have changed them." if alone else ""
+    return f"{'⚠ ' * alone}{number} of {every} wells are at the edge of the plate.{warning}"
 
 
 def similar(screen: Screen, item: Judged) -> list[tuple[Judged, float]]:
@@ -314,15 +313,11 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
 
 
 def _curve_in_words(row: DoseRow) -> str:
-    unit = row.unit or ""
-    said = [f"{QUANTITIES.get(row.quantity, row.quantity)}:"]
+    from_dose = "no dose from which on all are active"
     if row.lowest_active is not None:
-        said.append(f"active from {brief(row.lowest_active)} {unit} on;")
-    else:
-        said.append("no dose from which on all are active;")
-    if row.trend_p is not None:
-        said.append(f"trend with the dose p {q_text(row.trend_p)}.")
-    return " ".join(" ".join(said).rstrip(";").split())
+        from_dose = f"active from {brief(row.lowest_active)} {row.unit or ''}".rstrip() + " on"
+    trend = f"; trend with the dose p {q_text(row.trend_p)}" if row.trend_p is not None else ""
+    return f"{QUANTITIES.get(row.quantity, row.quantity)}: {from_dose}{trend}."
 
 
 # Pictures

@@ -263,13 +263,11 @@ def open_profiles(
         values = np.full((len(ids), len(columns)), np.nan)
         for at, name in enumerate(columns):
             values[:, at] = read[name].to_numpy()
-        images: dict[int, int] = {}
+        counting = set[int]()  # the others were excluded, or deleted, since
         for some in in_lists(ids):
-            query = select(Image.well_id, func.count()).group_by(Image.well_id)
-            query = query.where(Image.well_id.in_(some), image_counts())
-            images |= dict(session.execute(query).all())
-        now = np.array([images.get(well_id, 0) for well_id in ids])
-        there = now > 0  # the others were excluded, or deleted, since
+            query = select(Image.well_id).where(Image.well_id.in_(some), image_counts())
+            counting.update(session.scalars(query.distinct()))
+        there = np.isin(ids, list(counting))
         table = table[there].reset_index(drop=True)
         result = run.result or {}
         gone = {reason: tuple(names) for reason, names in result.get("gone", {}).items()}
