@@ -632,24 +632,8 @@ def _notes(
             f"{int(np.argmax(reachable < params.q)) + 1} or more must reach it before one is "
             "called a hit. More replicates or controls allow smaller ones, or more --permutations."
         )
-    wells = [part.compared & (part.groups == code) for code in range(len(part.treatments))]
-    if single := sum(mine.sum() < FEWEST_WELLS for mine in wells):
-        yield (
-            f"{single} of {len(wells)} treatments have fewer than {FEWEST_WELLS} wells, too few "
-            "to show whether they differ."
-        )
-    open_question = "whether the same comes out on another plate is not known."
-    plates = len(np.unique(part.plates[part.compared]))
-    if plates == 1:
-        yield f"There is one plate only: {open_question}"
-    elif alone := [
-        item.name
-        for item, mine in zip(part.treatments, wells, strict=True)
-        if len(np.unique(part.plates[mine])) == 1
-    ]:
-        are = "treatments are" if len(alone) > 1 else "treatment is"
-        named = some_of(sorted(alone, key=by_number))
-        yield f"{len(alone)} {are} on one of {plates} plates only ({named}): {open_question}"
+    if len(np.unique(part.plates[part.compared])) == 1:
+        yield "There is one plate only: whether the same comes out on another is not known."
     left_out = {
         "have no cells that count, so that only their cell count is compared": part.empty,
         "have cells but no profile, as their cells are not measured, or their plate has too few "
