@@ -245,21 +245,20 @@ def hits(
             _score_targets(part, params)
             _score_doses(part, params, profiles.columns, curves)
         lead = {part.name: f"{part.name}: " if len(parts) > 1 else "" for part in parts}
-        notes = [lead[part.name] + note for part in parts for note in part.notes]
-        if sphered == ["sphere", "controls"]:
-            notes.insert(
-                0,
-                "These profiles were sphered on the controls, which are then alike by themselves: "
-                "effects are too large and p values too cautious. Make profiles with --against all "
-                "or --normalise mad.",
-            )
+        notes = []
         if training is not None:
-            notes.insert(
-                0,
+            notes.append(
                 f"These features are an embedding by training run {training.id}, which learned "
                 "what wells got: a difference on wells of its split proves nothing. Use "
-                "measurements.",
+                "measurements."
             )
+        if sphered == ["sphere", "controls"]:
+            notes.append(
+                "These profiles were sphered on the controls, which are then alike by themselves: "
+                "effects are too large and p values too cautious. Make profiles with --against all "
+                "or --normalise mad."
+            )
+        notes += [lead[part.name] + note for part in parts for note in part.notes]
         verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
         handle.result = {
             "answer": " ".join(lead[part.name] + answer_of(part, params) for part in parts),
@@ -276,7 +275,7 @@ def hits(
             "plate_sets": {part.name: list(part.barcodes) for part in parts},
             "strata": {part.name: part.strata for part in parts},
             "versions": {name: version(name) for name in PACKAGES},
-            "notes": list(dict.fromkeys(notes)),
+            "notes": notes,
         }
         for row in (rows := [row for part in parts for row in part.rows]):
             row.run_id = handle.id
@@ -420,29 +419,26 @@ def _recipe(
     inputs: tuple[Recipe, ...],
 ) -> RecipeSpec:
     """Everything that decides the scores, without numbers of this store."""
-    found: set[int] = set()
-    for part in parts:
-        found.update(item.treatment_id for item in part.treatments)
+    found = {item.treatment_id for part in parts for item in part.treatments}
     identities: dict[int, str] = {}
     for some in in_lists(sorted(found)):
         query = select(Treatment.id, Treatment.identity, Treatment.target)
         for key, *said in session.execute(query.where(Treatment.id.in_(some))):
             identities[key] = str(said)
-    wells, numbers = [], []
+    rows = []
     for part in parts:
         said = [*(identities[item.treatment_id] for item in part.treatments), "control"]
-        columns = part.table[["plate", "well", "well_id"]].itertuples(index=False)
-        row: Any
-        for row, group in zip(columns, part.groups.tolist(), strict=True):
-            wells.append([part.name, row.plate, row.well, said[group]])  # -1 is the last
-            numbers += [[curve.get(int(row.well_id), np.nan) for curve in curves.values()]]
-    order = sorted(range(len(wells)), key=lambda i: [str(text) for text in wells[i]])
-    parameters = asdict(params) | {"wells": digest([wells[i] for i in order])}
+        names = (part.table[name].tolist() for name in ("plate", "well", "well_id"))
+        for plate, well, well_id, group in zip(*names, part.groups.tolist(), strict=True):
+            numbers = [curve.get(int(well_id), np.nan) for curve in curves.values()]
+            rows.append(([part.name, plate, well, said[group]], numbers))  # -1 is the last
+    rows.sort(key=lambda row: [str(text) for text in row[0]])
+    parameters = asdict(params) | {"wells": digest([well for well, _ in rows])}
     for name in ("profiles", "run", "plates"):  # the inputs and the wells say it
         del parameters[name]
     parameters["curves"] = list(params.curves)
     if curves:
-        parameters["probabilities"] = digest_of_numbers(np.array([numbers[i] for i in order]))
+        parameters["probabilities"] = digest_of_numbers(np.array([row[1] for row in rows]))
     return RecipeSpec(Stage.HITS, VERSION, parameters, None, inputs)
 
 

@@ -80,14 +80,6 @@ IMAGES = """
 """
 """The images that count and are segmented."""
 
-NOT_SEGMENTED = """
-    SELECT count(DISTINCT i.well_id)
-    FROM images AS i
-    JOIN wells AS w ON w.id = i.well_id
-    WHERE (len($plates::BIGINT[]) = 0 OR list_contains($plates::BIGINT[], w.plate_id))
-    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = i.id)
-    AND NOT EXISTS (FROM profile_images AS p WHERE p.well_id = i.well_id)
-"""
 EXTENTS = """
     SELECT plate_id, min(segmentation_id), max(segmentation_id) FROM profile_images
     GROUP BY plate_id ORDER BY plate_id
@@ -177,13 +169,16 @@ def profile(
             notes += unseen_notes(qc, unseen)
             flagged = str(qc.id)
             inputs.append(session.get_one(Recipe, qc.recipe_id))
+        counting = image_counts(None if flagged is None else int(flagged))
+        wells = select(func.count(Image.well_id.distinct())).where(Image.id.in_(images), counting)
+        n_wells = session.scalar(wells) or 0
         mark = features.mark(session, segment.id, images)
         plate_ids = session.scalars(select(Plate.id).where(Plate.barcode.in_(params.plates))).all()
     assert features.name is not None  # each measurement makes a set
     votes = VoteOptions(exclude_flagged=flagged)
     with open_questions(workspace, LIMITS, vote_options=votes) as questions:
-        plates = {"plates": list(plate_ids)}
-        questions.keep("profile_images", IMAGES, {"segment": segment.id, **plates})
+        chosen = {"segment": segment.id, "plates": list(plate_ids)}
+        questions.keep("profile_images", IMAGES, chosen)
         averaging = _Averaging(workspace, questions, features.name, params.average)
         counts = averaging.count()
         with workspace.database.read() as session:
@@ -204,8 +199,7 @@ def profile(
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
             notes += averaging.notes(counts)
-            (lacking,) = next(questions.ask_ours(NOT_SEGMENTED, plates).rows())
-            if lacking:
+            if lacking := n_wells - len(set(averaging.well_of.values())):
                 what = "well has" if lacking == 1 else "wells have"
                 notes.append(
                     f"{lacking:,} {what} images, but none that is segmented by recipe "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -122,12 +122,12 @@ class QcResult(Shown):
     they are asked for.
     """
 
-    run_id: int | None
-    already_done: bool
-    segment_recipe: int | None
-    measure_recipe: int | None
-    selected: int
-    waiting: int
+    run_id: int | None = None
+    already_done: bool = False
+    segment_recipe: int | None = None
+    measure_recipe: int | None = None
+    selected: int = 0
+    waiting: int = 0
     done: int = 0
     failures: tuple[tuple[str, str], ...] = ()
     failed_before: int = 0
@@ -162,9 +162,9 @@ def qc(
         images = images_of(session, selection)
     if dry_run:
         found = forecast(workspace, MeasureQuality(), quality_spec(), images, resources)
-        result = QcResult(None, False, None, None, found.selected, found.waiting)
-        return replace(
-            result,
+        return QcResult(
+            selected=found.selected,
+            waiting=found.waiting,
             failed_before=found.failed_before,
             to_do=found.to_do,
             seconds=found.seconds,
@@ -180,9 +180,8 @@ def qc(
         on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
         plates = sorted(session.scalars(on_plates.where(Image.id.in_(seen)).distinct()))
         earlier = None if state.todo else _earlier(session, recipe, plates)
-    result = QcResult(None, False, None, None, state.selected, state.waiting)
     if not plates:
-        return result
+        return QcResult(selected=state.selected, waiting=state.waiting)
     did, run_id = RunCounter(0, quality.id), earlier
     if run_id is None:
         with running(workspace.database, recipe) as run:
@@ -205,12 +204,13 @@ def qc(
     with workspace.database.read() as session:
         flagging = flagging_of(session, run_id)
         found_on = summaries(session, flagging, plates)
-    return replace(
-        result,
+    return QcResult(
         run_id=run_id,
         already_done=earlier is not None,
         segment_recipe=flagging.segment_id,
         measure_recipe=flagging.measure_id,
+        selected=state.selected,
+        waiting=state.waiting,
         done=did.images,
         failures=tuple(did.failures),
         failed_before=state.failed,
