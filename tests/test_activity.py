@@ -231,9 +231,9 @@ def test_what_cannot_be_said_has_a_reason() -> None:
         activity_by_copairs(Wells(values, groups, controls, plates)),
     ):
         assert (found[0].value, found[0].n_wells) == (None, 0)
-        assert found[0].note == "2 of 2 wells have no values."
+        assert found[0].note == "2 of 2 wells have no values, or no controls beside them."
         assert (found[1].p, found[1].n_wells) == (None, 1)
-        assert found[1].note == "1 of 2 wells have no values."
+        assert found[1].note == "1 of 2 wells have no values, or no controls beside them."
         assert found[2].note is None
         assert found[2].p is not None
     scores, each = effects(Wells(values, groups, controls, plates))
@@ -247,7 +247,7 @@ def test_what_cannot_be_said_has_a_reason() -> None:
     found = effects(Wells(values, groups, few, plates))[0]
     assert found[2].note == "No plate has 4 negative controls with a profile."
     none = activity(Wells(values, groups, np.zeros_like(controls), plates))
-    assert none[2].note == "2 of 2 wells have no negative controls beside them."
+    assert none[2].note == "2 of 2 wells have no values, or no controls beside them."
     flat = effects(Wells(np.ones_like(values), groups, controls, plates))[0][2]
     assert flat.note == "All features are constant among the negative controls."
     assert activity(Wells(np.ones_like(values), groups, controls, plates))[2].p > 0.3

@@ -34,6 +34,7 @@ STOP = 50
 """Exchanges that reach the statistic found; with them p is known to 14 % of itself."""
 FEWEST_CONTROLS = 4
 """With fewer, nothing says how far controls are from each other."""
+MOST_REPLICATES = 100
 MOST_CHANGED = 0.95
 """The share of the features that change by less than the most changed ones."""
 TAIL = 0.025
@@ -557,15 +558,9 @@ def edge_check(
 
 
 def replicates_needed(
-    wells: Numbers,
-    controls: Numbers,
-    *,
-    beside: float,
-    level: float = 0.05,
-    power: float = 0.8,
-    most: int = 100,
+    wells: Numbers, controls: Numbers, *, beside: float, level: float = 0.05
 ) -> int | None:
-    """Return about how many wells a treatment needs to be told from controls with that power.
+    """Return about how many wells a treatment needs to be told from controls in 80 % of screens.
 
     ``wells`` (n, F) and ``controls`` (C, F): profiles, from the controls of their plates;
     ``beside``: how many controls a plate has; ``level``: the p to reach, which for q < 0.05 with h
@@ -574,10 +569,10 @@ def replicates_needed(
     The mean of the n (n - 1) / 2 cosines between n wells has the standard deviation s / sqrt(n (n -
     1) / 2) where nothing happens (a U statistic that is degenerate then; Hoeffding, Annals of
     Mathematical Statistics 19, 1948), s that of a cosine between a well and a control. So n is the
-    smallest with mean >= (z(level) + z(1 - power)) times this, in the normal approximation, and
-    with (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
-    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``most`` wells were
-    needed. The number is as unsure as the mean of few cosines is.
+    smallest with mean >= (z(level) + z(0.2)) times this, in the normal approximation, and with
+    (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
+    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``MOST_REPLICATES``
+    wells were needed. The number is as unsure as the mean of few cosines is.
     """
     from statistics import NormalDist
 
@@ -592,8 +587,8 @@ def replicates_needed(
     n = len(own)
     mean = (float((own.sum(axis=0) ** 2).sum()) - n) / (n * (n - 1))
     spread = float((own @ others.T).std())
-    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, power)) * spread
-    for needed in range(2, most + 1):
+    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, 0.8)) * spread
+    for needed in range(2, MOST_REPLICATES + 1):
         exchanges = needed * math.log1p(beside)
         if mean * math.sqrt(needed * (needed - 1) / 2) >= reach and exchanges >= -math.log(level):
             return needed if mean > 0 else None
@@ -772,24 +767,21 @@ def _comparisons(wells: Wells, usable: Flags) -> Iterator[tuple[int, Codes, Code
     ours = controls & usable
     for group in _treatments(groups):
         every = np.flatnonzero((groups == group) & ~controls)
-        present = every[usable[every]]
-        used = present[np.isin(strata[present], strata[ours])]
+        used = every[usable[every] & np.isin(strata[every], strata[ours])]
         others = np.flatnonzero(ours & np.isin(strata, strata[used]))
-        notes = []
-        if len(present) < len(every):
-            notes.append(f"{len(every) - len(present)} of {len(every)} wells have no values.")
-        if len(used) < len(present):
-            without = len(present) - len(used)
-            notes.append(f"{without} of {len(every)} wells have no negative controls beside them.")
-        too_few = _too_few(len(used))
-        if too_few is None and len(others) < FEWEST_CONTROLS:
-            too_few = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
-        if too_few and len(used) == len(every):
-            notes.append(too_few)
-        layers = len(np.unique(strata[used]))
-        note = " ".join(notes) or None
-        score = Score(n_wells=len(used), n_controls=len(others), n_plates=layers, note=note)
-        yield group, used, others, score, too_few is None
+        note = _too_few(len(used))
+        if note is None and len(others) < FEWEST_CONTROLS:
+            note = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
+        possible = note is None
+        if lacking := len(every) - len(used):
+            note = f"{lacking} of {len(every)} wells have no values, or no controls beside them."
+        score = Score(
+            n_wells=len(used),
+            n_controls=len(others),
+            n_plates=len(np.unique(strata[used])),
+            note=note,
+        )
+        yield group, used, others, score, possible
 
 
 def _too_few(n: int, what: str = "well") -> str | None:
