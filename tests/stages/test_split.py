@@ -217,7 +217,7 @@ def test_wrong_parameters_are_one_sentence(sqlite_workspace: Workspace) -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"protocol": "random"}, "Unknown protocol 'random'"),
         ({"field": "color"}, "Unknown label field 'color'"),
-        ({"field": TARGET}, "All 24 images have no target"),
+        ({"field": TARGET}, "24 have no target"),
         ({"test_size": 1.5}, "--test-size must be below 1"),
     ]
     for params, message in wrong:
