@@ -1263,13 +1263,11 @@ class Store(AbstractContextManager["Store"]):
         *,
         images: int | None = None,
         device: str = "auto",
-        weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; nothing is written to the store.
 
-        ``images``: only so many of its images. ``weights``: the file that a training began from, or
-        the network of a segmentation. Returns the ``outcome`` in a word, what was compared, and how
-        many values ``differ``.
+        ``images``: only so many of its images. Returns the ``outcome`` in a word, what was
+        compared, and how many values ``differ``.
 
         >>> store.check_run(3, images=2).outcome
 
@@ -1279,8 +1277,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.redo import check
 
         carry_out = partial(_carry_out, device=device)
-        path = None if weights is None else Path(weights)
-        return check(self.workspace, run, carry_out, images=images, weights=path)
+        return check(self.workspace, run, carry_out, images=images)
 
     def sql(
         self,
