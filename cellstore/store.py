@@ -754,15 +754,14 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
-        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run (its number, or ``latest``) against the labels of its split.
 
         ``compare``: another run to put beside it. ``vote_options``: which images have an answer.
-        ``html``: also a page; ``maps``: features on its plate maps. Images that the network was
-        trained on count only with ``force``, and the result says so. Returns the ``scores`` by
-        level (cell, image, well) and vote with intervals over wells, those of classes, plates and
-        wells, and what baselines reach; ``score(level, vote)`` gives one.
+        ``html``: also a page. Images that the network was trained on count only with ``force``, and
+        the result says so. Returns the ``scores`` by level (cell, image, well) and vote with
+        intervals over wells, those of classes, plates and wells, and what baselines reach;
+        ``score(level, vote)`` gives one.
 
         >>> store.report(6).score("image", "hard").accuracy
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
@@ -778,7 +777,7 @@ class Store(AbstractContextManager["Store"]):
             need("report")
             from .report.report_page import write_page
 
-            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
+            look = partial(write_page, self.workspace, path=Path(html))
         found = report(
             self.workspace,
             run,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import VoteOptions, option
-from cellstore.errors import UserInputError, some_of
+from cellstore.errors import some_of
 from cellstore.store import Store
 
 from . import output
@@ -259,13 +259,6 @@ def report(
         None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
     ),
     html: Path | None = HTML,
-    maps: tuple[str, ...] = option(
-        (),
-        "A feature on the plate maps of the page, for example area; may be given again.",
-        name="--map",
-        metavar="FEATURE",
-        repeated=True,
-    ),
     force: bool = option(False, "Also score images that the network was trained on; marked."),
 ) -> ReportResult:
     """Score a predict run: majority votes against the truth.
@@ -275,15 +268,11 @@ def report(
     \b
     Example:
       cellstore report
-      cellstore report --run 8 --html report.html --map area --map eccentricity
+      cellstore report --run 8 --html report.html
       cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
       cellstore report --run cv
     """
-    if maps and html is None:
-        raise UserInputError("--map draws on the HTML page: add a file for it: --html report.html")
-    return store.report(
-        run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
-    )
+    return store.report(run, compare=compare, vote_options=vote_options, html=html, force=force)
 
 
 def _show_runs(found: Leaderboard) -> None:

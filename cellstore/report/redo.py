@@ -280,16 +280,11 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
-    elif run.stage is Stage.HITS:  # it reads profiles, and which wells still count
-        of_sets = (run.result or {}).get("plate_sets", {}).values()
-        images = select(Image.id).join(Well, Well.id == Image.well_id)
-        images = images.join(Plate, Plate.id == Well.plate_id)
+    elif run.stage in (Stage.HITS, Stage.PROFILE):  # they read whole plates
+        result = run.result or {}
+        of_sets = result.get("plate_sets", {"": result.get("barcodes", ())}).values()
+        images = select(Image.id).join(Image.well).join(Well.plate)
         images = images.where(Plate.barcode.in_({plate for plates in of_sets for plate in plates}))
-    elif run.stage is Stage.PROFILE:
-        images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
-        images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-        images = images.where(Plate.barcode.in_((run.result or {}).get("barcodes", ())))
-        images = images.where(Segmentation.recipe_id.in_(_read_by(run)[1]))
     elif run.stage is Stage.TRAIN:
         images = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
     every = sorted(session.scalars(images))
@@ -305,9 +300,9 @@ def _images_of(
     plates: set[int] = set()
     if whole or (run.stage is Stage.SEGMENT and segmented):
         for some in in_lists(list(chosen), ROWS):
-            query = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-            plates |= set(session.scalars(query.where(Image.id.in_(some)).distinct()))
-    on_plates = select(Image.id).join(Well, Well.id == Image.well_id)
+            query = select(Well.plate_id).join(Well.images).where(Image.id.in_(some)).distinct()
+            plates |= set(session.scalars(query))
+    on_plates = select(Image.id).join(Image.well)
     on_plates = on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)
     copied = tuple(session.scalars(on_plates)) or chosen
     return copied, chosen, by_image or len(chosen) < len(every)
