@@ -96,14 +96,9 @@ class Audit(Shown):
 def audit(
     workspace: Workspace, text: RunName, kind: str | None = None, *, on_disk: bool = True
 ) -> Audit:
-    """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
+    """Return the audit of what ``text`` names; see :meth:`cellstore.Store.audit`.
 
-    See ``cellstore audit --help`` for the names, docs/provenance.md for the keys of the record.
     ``on_disk``: it may be the path of a file on this machine, which is then read.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: it is a number without a kind; or several things have that name.
     """
     text = str(text)
     name = readable(text)
@@ -639,8 +634,7 @@ def _run(session: Session, run_id: int) -> Audit:
     """A run: what it did, from what, and what came of it.
 
     ``inputs`` are the recipes it reads from, all the way up. ``notes``, of profile and hits runs,
-    say whether wells were changed since. Of an ingest: ``ingested`` are the files it read,
-    ``changed_wells`` counts the wells whose treatment it changed.
+    say whether wells were changed since. ``ingested``: the files that an ingest read.
     """
     query = f"""
         SELECT {RUN}, ended_at, host, origin, command, runs.seed, runs.query, error,
@@ -664,7 +658,6 @@ def _run(session: Session, run_id: int) -> Audit:
     """
     members |= {row["subset"]: row["n"] for row in _ask(session, query, split=split_id)}
     statuses = "SELECT status, count(*) AS n FROM jobs WHERE run_id = :run GROUP BY status"
-    changed = wells_changed(events.c.run_id == run_id).subquery()
     ingested = """
         SELECT name, layout, sha256, n_rows AS "rows", n_created AS created, n_updated AS updated,
             n_unchanged AS unchanged, n_refused AS refused
@@ -679,7 +672,6 @@ def _run(session: Session, run_id: int) -> Audit:
     corrections = _corrections(session, runs=[run_id])
     record |= {
         "corrections": [row for row in corrections if row["old"]],
-        "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
         "split_counts": members,
         "jobs": {row["status"]: row["n"] for row in _ask(session, statuses, run=run_id)},
         **results,

@@ -38,12 +38,7 @@ SHORT = 10
 
 
 def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
-    """Write the page, one file that needs nothing else, and return where it is.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
-        StorageError: the file cannot be written.
-    """
+    """Write the page, one file that needs nothing else, and return where it is."""
     need("report")
     path = path.resolve()
     write_html(path, "lineage.html.j2", lineage_content(workspace, audit))

@@ -176,14 +176,9 @@ def check(
     *,
     images: int | None = None,
 ) -> Check:
-    """Redo a run beside the store, and compare the result with what is stored.
+    """Redo a run beside the store, and compare; see :meth:`cellstore.Store.check_run`.
 
-    ``images``: so many of its images alone (of segment and measure runs 5, of predict runs all).
-    Nothing is written to the store.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: the run is not finished, or its stage cannot be redone beside the store.
+    Of segment and measure runs ``images`` are 5 by default, of predict runs all.
     """
     began = time.monotonic()
     with workspace.database.read() as session:

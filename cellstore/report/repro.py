@@ -248,11 +248,7 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def repro(workspace: Workspace, reference: RunName) -> Repro:
-    """Return the commands and versions that redo a run, and all that it relies on.
-
-    Raises:
-        UnknownNameError: there is no such run.
-    """
+    """Return the commands and versions that redo a run, and all that it relies on."""
     with workspace.database.read() as session:
         run = find_run(session, reference)
         needed: dict[int, Run] = {}

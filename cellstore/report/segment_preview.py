@@ -58,13 +58,9 @@ def preview(
     folder: Path,
     device: str = "auto",
 ) -> PreviewResult:
-    """Segment ``count`` images spread over the plates and wells of a selection; draw them.
+    """Segment ``count`` images of a selection and draw them; see :meth:`cellstore.Store.preview`.
 
-    The same selection gives the same images. No row and no artifact is written; pictures of an
-    earlier preview of the same images are replaced.
-
-    Raises:
-        as ``segment``; StorageError if ``folder`` cannot be written.
+    The same selection gives the same images.
     """
     if count < 1:
         raise UserInputError("A preview needs at least one image. Give --preview 1 or more.")
