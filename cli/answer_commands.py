@@ -125,10 +125,6 @@ def show_report(result: ReportResult) -> None:
     if best.low is not None:
         bounds = f"95 % interval over wells: {percent(best.low, best.high)}"
     typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
-    nulls = [i for i in result.baselines if i.null and (i.level, i.vote) == ("image", "hard")]
-    if nulls:
-        most = max(nulls, key=lambda item: item.accuracy)
-        typer.echo(f"the best null baseline ({most.baseline}): {percent(most.accuracy)}")
     typer.echo("")
     silent = f"{best.abstained:,} of {result.images:,} images (hard vote)"
     runs: dict[str, Any] = {"predict run": result.run_id, "train run": result.train_run_id}

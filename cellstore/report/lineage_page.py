@@ -249,21 +249,19 @@ def lineage_of(audit: Audit, place: Place = nowhere) -> Lineage:
 
 def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
     files = record["files"]
-    after = [
-        graph.add(
-            f"file {file['channel']}",
-            "file",
-            *(file["channel"], file["name"], _short(file)),
-            at=file["sha256"] and ("lineage", "artifact", file["sha256"]),
-        )
-        for file in files[: MOST_BOXES + 1]
-    ]
     if len(files) > MOST_BOXES:
-        for key in after:
-            del graph.boxes[key]
-            graph.addresses.pop(key, None)
         number = f"{len(files)} files, {record['missing_files']} missing"
         after = [graph.add("files", "file", number, files[0]["name"])]
+    else:
+        after = [
+            graph.add(
+                f"file {file['channel']}",
+                "file",
+                *(file["channel"], file["name"], _short(file)),
+                at=file["sha256"] and ("lineage", "artifact", file["sha256"]),
+            )
+            for file in files
+        ]
     name = f"{record['plate']}/{record['well']}/{record['site']}"
     digest = (record["content_sha256"] or "")[:SHORT]
     at = ("field", record["image_id"])
