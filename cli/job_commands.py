@@ -80,14 +80,16 @@ def _show_status(result: StatusResult, common: Common) -> None:
         )
     if result.feature_sets:
         typer.echo("")
-        sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
+        names = ("name", "storage", "columns", "cells")
+        sets = [[found[name] for name in names] for found in result.feature_sets]
         output.table(("feature set", "kept in", "features", "cells"), sets)
     for item in result.gone:
         say(item.sentence)
     for run in result.broken_off:
         say(
-            f"Training run {run.run_id} was stopped after {output.count(run.epochs, 'epoch')}. "
-            f"To go on with it: cellstore train --resume {run.run_id}"
+            f"Training run {run['run_id']} was stopped after "
+            f"{output.count(run['epochs'], 'epoch')}. "
+            f"To go on with it: cellstore train --resume {run['run_id']}"
         )
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
@@ -170,16 +172,10 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
             for line in (job.error or "").splitlines() if traceback else [reason]:
                 typer.echo(f"  {output.cell(line)}")
         say("Try them again with: cellstore retry")
-    elif state == "running":
-        output.table(
-            ("job", "stage", "image", "worker", "tries", "lease s"),
-            [(j.job_id, j.stage, j.image, j.worker, j.attempts, j.lease) for j in result.jobs],
-        )
     else:
-        output.table(
-            ("job", "stage", "image", "tries", "next try in s", "last error"),
-            [(j.job_id, j.stage, j.image, j.attempts, j.wait, j.reason) for j in result.jobs],
-        )
+        names = ("job_id", "stage", "image", "worker", "attempts", "lease", "wait", "reason")
+        titles = ("job", "stage", "image", "worker", "tries", "lease s", "wait s", "last error")
+        output.table(titles, [[getattr(job, name) for name in names] for job in result.jobs])
     output.say_more(result.more, how="see --limit")
 
 
@@ -189,8 +185,7 @@ def _show_retry(result: RetryResult) -> None:
         return
     lost = output.count(result.lost_files, "file is gone.", "files are gone.")
     opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
-    found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
-    typer.echo(f"{' '.join(found)} Now run:")
+    typer.echo(f"{f'{lost} ' if result.lost_files else ''}{opened} Now run:")
     for words in result.commands:
         typer.echo(f"  {output.cell(words)}")
 

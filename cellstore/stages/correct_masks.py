@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from ..artifacts import open_atomically
 from ..config import IngestParams
@@ -18,7 +17,7 @@ from ..enums import Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import encode_tiff
 from ..io.mask_files import MaskFile
-from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, readable
+from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, name_of, readable
 from ..jobs.mask_matching import match_image
 from ..jobs.planes import channel_files, open_file
 from ..jobs.workspace import Workspace
@@ -88,14 +87,7 @@ def correct_masks(
     ``segmentation``: whose masks, by recipe; by default the newest of the image. ``KEY`` in the
     window stores them: in a file below ``folder``, named like its image, as ``finetune`` reads it,
     and in the store as a segmentation called ``name`` (by default the first of corrected,
-    corrected 2, ... by which the image has no masks). Masks that were changed and not stored are
-    stored at the end.
-
-    Raises:
-        ImageError, StorageError: pixels or masks cannot be read.
-        MissingExtraError: napari is not installed.
-        UnknownNameError: there is no such image or recipe.
-        UserInputError: the folder is of a store, or no file can be named like the image.
+    corrected 2, ... by which the image has no masks).
     """
     need("napari")
     import napari
@@ -134,10 +126,12 @@ def correct_masks(
 
 
 def open_field(workspace: Workspace, image: str, segmentation: str | None) -> OpenedField:
-    """Read what :func:`correct_masks` shows, which explains the parameters and errors."""
+    """Read what :func:`correct_masks` shows."""
     with workspace.database.read() as session:
         row = session.get_one(Image, find_image(session, readable(image)))
-        files = channel_files(session, [row.id])[row.id]
+        name, files = name_of(session, "images", row.id), channel_files(session, [row.id])[row.id]
+        if not files:
+            raise ImageError(f"{name} has no files.")
         query = select(Segmentation, Recipe).join(Image, IS_CURRENT)
         query = query.join(Recipe, Recipe.id == Segmentation.recipe_id).where(Image.id == row.id)
         if segmentation is not None:
@@ -145,40 +139,32 @@ def open_field(workspace: Workspace, image: str, segmentation: str | None) -> Op
             query = query.where(Recipe.id == recipe.id)
         query = query.where(Segmentation.mask_artifact_id.is_not(None))
         newest = session.execute(query.order_by(Segmentation.id.desc()).limit(1)).first()
-        name = f"{row.well.plate.barcode}/{row.well.name}/{row.site}"
         if newest is None and segmentation is not None:
             raise UserInputError(f"{name} has no masks of segmentation {segmentation}.")
         masks = None
         if newest is not None:
             masks = read_masks(session, workspace.artifacts, newest[0]).astype(np.int32)
-        barcode, stems = row.well.plate.barcode, [row.core_name]
-        stems = [Path(file.name).name.split(".")[0] for file in row.files[:1]] + stems
-        stem = next((s for s in stems if _is_told(session, s, barcode, row.id)), None)
+        barcode, of_file = row.well.plate.barcode, Path(row.files[0].name).name.split(".")[0]
         parts = [row.well.name, str(row.site)]
-        parts += [f"z{row.plane}"] * (row.plane != 1) + [f"t{row.time_point}"] * (
-            row.time_point != 1
+        parts += [f"z{row.plane}"] * (row.plane != 1)
+        parts += [f"t{row.time_point}"] * (row.time_point != 1)
+        like_file = MaskFile(Path(f"{of_file}.tif"), of_file, (of_file,), None)
+        is_told = getattr(match_image(session, like_file, barcode), "id", None) == row.id
+        planes = {file.channel: open_file(file) for file in files}
+        if masks is None:
+            masks = np.zeros(next(iter(planes.values())).shape, dtype=np.int32)
+        return OpenedField(
+            image_id=row.id,
+            name=name,
+            barcode=barcode,
+            position="_".join(parts),
+            stem=of_file if is_told else row.core_name,
+            pixel_size=row.pixel_size,
+            planes=planes,
+            masks=masks,
+            before=newest and newest[1].id,
+            channels=plane_of(newest[1]).channels if newest is not None else (),
         )
-        values: dict[str, Any] = {"image_id": row.id, "name": name, "barcode": barcode}
-        values["position"] = "_".join(parts)
-        values |= {"pixel_size": row.pixel_size, "before": newest and newest[1].id}
-        channels = plane_of(newest[1]).channels if newest is not None else ()
-    if stem is None:
-        raise UserInputError(
-            f"Several images of plate {barcode} have files of the same name, so that no file of "
-            f"masks can be named like {name} alone."
-        )
-    planes = {file.channel: open_file(file) for file in files}
-    if not planes:
-        raise ImageError(f"{name} has no files.")
-    if masks is None:
-        masks = np.zeros(next(iter(planes.values())).shape, dtype=np.int32)
-    return OpenedField(**values, stem=stem, planes=planes, masks=masks, channels=channels)
-
-
-def _is_told(session: Session, stem: str, barcode: str, image_id: int) -> bool:
-    """Whether a file of masks of this name is found to be of this image."""
-    found = match_image(session, MaskFile(Path(f"{stem}.tif"), stem, (stem,), None), barcode)
-    return getattr(found, "id", None) == image_id
 
 
 def keep_masks(
@@ -188,15 +174,14 @@ def keep_masks(
     folder: Path,
     name: str | None = None,
 ) -> CorrectedMasks:
-    """Write corrected masks (H, W) to a file and ingest it; see :func:`correct_masks`.
-
-    Raises:
-        UserInputError: the image has other masks called ``name``, or the masks are none.
-    """
+    """Write corrected masks (H, W) to a file and ingest it; see :func:`correct_masks`."""
     if masks.min(initial=0) < 0:
         raise UserInputError("Masks have whole numbers from 0; 0 is the background.")
     # In a folder of its own, so that one file is ingested and not all that were corrected.
-    place = folder / _plain(field.barcode) / _plain(field.position)
+    barcode, position = (
+        re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_" for name in (field.barcode, field.position)
+    )
+    place = folder / barcode / position
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"{field.stem}_masks.tif"
     with open_atomically(path) as file:
@@ -217,11 +202,6 @@ def keep_masks(
         segmentation=recipe,
         notes=(*(f"{issue.reason}: {issue.detail}" for issue in done.issues), note),
     )
-
-
-def _plain(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
 
 
 def _ingested(

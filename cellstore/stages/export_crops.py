@@ -130,13 +130,6 @@ def export_crops(
 
     ``channels``: default: all. Excluded cells are not among them. The folder is there whole or not
     at all; ``force`` replaces one that an earlier export made. Images are read one by one.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-        UnknownNameError: there is no such split, channel, plate or recipe.
-        UserInputError: there is no cell, or the folder is there already.
-        ImageError: an image or its masks cannot be read.
-        StorageError: the folder cannot be written; nothing is left of it.
     """
     need("train")
     from ..learn.batches import prefetch, reading_threads
@@ -228,11 +221,7 @@ def export_crops(
 
 
 def _check_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that would replace what is not an earlier export.
-
-    Raises:
-        UserInputError: it is so, or ``out`` is part of a store.
-    """
+    """Refuse a folder that would replace what is not an earlier export."""
     check_not_of_a_store(out)
     if not out.exists():
         return

@@ -98,9 +98,6 @@ def list_jobs(
     """List the jobs of a stage, a recipe or an image that stand as ``status`` says (None: all).
 
     ``limit`` 0 only counts them by recipe.
-
-    Raises:
-        UnknownNameError: no such stage, recipe or status.
     """
     known = [item.value for item in Status if item is not Status.CANCELLED]
     if status is not None and status not in known:
@@ -193,9 +190,6 @@ def retry(
     """Open the failed jobs of a stage, a run, an image (None: of all) for another try.
 
     If it is of all, files that are gone are looked for, too.
-
-    Raises:
-        UnknownNameError: there is no such stage, run or image.
     """
     with workspace.database.begin() as session:
         recipes = select(Recipe.id).where(Recipe.stage.in_(_stages(stage)))
@@ -204,14 +198,14 @@ def retry(
             which.append(Job.run_id == find_run(session, run, *STAGES).id)
         if image is not None:
             which.append(exists().where(Image.id == Job.image_id, images_named(session, image)))
-        commands = select(Run.command).where(
-            Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
-        )
-        typed = tuple(session.scalars(commands.order_by(Run.id)))
+        last = select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id)
+        commands = select(Run.command).where(Run.id.in_(last)).order_by(Run.id)
+        typed = tuple(session.scalars(commands))
         opened = requeue(session, *which)
-        old = {"status": Status.FAILED.value, "number": opened}
         if opened:
-            new = {"status": Status.PENDING.value, "number": opened}
+            old, new = (
+                {"status": item.value, "number": opened} for item in (Status.FAILED, Status.PENDING)
+            )
             record_events(session, [Change("jobs", None, old, new)])
         lost, makers = 0, tuple[str, ...]()
         if stage is None and run is None and image is None:
@@ -224,10 +218,6 @@ def cancel(workspace: Workspace, run: RunName | None = None) -> tuple[int, ...]:
 
     Their process ends within seconds, when the images in its hands are done; of a process that is
     gone already, the mark says so. A training has kept what it was at the end of its last epoch.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it is over, or is of a stage that does not listen.
     """
     with workspace.database.begin() as session:
         query = select(Run.id).where(Run.status == Status.RUNNING, Run.stage.in_(LISTENING))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from datetime import UTC
+from typing import Any
 
-from sqlalchemy import DateTime, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage
@@ -42,41 +42,19 @@ class RecipeStatus:
 
 
 @dataclass(frozen=True)
-class FeatureSetStatus:
-    """A feature set: how many columns it has, and how many cells have values in it."""
-
-    name: str
-    recipe_id: int
-    storage: str
-    columns: int
-    cells: int
-
-
-@dataclass(frozen=True)
-class BrokenOff:
-    """A training that did not come to its end, after so many whole ``epochs``.
-
-    Networks only, and only while no run of the same recipe has come to its end.
-    """
-
-    run_id: int
-    status: str
-    epochs: int
-    started_at: str
-
-
-@dataclass(frozen=True)
 class StatusResult(Shown):
     """What is in a store.
 
     ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,
     whatever quality control has flagged. ``gone`` are the folders from which image files are gone:
-    all folders were looked for, and the first ``looked_for`` files. ``untreated_wells`` are those
+    all folders were looked for, and the first files. ``untreated_wells`` are those
     with images of which no table has said what was done to them. ``next``: see :func:`next_step`.
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
-    the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
-    newest finished quality-control run, ``qc_run_id``. ``broken_off``: trainings to go on with.
+    the built-in measurements; ``feature_sets`` are all sets, with the number of their columns and
+    of the cells that have values. ``flagged_images`` are those of the newest finished
+    quality-control run, ``qc_run_id``. ``broken_off``: trainings of networks that did not come to
+    their end, after so many whole epochs, while no run of the same recipe has.
     """
 
     store: str
@@ -95,13 +73,12 @@ class StatusResult(Shown):
     runs: int
     predictions: int
     recipes: tuple[RecipeStatus, ...]
-    feature_sets: tuple[FeatureSetStatus, ...] = ()
+    feature_sets: tuple[dict[str, Any], ...] = ()
     qc_run_id: int | None = None
     flagged_images: int = 0
-    broken_off: tuple[BrokenOff, ...] = ()
+    broken_off: tuple[dict[str, Any], ...] = ()
     excluded_images: int = 0
     gone: tuple[GoneFiles, ...] = ()
-    looked_for: int = FEW
     untreated_wells: int = 0
     next: tuple[str, ...] = ()
 
@@ -220,7 +197,7 @@ SEGMENTED = """
 """
 FEATURE_SETS = """
     SELECT f.name, f.recipe_id, f.storage, json_array_length(f.columns) AS columns,
-        coalesce(measured.n, 0) + coalesce(written.n, 0) AS cells
+        CAST(coalesce(measured.n, 0) + coalesce(written.n, 0) AS bigint) AS cells
     FROM feature_sets AS f
     LEFT JOIN (
         SELECT recipe_id, count(*) AS n FROM features GROUP BY recipe_id
@@ -286,7 +263,7 @@ USEFUL = {
 WHICH = {"profiles": "cellstore profile", "hits": "cellstore hits"}
 """What says which treatments do something, as soon as cells are measured."""
 BROKEN_OFF = """
-    SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
+    SELECT r.id AS run_id, r.status, count(DISTINCT m.epoch) AS epochs
     FROM runs AS r
     JOIN recipes AS c ON c.id = r.recipe_id
     LEFT JOIN run_metrics AS m ON m.run_id = r.id
@@ -296,7 +273,7 @@ BROKEN_OFF = """
             WHERE other.recipe_id = r.recipe_id AND other.split_id = r.split_id
                 AND other.status = 'done'
         )
-    GROUP BY r.id, r.status, r.started_at
+    GROUP BY r.id, r.status
     ORDER BY r.id
 """
 
@@ -348,19 +325,18 @@ def _baseline(session: Session) -> str:
 
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
-    sqlite = workspace.database.is_sqlite
     with workspace.database.read() as session:
-        broken_off = text(BROKEN_OFF.format(baseline=_baseline(session)))
         counts = session.execute(text(COUNTS)).mappings().one()
         jobs = session.execute(text(RECIPES)).all()
         imported = session.execute(text(IMPORTED)).all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
         last = session.scalar(text(LAST_CELLS))
-        sets = session.execute(text(FEATURE_SETS)).all()
+        sets = session.execute(text(FEATURE_SETS)).mappings().all()
         gone = find_gone(session, FEW)
         step = next_step(session)
-        trainings = session.execute(broken_off.columns(started_at=DateTime(timezone=True))).all()
+        trainings = text(BROKEN_OFF.format(baseline=_baseline(session)))
+        broken_off = session.execute(trainings).mappings().all()
     seen = counts["images"] - counts["missing_images"]
     recipes = [
         RecipeStatus(Stage.SEGMENT.value, row.id, row.fingerprint, row.done, row.n - row.done, 0, 0)
@@ -385,22 +361,8 @@ def status(workspace: Workspace) -> StatusResult:
         database=workspace.database.shown,
         **counts,
         recipes=tuple(sorted(recipes, key=lambda recipe: recipe.recipe_id)),
-        feature_sets=tuple(
-            FeatureSetStatus(row.name, row.recipe_id, row.storage, row.columns, int(row.cells))
-            for row in sets
-        ),
+        feature_sets=tuple(map(dict, sets)),
         gone=tuple(gone),
         next=(f"cellstore relocate {shown(gone[0].folder)} NEW",) if gone else step,
-        broken_off=tuple(
-            BrokenOff(
-                row.id,
-                row.status,
-                row.epochs,
-                # SQLite keeps no zone; on PostgreSQL it is that of the session.
-                (
-                    row.started_at.replace(tzinfo=UTC) if sqlite else row.started_at.astimezone(UTC)
-                ).isoformat(),
-            )
-            for row in trainings
-        ),
+        broken_off=tuple(map(dict, broken_off)),
     )

@@ -479,7 +479,7 @@ def _odd_runs(session: Session) -> Iterator[tuple[str, str]]:
                 left = (int(digests.get(table, "0"), 16) - int(less, 16)) % MODULUS
                 digests[table] = f"{left:064x}"
     wrote: dict[int, dict[str, str]] = defaultdict(dict)
-    for (run_id, table), (_, found) in run_digests(session).items():
+    for (run_id, table), found in run_digests(session).items():
         wrote[run_id][table] = found
     for run_id, row in run_rows(session):
         entry, name = entries.pop(run_id, None), f"run {run_id}"

@@ -32,6 +32,8 @@ from cellstore.stages.verify import verify
 
 pytestmark = pytest.mark.one_database
 
+SET = ("name", "storage", "columns", "cells")
+
 
 @pytest.fixture(autouse=True)
 def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,12 +137,7 @@ def test_what_other_tools_found_is_counted(workspace: Workspace):
     (recipe,) = found.recipes
     assert (recipe.stage, recipe.done, recipe.stale) == ("segment", 1, 0)
     (features,) = found.feature_sets
-    assert (features.name, features.storage, features.columns, features.cells) == (
-        "cp",
-        "files",
-        1,
-        4,
-    )
+    assert [features[name] for name in SET] == ["cp", "files", 1, 4]
 
 
 def test_the_built_in_sets_are_counted_by_recipe(workspace: Workspace):
@@ -150,7 +147,7 @@ def test_the_built_in_sets_are_counted_by_recipe(workspace: Workspace):
         measured = session.scalar(select(func.count()).select_from(CellFeatures))
     screen.factory.feature_set(recipe, "basic_1")
     (features,) = status(workspace).feature_sets
-    assert (features.storage, features.columns, features.cells) == ("table", 14, measured)
+    assert [features[name] for name in SET[1:]] == ["table", 14, measured]
 
 
 def test_whole_features_of_cells_without_masks_are_fine(workspace: Workspace):

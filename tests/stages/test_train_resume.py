@@ -108,9 +108,7 @@ def test_the_same_command_goes_on_and_force_begins_anew(workspace: Workspace, tm
     build(workspace, tmp_path)
     create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
     run_id = broken_off(workspace)
-    assert [(x.run_id, x.status, x.epochs) for x in status(workspace).broken_off] == [
-        (run_id, "cancelled", 2)
-    ]
+    assert [tuple(x.values()) for x in status(workspace).broken_off] == [(run_id, "cancelled", 2)]
     anew = train(workspace, PARAMS, device="cpu", force=True)
     assert status(workspace).broken_off == ()
     assert anew.run_id > run_id
