@@ -222,16 +222,10 @@ def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[Binar
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or isinstance(error, StorageError):
             raise
-        if isinstance(error, IsADirectoryError):
-            raise StorageError(f"{target} is a folder. Name a file.") from error
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise StorageError(
-                f"{target} cannot be written: {target.parent} is a file, or lies below one. "
-                "Name another folder, or move that file away; then run the same command again."
-            ) from error
         raise StorageError(
-            f"{target} cannot be written: {error.strerror or error}. Free some space or correct "
-            "the permissions, then run the same command again; what is done stays done."
+            f"{target} cannot be written: {error.strerror or error}. Free some space, correct the "
+            "permissions, or name another file; then run the same command again. What is done "
+            "stays done."
         ) from error
 
 

@@ -85,12 +85,6 @@ def _show_status(result: StatusResult, common: Common) -> None:
         output.table(("feature set", "kept in", "features", "cells"), sets)
     for item in result.gone:
         say(item.sentence)
-    for run in result.broken_off:
-        say(
-            f"Training run {run['run_id']} was stopped after "
-            f"{output.count(run['epochs'], 'epoch')}. "
-            f"To go on with it: cellstore train --resume {run['run_id']}"
-        )
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
     say_next(result.next, common)
@@ -111,9 +105,6 @@ def jobs(
     running: bool = option(False, "List what is being worked on, and by whom."),
     pending: bool = option(False, "List what is open."),
     stage: str | None = STAGE,
-    recipe: str | None = option(
-        None, "Only jobs of this recipe: number or start of the fingerprint.", metavar="RECIPE"
-    ),
     image: str | None = IMAGE,
     traceback: bool = option(False, "Show all that is known of an error."),
     limit: int = option(100, "List at most N jobs.", min=1),
@@ -136,7 +127,7 @@ def jobs(
         raise typer.BadParameter("Choose one of --failed, --running and --pending.")
     state = chosen[0] if chosen else None
     shown = limit if state or common.as_json else 0
-    result = store.jobs(stage=stage, status=state, recipe=recipe, image=image, limit=shown)
+    result = store.jobs(stage=stage, status=state, image=image, limit=shown)
     if common.as_json:
         output.print_json(result)
     elif state is None:
@@ -305,12 +296,16 @@ def verify(
     return store.verify(fix=fix, minutes=older_than, against=against)
 
 
-@command(app, "seal")
+def _show_seal(head: dict[str, Any]) -> None:
+    output.pairs({"sealed": head["sha256"], "event": head["event"], "runs": head["runs"]})
+    say("Keep the file where nobody can change it, then: cellstore verify --against FILE")
+
+
+@command(app, "seal", _show_seal)
 def seal(
     store: Store,
-    common: Common,
     file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
-) -> None:
+) -> dict[str, Any]:
     """Write the end of the ledger to a file, which you keep where nobody else can change it.
 
     The owner of a database can change everything in it, the ledger too. A seal that is kept
@@ -321,12 +316,7 @@ def seal(
       cellstore seal seal.json
       cellstore verify --against seal.json
     """
-    head = store.seal(file)
-    if common.as_json:
-        output.print_json(head)
-    else:
-        output.pairs({"sealed": head["sha256"], "event": head["event"], "runs": head["runs"]})
-        say(f"Keep {file} where nobody can change it, then: cellstore verify --against {file}")
+    return store.seal(file)
 
 
 def _show_doctor(result: DoctorResult) -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, Text, cast, event, func, insert, inspect, select, text
+from sqlalchemy import Select, Text, cast, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
@@ -419,29 +419,20 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
     last = {table: session.scalar(query) or 0 for table, query in last_ids.items()}
     session.info[_NEW_AFTER] = {table.__tablename__: number for table, number in last.items()}
     session.info[_WAITING] = waiting = list[Any]()
-    changes: list[Change] = []
-
-    def note_plates(*_: object) -> None:
-        for row in session.dirty:
-            if isinstance(row, Plate) and not is_new(session, "plates", row.id):
-                history = {item.key.rstrip("_"): item.history for item in inspect(row).attrs}
-                values = {
-                    name: (item.deleted[0] if item.deleted else None, item.added[0])
-                    for name, item in history.items()
-                    if name != "wells" and item.added
-                }
-                old, new = ({k: pair[side] for k, pair in values.items()} for side in (0, 1))
-                if new:
-                    changes.append(Change("plates", row.id, old, new))
-
-    event.listen(session, "before_flush", note_plates)
+    plates = select(METADATA.tables["plates"])
+    were = {row["id"]: row for row in session.execute(plates).mappings()}
     try:
         yield
         session.flush()
     finally:
-        event.remove(session, "before_flush", note_plates)
         session.info.pop(_NEW_AFTER)
         session.info.pop(_WAITING)
+    changes: list[Change] = []
+    for row in session.execute(plates).mappings():
+        was = were.get(row["id"], row)
+        if changed := [name for name in row if row[name] != was[name]]:
+            old, new = ({name: of[name] for name in changed} for of in (was, row))
+            changes.append(Change("plates", row["id"], old, new))
     for table, before in last.items():
         after = session.scalar(last_ids[table]) or 0
         if after > before:

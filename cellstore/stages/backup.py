@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import shutil
 import sqlite3
@@ -66,12 +65,14 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
     """Write a store to one file, as it is at this moment; it may be in use meanwhile.
 
     Every stored file is compared with its sha256. One that is gone or changed is named in the
-    result, and is not in the backup. A dry run does the same but write the file.
+    result, and is not in the backup. A dry run looks at everything, and writes no file.
     """
     check_not_of_a_store(file)
     root = workspace.settings.root
     missing, size = list[str](), 0
-    with tempfile.TemporaryDirectory(prefix="backup-", dir=_scratch(workspace)) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="backup-", dir=workspace.settings.make_cache()
+    ) as folder:
         rows = Path(folder, SQLITE_NAME)
         _copy_database(workspace.database, rows)
         digest = sha256_of(rows)
@@ -100,15 +101,14 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
             if dry_run:
                 found = {path.name: path.stat().st_size for path in (rows, *questions)}
                 return _result(file, manifest, size + sum(found.values()), dry_run=True)
-            data, lost = json.dumps(manifest, indent=1).encode(), set(missing)
+            about, lost = Path(folder, MANIFEST), set(missing)
+            about.write_text(json.dumps(manifest, indent=1))
             # Links are followed: a restore takes none.
             with (
                 open_atomically(file.resolve()) as out,
                 tarfile.open(fileobj=out, mode="w", dereference=True) as tar,
             ):
-                info = tarfile.TarInfo(MANIFEST)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                tar.add(about, MANIFEST)
                 tar.add(rows, SQLITE_NAME)
                 for question in questions:
                     tar.add(question, QUESTIONS + question.name)
@@ -124,17 +124,6 @@ def _count(rows: sqlite3.Connection) -> int:
     """How many rows all tables have."""
     counts = (f'SELECT count(*) FROM "{name}"' for name in METADATA.tables)  # noqa: S608
     return sum(rows.execute(query).fetchone()[0] for query in counts)
-
-
-def _scratch(workspace: Workspace) -> Path:
-    folder = workspace.settings.cache
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
-        ) from error
-    return folder
 
 
 def _result(file: Path, manifest: dict[str, Any], size: int, *, dry_run: bool = False) -> Backup:
@@ -240,9 +229,6 @@ def restore(
 
 
 _VALUES = {"sha256": str, "made_at": str, "rows": int, "artifacts": int, "missing": list}
-_UNREADABLE = (
-    tarfile.TarError, EOFError, ValueError, TypeError, KeyError, RecursionError, sqlite3.Error
-)  # fmt: skip
 
 
 def _damaged(file: Path, why: str) -> StorageError:
@@ -303,14 +289,13 @@ def _unpack(file: Path, folder: Path) -> dict[str, Any]:
                 seen += name.startswith(ARTIFACTS)
     except CellstoreError:
         raise
-    except _UNREADABLE as error:
-        raise _damaged(file, str(error) or type(error).__name__) from error
-    except FileExistsError as error:
-        raise _damaged(file, "it holds a file twice") from error
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):
+    except OSError as error:  # tarfile has errors of this kind, too
+        names = (errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR)
+        if error.errno is not None and error.errno not in names:
             raise
-        raise _damaged(file, f"the name of a file in it is {error.strerror}") from error
+        raise _damaged(file, f"a file in it: {error.strerror or error}") from error
+    except Exception as error:
+        raise _damaged(file, str(error) or type(error).__name__) from error
     if rows is None or seen != manifest["artifacts"]:
         raise _damaged(file, f"it holds {seen:,} of {manifest['artifacts']:,} files")
     return manifest

@@ -272,17 +272,11 @@ def _rename_channel(
         for p in (*([None] if plate is None else []), *(p.id for p in plates))
     ]  # first that of plates that will come
     where = f" of plate {readable(plate)}" if plate is not None else ""
-    notes = [f"Tables and folders{where} that name {old} are read as {new} from now on."]
-    said = sorted({(change.new or {}).get(IN_RECIPES, new) for change in changes} - {new})
-    if said:
-        notes.append(
-            f"What was made of it stays valid: recipes and models go on to call it "
-            f"{' or '.join(said)}, and mean the same channel."
-        )
+    note = f"Tables and folders{where} that name {old} are read as {new} from now on."
     shown = tuple(
         {"name": p.barcode, "old": {"channel": old}, "new": {"channel": new}} for p in plates
     )
-    return Correction("rename channel", old, shown, **about, notes=tuple(notes)), changes
+    return Correction("rename channel", old, shown, **about, notes=(note,)), changes
 
 
 # ---- Relabel ----

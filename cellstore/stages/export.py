@@ -537,20 +537,11 @@ def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], c
             matrix[row : row + batch.num_rows, index] = values.to_numpy(zero_copy_only=False)
         parts.append(batch.select(others))
         row += batch.num_rows
-    table = pa.concat_tables(parts)
-    series: dict[str, Any] = {}
-    for name in others:
-        column = table.column(name)
-        if not pa.types.is_string(column.type):
-            series[name] = column.to_numpy()
-            continue
-        # h5ad has no nulls in columns of text, but categories that are none.
-        encoded = column.combine_chunks().dictionary_encode()
-        codes = pc.fill_null(encoded.indices, -1).to_numpy()
-        categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
-        series[name] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
-    # Objects, since h5ad does not take the texts of pandas 3.
-    cells = pd.Index(list(map(str, range(row))), dtype=object)
+    # Categories, since h5ad has no nulls in texts; of objects, since it takes no texts of pandas 3.
+    obs = pa.concat_tables(parts).to_pandas(strings_to_categorical=True)
+    for name, column in obs.select_dtypes("category").items():
+        obs[name] = column.cat.rename_categories(column.cat.categories.astype(object))
+    obs.index = pd.Index(list(map(str, range(row))), dtype=object)
     var = pd.DataFrame(index=pd.Index(names, dtype=object))
-    made = anndata.AnnData(matrix[:row], obs=pd.DataFrame(series).set_axis(cells), var=var)
+    made = anndata.AnnData(matrix[:row], obs=obs, var=var)
     made.write_h5ad(path)

@@ -91,11 +91,10 @@ def list_jobs(
     *,
     stage: str | None = None,
     status: str | None = None,
-    recipe: str | None = None,
     image: str | None = None,
     limit: int = 100,
 ) -> JobsList:
-    """List the jobs of a stage, a recipe or an image that stand as ``status`` says (None: all).
+    """List the jobs of a stage or an image that stand as ``status`` says (None: all).
 
     ``limit`` 0 only counts them by recipe.
     """
@@ -105,14 +104,6 @@ def list_jobs(
     stages = _stages(stage)
     with workspace.database.read() as session:
         which: list[ColumnElement[bool]] = [] if stage is None else [Recipe.stage.in_(stages)]
-        if recipe is not None:
-            recipes = select(Recipe).where(Recipe.stage.in_(stages)).order_by(Recipe.id)
-            marks = {item.id: item.fingerprint for item in session.scalars(recipes)}
-            ids = [key for key in marks if recipe == str(key)]
-            ids = ids or [key for key, mark in marks.items() if mark.startswith(recipe)]
-            if not ids:
-                raise UnknownNameError.of("recipe", recipe, marks)
-            which.append(Recipe.id.in_(ids))
         if image is not None:
             which.append(images_named(session, image))
         by_status = (

@@ -53,8 +53,7 @@ class StatusResult(Shown):
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
     the built-in measurements; ``feature_sets`` are all sets, with the number of their columns and
     of the cells that have values. ``flagged_images`` are those of the newest finished
-    quality-control run, ``qc_run_id``. ``broken_off``: trainings of networks that did not come to
-    their end, after so many whole epochs, while no run of the same recipe has.
+    quality-control run, ``qc_run_id``.
     """
 
     store: str
@@ -76,7 +75,6 @@ class StatusResult(Shown):
     feature_sets: tuple[dict[str, Any], ...] = ()
     qc_run_id: int | None = None
     flagged_images: int = 0
-    broken_off: tuple[dict[str, Any], ...] = ()
     excluded_images: int = 0
     gone: tuple[GoneFiles, ...] = ()
     untreated_wells: int = 0
@@ -262,29 +260,17 @@ USEFUL = {
 """What is useful where a store lacks these only."""
 WHICH = {"profiles": "cellstore profile", "hits": "cellstore hits"}
 """What says which treatments do something, as soon as cells are measured."""
-BROKEN_OFF = """
-    SELECT r.id AS run_id, r.status, count(DISTINCT m.epoch) AS epochs
-    FROM runs AS r
-    JOIN recipes AS c ON c.id = r.recipe_id
-    LEFT JOIN run_metrics AS m ON m.run_id = r.id
-    WHERE r.stage = 'train' AND r.status IN ('failed', 'cancelled') AND {baseline} IS NULL
-        AND NOT EXISTS (
-            SELECT 1 FROM runs AS other
-            WHERE other.recipe_id = r.recipe_id AND other.split_id = r.split_id
-                AND other.status = 'done'
-        )
-    GROUP BY r.id, r.status
-    ORDER BY r.id
-"""
-
-
 LAST_CELLS = "SELECT recipe_id FROM segmentations WHERE n_cells > 0 ORDER BY run_id DESC LIMIT 1"
 """The segment recipe that other commands take where none is named."""
 
 
 def next_step(session: Session) -> tuple[str, ...]:
     """Return the next useful commands, the first one first, by what a store has and lacks."""
-    steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
+    # The baseline of a recipe; null where it is of a network.
+    baseline = "c.parameters->>'baseline'"
+    if session.get_bind().dialect.name == "sqlite":
+        baseline = "json_extract(c.parameters, '$.baseline')"
+    steps = session.execute(text(STEPS.format(baseline=baseline))).mappings().one()
     lacks = [name for name in NEXT if not steps[name]]
     which = [step for name, step in WHICH.items() if not steps[name]][:1]
     if steps["features"] and not steps["files"]:  # a table of cells: no image is needed for these
@@ -317,12 +303,6 @@ def next_step(session: Session) -> tuple[str, ...]:
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
 
-def _baseline(session: Session) -> str:
-    """The baseline of a recipe ``c`` in SQL; null where it is of a network."""
-    sqlite = session.get_bind().dialect.name == "sqlite"
-    return "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
-
-
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
     with workspace.database.read() as session:
@@ -335,8 +315,6 @@ def status(workspace: Workspace) -> StatusResult:
         sets = session.execute(text(FEATURE_SETS)).mappings().all()
         gone = find_gone(session, FEW)
         step = next_step(session)
-        trainings = text(BROKEN_OFF.format(baseline=_baseline(session)))
-        broken_off = session.execute(trainings).mappings().all()
     seen = counts["images"] - counts["missing_images"]
     recipes = [
         RecipeStatus(Stage.SEGMENT.value, row.id, row.fingerprint, row.done, row.n - row.done, 0, 0)
@@ -364,5 +342,4 @@ def status(workspace: Workspace) -> StatusResult:
         feature_sets=tuple(map(dict, sets)),
         gone=tuple(gone),
         next=(f"cellstore relocate {shown(gone[0].folder)} NEW",) if gone else step,
-        broken_off=tuple(map(dict, broken_off)),
     )
