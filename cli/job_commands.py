@@ -140,14 +140,12 @@ def _show_counts(result: JobsList) -> None:
     if not result.counts:
         typer.echo("No image has been worked on yet. Begin with: cellstore segment")
         return
+    names = ("recipe_id", "stage", "pending", "running", "done", "failed", "seconds")
     output.table(
         ("recipe", "stage", "pending", "running", "done", "failed", "s/image"),
-        [
-            (c.recipe_id, c.stage, c.pending, c.running, c.done, c.failed, c.seconds)
-            for c in result.counts
-        ],
+        [[count[name] for name in names] for count in result.counts],
     )
-    if any(count.failed for count in result.counts):
+    if any(count["failed"] for count in result.counts):
         say("See why with: cellstore jobs --failed. Try again with: cellstore retry")
 
 
@@ -157,16 +155,17 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
         return
     if state == "failed":
         for job in result.jobs:
-            tries = output.count(job.attempts, "try", "tries")
-            typer.echo(f"{job.stage} (recipe {job.recipe_id}) {output.cell(job.image)}, {tries}:")
-            reason = job.reason or "no reason was kept"
-            for line in (job.error or "").splitlines() if traceback else [reason]:
+            tries = output.count(job["attempts"], "try", "tries")
+            image = output.cell(job["image"])
+            typer.echo(f"{job['stage']} (recipe {job['recipe_id']}) {image}, {tries}:")
+            lines = (job["error"] or "").splitlines() if traceback else [job["reason"] or "unknown"]
+            for line in lines:
                 typer.echo(f"  {output.cell(line)}")
         say("Try them again with: cellstore retry")
     else:
         names = ("job_id", "stage", "image", "worker", "attempts", "lease", "wait", "reason")
         titles = ("job", "stage", "image", "worker", "tries", "lease s", "wait s", "last error")
-        output.table(titles, [[getattr(job, name) for name in names] for job in result.jobs])
+        output.table(titles, [[job[name] for name in names] for job in result.jobs])
     output.say_more(result.more, how="see --limit")
 
 

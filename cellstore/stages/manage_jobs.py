@@ -26,47 +26,16 @@ LISTENING = (*STAGES, Stage.TRAIN)
 
 
 @dataclass(frozen=True)
-class JobRow:
-    """One image's share of a recipe. ``lease``: seconds until the job of a silent worker is free.
+class JobsList(Shown):
+    """``counts`` of every recipe; ``jobs``: those asked for, the latest first; ``more`` exist.
 
-    ``wait``: seconds until the next try. ``reason`` is the last line of ``error``.
+    Counted are the jobs for the present bytes of the images. A job is one image's share of a
+    recipe: ``lease`` are the seconds until the job of a silent worker is free, ``wait`` those until
+    the next try; ``reason`` is the last line of ``error``.
     """
 
-    job_id: int
-    stage: str
-    recipe_id: int
-    run_id: int
-    image: str
-    status: str
-    attempts: int
-    deaths: int
-    worker: str | None
-    lease: float | None
-    wait: float | None
-    seconds: float | None
-    reason: str | None
-    error: str | None
-
-
-@dataclass(frozen=True)
-class JobCounts:
-    """How the jobs of a recipe stand, for the present bytes of the images."""
-
-    stage: str
-    recipe_id: int
-    pending: int
-    running: int
-    done: int
-    failed: int
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class JobsList(Shown):
-    """``counts`` of every recipe; ``jobs``: those asked for, the latest first; ``more`` exist."""
-
-    counts: tuple[JobCounts, ...]
-    jobs: tuple[JobRow, ...]
+    counts: tuple[dict[str, Any], ...]
+    jobs: tuple[dict[str, Any], ...]
     more: int
 
 
@@ -107,12 +76,12 @@ def list_jobs(
         if image is not None:
             which.append(images_named(session, image))
         by_status = (
-            func.count().filter(Job.status == item)
+            func.count().filter(Job.status == item).label(item.value)
             for item in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
         )
-        columns: Any = (Recipe.stage, Recipe.id, *by_status, func.avg(Job.seconds))
+        columns: Any = (Recipe.stage, Recipe.id.label("recipe_id"), *by_status)
         counts = session.execute(
-            select(*columns)
+            select(*columns, func.avg(Job.seconds).label("seconds"))
             .select_from(Job)
             .join(Recipe, Recipe.id == Job.recipe_id)
             .join(Image, _CURRENT)
@@ -120,7 +89,7 @@ def list_jobs(
             .group_by(Recipe.stage, Recipe.id)
             .order_by(Recipe.id)
         )
-        counted = tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in counts)
+        counted = tuple(dict(row) for row in counts.mappings())
         if limit == 0:
             return JobsList(counted, (), 0)
         wanted = which if status is None else [*which, Job.status == Status(status)]
@@ -143,22 +112,22 @@ def list_jobs(
             )
             lines = (job.error or "").strip().splitlines()
             jobs.append(
-                JobRow(
-                    job_id=job.id,
-                    stage=Stage(of_stage).value,
-                    recipe_id=job.recipe_id,
-                    run_id=job.run_id,
-                    image=image_name(*name),
-                    status=job.status.value,
-                    attempts=job.attempts,
-                    deaths=job.deaths,
-                    worker=shown_worker(job.worker) or None,
-                    lease=lease,
-                    wait=wait,
-                    seconds=job.seconds,
-                    reason=lines[-1] if lines else None,
-                    error=job.error,
-                )
+                {
+                    "job_id": job.id,
+                    "stage": Stage(of_stage).value,
+                    "recipe_id": job.recipe_id,
+                    "run_id": job.run_id,
+                    "image": image_name(*name),
+                    "status": job.status.value,
+                    "attempts": job.attempts,
+                    "deaths": job.deaths,
+                    "worker": shown_worker(job.worker) or None,
+                    "lease": lease,
+                    "wait": wait,
+                    "seconds": job.seconds,
+                    "reason": lines[-1] if lines else None,
+                    "error": job.error,
+                }
             )
         return JobsList(counted, tuple(jobs), total - len(jobs))
 
