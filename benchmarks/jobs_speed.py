@@ -220,7 +220,7 @@ def measured(root: Path, database: str | None, jobs: int, images: int, repeat: i
     with Store.create(root / "large", database and database.format("large")) as store:
         fill(store.workspace, images)
         params = SegmentParams.of("published")
-        stage, *_ = open_segment(store.workspace, params, EVERYTHING, None, "cpu")
+        stage, *_ = open_segment(store.workspace, params, EVERYTHING, "cpu")
         close_all(store.workspace, stage.recipe)
         before = time.process_time()
         took = [timed(partial(store.segment, params)) for _ in range(repeat)]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,10 +32,8 @@ from training_fields import LARGEST, SMALLEST, TrainingField, render_nuclei
 from cellstore.analysis.segmentation import (
     CHANNELS,
     SizeModel,
-    fit_size_model,
     load_network,
     pick_device,
-    save_size_model,
 )
 from cellstore.learn.finetuning import half_precision, train_step
 
@@ -199,6 +197,32 @@ def cropped(rng: np.random.Generator, sample: Sample) -> Sample:
 def save_network(net: CPnet, path: Path) -> None:
     """Write the state of ``net`` with its floats in half precision."""
     torch.save(half_precision(net), path)
+
+
+def fit_size_model(
+    styles: NDArray[np.floating[Any]],
+    diameters: NDArray[np.floating[Any]],
+    diam_mean: float,
+    ridge: float = 1.0,
+) -> SizeModel:
+    """Ridge regression of log diameter on ``styles`` (n, 256); ``diameters`` (n,) in pixels."""
+    style_mean = styles.mean(axis=0, dtype=np.float64)
+    target = np.log(diameters.astype(np.float64) / diam_mean)
+    centred = styles.astype(np.float64) - style_mean
+    normal = centred.T @ centred + ridge * np.eye(centred.shape[1])
+    weights = np.linalg.solve(normal, centred.T @ (target - target.mean()))
+    return SizeModel(weights, style_mean, float(target.mean()), diam_mean)
+
+
+def save_size_model(path: Path, model: SizeModel) -> None:
+    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses."""
+    np.savez(
+        path,
+        A=model.weights,
+        smean=model.style_mean,
+        ymean=np.float64(model.offset),
+        diam_mean=np.float64(model.diam_mean),
+    )
 
 
 def train_size_model(network: Path, params: TrainingParams, device: str = "auto") -> SizeModel:

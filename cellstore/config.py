@@ -155,19 +155,13 @@ def typed_value(item: Field, typed: Any) -> Any:
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
         return tuple(kind(word if known["repeated"] else word.strip()) for word in words)
-    pairs, start = [], ""
+    pairs = []
     for word in words:
-        # What has no "=" belongs to the next word: the name that it came with has a comma in it.
-        start += word
-        if "=" not in word and word is not words[-1] and not known["repeated"]:
-            start += ","
-            continue
-        cut = start.partition if known["pair"] == "first" else start.rpartition
+        cut = word.partition if known["pair"] == "first" else word.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {start!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
         pairs.append((old, new))
-        start = ""
     return tuple(pairs)
 
 
@@ -387,23 +381,6 @@ _plates = partial(
     metavar="BARCODE",
     repeated=True,
 )
-_wells = partial(
-    option,
-    (),
-    "Only this well, like D14, or PLATE/D14; may be given several times.",
-    name="--well",
-    metavar="WELL",
-    repeated=True,
-)
-_images = partial(
-    option,
-    (),
-    "Only this image: PLATE/A01/1 (plate, well, site), core file name, file name or id; PLATE/A01: "
-    "all of the well. May be given several times.",
-    name="--image",
-    metavar="IMAGE",
-    repeated=True,
-)
 _where = partial(
     option,
     None,
@@ -413,28 +390,12 @@ _where = partial(
     "\"treatment = 'taxol' AND dose >= 1\".",
     metavar="SQL",
 )
-_limit = partial(option, None, "Only the first N images, for a first try.", min=1)
 _exclude_flagged = partial(
     cells,
     None,
     "Exclude the images and cells that this quality-control run (cellstore qc) has flagged: its "
     "number, or latest.",
     metavar="RUN|latest",
-)
-_where_cells = partial(
-    cells,
-    None,
-    "Only cells that meet this condition, over what image_table and cells have (cellstore schema) "
-    "and the measurements of the feature set. For example \"area > 500 AND plate = 'P1'\".",
-    metavar="SQL",
-)
-_sql = partial(
-    cells,
-    None,
-    "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file with "
-    "a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an image; "
-    "other columns do not count.",
-    metavar="FILE|SQL",
 )
 _features = partial(
     cells,
@@ -455,11 +416,6 @@ _binary = partial(
     "Masks are black and white: each connected piece is a cell.",
     name="--binary-masks",
 )
-_MODEL = (
-    "cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or nuclei (with "
-    "Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, what 'cellstore "
-    "finetune' made in run N."
-)
 
 
 @dataclass(frozen=True)
@@ -474,14 +430,33 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Selection(Params):
-    """Which images a command is about: all that meet every condition; the first ``limit``."""
+class ImageChoice(Params):
+    """Some images: all that meet every condition; of these the first ``limit``."""
 
     plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
+    wells: tuple[str, ...] = option(
+        (),
+        "Only this well, like D14, or PLATE/D14; may be given several times.",
+        name="--well",
+        metavar="WELL",
+        repeated=True,
+    )
     where: str | None = _where()
-    limit: int | None = _limit()
-    images: tuple[str, ...] = _images()
+    limit: int | None = option(None, "Only the first N images, for a first try.", min=1)
+
+
+@dataclass(frozen=True)
+class Selection(ImageChoice):
+    """Which images a command is about."""
+
+    images: tuple[str, ...] = option(
+        (),
+        "Only this image: PLATE/A01/1 (plate, well, site), core file name, file name or id; "
+        "PLATE/A01: all of the well. May be given several times.",
+        name="--image",
+        metavar="IMAGE",
+        repeated=True,
+    )
 
 
 EVERYTHING = Selection()
@@ -647,25 +622,21 @@ class CellPlanes(Params):
 
 @dataclass(frozen=True)
 class SegmentParams(CellPlanes):
-    """Cellpose, on one plane of each image or on two.
+    """Cellpose, on one plane of each image or on two."""
 
-    ``diameter_from``: every image gets the median of the diameters that this segmentation used on
-    the image's plate.
-    """
-
-    model: str = option(DEFAULT_MODEL, f"The network: {_MODEL}", metavar="NAME|FILE|run:N")
+    model: str = option(
+        DEFAULT_MODEL,
+        "The network: cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or "
+        "nuclei (with Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, "
+        "what 'cellstore finetune' made in run N.",
+        metavar="NAME|FILE|run:N",
+    )
     flow_threshold: float = option(
         0.4, "Higher keeps cells whose shape fits the network's flows less well."
     )
     cellprob_threshold: float = option(0.0, "Lower finds more and larger cells, also dim ones.")
     diameter: float | None = option(
         None, "Diameter of the cells. Default: estimated for each image.", metavar="PIXELS", min=1.0
-    )
-    diameter_from: str | None = option(
-        None,
-        "Take, on each plate, the median of the diameters that this segmentation used there: "
-        "number or start of the fingerprint, as 'cellstore status' lists them.",
-        metavar="RECIPE",
     )
 
 
@@ -882,33 +853,50 @@ class SplitParams(Params):
         return self.folds is not None or self.leave_out is not None
 
 
-def one_selection(where: str | None, sql: str | None) -> bool:
-    """Return whether there is a selection of cells.
+@dataclass(frozen=True)
+class CellChoice(Params):
+    """Which cells are learned from, and which measurements of them."""
 
-    Raises:
-        UserInputError: there are two, or the condition is empty.
-    """
-    if where is not None and not where.strip():
-        raise UserInputError('The condition is empty. Write it like --where "area > 500".')
-    if sql is not None and not sql.strip():
-        raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
-    if where is not None and sql is not None:
-        raise UserInputError("Select cells by --where or by --sql, not by both.")
-    return where is not None or sql is not None
+    features: str | None = _features()
+    exclude_flagged: str | None = _exclude_flagged()
+    where: str | None = cells(
+        None,
+        "Only cells that meet this condition, over what image_table and cells have (cellstore "
+        'schema) and the measurements of the feature set. For example "area > 500 AND plate = '
+        "'P1'\".",
+        metavar="SQL",
+    )
+    sql: str | None = cells(
+        None,
+        "Only cells that this SQL selects, over all relations that 'cellstore sql' knows: a file "
+        "with a SELECT, or the SELECT itself. It gives cell_id, or image_id for all cells of an "
+        "image; other columns do not count.",
+        metavar="FILE|SQL",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.where is not None and not self.where.strip():
+            raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+        if self.sql is not None and not self.sql.strip():
+            raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
+        if self.where is not None and self.sql is not None:
+            raise UserInputError("Select cells by --where or by --sql, not by both.")
+
+    @property
+    def selects(self) -> bool:
+        """Whether a condition, or SQL, selects some of the cells."""
+        return self.where is not None or self.sql is not None
 
 
 @dataclass(frozen=True)
-class TrainParams(Params):
+class TrainParams(CellChoice):
     """A network and its training.
 
     The defaults are for some thousand cells; docs/training.md says why, with numbers.
     ``TrainParams.of("published")`` is the network of the study, trained as published.
     """
 
-    features: str | None = _features()
-    exclude_flagged: str | None = _exclude_flagged()
-    where: str | None = _where_cells()
-    sql: str | None = _sql()
     branches: tuple[str, ...] | None = network(
         None,
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
@@ -964,7 +952,9 @@ class TrainParams(Params):
     )
     step_size: int = learning(5, "Epochs until schedule step makes the step smaller.", min=1)
     gamma: float = learning(0.5, "How much smaller schedule step makes it.", min=0.0)
-    warmup_epochs: int = learning(2, "Epochs in which the step rises first.", min=0)
+    warmup_epochs: int = learning(
+        2, "Epochs in which the step rises first; fewer than all epochs.", min=0
+    )
     weight_decay: float = learning(1e-4, "Weight decay of Adam.", min=0.0)
     normalise: str = _normalise()
     intensity: str = learning(
@@ -977,21 +967,8 @@ class TrainParams(Params):
     )
     seed: int = learning(0, "Same seed, same start.", min=0)
 
-    @classmethod
-    def of(cls, preset: str | None = None, **given: Any) -> Self:
-        """Return the values of a preset, but for those that are ``given``.
-
-        The warm-up is shorter than the training where only the ``epochs`` are given.
-        """
-        usual = {"warmup_epochs": cls.warmup_epochs, **PRESETS.get(preset or "", {}).get(cls, {})}
-        if "epochs" in given and "warmup_epochs" not in given:
-            epochs = fitted("--epochs", int, given["epochs"])
-            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], epochs - 1))
-        return super().of(preset, **given)
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_selection(self.where, self.sql)
         if self.branches == ():
             raise UserInputError(
                 "A network needs one branch or more: --branches mask,flow,image,tabular."
@@ -1001,11 +978,7 @@ class TrainParams(Params):
                 "Only the branch image reads channels: add it, for example with "
                 "--branches mask,flow,image,tabular."
             )
-        if self.warmup_epochs >= self.epochs:
-            raise UserInputError(
-                f"The warm-up must be shorter than the training: {self.warmup_epochs} of "
-                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
-            )
+        object.__setattr__(self, "warmup_epochs", min(self.warmup_epochs, self.epochs - 1))
 
 
 @dataclass(frozen=True)
@@ -1033,14 +1006,10 @@ class TrainSetup(Params):
 
 
 @dataclass(frozen=True)
-class BaselineParams(Params):
+class BaselineParams(CellChoice):
     """Classical models and null baselines; see ``cellstore.learn.baselines``."""
 
-    features: str | None = _features()
     normalise: str = _normalise()
-    exclude_flagged: str | None = _exclude_flagged()
-    where: str | None = _where_cells()
-    sql: str | None = _sql()
     seed: int = learning(0, "Same seed, same baseline.", min=0)
     max_cells: int = baseline(
         50_000,
@@ -1056,10 +1025,6 @@ class BaselineParams(Params):
     trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
     depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
     smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_selection(self.where, self.sql)
 
 
 @dataclass(frozen=True)
@@ -1191,7 +1156,7 @@ class VoteOptions(Params):
 
 
 @dataclass(frozen=True)
-class PredictParams(Params):
+class PredictParams(ImageChoice):
     """What to label, and what to keep of it.
 
     ``subset``: of the run's split, or of another named ``split``; ``None``: every image, or every
@@ -1206,10 +1171,6 @@ class PredictParams(Params):
     split: str | None = option(
         None, "The split whose --subset is meant. Default: the one of the run."
     )
-    plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
-    where: str | None = _where()
-    limit: int | None = _limit()
     top_k: int = option(
         5,
         "Keep this many labels per cell, the most probable first.",
@@ -1270,13 +1231,14 @@ class AddedParams(Params):
         super().__post_init__()
         if self.mlflow_run is not None and not re.fullmatch(r"[\w-]{1,100}", self.mlflow_run):
             raise UserInputError(
-                f"{self.mlflow_run!r} is no id of an MLflow run: letters, digits, - and _ alone."
+                f"{self.mlflow_run!r} is not the id of an MLflow run: use letters, digits, - "
+                "and _ only."
             )
         _check_model_name(self.name)
 
 
 @dataclass(frozen=True)
-class ApplyParams(Params):
+class ApplyParams(ImageChoice):
     """What a function of somebody's own is given of each cell, and what it makes of it.
 
     ``features``: also these measurements, those of a feature set by name; ``subset``: train,
@@ -1326,10 +1288,6 @@ class ApplyParams(Params):
     segmentation: str | None = option(
         None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
     )
-    plates: tuple[str, ...] = _plates()
-    wells: tuple[str, ...] = _wells()
-    where: str | None = _where()
-    limit: int | None = _limit()
     top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
     batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
     note: str | None = _note()

@@ -88,16 +88,8 @@ def render_plates(
 def commands(plates: DemoPlates) -> list[list[str]]:
     """Return what a user would type, one list of words for each command, without the program."""
     store = ["--store", str(plates.store)]
-    training = [
-        "--crop-size",
-        "40",
-        "--batch-size",
-        "32",
-        "--epochs",
-        "6",
-        "--learning-rate",
-        "0.001",
-    ]
+    training = ["--crop-size", "40", "--batch-size", "32", "--epochs", "6"]
+    training += ["--learning-rate", "0.001"]
     return [
         ["init", str(plates.store)],
         ["ingest", str(plates.metadata), "--images", str(plates.images), *store],

@@ -124,7 +124,6 @@ class ArtifactKind(StrEnum):
     MASK = "mask"
     FLOW = "flow"
     CHECKPOINT = "checkpoint"
-    REPORT = "report"
     FEATURES = "features"
     PROFILES = "profiles"
     NETWORK = "network"

@@ -1,21 +1,5 @@
 """Every error that cellstore raises on purpose.
 
-CellstoreError
-├── UserInputError (ValueError)        something typed or handed over is not usable
-│   ├── UnknownNameError (LookupError)   no run / image / split / model / label of that name
-│   ├── BadTableError                    a metadata file that cannot be read as asked
-│   └── QueryError                       an SQL question that is wrong or not allowed
-├── ImageError (ValueError)            pixels that cannot be used: truncated, odd shapes
-├── StoreError (RuntimeError)          the store itself
-│   ├── StoreNotFoundError               no store here or upwards
-│   ├── SchemaError                      its schema is older or newer than this library
-│   └── DatabaseError                    the database cannot be reached or refused
-│       └── ConflictError                  two transactions stood in each other's way
-├── StorageError (OSError)             a file could not be written or has changed on disk
-├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
-├── RunCancelledError (RuntimeError)   somebody cancelled the run
-└── TeamError (RuntimeError)           one of several processes of a training is gone
-
 A message is one or two sentences: what is wrong, then what to do next.
 """
 
@@ -27,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 SHOWN_NAMES = 8
-_NUMBER = re.compile(r"^[^\W\d]+0*([1-9]\d*)$")
 
 
 class CellstoreError(Exception):
@@ -49,9 +32,6 @@ class UnknownNameError(UserInputError, LookupError):
         names = [str(item) for item in known]
         lower = {item.lower(): item for item in names}
         close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
-        if not close and (number := _NUMBER.search(str(name))):  # w1 or C01 for ch1
-            same = [item for item in lower if re.search(rf"\D0*{number[1]}$", item)]
-            close = same if len(same) == 1 else []
         near = [lower[item] for item in close] or names[:5]
         near = names if len(names) <= SHOWN_NAMES else near
         more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""

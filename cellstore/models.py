@@ -1,7 +1,7 @@
 """All tables of a store, in the order in which a screen fills them.
 
-Each docstring describes one row. Keys that make writing a row twice harmless are unique
-constraints; lineage is foreign keys, which can be walked::
+Each docstring describes one row; ``query/schema.toml`` says what each column holds. Keys that make
+writing a row twice harmless are unique constraints; lineage is foreign keys, which can be walked::
 
     with store.session() as session:
         plate = session.scalars(select(Plate).where(Plate.barcode == "BR00116991")).one()
@@ -17,7 +17,6 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
-    DDL,
     BigInteger,
     CheckConstraint,
     Column,
@@ -33,7 +32,6 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    event,
     select,
     text,
 )
@@ -136,7 +134,7 @@ Sha256 = Annotated[str, mapped_column(String(64))]
 
 
 class Plate(Base):
-    """A physical assay plate; ``metadata``: what its tables say of it beyond these columns."""
+    """A physical assay plate."""
 
     __tablename__ = "plates"
 
@@ -152,8 +150,7 @@ class Plate(Base):
 class Perturbation(Base):
     """A thing that acts on cells: a compound, a gene that is made more or less of, a genotype.
 
-    ``identifier`` is that of a sample or reagent (``broad_sample``, ``Metadata_JCP2022``): two
-    samples of one compound are two rows. Several targets have ``|`` between them.
+    Two samples of one compound (``identifier``) are two rows.
     """
 
     __tablename__ = "perturbations"
@@ -185,10 +182,8 @@ class Perturbation(Base):
 class Treatment(Base):
     """What was done to a well: one or more perturbations, each with its dose (``parts``).
 
-    ``identity`` says the parts in one text. Three columns repeat what the parts say, for those
-    who read many rows: ``name`` is the names of the perturbations with ``" + "`` between them,
-    ``name_with_dose`` the same with doses, ``target`` all their targets. ``perturbations_key`` is
-    the same number for all doses of the same perturbations, in every store.
+    ``name``, ``name_with_dose`` and ``target`` repeat what the parts say, for those who read many
+    rows.
     """
 
     __tablename__ = "treatments"
@@ -215,10 +210,7 @@ class Treatment(Base):
 
 
 class TreatmentPart(Base):
-    """A perturbation of a treatment with its dose; null where it is not known.
-
-    Molar doses are in ``uM``, others in the unit they came in; ``dose_original`` is as written.
-    """
+    """A perturbation of a treatment with its dose."""
 
     __tablename__ = "treatment_parts"
 
@@ -233,11 +225,7 @@ class TreatmentPart(Base):
 
 
 class Well(Base):
-    """A well of a plate; row and column count from 1, ``name`` is like ``D14``.
-
-    ``control``: its role in the assay, null for no control; ``metadata``: what its tables say of
-    it beyond these columns.
-    """
+    """A well of a plate; ``control``: its role in the assay."""
 
     __tablename__ = "wells"
     __table_args__ = (UniqueConstraint("plate_id", "well_row", "well_column"),)
@@ -256,11 +244,7 @@ class Well(Base):
 
 
 class Image(Base):
-    """One field of view at one time point and plane.
-
-    ``content_sha256`` is the digest over the bytes of all its files; null while one is missing.
-    ``pixel_size`` is in micrometres, null where unknown.
-    """
+    """One field of view at one time point and plane, of all channels together."""
 
     __tablename__ = "images"
     __table_args__ = (
@@ -301,10 +285,7 @@ class Folder(Base):
 
 
 class ImageFile(Base):
-    """One channel of an image, or a projection of several; no ``sha256``: not seen yet.
-
-    ``folder_id``: where it was seen, else where a table says it is; null where nothing says.
-    """
+    """One channel of an image, or a projection of several; no ``sha256``: not seen yet."""
 
     __tablename__ = "image_files"
     __table_args__ = (
@@ -378,11 +359,7 @@ class RecipeInput(Base):
 
 
 class Label(Base):
-    """A class: one value of a field.
-
-    ``field`` is ``perturbation``, ``treatment``, ``target`` or a metadata column of plates or
-    wells.
-    """
+    """A class: one value of a field."""
 
     __tablename__ = "labels"
     __table_args__ = (UniqueConstraint("field", "value"),)
@@ -393,11 +370,10 @@ class Label(Base):
 
 
 class Run(Base):
-    """One execution of a stage. ``query`` is the SQL through which it read its cells.
+    """One execution of a stage.
 
-    ``process`` names the process that runs it, so that one that died is known. ``origin`` says
-    whether this program did the work or somebody brought the result. ``changed_rows`` grows with
-    each row it wrote that is changed or deleted later: triggers count them.
+    ``changed_rows`` grows with each row it wrote that is changed or deleted later: triggers count
+    them.
     """
 
     __tablename__ = "runs"
@@ -449,11 +425,7 @@ class Run(Base):
 
 
 class Job(Base):
-    """One image's share of a recipe, for the bytes that the image had (``content_sha256``).
-
-    ``attempts`` counts its starts, ``deaths`` those that ended with the worker. ``seconds`` is what
-    the work took. ``digest`` is the sha256 of the rows that it wrote.
-    """
+    """One image's share of a recipe, for the bytes that the image had (``content_sha256``)."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -481,7 +453,7 @@ class Job(Base):
 
 
 class Artifact(Base):
-    """A file we wrote; ``path`` is relative to the artifacts folder of the store."""
+    """A file we wrote."""
 
     __tablename__ = "artifacts"
     __table_args__ = (UniqueConstraint("sha256", "kind"),)
@@ -648,10 +620,7 @@ class CellFeatures(Base):
 
 
 class IngestFile(Base):
-    """A file that an ingest run read, and what became of its rows.
-
-    ``n_rows = n_created + n_updated + n_unchanged + n_refused``.
-    """
+    """A file that an ingest run read, and what became of its rows."""
 
     __tablename__ = "ingest_files"
 
@@ -735,10 +704,7 @@ class ImagePrediction(Base):
 
 
 class ImageQuality(Base):
-    """What is measured of one channel of an image, as its bytes were; see ``analysis.quality``.
-
-    Intensities are grey levels, ``saturated`` and ``maximal`` shares of the pixels.
-    """
+    """What is measured of one channel of an image, as its bytes were; see ``analysis.quality``."""
 
     __tablename__ = "image_quality"
 
@@ -799,12 +765,7 @@ class CellFlag(Base):
 class TreatmentScore(Base):
     """What a hits run measured of a treatment, a perturbation or a target. Append only (triggers).
 
-    ``name`` is that of the treatment with its dose, of the perturbation or of the target
-    (``level``). ``plate_set``: the plates that were scored together, ``run.result["plate_sets"]``
-    lists them. ``quantity``: what the measure is about where it is not the whole profile. ``low``
-    and ``high`` are the 95 % interval of ``value``; ``q`` is ``p``, corrected for the number of
-    treatments. Rows of the measure ``hit`` have a ``verdict``. ``note``: why something cannot be
-    said.
+    ``run.result["plate_sets"]`` lists the plates of each ``plate_set``.
     """
 
     __tablename__ = "treatment_scores"
@@ -903,8 +864,7 @@ class SplitGroup(Base):
 class Annotation(Base):
     """What a person noted about a plate, well, image or cell (``level``, ``row_id``). Append only.
 
-    ``value`` is the label where ``kind`` is label (its ``field`` too), else null. A later row with
-    ``undoes_id`` takes an earlier one back.
+    A later row with ``undoes_id`` takes an earlier one back.
     """
 
     __tablename__ = "annotations"
@@ -926,11 +886,9 @@ class Annotation(Base):
 class Event(Base):
     """A command changed a row of the store: who, when, why, from what to what. Append only.
 
-    ``user_name`` is the login on the machine ``host``, ``role`` that of the database (null on
-    SQLite). What one transaction changed has the same ``created_at``. ``old`` and ``new`` hold the
-    columns that changed; ``file`` and ``line`` say where the new values come from. ``sha256`` is
-    the digest of the row and of ``previous_sha256``, the digest of the event before, so that none
-    can be changed or removed without notice.
+    What one transaction changed has the same ``created_at``. ``sha256`` is the digest of the row
+    and of ``previous_sha256``, the digest of the event before, so that none can be changed or
+    removed without notice.
     """
 
     __tablename__ = "events"
@@ -957,29 +915,6 @@ class Event(Base):
 
 METADATA = Base.metadata
 """All tables, for migrations."""
-
-EXCLUSIONS_VIEW = """
-CREATE VIEW exclusions AS
-SELECT CAST('cell' AS VARCHAR(20)) AS level, id, CAST(excluded AS TEXT) AS reason,
-    CAST('segmentation' AS VARCHAR(20)) AS source, CAST(NULL AS BIGINT) AS run_id,
-    CAST(NULL AS BIGINT) AS annotation_id
-FROM cells WHERE excluded IS NOT NULL
-UNION ALL
-SELECT CAST('image' AS VARCHAR(20)), image_id, CAST(reason AS TEXT),
-    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
-FROM image_flags
-UNION ALL
-SELECT CAST('cell' AS VARCHAR(20)), cell_id, CAST(reason AS TEXT),
-    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
-FROM cell_flags
-UNION ALL
-SELECT level, row_id, CAST(coalesce(reason, 'excluded by ' || user_name) AS TEXT),
-    CAST('annotation' AS VARCHAR(20)), CAST(NULL AS BIGINT), id
-FROM annotations AS a
-WHERE kind = 'exclusion' AND undoes_id IS NULL
-    AND NOT EXISTS (SELECT 1 FROM annotations AS later WHERE later.undoes_id = a.id)
-"""
-event.listen(METADATA, "after_create", DDL(EXCLUSIONS_VIEW))  # type: ignore[no-untyped-call]
 
 EXCLUSIONS = Table(
     "exclusions",

@@ -66,7 +66,7 @@ class StoreSettings:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(
-                f"The cache {self.cache} cannot be made: {error.strerror}. Mend the permissions."
+                f"The cache {self.cache} cannot be made: {error.strerror}. Correct the permissions."
             ) from error
         return folder
 

@@ -11,12 +11,12 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .config import (
     EVERYTHING,
@@ -24,6 +24,7 @@ from .config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
+    CellChoice,
     FinetuneParams,
     HitsParams,
     IngestParams,
@@ -35,11 +36,13 @@ from .config import (
     RunName,
     SegmentParams,
     Selection,
+    Sources,
     SplitParams,
     TrainParams,
     TrainSetup,
     VoteOptions,
     checked,
+    fitted,
 )
 from .enums import ANNOTATION, PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError, UserInputError, first_line
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     from .notebooks import Rows
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
-    from .query.engine import Answer, Questions
+    from .query.engine import Questions
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
@@ -85,7 +88,7 @@ if TYPE_CHECKING:
     from .stages.own_models import AddedEmbeddings, AddedPredictions
     from .stages.predict import PredictResult
     from .stages.profile import ProfileResult
-    from .stages.qc import FlaggedImage, QcResult
+    from .stages.qc import QcResult
     from .stages.split import Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
@@ -93,14 +96,15 @@ if TYPE_CHECKING:
     from .stages.verify import VerifyResult
 
 
-SOME_SECONDS = 10.0
-"""A fold that took less says nothing of the time that others will take."""
-
-
 @checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
-    """An open store. Use it in a ``with`` block, or call :meth:`close`."""
+    """An open store. Use it in a ``with`` block, or call :meth:`close`.
+
+    All methods raise UnknownNameError where nothing has the name that was given (the message says
+    what there is), and StorageError where a file cannot be read or written. Each names what else it
+    raises.
+    """
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
 
@@ -145,7 +149,6 @@ class Store(AbstractContextManager["Store"]):
         """Make a store in the folder ``path``; an existing one is opened as it is.
 
         Raises:
-            StorageError: the folder cannot be written.
             SchemaError: the database holds a store of another version.
 
         """
@@ -197,9 +200,6 @@ class Store(AbstractContextManager["Store"]):
         stage makes it anew. Returns how many images were looked at and have changed, with problems.
 
         >>> store.refresh(Selection(plates=("P1",)))
-
-        Raises:
-            UnknownNameError: there is no such plate, well or column.
         """
         from .stages.ingest.ingest import refresh
 
@@ -222,7 +222,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.relocate("/mnt/old", "s3://bucket/new")
 
         Raises:
-            UnknownNameError: the store knows no folder of this name.
             UserInputError: a file is not in the new folder, or is another one there.
         """
         from .stages.ingest.ingest import relocate
@@ -234,7 +233,6 @@ class Store(AbstractContextManager["Store"]):
         params: SegmentParams | None = None,
         selection: Selection = EVERYTHING,
         *,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
@@ -242,9 +240,8 @@ class Store(AbstractContextManager["Store"]):
         """Find the cells of the images of a selection that have their files, with Cellpose.
 
         What is done by the same ``params`` is left alone, so that the same call goes on after an
-        interruption. ``weights_dir``: a folder with the named networks, for machines without
-        internet. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a Dask
-        cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
+        interruption. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a
+        Dask cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
         ``done``, the ``cells`` found, and ``failures`` as (image, reason).
 
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
@@ -259,7 +256,6 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             params or SegmentParams(),
             selection,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
             resources=resources,
             dry_run=dry_run,
@@ -272,7 +268,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         count: int = 6,
         folder: str | Path,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
         """Segment ``count`` images of a selection and draw what is found, without keeping it.
@@ -284,7 +279,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError, MissingExtraError: as :meth:`segment`.
-            StorageError: the folder cannot be written.
         """
         from .report.segment_preview import preview
 
@@ -294,7 +288,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             count=count,
             folder=Path(folder),
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
         self.wrote(folder)
@@ -318,7 +311,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.measure(MeasureParams(features=("basic", "texture"))).feature_set
 
         Raises:
-            UnknownNameError: nothing has been segmented; no such recipe, plate, group or channel.
             UserInputError: the masks of the cells are unknown.
         """
         from .stages.measure import measure
@@ -351,12 +343,10 @@ class Store(AbstractContextManager["Store"]):
         >>> store.train(TrainParams(exclude_flagged="latest"))
 
         Raises:
-            UnknownNameError: no such recipe, plate or well.
             UserInputError: a limit is out of range, or a condition cannot be read.
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.qc_page import write_page
-        from .settings import need
         from .stages.qc import qc
 
         if html is not None:
@@ -374,12 +364,6 @@ class Store(AbstractContextManager["Store"]):
         self.wrote(html)
         return result
 
-    def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
-        """Return every flag of an image behind a result of :meth:`qc`."""
-        from .stages.qc import list_flags
-
-        return list_flags(self.workspace, result)
-
     def jobs(
         self,
         *,
@@ -394,9 +378,6 @@ class Store(AbstractContextManager["Store"]):
         ``PLATE/A01/1``. Returns ``counts`` and the first ``limit`` of ``jobs`` with their errors.
 
         >>> store.jobs(status="failed")
-
-        Raises:
-            UnknownNameError: no such stage, image or status.
         """
         from .stages.manage_jobs import list_jobs
 
@@ -410,9 +391,6 @@ class Store(AbstractContextManager["Store"]):
         Returns how many, and the commands that do them.
 
         >>> store.retry(run=5)
-
-        Raises:
-            UnknownNameError: there is no such stage, run or image.
         """
         from .stages.manage_jobs import retry
 
@@ -424,7 +402,6 @@ class Store(AbstractContextManager["Store"]):
         Returns their numbers. What is done is kept.
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is over, or is of a stage that does not listen.
         """
         from .stages.manage_jobs import cancel
@@ -437,7 +414,6 @@ class Store(AbstractContextManager["Store"]):
         params: FinetuneParams | None = None,
         *,
         plate: str | None = None,
-        weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> FinetuneResult:
         """Train a segmentation network further on masks that you have corrected.
@@ -460,7 +436,6 @@ class Store(AbstractContextManager["Store"]):
             [Path(path) for path in masks],
             params or FinetuneParams(),
             plate=plate,
-            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
 
@@ -475,7 +450,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the name is taken by another split, or the images cannot be split so.
-            UnknownNameError: no such field, plate, class or column.
         """
         from .stages.split import create_split
 
@@ -516,7 +490,6 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UserInputError: the name is taken, no row has an image, or an image is in two subsets.
             BadTableError: no table says the subsets, or of what.
-            UnknownNameError: there is no such field.
         """
         from .stages.split import import_split
 
@@ -580,7 +553,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such split, recipe, feature set or backbone.
             UserInputError: a subset has no measured cells, or the run cannot be resumed.
             RunCancelledError: :meth:`cancel` has ended it.
         """
@@ -622,16 +594,11 @@ class Store(AbstractContextManager["Store"]):
         )
 
     def _each(self, folds: Sequence[str]) -> Iterator[str]:
-        """Yield the folds, and say which one it is, and how long the others will take."""
-        progress, took = self.workspace.progress, list[float]()
-        for number, fold in enumerate(track(progress, "fold", len(folds), folds)):
-            left = (len(folds) - number) * sum(took) / max(1, len(took)) / 60
-            about = f", about {max(1, round(left))} min left" if took else ""
-            progress.note(f"fold {number + 1} of {len(folds)}: {fold}{about}")
-            began = time.monotonic()
+        """Yield the folds, and say which one it is."""
+        progress = self.workspace.progress
+        for number, fold in enumerate(track(progress, "fold", len(folds), folds), start=1):
+            progress.note(f"fold {number} of {len(folds)}: {fold}")
             yield fold
-            if (seconds := time.monotonic() - began) > SOME_SECONDS:  # else it was there already
-                took.append(seconds)
 
     def train_baselines(
         self,
@@ -655,7 +622,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: scikit-learn is not installed.
-            UnknownNameError: no such baseline, split, recipe or feature set.
             UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
@@ -696,9 +662,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such training run, split, plate, well or channel.
             UserInputError: none of the images has measured cells, or the model cannot read them.
-            StorageError: the file of the model is damaged.
         """
         from .stages.predict import predict
 
@@ -721,7 +685,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
-            UnknownNameError: no such plate, recipe, feature set or quality-control run.
             UserInputError: there is no measured cell, no control, or no feature is left.
         """
         from .stages.profile import profile
@@ -743,9 +706,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.profiles().to_pandas()
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it did not come to its end.
-            StorageError: its file is gone or damaged.
         """
         from .stages.profile import open_profiles
 
@@ -769,9 +730,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, copairs or scipy is not installed.
-            UnknownNameError: there is no such run, treatment, plate, feature or label.
             UserInputError: there is no control, nothing to compare it with, or no profile.
-            StorageError: the page cannot be written.
         """
         from .stages.hits import hits
 
@@ -806,25 +765,29 @@ class Store(AbstractContextManager["Store"]):
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
 
         Raises:
-            UnknownNameError: there is no such run or feature.
             UserInputError: the run has labelled nothing, or only what it was trained on.
             MissingExtraError: a page needs matplotlib and Jinja2.
-            StorageError: the page cannot be written.
         """
         from .report.scoring import report
 
-        page = None if html is None else Path(html)
+        look = None
+        if html is not None:
+            need("report")
+            from .report.report_page import write_page
+
+            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
         found = report(
             self.workspace,
             run,
             compare=compare,
             vote_options=vote_options,
             force=force,
-            html=page,
-            maps=maps,
+            look=look,
         )
-        self.wrote(page)
-        return found
+        if html is None:
+            return found
+        self.wrote(Path(html))
+        return replace(found, html=str(html))
 
     def cells(
         self,
@@ -850,22 +813,18 @@ class Store(AbstractContextManager["Store"]):
         >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
 
         Raises:
-            UnknownNameError: there is no such split, subset, recipe, feature set or run.
             UserInputError: nothing is measured yet, or the recipes do not belong together.
             QueryError: the SQL is wrong.
         """
-        from .config import Sources
         from .query.cell_tables import cell_table
 
-        asked = TrainParams(exclude_flagged=exclude_flagged, where=where, sql=sql)
+        named = features if isinstance(features, str) else None
         return cell_table(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset),
-            features,
-            asked.exclude_flagged,
-            asked.where,
-            asked.sql,
+            fitted("subset", Subset | None, subset),
+            CellChoice(named, exclude_flagged, where, sql),
+            with_features=bool(features),
         )
 
     def dataset(
@@ -907,13 +866,9 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch is not installed.
-            UnknownNameError: there is no such split, subset, channel, recipe or feature set.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
-        from .settings import need
-
         need("train")
-        from .config import Sources
         from .learn.datasets import cell_dataset
 
         if unit not in ("cell", "image"):
@@ -934,7 +889,7 @@ class Store(AbstractContextManager["Store"]):
         return cell_dataset(
             self.workspace,
             Sources(split, segmentation, measurement),
-            _subset(subset) or Subset.TRAIN,
+            fitted("subset", Subset | None, subset) or Subset.TRAIN,
             params,
             unit=unit,
             crop=params.crop_size if unit == "cell" else crop,
@@ -971,7 +926,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: matplotlib is not installed.
-            UnknownNameError: there is no such image, column or channel.
             UserInputError: there is nothing to show.
             CellstoreError: none of the images can be read; the problem of the first.
         """
@@ -1016,7 +970,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.report(added.run_id)
 
         Raises:
-            UnknownNameError: there is no such split or segmentation.
             UserInputError: a row cannot be used; then nothing is written.
             BadTableError, StorageError: a file cannot be read.
         """
@@ -1054,7 +1007,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.add_embeddings(vectors, "dinov3", cell_ids=frame["cell_id"])
 
         Raises:
-            UnknownNameError: there is no such segmentation.
             UserInputError: a row cannot be used, or the set is there already with other rows; then
                 nothing is written.
             BadTableError, StorageError: a file cannot be read or written.
@@ -1114,7 +1066,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
 
         Raises:
-            UnknownNameError: there is no such split, recipe, channel or option.
             UserInputError: the function is not there, fails, or returns another shape.
         """
         from .stages.apply import apply
@@ -1151,8 +1102,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.embed("dinov2-small", channels=["DNA", "RNA"])
         >>> store.train_baselines(["probe"], BaselineParams(features="dinov2_small"))
         """
-        from .settings import need
-
         need("train")
         from .learn.embedders import name_of, open_embedder
 
@@ -1170,7 +1119,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.withdraw_predictions(12, reason="the classes were mixed up")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it was not added, or is withdrawn; the reason is empty.
         """
         from .stages.own_models import withdraw
@@ -1197,13 +1145,12 @@ class Store(AbstractContextManager["Store"]):
         they differ (``differing``).
 
         Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
-        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
-        effects, and the ``treatments`` with both verdicts.
+        many are hits of both, of one alone or of neither, a ``conclusion``, and the ``treatments``
+        with both verdicts.
 
         >>> store.compare(6, 11).conclusion
 
         Raises:
-            UnknownNameError: there is no such run, level or vote.
             UserInputError: both are the same run, or they answer other questions or have nothing in
                 common.
         """
@@ -1220,22 +1167,17 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
 
-    def runs(
-        self, split: str | None = None, *, by: str = "test", every: bool = False
-    ) -> Leaderboard:
+    def runs(self, split: str | None = None, *, by: str = "test") -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
         ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
-        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+        whether the ``test`` or the ``validation`` images rank them.
 
         >>> pandas.DataFrame(store.runs().runs)
-
-        Raises:
-            UnknownNameError: there is no such split, or no training yet.
         """
         from .report.leaderboard import list_runs
 
-        return list_runs(self.workspace, split, by=by, every=every)
+        return list_runs(self.workspace, split, by=by)
 
     def votes(
         self,
@@ -1252,42 +1194,14 @@ class Store(AbstractContextManager["Store"]):
         winner, votes, share, runner_up, margin, cells, tie, abstained, subset, truth, correct.
 
         >>> store.votes(6, level="well").table.to_pandas()
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
-        """
-        with self.open_votes(run, level=level, vote=vote, vote_options=vote_options) as opened:
-            return replace(opened[0], table=opened[1].table())
-
-    def open_votes(
-        self,
-        run: RunName = "latest",
-        *,
-        level: str = "image",
-        vote: str = "hard",
-        vote_options: VoteOptions | None = None,
-        ties_only: bool = False,
-    ) -> AbstractContextManager[tuple[VotesResult, Answer]]:
-        """Open the votes of :meth:`votes`, for a screen whose rows do not fit into memory.
-
-        ``ties_only``: only the rows with a tie; the summary is of all.
-
-        >>> with store.open_votes(6) as (summary, answer):
-        ...     for batch in answer.batches(): ...
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
         """
         from .report.votes import open_votes
 
-        return open_votes(
-            self.workspace,
-            run,
-            level=level,
-            vote=vote,
-            vote_options=vote_options,
-            ties_only=ties_only,
-        )
+        with open_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options) as (
+            summary,
+            rows,
+        ):
+            return replace(summary, table=rows.table())
 
     def audit(self, name: RunName, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
@@ -1299,25 +1213,11 @@ class Store(AbstractContextManager["Store"]):
         >>> store.audit(5, "run")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is a number without a kind, or several things have that name.
         """
         from .report.audit import audit
 
         return audit(self.workspace, name, kind)
-
-    def lineage_page(self, audit: Audit, html: str | Path) -> Path:
-        """Write a page with a picture of where the audited thing comes from, and what came of it.
-
-        Raises:
-            MissingExtraError: matplotlib or jinja2 is not installed.
-            StorageError: the file cannot be written.
-        """
-        from .report.lineage_page import write_lineage
-
-        page = write_lineage(self.workspace, audit, Path(html))
-        self.wrote(page)
-        return page
 
     def log(
         self, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
@@ -1325,9 +1225,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the last commands that changed the store, or a plate, or that a run did.
 
         >>> store.log(run=5).entries
-
-        Raises:
-            UnknownNameError: there is no such plate or run.
         """
         from .report.event_log import read_log
 
@@ -1352,9 +1249,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the commands and versions that redo a run (``script``), and what it relies on.
 
         >>> print(store.repro(6).script)
-
-        Raises:
-            UnknownNameError: there is no such run.
         """
         from .report.repro import repro
 
@@ -1377,16 +1271,11 @@ class Store(AbstractContextManager["Store"]):
         >>> store.check_run(3, images=2).outcome
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: the run is not finished, or its stage cannot be redone.
         """
         from .report.redo import check
 
-        def carry_out(
-            workspace: Workspace, options: RunOptions, where: str | None
-        ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
-            return _carry_out(Store(workspace), options, where, device)
-
+        carry_out = partial(_carry_out, device=device)
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
 
@@ -1422,15 +1311,14 @@ class Store(AbstractContextManager["Store"]):
         """Answer a saved question as an Arrow table; see :meth:`questions`.
 
         Raises:
-            UnknownNameError: there is none of that name, it has no such parameter, or there is no
-                such run.
             QueryError: it is an own question, and wrong.
 
         """
-        question = self.question(name)
-        values = self.question_values(question, parameters)
-        with self.open_questions(runs=question.predict_runs(values)) as questions:
-            return questions.ask(question.query, values).table()
+        from .query.saved_queries import find_question, open_saved
+
+        question = find_question(self.workspace, name)
+        with open_saved(self.workspace, question, parameters) as answer:
+            return answer.table()
 
     def questions(self) -> list[SavedQuestion]:
         """Return the saved questions: those of cellstore, and the store's own.
@@ -1440,30 +1328,6 @@ class Store(AbstractContextManager["Store"]):
         from .query.saved_queries import saved_questions
 
         return saved_questions(self.workspace)[0]
-
-    def question(self, name: str) -> SavedQuestion:
-        """Return one saved question by its name.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
-        from .query.saved_queries import find_question
-
-        return find_question(self.workspace, name)
-
-    def question_values(
-        self, question: SavedQuestion, given: Mapping[str, object]
-    ) -> dict[str, object]:
-        """Return what is bound to the parameters of a question."""
-        from .query.saved_queries import bound
-
-        return bound(self.workspace, question, given)
-
-    def question_problems(self) -> list[str]:
-        """Say which own questions cannot be asked, and why."""
-        from .query.saved_queries import saved_questions
-
-        return saved_questions(self.workspace)[1]
 
     def schema(self) -> list[RelationWords]:
         """Return every table, view and feature set in words, with all of their columns."""
@@ -1502,20 +1366,17 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: AnnData is asked for and not installed.
-            UnknownNameError: there is no such format, feature set, recipe, plate or split.
             UserInputError: there is no cell, or ``out`` is there already.
-            StorageError: the file cannot be written; nothing is left of it.
         """
         from .stages.export import ExportFormat, export, export_profiles
 
-        if format not in list(ExportFormat):
-            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        kind = fitted("format", ExportFormat, format)
         if profiles is not None:
             wells = export_profiles(
                 self.workspace,
                 Path(out),
                 profiles,
-                format=ExportFormat(format),
+                format=kind,
                 for_spreadsheet=for_spreadsheet,
                 force=force,
             )
@@ -1524,13 +1385,13 @@ class Store(AbstractContextManager["Store"]):
         made = export(
             self.workspace,
             Path(out),
-            format=ExportFormat(format),
+            format=kind,
             features=features,
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
@@ -1562,7 +1423,7 @@ class Store(AbstractContextManager["Store"]):
             self.workspace,
             Path(out),
             split=split,
-            subset=_subset(subset),
+            subset=fitted("subset", Subset | None, subset),
             channels=channels,
             plates=plates,
             segmentation=segmentation,
@@ -1588,7 +1449,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.rename("channel", "w1", "DNA")
 
         Raises:
-            UnknownNameError: there is no such plate or channel.
             UserInputError: the new name is taken, or is none.
         """
         from .stages.corrections import rename
@@ -1612,7 +1472,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.relabel("P1/B04", treatment="taxol", dose="3 uM", reason="pipetting list")
 
         Raises:
-            UnknownNameError: there is no such well.
             UserInputError: nothing would change, or the treatment is ambiguous.
         """
         from .stages.corrections import relabel
@@ -1647,7 +1506,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.annotate("cell", [4711, 4712], "mitotic")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: tables fill the field, a name is empty or too long, or there is nothing
                 to take back.
         """
@@ -1670,7 +1528,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: napari is not installed.
-            UnknownNameError: there is no such image or recipe.
             UserInputError: the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
@@ -1687,7 +1544,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.exclude("well", "P1/B04", reason="air bubble")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
         from .stages.annotate import set_excluded
@@ -1705,7 +1561,6 @@ class Store(AbstractContextManager["Store"]):
         """Let something count again that a person has excluded.
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
         from .stages.annotate import set_excluded
@@ -1718,7 +1573,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.undo(1, reason="the wrong plate map")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is no ingest run, or later work relies on it: the message names that.
         """
         from .stages.corrections import undo
@@ -1731,7 +1585,6 @@ class Store(AbstractContextManager["Store"]):
         """Delete a plate with its wells, images, cells and measurements; image files stay.
 
         Raises:
-            UnknownNameError: there is no such plate.
             UserInputError: predictions or splits rely on it; the message names them.
         """
         from .stages.corrections import delete_plate
@@ -1745,7 +1598,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the file is part of a store.
-            StorageError: the file cannot be written.
         """
         from .stages.backup import backup
 
@@ -1768,7 +1620,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: there is a store with something in it, or the file is no backup.
-            StorageError: the backup is damaged; nothing is restored.
         """
         from .stages.backup import restore
 
@@ -1784,9 +1635,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.export_model(5, "my-model").path
 
         Raises:
-            UnknownNameError: there is no such training run.
             UserInputError: the folder is not empty, or the run has no model to write.
-            StorageError: the file of the model is damaged, or the folder cannot be written.
         """
         from .stages.export_model import export_model
 
@@ -1843,7 +1692,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.verify().problems
 
         Raises:
-            StorageError: a file cannot be removed.
             UserInputError: ``against`` is no file of :meth:`seal`.
         """
         from .stages.verify import verify
@@ -1854,19 +1702,10 @@ class Store(AbstractContextManager["Store"]):
         """Write the end of the ledger to a file, and return it; keep the file elsewhere.
 
         :meth:`verify` takes it as ``against``.
-
-        Raises:
-            StorageError: the file cannot be written.
         """
         from .stages.verify import seal
 
         return seal(self.workspace, file)
-
-
-def _subset(name: str | None) -> Subset | None:
-    if name is not None and name not in list(Subset):
-        raise UnknownNameError.of("subset", name, [item.value for item in Subset])
-    return None if name is None else Subset(name)
 
 
 def _table_of(given: Any) -> Any:
@@ -1881,17 +1720,17 @@ def _table_of(given: Any) -> Any:
         return pa.table(given)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
-            f"This is no table that can be read: {first_line(error)}. Give a file, or a table of "
+            f"This cannot be read as a table: {first_line(error)}. Give a file, or a table of "
             "pandas, polars or Arrow with one kind of value in each column; with an array also "
             "cell_ids."
         ) from error
 
 
 def _carry_out(
-    store: Store, options: RunOptions, where: str | None, device: str
+    workspace: Workspace, options: RunOptions, where: str | None, device: str
 ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
     """Do on a store what a run was asked to do; return the new run, and which images failed."""
-    params: Any = options.params
+    store, params = Store(workspace), cast("Any", options.params)
     names = options.inputs
     sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:

@@ -16,7 +16,7 @@ import signal
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, is_dataclass
@@ -74,9 +74,6 @@ MODULES = {
 ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
 """Options by which a command changes nothing."""
 
-SAME = {"run": ("cellstore report", "cellstore votes"), "split": ("cellstore train",)}
-"""Options that the next command is given, too, where it takes them."""
-
 STORE_HELP = "The folder of the store. Default: $CELLSTORE_STORE, else this folder or one above it."
 ENV_DEBUG = "CELLSTORE_DEBUG"
 STOPPED = 130
@@ -105,10 +102,6 @@ class Commands(TyperGroup):
 
             typer.echo(f"cellstore {__version__}")
             raise typer.Exit
-        try:
-            Path.cwd()  # raises FileNotFoundError where it was deleted
-        except OSError:
-            _end("Error: The folder that you are in was deleted. Go to another one: cd", 2)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -238,26 +231,14 @@ def say_next(steps: Sequence[str], common: Common) -> None:
             say(filled(f"({why}", " " * len(start)))
 
 
-def _say_next_of_store(common: Common, done: str, values: Mapping[str, Any]) -> None:
-    """Name the next useful steps of the store, with the run or the split that was typed."""
-    typed = {name: str(values[name]) for name in SAME if name in common.typed}
+def _say_next_of_store(common: Common, done: str) -> None:
+    """Name the next useful steps of the store, but for the command that is ``done``."""
     try:
         with common.open() as store:
             steps = store.next_step()
-            if "split" in typed and any(
-                row.family == typed["split"] for row in store.list_splits()
-            ):
-                typed["run"] = typed["split"]  # the folds are reported on as one
     except StoreNotFoundError:  # of doctor, which needs none
         steps = "cellstore init DIR", "cellstore demo"
-    said = []
-    for step in steps:
-        words, hint, why = step.partition("  (")
-        if words != done:
-            same = [name for name in typed if words.startswith(SAME[name])]
-            options = (f" --{name} {shlex.quote(typed[name])}" for name in same)
-            said.append("".join([words, *options, hint, why]))
-    say_next(said, common)
+    say_next([step for step in steps if step.partition("  (")[0] != done], common)
 
 
 def command(
@@ -366,7 +347,7 @@ def _with_options(
             if result is not None and not common.as_json:
                 say_next(then(result), common)
         elif then and not common.as_json and not typed & ONLY_SHOWN:
-            _say_next_of_store(common, f"cellstore {context.info_name}", values)
+            _say_next_of_store(common, f"cellstore {context.info_name}")
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
@@ -439,11 +420,6 @@ DEVICE = option(
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
 DRY_RUN = option(False, "Only say how many images there are to do, and how long it takes.")
-WEIGHTS_DIR = option(
-    None,
-    "Folder that holds the named networks, for machines without internet access.",
-    metavar="DIR",
-)
 PRESET = option(
     None,
     "published: all values as in the published study. Other options then change single values.",

@@ -76,7 +76,12 @@ def audit(
             raise UserInputError(f"Name the {kind}: cellstore audit {kind} NAME.")
         name = "latest"
     result = store.audit(name, kind)
-    page = None if html is None else store.lineage_page(result, html)
+    page = None
+    if html is not None:
+        from cellstore.report.lineage_page import write_lineage
+
+        page = write_lineage(store.workspace, result, html)
+        store.wrote(page)
     if common.as_json:
         output.print_json(result.record)
         return

@@ -105,7 +105,7 @@ def _some(
     headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int = SHOWN_ROWS
 ) -> None:
     listed = list(rows)
-    output.table(headers, listed[:most], fits=True)
+    output.table(headers, listed[:most])
     say_more(len(listed) - most)
     typer.echo("")
 

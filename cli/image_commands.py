@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,14 +30,13 @@ from .app import (
     HTML,
     PRESET,
     SEGMENTATION,
-    WEIGHTS_DIR,
     Common,
     command,
 )
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.jobs.execute import Forecast, JobsResult
+    from cellstore.jobs.execute import JobsResult
     from cellstore.report.segment_preview import PreviewResult
     from cellstore.stages.correct_masks import CorrectedMasks
     from cellstore.stages.finetune import FinetuneResult
@@ -64,7 +64,6 @@ def segment(
     ),
     preview_dir: Path = option(PREVIEW_FOLDER, "Where --preview puts its pictures.", metavar="DIR"),
     dry_run: bool = DRY_RUN,
-    weights_dir: Path | None = WEIGHTS_DIR,
     device: str = DEVICE,
 ) -> None:
     """Find the cells in every image, with Cellpose.
@@ -87,12 +86,13 @@ def segment(
             "--preview looks at a few images in this process. Leave out --dry-run, --workers and "
             "--scheduler."
         )
-    where: Any = {"weights_dir": weights_dir, "device": device}
     if preview is not None:
-        shown = store.preview(params, selection, count=preview, folder=preview_dir, **where)
+        shown = store.preview(params, selection, count=preview, folder=preview_dir, device=device)
         _show_preview(shown, common)
     else:
-        result = store.segment(params, selection, resources=resources, dry_run=dry_run, **where)
+        result = store.segment(
+            params, selection, device=device, resources=resources, dry_run=dry_run
+        )
         _end_jobs({"": result}, common, "segmented", "cells found")
 
 
@@ -105,11 +105,7 @@ def _show_preview(result: PreviewResult, common: Common) -> None:
         typer.echo("Nothing to show: no image of the selection has its files.")
     else:
         rows = [
-            (
-                item.name,
-                item.cells,
-                *(None if x is None else round(x, 1) for x in (item.diameter, item.seconds)),
-            )
+            (item.name, item.cells, round(item.diameter or 0.0, 1), round(item.seconds, 1))
             for item in result.images
             if item.problem is None
         ]
@@ -133,41 +129,27 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
     parts = [f"{output.count(there, 'image')} {verb} already with these options"]
     if result.failed_before:
         parts.append(f"{result.failed_before:,} failed before")
-    if not result.waiting:
-        stage = {"segmented": "segment", "measured": "measure"}.get(verb)
-        again = f'\nTo do some again and compare: cellstore repro "latest {stage}" --check'
-        return f"{', '.join(parts)}.{again if stage and there else ''}"
-    parts.append(f"{output.count(result.waiting, 'image')} still without files")
-    return f"{', '.join(parts)}. Ingest again with --images to fill them in."
+    if result.waiting:
+        without = f"{output.count(result.waiting, 'image')} still without files"
+        parts.append(f"{without}. Ingest again with --images to fill them in")
+    return f"{', '.join(parts)}."
 
 
-def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str) -> None:
+def _show_dry_run(result: JobsResult | QcResult, to_do: int, verb: str) -> None:
     """Print how many images there are to do, and how long that may take."""
-    time = "unknown: no image was done yet. Try a few: --limit 5"
-    if forecast.seconds is not None and forecast.per_image is not None:
-        time = (
-            f"about {_duration(forecast.seconds)} with {output.count(forecast.workers, 'worker')} "
-            f"({forecast.per_image:.3g} s an image, as {forecast.basis} took)"
-        )
-    not_done = result.waiting + result.failed_before + forecast.images
+    seconds = result.seconds
     output.pairs(
         {
             "images selected": result.selected,
-            f"{verb} already": result.selected - not_done,
+            f"{verb} already": result.selected - result.waiting - result.failed_before - to_do,
             "missing files": result.waiting,
             "failed before": result.failed_before,
-            "to do": forecast.images,
-            "time": time,
+            "to do": to_do,
+            "time": "unknown. Try a few: --limit 5"
+            if seconds is None
+            else f"about {timedelta(seconds=round(seconds))}",
         }
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def list_failures(failures: Sequence[tuple[str, str]], word: str = "failed") -> None:
@@ -222,8 +204,8 @@ def _end_jobs(
             typer.echo(title)
         left = {"images missing files": result.waiting, "failed before": result.failed_before}
         left = {name: number for name, number in left.items() if number}
-        if result.forecast is not None:
-            _show_forecast(result, result.forecast, verb)
+        if result.to_do is not None:
+            _show_dry_run(result, result.to_do, verb)
         elif result.run_id is None:
             typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
         elif show is not None:
@@ -239,7 +221,7 @@ def _end_jobs(
     lacking = getattr(found[0], "lacking", ())
     if lacking and not common.as_json:
         list_failures(lacking, "left out:")
-    if any(result.forecast is not None for result in found):
+    if found[0].to_do is not None:
         return
     if lacking:
         all_images = output.count(found[0].selected + len(lacking), "image")
@@ -343,7 +325,9 @@ def qc(
         dry_run=dry_run,
     )
     if listed:
-        result = replace(result, flags=store.flagged_images(result))
+        from cellstore.stages.qc import list_flags
+
+        result = replace(result, flags=list_flags(store.workspace, result))
     _end_jobs(
         {"": result}, common, "looked at", show=lambda left: _show_qc(result, left, listed=listed)
     )
@@ -410,7 +394,7 @@ def _numbers(
 def _show_finetune(result: FinetuneResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} learned from these masks already.")
-    before, after, error = result.before, result.after, result.size_error
+    before, after = result.before, result.after
     output.pairs(
         {
             "run": result.run_id,
@@ -420,7 +404,6 @@ def _show_finetune(result: FinetuneResult) -> None:
             "images held out": result.held_out,
             "AP before": "not known" if before is None else f"{before:.3f}",
             "AP after": "not known" if after is None else f"{after:.3f}",
-            "diameter estimate": "none" if error is None else f"{error:.0%} off (median)",
         }
     )
     for item in result.refused[:SHOWN_FAILURES]:
@@ -430,8 +413,8 @@ def _show_finetune(result: FinetuneResult) -> None:
         say("No image was held out, so nobody knows whether the new network is better.")
     elif after < before:
         say("The new network is worse on the held-out images. More masks, or fewer --epochs, help.")
-    size = "" if error is not None else " --diameter PIXELS"
-    say(f"Next: cellstore segment --model {result.model}{size} --preview 6")
+    size = result.diameter or "PIXELS"
+    say(f"Next: cellstore segment --model {result.model} --diameter {size} --preview 6")
 
 
 @command(app, "finetune", _show_finetune)
@@ -450,7 +433,6 @@ def finetune(
     plate: str | None = option(
         None, "The plate of the masks, where several have images of these names.", metavar="BARCODE"
     ),
-    weights_dir: Path | None = WEIGHTS_DIR,
     device: str = DEVICE,
 ) -> FinetuneResult:
     """Teach a Cellpose network with masks that you corrected.
@@ -464,7 +446,7 @@ def finetune(
       cellstore finetune --masks corrected/ --channels DNA
       cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
     """
-    return store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)
+    return store.finetune(masks, params, plate=plate, device=device)
 
 
 def _show_corrected(result: CorrectedMasks) -> None:

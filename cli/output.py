@@ -38,7 +38,6 @@ MIN_COLUMN = 10
 LINES = 4
 """Of a text in a table, at most."""
 SHOWN_PER_REASON = 10
-MANY_ALIKE = 3
 _QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
@@ -142,7 +141,7 @@ _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run",
 
 
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each.
+    """Print problems (where, reason, detail) by reason, the first few of each.
 
     What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
     """
@@ -152,16 +151,12 @@ def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
         alike: dict[str, list[str]] = {}
         for where, _, detail in (problem for problem in problems if problem[1] == reason):
             alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
-        lines: list[tuple[str, int]] = []
-        for some in alike.values():
-            if len(some) > MANY_ALIKE:
-                more = f"And {len(some) - 1:,} more like this."
-                lines.append((f"{some[0].rstrip('.')}. {more}", len(some)))
-            else:
-                lines += [(line, 1) for line in some]
-        for line, _ in lines[:SHOWN_PER_REASON]:
+        kinds = list(alike.values())
+        for line, *others in kinds[:SHOWN_PER_REASON]:
+            if others:
+                line = f"{line.rstrip('.')}. And {len(others):,} more like this."  # noqa: PLW2901
             typer.echo(filled(cell(line), GAP * 3, GAP * 2))
-        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+        if left := sum(map(len, kinds[SHOWN_PER_REASON:])):
             typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
@@ -186,14 +181,11 @@ def table(
     file: BinaryIO | None = None,
     margin: str = "",
     widths: Sequence[int] = (),
-    *,
-    fits: bool = False,
 ) -> None:
     """Print aligned columns, numbers to the right, or write them to a file.
 
     The width of a terminal, or ``widths`` of columns, are kept: long texts go on in the next line,
     and are cut after ``LINES``; where that is not enough, the last columns are dropped, and named.
-    ``fits``: in a pipe, too, where 80 columns are kept.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -205,8 +197,8 @@ def table(
     shown = len(headers)
     if not widths:
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
-        if file is None and (fits or sys.stdout.isatty()):
-            room = shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDTH
+        if file is None and sys.stdout.isatty():
+            room = shutil.get_terminal_size().columns
             least = [min(width, MIN_COLUMN) for width in widths]
             while not (fitting := narrowed(widths[:shown], room, least)) and shown > 1:
                 shown -= 1
@@ -283,12 +275,7 @@ class AnswerOptions:
     )
 
     def checked(self) -> "AnswerOptions":
-        """Return the options with their format; refuse what cannot be written, before any work.
-
-        Raises:
-            UserInputError: Parquet or Excel on the screen, a spreadsheet of something else than
-                CSV, or a file that is there already, or that has no folder.
-        """
+        """Return the options with their format; refuse what cannot be written, before any work."""
         found = self.format
         if self.output is not None:
             check_new_file(self.output, replace=self.replace)

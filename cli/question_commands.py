@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -113,7 +113,6 @@ def sql(
         metavar="NAME=VALUE",
         repeated=True,
     ),
-    explain: bool = option(False, "Only show how the question would be answered."),
     seconds: float = SECONDS,
     memory: int = MEMORY,
 ) -> None:
@@ -136,29 +135,21 @@ def sql(
     limits = Limits(seconds=seconds, memory_mb=memory)
     question = _question(query, file)
     with confined(store, limits), store.open_questions(limits) as questions:
-        if explain:
-            typer.echo(questions.plan(question, parameters))
-        else:
-            output.write(questions.ask(question, parameters), answer)
-    if not explain:
-        store.wrote(answer.output)
+        output.write(questions.ask(question, parameters), answer)
+    store.wrote(answer.output)
 
 
 def _question(query: str | None, file: Path | None) -> str:
-    if file is not None and query is not None:
-        raise UserInputError("The question is given twice: as QUERY and as --file.")
-    if file is not None and str(file) != "-":
-        try:
-            return file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-            raise UserInputError(f"{file} cannot be read: {reason}.") from error
-    if query is None and file is None and sys.stdin.isatty():
+    from cellstore.query.guard import read_sql
+
+    if (query is None) == (file is None):
         raise UserInputError(
-            'Give a question, for example: cellstore sql "FROM plates". Many that you may want are '
-            "there already: cellstore ask"
+            'Give one question, as QUERY or as --file. Example: cellstore sql "FROM plates". Many '
+            "that you may want are there already: cellstore ask"
         )
-    return sys.stdin.read() if query in (None, "-") else query
+    if file is not None:
+        return read_sql(file)
+    return sys.stdin.read() if query == "-" else str(query)
 
 
 def _parameter(text: str) -> tuple[str, object]:
@@ -206,22 +197,20 @@ def ask(
       cellstore ask accuracy --sql
     """
     from cellstore.query.guard import Limits
+    from cellstore.query.saved_queries import find_question, open_saved
 
     name, given = _name_and_values([*(words or ()), *context.args])
     answer = _checked(answer, common)
     if name is None:
         _list_questions(store, common)
         return
-    question = store.question(name)
+    question = find_question(store.workspace, name)
     if show_sql:
         typer.echo(question.text.rstrip("\n"))
         return
-    if question.replaces:
-        say(f"This is your own question, {question.path}, instead of the one of cellstore.")
-    values = store.question_values(question, given)
-    limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
-    with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
-        output.write(questions.ask(question.query, values), answer)
+    limits = Limits(seconds=seconds, memory_mb=memory)
+    with confined(store, limits), open_saved(store.workspace, question, given, limits) as found:
+        output.write(found, answer)
     store.wrote(answer.output)
 
 
@@ -250,18 +239,19 @@ def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def _list_questions(store: Store, common: Common) -> None:
-    found = store.questions()
+    from cellstore.query.saved_queries import saved_questions
+
+    found, problems = saved_questions(store.workspace)
     if common.as_json:
         output.print_json(found)
     else:
         rows = []
         for item in found:
-            own = "your own, instead of the one of this name" if item.replaces else "yours"
-            mark = "" if item.path is None else f" ({own})"
+            mark = "" if item.path is None else " (yours)"
             rows.append((item.name, _first_sentence(item.words) + mark))
         output.pairs(rows, output.GAP)
         typer.echo("\nAsk one: cellstore ask accuracy. Read one: cellstore ask accuracy --sql")
-    for problem in store.question_problems():
+    for problem in problems:
         say(f"Not listed: {problem}")
 
 
@@ -280,9 +270,6 @@ def schema(
             metavar="[TABLE]", help="A table, view or feature set. Default: an overview of all."
         ),
     ] = None,
-    form: Literal["text", "json", "mermaid"] = option(
-        "text", "mermaid: a diagram of the tables and of what refers to what.", name="--format"
-    ),
 ) -> None:
     """Explain every table, view and column.
 
@@ -290,18 +277,13 @@ def schema(
     Example:
       cellstore schema
       cellstore schema cells
-      cellstore schema --format mermaid
     """
     every = store.schema()
     chosen = [item for item in every if table is None or item.name.lower() == table.lower()]
     if not chosen:
         raise UnknownNameError.of("table", table, [item.name for item in every])
-    if common.as_json or form == "json":
+    if common.as_json:
         output.print_json(chosen)
-    elif form == "mermaid":
-        from cellstore.query.describe import diagram
-
-        typer.echo(diagram(chosen))
     elif table is None:
         titles = {
             "table": "Tables",
@@ -351,41 +333,25 @@ def _show_export(result: ExportResult | ExportedProfiles | ExportedCrops) -> Non
     from cellstore.stages.export import ExportedProfiles
     from cellstore.stages.export_crops import ExportedCrops
 
+    shown: dict[str, Any] = {"written": result.path}
     if isinstance(result, ExportedProfiles):
-        output.pairs(
-            {
-                "written": result.path,
-                "format": result.format,
-                "profiles": f"run {result.run_id}",
-                "wells": f"{result.wells:,} on {output.count(result.plates, 'plate')}",
-                "features": result.features,
-            }
-        )
-        return
-
-    if isinstance(result, ExportedCrops):
-        output.pairs(
-            {
-                "written": result.path,
-                "cells": f"{result.cells:,} of {result.images:,} images",
-                "channels": ", ".join(result.channels),
-                "files": f"{result.files} ({result.bytes / 1e6:,.1f} MB), and README.md",
-                "recipe": f"segment {result.segment_recipe}",
-            }
-        )
-        return
-    output.pairs(
-        {
-            "written": result.path,
-            "format": result.format,
-            "cells": result.cells,
-            "excluded": f"{result.excluded:,} cells left out",
-            "features": f"{result.features:,} of {', '.join(result.feature_sets) or 'basic'}",
-            "recipes": f"segment {result.segment_recipe}, measure "
-            + ", ".join(map(str, result.measure_recipes)),
-            "plates": result.plates,
-        }
-    )
+        shown["profiles"] = f"run {result.run_id}"
+        shown["wells"] = f"{result.wells:,} on {output.count(result.plates, 'plate')}"
+        shown["features"] = result.features
+    elif isinstance(result, ExportedCrops):
+        shown["cells"] = f"{result.cells:,} of {result.images:,} images"
+        shown["channels"] = ", ".join(result.channels)
+        shown["files"] = f"{result.files} ({result.bytes / 1e6:,.1f} MB), and README.md"
+        shown["recipe"] = f"segment {result.segment_recipe}"
+    else:
+        shown["cells"] = result.cells
+        shown["excluded"] = f"{result.excluded:,} cells left out"
+        sets = ", ".join(result.feature_sets) or "basic"
+        shown["features"] = f"{result.features:,} of {sets}"
+        measures = ", ".join(map(str, result.measure_recipes))
+        shown["recipes"] = f"segment {result.segment_recipe}, measure {measures}"
+        shown["plates"] = result.plates
+    output.pairs(shown)
 
 
 @command(app, "export", _show_export, then=True)

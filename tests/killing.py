@@ -52,11 +52,6 @@ class SlowSegmenter:
         flows[..., 3] = np.where(masks > 0, 255, 0)
         return SegmentationResult(masks, flows, 30.0)
 
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
-        return [self.segment(image) for image in images]
-
 
 @dataclass(frozen=True)
 class SegmentSlowly(Segment):

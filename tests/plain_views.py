@@ -100,7 +100,7 @@ COMPONENTS = r"""
 
 def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     """Return the query of every view, a view after those it reads."""
-    found = {name: view(name, vote_options).query for name in VIEWS}
+    found = {name: view(name, vote_options) for name in VIEWS}
     binary = "" if sqlite else 'COLLATE "C"'
     placed = PLACED.format(binary=binary)
     found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")

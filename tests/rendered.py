@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +39,6 @@ class TruthSegmenter:
         flows[..., :3] = plot.dx_to_circ(flow)
         flows[..., 3] = np.where(masks > 0, 250, 5)
         return SegmentationResult(masks.astype(np.uint16), flows, 26.0)
-
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
-        found = [self.segment(image) for image in images]
-        if diameters is None:
-            return found
-        return [replace(item, diameter=size) for item, size in zip(found, diameters, strict=True)]
 
 
 def _digest(plane: NDArray[Any]) -> str:

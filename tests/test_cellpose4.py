@@ -40,7 +40,7 @@ def test_a_random_network_is_loaded_and_run(network):
     assert torch.equal(loaded.half(), state["encoder.blocks.3.attn.qkv.weight"])
     rng = np.random.default_rng(1)
     image = rng.random((64, 72)).astype(np.float32)
-    alone, both = segmenter.segment_batch([image, np.stack([image, image[::-1]])])
+    alone, both = (segmenter.segment(x) for x in (image, np.stack([image, image[::-1]])))
     for result in (alone, both):
         assert result.masks.shape == (64, 72)
         assert result.masks.dtype == np.uint16

@@ -155,13 +155,6 @@ def test_an_error_that_does_not_pass_has_failed_in_the_end(workspace: Workspace)
     assert tries == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("tries", "seconds"), [(1, 1.0), (2, 4.0), (3, 16.0), (9, 30.0)])
-def test_each_wait_is_four_times_as_long_give_or_take_a_quarter(tries, seconds, monkeypatch):
-    monkeypatch.setattr(queue, "FIRST_WAIT", 1.0)
-    waits = [queue.wait_after(tries) for _ in range(50)]
-    assert 0.75 * seconds <= min(waits) < max(waits) <= 1.25 * seconds
-
-
 def test_one_image_that_spoils_a_batch_fails_alone(workspace: Workspace):
     fill(workspace, 5)
 

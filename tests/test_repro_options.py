@@ -102,7 +102,6 @@ segments = st.builds(
     channels=st.none() | lists,
     projection=st.sampled_from(Projection),
     nuclei=lists,
-    diameter_from=st.none() | names,
 )
 measurements = st.builds(
     MeasureParams,

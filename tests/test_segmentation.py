@@ -21,6 +21,7 @@ pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
 from tiny_network import DIAM_MEAN, new_network, save_network  # noqa: E402
+from train_shipped_network import fit_size_model, save_size_model  # noqa: E402
 
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
 from cellstore.learn import finetuning  # noqa: E402
@@ -146,7 +147,7 @@ def test_the_digest_covers_network_and_size_model(untrained, tmp_path):
     plain = hashlib.sha256(network.read_bytes()).hexdigest()
     assert alone.size_model is None
     assert alone.sha256 == plain
-    segmentation.save_size_model(tmp_path / "net_size.npz", size_model())
+    save_size_model(tmp_path / "net_size.npz", size_model())
     both = find_model(str(network))
     assert both.size_model == tmp_path / "net_size.npz"
     sized = hashlib.sha256(both.size_model.read_bytes()).hexdigest()
@@ -158,8 +159,9 @@ def test_a_published_network_that_cannot_be_fetched_is_explained(tmp_path, monke
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", offline)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path / "cache"))
     with pytest.raises(UserInputError, match=r"put it at .*nucleitorch_0") as raised:
-        find_model("nuclei", tmp_path / "cache")
+        find_model("nuclei")
     assert "no route to host" in str(raised.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -181,8 +183,9 @@ def test_a_published_network_is_fetched_once_and_known_by_its_bytes(tmp_path, mo
         return io.BytesIO(url.encode())
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", online)
-    files = find_model("nuclei", tmp_path)
-    again = find_model("nuclei", tmp_path)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
+    files = find_model("nuclei")
+    again = find_model("nuclei")
     assert files == again
     assert [url.rpartition("/")[2] for url in asked] == ["nucleitorch_0", "size_nucleitorch_0.npy"]
     parts = [hashlib.sha256(url.encode()).hexdigest() for url in asked]
@@ -205,8 +208,9 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
             raise ConnectionResetError("connection reset")
 
     monkeypatch.setattr(segmentation.urllib.request, "urlopen", lambda *_, **__: Broken())
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     with pytest.raises(UserInputError, match="connection reset"):
-        find_model("cyto", tmp_path)
+        find_model("cyto")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,7 +326,7 @@ def test_unusable_pixels_are_refused(untrained, image):
 
 def test_a_size_model_survives_storage(tmp_path):
     path = tmp_path / "size.npz"
-    segmentation.save_size_model(path, size_model())
+    save_size_model(path, size_model())
     loaded = segmentation.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, size_model().weights)
     assert (loaded.offset, loaded.diam_mean) == (0.2, 17.0)
@@ -349,7 +353,7 @@ def test_the_regression_recovers_a_law_it_can_express():
     rng = np.random.default_rng(0)
     styles, law = rng.normal(size=(600, 256)), rng.normal(size=256) / 30
     truth = 20 * np.exp(styles @ law)
-    fitted = segmentation.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
+    fitted = fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
     estimates = [fitted.estimate(style) for style in styles[:50]]
     np.testing.assert_allclose(estimates, truth[:50], rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Segmenters: batches of images, memory that runs out, two planes, generations of Cellpose."""
+"""Segmenters: memory that runs out, two planes, generations of Cellpose."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import pytest
 from cellstore.analysis import segmentation
 from cellstore.analysis.segmentation import (
     TILES,
-    Batches,
     ModelFiles,
     find_model,
     load_segmenter,
@@ -20,132 +19,47 @@ from tiny_network import new_network, save_network  # noqa: E402
 from training_fields import render_nuclei  # noqa: E402
 
 
-class Card:
-    """A network on a card that holds so many tiles at once; doubles every item."""
-
-    def __init__(self, room):
-        self.room = room
-        self.calls = []
-
-    def __call__(self, items, tiles):
-        self.calls.append((len(items), tiles))
-        if len(items) * tiles > self.room:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return [2 * item for item in items]
-
-
-# --- how much goes into a call -----------------------------------------------------------------
-
-
-def test_a_batch_that_fits_is_one_call():
-    card = Card(room=1000)
-    assert Batches(images=4).run([1, 2, 3, 4, 5], card) == [2, 4, 6, 8, 10]
-    assert card.calls == [(4, TILES), (1, TILES)]
-
-
-@pytest.mark.parametrize("room", [64, 40, 17, 8, 5, 2, 1])
-def test_running_out_of_memory_loses_no_image(room):
-    batches = Batches(images=8)
-    assert batches.run(list(range(20)), Card(room)) == [2 * item for item in range(20)]
-    assert batches.images * batches.tiles <= room
-
-
-def test_images_are_halved_before_tiles_and_the_size_is_kept():
-    batches, card = Batches(images=8), Card(room=4)
-    batches.run(list(range(9)), card)
-    sizes = [(8, 8), (4, 8), (2, 8), (1, 8), (1, 4)]
-    assert card.calls == [*sizes, *[(1, 4)] * 8]
-    again = Card(room=4)
-    batches.run([1, 2], again)
-    assert again.calls == [(1, 4), (1, 4)]
-
-
-def test_a_last_part_that_is_smaller_does_not_shrink_the_batch():
-    batches = Batches(images=4)
-    batches.run(list(range(5)), Card(room=1000))
-    assert batches.images == 4
-
-
-def test_an_image_that_does_not_fit_alone_fails_and_shrinks_nothing():
-    batches, card = Batches(images=4), Card(room=0)
-    with pytest.raises(ImageError, match=r"even alone.*--device cpu"):
-        batches.run([1], card)
-    assert card.calls[-1] == (1, 1)
-    assert (batches.images, batches.tiles) == (4, TILES)
-
-
-def test_another_error_is_not_taken_for_missing_memory():
-    def broken(items, tiles):
-        raise RuntimeError("shape mismatch")
-
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        Batches(images=4).run([1, 2], broken)
-
-
-# --- images together and alone -----------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def fields():
     rng = np.random.default_rng(5)
-    sizes = [((96, 112), 14.0), ((96, 112), 24.0), ((80, 80), 14.0), ((96, 112), 18.0)]
+    sizes = [((96, 112), 14.0), ((96, 112), 24.0)]
     return [render_nuclei(rng, shape, diameter).image for shape, diameter in sizes]
 
 
-def alike(one, other):
-    np.testing.assert_array_equal(one.masks, other.masks)
-    assert one.diameter == pytest.approx(other.diameter)
-    # A convolution over several images may round another way: a step of 255 at most.
-    assert np.abs(one.flows.astype(int) - other.flows.astype(int)).max() <= 1
+# --- a card with little memory -----------------------------------------------------------------
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("diameter", [None, 17.0])
-def test_images_in_one_call_are_segmented_as_each_alone(fields, diameter):
-    segmenter = load_segmenter(
-        find_model(), diameter=diameter, cellprob_threshold=0.0, device="cpu"
-    )
-    alone = [segmenter.segment(field) for field in fields]
-    segmenter.batches.images = 4
-    together = segmenter.segment_batch(fields)
-    assert sum(result.masks.max() for result in alone) > 10
-    for one, other in zip(alone, together, strict=True):
-        alike(one, other)
-
-
-@pytest.mark.heavy
-def test_on_a_cpu_images_go_one_by_one(fields, monkeypatch):
+def card(monkeypatch, room):
+    """A segmenter on a card that holds so many tiles at once."""
     segmenter = load_segmenter(find_model(), diameter=17.0, device="cpu")
-    shapes, evaluate = [], segmenter.model.eval
-
-    def watched(stack, **options):
-        shapes.append(stack.shape)
-        return evaluate(stack, **options)
-
-    monkeypatch.setattr(segmenter.model, "eval", watched)
-    segmenter.segment_batch(fields[:2])
-    assert shapes == [(1, 96, 112, 2), (1, 96, 112, 2)]
-
-
-@pytest.mark.heavy
-def test_a_card_that_is_too_small_gives_the_same_cells(fields, monkeypatch):
-    segmenter = load_segmenter(find_model(), diameter=17.0, device="cpu")
-    expected = segmenter.segment_batch(fields[:2])
-    segmenter.batches.images, evaluate = 2, segmenter.model.eval
+    evaluate = segmenter.model.eval
 
     def small(stack, batch_size, **options):
-        if batch_size > 4:
+        if batch_size > room:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return evaluate(stack, batch_size=batch_size, **options)
 
     monkeypatch.setattr(segmenter.model, "eval", small)
-    for one, other in zip(expected, segmenter.segment_batch(fields[:2]), strict=True):
-        alike(one, other)
-    assert (segmenter.batches.images, segmenter.batches.tiles) == (1, 4)
+    return segmenter
 
 
-def test_no_images_give_no_results():
-    assert Batches(images=4).run([], Card(room=0)) == []
+@pytest.mark.heavy
+def test_a_card_that_is_too_small_gives_the_same_cells(fields, monkeypatch):
+    one = card(monkeypatch, 1000).segment(fields[0])
+    segmenter = card(monkeypatch, 4)
+    other = segmenter.segment(fields[0])
+    np.testing.assert_array_equal(one.masks, other.masks)
+    # A convolution over several tiles may round another way: a step of 255 at most.
+    assert np.abs(one.flows.astype(int) - other.flows.astype(int)).max() <= 1
+    assert (one.diameter, segmenter.tiles) == (other.diameter, 4)
+
+
+@pytest.mark.heavy
+def test_an_image_that_does_not_fit_alone_fails_and_shrinks_nothing(fields, monkeypatch):
+    segmenter = card(monkeypatch, 0)
+    with pytest.raises(ImageError, match=r"even alone.*--device cpu"):
+        segmenter.segment(fields[0])
+    assert segmenter.tiles == TILES
 
 
 # --- two planes --------------------------------------------------------------------------------
@@ -201,15 +115,17 @@ def test_a_name_of_the_other_generation_is_refused_before_it_is_fetched(
     monkeypatch, tmp_path, installed, model, words
 ):
     monkeypatch.setattr(segmentation, "version", lambda _: f"{installed}.9.9")
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     with pytest.raises(UserInputError, match=words):
-        find_model(model, tmp_path)
+        find_model(model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_without_size_model_is_found_by_its_one_file(monkeypatch, tmp_path):
     monkeypatch.setattr(segmentation, "version", lambda _: "4.2.1")
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     (tmp_path / "cpsam").write_bytes(b"weights")
-    files = find_model("cpsam", tmp_path)
+    files = find_model("cpsam")
     assert (files.network, files.size_model) == (tmp_path / "cpsam", None)
 
 
@@ -218,8 +134,9 @@ def test_without_cellpose_every_name_may_be_looked_for(monkeypatch, tmp_path):
         raise segmentation.PackageNotFoundError("cellpose")
 
     monkeypatch.setattr(segmentation, "version", absent)
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
     (tmp_path / "cpsam").write_bytes(b"weights")
-    assert find_model("cpsam", tmp_path).name == "cpsam"
+    assert find_model("cpsam").name == "cpsam"
 
 
 def test_a_file_of_cellpose_4_says_where_it_can_be_used(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +33,6 @@ class ThresholdSegmenter:
         flows = np.zeros((*image.shape, 4), np.uint8)
         flows[..., 3] = np.where(masks > 0, 255, 0)
         return SegmentationResult(masks, flows, 30.0)
-
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
-        found = [self.segment(image) for image in images]
-        if diameters is None:
-            return found
-        return [replace(item, diameter=size) for item, size in zip(found, diameters, strict=True)]
 
 
 def use_threshold(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[str, ThresholdSegmenter]:

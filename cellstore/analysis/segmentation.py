@@ -14,13 +14,11 @@ import pickle
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -71,11 +69,8 @@ CHANNELS = [2, 32, 64, 128, 256]
 SMALLEST_DIAMETER = 5.0
 """Pixels; Cellpose's own lower bound of an estimate."""
 
-TILES = 8
+TILES, TILES_ON_GPU = 8, 64
 """Tiles of an image that the network sees at once: Cellpose's own ``batch_size``."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -113,14 +108,13 @@ class ModelFiles:
     run_id: int | None = None
 
 
-def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> ModelFiles:
+def find_model(model: str = DEFAULT_MODEL) -> ModelFiles:
     """Locate a network by name or by path.
 
     ``model`` is ``cellstore-nuclei``, a published Cellpose name (``cyto``, ``cyto2``, ``cyto3``,
     ``nuclei``; with Cellpose 4 ``cpsam`` and ``cpsam_v2``: fetched once into Cellpose's own
     folder), or the path of a network trained with Cellpose, with ``<path>_size.npz`` or Cellpose's
-    ``<path>_size.npy`` beside it if there is one. ``weights_dir`` replaces the folders in which
-    named networks are looked for.
+    ``<path>_size.npy`` beside it if there is one.
 
     Raises UnknownNameError for an unknown name, UserInputError if a file cannot be had, or if the
     network is one for the other generation of Cellpose.
@@ -137,16 +131,11 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
                 f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
             )
     if published is not None:
-        folder = weights_dir or cellpose_folder()
+        folder = cellpose_folder()
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
-        folder = weights_dir or Path(str(resources.files("cellstore.weights")))
-        network = folder / f"{DEFAULT_MODEL}.pt"
-        if not network.is_file():
-            raise UserInputError(
-                f"The network {network.name} is missing from {folder}. Install cellstore again."
-            )
+        network = Path(str(resources.files("cellstore.weights"))) / f"{DEFAULT_MODEL}.pt"
     else:
         network = Path(model).expanduser()
         if not network.is_file():
@@ -220,14 +209,12 @@ def load_segmenter(
     cellprob_threshold: float = -5.0,
     diameter: float | None = None,
     device: str = "auto",
-    sizes_given: bool = False,
 ) -> CellposeSegmenter:
     """Load a network and return what segments grey images with it.
 
     The default thresholds are those of the published A549 study (DESIGN section 2), not
     Cellpose's (0.4 and 0.0). ``diameter`` in pixels; ``None`` estimates it per image with the
-    size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
-    ``cpu`` or ``cuda``.
+    size model. ``device`` is ``auto``, ``cpu`` or ``cuda``.
 
     Raises UserInputError for a file that is no network of the installed Cellpose, or for a missing
     size model.
@@ -237,7 +224,7 @@ def load_segmenter(
         planes, diameter = 1, diameter or 30.0  # at which it leaves an image at its own scale
     elif diameter is None and files.size_model is not None:
         size_model = load_size_model(files.size_model)
-    elif diameter is None and not sizes_given:
+    elif diameter is None:
         raise UserInputError(
             f"The network {files.name} has no size model, so the cell diameter cannot be "
             "estimated. Give it in pixels with --diameter, or put "
@@ -253,8 +240,7 @@ def load_segmenter(
             "flow_threshold": float(flow_threshold),
             "cellprob_threshold": float(cellprob_threshold),
         },
-        # On a CPU one by one: more would only take more memory.
-        batches=Batches(8 if model.device.type == "cuda" else 1),
+        tiles=TILES_ON_GPU if model.device.type == "cuda" else TILES,
     )
 
 
@@ -262,9 +248,9 @@ def load_segmenter(
 class CellposeSegmenter:
     """A Cellpose network with the thresholds it is used at. Same input, same output on a CPU.
 
-    Several images of one size go through the network together where they are scaled alike: with
-    a fixed diameter, and for the first look at an estimated one. Cellpose 4 takes cells of any
-    size: without a diameter nothing is scaled.
+    ``tiles``: how many parts of an image the network sees at once; fewer where the memory of the
+    GPU does not hold them, which is found out once. Cellpose 4 takes cells of any size: without a
+    diameter nothing is scaled.
     """
 
     model: CellposeModel
@@ -272,134 +258,59 @@ class CellposeSegmenter:
     diameter: float | None
     size_model: SizeModel | None
     thresholds: dict[str, float]
-    batches: Batches
+    tiles: int = TILES
 
     def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
-        """Find the cells of one image; see :meth:`segment_batch`."""
-        return self.segment_batch([image])[0]
+        """Find the cells of an image.
 
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
-        """Find the cells of each image; on a GPU, several share a call of the network.
-
-        An image is (H, W) float32 of any intensity scale, or (2, H, W): the plane of the cells
-        (cytoplasm) and that of their nuclei. ``diameters``: of the cells of each image, in
-        pixels, instead of the segmenter's own.
+        It is (H, W) float32 of any intensity scale, or (2, H, W): the plane of the cells
+        (cytoplasm) and that of their nuclei.
 
         Raises:
             ImageError: pixels that are not one or two finite planes, or an image that does not
-                fit into the memory of the GPU even alone.
-        """
-        planes = [input_planes(image, self.planes) for image in images]
-        given: Sequence[float | None] = diameters or [None] * len(planes)
-        items = list(zip(planes, given, strict=True))
-        return [
-            result
-            for _, alike in groupby(items, key=lambda item: item[0].shape)
-            for result in self.batches.run(list(alike), self._segment_alike)
-        ]
-
-    def _segment_alike(
-        self, items: Sequence[tuple[NDArray[np.float32], float | None]], tiles: int
-    ) -> list[SegmentationResult]:
-        """Find the cells of images of one size: their planes (H, W, planes), their diameters."""
-        from cellpose.plot import dx_to_circ
-        from cellpose.utils import diameters as cellpose_diameters
-
-        stack = np.stack([planes for planes, _ in items])
-        diameters = [diameter for _, diameter in items if diameter is not None]
-        if not diameters and self.diameter is not None:
-            diameters = [self.diameter] * len(stack)
-        elif not diameters:
-            # Cellpose's two steps: by the style vector, then by the cells found so.
-            if self.size_model is None:
-                raise UserInputError("This network has no size model. Give the diameter in pixels.")
-            styles = self.model.eval(
-                stack,
-                channel_axis=3,
-                resample=False,
-                compute_masks=False,
-                batch_size=tiles * len(stack),
-            )[-1].reshape(len(stack), -1)
-            for plane, style in zip(stack, styles, strict=True):
-                masks = self.model.eval(
-                    plane[None],
-                    channel_axis=3,
-                    diameter=self.size_model.estimate(np.asarray(style)),
-                    resample=False,
-                    interp=False,
-                    batch_size=tiles,
-                )[0]
-                measured = float(cellpose_diameters(masks)[0]) if masks.any() else 0.0
-                diameters.append(measured or self.size_model.diam_mean)
-        # Images that are scaled alike go through the network together, others one by one.
-        alike = len(set(diameters)) == 1
-        results = []
-        for part, diameter in zip([stack] if alike else stack[:, None], diameters, strict=False):
-            count, shape = len(part), part.shape[1:3]
-            masks, (colours, flow, logit), _ = self.model.eval(
-                part,
-                channel_axis=3,
-                diameter=diameter,
-                batch_size=tiles * count,
-                **self.thresholds,
-            )
-            masks, logit = masks.reshape(count, *shape), logit.reshape(count, *shape)
-            flow = flow.reshape(2, count, *shape)
-            for index in range(count):
-                # Cellpose scales the colours of a stack as one picture; alone each has its own
-                # scale.
-                rgb = colours.reshape(*shape, 3) if count == 1 else dx_to_circ(flow[:, index])
-                bounded = np.clip(logit[index].astype(np.float64), -60, 60)
-                probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)
-                flows = np.concatenate([rgb, probability[..., None]], axis=-1, dtype=np.uint8)
-                numbered = find_regions(masks[index]).numbered
-                results.append(SegmentationResult(numbered, flows, diameter))
-        return results
-
-
-@dataclass
-class Batches:
-    """Calls a network with as many images as fit into the memory of its device.
-
-    ``images`` and ``tiles`` (per image) are what a call gets at most. A call that runs out of GPU
-    memory is made again with half the images, and, at one image, with half the tiles; the sizes
-    that then work are kept, so that a small card is found out once.
-    """
-
-    images: int
-    tiles: int = TILES
-
-    def run(self, items: Sequence[T], call: Callable[[Sequence[T], int], list[R]]) -> list[R]:
-        """Return what ``call(some items, tiles)`` makes of all items, in their order.
-
-        Raises:
-            ImageError: an item does not fit even alone and tile by tile. The sizes stay as
-                they were: it is the image that is too large, not the batch.
+                fit into the memory of the GPU even tile by tile.
         """
         import torch
 
-        made: list[R] = []
-        while len(made) < len(items):
-            left = items[len(made) : len(made) + self.images]
-            images, tiles, results = len(left), self.tiles, None
-            while results is None:
-                try:
-                    results = call(left[:images], tiles)
-                except torch.cuda.OutOfMemoryError as error:
-                    if images == tiles == 1:
-                        raise ImageError(
-                            "The image does not fit into the memory of the GPU, even alone. "
-                            "Use --device cpu."
-                        ) from error
-                    torch.cuda.empty_cache()
-                    images, tiles = (images // 2, tiles) if images > 1 else (1, tiles // 2)
-            self.tiles = tiles
-            if images < len(left):
-                self.images = images
-            made += results
-        return made
+        stack, before = input_planes(image, self.planes)[None], self.tiles
+        while True:
+            try:
+                return self._segment(stack)
+            except torch.cuda.OutOfMemoryError as error:
+                if self.tiles == 1:
+                    self.tiles = before  # it is this image that is too large
+                    raise ImageError(
+                        "The image does not fit into the memory of the GPU, even alone. "
+                        "Use --device cpu."
+                    ) from error
+                torch.cuda.empty_cache()
+                self.tiles //= 2
+
+    def _segment(self, stack: NDArray[np.float32]) -> SegmentationResult:
+        shape = stack.shape[1:3]
+        same: dict[str, Any] = {"channel_axis": 3, "batch_size": self.tiles}
+        diameter = self.diameter
+        if self.size_model is not None:
+            diameter = self._estimated(stack, self.size_model, same)
+        assert diameter is not None
+        found = self.model.eval(stack, diameter=diameter, **same, **self.thresholds)
+        masks, (colours, _, logit), _ = found
+        bounded = np.clip(logit.reshape(shape).astype(np.float64), -60, 60)
+        probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)
+        parts = [colours.reshape(*shape, 3), probability[..., None]]
+        flows = np.concatenate(parts, axis=-1, dtype=np.uint8)
+        return SegmentationResult(find_regions(masks.reshape(shape)).numbered, flows, diameter)
+
+    def _estimated(
+        self, stack: NDArray[np.float32], size_model: SizeModel, same: dict[str, Any]
+    ) -> float:
+        """The diameter by Cellpose's two steps: by the style vector, then by the cells found so."""
+        from cellpose.utils import diameters
+
+        style = self.model.eval(stack, resample=False, compute_masks=False, **same)[-1]
+        guess = size_model.estimate(np.asarray(style).ravel())
+        masks = self.model.eval(stack, diameter=guess, resample=False, interp=False, **same)[0]
+        return (float(diameters(masks)[0]) if masks.any() else 0.0) or size_model.diam_mean
 
 
 def input_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
@@ -510,35 +421,6 @@ class SizeModel:
         logarithm = float(self.weights @ (style.astype(np.float64) - self.style_mean))
         diameter = float(np.exp(logarithm + self.offset)) * self.diam_mean
         return max(SMALLEST_DIAMETER, diameter) if np.isfinite(diameter) else self.diam_mean
-
-
-def fit_size_model(
-    styles: NDArray[np.floating[Any]],
-    diameters: NDArray[np.floating[Any]],
-    diam_mean: float,
-    ridge: float = 1.0,
-) -> SizeModel:
-    """Ridge regression of log diameter on ``styles`` (n, 256); ``diameters`` (n,) in pixels."""
-    style_mean = styles.mean(axis=0, dtype=np.float64)
-    target = np.log(diameters.astype(np.float64) / diam_mean)
-    centred = styles.astype(np.float64) - style_mean
-    normal = centred.T @ centred + ridge * np.eye(centred.shape[1])
-    weights = np.linalg.solve(normal, centred.T @ (target - target.mean()))
-    return SizeModel(weights, style_mean, float(target.mean()), diam_mean)
-
-
-def save_size_model(path: Path | BinaryIO, model: SizeModel) -> None:
-    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses.
-
-    ``path`` may be an open file.
-    """
-    np.savez(
-        path,
-        A=model.weights,
-        smean=model.style_mean,
-        ymean=np.float64(model.offset),
-        diam_mean=np.float64(model.diam_mean),
-    )
 
 
 def load_size_model(path: Path) -> SizeModel:

@@ -116,6 +116,15 @@ def changed_triggers(database: Database) -> list[str]:
     ]
 
 
+def create_unguarded(database: Database) -> None:
+    """Make the tables and the view in an empty database, without triggers: to copy rows into."""
+    module = import_module(_TRIGGERS)
+    engine = database.engine.execution_options(writes=True)
+    with _translated(database), engine.begin() as connection:
+        module.SCHEMA.create_all(connection)
+        connection.exec_driver_sql(module.EXCLUSIONS)
+
+
 def put_back_triggers(database: Database) -> None:
     """Make the triggers and the view of a store anew, as the migration makes them."""
     from alembic.migration import MigrationContext
@@ -162,8 +171,9 @@ def _refuse_unknown(database: Database) -> None:
     found = database.revision()
     if found is None and tables:
         raise SchemaError(
-            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
-            "of their schema. Restore it from a backup, or use a database without tables."
+            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no "
+            "record of their schema version. Restore it from a backup, or use a database "
+            "without tables."
         )
     with as_file(files("cellstore.migrations")) as folder:
         known = {script.revision for script in ScriptDirectory(str(folder)).walk_revisions()}

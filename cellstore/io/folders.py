@@ -41,17 +41,6 @@ _NO_PLATE = re.compile(
 _NUMBERED = re.compile(
     r"(?P<kind>timepoint|zstep)_?(?P<number>[0-9]{1,6})", re.IGNORECASE | re.ASCII
 )
-_NOT_READ = {
-    ".flex": "Opera",
-    ".c01": "Cellomics",
-    ".czi": "Zeiss",
-    ".nd2": "Nikon",
-    ".lif": "Leica",
-    ".vsi": "Olympus",
-    ".oir": "Olympus",
-    ".stk": "MetaMorph",
-}
-"""Files of microscopes that hold images and cannot be read."""
 _PIXEL = re.compile(rb'(?:Horizontal|Vertical)PixelDimension="([0-9.eE+-]{1,30})"')
 _ZARR = frozenset({".zgroup", ".zattrs", ".zarray", "zarr.json"})
 
@@ -67,9 +56,7 @@ def has_image_names(folder: Path) -> bool:
     looked_at = 0
     for found in _walk(folder.resolve()) if folder.is_dir() else ():
         names = [name for name in found.images[:_SAMPLE] if not looks_like_a_mask(name)]
-        if found.is_plate or any(
-            microscope_name(name) or PurePath(name).suffix.lower() in _NOT_READ for name in names
-        ):
+        if found.is_plate or any(map(microscope_name, names)):
             return True
         looked_at += len(found.images)
         if looked_at > _SAMPLE:
@@ -212,9 +199,6 @@ def _read_name(path: Path, root: Path, read: NameReader) -> ImageName:
         raise RowRefusedError("looks like a mask", str(path))
     if not is_safe_name(path.name):
         raise RowRefusedError("name not understood", repr(str(path)))
-    if maker := _NOT_READ.get(path.suffix.lower()):
-        detail = f"{path}: files of {maker} are not read. Export them as TIFF."
-        raise RowRefusedError("not a TIFF or PNG", detail)
     pattern = read if isinstance(read, NamePattern) else None
     name = path.relative_to(root).as_posix() if pattern and pattern.wants_path else path.name
     try:
@@ -312,11 +296,7 @@ def _walk(root: Path) -> Iterator[_Found]:
                 suffix, hidden = PurePath(entry.name).suffix.lower(), entry.name.startswith(".")
                 if entry.is_dir(follow_symlinks=False):
                     folders += [] if hidden else [Path(entry.path)]
-                elif (
-                    (suffix in SUFFIXES or suffix in _NOT_READ)
-                    and not hidden
-                    and is_inside(entry, root)
-                ):
+                elif suffix in SUFFIXES and not hidden and is_inside(entry, root):
                     found.images.append(entry.name)
                 else:
                     if INDEX_NAME.fullmatch(entry.name):

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -33,6 +33,7 @@ from .uris import (
     is_remote,
     local_path,
     local_stat,
+    not_opened,
     page_name,
     plain_file,
     read_bytes,
@@ -106,31 +107,29 @@ def probe(where: Path | str) -> ImageInfo:
         UserInputError: a kind of URI that is not read.
     """
     uri = str(where)
-    _, page = split_page(uri)
+    page = split_page(uri)[1]
     if is_remote(uri):
         found, data = stat(uri), read_bytes(uri)
-        sha256 = _page_digest(hashlib.sha256(data).hexdigest(), page)
         header = _read_header(shown(uri), io.BytesIO(data), page)
+        sha256 = _page_digest(hashlib.sha256(data).hexdigest(), page)
         return ImageInfo(sha256, len(data), found.mtime_ns, *header)
     try:
         path = local_path(uri)
         found = local_stat(path)
-        whole = _whole_digest(path, found) if page is not None or path.is_dir() else None
+        sha256 = _page_digest(_whole_digest(path, found), page)
         if path.is_dir():
             array, _ = _open_array(uri, path, page)
-            state = _page_digest(str(whole), page), found.size_bytes, found.mtime_ns
             height, width = array.shape[-2:]
+            state = sha256, found.size_bytes, found.mtime_ns
             return ImageInfo(*state, height, width, str(array.dtype))
+        offsets = None if page is None else _page_offsets(path, found)
         with path.open("rb") as stream:
-            whole = whole or hashlib.file_digest(stream, "sha256").hexdigest()
-            stream.seek(0)
-            offsets = None if page is None else _page_offsets(path, found)
             header = _read_header(uri, stream, page, offsets)
     except ImageError:
         raise
     except (OSError, ValueError) as error:
         raise ImageError(not_opened(uri, error)) from error
-    return ImageInfo(_page_digest(whole, page), found.size_bytes, found.mtime_ns, *header)
+    return ImageInfo(sha256, found.size_bytes, found.mtime_ns, *header)
 
 
 def read_plane(
@@ -141,43 +140,29 @@ def read_plane(
     ``rows``: only these (from the first to before the last), which takes less time.
 
     A colour PNG or TIFF is read only where its colours are equal (a grey saved as colour). An alpha
-    channel is passed over. Values are as stored, also where 0 is white. Where ``sha256`` is given,
-    other bytes than ``probe`` saw are refused.
+    channel is passed over. Values are as stored, also where 0 is white. ``sha256``: that of a
+    remote file, as ``probe`` saw it; other bytes are refused.
 
     Raises:
         ImageError: the file is missing, changed, truncated, no TIFF or PNG, or has real colours.
-        MissingExtraError: as ``probe``.
-        UserInputError: as ``probe``.
+        MissingExtraError, UserInputError: as ``probe``.
     """
     uri = str(where)
-    _, page = split_page(uri)
+    name, page, offsets = shown(uri), split_page(uri)[1], None
     try:
-        if not is_remote(uri) and (path := local_path(uri)).is_dir():
-            whole = None if sha256 is None else _whole_digest(path, local_stat(path))
-            if whole is not None and _page_digest(whole, page) != sha256:
-                raise ImageError(f"{uri} has changed since it was ingested. Ingest it again.")
-            array, index = _open_array(uri, path, page)
-            try:
-                return np.asarray(array[(*index, rows)])
-            except Exception as error:  # what the codec of a damaged chunk raises
-                raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
-        offsets = None
-        if is_remote(uri) or (sha256 is not None and page is None):
-            name = shown(uri)
-            if is_remote(uri):
-                data, digest = _fetched(uri, page, sha256)
-            else:
-                data = read_bytes(uri)
-                digest = hashlib.sha256(data).hexdigest()
-            if sha256 not in {None, digest}:
-                raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
-            opened: BinaryIO = io.BytesIO(data)
+        if is_remote(uri):
+            opened: BinaryIO = io.BytesIO(_fetched(uri, page, sha256))
         else:
-            name, state = uri, local_stat(path)
-            if page is not None:  # one pass over the file for all of its pages
-                offsets = _page_offsets(path, state)
-                if sha256 not in {None, _page_digest(_whole_digest(path, state), page)}:
-                    raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
+            path = local_path(uri)
+            state = local_stat(path)
+            if path.is_dir():
+                array, index = _open_array(uri, path, page)
+                try:
+                    return np.asarray(array[(*index, rows)])
+                except Exception as error:  # what the codec of a damaged chunk raises
+                    raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
+            # One pass over the file for all of its pages.
+            offsets = None if page is None else _page_offsets(path, state)
             opened = path.open("rb")
         with opened as stream:
             head = stream.read(len(PNG_MAGIC))
@@ -186,23 +171,18 @@ def read_plane(
                 if page not in {None, 1}:
                     raise ImageError(_no_page(name, page, 1))
                 return _grey_png(name, stream)[rows]
-            try:
-                with tifffile.TiffFile(stream) as tiff:
-                    return _grey(name, *_find_page(name, tiff, page, offsets), rows)
-            except ImageError:
-                raise
-            except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-                raise ImageError(unreadable(name)) from error
+            with open_tiff(name, stream) as tiff:
+                return _grey(name, *_find_page(name, tiff, page, offsets), rows)
     except CellstoreError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(not_opened(shown(uri), error)) from error
+        raise ImageError(not_opened(name, error)) from error
 
 
-def _fetched(uri: str, page: int | None, known: str | None) -> tuple[bytes, str]:
-    """Return the bytes of a remote file, and their hash as that of the page.
+def _fetched(uri: str, page: int | None, known: str | None) -> bytes:
+    """Return the bytes of a remote file, once for the whole run; others than ``known`` are refused.
 
-    Those that were fetched before in this run are taken if their hash is the one that is known.
+    ``known``: the hash of the file, or of its page.
     """
     file = split_page(uri)[0]
     with KEEPING:
@@ -214,7 +194,9 @@ def _fetched(uri: str, page: int | None, known: str | None) -> tuple[bytes, str]
             FETCHED[file] = sha256, data
             while sum(len(kept) for _, kept in FETCHED.values()) > KEPT_BYTES:
                 del FETCHED[next(iter(FETCHED))]
-    return data, _page_digest(sha256, page)
+    if known not in {None, _page_digest(sha256, page)}:
+        raise ImageError(f"{shown(uri)} has changed since it was ingested. Ingest it again.")
+    return data
 
 
 def _grey_png(name: str, stream: BinaryIO) -> NDArray[np.generic]:
@@ -307,7 +289,7 @@ def full_pages(tiff: tifffile.TiffFile) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _whole_digest(path: Path, state: FileStat) -> str:
-    """The hash of a stack or Zarr array, which is asked for once for each of its planes.
+    """The hash of a file or Zarr array; of a stack it is asked for once for each of its planes.
 
     That of an array is over the names and hashes of its files: its description and its chunks.
     """
@@ -366,9 +348,9 @@ def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int
     except ImportError:
         raise MissingExtraError.of("zarr", "zarr") from None
     except Exception as error:  # zarr and its codecs raise what they like
-        raise ImageError(f"{name} is no Zarr array, or damaged. Copy it again.") from error
+        raise ImageError(f"{name} is not a Zarr array, or it is damaged. Copy it again.") from error
     if array.ndim < 2 or array.shape[-1] * array.shape[-2] > _MAX_PIXELS:
-        raise ImageError(f"{name} has the shape {array.shape}, which is none of an image.")
+        raise ImageError(f"{name} has the shape {array.shape}, which is not the shape of an image.")
     count = prod(array.shape[:-2])
     if page is None and count > 1:
         raise ImageError(f"{name} holds {count} planes. Ingest the plate that it is of.")
@@ -383,10 +365,16 @@ def _page_digest(sha256: str, page: int | None) -> str:
     return sha256 if page is None else hashlib.sha256(f"{sha256}#page={page}".encode()).hexdigest()
 
 
-def not_opened(uri: str, error: OSError | ValueError) -> str:
-    """Return the sentence for a file that cannot be opened."""
-    reason = error.strerror if isinstance(error, OSError) else "not a path"
-    return f"{uri} cannot be opened ({reason})."
+@contextmanager
+def open_tiff(name: str, stream: BinaryIO) -> Iterator[tifffile.TiffFile]:
+    """Read a TIFF; whatever its damaged bytes lead tifffile to becomes an ``ImageError``."""
+    try:
+        with tifffile.TiffFile(stream) as tiff:
+            yield tiff
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(unreadable(name)) from error
 
 
 def too_large(name: str, height: int, width: int) -> str:
@@ -419,27 +407,22 @@ def _read_header(
         if kind in PNG_COLOURS:
             _grey_png(name, stream)
         return height, width, "uint16" if depth == 16 else "uint8", None, ()
-    try:
-        with tifffile.TiffFile(stream) as tiff:
-            found, sample = _find_page(name, tiff, page, offsets)
-            height, width, dtype = found.imagelength, found.imagewidth, found.dtype
-            depth, is_first = found.samplesperpixel, page in {None, 1}
-            if depth > 1 and sample is None and is_colour(found):
-                _grey(name, found, sample)
-            remarks = []
-            if found.photometric == _WHITE_IS_ZERO:
-                remarks.append("white is zero, values not inverted")
-            if depth > 1 and is_first and len(samples_of(found)) < depth:
-                remarks.append("alpha channel, skipped")
-            if is_first and len(tiff.pages) > 1 and len(full_pages(tiff)) < len(tiff.pages):
-                remarks.append("reduced copies of the image, skipped")
-            ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
-            is_cut_off = max(ends, default=0) > size
-            pixel_size = _ome_pixel_size(tiff.pages.first.description) if tiff.is_ome else None
-    except ImageError:
-        raise
-    except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(unreadable(name)) from error
+    with open_tiff(name, stream) as tiff:
+        found, sample = _find_page(name, tiff, page, offsets)
+        height, width, dtype = found.imagelength, found.imagewidth, found.dtype
+        depth, is_first = found.samplesperpixel, page in {None, 1}
+        if depth > 1 and sample is None and is_colour(found):
+            _grey(name, found, sample)
+        remarks = []
+        if found.photometric == _WHITE_IS_ZERO:
+            remarks.append("white is zero, values not inverted")
+        if depth > 1 and is_first and len(samples_of(found)) < depth:
+            remarks.append("alpha channel, skipped")
+        if is_first and len(tiff.pages) > 1 and len(full_pages(tiff)) < len(tiff.pages):
+            remarks.append("reduced copies of the image, skipped")
+        ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
+        is_cut_off = max(ends, default=0) > size
+        pixel_size = _ome_pixel_size(tiff.pages.first.description) if tiff.is_ome else None
     if is_cut_off or dtype is None or 0 in (height, width):
         raise ImageError(unreadable(name))
     return height, width, str(dtype), pixel_size, tuple(remarks)
@@ -462,16 +445,11 @@ def decode_tiff(
         except OSError as error:
             raise ImageError(not_opened(str(source), error)) from error
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        with tifffile.TiffFile(stream) as tiff:
-            found = _find_page(name, tiff, None, any_samples=True)[0]
-            if found.imagelength * found.imagewidth > most:
-                raise ImageError(too_large(name, found.imagelength, found.imagewidth))
-            return np.asarray(found.asarray())
-    except ImageError:
-        raise
-    except Exception as error:
-        raise ImageError(unreadable(name)) from error
+    with open_tiff(name, stream) as tiff:
+        found = _find_page(name, tiff, None, any_samples=True)[0]
+        if found.imagelength * found.imagewidth > most:
+            raise ImageError(too_large(name, found.imagelength, found.imagewidth))
+        return np.asarray(found.asarray())
 
 
 def _find_page(

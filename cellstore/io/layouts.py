@@ -248,7 +248,7 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
     if _XML.match(head):
-        return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
+        return BadTableError(f"{path.name} is XML, but not a Harmony index (Index.idx.xml).")
     columns = open_table(path, whole=False).columns
     if {"ImageNumber", "ObjectNumber"} <= set(columns):
         return BadTableError(

@@ -21,14 +21,14 @@ from .image_files import (
     PNG_MAGIC,
     full_pages,
     is_colour,
-    not_opened,
     ome_elements,
+    open_tiff,
     read_plane,
     samples_of,
     tiff_pages,
     unreadable,
 )
-from .uris import FileStat, local_stat, plain_file
+from .uris import FileStat, local_stat, not_opened, plain_file
 
 _PAGE_NAME = 285
 _NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
@@ -80,7 +80,7 @@ def read_stack(path: Path) -> Stack | None:
             if is_plain and not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
                 return None
             stream.seek(0)
-            with tifffile.TiffFile(stream) as tiff:
+            with open_tiff(str(path), stream) as tiff:
                 depth = tiff.pages.first.samplesperpixel
                 if not is_plain and len(tiff.pages) == 1 and depth == 1:
                     # Its first page names a second one, at an offset that is none.
@@ -97,12 +97,8 @@ def read_stack(path: Path) -> Stack | None:
                     with suppress(ImageError):  # one plane can be read whatever is said of others
                         return _read_stack(path, tiff)
                 return None
-    except ImageError:
-        raise
     except OSError as error:
         raise ImageError(not_opened(str(path), error)) from error
-    except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(unreadable(str(path))) from error
 
 
 class _Axes(NamedTuple):
@@ -127,7 +123,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
     kinds = {(page.shape, page.dtype) for page in (tiff.pages[number] for number in full)}
     if len(kinds) > 1 or is_colour(first) or len(first.shape) != (2 if depth == 1 else 3):
         raise ImageError(
-            f"{name} has pages that are no grey images of one shape. "
+            f"{name} has pages that are not grey images of one shape. "
             "Export each channel as a file of its own."
         )
     axes = None
@@ -200,8 +196,8 @@ def _read_shaped(name: str, metadata: Sequence[dict[str, Any]]) -> _Axes | None:
         letter = axis if axis in "CZTS" or "Z" in axes.upper() else "Z"
         if letter in sizes or letter not in "CZTS":
             raise ImageError(
-                f"{name} names its axes {axes!r}, of which cellstore knows C, Z and T. "
-                "Export it with these."
+                f"{name} names its axes {axes!r}, and cellstore reads C, Z and T "
+                "only. Export it with these."
             )
         sizes[letter] = int(size)
     channel = metadata[0].get("Channel")

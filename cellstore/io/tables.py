@@ -822,7 +822,7 @@ def opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> It
         if not isinstance(error, OSError) and type(error).__module__ != "pyarrow.lib":
             raise
         raise BadTableError(  # what Arrow raises, sometimes as an OSError without a number
-            f"{path} is damaged, or has values that are no text and no numbers "
+            f"{path} is damaged, or has values that are neither text nor numbers "
             f"({first_line(error)}). Export it again."
         ) from error
 

@@ -350,7 +350,7 @@ def _component(item: Mapping[str, Any]) -> TreatmentRecord:
     odd = item.keys() - {"kind", "dose", *texts}
     odd |= {name for name in texts if not isinstance(item.get(name), str | None)}
     if odd:
-        raise TypeError(f"{odd} are not known, or no texts")
+        raise TypeError(f"{odd} are not known, or not texts")
     kind, name, dose = PerturbationKind(item["kind"]), item["pert_iname"], item.get("dose")
     part = TreatmentRecord.of(kind, name, *map(item.get, _TEXTS))
     if dose is None:

@@ -122,13 +122,9 @@ def split_page(name: str) -> tuple[str, int | None]:
 
 
 def page_name(name: str, page: int) -> str:
-    """Return the name of a page of a file; the first is page 1.
-
-    Raises:
-        UserInputError: there is no such page number.
-    """
+    """Return the name of a page of a file; the first is page 1."""
     if not 1 <= page <= 999_999:
-        raise UserInputError(f"{page} is no page of {name}. The first page is 1.")
+        raise UserInputError(f"{page} is not a page of {name}. The first page is 1.")
     return f"{name}#page={page}"
 
 
@@ -164,29 +160,18 @@ def shown(uri: str) -> str:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return the content of a file here or elsewhere.
+    """Return the content of a remote file.
 
     Raises:
         ImageError: it is not there, may not be read, or its server does not answer.
-        MissingExtraError: a remote file, and its reader is not installed.
+        MissingExtraError: its reader is not installed.
         UserInputError: a kind of URI that is not read.
     """
-    if is_remote(uri):
-        return bytes(_remote(uri, "cat_file"))
-    try:
-        return plain_file(local_path(uri)).read_bytes()
-    except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+    return bytes(_remote(uri, "cat_file"))
 
 
 def stat(uri: str) -> FileStat:
-    """Return size and time of change of a file here or elsewhere.
-
-    Raises:
-        ImageError: as ``read_bytes``, or the server does not give the size.
-        MissingExtraError: as ``read_bytes``.
-        UserInputError: as ``read_bytes``.
-    """
+    """Return size and time of change of a file here or elsewhere."""
     if is_remote(uri):
         info = _remote(uri, "info")
         size = info.get("size")
@@ -197,7 +182,7 @@ def stat(uri: str) -> FileStat:
     try:
         return local_stat(local_path(uri))
     except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+        raise ImageError(not_opened(uri, error)) from error
 
 
 def plain_file(path: Path) -> Path:
@@ -210,7 +195,7 @@ def plain_file(path: Path) -> Path:
     if S_ISDIR(mode):
         raise IsADirectoryError(EISDIR, "it is a folder", str(path))
     if not S_ISREG(mode):
-        raise OSError(EINVAL, "it is a pipe or a device, and no file", str(path))
+        raise OSError(EINVAL, "it is a pipe or a device, not a file", str(path))
     return path
 
 
@@ -231,11 +216,7 @@ def local_stat(path: Path) -> FileStat:
 
 
 def array_files(path: Path) -> list[Path]:
-    """Return the files of a Zarr array, in an order that is always the same.
-
-    Raises:
-        OSError: it is not there, or is another folder.
-    """
+    """Return the files of a Zarr array, in an order that is always the same."""
     if not any((path / name).is_file() for name in _ARRAYS):
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
     found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
@@ -243,13 +224,7 @@ def array_files(path: Path) -> list[Path]:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is such a file; a server that does not answer is an error.
-
-    Raises:
-        ImageError: as ``read_bytes``, but not for a file that is not there.
-        MissingExtraError: as ``read_bytes``.
-        UserInputError: as ``read_bytes``.
-    """
+    """Whether there is such a file; a server that does not answer is an error."""
     if is_remote(uri):
         return bool(_remote(uri, "isfile"))
     try:
@@ -259,7 +234,8 @@ def exists(uri: str) -> bool:
         return False
 
 
-def _closed(uri: str, error: OSError | ValueError) -> str:
+def not_opened(uri: str, error: OSError | ValueError) -> str:
+    """Return the sentence for a file that cannot be opened."""
     reason = error.strerror if isinstance(error, OSError) else "not a path"
     return f"{shown(uri)} cannot be opened ({reason}). Check the path, or use --map."
 

@@ -66,8 +66,8 @@ _EXAMPLE = "\"plate = 'P1' AND well_column <= 12 AND treatment <> 'DMSO'\""
 def condition(text: str) -> ColumnElement[bool]:
     """Return the SQL condition ``text`` over :data:`COLUMNS` as an expression.
 
-    It knows ``AND``, ``OR``, ``NOT``, comparisons, ``IN`` lists, ``BETWEEN``, ``LIKE``,
-    ``ILIKE``, ``IS NULL``, ``lower`` and ``upper``.
+    It knows ``AND``, ``OR``, ``NOT``, comparisons with values, ``IN`` lists, ``BETWEEN``, ``LIKE``,
+    ``ILIKE`` and ``IS NULL``.
 
     Raises:
         UnknownNameError: it names something else.
@@ -125,12 +125,7 @@ def _comparison(node: Any) -> Any:
         raise _refused(node.sql(), "LIKE is for columns of text")
     if isinstance(node, exp.Is) and not isinstance(node.expression, exp.Null):
         raise _refused(node.sql(), "IS goes with NULL; compare values with =")
-    if not isinstance(node.expression, exp.Column | exp.Lower | exp.Upper):
-        return compare(left, _value(node.expression, left))
-    right = _column(node.expression)
-    if _is_text(left) is not _is_text(right):
-        raise _refused(node.expression.sql(), "text and numbers cannot be compared")
-    return compare(left, right)
+    return compare(left, _value(node.expression, left))
 
 
 def _is_text(column: Any) -> bool:
@@ -138,22 +133,13 @@ def _is_text(column: Any) -> bool:
 
 
 def _column(node: Any) -> Any:
-    """A column, or ``lower`` or ``upper`` of one."""
-    match node:
-        case exp.Paren():
-            return _column(node.this)
-        case exp.Lower() | exp.Upper():
-            inner = _column(node.this)
-            if not _is_text(inner):
-                raise _refused(node.sql(), "lower and upper are for columns of text")
-            return getattr(func, node.key)(inner, type_=String)
-        case exp.Column() if len(node.parts) == 1:
-            name = node.name.lower()
-            if name not in COLUMNS:
-                raise UnknownNameError.of("column", node.name, COLUMNS)
-            # These two are compared by the value that is stored.
-            return COLUMNS[name].cast(String) if name in {"kind", "control"} else COLUMNS[name]
-    raise _refused(node.sql(), "the left side of a comparison is the name of a column")
+    if not isinstance(node, exp.Column) or len(node.parts) > 1:
+        raise _refused(node.sql(), "the left side of a comparison is the name of a column")
+    name = node.name.lower()
+    if name not in COLUMNS:
+        raise UnknownNameError.of("column", node.name, COLUMNS)
+    # These two are compared by the value that is stored.
+    return COLUMNS[name].cast(String) if name in {"kind", "control"} else COLUMNS[name]
 
 
 def _value(node: Any, left: Any) -> Any:

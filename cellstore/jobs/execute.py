@@ -8,8 +8,10 @@ rest is the same for all, and here: reserve jobs, have workers compute them, wri
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
+    CancelledError,
     Executor,
     Future,
     ProcessPoolExecutor,
@@ -38,12 +41,12 @@ from sqlalchemy.orm import Session
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
 from ..db.events import recording_removed
-from ..db.session import Database
 from ..enums import Status
 from ..errors import (
     CellstoreError,
     ConflictError,
     DatabaseError,
+    MissingExtraError,
     RunCancelledError,
     StorageError,
     StoreError,
@@ -52,7 +55,6 @@ from ..errors import (
 )
 from ..models import ImageFile, Job, Recipe
 from ..notebooks import Shown
-from ..settings import Progress
 from . import queue
 from .gone_files import FEW, find_gone, gone_sentence
 from .queue import ENV_LEASE, JobScope, Task, count_images
@@ -69,6 +71,8 @@ CHUNK_SECONDS = 2.0
 LARGEST_CHUNK = 128
 CHUNKS = 2
 """Chunks that a worker has: one at work, one that waits behind it."""
+CONNECT_SECONDS = 10
+"""How long a Dask scheduler may take to answer."""
 NO_MEMORY = (
     "This machine has too little memory for this image. Give fewer --workers, or try another "
     "machine, with: cellstore retry"
@@ -158,29 +162,15 @@ class ImageStage(Generic[Input, Output]):
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What a run would do. ``seconds``: until its end, by what past jobs took; None: no idea.
-
-    ``per_image`` is in seconds of one worker, from the last jobs of ``basis``: this recipe, or
-    this stage with other options.
-    """
-
-    images: int
-    workers: int
-    per_image: float | None
-    seconds: float | None
-    basis: str | None
-
-
-@dataclass(frozen=True)
 class JobsResult(Shown):
     """What a stage that goes image by image did.
 
     ``run_id`` is None when nothing was done. ``selected`` counts the images that the selection
     names, ``waiting`` those of them whose files are still missing, ``failed_before`` those that
     failed in earlier runs and were left alone, ``cells`` what was written by this run.
-    ``forecast``: of a dry run, which does nothing. ``lacking``: the other images, which were
-    left out because they lack a channel, and which.
+    ``lacking``: the other images, which were left out because they lack a channel, and which.
+    Of a dry run: how many images there are ``to_do``, and in how many ``seconds``, if past jobs
+    tell.
     """
 
     run_id: int | None
@@ -191,8 +181,9 @@ class JobsResult(Shown):
     failures: tuple[tuple[str, str], ...] = ()
     cells: int = 0
     failed_before: int = 0
-    forecast: Forecast | None = None
     lacking: tuple[tuple[str, str], ...] = ()
+    to_do: int | None = None
+    seconds: float | None = None
 
 
 def execute(
@@ -210,9 +201,6 @@ def execute(
 
     ``parent_id``: the run whose result these rely on. ``result``: what else is kept with the runs.
     ``unseen``: also images that have not been seen, for work that opens none.
-
-    Raises:
-        StorageError, KeyboardInterrupt, RunCancelledError: see :func:`run_jobs`.
     """
     with workspace.database.read() as session:
         lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}
@@ -228,8 +216,6 @@ def execute(
                     queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
             counts = [count_images(session, recipe.id, images, unseen=unseen) for recipe in recipes]
-    if resources.workers > 1 and any(counted.todo for counted in counts):
-        start_importing(stage)
     counters: dict[int, RunCounter] = {}
     with ExitStack() as stack:
         device = getattr(stage, "device", "cpu")
@@ -281,29 +267,20 @@ def forecast(
         lost = stage.find_lost(session, recipe_id, images) or ()
         counted = count_images(session, recipe_id, images)
         todo = counted.todo + len(queue.done_jobs(session, recipe_id, lost))
-        others = (
-            select(Job.recipe_id)
-            .join(Recipe, Recipe.id == Job.recipe_id)
-            .where(Recipe.stage == spec.stage, Job.status == Status.DONE)
-            .order_by(Job.id.desc())
-        )
-        per_image = basis = None
-        for known in (recipe_id, session.scalar(others.limit(1))):
-            done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
-            last = done.order_by(Job.id.desc()).limit(1000).subquery()
-            per_image = session.scalar(select(func.avg(last.c.seconds)))
-            if per_image is not None:
-                basis = "this recipe" if known == recipe_id else f"recipe {known}"
-                break
-    workers = max(1, resources.workers)
-    seconds = None if per_image is None else per_image * todo / workers
+        done = select(Job.recipe_id).join(Recipe, Recipe.id == Job.recipe_id)
+        done = done.where(Recipe.stage == spec.stage, Job.status == Status.DONE)
+        # By this recipe, or where it has done nothing by that of the stage that was used last.
+        best = done.order_by((Job.recipe_id == recipe_id).desc(), Job.id.desc()).limit(1)
+        took = select(func.avg(Job.seconds)).where(Job.recipe_id == best.scalar_subquery())
+        per_image = session.scalar(took.where(Job.status == Status.DONE))
     return JobsResult(
         None,
         None,
         counted.selected,
         counted.waiting,
         failed_before=counted.failed,
-        forecast=Forecast(todo, workers, per_image, seconds, basis),
+        to_do=todo,
+        seconds=None if per_image is None else per_image * todo / resources.workers,
     )
 
 
@@ -330,126 +307,137 @@ def run_jobs(
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
-    number, lease, text = resources.workers, 0.0, os.environ.get(ENV_LEASE) or "60"
-    with suppress(ValueError):
-        lease = float(text)
-    if not lease >= 1:
-        raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
-    if resources.scheduler is not None:
-        from .dask_cluster import DaskCluster
-
-        workers: list[Worker] = [DaskCluster(pickle.dumps(stage), address=resources.scheduler)]
-    elif number == 1:
-        workers = [Worker(stage)]
-    else:
-        start_importing(stage)
-        threads = max(1, cores() // number)
-        workers = [Worker(pickle.dumps(stage), threads) for _ in range(number)]
-    here = number == 1 and resources.scheduler is None
-    counters = {
-        recipe_id: RunCounter(run_id, recipe_id) for recipe_id, run_id in scope.runs.items()
-    }
-    database, progress = workspace.database, workspace.progress
-    owner = queue.new_owner(computes=here)
-    loop = _Loop(database, progress, stage, scope, workers, here, owner, lease, counters)
-    stop, finished, handlers = loop.stop, False, {}
-
-    def on_signal(_number: int, _frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
-
-    with database.begin() as session:
-        queue.reclaim_expired(session, scope, owner)
-    with database.read() as session:
-        for recipe_id in scope.runs:
-            counted = count_images(session, recipe_id, scope.images, unseen=scope.unseen)
-            loop.left = max(loop.left, counted.todo)
-        # The workers of a cluster may see folders that are not on this machine.
-        if loop.left and not scope.unseen and resources.scheduler is None:
-            for item in find_gone(session, FEW):
-                of_images = select(ImageFile.id).where(ImageFile.folder_id.in_(item.folder_ids))
-                of_images = of_images.where(ImageFile.image_id.in_(scope.images))
-                if session.scalar(of_images.limit(1)) is not None:
-                    progress.note(item.sentence)
-                    loop.told.add(gone_sentence(item.folder))
-    for worker in workers:
-        worker.start()
-    progress.start(stage.label, loop.left)
-    heartbeat = threading.Thread(target=loop.renew_leases, daemon=True, name="cellstore-heartbeat")
-    heartbeat.start()
-    if threading.current_thread() is threading.main_thread():  # no other hears of signals
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            handlers[wanted] = signal.signal(wanted, on_signal)
-    try:
-        while True:
-            if not stop.is_set():
-                loop.submit()
-            chunks = [chunk for worker in workers for chunk in worker.chunks]
-            # A worker that still loads the stage has no image in hand.
-            in_flight = [future for future, tasks in chunks if tasks or not stop.is_set()]
-            if in_flight:
-                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
-                loop.collect()
-            elif loop.ready:
-                loop.write(everything=True)
-            elif loop.cancelled:
-                runs = ", ".join(str(run) for run in sorted(set(scope.runs.values())))
-                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
-            elif stop.is_set():
-                raise KeyboardInterrupt
-            else:
-                with database.begin() as session:
-                    left = queue.reclaim_expired(session, scope, owner)
-                if not left:
-                    break
-                stop.wait(WAIT_SECONDS)
-        finished = True
-    finally:
-        for handled, handler in handlers.items():
-            signal.signal(handled, handler)
-        loop.over.set()
-        heartbeat.join()
-        progress.finish()
-        for worker in workers:
-            worker.close(drop=not finished)
-        # If that fails, the leases will run out by themselves.
-        with suppress(CellstoreError), database.begin() as session:
-            queue.release(session, scope, owner)
-    return counters
+    loop = _Loop(workspace, stage, scope, resources)
+    loop.run()
+    return loop.counters
 
 
-@dataclass
 class _Loop:
     """The jobs of a scope on their way: submitted to workers, collected from them, written.
 
     ``computes_here``: the only worker is a thread of this process. ``over`` ends the renewal of
-    leases, ``stop`` the work: nothing more is reserved.
-    ``drained``: nothing is left to reserve, until what is in hand is done.
-    ``told``: sentences that were shown. ``left`` counts the images that are not reserved yet;
-    ``ready`` holds outputs whose rows are
-    not written, with the seconds that they took; ``seconds`` is what an image takes.
+    leases, ``stop`` the work: nothing more is reserved. ``drained``: nothing is left to reserve,
+    until what is in hand is done. ``told``: sentences that were shown. ``left`` counts the images
+    that are not reserved yet; ``ready`` holds outputs whose rows are not written, with the seconds
+    that they took; ``seconds`` is what an image takes.
     """
 
-    database: Database
-    progress: Progress
-    stage: ImageStage[Any, Any]
-    scope: JobScope
-    workers: Sequence[Worker]
-    computes_here: bool
-    owner: str
-    lease: float
-    counters: Mapping[int, RunCounter]
-    left: int = 0
-    ready: list[tuple[Task, Any, float]] = field(default_factory=list)
-    enqueued_to: int | None = 0
-    drained: bool = False
-    seconds: float | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
-    over: threading.Event = field(default_factory=threading.Event)
-    cancelled: bool = False
-    told: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        workspace: Workspace,
+        stage: ImageStage[Any, Any],
+        scope: JobScope,
+        resources: Resources,
+    ) -> None:
+        number, text = resources.workers, os.environ.get(ENV_LEASE) or "60"
+        self.lease = 0.0
+        with suppress(ValueError):
+            self.lease = float(text)
+        if not self.lease >= 1:
+            raise UserInputError(
+                f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}."
+            )
+        self.workers: list[Worker] = []
+        if resources.scheduler is not None:
+            self.workers = [DaskCluster(pickle.dumps(stage), address=resources.scheduler)]
+        elif number == 1:
+            self.workers = [Worker(stage)]
+        else:
+            start_importing(stage)
+            threads = max(1, cores() // number)
+            self.workers = [Worker(pickle.dumps(stage), threads) for _ in range(number)]
+        self.database, self.progress = workspace.database, workspace.progress
+        self.stage, self.scope = stage, scope
+        self.is_remote = resources.scheduler is not None
+        self.computes_here = number == 1 and not self.is_remote
+        self.owner = queue.new_owner(computes=self.computes_here)
+        self.counters = {recipe: RunCounter(run, recipe) for recipe, run in scope.runs.items()}
+        self.ready: list[tuple[Task, Any, float]] = []
+        self.left = 0
+        self.enqueued_to: int | None = 0
+        self.drained = self.cancelled = False
+        self.seconds: float | None = None
+        self.stop, self.over = threading.Event(), threading.Event()
+        self.told: set[str] = set()
+
+    def run(self) -> None:
+        """Do all jobs; see :func:`run_jobs`."""
+        self.look_ahead()
+        for worker in self.workers:
+            worker.start()
+        self.progress.start(self.stage.label, self.left)
+        heartbeat = threading.Thread(
+            target=self.renew_leases, daemon=True, name="cellstore-heartbeat"
+        )
+        heartbeat.start()
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # no other hears of signals
+            for wanted in (signal.SIGINT, signal.SIGTERM):
+                handlers[wanted] = signal.signal(wanted, self.on_signal)
+        finished = False
+        try:
+            self.work_off()
+            finished = True
+        finally:
+            for handled, handler in handlers.items():
+                signal.signal(handled, handler)
+            self.over.set()
+            heartbeat.join()
+            self.progress.finish()
+            for worker in self.workers:
+                worker.close(drop=not finished)
+            # If that fails, the leases will run out by themselves.
+            with suppress(CellstoreError), self.database.begin() as session:
+                queue.release(session, self.scope, self.owner)
+
+    def look_ahead(self) -> None:
+        """Count what is to do, and say which folders are gone before anything is tried."""
+        scope = self.scope
+        with self.database.begin() as session:
+            queue.reclaim_expired(session, scope, self.owner)
+        with self.database.read() as session:
+            for recipe_id in scope.runs:
+                counted = count_images(session, recipe_id, scope.images, unseen=scope.unseen)
+                self.left = max(self.left, counted.todo)
+            # The workers of a cluster may see folders that are not on this machine.
+            if self.left and not scope.unseen and not self.is_remote:
+                for item in find_gone(session, FEW):
+                    of_images = select(ImageFile.id).where(ImageFile.folder_id.in_(item.folder_ids))
+                    of_images = of_images.where(ImageFile.image_id.in_(scope.images))
+                    if session.scalar(of_images.limit(1)) is not None:
+                        self.progress.note(item.sentence)
+                        self.told.add(gone_sentence(item.folder))
+
+    def on_signal(self, _number: int, _frame: object) -> None:
+        """End when the images in hand are done; at the second signal at once."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.stop.set()
+        self.progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
+
+    def work_off(self) -> None:
+        """Reserve, submit, collect and write until nothing is left, or until it is stopped."""
+        while True:
+            if not self.stop.is_set():
+                self.submit()
+            chunks = [chunk for worker in self.workers for chunk in worker.chunks]
+            # A worker that still loads the stage has no image in hand.
+            in_flight = [future for future, tasks in chunks if tasks or not self.stop.is_set()]
+            if in_flight:
+                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
+                self.collect()
+            elif self.ready:
+                self.write(everything=True)
+            elif self.cancelled:
+                runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
+                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
+            elif self.stop.is_set():
+                raise KeyboardInterrupt
+            else:
+                with self.database.begin() as session:
+                    if not queue.reclaim_expired(session, self.scope, self.owner):
+                        return
+                self.stop.wait(WAIT_SECONDS)
 
     def renew_leases(self) -> None:
         """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""
@@ -724,6 +712,80 @@ class Worker:
             for process in list((self.pool._processes or {}).values()):
                 process.kill()
         self.pool.shutdown(wait=not (drop and self.threads is None), cancel_futures=drop)
+
+
+@dataclass
+class DaskCluster(Worker):
+    """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
+
+    address: str = ""
+    deserted: float | None = None
+
+    def start(self) -> None:
+        """Connect to the scheduler."""
+        if not re.fullmatch(r"[a-z]+://\S+:\d+", self.address):
+            raise UserInputError(
+                f"{self.address!r} is not the address of a Dask scheduler. It looks like "
+                "tcp://host:8786."
+            )
+        try:
+            import distributed
+        except ModuleNotFoundError as error:
+            raise MissingExtraError.of("distributed", "distributed") from error
+        for name in ("distributed", "tornado", "asyncio"):  # what is wrong we say in a sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        make_client: Any = distributed.Client
+        try:
+            self.client = make_client(self.address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise StoreError(
+                f"The Dask scheduler at {self.address} does not answer. Check the address, or "
+                "leave --scheduler out to work on this machine."
+            ) from error
+        self.pool = self.client.get_executor(pure=False, retries=0)
+
+    def room(self) -> int:
+        """Two chunks for each thread of the workers that there are now."""
+        try:
+            threads: int = sum(self.client.nthreads().values())
+        except (OSError, TimeoutError, AssertionError) as error:
+            raise self.gone() from error
+        if threads:
+            self.deserted = None
+        else:
+            self.deserted = self.deserted or time.monotonic()
+            if time.monotonic() - self.deserted > 60:
+                raise StoreError(
+                    f"The Dask scheduler at {self.address} has no workers. Start some with: "
+                    f"dask worker {self.address}"
+                )
+        return CHUNKS * threads - len(self.chunks)
+
+    def gone(self) -> StoreError:
+        """What is said when the scheduler ends or answers no more."""
+        return StoreError(
+            f"The Dask scheduler at {self.address} is gone. What is done is kept; start it again "
+            "and run the same command."
+        )
+
+    def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
+        """Dask starts a worker again by itself, and lost this chunk only; others are at fault."""
+        from distributed.scheduler import KilledWorker
+
+        if isinstance(error, KilledWorker):
+            return []
+        if isinstance(error, CancelledError):
+            raise self.gone() from error
+        raise StoreError(
+            f"The Dask cluster at {self.address} cannot do this work ({first_line(error)}) Its "
+            "scheduler and its workers need the same cellstore as this machine."
+        ) from error
+
+    def close(self, *, drop: bool) -> None:
+        """Leave the cluster as it is."""
+        with suppress(Exception):
+            self.pool.shutdown(wait=not drop)
+        self.client.close()
 
 
 _here = threading.local()  # networks are not shared by threads

@@ -7,7 +7,7 @@ slowly.
 from __future__ import annotations
 
 import os
-from collections import Counter
+import sys
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,9 +22,6 @@ FEW = 20_000
 """Files that are looked for by name where an answer must come at once."""
 
 IN_AT_ONCE = 5_000
-LISTED = 32
-"""Folders whose lists are in memory: the files of an image may be in a folder for each channel."""
-
 GONE = "Files are gone"
 """How the reason begins for which an image failed whose files are gone."""
 
@@ -40,21 +37,20 @@ _MAKERS = """
     UNION SELECT a.path, r.run_id FROM artifacts AS a
     JOIN run_artifacts AS r ON r.artifact_id = a.id WHERE a.kind = 'profiles' AND a.path IN :paths
 """
-_NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
-_COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
+_NAMES = "SELECT name FROM image_files WHERE folder_id = :folder AND sha256 IS NOT NULL LIMIT :most"
+_COUNT = "SELECT count(*) FROM image_files WHERE folder_id = :folder AND sha256 IS NOT NULL"
 
 
-@dataclass(frozen=True)
+@dataclass
 class GoneFiles:
-    """How many ``files`` of a folder are gone, of those ``seen`` there; ``first``: one of them.
+    """How many ``files`` of a folder are gone; ``first``: one of them.
 
     Of a folder that is not there: of all ``folder_ids`` within it.
     """
 
-    folder_ids: tuple[int, ...]
+    folder_ids: list[int]
     folder: str
     files: int
-    seen: int
     first: str | None = None
 
     @property
@@ -88,51 +84,30 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
     Every folder is looked for, and then each file, by one listing of its folder; of the files only
     the first ``most``, if that is given. Folders in object stores are not looked at.
     """
-    uris: dict[int, str] = {}
-    absent: set[int] = set()
-    for number, uri in session.execute(text("SELECT id, uri FROM folders ORDER BY id")):
-        # A folder of another machine ("C:\\data") was never seen from here.
-        if not is_remote(uri):
-            uris[number] = uri
-            if not os.path.isdir(local_path(uri)):  # noqa: PTH112 - no error for odd names
-                absent.add(number)
-    gone: Counter[int] = Counter()
-    first: dict[int, str] = {}
-
-    names = text(_NAMES if most is None else f"{_NAMES} LIMIT {most}")
-    listed: dict[int, Collection[str]] = {}
-    for number, name in session.execute(names, execution_options={"yield_per": 10_000}):
-        if number not in uris or number in absent:
+    left = sys.maxsize if most is None else most
+    found: dict[str, GoneFiles] = {}
+    for number, uri in session.execute(text("SELECT id, uri FROM folders ORDER BY id")).all():
+        if is_remote(uri):  # a folder of another machine ("C:\\data") was never seen from here
             continue
-        if number not in listed:
-            if len(listed) == LISTED:
-                del listed[next(iter(listed))]
-            listed[number] = ()
+        path, folder = local_path(uri), {"folder": number}
+        missing: list[str] = []
+        if is_there := os.path.isdir(path):  # noqa: PTH112 - no error for odd names
+            listed: Collection[str] = ()
             with suppress(OSError):
-                listed[number] = frozenset(os.listdir(local_path(uris[number])))  # noqa: PTH208
-        file = split_page(name)[0]
-        # A name may lead into a folder within the folder: that is not in the list.
-        if file not in listed[number] and not os.path.exists(local_path(uris[number]) / file):  # noqa: PTH110
-            gone[number] += 1
-            first.setdefault(number, file)
-    seen: dict[int, int] = {}
-    if absent or gone:
-        seen = {row[0]: row[1] for row in session.execute(text(_COUNTS))}
-    gone |= Counter({number: seen.get(number, 0) for number in absent})
-    within: dict[str, list[int]] = {}
-    for number in sorted(gone):
-        if gone[number]:
-            within.setdefault(gone_folder(uris[number]), []).append(number)
-    return [
-        GoneFiles(
-            tuple(ids),
-            folder,
-            sum(gone[n] for n in ids),
-            sum(seen[n] for n in ids),
-            first.get(ids[0]),
-        )
-        for folder, ids in within.items()
-    ]
+                listed = frozenset(os.listdir(path))  # noqa: PTH208
+            for name in session.scalars(text(_NAMES), {**folder, "most": left}):
+                left -= 1
+                file = split_page(name)[0]
+                # A name may lead into a folder within the folder: that is not in the list.
+                if file not in listed and not os.path.exists(path / file):  # noqa: PTH110
+                    missing.append(file)
+        gone = len(missing) if is_there else session.scalar(text(_COUNT), folder)
+        if gone:
+            where, first = gone_folder(uri), next(iter(missing), None)
+            item = found.setdefault(where, GoneFiles([], where, 0, first))
+            item.folder_ids.append(number)
+            item.files += gone
+    return list(found.values())
 
 
 def lost_files(session: Session, artifacts: ArtifactFolder) -> tuple[int, tuple[str, ...]]:

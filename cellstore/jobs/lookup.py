@@ -1,4 +1,8 @@
-"""Images, wells, channels, runs, recipes and splits by what people type; selections of images."""
+"""Images, wells, channels, runs, recipes and splits by what people type; selections of images.
+
+A name of nothing is an ``UnknownNameError`` that lists similar names; one that is not written like
+a name, or that means several things, a ``UserInputError``.
+"""
 
 from __future__ import annotations
 
@@ -125,13 +129,9 @@ def find_image(session: Session, text: str) -> int:
     """Return the id of the image that ``text`` names.
 
     Accepts ``PLATE/A01/1`` (plate, well, site; spaces do as well, and the plate may be left out
-    where there is one only), a core file name (``r01c01f01``, with ``PLATE/`` before it where
+    where that names one image), a core file name (``r01c01f01``, with ``PLATE/`` before it where
     several plates have it), an id (``17``), the name or path of one of its files, or the first
     digits of the sha256 of its content or of one of its files.
-
-    Raises:
-        UnknownNameError: nothing has that name; similar names are listed.
-        UserInputError: several images have it.
     """
     text = readable(text)
     found = _images(session, _image_condition(session, text), _LISTED)
@@ -149,12 +149,7 @@ def find_image(session: Session, text: str) -> int:
 
 
 def images_named(session: Session, text: str) -> ColumnElement[bool]:
-    """Return the condition on an image that ``text`` names: it, or all of the well ``PLATE/A01``.
-
-    Raises:
-        UnknownNameError: nothing has that name; similar names are listed.
-        UserInputError: a well of several plates is meant.
-    """
+    """Return the condition on the images that ``text`` names: one, or all of a well."""
     text = readable(text)
     if looks_like_well(text):
         return Image.well_id == find_well(session, text)
@@ -165,20 +160,19 @@ def images_named(session: Session, text: str) -> ColumnElement[bool]:
 
 def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
     """The likeliest meaning of a text that some image meets."""
-    for named in _conditions(session, text):
+    for named in _conditions(text):
         if _images(session, named, 1):
             return named
-    words = _words(session, text)
-    if words is not None and _position(words[1]) is not None:
-        name, well = _well_named(session, *words[:2])
-        sites = session.scalars(select(images.c.site).where(images.c.well_id == well).distinct())
-        raise UnknownNameError.of(f"site of well {words[0]}/{name}", words[2], sites)
-    parts = _parts(text) or [text]
-    if len(parts) == 2:
-        of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == parts[0])
+    *well, last = _parts(text) or [text]
+    if _of_well(well) is not None and last.isdecimal():
+        of_well = images.c.well_id == find_well(session, "/".join(well))
+        sites = session.scalars(select(images.c.site).where(of_well).distinct())
+        raise UnknownNameError.of(f"site of well {'/'.join(well)}", last, sites)
+    if len(well) == 1:
+        of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == well[0])
         if names := session.scalars(of_plate.limit(1536)).all():
-            raise UnknownNameError.of(f"well or image of plate {parts[0]}", parts[1], names)
-    near = neighbours(session, images.c.core_name, parts[-1])
+            raise UnknownNameError.of(f"well or image of plate {well[0]}", last, names)
+    near = neighbours(session, images.c.core_name, last)
     if not near:
         raise UnknownNameError.of("image", text, near)
     raise UnknownNameError(
@@ -186,34 +180,21 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
     )
 
 
-def _position(text: str) -> tuple[int, int] | None:
-    """Row and column, if a text is written like a well."""
-    try:
-        return parse_well(text)
-    except UserInputError:
-        return None
-
-
 def _parts(text: str) -> list[str]:
     parts = text.split("/") if "/" in text else text.split()
     return [part.strip() for part in parts if part.strip()]
 
 
-def _is_site(text: str) -> bool:
-    return text.isdecimal() and len(text) < 10
-
-
-def _words(session: Session, text: str) -> tuple[str, str, str] | None:
-    """The plate, the well and the site of a text; a plate that is not named is the only one."""
-    parts = _parts(text)
-    if len(parts) == 2 and _is_site(parts[1]) and (barcode := _only_plate(session)) is not None:
-        parts = [barcode, *parts]
-    return (parts[0], parts[1], parts[2]) if len(parts) == 3 and _is_site(parts[2]) else None
-
-
-def _as_well(text: str) -> tuple[int, int] | None:
-    """Row and column of a text; not of ``0101``, which is as likely an id."""
-    return None if text.isdecimal() else _position(text)
+def _of_well(parts: Sequence[str]) -> ColumnElement[bool] | None:
+    """The condition on a well that ``PLATE/A01`` or ``A01`` names; none: it names none."""
+    if not 1 <= len(parts) <= 2 or parts[-1].isdecimal():  # 0101 is as likely an id
+        return None
+    try:
+        row, column = parse_well(parts[-1])
+    except UserInputError:
+        return None
+    named = and_(wells.c.well_row == row, wells.c.well_column == column)
+    return named if len(parts) == 1 else and_(plates.c.barcode == parts[0], named)
 
 
 def _images(session: Session, named: ColumnElement[bool], limit: int) -> list[Row[Any]]:
@@ -224,11 +205,11 @@ def _images(session: Session, named: ColumnElement[bool], limit: int) -> list[Ro
     return sorted(session.execute(query.distinct().limit(limit)), key=lambda row: row.id)
 
 
-def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
+def _conditions(text: str) -> Iterator[ColumnElement[bool]]:
     """What ``text`` may mean, the likeliest first, as conditions on images, wells and plates."""
     name, plane, time_point = _NAME.fullmatch(text).groups()  # type: ignore[union-attr]
     if plane or time_point:  # as image_name says it
-        for named in _conditions(session, name):
+        for named in _conditions(name):
             at_plane, at_time = images.c.plane == int(plane or 1), images.c.time_point
             yield and_(named, at_plane, at_time == int(time_point or 1))
         return
@@ -236,25 +217,15 @@ def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
     def has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
         return images.c.id.in_(select(image_files.c.image_id).where(condition))
 
-    parts, words = _parts(text), _words(session, text)
+    *first, last = _parts(text) or [text]
     if text.isdecimal() and len(text) < 19:
         yield images.c.id == int(text)
-    if words is not None and (well := _position(words[1])) is not None:
-        of_well = and_(
-            plates.c.barcode == words[0],
-            wells.c.well_row == well[0],
-            wells.c.well_column == well[1],
-        )
-        yield and_(of_well, images.c.site == int(words[2]))
-    if len(parts) == 2:
-        yield and_(plates.c.barcode == parts[0], images.c.core_name == parts[1])
-        if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
-            on_any_plate = and_(wells.c.well_row == well[0], wells.c.well_column == well[1])
-            yield and_(on_any_plate, images.c.site == int(parts[1]))
+    if last.isdecimal() and len(last) < 10 and (of_well := _of_well(first)) is not None:
+        yield and_(of_well, images.c.site == int(last))
+    if len(first) == 1:
+        yield and_(plates.c.barcode == first[0], images.c.core_name == last)
     yield images.c.core_name == text
-    yield has_file(image_files.c.name == text)
-    if "/" in text or "\\" in text:
-        yield has_file(image_files.c.name == re.split(r"[/\\]", text)[-1])
+    yield has_file(image_files.c.name.in_({text, re.split(r"[/\\]", text)[-1]}))
     if (start := hex_start(text)) is not None:
         known = images.c.content_sha256.is_not(None)
         yield and_(known, starts_with(images.c.content_sha256, start))
@@ -274,37 +245,27 @@ def neighbours(session: Session, column: Any, text: str) -> list[str]:
     return sorted(found, key=in_common, reverse=True)[:_NEAR]
 
 
-def _only_plate(session: Session) -> str | None:
-    """The barcode of the plate of a store that has one only."""
-    found = session.scalars(select(plates.c.barcode).order_by(plates.c.id).limit(2)).all()
-    return found[0] if len(found) == 1 else None
-
-
 def find_well(session: Session, text: str) -> int:
     """Return the id of the well that ``text`` names: ``PLATE/A01``, ``PLATE A1``, ``A01``.
 
     Without a plate there has to be one only. What names an image names its well, too.
-
-    Raises:
-        UnknownNameError: there is no such plate or well.
-        UserInputError: the text names no well, or one on several plates.
     """
     text = readable(text)
     parts = _parts(text)
-    if len(parts) == 1 and (position := _as_well(parts[0])) is not None:
-        if (barcode := _only_plate(session)) is not None:
-            return _well_named(session, barcode, parts[0])[1]
-        on = select(plates.c.barcode).join(wells, wells.c.plate_id == plates.c.id)
-        on = on.where(wells.c.well_row == position[0], wells.c.well_column == position[1])
-        found = session.scalars(on.order_by(plates.c.id).limit(_LISTED))
-        names = [f"{barcode}/{parts[0]}" for barcode in found]
-        if not names:
-            raise UnknownNameError(f"No plate has a well {parts[0]!r} with images.")
-        raise UserInputError(f"Well {parts[0]!r} of which plate? Name one: {', '.join(names)}.")
-    if len(parts) == 2 and not _is_site(parts[1]) and _as_well(parts[1]) is not None:
-        return _well_named(session, *parts)[1]
+    if (named := _of_well(parts)) is not None:
+        query = select(wells.c.id, plates.c.barcode).join(plates).order_by(plates.c.id)
+        found = session.execute(query.where(named).limit(_LISTED)).all()
+        if len(found) == 1:
+            return int(found[0].id)
+        if found:
+            names = ", ".join(f"{row.barcode}/{parts[-1]}" for row in found)
+            raise UserInputError(f"Well {parts[-1]!r} of which plate? Name one: {names}.")
+        known = select(wells.c.name).distinct().limit(1536)
+        if len(parts) == 2:
+            known = known.where(wells.c.plate_id == find_plate(session, parts[0]))
+        raise UnknownNameError.of("well", parts[-1], session.scalars(known))
     # Not by number: that of an image says nothing about wells.
-    for condition in () if text.isdecimal() else _conditions(session, text):
+    for condition in () if text.isdecimal() else _conditions(text):
         of_images = _images(session, condition, 2)
         if len(of_images) == 1:
             return int(of_images[0].well_id)
@@ -313,8 +274,7 @@ def find_well(session: Session, text: str) -> int:
 
 def looks_like_well(text: str) -> bool:
     """Whether a text is written like a well, with a plate or without."""
-    parts = _parts(text)
-    return 1 <= len(parts) <= 2 and not _is_site(parts[-1]) and _as_well(parts[-1]) is not None
+    return _of_well(_parts(text)) is not None
 
 
 def renamed_plates(session: Session, absent: Iterable[str]) -> dict[str, tuple[int, str]]:
@@ -388,11 +348,7 @@ def channels_now(session: Session, barcode: str) -> dict[str, str]:
 
 
 def in_recipes(session: Session, channels: Sequence[str]) -> tuple[str, ...]:
-    """Return what a recipe calls ``channels``, which are spelled as the store spells them.
-
-    Raises:
-        UserInputError: one has no name that means it on all plates.
-    """
+    """Return what a recipe calls ``channels``, which are spelled as the store spells them."""
     named = recipe_channels(session)
     if not named or not channels:
         return tuple(channels)
@@ -443,11 +399,7 @@ def channels_of_recipes(session: Session) -> dict[str, int]:
 
 
 def find_plate(session: Session, barcode: str | None) -> int:
-    """Return the id of the plate with this barcode.
-
-    Raises:
-        UnknownNameError: with the plates that there are.
-    """
+    """Return the id of the plate with this barcode."""
     found = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
     if found is None and (renamed := renamed_plates(session, [barcode or ""])):
         (now,) = (name for _, name in renamed.values())
@@ -459,11 +411,7 @@ def find_plate(session: Session, barcode: str | None) -> int:
 
 
 def find_cell(session: Session, number: str) -> tuple[int, int]:
-    """Return the id of a cell, and that of its image, by its number in table ``cells``.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return the id of a cell, and that of its image, by its number in table ``cells``."""
     query = select(cells.c.id, segmentations.c.image_id).join(segmentations)
     known = number.isdecimal() and len(number) < 19
     found = session.execute(query.where(cells.c.id == int(number))).first() if known else None
@@ -473,19 +421,6 @@ def find_cell(session: Session, number: str) -> tuple[int, int]:
             "with: cellstore sql 'FROM cells LIMIT 5'"
         )
     return int(found[0]), int(found[1])
-
-
-def _well_named(session: Session, barcode: str, well: str) -> tuple[str, int]:
-    """The name and the id of a well."""
-    plate = find_plate(session, barcode)
-    row, column = parse_well(well)
-    query = select(wells.c.name, wells.c.id).where(wells.c.plate_id == plate)
-    at = (wells.c.well_row == row, wells.c.well_column == column)
-    found = session.execute(query.where(*at)).first()
-    if found is None:
-        known = session.scalars(select(wells.c.name).where(wells.c.plate_id == plate).limit(1536))
-        raise UnknownNameError.of("well", well, known)
-    return found[0], found[1]
 
 
 def find_run(session: Session, reference: RunName, *stages: Stage) -> Run:
@@ -500,11 +435,7 @@ def has_results() -> ColumnElement[bool]:
 
 
 def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
-    """Return a recipe by its number, else by the start of its fingerprint.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return a recipe by its number, else by the start of its fingerprint."""
     recipes = session.scalars(select(Recipe).where(Recipe.stage == stage)).all()
     matches = [item for item in recipes if reference == str(item.id)]
     matches = matches or [item for item in recipes if item.fingerprint.startswith(reference)]
@@ -515,11 +446,7 @@ def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
 
 
 def find_split(session: Session, name: str | None) -> Split:
-    """Return the split of this name; without a name the only or the latest one.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """Return the split of this name; without a name the only or the latest one."""
     query = select(Split).order_by(Split.id.desc())
     found = session.scalars(query.where(Split.name == name) if name else query).first()
     if found is None and name is None:
@@ -534,10 +461,6 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
 
     ``typed`` is what was written between commas: a name with commas in it is put together again.
     A name that only recipes still have is read as what the channel is called now.
-
-    Raises:
-        UnknownNameError: no image of the store has such a channel.
-        UserInputError: a number is that of several channels.
     """
     if not typed:
         return ()
@@ -575,10 +498,6 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     """Return the query of the ids of the images of a selection.
 
     Its conditions are on single rows, so that more can be added and one image looked up at once.
-
-    Raises:
-        UnknownNameError: there is no such plate, well, image or column.
-        UserInputError: the condition cannot be read.
     """
     query = select(Image.id)
     if selection.plates or selection.wells or selection.where is not None:

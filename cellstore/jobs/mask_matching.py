@@ -17,6 +17,7 @@ from ..db.session import Database
 from ..errors import ImageError
 from ..io.filenames import core_file_name
 from ..io.mask_files import MAX_PIXELS, MaskFile, black_and_white, read_labels
+from ..io.tables import RowRefusedError
 from ..io.uris import writable
 from ..models import Folder, Image, ImageFile, Plate, Well
 
@@ -42,27 +43,16 @@ class FoundImage(NamedTuple):
         return f"{self.plate}/{self.well}/{self.site}"
 
 
-class NoMatch(NamedTuple):
-    """Why a file of masks belongs to no image: a reason to count by, and its details."""
-
-    reason: str
-    detail: str
-
-
-class MatchedMasks(NamedTuple):
-    """Masks (H, W) with the image of the store that they are of."""
-
-    image: FoundImage
-    labels: NDArray[np.uint32]
-
-
 def read_masks_of(
     database: Database, mask: MaskFile, *, plate: str | None = None, binary: bool = False
-) -> MatchedMasks | NoMatch:
-    """Find the image of a file of masks, read the file, and compare the two.
+) -> tuple[FoundImage, NDArray[np.uint32]]:
+    """Find the image of a file of masks; return it with the masks (H, W), which fit it.
 
     ``plate`` limits the images, ``binary`` takes each connected part of a black and white mask
     for one object.
+
+    Raises:
+        RowRefusedError: the file belongs to no image, or holds no masks of it.
     """
     try:
         sha256 = sha256_of(mask.path)
@@ -70,10 +60,8 @@ def read_masks_of(
             image = match_image(session, mask, plate)
             same = select(ImageFile.id).where(ImageFile.sha256 == sha256).limit(1)
             is_an_image = session.scalar(same) is not None
-        if isinstance(image, NoMatch):
-            return image
         if is_an_image:
-            return NoMatch("this is an image", "the file is one of the images of the store")
+            raise RowRefusedError("this is an image", "the file is one of the images of the store")
         # Larger than its image by far: it is not even decoded.
         most = MAX_PIXELS if image.shape is None else max(prod(image.shape), _FEW_PIXELS)
         labels = read_labels(mask.path, binary=binary, most=most)
@@ -82,23 +70,25 @@ def read_masks_of(
         elif labels.max(initial=0) == 1 and cells_in_pieces(labels):
             raise ImageError(black_and_white(mask.path.name))
     except ImageError as error:
-        return NoMatch("not a label image", writable(str(error)))
+        raise RowRefusedError("not a label image", writable(str(error))) from error
     except OSError as error:
-        return NoMatch("cannot be read", str(error.strerror))
-    except MemoryError:
-        return NoMatch("not enough memory", "the masks do not fit into the memory of this machine")
+        raise RowRefusedError("cannot be read", str(error.strerror)) from error
+    except MemoryError as error:
+        detail = "the masks do not fit into the memory of this machine"
+        raise RowRefusedError("not enough memory", detail) from error
     if image.shape is not None and image.shape != labels.shape:
         of_masks, of_image = ("x".join(map(str, shape)) for shape in (labels.shape, image.shape))
         sizes = f"masks of {of_masks} pixels, image {image} of {of_image}"
-        return NoMatch("another shape than the image", sizes)
-    return MatchedMasks(image, labels)
+        raise RowRefusedError("another shape than the image", sizes)
+    return image, labels
 
 
-def match_image(session: Session, mask: MaskFile, plate: str | None) -> FoundImage | NoMatch:
+def match_image(session: Session, mask: MaskFile, plate: str | None) -> FoundImage:
     """Return the image of ``mask``: by the name of any of its files, else by core file name.
 
     Where several images have the name, the ``plate`` decides, else a folder that is named like a
-    plate ('BR00117035__2021-05-02T...'), else the folder of the image files.
+    plate ('BR00117035__2021-05-02T...'), else the folder of the image files. None or several are
+    a ``RowRefusedError``.
     """
     parts = [writable(part.split("__")[0]) for part in reversed(mask.path.parent.parts)]
     known = set(session.scalars(select(Plate.barcode).where(Plate.barcode.in_(parts))))
@@ -119,13 +109,14 @@ def match_image(session: Session, mask: MaskFile, plate: str | None) -> FoundIma
         if ids:
             shown = ", ".join(str(_image(session, image_id)) for image_id in ids[:_SHOWN])
             more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-            return NoMatch(
+            raise RowRefusedError(
                 "several images have this name",
                 f"{shown}{more}; put the masks of each plate into a folder named like it, or give "
                 "--plate",
             )
     where = f" on plate {on_plate}" if on_plate else ""
-    return NoMatch("no such image", f"no image{where} has a file or a name like {mask.stems[0]!r}")
+    detail = f"no image{where} has a file or a name like {mask.stems[0]!r}"
+    raise RowRefusedError("no such image", detail)
 
 
 def _of_core_name(stem: str) -> Select[Any]:

@@ -78,11 +78,7 @@ def channel_files(session: Session, image_ids: Sequence[int]) -> dict[int, list[
 
 
 def choose_files(files: Sequence[ChannelFile], wanted: ImageInput) -> list[ChannelFile]:
-    """Return the files that make the plane ``wanted``.
-
-    Raises:
-        UnknownNameError: the image lacks a channel.
-    """
+    """Return the files that make the plane ``wanted``."""
     if wanted.channels:
         by_name = {file.channel.lower(): file for file in reversed(files)}
         by_name |= {file.in_recipes.lower(): file for file in reversed(files)}
@@ -126,10 +122,6 @@ def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[st
     """Return the channels that show the cells: the ``named`` ones, else that of the nuclei.
 
     As recipes call them.
-
-    Raises:
-        UnknownNameError: there is no such channel.
-        UserInputError: none is named, and not exactly one channel of the store has such a name.
     """
     if named is not None:
         chosen = find_channels(session, named)
@@ -151,9 +143,6 @@ def lacking_channels(
     """Return those of ``images`` that have the channels of ``planes``, and the others by name.
 
     Of each of the others it is said which channel it lacks.
-
-    Raises:
-        UnknownNameError: none of the images has them.
     """
     selected, others = images, list[tuple[str, str]]()
     named = recipe_channels(session)
@@ -188,11 +177,7 @@ def lacking_channels(
 def read_artifact_image(
     session: Session, artifacts: ArtifactFolder, artifact_id: int
 ) -> NDArray[np.generic]:
-    """Return the pixels of a stored mask (H, W) or flow image (H, W, 4).
-
-    Raises:
-        StorageError: the file is gone or changed.
-    """
+    """Return the pixels of a stored mask (H, W) or flow image (H, W, 4)."""
     artifact = session.get_one(Artifact, artifact_id)
     return decode_tiff(artifacts.read(artifact.path, artifact.sha256))
 

@@ -47,7 +47,7 @@ from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 from .lookup import image_name
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
-ALONE = "alone"
+ALONE, LEADING = "alone", "workers"
 
 MOST_FAILURES = 3
 """After so many tries whose error might pass (a disk, a memory), a job has failed."""
@@ -74,41 +74,24 @@ _AS_IF_NEVER_RESERVED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Owner:
-    """A process that reserves jobs. ``machine`` and ``started`` are empty where unknown.
-
-    ``mark`` is of one call; it begins with ``alone`` where the process itself computes, so that
-    an image may be what it died of.
-    """
-
-    host: str
-    pid: int
-    machine: str
-    started: str
-    mark: str
-
-    @classmethod
-    def parse(cls, text: str | None) -> Owner | None:
-        """Return what :func:`new_owner` wrote, ``None`` for anything else."""
-        parts = (text or "").split("|")
-        if len(parts) != 5 or not parts[1].isdecimal():
-            return None
-        return cls(parts[0], int(parts[1]), *parts[2:])
-
-    def is_alive(self) -> bool | None:
-        """Whether this process of this machine lives; ``None``: that is not known here."""
-        if self.machine != machine() or not self.started:
-            return None
-        return _began(self.pid) == self.started
-
-
 def new_owner(*, computes: bool = True) -> str:
-    """Return a name for this process and call that no other has, as it stands in a job."""
+    """Return a name for this process and call that no other has, as it stands in a job.
+
+    Its parts: host, process, machine, when the process began, and a mark of the call, which says
+    whether the process itself computes, so that an image may be what it died of.
+    """
     pid = os.getpid()
     host = socket.gethostname().replace("|", "-")[:150]
-    mark = f"{ALONE if computes else 'workers'}-{uuid.uuid4().hex[:8]}"
+    mark = f"{ALONE if computes else LEADING}-{uuid.uuid4().hex[:8]}"
     return "|".join((host, str(pid), machine(), _began(pid), mark))
+
+
+def is_alive(owner: str | None) -> bool | None:
+    """Whether the process that :func:`new_owner` named lives; ``None``: that is not known here."""
+    parts = (owner or "").split("|")
+    if len(parts) != 5 or parts[2] != machine() or not parts[3]:
+        return None
+    return _began(int(parts[1])) == parts[3]
 
 
 def _began(pid: int) -> str:
@@ -122,9 +105,8 @@ def _began(pid: int) -> str:
 
 
 def shown_worker(text: str | None) -> str:
-    """Return the name of the worker of a job for people."""
-    owner = Owner.parse(text)
-    return f"{owner.host}:{owner.pid}" if owner else (text or "")
+    """Return the name of the worker of a job for people: its host and its process."""
+    return ":".join((text or "").split("|")[:2])
 
 
 @dataclass(frozen=True)
@@ -374,23 +356,20 @@ def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: boo
     ``may_pass``: the error is not one of the image itself.
     """
     again = may_pass and task.tries < MOST_FAILURES
+    # 1, 4, 16, ... seconds up to 30, more or less.
+    wait = min(30.0, FIRST_WAIT * 4.0 ** (task.tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
     session.execute(
         update(Job)
         .where(Job.worker == owner, Job.status == Status.RUNNING)
         .where(Job.id.in_(task.jobs.values()))
         .values(
             status=Status.PENDING if again else Status.FAILED,
-            not_before=now(session, wait_after(task.tries)) if again else null(),
+            not_before=now(session, wait) if again else null(),
             lease_until=None,
             error=reason,
         )
     )
     return again
-
-
-def wait_after(tries: int) -> float:
-    """Return the seconds before the next try: 1, 4, 16, ... up to 30, more or less."""
-    return min(30.0, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
 def record_crash(session: Session, owner: str, task: Task) -> bool:
@@ -428,10 +407,10 @@ def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
     """
     running = and_(Job.recipe_id.in_(scope.runs), Job.status == Status.RUNNING)
     names = session.scalars(select(Job.worker).where(running).distinct())
-    owners = {name: known for name in names if (known := Owner.parse(name))}
-    dead = [name for name, known in owners.items() if known.is_alive() is False]
-    alive = [name for name, known in owners.items() if known.is_alive()]
-    leading = [name for name, known in owners.items() if not known.mark.startswith(ALONE)]
+    lives = {name: is_alive(name) for name in names if name}
+    dead = [name for name, known in lives.items() if known is False]
+    alive = [name for name, known in lives.items() if known]
+    leading = [name for name in lives if f"|{LEADING}-" in name]
     late = and_(Job.lease_until < now(session), Job.worker.not_in(alive))
     gone = and_(running, or_(late, Job.worker.in_(dead)))
     # What somebody closes just now is not gone.
@@ -466,9 +445,7 @@ def close_dead_runs(session: Session) -> None:
     """
     query = select(Run.id, Run.process).where(Run.ended_at.is_(None))
     gone = {
-        number: process
-        for number, process in session.execute(query)
-        if (owner := Owner.parse(process)) and owner.is_alive() is False
+        number: process for number, process in session.execute(query) if is_alive(process) is False
     }
     if not gone:
         return
@@ -487,11 +464,7 @@ def at_work(session: Session, run_ids: Collection[int]) -> list[tuple[int, str]]
     """Return the run and the name of each worker that has its jobs in hand, and is not dead."""
     in_hand = select(Job.run_id, Job.worker).where(Job.status == Status.RUNNING)
     rows = session.execute(in_hand.where(Job.run_id.in_(run_ids)).distinct())
-    return [
-        (run_id, worker)
-        for run_id, worker in rows
-        if worker and (owner := Owner.parse(worker)) and owner.is_alive() is not False
-    ]
+    return [(run_id, name) for run_id, name in rows if name and is_alive(name) is not False]
 
 
 def _died() -> dict[str, Any]:

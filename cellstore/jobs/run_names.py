@@ -1,4 +1,8 @@
-"""Runs by what people type, read without the classes of the tables, which load slowly."""
+"""Runs by what people type, read without the classes of the tables, which load slowly.
+
+No such run, or none that is done, is an ``UnknownNameError``; what is no name of a run, or a run of
+another stage than is wanted, a ``UserInputError``.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +60,6 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
     Baselines stand behind: they are the latest only where there is nothing else, so that what
     follows a training by a baseline still means the network. So do trainings that were declared,
     whose networks cannot be opened.
-
-    Raises:
-        UnknownNameError: there is none.
-        UserInputError: it is no number, or a run of another stage is wanted.
     """
     reference = str(reference).strip()
     parts = [reference] if reference.startswith("-") else re.split(r"[\s_:-]+", reference.lower())
@@ -115,9 +115,6 @@ def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     """Return the predict run of this name; a train run stands for its latest predict run.
 
     The name of a cross-validation stands for those of all its folds; see :func:`find_folds`.
-
-    Raises:
-        UnknownNameError: there is no such run, or it has no predictions.
     """
     reference = str(reference).strip()
     named = reference not in RUN_WORDS
@@ -206,9 +203,6 @@ def find_folds(session: Session, reference: str) -> NamedRun | None:
 
     ``FAMILY`` means the models trained last in the same way on all folds, ``FAMILY:7`` those that
     were trained as in run 7, ``FAMILY:logistic`` those of a baseline.
-
-    Raises:
-        UnknownNameError: there are no such models, or they have not labelled each fold yet.
     """
     splits = _SPLITS.c
     family, wanted = reference, ""

@@ -287,12 +287,7 @@ def running(
 
 
 def check_still_ours(session: Session, run: RunHandle) -> None:
-    """Find out in a transaction whether to go on with a run that is ours alone.
-
-    Raises:
-        RunCancelledError: it was cancelled by ``cellstore cancel``.
-        StoreError: another process goes on with it.
-    """
+    """Find out in a transaction whether to go on with a run that is ours alone."""
     query = select(Run.status, Run.process).where(Run.id == run.id)
     status, process = session.execute(query).one()
     if process != run.owner:

@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 from ..analysis.regions import find_regions
 from ..analysis.segmentation import (
     CHANNELS,
-    SizeModel,
-    fit_size_model,
     input_planes,
     load_network,
 )
@@ -41,16 +39,7 @@ if TYPE_CHECKING:
 CROPS_PER_IMAGE = 4
 """Crops of each image in an epoch."""
 
-SCALES = (0.5, 0.7, 1.0, 1.4)
-"""Sizes at which the size model is shown each image."""
-
-FEWEST_FOR_SIZES = 3
-"""Images below which a size model could not be told from chance."""
-
 BATCH, WEIGHT_DECAY = 8, 1e-5
-
-RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1)
-"""Penalties tried for the size model; few images need strong ones."""
 
 
 Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -197,63 +186,10 @@ def crop_side(diam_mean: float) -> int:
     return 16 * round(7.5 * diam_mean / 16)
 
 
-def size_model_of(
-    network: Path, examples: Iterable[Corrected], device: str
-) -> tuple[SizeModel, float] | None:
-    """A size model for ``network``, and its median error on images that it was not fitted to.
-
-    Each image is seen at several sizes. ``None``: there are too few images to tell whether it
-    would be any good, or it is not (a factor of 2 off).
-    """
-    model = load_network(network, device)
-    seen = [
-        ([_style(model, item, scale) for scale in SCALES], item.diameter * np.array(SCALES))
-        for item in examples
-    ]
-    if len(seen) < FEWEST_FOR_SIZES:
-        return None
-    styles, truth = (np.stack(part) for part in zip(*seen, strict=True))
-    errors = {ridge: _held_out_error(styles, truth, model.diam_mean, ridge) for ridge in RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    if errors[best] > np.log(2):
-        return None
-    fitted = fit_size_model(styles.reshape(-1, 256), truth.ravel(), model.diam_mean, best)
-    return fitted, errors[best]
-
-
-def _style(model: CellposeModel, item: Corrected, scale: float) -> NDArray[np.float32]:
-    """The style (256,) of an image shown ``scale`` times as large."""
-    # At this diameter the network sees the image scaled by just that.
-    found = model.eval(
-        _planes(item)[None],
-        channel_axis=3,
-        diameter=model.diam_mean / scale,
-        resample=False,
-        compute_masks=False,
-    )
-    return np.asarray(found[-1], np.float32).ravel()
-
-
-def _held_out_error(
-    styles: NDArray[np.float32], truth: NDArray[np.float64], diam_mean: float, ridge: float
-) -> float:
-    """Median of |log(estimate / truth)| of each image, fitted to the others."""
-    errors = []
-    for held in range(len(truth)):
-        others = np.arange(len(truth)) != held
-        fitted = fit_size_model(
-            styles[others].reshape(-1, 256), truth[others].ravel(), diam_mean, ridge
-        )
-        guesses = np.array([fitted.estimate(style) for style in styles[held]])
-        errors.append(np.abs(np.log(guesses / truth[held])))
-    return float(np.median(errors))
-
-
 def precision(network: Path, examples: Iterable[Corrected], device: str, iou: float = 0.5) -> float:
     """Mean over images of Cellpose's average precision, at its default thresholds.
 
-    Each image is scaled by the true diameter of its cells, so that the network is judged, not
-    its size model.
+    Each image is scaled by the true diameter of its cells.
     """
     model = load_network(network, device)
     scores = []

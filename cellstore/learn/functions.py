@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..analysis.segmentation import Batches
 from ..artifacts import sha256_of
 from ..enums import Gives
 from ..errors import ImageError, MissingExtraError, UserInputError, first_line, some_of
@@ -77,7 +76,7 @@ class OwnFunction:
     features: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     known: dict[str, Any] = field(default_factory=dict)
-    batches: Batches = field(default_factory=lambda: Batches(128, 1), compare=False)
+    batch_size: int = field(default=128, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "given": None}
@@ -181,13 +180,21 @@ class OwnFunction:
             ImageError: it raised an error, or did not return finite numbers of this shape.
         """
         names: list[str] | None = None
-
-        def call(some: Sequence[int], _: int) -> list[NDArray[Any]]:
-            nonlocal names
-            batch = give(slice(some[0], some[-1] + 1))
+        rows: list[NDArray[Any]] = []
+        while len(rows) < number:
+            some = slice(len(rows), min(number, len(rows) + self.batch_size))
+            size, batch = some.stop - some.start, give(some)
             try:
                 answer = self._call(batch)
-            except (ImageError, MemoryError, torch.cuda.OutOfMemoryError):
+            except torch.cuda.OutOfMemoryError as error:
+                if size == 1:
+                    raise ImageError(
+                        "Not even one cell fits into the memory of the GPU. Use --device cpu."
+                    ) from error
+                torch.cuda.empty_cache()
+                self.batch_size = size // 2
+                continue
+            except (ImageError, MemoryError):
                 raise
             except (Exception, SystemExit) as error:
                 at = traceback.extract_tb(error.__traceback__)[-1]
@@ -195,15 +202,13 @@ class OwnFunction:
                     f"{self.name} ended with {type(error).__name__}: {first_line(error)} "
                     f"({Path(at.filename).name}, line {at.lineno})"
                 ) from None
-            found, numbers = self._numbers(answer, len(some))
+            found, numbers = self._numbers(answer, size)
             if names is not None and found != names:
                 raise ImageError(
                     f"{self.name} returned other columns for one batch than for another."
                 )
             names = found
-            return list(numbers)
-
-        rows = self.batches.run(range(number), call)
+            rows += list(numbers)
         if len({len(row) for row in rows}) > 1:
             widths = sorted({len(row) for row in rows})
             raise ImageError(

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import Sources, one_selection
+from ..config import CellChoice, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from ..notebooks import html_of
 from .cells import choose_recipes, last_with_masks
-from .engine import PREDICTIONS, Questions, open_questions
+from .engine import Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
-from .guard import Limits, literal, quoted
+from .guard import Limits, literal, quoted, read_sql
+from .source import PREDICTIONS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,20 +70,10 @@ _SQL = re.compile(r"\s*(--|/\*|\(|(select|with|from)\s)", re.IGNORECASE)
 
 
 def sql_of(given: str) -> str:
-    """Return the SQL that ``--sql`` names: the text itself, or that of a file.
-
-    Raises:
-        UserInputError: the file cannot be read.
-    """
+    """Return the SQL that ``--sql`` names: the text itself, or that of a file."""
     if _SQL.match(given):
         return given.strip()
-    try:
-        text = Path(given).read_text(encoding="utf-8-sig").strip()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise UserInputError(
-            f"{given} cannot be read: {reason}. Give a file, or SQL that begins with SELECT."
-        ) from error
+    text = read_sql(Path(given)).strip()
     # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
     return text if _SQL.match(text) else f"--\n{text}"
 
@@ -114,10 +105,6 @@ def selecting(
     set ``name``, or of recipe ``measure_id`` in table ``features``. ``sql`` gives ``cell_id``, or
     ``image_id`` for all cells of these images that recipe ``segment_id`` has found; other columns
     do not count.
-
-    Raises:
-        QueryError: the SQL is wrong, or does more than read.
-        UserInputError: it gives neither.
     """
     text = sql or ""
     if where is not None:
@@ -188,11 +175,7 @@ class CellTable:
         return frame
 
     def to_polars(self) -> Any:
-        """Return all rows as a data frame of polars.
-
-        Raises:
-            UserInputError: polars is not installed.
-        """
+        """Return all rows as a data frame of polars."""
         try:
             import polars
         except ImportError as error:
@@ -204,24 +187,17 @@ def cell_table(
     workspace: Workspace,
     sources: Sources,
     subset: Subset | None,
-    features: str | bool,
-    exclude_flagged: str | None,
-    where: str | None,
-    sql: str | None,
+    choice: CellChoice,
+    *,
+    with_features: bool,
 ) -> CellTable:
-    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`.
-
-    Raises:
-        UnknownNameError: there is no such split, recipe, feature set or quality-control run.
-        UserInputError: the recipes do not belong together, or nothing is measured yet.
-    """
+    """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`."""
     with workspace.database.read() as session:
         split = find_split(session, sources.split)
         recipes = (sources.segmentation, sources.measurement)
         name, measure_id = None, None
-        if features or where is not None:
-            asked = features if isinstance(features, str) else None
-            segment, measure = choose_recipes(session, *recipes, asked)
+        if with_features or choice.where is not None:
+            segment, measure = choose_recipes(session, *recipes, choice.features)
             found = set_of_recipe(session, measure.id)
             assert found is not None  # each measurement makes one
             name, measure_id = found.name, measure.id
@@ -230,19 +206,19 @@ def cell_table(
         else:
             segment = last_with_masks(session)
         flagged = None
-        if exclude_flagged is not None:
-            flagged = find_qc_run(session, exclude_flagged).id
+        if choice.exclude_flagged is not None:
+            flagged = find_qc_run(session, choice.exclude_flagged).id
     only = "" if subset is None else f" AND m.subset = {literal(subset.value)}"
     for unit, table in (("m.image_id", "image_flags"), ("c.id", "cell_flags")):
         if flagged is not None:
             of_run = f"SELECT {table[:-6]}_id FROM {table} WHERE run_id = {flagged}"  # noqa: S608
             only += f"\n    AND {unit} NOT IN ({of_run})"
-    if one_selection(where, sql):
+    if choice.selects:
+        sql = None if choice.sql is None else sql_of(choice.sql)
         with open_questions(workspace, LIMITS) as questions:
-            text = None if sql is None else sql_of(sql)
-            chosen = selecting(questions, where, text, segment.id, measure_id, name)
+            chosen = selecting(questions, choice.where, sql, segment.id, measure_id, name)
         only += f"\n    AND c.id IN (\n{chosen.query}\n)"
-    name = name if features else None
+    name = name if with_features else None
     join = "" if name is None else f"\nLEFT JOIN {quoted(name)} AS f ON f.cell_id = c.id"
     return CellTable(
         workspace,

@@ -249,12 +249,7 @@ def plate_of(session: Session, image_id: int) -> str:
 
 
 def current_segmentation(session: Session, segment_id: int, image_id: int) -> Segmentation:
-    """Return the segmentation of an image as it is now.
-
-    Raises:
-        ImageError: the image has changed, and its new bytes are not segmented yet.
-
-    """
+    """Return the segmentation of an image as it is now."""
     query = select(Segmentation).join(Image, IS_CURRENT)
     found = session.scalars(
         query.where(Image.id == image_id, Segmentation.recipe_id == segment_id)
@@ -304,11 +299,6 @@ def choose_recipes(
     """Return the segment and the measure recipe to read cells by; default: those used last.
 
     ``features``: those that made this feature set; recipes that are named too must be the same.
-
-    Raises:
-        UnknownNameError: nothing has been segmented, or no recipe or feature set has that name.
-        UserInputError: the measurements, or the feature set, are not of the named recipes.
-
     """
     if features is not None:
         asked = find_recipe(session, Stage.SEGMENT, segmentation).id if segmentation else None
@@ -365,10 +355,6 @@ def last_with_masks(session: Session) -> Recipe:
     """Return the segment recipe used last whose masks are known, also if another tool made them.
 
     One that found no cells is behind all others.
-
-    Raises:
-        UnknownNameError: nothing has been segmented.
-
     """
     for known in (Segmentation.mask_artifact_id.is_not(None), true()):
         mine = (Segmentation.recipe_id == Recipe.id, known)

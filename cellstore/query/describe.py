@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -13,7 +12,7 @@ from typing import Any
 from ..models import METADATA
 from ..notebooks import Shown
 from .engine import Questions
-from .source import PROFILES, STEPS, group_of, view
+from .source import PROFILES, STEPS, group_of, view_words
 
 _OF_PROFILE = "value of the well; its unit is what the run normalised it to"
 
@@ -70,7 +69,7 @@ def described(questions: Questions) -> list[RelationWords]:
             kind, about = "table", own["about"]
         elif name not in measured:
             kind = "step" if name in STEPS else "view"
-            about = own["about"] if "about" in own else view(name).description
+            about = own["about"] if "about" in own else view_words(name)
         details = {item["name"]: item for item in measured.get(name, ())}
         columns = []
         for column, type_ in questions.columns(name):
@@ -95,22 +94,3 @@ def described(questions: Questions) -> list[RelationWords]:
             columns.append(ColumnWords(column, type_, text, key, refers))
         found.append(RelationWords(name, kind, about, tuple(columns)))
     return found
-
-
-def diagram(relations: Sequence[RelationWords]) -> str:
-    """Return the tables and what refers to what, as an entity diagram in Mermaid."""
-    lines = ["erDiagram"]
-    for item in relations:
-        if item.kind != "table":
-            continue
-        lines.append(f"  {item.name} {{")
-        for column in item.columns:
-            marks = ["PK"] * column.key + ["FK"] * (column.refers_to is not None)
-            kind = column.type.split(" ")[0].lower()
-            lines.append(f"    {kind} {column.name} {', '.join(marks)}".rstrip())
-        lines.append("  }")
-        for column in item.columns:
-            if column.refers_to is not None:
-                other = column.refers_to.split(".")[0]
-                lines.append(f"  {other} ||--o{{ {item.name} : {column.name}")
-    return "\n".join(lines)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -49,14 +48,16 @@ from .source import (
     EXCLUDED,
     LATER,
     PREDICTION_COLUMNS,
+    PREDICTIONS,
+    PROFILE_COLUMNS,
     PROFILES,
     VIEWS,
     Columns,
-    ProfileFiles,
     SetRelation,
     Source,
     list_profiles,
     list_sets,
+    no_rows,
     view,
 )
 
@@ -92,7 +93,6 @@ BUSY_SECONDS = 3600
 FEW = 10_000
 """A view of tables with so few rows is made once, as a table: planning it again takes longer."""
 
-PREDICTIONS = "predictions_with_image"
 COUNTS = "image_label_counts"
 RANKED = "ranked_votes"
 WRITERS = {
@@ -276,11 +276,6 @@ def open_questions(
     folds of a cross-validation, and read as one run of that number, of each only what it said of
     the test images of its fold. ``only_image_votes``: of the votes only the hard and soft ones of
     images are asked for, whose winners are kept; the others are left out.
-
-    Raises:
-        DatabaseError: the database cannot be reached.
-        MissingExtraError: the store is on PostgreSQL and its ADBC driver is not installed.
-        StorageError: the cache folder cannot be made.
     """
     limits, artifacts = limits or Limits(), workspace.artifacts
     make = workspace.settings.make_cache
@@ -390,8 +385,8 @@ class Questions:
         }
 
     @cached_property
-    def _profiles(self) -> ProfileFiles:
-        return list_profiles(self._source, self._full, self.workspace.artifacts)
+    def _profiles(self) -> list[tuple[int, str]]:
+        return list_profiles(self._source, self._full)
 
     @property
     def names(self) -> list[str]:
@@ -402,11 +397,6 @@ class Questions:
         """Answer one reading statement of a user; ``parameters`` fill its ``?`` or ``$name``.
 
         Read the answer before the next question is asked.
-
-        Raises:
-            QueryError: the statement is wrong, would write, reads files, or takes too much; also
-                while the answer is read.
-            StorageError: the copies cannot be written.
         """
         statement = only_reading(self._empty, sql)
         self._check(statement, parameters)
@@ -440,7 +430,7 @@ class Questions:
             name = waiting.pop()
             if name not in found:
                 found.add(name)
-                waiting += sources_of(view(name).query) if name in VIEWS else ()
+                waiting += sources_of(view(name)) if name in VIEWS else ()
         return found
 
     def interrupt(self) -> None:
@@ -471,9 +461,6 @@ class Questions:
         """Return the SQL that reads ``cell_id`` and ``columns`` of a feature set.
 
         Only of cells from one id to another: files without such cells are not opened.
-
-        Raises:
-            StorageError: a file of it is gone.
         """
         found = self._sets[name.lower()]
         if found.in_table:
@@ -484,22 +471,8 @@ class Questions:
         rows = found.query(self._source, self.workspace.artifacts, self._full, between)
         return f"SELECT * FROM ({rows}) WHERE cell_id BETWEEN {between[0]} AND {between[1]}"  # noqa: S608
 
-    def plan(self, sql: str, parameters: Parameters | None = None) -> str:
-        """Return how a question would be answered: one step a line, what it reads below it.
-
-        Raises as :meth:`ask` does.
-        """
-        statement = only_reading(self._empty, sql)
-        answer = self.ask(f"EXPLAIN (FORMAT json) {statement.text}", parameters)
-        steps = json.loads(answer.records()[-1]["explain_value"])
-        return "\n".join(line for step in steps for line in _plan_lines(step, 0))
-
     def columns(self, name: str) -> list[tuple[str, str]]:
-        """Return name and type of the columns of a table, a view or a feature set.
-
-        Raises:
-            UnknownNameError: there is none of that name.
-        """
+        """Return name and type of the columns of a table, a view or a feature set."""
         if name not in self.names:
             raise UnknownNameError.of("table", name, self.names)
         self._declare({name.lower()})
@@ -529,10 +502,18 @@ class Questions:
         ``files``: whether it may read the files of profiles.
         """
         if name == PROFILES:
-            artifacts = self.workspace.artifacts if files else None
-            return view(name).query.replace("{values}", self._profiles.query(artifacts))
+            parts = [f"({no_rows(PROFILE_COLUMNS)})"]
+            for run, path in self._profiles:
+                with nullcontext() if files else suppress(StorageError):
+                    rows = reading_files([self.workspace.artifacts.existing(path)])
+                    parts.append(f"SELECT CAST({run} AS BIGINT) AS run_id, * FROM {rows}")  # noqa: S608
+            values = " UNION ALL BY NAME ".join(parts)
+            if not files:
+                found = self._full.execute(f"DESCRIBE {values}").fetchall()
+                values = no_rows({column: kind for column, kind, *_ in found})
+            return view(name).replace("{values}", f"({values})")
         if name in VIEWS:
-            return view(name, self.vote_options).query
+            return view(name, self.vote_options)
         if name == "predictions":
             columns = ", ".join(self._source.columns[name])
             return f"SELECT {columns} FROM {PREDICTIONS} WHERE cell_id IS NOT NULL"  # noqa: S608
@@ -546,25 +527,23 @@ class Questions:
         Views are tables here, also in information_schema: as views they would be planned again and
         again. ``cellstore schema`` says which is which.
         """
-        if not names <= self._declared:
-            with self._lock:
-                self._declare_new(names)
-
-    def _declare_new(self, names: set[str]) -> None:
-        for name in sorted(names):
-            if name in self._declared:  # perhaps by one before it
-                continue
-            columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
-            if columns is None and name not in VIEWS and name in self._sets:
-                # Only the full database reads files.
-                columns = None if self._sets[name].in_table else self._sets[name].columns
-            if columns is not None:
-                listed = ", ".join(f"{quoted(item)} {kind}" for item, kind in columns.items())
-                self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
-            elif (query := self._query_of(name, files=False)) is not None:
-                self._declare(sources_of(query))
-                self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
-            self._declared.add(name)
+        if names <= self._declared:
+            return
+        with self._lock:
+            for name in sorted(names):
+                if name in self._declared:  # perhaps by one before it
+                    continue
+                columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
+                if columns is None and name not in VIEWS and name in self._sets:
+                    columns = self._sets[name].columns
+                query = None if columns is not None else self._query_of(name, files=False)
+                if query is not None:
+                    self._declare(sources_of(query))
+                elif columns is not None:
+                    query = no_rows(columns)
+                if query is not None:
+                    self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
+                self._declared.add(name)
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
@@ -584,18 +563,14 @@ class Questions:
                     continue
                 began, rows = time.monotonic(), None
                 create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
+                flagged = self.vote_options.exclude_flagged
+                flags = "" if flagged is None else f" OR t.run_id = {int(flagged)}"
                 if name == LATER:
                     # From the database, for the sake of time: of all exclusions few are made later.
-                    own = "WHERE t.source = 'annotation'"
+                    own = f"WHERE t.source = 'annotation'{flags}"
                     rows = self._source.feed_table(self._full, create, "exclusions", own)
-                    if (qc := self.vote_options.exclude_flagged) is not None:
-                        own = f"WHERE t.source = 'quality' AND t.run_id = {int(qc)}"
-                        insert = f"INSERT INTO {name} FROM {{rows}}"
-                        rows += self._source.feed_table(self._full, insert, "exclusions", own)
                 elif name == EXCLUDED:  # from the database, too: it need not read the others
-                    flagged = self.vote_options.exclude_flagged
-                    run = None if flagged is None else int(flagged)
-                    rows = self._source.feed_excluded(self._full, create, run)
+                    rows = self._source.feed_excluded(self._full, create, flags)
                 elif query is not None:
                     # Of profiles, with their many columns, a question reads a few.
                     once = sources_of(query) <= self._few and name != PROFILES
@@ -638,11 +613,7 @@ class Questions:
             self._few.add(name)
 
     def _load_copies(self, name: str) -> None:
-        """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
-
-        Raises:
-            StorageError: a copy cannot be written.
-        """
+        """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now."""
         self._load({"runs"})
         query = """
             SELECT id, concat_ws(' ', started_at, ended_at, changed_rows, sum(changed_rows)
@@ -679,7 +650,7 @@ class Questions:
             if name in _VOTE_VIEWS and (images := self._images_with_later_exclusions()):
                 listed = ", ".join(map(str, images))
                 said += f" WHERE {image} NOT IN ({listed})"
-                query = view(name).query
+                query = view(name)
                 self._load(sources_of(query))
                 numbers = ", ".join(str(self._folds.get(run, run)) for run in ended)
                 recounted = f"""SELECT {names} FROM ({query})
@@ -697,7 +668,7 @@ class Questions:
             if name == RANKED and not self.only_image_votes:
                 live += f" OR NOT ({RANKED_COPIED})"
             if live != "false":
-                query = view(name).query
+                query = view(name)
                 self._load(sources_of(query))
                 few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
@@ -712,17 +683,9 @@ class Questions:
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
                 create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-                if name == PREDICTIONS:
-                    rows = self._source.feed_predictions(self._full, create, runs=others)
-                else:
-                    of_runs = rows_of_runs(name, others)
-                    rows = self._source.feed_table(self._full, create, name, of_runs)
-                few = few and rows <= FEW
+                few = self._source.feed_runs(self._full, create, name, others) <= FEW and few
                 parts.append(f"FROM {live}")
-            if not parts:
-                nulls = (f"CAST(NULL AS {kind}) AS {quoted(it)}" for it, kind in columns.items())
-                parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
-            self._make(name, " UNION ALL ".join(parts), once=few)
+            self._make(name, " UNION ALL ".join(parts) or no_rows(columns), once=few)
             self._loaded.add(name)
             self._seconds[name] += time.monotonic() - began
 
@@ -733,17 +696,14 @@ class Questions:
         wrote, where later runs may add to it, and how many of its rows and of those of cells were
         changed since. The copy is made in a database and a folder of its
         own: no user asks there.
-
-        Raises:
-            StorageError: the folder cannot be written.
         """
         made_from = str(KEPT_COLUMNS.get(name) or self._source.columns[name])
         if name in _VOTE_VIEWS:
-            made_from += _ELIGIBLE + view(COUNTS).query
+            made_from += _ELIGIBLE + view(COUNTS)
         if name == RANKED:  # the alphabet decides ties, so that other labels make another copy
             self._load({"labels"})
             labels = self._full.execute("SELECT id, field, value FROM labels ORDER BY id")
-            made_from += f"{[view(item).query for item in _VOTE_VIEWS[name]]} {labels.fetchall()}"
+            made_from += f"{[view(item) for item in _VOTE_VIEWS[name]]} {labels.fetchall()}"
         digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
@@ -775,9 +735,8 @@ class Questions:
                     own.execute("SET TimeZone = 'UTC'")
                     if name == PREDICTIONS:
                         own.execute("SET threads = 1")  # each would have a group of rows in hand
-                        source.feed_predictions(own, into, ended=run)
-                    elif name not in _VOTE_VIEWS:
-                        source.feed_table(own, into, name, rows_of_runs(name, [run]))
+                    if name not in _VOTE_VIEWS:
+                        source.feed_runs(own, into, name, [run], have_ended=True)
                     else:
                         base = PREDICTIONS if name == COUNTS else COUNTS
                         rows = reading_files([self._copy(base, run, mark)])
@@ -788,7 +747,7 @@ class Questions:
                             source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
                             own.execute(_NOTHING_OF_WELLS)
                         for item in _VOTE_VIEWS[name]:
-                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                            own.execute(f"CREATE VIEW {item} AS {view(item)}")
                         kept = RANKED_COPIED if name == RANKED else "true"
                         rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
                         own.execute(into.replace("{rows}", rows))
@@ -842,7 +801,7 @@ def rank_counts(counts: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], di
     columns["position"] = [places[label_id] for label_id in columns["label_id"]]
     with _running(":memory:").cursor() as connection:
         connection.execute("PRAGMA disable_optimizer")  # to look for the best plan takes longer
-        found = connection.execute(_COUNTS_OF_IMAGE + view(RANKED).query, columns)
+        found = connection.execute(_COUNTS_OF_IMAGE + view(RANKED), columns)
         names = [column[0] for column in found.description]
         rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     return {(row["run_id"], row["vote"]): row for row in rows}
@@ -852,14 +811,6 @@ def sources_of(sql: str) -> set[str]:
     """Return what stands behind FROM and JOIN in SQL of ours, but for what it names in WITH."""
     plain = _COMMENT.sub("", sql).lower()
     return set(_SOURCE.findall(plain)) - set(_IN_WITH.findall(plain))
-
-
-def rows_of_runs(table: str, run_ids: Collection[int]) -> str:
-    """Return the SQL condition for the rows that these runs wrote into a big table."""
-    numbers = ", ".join(str(int(item)) for item in run_ids) or "-1"
-    if table == "cells":
-        return f"JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.run_id IN ({numbers})"
-    return f"WHERE t.run_id IN ({numbers})"
 
 
 def _make_room(copies: Path, most: int) -> None:
@@ -895,26 +846,3 @@ def _checked_name(stem: str, path: Path) -> str:
     except FileNotFoundError:  # another process has just removed it
         return ""
     return f"{stem}-{checksum:08x}.parquet"
-
-
-WIDTH = 80
-_SHOWN = {"Conditions": "on", "Expression": "where", "Filters": "where", "Projections": "columns"}
-
-
-def _plan_lines(step: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """Yield a line for each step of a plan, what it reads further in."""
-    name = str(step.get("name", "")).strip().lower().replace("_", " ")
-    if name != "projection":  # it only hands columns on
-        extra = dict(step.get("extra_info", {}))
-        rows = extra.pop("Estimated Cardinality", None)
-        details = [] if rows is None else [f"rows: about {int(rows):,}"]
-        for key, shown in _SHOWN.items():
-            value = extra.get(key)
-            if value:
-                text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-                details.append(f"{shown}: {' '.join(text.split())}")
-        line = f"{' ' * depth}{name.removeprefix('python ')}  {'; '.join(details)}".rstrip()
-        yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}\u2026"
-        depth += 1
-    for child in step.get("children", ()):
-        yield from _plan_lines(child, depth)

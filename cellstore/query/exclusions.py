@@ -39,12 +39,7 @@ NEWEST = "latest"
 
 
 def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
-    """Return a finished quality-control run by its number; ``latest``: the newest.
-
-    Raises:
-        UnknownNameError: there is none.
-        UserInputError: it is not finished.
-    """
+    """Return a finished quality-control run by its number; ``latest``: the newest."""
     finished = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE).limit(1)
     if reference in RUN_WORDS and session.scalar(finished) is None:
         raise UnknownNameError(
@@ -53,8 +48,8 @@ def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
     found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:
         raise UserInputError(
-            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
-            "whole. Run: cellstore qc, or name another run."
+            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are "
+            "incomplete. Run: cellstore qc, or name another run."
         )
     return found
 
@@ -62,12 +57,7 @@ def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
 def with_flags(
     session: Session, options: VoteOptions, run: NamedRun
 ) -> tuple[VoteOptions, tuple[str, ...]]:
-    """Return the options with the number of the quality-control run, and what a reader must know.
-
-    Raises:
-        UnknownNameError: there is no such quality-control run.
-        UserInputError: it has not looked at what ``run`` has labelled.
-    """
+    """Return the options with the number of the quality-control run, and what is to be noted."""
     if options.exclude_flagged is None:
         return options, ()
     labelled = and_(Prediction.run_id.in_(run.read_as), Prediction.rank == 1)
@@ -88,10 +78,6 @@ def qc_run_for(
 
     ``segment_ids``: the recipes that found the cells. The number counts those of ``images`` that it
     knew nothing of, so flagged none.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it is not finished, or has not looked at these plates or cells.
     """
     run = find_qc_run(session, reference)
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)

@@ -77,11 +77,7 @@ def register_files(
     run_id: int,
     files: Sequence[WrittenFile],
 ) -> None:
-    """Insert the rows of files that are written, unless they are there: a file was lost.
-
-    Raises:
-        StorageError: one is gone again.
-    """
+    """Insert the rows of files that are written, unless they are there: a file was lost."""
     for file in files:
         if not artifacts.locate(file.stored.path).is_file():
             raise StorageError(
@@ -118,11 +114,7 @@ class FeatureWriter:
         self._ids: list[int] = []  # the number of rows, the first cell, the last cell
 
     def write(self, cell_ids: Integers, values: pa.RecordBatch) -> None:
-        """Append the features of some cells, as row groups of their own.
-
-        Raises:
-            StorageError: the disk is full, or the folder cannot be written.
-        """
+        """Append the features of some cells, as row groups of their own."""
         arrays = [pa.array(cell_ids), *values.columns]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         with self._explained():
@@ -144,11 +136,7 @@ class FeatureWriter:
             self.finish()
 
     def finish(self) -> None:
-        """End the file that is being written: durably, under the name of its content.
-
-        Raises:
-            StorageError: the disk is full, or the folder cannot be written.
-        """
+        """End the file that is being written: durably, under the name of its content."""
         if self._part is None:
             return
         with self._explained():
@@ -248,10 +236,6 @@ def find_feature_set(session: Session, name: str, segment_id: int | None = None)
     """Return the feature set of this name; of a group (``texture``) the one measured last.
 
     ``segment_id``: of a group, one of the cells of this recipe.
-
-    Raises:
-        UnknownNameError: there is none.
-
     """
     from .source import group_of  # it loads DuckDB
 
@@ -293,13 +277,7 @@ def list_files(session: Session, of: ColumnElement[bool]) -> Sequence[Any]:
 def open_set(
     session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
 ) -> ReadableSet:
-    """Return what is to be read of the feature set of a measure recipe; ``name`` checks it.
-
-    Raises:
-        UserInputError: no column of the set holds numbers, or it has no files.
-        StorageError: a file of the set is gone.
-
-    """
+    """Return what is to be read of the feature set of a measure recipe; ``name`` checks it."""
     found = set_of_recipe(session, recipe_id)
     if found is None or found.storage is FeatureStorage.TABLE:
         return ReadableSet(name=found.name if found else name)
@@ -447,20 +425,22 @@ def stored_values(
     Raises:
         StorageError: a file is gone or damaged.
     """
-    found: list[Integers] = []
-    tables: list[pa.Table] = []
-    for path in paths:
-        file = _OpenFile(path)
-        for group in file.groups(cell_ids, columns):
-            table = file.table(group, columns)
-            ids = table.column(0).to_numpy()
-            chosen = np.isin(ids, cell_ids)
-            found.append(ids[chosen])
-            part = table.select(list(columns))
-            tables.append(part if chosen.all() else part.filter(pa.array(chosen)))
-    if not found:
+    from pyarrow.dataset import dataset, field
+
+    if not paths:
         return np.empty(0, np.int64), None
-    return np.concatenate(found), pa.concat_tables(tables)
+    key = field(CELL_ID)
+    near = (key >= cell_ids[0]) & (key <= cell_ids[-1])  # by these, row groups are passed over
+    try:
+        found = dataset([str(path) for path in paths]).to_table(
+            columns=[CELL_ID, *columns], filter=near & key.isin(cell_ids)
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"Features cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        ) from error
+    return found.column(CELL_ID).to_numpy(), found.select(list(columns))
 
 
 class _OpenFile:
@@ -549,9 +529,6 @@ def write_features(
     """Write the features of some images: ``cell_ids`` (N,) and ``values`` (F, N) of each.
 
     A value that is not a number is null: averages in SQL pass over it.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written.
     """
     if not any(len(ids) for ids in cell_ids):
         return ()

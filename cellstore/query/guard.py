@@ -92,15 +92,12 @@ def locked_connection(
 
     These are a folder of its own in ``parent``, which takes what does not fit into memory, and the
     folders ``readable``. No query can change these settings.
-
-    Raises:
-        StorageError: ``parent`` cannot be written.
     """
     try:
         spill = Path(tempfile.mkdtemp(prefix=part_prefix(), dir=parent))
     except OSError as error:
         raise StorageError(
-            f"The cache {parent} cannot be made: {error.strerror}. Mend the permissions."
+            f"The cache {parent} cannot be made: {error.strerror}. Correct the permissions."
         ) from error
     connection = duckdb.connect(":memory:")
     room = min(SPILL_BYTES, shutil.disk_usage(spill).free // 2)
@@ -148,6 +145,23 @@ def reading_files(paths: Sequence[Path]) -> str:
     """Return the SQL that reads Parquet files by their plain names."""
     names = ", ".join(literal(without_wildcards(path)) for path in paths)
     return f"read_parquet([{names}])"
+
+
+def read_sql(path: Path) -> str:
+    """Return the SQL in a file.
+
+    Raises:
+        QueryError: it cannot be read, or is longer than any question.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise QueryError(f"{path} cannot be read: {reason}.") from error
+    if len(text) > MAX_CHARACTERS:
+        raise QueryError(f"{path} is longer than {MAX_CHARACTERS:,} characters.")
+    return text
 
 
 def quoted(name: str) -> str:
@@ -220,11 +234,7 @@ def _one_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[str
 
 
 def parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> Statement | None:
-    """Return what DuckDB's parser finds in one SELECT (or DESCRIBE, SHOW, SUMMARIZE); else None.
-
-    Raises:
-        QueryError: it is nested too deeply.
-    """
+    """Return what DuckDB's parser finds in one SELECT (or DESCRIBE, SHOW, SUMMARIZE); else None."""
     try:
         row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()[0]
         tree = json.loads(row[0])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -17,7 +18,8 @@ from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
-from .guard import MAX_CHARACTERS
+from .engine import Answer, open_questions
+from .guard import Limits, read_sql
 
 KINDS = (
     *("predict run", "two predict runs", "train run", "qc run", "hits run", "run"),
@@ -55,8 +57,7 @@ class SavedParameter:
 class SavedQuestion(Shown):
     """A question with a name; ``text`` is its whole file.
 
-    ``path`` is the file of a user's own one, None for those that come with cellstore; ``replaces``:
-    it has the name of one of these, and is asked in its place.
+    ``path`` is the file of a user's own one, None for those that come with cellstore.
     """
 
     name: str
@@ -65,7 +66,6 @@ class SavedQuestion(Shown):
     query: str
     text: str = field(repr=False)
     path: Path | None = None
-    replaces: bool = False
 
     def predict_runs(self, values: Mapping[str, Any]) -> list[int] | None:
         """Return the predict runs that are asked about; ``None``: an own one may look at others."""
@@ -106,12 +106,7 @@ def saved_questions(workspace: Workspace) -> tuple[list[SavedQuestion], list[str
 
 
 def find_question(workspace: Workspace, name: str) -> SavedQuestion:
-    """Return a saved question; an own one is taken before one of the same name.
-
-    Raises:
-        UnknownNameError: there is none of this name.
-        QueryError: the file of an own one is not as it should be.
-    """
+    """Return a saved question; an own one is taken before one of the same name."""
     if _NAME.fullmatch(name) and (own_folder(workspace) / f"{name}.sql").exists():
         return _own(workspace, name)
     found = {item.name: item for item in shipped_questions()}
@@ -131,27 +126,11 @@ def _own(workspace: Workspace, name: str) -> SavedQuestion:
         )
     if not path.resolve().is_relative_to(folder.resolve()):
         raise QueryError(f"{path} leads out of its folder. Put the file itself there.")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-        raise QueryError(f"The question {path} cannot be read: {reason}.") from error
-    if len(text) > MAX_CHARACTERS:
-        raise QueryError(f"The question {path} is longer than {MAX_CHARACTERS:,} characters.")
-    shipped = {item.name for item in shipped_questions()}
-    return parsed(name, text, path=path, replaces=name in shipped)
+    return parsed(name, read_sql(path), path)
 
 
-def parsed(
-    name: str, text: str, *, path: Path | None = None, replaces: bool = False
-) -> SavedQuestion:
-    """Return the question that a file holds.
-
-    Raises:
-        QueryError: its head does not say what it asks, or a parameter is not described as it
-            should be.
-    """
+def parsed(name: str, text: str, path: Path | None = None) -> SavedQuestion:
+    """Return the question that a file holds."""
     lines = text.splitlines()
     length = next((i for i, line in enumerate(lines) if not line.startswith("--")), len(lines))
     words: list[str] = []
@@ -170,7 +149,7 @@ def parsed(
         )
     parameters = tuple(_parameter(path or name, line) for line in described)
     query = "\n".join(lines[length:]).strip()
-    return SavedQuestion(name, " ".join(words), parameters, query, text, path, replaces)
+    return SavedQuestion(name, " ".join(words), parameters, query, text, path)
 
 
 def _parameter(file: object, line: str) -> SavedParameter:
@@ -197,15 +176,26 @@ STAGES = {
 _TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
+@contextmanager
+def open_saved(
+    workspace: Workspace,
+    question: SavedQuestion,
+    given: Mapping[str, object],
+    limits: Limits | None = None,
+) -> Iterator[Answer]:
+    """Open the answer of a saved question; ``given``: the values of its parameters.
+
+    Raises as :func:`bound` and :meth:`Questions.ask` do.
+    """
+    values = bound(workspace, question, given)
+    with open_questions(workspace, limits, runs=question.predict_runs(values)) as questions:
+        yield questions.ask(question.query, values)
+
+
 def bound(
     workspace: Workspace, question: SavedQuestion, given: Mapping[str, object]
 ) -> dict[str, object]:
-    """Return the value of each parameter of ``question``: what is given, else its default.
-
-    Raises:
-        UnknownNameError: it has no such parameter, or there is no such run.
-        UserInputError: a value is not of its kind, or one that is needed is missing.
-    """
+    """Return the value of each parameter of ``question``: what is given, else its default."""
     known = [item.name for item in question.parameters]
     for name in given:
         if name not in known:

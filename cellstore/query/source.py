@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -28,7 +28,7 @@ from ..config import VoteOptions
 from ..db.session import SQLITE_BUSY_MS, Database
 from ..enums import FeatureStorage
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
-from .guard import literal, quoted, reading_files, without_wildcards
+from .guard import quoted, reading_files
 
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
@@ -83,22 +83,22 @@ LATER = "later_exclusions"
 EXCLUDED = "excluded_cells"
 
 
-@dataclass(frozen=True)
-class View:
-    """A named question. ``description`` is the comment at the head of its file."""
-
-    name: str
-    description: str
-    query: str
-
-
 @cache
-def view(name: str, options: VoteOptions | None = None) -> View:
-    """Return a view as its file has it; two of them depend on the options of the vote."""
+def _view_file(name: str) -> tuple[list[str], list[str]]:
+    """Return the comment at the head of the file of a view, and its query, as lines."""
     lines = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8").splitlines()
     length = next(i for i, line in enumerate(lines) if not line.startswith("--"))
-    words = " ".join(line.removeprefix("--").strip() for line in lines[:length])
-    query = "\n".join(lines[length:])
+    return lines[:length], lines[length:]
+
+
+def view_words(name: str) -> str:
+    """Return what a row of a view is."""
+    return " ".join(line.removeprefix("--").strip() for line in _view_file(name)[0])
+
+
+def view(name: str, options: VoteOptions | None = None) -> str:
+    """Return the query of a view; two of them depend on the options of the vote."""
+    query = "\n".join(_view_file(name)[1])
     if options is not None and name == "vote_options":
         query = (
             f"SELECT {int(options.min_cells)} AS min_cells, "
@@ -107,7 +107,7 @@ def view(name: str, options: VoteOptions | None = None) -> View:
         )
     elif options is not None and name == LATER and options.exclude_flagged is not None:
         query += f"\nOR run_id = {int(options.exclude_flagged)}"
-    return View(name, words, query)
+    return query
 
 
 @cache
@@ -146,6 +146,7 @@ POSTGRESQL_COLUMNS = """
     WHERE table_schema = current_schema() ORDER BY table_name, ordinal_position
 """
 
+PREDICTIONS = "predictions_with_image"
 PREDICTION_COLUMNS: Columns = {
     "run_id": "BIGINT",
     "image_id": "BIGINT",
@@ -169,12 +170,7 @@ class Source:
     """One read transaction on a database; all that is read through it belongs to one moment."""
 
     def __init__(self, database: Database) -> None:
-        """Begin the transaction; end it with :meth:`close`.
-
-        Raises:
-            DatabaseError: the database cannot be reached or refuses.
-            MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
-        """
+        """Begin the transaction; end it with :meth:`close`."""
         # The drivers themselves: their DB-API layer imports pandas, half a second for a short
         # answer.
         import adbc_driver_manager as adbc
@@ -321,15 +317,12 @@ class Source:
                 target.unregister("stream")
         return int(written[0][0])
 
-    def feed_excluded(
-        self, target: duckdb.DuckDBPyConnection, statement: str, qc_run: int | None
-    ) -> int:
+    def feed_excluded(self, target: duckdb.DuckDBPyConnection, statement: str, flags: str) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with the cells that do not count.
 
-        ``qc_run``: the quality-control run whose flagged cells do not count either.
+        ``flags``: SQL of ours about ``t``: which flags of quality control exclude, too.
         """
         join = "CROSS JOIN" if self.is_sqlite else "JOIN"  # few are excluded, of many cells
-        flags = "" if qc_run is None else f" OR t.run_id = {int(qc_run)}"
         origin = f"""(
             SELECT DISTINCT id FROM exclusions AS t
             WHERE t.level = 'cell' AND (t.source <> 'quality'{flags})
@@ -339,55 +332,54 @@ class Source:
             target, statement, columns, ("c.id AS cell_id", "c.segmentation_id"), [origin]
         )
 
-    def feed_predictions(
+    def feed_runs(
         self,
         target: duckdb.DuckDBPyConnection,
         statement: str,
+        name: str,
+        runs: Sequence[int],
         *,
-        runs: Sequence[int] = (),
-        ended: int | None = None,
+        have_ended: bool = False,
     ) -> int:
-        """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
+        """Carry out ``statement`` as :meth:`feed` does, with what runs wrote into a big table.
 
-        They are what some ``runs`` said so far, or what an ``ended`` run said, in no certain order
-        because several connections read it.
+        Predictions of runs that ``have_ended`` come in no certain order: several connections read
+        them.
         """
+        numbers = ", ".join(str(int(run)) for run in runs)
+        if name == "cells":
+            own = "JOIN segmentations AS s ON s.id = t.segmentation_id"
+            return self.feed_table(target, statement, name, f"{own} WHERE s.run_id IN ({numbers})")
+        if name != PREDICTIONS:
+            return self.feed_table(target, statement, name, f"WHERE t.run_id IN ({numbers})")
         # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through
         # an index.
         join = "CROSS JOIN" if self.is_sqlite else "JOIN"
+        where = f"WHERE p.run_id IN ({numbers})"
         joined = f"""predictions AS p
             {join} cells AS c ON c.id = p.cell_id
-            {join} segmentations AS s ON s.id = c.segmentation_id"""
-        if ended is None:
-            numbers = ", ".join(str(int(run)) for run in runs)
-            origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
-        else:
+            {join} segmentations AS s ON s.id = c.segmentation_id {where}"""
+        origins = [joined]
+        if have_ended:
             # Two questions, each of which an index answers at once.
-            cells = f"cell_id) FROM predictions WHERE run_id = {int(ended)}"
+            cells = f"cell_id) FROM predictions WHERE run_id IN ({numbers})"
             query = text(f"SELECT (SELECT min({cells}), (SELECT max({cells})")
             with self.database.read() as session:
                 low, high = session.execute(query).one()
-            low, end = (low, high + 1) if low is not None else (0, 1)
-            parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
-            edges = [low + (end - low) * part // parts for part in range(parts + 1)]
-            origins = [
-                f"{joined} WHERE p.run_id = {int(ended)}"
-                f" AND p.cell_id BETWEEN {first} AND {last - 1}"
-                for first, last in pairwise(edges)
-            ]
-            if high is None:  # a model that sees whole images, if it said anything
+            if low is None:  # a model that sees whole images, if it said anything
                 said = "(SELECT *, NULL AS cell_id FROM image_predictions) AS p"
                 said += " CROSS JOIN (SELECT NULL AS excluded) AS c"
                 said += " JOIN (SELECT id AS image_id FROM images) AS s ON s.image_id = p.image_id"
-                origins = [f"{said} WHERE p.run_id = {int(ended)}"]
-        columns = PREDICTION_COLUMNS
-        if ended is None:
-            return self.feed(target, statement, columns, _PREDICTION_VALUES, origins)
-        # The number of the run is known, and need not be read a million times.
-        rows = f"(SELECT CAST({int(ended)} AS BIGINT) AS run_id, * FROM {{rows}})"  # noqa: S608
-        others = dict(list(columns.items())[1:])
-        statement = statement.replace("{rows}", rows)
-        return self.feed(target, statement, others, _PREDICTION_VALUES[1:], origins)
+                origins = [f"{said} {where}"]
+            else:
+                cells = high + 1 - low
+                parts = max(1, min(cells // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
+                edges = [low + cells * part // parts for part in range(parts + 1)]
+                origins = [
+                    f"{joined} AND p.cell_id BETWEEN {first} AND {last - 1}"
+                    for first, last in pairwise(edges)
+                ]
+        return self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
@@ -477,11 +469,7 @@ class SetRelation:
         target: duckdb.DuckDBPyConnection,
         between: tuple[int, int] | None = None,
     ) -> str:
-        """Return the SQL behind the set; ``between``: only files with cells from one to another.
-
-        Raises:
-            StorageError: a file of it is gone.
-        """
+        """Return the SQL behind the set; ``between``: only files with cells from one to another."""
         if self.in_table:
             names = ", ".join(map(quoted, self.columns))
             # Columns of our own table and a number; nothing here comes from a user.
@@ -497,11 +485,16 @@ class SetRelation:
         return reading_set(self.columns, paths, self.in_files)
 
 
+def no_rows(columns: Columns) -> str:
+    """Return the SQL that gives columns of these types, and no row."""
+    nulls = (f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
+    return f"SELECT {', '.join(nulls)} LIMIT 0"
+
+
 def reading_set(columns: Columns, paths: Sequence[Path], in_files: Mapping[str, str]) -> str:
     """Return the SQL that reads columns of the files of a feature set; see SetRelation."""
     if not paths:
-        nulls = (f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
-        return f"SELECT {', '.join(nulls)} LIMIT 0"
+        return no_rows(columns)
     values = (
         f"CAST({quoted(in_files.get(name, name))} AS {kind}) AS {quoted(name)}"
         for name, kind in columns.items()
@@ -509,79 +502,29 @@ def reading_set(columns: Columns, paths: Sequence[Path], in_files: Mapping[str, 
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
-@dataclass(frozen=True)
-class ProfileFiles:
-    """The values of all profile runs that are done.
-
-    ``columns`` has the types of run, well and counts, then of the features. ``files``: of each run
-    the path of a file, and the names that the columns have in it, by those in ``columns``.
-    """
-
-    columns: Columns
-    files: tuple[tuple[int, str, Mapping[str, str]], ...]
-
-    def query(self, artifacts: ArtifactFolder | None) -> str:
-        """Return the SQL behind the profiles, without rows where no files may be read.
-
-        Raises:
-            StorageError: a file is gone.
-        """
-        parts = [f"({reading_set(self.columns, (), {})})"]
-        if artifacts is not None:
-            for run, path, in_file in self.files:
-                values = [f"CAST({run} AS BIGINT) AS run_id"]
-                values += (f"{quoted(name)} AS {quoted(shown)}" for shown, name in in_file.items())
-                rows = reading_files([artifacts.existing(path)])
-                parts.append(f"SELECT {', '.join(values)} FROM {rows}")  # noqa: S608
-        return f"({' UNION ALL BY NAME '.join(parts)})"
-
-
+PROFILE_COLUMNS: Columns = dict.fromkeys(("run_id", "well_id", "n_cells", "n_images"), "BIGINT")
+"""The columns that the profiles of every run have, before their features."""
 _PROFILED = (
     "run_artifacts",
     """JOIN runs AS r ON r.id = t.run_id JOIN artifacts AS a ON a.id = t.artifact_id
     WHERE r.stage = 'profile' AND r.status = 'done' AND a.kind = 'profiles'
 """,
 )
-_OF_WELL = dict.fromkeys(("well_id", "n_cells", "n_images"), "BIGINT")
-_SHOWN_OF_WELL = ("plate", "well", "treatment", "dose", "dose_unit", "target", "control")
 
 
-def list_profiles(
-    source: Source, target: duckdb.DuckDBPyConnection, artifacts: ArtifactFolder
-) -> ProfileFiles:
-    """Return what profile runs have written; of files that are gone no column is known."""
-    links = [(row["run_id"], row["artifact_id"]) for row in source.fetch(target, *_PROFILED)]
+def list_profiles(source: Source, target: duckdb.DuckDBPyConnection) -> list[tuple[int, str]]:
+    """Return the profile runs that are done, each with the path of its file."""
     rows = source.fetch(target, "artifacts", "WHERE t.kind = 'profiles'")
     paths = {row["id"]: row["path"] for row in rows}
-    columns: Columns = {"run_id": "BIGINT", **_OF_WELL}
-    taken = {*_SHOWN_OF_WELL, *columns}
-    names: dict[str, str] = {name: name for name in _OF_WELL}
-    files = []
-    for run, artifact in sorted(links):
-        path = paths[artifact]
-        in_file: dict[str, str] = {}
-        with suppress(StorageError):
-            plain = literal(without_wildcards(artifacts.existing(path)))
-            query = f"SELECT name FROM parquet_schema({plain}) WHERE num_children IS NULL"  # noqa: S608
-            stored = set[str]()
-            for (name,) in target.execute(query).fetchall():
-                if name not in names:
-                    names[name] = _unique(name, taken)
-                    columns[names[name]] = "DOUBLE"
-                in_file[names[name]] = _unique(name, stored)
-        files.append((run, path, in_file))
-    return ProfileFiles(columns, tuple(files))
+    links = source.fetch(target, *_PROFILED)
+    return sorted((row["run_id"], paths[row["artifact_id"]]) for row in links)
 
 
 _MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
 
 
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
-    """Return the feature sets of a store, and of each group once more the one measured last.
-
-    Raises:
-        StorageError: the columns of a set are not described as they should be.
-    """
+    """Return the feature sets of a store, and of each group once more the one measured last."""
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
     now = _renamed_everywhere(source, target)
@@ -628,7 +571,7 @@ def _relation(row: dict[str, Any], known: Columns, now: Mapping[str, str]) -> Se
                 kept = max((c for c in of_channels if name.endswith(f"_{c}")), key=len, default="")
                 shown = name.removesuffix(kept) + of_channels[kept] if kept else name
                 shown, name = _unique(shown, taken), _unique(name, stored)
-                columns[shown] = _FEATURE_TYPES[item["dtype"]]
+                columns[shown] = known[shown] if in_table else _FEATURE_TYPES[item["dtype"]]
                 in_files |= {shown: name} if shown != name else {}
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(

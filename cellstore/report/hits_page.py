@@ -273,7 +273,7 @@ def replicates(screen: Screen, item: Judged) -> str:
 
     own = item.wells[screen.usable[item.wells]]
     if len(own) < 2:
-        return "How many wells would be needed cannot be said: two are needed to know."
+        return "The number of wells needed is not known: it takes two wells to estimate it."
     result, plates = screen.result, len(set(screen.plates[item.controls].tolist()))
     number = replicates_needed(
         screen.z[own],

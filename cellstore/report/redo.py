@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from ..artifacts import BorrowingFolder
 from ..config import HitsParams, PredictParams, RunName, SegmentParams, TrainParams
 from ..db.bulk import in_lists
+from ..db.migrate import create_unguarded
 from ..db.session import connect
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import CellstoreError, UserInputError
@@ -33,7 +34,6 @@ from ..jobs.lookup import find_run, recipe_channels
 from ..jobs.runs import code_version, environment, files_of
 from ..jobs.workspace import Workspace
 from ..models import (
-    METADATA,
     Annotation,
     Artifact,
     Base,
@@ -335,8 +335,7 @@ def scratch_store(workspace: Workspace, run_id: int, images: Sequence[int]) -> I
         settings = StoreSettings(Path(name).resolve())
         database = connect(settings.sqlite)
         try:
-            # Without the triggers, which guard what people do: rows come as is easiest to copy.
-            METADATA.create_all(database.engine)
+            create_unguarded(database)
             folder = BorrowingFolder(settings.root / "artifacts", workspace.artifacts)
             with workspace.database.read() as reader, database.begin() as writer:
                 _copy_rows(reader, writer, reader.get_one(Run, run_id), images)

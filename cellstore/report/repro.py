@@ -154,10 +154,7 @@ def options_of_run(session: Session, run: Run) -> RunOptions | None:
     flagging = {"exclude_flagged": None if flagged is None else str(flagged)}
     match recipe.stage:
         case Stage.SEGMENT:
-            segmented = SegmentParams.from_recipe(stored)
-            if segmented.diameter_from is not None:
-                segmented = replace(segmented, diameter_from=segmented.diameter_from[:MARK])
-            return RunOptions(segmented)
+            return RunOptions(SegmentParams.from_recipe(stored))
         case Stage.MEASURE if "channels" in stored:
             measured = MeasureParams.from_recipe(stored, features=(stored.get("group", "basic"),))
             if "group" not in stored and segment and measured.plane == plane_of(segment):

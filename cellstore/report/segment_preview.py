@@ -66,7 +66,6 @@ def preview(
     *,
     count: int = 6,
     folder: Path,
-    weights_dir: Path | None = None,
     device: str = "auto",
 ) -> PreviewResult:
     """Segment ``count`` images spread over the plates and wells of a selection; draw them.
@@ -79,9 +78,7 @@ def preview(
     """
     if count < 1:
         raise UserInputError("A preview needs at least one image. Give --preview 1 or more.")
-    stage, selected, _ = open_segment(
-        workspace, params or SegmentParams(), selection, weights_dir, device
-    )
+    stage, selected, _ = open_segment(workspace, params or SegmentParams(), selection, device)
     with workspace.database.read() as session:
         available, sample = _sample(session, selected, count)
         tasks = [Task(image_id, "", name, {}, 0, 0) for image_id, name in sample.items()]
@@ -101,7 +98,7 @@ def preview(
             images.append(PreviewImage(name, None, None, 0.0, None, first_line(error)))
             continue
         seconds = time.perf_counter() - started
-        plane = loaded[0] if loaded[0].ndim == 2 else loaded[0][0]
+        plane = loaded if loaded.ndim == 2 else loaded[0]
         text = f"{name}: {result.count} cells, diameter {result.diameter:.1f} px"
         target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
         with open_atomically(target) as file:

@@ -19,7 +19,7 @@ from sqlalchemy import Select, and_, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import BASIC_GROUP
-from ..analysis.segmentation import Batches, pick_device
+from ..analysis.segmentation import pick_device
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection, option_of
 from ..db.bulk import insert_new
@@ -204,7 +204,7 @@ def apply(
 
     own = find_function(function)
     own.gives, own.softmax = params.gives, params.softmax
-    own.batches = Batches(params.batch_size, 1)
+    own.batch_size = params.batch_size
     own.device = str(pick_device(device))
     if params.gives is not Gives.PROBABILITIES:
         check_set_name(params.name, "--name")
@@ -747,8 +747,8 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                 low, high = float(values.min()), float(values.max())
                 raise ImageError(
                     f"{called} returned numbers from {low:.3g} to {high:.3g} that add up to "
-                    f"{float(sums[np.argmax(np.abs(sums - 1))]):.3g} for a cell: they are no "
-                    "probabilities. If they are logits, add --softmax."
+                    f"{float(sums[np.argmax(np.abs(sums - 1))]):.3g} for a cell: they are "
+                    "not probabilities. If they are logits, add --softmax."
                 )
             return names or order, values
         kind = "embedding" if self.function.gives is Gives.EMBEDDING else "feature"

@@ -233,7 +233,7 @@ _VALUES = {"sha256": str, "made_at": str, "rows": int, "artifacts": int, "missin
 
 def _damaged(file: Path, why: str) -> StorageError:
     return StorageError(
-        f"{file} is damaged or no backup: {why}. Nothing was restored; use another copy of it."
+        f"{file} is damaged, or not a backup: {why}. Nothing was restored; use another copy of it."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from ..artifacts import open_atomically
 from ..config import IngestParams
@@ -17,6 +18,7 @@ from ..enums import Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import encode_tiff
 from ..io.mask_files import MaskFile
+from ..io.tables import RowRefusedError
 from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, name_of, readable
 from ..jobs.mask_matching import match_image
 from ..jobs.planes import channel_files, open_file
@@ -131,6 +133,15 @@ def _open_field(workspace: Workspace, image: str, segmentation: str | None) -> O
         return row, None, planes, np.zeros(next(iter(planes.values())).shape, dtype=np.int32)
 
 
+def _is_told(session: Session, stem: str, barcode: str, image_id: int) -> bool:
+    """Whether a file of masks of this name is found to be of this image."""
+    file = MaskFile(Path(f"{stem}.tif"), stem, (stem,), None)
+    try:
+        return match_image(session, file, barcode).id == image_id
+    except RowRefusedError:
+        return False
+
+
 def _keep_masks(
     workspace: Workspace,
     image: Image,
@@ -145,8 +156,7 @@ def _keep_masks(
         image = session.get_one(Image, image.id)
         shown, barcode = name_of(session, "images", image.id), image.well.plate.barcode
         stem = Path(image.files[0].name).name.split(".")[0]
-        like_file = MaskFile(Path(f"{stem}.tif"), stem, (stem,), None)
-        if getattr(match_image(session, like_file, barcode), "id", None) != image.id:
+        if not _is_told(session, stem, barcode, image.id):
             stem = image.core_name
         position = f"{image.well.name}_{image.site}"
         position += f"_z{image.plane}" if image.plane != 1 else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +20,16 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
+from ..io.tables import RowRefusedError
 from ..jobs.lookup import find_plate
-from ..jobs.mask_matching import NoMatch, read_masks_of
+from ..jobs.mask_matching import read_masks_of
 from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, finished_run, keep_files, result_of, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
 from ..notebooks import Shown
 from ..settings import need, track
-from .segment import OF_A_RUN, SIZE_MODEL, find_network
+from .segment import OF_A_RUN, find_network
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles
@@ -76,9 +77,8 @@ class FinetuneResult(Shown):
     """A fine-tuned network. ``model``: what ``segment --model`` calls it.
 
     ``before`` and ``after``: mean average precision at IoU 0.5 on the ``held_out`` images, each
-    scaled by the true diameter; ``None``: none were held out. ``size_error``: median relative
-    error of the diameters that the new size model estimates; ``None``: there is no size model,
-    and the network needs a diameter. ``refused``: files that were not used, and why.
+    scaled by the true diameter; ``None``: none were held out. ``diameter``: the median of the
+    cells learned from, in pixels. ``refused``: files that were not used, and why.
     """
 
     run_id: int
@@ -91,9 +91,9 @@ class FinetuneResult(Shown):
     held_out: int
     before: float | None
     after: float | None
-    size_error: float | None
     losses: tuple[float, ...]
     refused: tuple[dict[str, str], ...]
+    diameter: float | None = None
 
 
 def finetune(
@@ -102,7 +102,6 @@ def finetune(
     params: FinetuneParams | None = None,
     *,
     plate: str | None = None,
-    weights_dir: Path | None = None,
     device: str = "auto",
     force: bool = False,
 ) -> FinetuneResult:
@@ -126,7 +125,7 @@ def finetune(
             "Fine-tuning works with Cellpose 3. Install cellstore in an environment of its own "
             "with: pip install 'cellstore[segment]'"
         )
-    start = find_network(workspace, params.model, weights_dir)
+    start = find_network(workspace, params.model)
     with workspace.database.read() as session:
         if plate is not None:
             find_plate(session, plate)
@@ -173,22 +172,26 @@ def find_examples(
     refused: list[dict[str, str]] = []
     masks = mask_files(paths)
     for mask in track(workspace.progress, "read masks", len(masks), masks):
-        found = read_masks_of(workspace.database, mask, plate=plate, binary=params.binary)
-        if isinstance(found, NoMatch):
-            why = f"{found.reason}: {found.detail}"
-        elif not found.labels.any():
+        try:
+            image, labels = read_masks_of(
+                workspace.database, mask, plate=plate, binary=params.binary
+            )
+        except RowRefusedError as error:
+            refused.append({"file": mask.name, "reason": ": ".join(error.args)})
+            continue
+        if not labels.any():
             why = "it has no cells, so their size is not known"
-        elif found.image.id in {example.image_id for example in examples}:
-            why = f"other masks of {found.image} were read before it"
+        elif image.id in {example.image_id for example in examples}:
+            why = f"other masks of {image} were read before it"
         else:
-            image, tiff = found.image, encode_tiff(found.labels)
+            tiff = encode_tiff(labels)
             examples.append(
                 Example(
                     mask.name,
                     image.id,
                     image.content_sha256,
                     f"{image.plate}/{image.well}",
-                    len(np.unique(found.labels)) - 1,
+                    len(np.unique(labels)) - 1,
                     workspace.artifacts.write(ArtifactKind.MASK, tiff, ".tif"),
                 )
             )
@@ -235,7 +238,6 @@ def _train(
     device: str,
 ) -> dict[str, Any]:
     """Train, judge and keep a network; return how good it is, for the run."""
-    from ..analysis.segmentation import save_size_model
     from ..learn import finetuning
 
     lessons, tests = (Opened(workspace, some, params.planes) for some in (training, held_out))
@@ -264,19 +266,12 @@ def _train(
             workspace.progress.finish()
     network = workspace.artifacts.write(ArtifactKind.NETWORK, state, ".pt")
     keep(network)
-    path, size_error = workspace.artifacts.locate(network.path), None
-    after = judged(path)
-    found = finetuning.size_model_of(path, lessons, device)
-    if found is not None:  # there are images enough
-        model, error = found
-        buffer, size_error = io.BytesIO(), math.expm1(error)
-        save_size_model(buffer, model)
-        keep(workspace.artifacts.write(ArtifactKind.NETWORK, buffer.getvalue(), SIZE_MODEL))
+    after = judged(workspace.artifacts.locate(network.path))
     keep(*(example.masks for example in (*training, *held_out)))
     return {
         "before": before,
         "after": after,
-        "size_error": size_error,
+        "diameter": round(median(prepared.diameters), 1),
         "network_sha256": network.sha256,
     }
 

@@ -717,8 +717,8 @@ def _notes(
             )
     if single:
         yield (
-            f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells: whether they "
-            "differ cannot be said."
+            f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells, too few "
+            "to show whether they differ."
         )
     open_question = "whether the same comes out on another plate is not known."
     plates = len(np.unique(part.plates[part.compared]))
@@ -770,9 +770,9 @@ def answer_of(part: PlateSet, params: HitsParams) -> str:
         )
         more.append(f"{small} of them {less}")
     if unknown:
-        more.append(f"of {unknown} more it cannot be said" if tested else "")
+        more.append(f"{unknown} more could not be judged" if tested else "")
     if not tested:
-        return f"Of none of {unknown} treatments can it be said whether it differs."
+        return f"None of {unknown} treatments could be judged."
     first = (
         f"{differ} of {tested} {word} {'differs' if differ == 1 else 'differ'} from the controls"
     )

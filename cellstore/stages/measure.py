@@ -89,16 +89,11 @@ def measure(
     resources: Resources = THIS_PROCESS,
     dry_run: bool = False,
 ) -> MeasureResult:
-    """Measure the cells found by one segment recipe (default: the one used last).
+    """Measure the cells found by one segment recipe; see ``Store.measure``.
 
     Masks that another tool made are measured as our own. Intensities are those of the segmented
     plane unless ``params`` names another. Each group of features is a recipe and a run of its
-    own; the files of an image are opened once for all of them. Returns what was done for the
-    first group, with that of the others.
-
-    Raises:
-        UnknownNameError: nothing has been segmented, or no such recipe, plate, group or channel.
-        UserInputError: the masks of that recipe's cells are unknown.
+    own; the files of an image are opened once for all of them.
     """
     params = params or MeasureParams()
     names = dict.fromkeys(name.lower() for name in params.features)
@@ -128,26 +123,16 @@ def measure(
         find_channels(session, plane.channels)
         groups = []
         for asked in (GROUPS[name] for name in names):
-            channels: tuple[str, ...] = ()
             if asked.per_channel:
-                channels = _channels(session, params.plane, images)
+                wanted = ImageInput(_channels(session, params.plane, images))
                 version = CHANNEL_VERSION
-                parameters = {"group": asked.name, "channels": [*channels]}
+                parameters = {"group": asked.name, "channels": [*wanted.channels]}
             else:
-                version, parameters = VERSION, asdict(plane)
+                wanted, version, parameters = plane, VERSION, asdict(plane)
             parameters["features"] = [feature.name for feature in asked.features]
             spec = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
-            groups.append(
-                MeasuredGroup(
-                    group=asked,
-                    plane=None if asked.per_channel else plane,
-                    channels=channels,
-                    recipe=spec,
-                    features=asked.columns(channels),
-                    feature_set=f"{asked.name}_{fingerprint(spec)[:8]}",
-                )
-            )
-        planes = [group.plane or ImageInput(group.channels) for group in groups]
+            groups.append(MeasuredGroup(asked, wanted, spec))
+        planes = [group.plane for group in groups]
         images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
@@ -184,18 +169,21 @@ def measure(
 
 @dataclass(frozen=True)
 class MeasuredGroup:
-    """One group: measured on ``plane`` (``basic``), or on each of ``channels``.
-
-    ``basic`` fills table ``features``, the others files. ``features`` are the columns, in their
-    order, of the ``feature_set`` of this name.
-    """
+    """A group of features: measured on ``plane``, or on each of its channels."""
 
     group: FeatureGroup
-    plane: ImageInput | None
-    channels: tuple[str, ...]
+    plane: ImageInput
     recipe: RecipeSpec
-    features: tuple[Feature, ...]
-    feature_set: str
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The columns, in their order."""
+        return self.group.columns(self.plane.channels)
+
+    @property
+    def feature_set(self) -> str:
+        """The name of the feature set, which tells recipes apart."""
+        return f"{self.group.name}_{fingerprint(self.recipe)[:8]}"
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:
@@ -285,13 +273,10 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             number, mask = masks[task.image_id]
             rows = session.execute(cells, {"segmentation": number}).all()
             table = np.array([tuple(row) for row in rows], np.int64).reshape(-1, 2)
-            groups = {recipe_id: self.groups[recipe_id] for recipe_id in task.jobs}
             try:
                 chosen = {
-                    number: choose_files(
-                        files[task.image_id], group.plane or ImageInput(group.channels)
-                    )
-                    for number, group in groups.items()
+                    recipe_id: choose_files(files[task.image_id], self.groups[recipe_id].plane)
+                    for recipe_id in task.jobs
                 }
             except UnknownNameError as error:  # it lacks a channel
                 found[task.image_id] = error
@@ -326,12 +311,12 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             for recipe_id, files in task_input.files.items():
                 group = self.groups[recipe_id]
                 planes = [opened[file] for file in files]
-                if group.plane is not None:
-                    columns = measure_cells(regions, project(planes, group.plane.projection))
-                else:
-                    channels = dict(zip(group.channels, planes, strict=True))
+                if group.group.per_channel:
+                    channels = dict(zip(group.plane.channels, planes, strict=True))
                     columns = measure_channels(group.group.name, regions, channels)
-                rows = [column for name, column in columns.items() if name != "object_number"]
+                else:
+                    columns = measure_cells(regions, project(planes, group.plane.projection))
+                rows = [columns[feature.name] for feature in group.features]
                 values[recipe_id] = np.stack(rows)[:, order]
             outputs.append(MeasureOutput(task_input.cell_ids[order], values))
         return outputs

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,10 @@ from ..config import (
 )
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, Stage
-from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError, some_of
+from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, find_recipe, find_run, images_of
+from ..jobs.lookup import IS_CURRENT, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -47,19 +47,15 @@ from ..jobs.planes import (
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, files_of, keep_files, register
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Image, Plate, Recipe, Segmentation, Well
+from ..models import Artifact, Image, Segmentation
 from ..settings import need
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import CellposeSegmenter, ModelFiles, SegmentationResult
 
 VERSION = 1
-GPU_BATCH = 8
-"""Images that a GPU is given at once; halved when its memory does not hold them."""
 OF_A_RUN = "run:"
 """How a network of this store is named: ``run:12``, or ``run:latest``."""
-
-SIZE_MODEL = ".npz"
 
 
 def segment(
@@ -67,27 +63,16 @@ def segment(
     params: SegmentParams | None = None,
     selection: Selection = EVERYTHING,
     *,
-    weights_dir: Path | None = None,
     device: str = "auto",
     resources: Resources = THIS_PROCESS,
     dry_run: bool = False,
 ) -> JobsResult:
-    """Segment the images of a selection that have their files; see SegmentParams.
+    """Segment the images of a selection that have their files; see ``Store.segment``.
 
-    Masks and flows become files, every cell a row; a cell whose outline has no length is kept
-    and marked as excluded. Images done before by the same recipe are left alone, unless their
-    masks or flows are gone.
-
-    Images without the channels are left out, and named in the result.
-
-    Raises:
-        MissingExtraError: Cellpose is not installed.
-        UserInputError: no such model, run, plate, recipe or channel, parameters out of range, or
-            plates whose diameter the recipe of ``diameter_from`` does not know.
+    Masks and flows become files, every cell a row. What this recipe did before is left alone,
+    unless its files are gone. Images without the channels are left out, and named in the result.
     """
-    stage, images, lacking = open_segment(
-        workspace, params or SegmentParams(), selection, weights_dir, device
-    )
+    stage, images, lacking = open_segment(workspace, params or SegmentParams(), selection, device)
     if dry_run:
         result = forecast(workspace, stage, stage.recipe, images, resources)
         return replace(result, lacking=lacking)
@@ -95,7 +80,6 @@ def segment(
         workspace.progress.note(f"{number:,} images left out: {reason}")
     with workspace.database.begin() as session:
         recipe = register(session, stage.recipe)
-    stage = replace(stage, recipe_id=recipe.id, plate_diameters={})
     result = execute(workspace, stage, [recipe], images, resources, stage.files.run_id)[0]
     return replace(result, lacking=lacking)
 
@@ -104,80 +88,52 @@ def open_segment(
     workspace: Workspace,
     params: SegmentParams,
     selection: Selection,
-    weights_dir: Path | None,
     device: str,
 ) -> tuple[Segment, Select[int], tuple[tuple[str, str], ...]]:
     """Find the network, the recipe and the images, before any work begins.
 
     The images without the channels are returned by name, with the reason.
-
-    Raises:
-        as :func:`segment`.
     """
     need("segment")
-    files = find_network(workspace, params.model, weights_dir)
+    files = find_network(workspace, params.model)
     with workspace.database.read() as session:
         params = replace(params, channels=choose_channels(session, params.channels))
         if params.nuclei is not None:
             params = replace(params, nuclei=choose_channels(session, params.nuclei))
         # What decides the result. The network counts by its bytes; where it lay on this machine
-        # does not.
-        values = asdict(params) | {"model": Path(files.name).name}
-        inputs: tuple[Recipe, ...] = ()
-        if params.diameter_from is not None:
-            if params.diameter is not None:
-                raise UserInputError("Give --diameter or --diameter-from, not both.")
-            inputs = (find_recipe(session, Stage.SEGMENT, params.diameter_from),)
-            values["diameter_from"] = inputs[0].fingerprint
-        gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+        # does not. ``diameter_from`` was an option: with it, old fingerprints hold.
+        values = asdict(params) | {"model": Path(files.name).name, "diameter_from": None}
         stage = Segment(
             params=params,
             files=files,
             device=device,
             artifacts=workspace.artifacts,
-            recipe=RecipeSpec(Stage.SEGMENT, VERSION, values, files.sha256, inputs),
-            diameters_of=inputs[0].id if inputs else None,
-            batch=GPU_BATCH if gpu else 1,
+            recipe=RecipeSpec(Stage.SEGMENT, VERSION, values, files.sha256),
         )
         images, lacking = lacking_channels(session, images_of(session, selection), params.planes)
-        if inputs:
-            stage.check_diameters(session, images)
     return stage, images, lacking
 
 
-def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> ModelFiles:
-    """Return the network that ``model`` names: a name, a file, or ``run:N``.
-
-    Raises:
-        UnknownNameError: there is no such name or run.
-        UserInputError: the file cannot be had, or the run made no network.
-        StorageError: a stored file is gone or changed.
-    """
+def find_network(workspace: Workspace, model: str) -> ModelFiles:
+    """Return the network that ``model`` names: a name, a file, or ``run:N``."""
     from ..analysis.segmentation import describe, find_model
 
     if not model.startswith(OF_A_RUN):
-        return find_model(model, weights_dir)
+        return find_model(model)
     with workspace.database.read() as session:
         run_id = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE).id
         artifacts = files_of(session, run_id, ArtifactKind.NETWORK)
     paths = {}
     for artifact in artifacts:
         workspace.artifacts.read(artifact.path, artifact.sha256)  # that it is what was written
-        paths[artifact.path.endswith(SIZE_MODEL)] = workspace.artifacts.locate(artifact.path)
+        paths[artifact.path.endswith(".npz")] = workspace.artifacts.locate(artifact.path)
     if False not in paths:
         raise UserInputError(f"Run {run_id} did not end with a network. Choose another run.")
     return replace(describe(f"{OF_A_RUN}{run_id}", paths[False], paths.get(True)), run_id=run_id)
 
 
-@dataclass(frozen=True)
-class SegmentInput:
-    """The files of the plane, or of that of the cells and that of the nuclei.
-
-    ``diameter`` in pixels, if it is settled.
-    """
-
-    planes: Sequence[Sequence[ChannelFile]]
-    diameter: float | None = None
+SegmentInput: TypeAlias = Sequence[Sequence[ChannelFile]]
+"""The files of the plane, or of that of the cells and that of the nuclei."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +148,7 @@ class SegmentOutput:
 
 @dataclass(frozen=True)
 class Segment(ImageStage[SegmentInput, SegmentOutput]):
-    """The stage.
-
-    ``diameters_of``: a recipe; every image gets the median of the diameters that it used on the
-    image's plate. ``recipe_id``: where ``recipe`` is in the database, if it is.
-    """
+    """The stage."""
 
     label = "segment"
 
@@ -205,10 +157,6 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     device: str
     artifacts: ArtifactFolder
     recipe: RecipeSpec
-    diameters_of: int | None = None
-    batch: int = 1
-    recipe_id: int | None = None
-    plate_diameters: dict[int, float | None] = field(default_factory=dict)
     segmenter: CellposeSegmenter = field(init=False, repr=False, compare=False)
 
     # --- in the database: what a worker needs ----------------------------------------------------
@@ -216,65 +164,15 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     def fetch(
         self, session: Session, tasks: Sequence[Task]
     ) -> Mapping[int, SegmentInput | CellstoreError]:
-        """Return by image id the files of its planes and its diameter; an image may lack one."""
+        """Return by image id the files of its planes; an image may lack one."""
         image_ids = [task.image_id for task in tasks]
-        diameters: dict[int, float | None] = {}
-        for some in in_lists(image_ids) if self.diameters_of is not None else ():
-            plates = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
-            for row in session.execute(plates.where(Image.id.in_(some))):
-                diameters[row.id] = self._diameter(session, row.plate_id)
         found: dict[int, SegmentInput | CellstoreError] = {}
-        wanted = self.params.planes
         for image_id, files in channel_files(session, image_ids).items():
             try:
-                planes = [choose_files(files, plane) for plane in wanted]
-                found[image_id] = SegmentInput(planes, diameters.get(image_id))
+                found[image_id] = [choose_files(files, plane) for plane in self.params.planes]
             except UnknownNameError as error:
                 found[image_id] = error
         return found
-
-    def check_diameters(self, session: Session, images: Select[int]) -> None:
-        """Refuse a selection with plates whose diameter is asked for and not known.
-
-        Raises:
-            UserInputError: with the plates, and what to do first.
-        """
-        chosen = images.subquery()
-        on_plates = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-        on_plates = on_plates.join(chosen, chosen.c.id == Image.id)
-        plates = select(Plate.id, Plate.barcode).where(Plate.id.in_(on_plates))
-        rows = session.execute(plates.order_by(Plate.id)).all()
-        unknown = [row.barcode for row in rows if self._diameter(session, row.id) is None]
-        if unknown:
-            raise UserInputError(
-                f"Recipe {self.diameters_of} has found no cells on {len(unknown)} of the plates "
-                f"({some_of(unknown)}), so their diameter is not known. Segment some images of "
-                "each with that recipe first."
-            )
-
-    def _diameter(self, session: Session, plate_id: int) -> float | None:
-        """Return the diameter of a plate in pixels; ``None``: ``diameters_of`` has no cells there.
-
-        The first image that is done settles it: that ``diameters_of`` does more images later on
-        changes nothing.
-        """
-        if plate_id not in self.plate_diameters:
-            used = (
-                select(Segmentation.diameter)
-                .join(Image, IS_CURRENT)
-                .join(Well, Well.id == Image.well_id)
-                .where(Well.plate_id == plate_id)
-                .order_by(Image.id)
-            )
-            settled = session.scalar(used.where(Segmentation.recipe_id == self.recipe_id).limit(1))
-            if settled is None:
-                of_source = used.where(
-                    Segmentation.recipe_id == self.diameters_of, Segmentation.n_cells > 0
-                )
-                found = [value for value in session.scalars(of_source) if value is not None]
-                settled = float(np.median(found)) if found else None
-            self.plate_diameters[plate_id] = settled
-        return self.plate_diameters[plate_id]
 
     # --- in a worker: from files to files ---------------------------------------------------------
 
@@ -289,29 +187,27 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             cellprob_threshold=self.params.cellprob_threshold,
             diameter=self.params.diameter,
             device=self.device,
-            sizes_given=self.diameters_of is not None,
         )
         object.__setattr__(self, "segmenter", segmenter)  # of this worker: the rest is frozen
 
-    def read(self, task_input: SegmentInput) -> tuple[NDArray[np.float32], float | None]:
-        """Return the plane (H, W), or cells and nuclei (2, H, W), and the diameter."""
+    def read(self, task_input: SegmentInput) -> NDArray[np.float32]:
+        """Return the plane (H, W), or cells and nuclei (2, H, W)."""
         planes = [
             project([open_file(file) for file in files], self.params.projection)
-            for files in task_input.planes
+            for files in task_input
         ]
         if len(planes) == 1:
-            return planes[0], task_input.diameter
+            return planes[0]
         if planes[0].shape != planes[1].shape:
             raise ImageError(
                 f"The planes of cells and nuclei differ in size: {planes[0].shape} and "
                 f"{planes[1].shape} pixels."
             )
-        return np.stack(planes), task_input.diameter
+        return np.stack(planes)
 
-    def compute(self, loaded: Sequence[Any]) -> list[SegmentationResult]:
+    def compute(self, loaded: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
         """Return masks and flows of each image."""
-        diameters = [diameter for _, diameter in loaded if diameter is not None]
-        return self.segmenter.segment_batch([image for image, _ in loaded], diameters or None)
+        return [self.segmenter.segment(image) for image in loaded]
 
     def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""

@@ -71,7 +71,7 @@ from ..models import (
 from ..notebooks import Shown
 from ..query.feature_files import stream_ids
 from ..query.guard import Limits, locked_connection
-from ..query.source import Source
+from ..query.source import PREDICTIONS, Source
 from ..settings import track
 from .split import fingerprint_of_split
 
@@ -206,7 +206,7 @@ def _remove(workspace: Workspace, paths: Sequence[str]) -> None:
             (workspace.artifacts.root / path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
-                f"{path} cannot be removed: {error.strerror}. Mend the permissions of the "
+                f"{path} cannot be removed: {error.strerror}. Correct the permissions of the "
                 "store, then run the same command again."
             ) from error
     with workspace.database.begin() as session:
@@ -251,7 +251,7 @@ def read_seal(file: Path) -> dict[str, Any]:
         return {name: head[name] for name in ("event", "sha256", "made_at")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserInputError(
-            f"{file} is no file that cellstore seal wrote. Check the path."
+            f"{file} was not written by cellstore seal. Check the path."
         ) from error
 
 
@@ -665,7 +665,8 @@ def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int
     nothing = digest_of_numbers(np.empty((0, 4)))
     with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
         for run_id, digests in written.items():
-            source.feed_predictions(duck, "CREATE OR REPLACE TABLE p AS FROM {rows}", ended=run_id)
+            create = "CREATE OR REPLACE TABLE p AS FROM {rows}"
+            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=True)
             found = {
                 image: digest_of_numbers(*(piece for _, piece in pieces))
                 for image, pieces in groupby(_by_image(duck), itemgetter(0))

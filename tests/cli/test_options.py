@@ -76,13 +76,6 @@ def test_what_does_not_fit_is_refused(cook: Any, words: tuple[str, ...], sentenc
     assert any(part in said for part in sentence.split("|")), said
 
 
-def test_a_channel_is_found_by_its_number() -> None:
-    said = [
-        str(UnknownNameError.of("channel", name, ["ch1", "ch2", "ch11"])) for name in ("w1", "C02")
-    ]
-    assert [text.split(". ")[-1] for text in said] == ["Did you mean ch1?", "Did you mean ch2?"]
-
-
 def test_the_same_is_refused_from_python() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown loss 'x'. Known: cross-entropy, focal"):
         TrainParams(loss="x")

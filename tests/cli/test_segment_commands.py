@@ -59,7 +59,7 @@ def result_of(**change):
         "held_out": 2,
         "before": 0.71,
         "after": 0.83,
-        "size_error": 0.12,
+        "diameter": 31.5,
         "losses": (0.3, 0.2),
         "refused": ({"file": "x.tif", "reason": "no such image: nothing is named like it"},),
     }
@@ -69,10 +69,10 @@ def result_of(**change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({}, ["AP after", "0.830", "--model run:12 --preview 6", "Not used: x.tif"]),
+        ({}, ["AP after", "0.830", "--model run:12 --diameter 31.5", "Not used: x.tif"]),
         ({"after": 0.6}, ["The new network is worse"]),
         ({"before": None, "after": None, "held_out": 0}, ["not known", "nobody knows"]),
-        ({"size_error": None}, ["--diameter PIXELS"]),
+        ({"diameter": None}, ["--diameter PIXELS"]),
         ({"already_done": True}, ["Nothing to do: run 12"]),
     ],
 )

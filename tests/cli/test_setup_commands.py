@@ -301,7 +301,7 @@ def test_a_lost_mark_of_the_schema_is_one_sentence(cellstore, store):
     connection.close()
     for words in (("status",), ("db", "upgrade")):
         said = cellstore(*words, "--store", store, code=2)
-        assert "no mark of their schema" in said.err
+        assert "no record of their schema" in said.err
         assert said.err.count("\n") == 1
 
 

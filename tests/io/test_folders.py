@@ -130,10 +130,10 @@ def test_a_pattern_with_a_slash_sees_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(?P<well>", "no regular expression"),
-        ("(?P<well>a)(?P<well>b)", "no regular expression"),
-        ("a{99999999999999999999}", "no regular expression"),
-        ("(" * 5000 + "(?P<well>a)" + ")" * 5000, "no regular expression"),
+        ("(?P<well>", "not a regular expression"),
+        ("(?P<well>a)(?P<well>b)", "not a regular expression"),
+        ("a{99999999999999999999}", "not a regular expression"),
+        ("(" * 5000 + "(?P<well>a)" + ")" * 5000, "not a regular expression"),
         (r"(?P<site>\d)", "names no well"),
         (r"(?P<row>\d)", "names no well"),
         (r"(?P<well>a)(?P<stian>b)", "the group 'stian'. Known groups: plate, well"),
@@ -339,13 +339,6 @@ def test_a_folder_named_like_a_well_is_no_plate(tmp_path: Path, folder: str) -> 
     assert records(tmp_path / "BR7" / folder)[0].plate == "BR7"
 
 
-def test_files_of_microscopes_that_are_not_read_are_refused(tmp_path: Path) -> None:
-    make(tmp_path, "P/001001000.flex", "P/001001001.tif", "P/MFGTMP_140206180002_A01f03d0.C01")
-    found = refusals(tmp_path)
-    assert [item.reason for item in found] == ["not a TIFF or PNG"] * 2
-    assert "files of Opera are not read. Export them as TIFF." in found[0].detail
-
-
 def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
     make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif", "P/DC_sCMOS_#1_CAM1.tif")
     make(tmp_path, "P/SC_BP445-45_40x_M10_CH01.tif")
@@ -519,9 +512,8 @@ def test_a_folder_that_may_not_be_entered_is_said(
 def test_layouts_are_told_from_names(tmp_path: Path) -> None:
     make(tmp_path, "a/r01c01f01p01-ch1.tiff", "b/AS_050428030001_O01f00d2.TIF", "c/x.tif")
     make(tmp_path, "d/B7_01_1_3_DAPI_001.tif", "d/B7_01_1_3_MaskNuclei_001.tif", "e/a_label.tif")
-    make(tmp_path, "g/001001000.flex")
-    known = {name for name in "abcdefg" if has_image_names(tmp_path / name)}
-    assert known == {"a", "b", "d", "g"}
+    known = {name for name in "abcde" if has_image_names(tmp_path / name)}
+    assert known == {"a", "b", "d"}
 
 
 rows, columns = st.integers(1, 32), st.integers(1, 48)

@@ -130,7 +130,7 @@ def test_masks_are_read_only_when_asked_for(tmp_path: Path) -> None:
         ),
         (OBJECTS.encode(), r"one table of a CellProfiler export.*Image\.csv"),
         (b"Assay_Plate_Barcode,Plate_Map_Name\nP1,m\n", "folder of the plate maps"),
-        (b"<html></html>", "no Harmony index"),
+        (b"<html></html>", "not a Harmony index"),
         (b"", "is empty"),
         (b"II*\0\0\0\0\0", "not a text table"),
     ],

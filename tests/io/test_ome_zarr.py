@@ -121,7 +121,6 @@ def test_a_plate_is_read_plane_by_plane(tmp_path: Path, version: str, axes: str)
             np.testing.assert_array_equal(read_plane(uri), expected)
             info = probe(uri)
             assert (info.height, info.width, info.dtype) == (6, 7, "uint16")
-            np.testing.assert_array_equal(read_plane(uri, info.sha256), expected)
     every = {probe(f"{file.folder}/{file.name}").sha256 for r in found for file in r.files}
     assert len(every) == sum(len(record.files) for record in found)
 
@@ -150,8 +149,6 @@ def test_an_array_is_known_by_its_bytes(tmp_path: Path, version: str) -> None:
     assert probe(uri) == before
     zarr.open_array(str(path / "B/3/0/0"), mode="r+")[0, 0, 0] = 9
     assert probe(uri).sha256 != before.sha256
-    with pytest.raises(ImageError, match="has changed since it was ingested"):
-        read_plane(uri, before.sha256)
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -171,7 +168,7 @@ def test_what_is_damaged_is_a_sentence(tmp_path: Path, version: str) -> None:
     for name in (".zarray", "zarr.json"):
         (array / name).write_text("{")
     for look in (probe, read_plane):
-        with pytest.raises(ImageError, match="is no Zarr array, or damaged"):
+        with pytest.raises(ImageError, match="is not a Zarr array, or it is damaged"):
             look(f"{array}#page=1")
     with pytest.raises(ImageError, match="cannot be opened"):
         probe(path / "B")

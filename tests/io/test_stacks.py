@@ -163,7 +163,7 @@ def test_channels_that_tifffile_names_have_their_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("axes", ["PQYX", "ZQYX"])
 def test_axes_that_mean_nothing_here_are_refused(tmp_path: Path, axes: str) -> None:
     path = saved(tmp_path / "a.tif", pages(4).reshape(2, 2, 3, 4), metadata={"axes": axes})
-    with pytest.raises(ImageError, match=f"axes '{axes}', of which cellstore knows C, Z and T"):
+    with pytest.raises(ImageError, match=f"axes '{axes}', and cellstore reads C, Z and T"):
         read_stack(path)
 
 
@@ -223,7 +223,6 @@ def test_samples_that_nothing_is_said_of_are_channels(
         expected = array[plane - 1, channel - 1]
         uri = f"{path}#page={page}"
         np.testing.assert_array_equal(read_plane(uri), expected)
-        np.testing.assert_array_equal(read_plane(uri, probe(uri).sha256), expected)
     for look in (probe, read_plane):
         with pytest.raises(ImageError, match=f"holds {3 * count} planes"):
             look(path)
@@ -380,10 +379,10 @@ def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
         with tifffile.TiffWriter(path) as writer:
             writer.write(pages(1)[0])
             writer.write(odd, photometric="rgb" if odd.ndim == 3 else "minisblack")
-        with pytest.raises(ImageError, match="no grey images of one shape"):
+        with pytest.raises(ImageError, match="not grey images of one shape"):
             read_stack(path)
     tifffile.imwrite(path, np.zeros((2, 3, 4, 3), np.uint8), photometric="rgb")
-    with pytest.raises(ImageError, match="no grey images of one shape"):
+    with pytest.raises(ImageError, match="not grey images of one shape"):
         read_stack(path)
 
 
@@ -396,9 +395,6 @@ def test_a_page_is_read_and_known_by_its_name(tmp_path: Path) -> None:
     assert {(info.height, info.width, info.size_bytes) for info in infos} == {
         (3, 4, path.stat().st_size)
     }
-    assert int(read_plane(uris[1], infos[1].sha256).max()) == 2
-    with pytest.raises(ImageError, match="has changed"):
-        read_plane(uris[0], infos[1].sha256)
 
 
 def test_a_changed_stack_is_another_file(tmp_path: Path) -> None:
@@ -504,7 +500,8 @@ def test_a_file_of_many_pages_is_read_once_for_all_of_them(
     monkeypatch.delattr(tifffile.TiffPages, "__len__")
     for page in range(1, 31):
         uri = page_name(str(path), page)
-        plane = read_plane(uri, probe(uri).sha256)
+        probe(uri)
+        plane = read_plane(uri)
         assert (plane == page).all()
         assert plane.shape == (3, 4)
     assert len(hashed) == 1

@@ -6,7 +6,7 @@ from screens import small_screen
 
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA
-from cellstore.query.describe import RelationWords, diagram, written_words
+from cellstore.query.describe import RelationWords, written_words
 from cellstore.query.source import VIEWS
 from cellstore.store import Store
 
@@ -53,13 +53,3 @@ def test_a_feature_set_says_what_was_measured(workspace: Workspace) -> None:
     assert found.kind == "feature set"
     assert [column.name for column in found.columns] == ["cell_id", "area"]
     assert found.columns[0].refers_to == "cells.id"
-
-
-def test_the_diagram_has_every_table_and_reference(sqlite_workspace: Workspace) -> None:
-    text = diagram(Store(sqlite_workspace).schema())
-    assert text.startswith("erDiagram\n")
-    for name, table in METADATA.tables.items():
-        assert f"  {name} {{" in text
-        for column in table.columns:
-            for key in column.foreign_keys:
-                assert f"  {key.column.table.name} ||--o{{ {name} : {column.name}" in text

@@ -11,7 +11,12 @@ from screens import SmallScreen, small_screen
 from cellstore.enums import ImageFlagReason, Stage, Status, Verdict
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.query.saved_queries import own_folder, parsed, shipped_questions
+from cellstore.query.saved_queries import (
+    own_folder,
+    parsed,
+    saved_questions,
+    shipped_questions,
+)
 from cellstore.store import Store
 
 NAMES = [item.name for item in shipped_questions()]
@@ -167,11 +172,11 @@ def test_own_questions_come_from_a_folder_and_win(sqlite_workspace: Workspace) -
     (folder / "plates.sql").write_text("-- Mine.\nSELECT 1 AS mine\n")
     assert store.ask("plates").to_pylist() == [{"mine": 1}]
     found = {item.name: item for item in store.questions()}
-    assert found["plates"].replaces
-    assert not found["my-wells"].replaces
+    assert found["plates"].path == folder / "plates.sql"
     (folder / "broken.sql").write_text("SELECT 1")
     assert "broken" not in {item.name for item in store.questions()}
-    assert "does not say what it asks" in store.question_problems()[0]
+    (problem,) = saved_questions(sqlite_workspace)[1]
+    assert "does not say what it asks" in problem
 
 
 def test_an_own_question_can_only_read_either(sqlite_workspace: Workspace) -> None:

@@ -182,8 +182,8 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
         ({"treatment": "taxol", "dose": "much"}, "number and a unit"),
         ({"dose": "5 uM"}, "--treatment"),
         ({}, "--treatment"),
-        ({"treatment": "none", "dose": "5 uM"}, "is no treatment"),
-        ({"treatment": "N/A"}, "is no treatment"),
+        ({"treatment": "none", "dose": "5 uM"}, "is not a treatment"),
+        ({"treatment": "N/A"}, "is not a treatment"),
         ({"treatment": "taxol + brefeldin"}, "in a plate map"),
         ({"treatment": "taxol", "reason": " "}, "--reason"),
     ):

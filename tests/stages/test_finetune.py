@@ -177,10 +177,9 @@ def test_options_out_of_range_are_refused(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small crops, few of them, and no size model."""
+    """Small crops, and few of them."""
     monkeypatch.setattr(finetuning, "crop_side", lambda _: 32)
     monkeypatch.setattr(finetuning, "CROPS_PER_IMAGE", 1)
-    monkeypatch.setattr(finetuning, "FEWEST_FOR_SIZES", 100)
 
 
 @pytest.mark.each_database

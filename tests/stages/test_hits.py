@@ -108,7 +108,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert (found.treatments, found.tested, found.fewer_cells) == (13, 12, 1)
     assert found.answer == (
         f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them mainly by fewer "
-        "cells; of 1 more it cannot be said."
+        "cells; 1 more could not be judged."
     )
     # Ranked: hits first, by effect.
     assert [row.verdict for row in found.rows[: found.hits]] == ["hit"] * found.hits
@@ -220,7 +220,7 @@ def check_same_again(store: Store) -> None:
     one = store.hits(replace(FAST, plates=("P1",), control="idle"))
     notes = " ".join(one.notes)
     assert {row.verdict for row in one.rows} == {"cannot say"}
-    assert one.answer.startswith("Of none of 13 treatments can it be said")
+    assert one.answer.startswith("None of 13 treatments could be judged")
     assert "There is one plate only" in notes
     change = planted(np.random.default_rng(3))["serial 30.0"][2]
     name = f"Cells_F{np.argmax(np.abs(change))}"  # the feature that changes most

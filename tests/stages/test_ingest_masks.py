@@ -22,7 +22,6 @@ from cellstore.config import IngestParams
 from cellstore.enums import Severity, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, probe
-from cellstore.jobs.mask_matching import NoMatch
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Artifact,
@@ -37,7 +36,7 @@ from cellstore.models import (
 )
 from cellstore.stages.ingest.account import Account, UndoneError
 from cellstore.stages.ingest.ingest import preview
-from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
+from cellstore.stages.ingest.ingest_masks import ingest_masks
 from cellstore.stages.measure import measure
 
 pytestmark = pytest.mark.one_database
@@ -314,27 +313,6 @@ def test_strict_writes_all_or_nothing(bench: Bench) -> None:
     (bench.masks / "a_label.tif").unlink()
     bench.ingest(strict=True)
     assert bench.counts == (1, 1, 0, 0)
-
-
-def test_a_plan_says_what_each_file_would_become(bench: Bench) -> None:
-    bench.image("a.tif")
-    bench.save("a_MaskNuclei.tif")
-    bench.save("x_mask.tif")
-    first, second = MaskReader(bench.workspace, bench.masks, IngestParams()).plan()
-    assert (first.file.name, first.file.kind) == ("a_MaskNuclei.tif", "nuclei")
-    assert (str(first.image), len(first.cells)) == ("P1/A01/1", 4)
-    assert isinstance(second.image, NoMatch)
-    assert second.image.reason == "no such image"
-    assert bench.count(Segmentation) == 0
-
-
-def test_a_plan_refuses_other_masks_of_the_same_image(bench: Bench) -> None:
-    bench.image("a.tif")
-    bench.save("a_label.tif")
-    bench.save("a_mask.tif", MASKS[::-1])
-    _, second = MaskReader(bench.workspace, bench.masks, IngestParams()).plan()
-    assert isinstance(second.image, NoMatch)
-    assert second.image.reason == "other masks are there"
 
 
 def test_a_dry_run_of_masks_shows_their_images(bench: Bench) -> None:

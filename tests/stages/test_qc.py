@@ -256,8 +256,7 @@ def test_a_few_images_are_compared_with_all_that_were_seen(local: Bench) -> None
 
 def test_a_dry_run_only_counts(local: Bench) -> None:
     result = qc(local.workspace, dry_run=True)
-    assert result.forecast is not None
-    assert (result.run_id, result.forecast.images) == (None, 10)
+    assert (result.run_id, result.to_do) == (None, 10)
     assert (local.count(ImageQuality), local.count(Run, Run.stage == Stage.QC)) == (0, 0)
 
 

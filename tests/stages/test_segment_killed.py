@@ -15,7 +15,7 @@ from sqlalchemy import select
 from cellstore.config import Resources
 from cellstore.enums import Status
 from cellstore.errors import StorageError, StoreError, UserInputError
-from cellstore.jobs import dask_cluster
+from cellstore.jobs import execute
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Job
 from cellstore.stages.verify import verify
@@ -121,7 +121,7 @@ def test_a_dask_cluster_gives_the_same_rows(
 def test_a_scheduler_that_is_not_there_is_one_sentence(
     sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(execute, "CONNECT_SECONDS", 1)
     killing.fill(sqlite_workspace, tmp_path / "images", 2)
     with pytest.raises(StoreError, match="does not answer"):
         killing.segment_slowly(sqlite_workspace, resources=Resources(scheduler="tcp://127.0.0.1:9"))

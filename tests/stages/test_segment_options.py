@@ -1,4 +1,4 @@
-"""Segment: two planes, diameters of another recipe, and a preview that keeps nothing."""
+"""Segment: two planes, and a preview that keeps nothing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore.config import IngestParams, SegmentParams, Selection
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import UnknownNameError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Artifact, Image, Job, Plate, Recipe, Run, Segmentation, Well
+from cellstore.models import Artifact, Job, Recipe, Run, Segmentation
 from cellstore.report.drawing import OUTLINE_COLOUR
 from cellstore.report.segment_preview import CAPTION_HEIGHT, SHEET, preview, spread
 from cellstore.stages.ingest.ingest import ingest
@@ -63,29 +63,6 @@ class Screen:
                 (folder / name).write_bytes(encode_tiff(plane(seed + site)))
         ingest(self.workspace, table, IngestParams(images=folder))
 
-    def sizes(self, recipe_id: int) -> dict[str, set[float | None]]:
-        """The diameters that a recipe used, by plate."""
-        query = select(Plate.barcode, Segmentation.diameter).join(Well).join(Image)
-        query = query.join(Segmentation, Segmentation.image_id == Image.id)
-        found: dict[str, set[float | None]] = {}
-        with self.workspace.database.read() as session:
-            for row in session.execute(query.where(Segmentation.recipe_id == recipe_id)):
-                found.setdefault(row.barcode, set()).add(row.diameter)
-        return found
-
-    def pretend(self, recipe_id: int, plate: str, diameters: list[float]) -> None:
-        """Let a recipe have used these diameters on a plate, in the order of its images."""
-        with self.workspace.database.begin() as session:
-            images = session.scalars(
-                select(Image.id).join(Well).join(Plate).where(Plate.barcode == plate)
-            ).all()
-            for image_id, diameter in zip(sorted(images), diameters, strict=False):
-                session.execute(
-                    update(Segmentation)
-                    .where(Segmentation.recipe_id == recipe_id, Segmentation.image_id == image_id)
-                    .values(diameter=diameter)
-                )
-
     def count(self, table: type) -> int:
         with self.workspace.database.read() as session:
             return session.scalar(select(func.count()).select_from(table)) or 0
@@ -118,78 +95,6 @@ def test_cells_and_nuclei_go_to_the_network_together(
 def test_a_channel_of_nuclei_that_is_not_there_is_refused(screen: Screen) -> None:
     with pytest.raises(UnknownNameError, match="DNA"):
         segment(screen.workspace, replace(screen.params, nuclei=("DAPI",)))
-
-
-# --- diameters of another recipe ---------------------------------------------------------------
-
-
-@pytest.mark.each_database
-def test_every_plate_gets_the_median_of_its_own_diameters(screen: Screen) -> None:
-    source = segment(screen.workspace, screen.params).recipe_id
-    assert source is not None
-    screen.pretend(source, "P1", [10.0, 20.0, 60.0])
-    screen.pretend(source, "P2", [30.0, 31.0, 40.0])
-    result = segment(screen.workspace, replace(screen.params, diameter_from=str(source)))
-    assert result.recipe_id is not None
-    assert screen.sizes(result.recipe_id) == {"P1": {20.0}, "P2": {31.0}}
-
-
-def test_the_recipe_says_where_its_diameters_are_from(screen: Screen) -> None:
-    source = segment(screen.workspace, screen.params).recipe_id
-    other = segment(screen.workspace, replace(screen.params, flow_threshold=0.5)).recipe_id
-    made = [
-        segment(screen.workspace, replace(screen.params, diameter_from=str(recipe))).recipe_id
-        for recipe in (source, other)
-    ]
-    assert len({source, other, *made}) == 4
-    with screen.workspace.database.read() as session:
-        recipe, first = session.get_one(Recipe, made[0]), session.get_one(Recipe, source)
-        assert recipe.parameters["diameter_from"] == first.fingerprint
-        by_mark = replace(screen.params, diameter_from=first.fingerprint[:12])
-    assert segment(screen.workspace, by_mark).recipe_id == made[0]
-
-
-def test_a_diameter_that_was_used_on_a_plate_stays(screen: Screen) -> None:
-    source = segment(screen.workspace, screen.params).recipe_id
-    assert source is not None
-    screen.pretend(source, "P1", [10.0, 20.0, 60.0])
-    by_source = replace(screen.params, diameter_from=str(source))
-    first = segment(screen.workspace, by_source, Selection(plates=("P1",), limit=1))
-    screen.pretend(source, "P1", [50.0, 50.0, 50.0])
-    rest = segment(screen.workspace, by_source, Selection(plates=("P1",)))
-    assert (first.done, rest.done, first.recipe_id) == (1, 2, rest.recipe_id)
-    assert screen.sizes(first.recipe_id or 0) == {"P1": {20.0}}
-
-
-def test_a_plate_without_known_diameters_is_refused_at_once(screen: Screen) -> None:
-    source = segment(screen.workspace, screen.params, Selection(plates=("P1",))).recipe_id
-    by_source = replace(screen.params, diameter_from=str(source))
-    with pytest.raises(UserInputError, match=r"no cells on 1 of the plates \(P2\)"):
-        segment(screen.workspace, by_source)
-    assert segment(screen.workspace, by_source, Selection(plates=("P1",))).done == 3
-
-
-def test_images_without_cells_do_not_count(screen: Screen) -> None:
-    source = segment(screen.workspace, screen.params).recipe_id
-    assert source is not None
-    screen.pretend(source, "P1", [10.0, 20.0, 60.0])
-    with screen.workspace.database.begin() as session:
-        session.execute(
-            update(Segmentation)
-            .where(Segmentation.recipe_id == source, Segmentation.diameter == 10.0)
-            .values(n_cells=0)
-        )
-    result = segment(
-        screen.workspace,
-        replace(screen.params, diameter_from=str(source)),
-        Selection(plates=("P1",)),
-    )
-    assert screen.sizes(result.recipe_id or 0) == {"P1": {40.0}}
-
-
-def test_a_diameter_and_another_recipe_exclude_each_other(screen: Screen) -> None:
-    with pytest.raises(UserInputError, match="not both"):
-        segment(screen.workspace, replace(screen.params, diameter=20.0, diameter_from="1"))
 
 
 # --- preview -----------------------------------------------------------------------------------

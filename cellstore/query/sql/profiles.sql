@@ -1,6 +1,5 @@
 -- The wells of each profile run that is done, by the names that people use: one row per run and well,
--- with what the well has now, then a column per feature. A feature that a run has not is null. Where
--- two features differ only in upper and lower case, the later one has a number behind its name.
+-- with what the well has now, then a column per feature. A feature that a run has not is null.
 SELECT
     p.barcode AS plate,
     w.name AS well,

@@ -29,7 +29,6 @@ from ...io.platemaps import MapOptions
 from ...io.tables import Refusal
 from ...io.uris import exists, is_remote, join, map_folder, plain_file, shown, stat, writable
 from ...jobs.lookup import images_of, renamed_channels, renamed_plates
-from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
@@ -755,16 +754,12 @@ def preview(
     else:
         from .ingest_masks import MaskReader
 
-        for masks in MaskReader(workspace, source, params).plan():
-            account.rows += 1
+        for masks in MaskReader(workspace, source, params).plan(account):
             image, file = masks.image, masks.file
-            if isinstance(image, NoMatch):
-                account.refuse(None, *image, file.name)
-            else:
-                where = (image.plate, image.well, image.site, image.plane, image.time_point)
-                cells = len(masks.cells)
-                masks_row = PreviewRow(file.name, *where, objects=file.kind, cells=cells)
-                found.add(images, image.id, [masks_row])
+            where = (image.plate, image.well, image.site, image.plane, image.time_point)
+            cells = len(masks.cells)
+            masks_row = PreviewRow(file.name, *where, objects=file.kind, cells=cells)
+            found.add(images, image.id, [masks_row])
     found.issues, found.notes = account.shown, account.notes
     for name, number in account.counts.items():
         setattr(found, name, number)

@@ -19,8 +19,9 @@ from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, masks_below
+from ...io.tables import RowRefusedError
 from ...jobs.lookup import find_channels, find_plate, in_recipes
-from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
+from ...jobs.mask_matching import FoundImage, read_masks_of
 from ...jobs.planes import cell_rows, insert_cells
 from ...jobs.runs import RecipeSpec, fingerprint, keep_files, register
 from ...jobs.workspace import Workspace
@@ -37,19 +38,19 @@ _FLUSH_EVERY = 500  # files
 
 @dataclass(frozen=True)
 class FoundMasks:
-    """A file of masks, the image that it is of or why there is none, and what it holds.
+    """A file of masks, the image that it is of, and what it holds.
 
     ``data`` is the label image as it is kept, with ``sha256``; ``cells`` are the rows of its
     objects; ``in_pieces`` the numbers of objects that are not connected.
     """
 
     file: MaskFile
-    image: FoundImage | NoMatch
-    data: bytes = b""
-    sha256: str = ""
-    diameter: float | None = None
-    cells: Sequence[dict[str, Any]] = ()
-    in_pieces: Sequence[int] = ()
+    image: FoundImage
+    data: bytes
+    sha256: str
+    diameter: float | None
+    cells: Sequence[dict[str, Any]]
+    in_pieces: Sequence[int]
 
 
 def ingest_masks(
@@ -70,10 +71,8 @@ def ingest_masks(
     """
     reader = MaskReader(workspace, folder, params)
     if params.strict:
-        for found in reader.plan():
-            account.rows += 1
-            if isinstance(found.image, NoMatch):
-                account.refuse(None, *found.image, found.file.name)
+        for _ in reader.plan(account):
+            pass
         account.check_strict()
         account.rows = 0
     plates = set()
@@ -81,12 +80,13 @@ def ingest_masks(
     try:
         for number, file in enumerate(reader.files, start=1):
             account.rows += 1
-            found = reader.read(file)
-            if isinstance(found.image, NoMatch):
-                account.refuse(None, *found.image, file.name)
-            else:
+            try:
+                found = reader.read(file)
                 plates.add(found.image.plate_id)
                 _keep(workspace, reader, found, account)
+            except RowRefusedError as refused:
+                reason, detail = refused.args
+                account.refuse(None, reason, detail, file.name)
             workspace.progress.advance()
             if number % _FLUSH_EVERY == 0 or number == len(reader.files):
                 with workspace.database.begin() as session:
@@ -124,10 +124,9 @@ class MaskReader:
         """Find the image of a file, read the file, and compare the two."""
         params = self._params
         plate = next(iter(params.plate), None)
-        found = read_masks_of(self._workspace.database, file, plate=plate, binary=params.binary)
-        if isinstance(found, NoMatch):
-            return FoundMasks(file, found)
-        labels = found.labels
+        image, labels = read_masks_of(
+            self._workspace.database, file, plate=plate, binary=params.binary
+        )
         small = labels.max(initial=0) <= np.iinfo(np.uint16).max
         data = encode_tiff(labels.astype(np.uint16) if small else labels)
         _, areas = np.unique(labels[labels > 0], return_counts=True)
@@ -135,7 +134,7 @@ class MaskReader:
         diameter = float(np.median(2 * np.sqrt(areas / np.pi))) if areas.size else None
         return FoundMasks(
             file,
-            found.image,
+            image,
             data,
             hashlib.sha256(data).hexdigest(),
             diameter,
@@ -143,22 +142,26 @@ class MaskReader:
             cells_in_pieces(labels),
         )
 
-    def plan(self) -> Iterator[FoundMasks]:
-        """Yield each file with what it would become; of two for one image the first counts."""
+    def plan(self, account: Account) -> Iterator[FoundMasks]:
+        """Yield the files that would be kept; of two for one image the first counts."""
         seen: dict[tuple[int, str | None], str] = {}
         for file in self.files:
-            found = self.read(file)
-            if not isinstance(found.image, NoMatch):
+            account.rows += 1
+            try:
+                found = self.read(file)
                 with self._workspace.database.read() as session:
                     before = self.present(session, found)
                 before = seen.setdefault((found.image.id, file.kind), before or found.sha256)
                 if before != found.sha256:
-                    found = FoundMasks(file, other_masks(found.image))
-            yield found
+                    raise other_masks(found.image)
+            except RowRefusedError as refused:
+                reason, detail = refused.args
+                account.refuse(None, reason, detail, file.name)
+            else:
+                yield found
 
     def present(self, session: Session, found: FoundMasks) -> str | None:
         """Return the sha256 of the masks that the image has by this recipe, if there are any."""
-        assert not isinstance(found.image, NoMatch)
         current = or_(
             Segmentation.content_sha256.is_(None),
             Image.content_sha256.is_(None),
@@ -190,15 +193,14 @@ class MaskReader:
         return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
 
 
-def other_masks(image: FoundImage) -> NoMatch:
+def other_masks(image: FoundImage) -> RowRefusedError:
     """Return why masks are refused of an image that has others by the same recipe."""
     detail = f"{image} has other masks of this name already; give these another name with --name"
-    return NoMatch("other masks are there", detail)
+    return RowRefusedError("other masks are there", detail)
 
 
 def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: Account) -> None:
     """Write masks that are new."""
-    assert not isinstance(found.image, NoMatch)
     with workspace.database.read() as session:
         before = reader.present(session, found)
     if before is None:
@@ -228,7 +230,7 @@ def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: 
         workspace.artifacts.write(ArtifactKind.MASK, found.data, ".tif")  # if it was gone
         account.unchanged += 1
     elif before is not None:
-        account.refuse(None, *other_masks(found.image), found.file.name)
+        raise other_masks(found.image)
     else:
         account.created += 1
         account.cells += len(found.cells)
