@@ -308,7 +308,7 @@ def test_jobs_are_found_by_index_and_never_by_walking_all_of_them(workspace: Wor
 
     event.listen(workspace.database.engine, "before_cursor_execute", listen)
     go(workspace)
-    list_jobs(workspace, status="failed")
+    list_jobs(workspace, stage="segment", status="failed")
     retry(workspace)
     event.remove(workspace.database.engine, "before_cursor_execute", listen)
     assert len(asked) > 8

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage
-from ..errors import UserInputError
+from ..errors import UserInputError, some_of
 from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
@@ -167,19 +167,21 @@ RECIPES = """
     JOIN recipes AS r ON r.id = j.recipe_id
     JOIN images AS i ON i.id = j.image_id
     GROUP BY r.stage, r.id, r.fingerprint
-"""
-IMPORTED = """
-    SELECT r.id, r.fingerprint,
+    UNION ALL
+    SELECT 'segment', r.id, r.fingerprint,
+        count(*) FILTER (WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256),
         count(*) FILTER (
-            WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
-        ) AS done,
-        count(*) AS n
+            WHERE s.content_sha256 <> i.content_sha256
+                OR s.content_sha256 IS NOT NULL AND i.content_sha256 IS NULL
+        ), 0, NULL
     FROM recipes AS r
     JOIN segmentations AS s ON s.recipe_id = r.id
     JOIN images AS i ON i.id = s.image_id
     WHERE r.stage = 'segment' AND NOT EXISTS (SELECT 1 FROM jobs AS j WHERE j.recipe_id = r.id)
     GROUP BY r.id, r.fingerprint
+    ORDER BY 2
 """
+# The last ones are of other tools: there is no job of them, and none is open.
 # By measure recipe the segment recipe that it reads.
 READS = """
     SELECT ri.recipe_id, ri.input_id FROM recipe_inputs AS ri
@@ -276,14 +278,9 @@ def next_step(session: Session) -> tuple[str, ...]:
     if steps["features"] and not steps["files"]:  # a table of cells: no image is needed for these
         return NEXT["treatments"] if "treatments" in lacks else (*which, WHICH["profiles"])[:1]
     if not lacks:
-        useful = ["cellstore report", *(step for name, step in USEFUL.items() if not steps[name])]
-        at = 0 if steps["profiles"] else 1  # of profiles alone nobody has an answer
-        useful[at:at] = which
-        return *useful, "cellstore votes", "cellstore export cells.parquet"
-    if lacks[0] == "networks":
-        first = NEXT["networks"][0]
-        # Baselines have labelled the test images.
-        return (first, "cellstore report") if steps["baselines"] else (first,)
+        useful = [step for name, step in USEFUL.items() if not steps[name]]
+        then = ("cellstore votes", "cellstore export cells.parquet")
+        return *which, "cellstore report", *useful, *then
     if lacks[0] != "cells":
         return (*(which if lacks[0] == "splits" else ()), *NEXT[lacks[0]])
     from ..jobs.planes import choose_channels
@@ -292,13 +289,11 @@ def next_step(session: Session) -> tuple[str, ...]:
         choose_channels(session, None)
         segment = NEXT["cells"][0]
     except UserInputError:  # no name of a channel says DNA
-        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
-        names = list(found)
-        others = f"{', '.join(names[1:8])}{', ...' if names[8:] else ''}"
-        first = shlex.quote(names[0])
+        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1"))
+        first, *others = found
         segment = (
-            f"cellstore segment --preview 6 --channels {first}  "
-            f"(or another one that shows the nuclei: {others})"
+            f"cellstore segment --preview 6 --channels {shlex.quote(first)}  "
+            f"(or another one that shows the nuclei: {some_of(others, 7)})"
         )
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
@@ -308,7 +303,6 @@ def status(workspace: Workspace) -> StatusResult:
     with workspace.database.read() as session:
         counts = session.execute(text(COUNTS)).mappings().one()
         jobs = session.execute(text(RECIPES)).all()
-        imported = session.execute(text(IMPORTED)).all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
         last = session.scalar(text(LAST_CELLS))
@@ -316,29 +310,27 @@ def status(workspace: Workspace) -> StatusResult:
         gone = find_gone(session, FEW)
         step = next_step(session)
     seen = counts["images"] - counts["missing_images"]
-    recipes = [
-        RecipeStatus(Stage.SEGMENT.value, row.id, row.fingerprint, row.done, row.n - row.done, 0, 0)
-        for row in imported
-    ]
+    recipes = []
     for row in jobs:
-        source = reads.get(row.id)
+        source, is_ours = reads.get(row.id), row.open is not None
         # How many images can be done; what is not known to be is what is open.
         ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
         todo = row.open if ready is None else max(0, ready - row.done - row.failed)
         replaced = row.stage == Stage.SEGMENT.value and row.done and last != row.id
         recipes.append(
             RecipeStatus(
-                *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed, row.open),
-                todo=todo,
+                *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed),
+                open=row.open or 0,
+                todo=todo if is_ours else 0,
                 reads=source,
-                replaced_by=last if replaced else None,
+                replaced_by=last if replaced and is_ours else None,
             )
         )
     return StatusResult(
         store=str(workspace.settings.root),
         database=workspace.database.shown,
         **counts,
-        recipes=tuple(sorted(recipes, key=lambda recipe: recipe.recipe_id)),
+        recipes=tuple(recipes),
         feature_sets=tuple(map(dict, sets)),
         gone=tuple(gone),
         next=(f"cellstore relocate {shown(gone[0].folder)} NEW",) if gone else step,
