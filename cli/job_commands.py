@@ -17,7 +17,7 @@ from .output import say
 if TYPE_CHECKING:
     from cellstore.stages.doctor import DoctorResult
     from cellstore.stages.manage_jobs import JobsList, RetryResult
-    from cellstore.stages.status import RecipeStatus, StatusResult
+    from cellstore.stages.status import StatusResult
     from cellstore.stages.verify import VerifyResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -67,16 +67,12 @@ def _show_status(result: StatusResult, common: Common) -> None:
         }
     )
     if result.recipes:
+        columns = ("recipe_id", "stage", "fingerprint", "done", "todo", "failed", "stale")
+        short = [{**row, "fingerprint": row["fingerprint"][:12]} for row in result.recipes]
         typer.echo("")
         output.table(
             ("recipe", "stage", "fingerprint", "done", "to do", "failed", "stale", ""),
-            [
-                (
-                    *(r.recipe_id, r.stage, r.fingerprint[:12], r.done, r.todo, r.failed, r.stale),
-                    _relations(r),
-                )
-                for r in result.recipes
-            ],
+            [[*(row[name] for name in columns), _relations(row)] for row in short],
         )
     if result.feature_sets:
         typer.echo("")
@@ -85,15 +81,15 @@ def _show_status(result: StatusResult, common: Common) -> None:
         output.table(("feature set", "kept in", "features", "cells"), sets)
     for item in result.gone:
         say(item.sentence)
-    if any(recipe.failed for recipe in result.recipes):
+    if any(recipe["failed"] for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
     say_next(result.next, common)
 
 
-def _relations(recipe: RecipeStatus) -> str:
-    parts = [] if recipe.reads is None else [f"of {recipe.reads}"]
-    if recipe.replaced_by is not None:
-        parts.append(f"replaced by {recipe.replaced_by}")
+def _relations(recipe: dict[str, Any]) -> str:
+    parts = [] if recipe["reads"] is None else [f"of {recipe['reads']}"]
+    if recipe["replaced_by"] is not None:
+        parts.append(f"replaced by {recipe['replaced_by']}")
     return ", ".join(parts)
 
 

@@ -12,33 +12,11 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from ..enums import Stage
 from ..errors import UserInputError, some_of
 from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
-
-
-@dataclass(frozen=True)
-class RecipeStatus:
-    """How far one recipe of a stage has come.
-
-    ``stale``: done for bytes that have changed since. ``todo``: what its next run would do, stale
-    ones and those that others have not finished included. ``reads``: the segment recipe whose
-    cells it measures; ``replaced_by``: the segment recipe that was used after it.
-    """
-
-    stage: str
-    recipe_id: int
-    fingerprint: str
-    done: int
-    stale: int
-    failed: int
-    open: int
-    todo: int = 0
-    reads: int | None = None
-    replaced_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +32,11 @@ class StatusResult(Shown):
     the built-in measurements; ``feature_sets`` are all sets, with the number of their columns and
     of the cells that have values. ``flagged_images`` are those of the newest finished
     quality-control run, ``qc_run_id``.
+
+    ``recipes``: how many images each has done; ``stale``: done for bytes that have changed since;
+    ``todo``: what its next run would do, stale ones and those that others have not finished
+    included. ``reads``: the segment recipe whose cells it measures; ``replaced_by``: the segment
+    recipe that was used after it.
     """
 
     store: str
@@ -71,7 +54,7 @@ class StatusResult(Shown):
     splits: int
     runs: int
     predictions: int
-    recipes: tuple[RecipeStatus, ...]
+    recipes: tuple[dict[str, Any], ...]
     feature_sets: tuple[dict[str, Any], ...] = ()
     qc_run_id: int | None = None
     flagged_images: int = 0
@@ -155,7 +138,7 @@ COUNTS = f"""
         (SELECT count(*) FROM excluded) AS excluded_images
 """  # noqa: S608 - no values
 RECIPES = """
-    SELECT r.stage, r.id, r.fingerprint,
+    SELECT r.stage, r.id AS recipe_id, r.fingerprint,
         count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 = i.content_sha256) AS done,
         count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 <> i.content_sha256) AS stale,
         count(*) FILTER (WHERE j.status = 'failed' AND j.content_sha256 = i.content_sha256)
@@ -302,7 +285,7 @@ def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
     with workspace.database.read() as session:
         counts = session.execute(text(COUNTS)).mappings().one()
-        jobs = session.execute(text(RECIPES)).all()
+        jobs = session.execute(text(RECIPES)).mappings().all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
         last = session.scalar(text(LAST_CELLS))
@@ -312,20 +295,14 @@ def status(workspace: Workspace) -> StatusResult:
     seen = counts["images"] - counts["missing_images"]
     recipes = []
     for row in jobs:
-        source, is_ours = reads.get(row.id), row.open is not None
+        source, is_ours = reads.get(row["recipe_id"]), row["open"] is not None
         # How many images can be done; what is not known to be is what is open.
-        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
-        todo = row.open if ready is None else max(0, ready - row.done - row.failed)
-        replaced = row.stage == Stage.SEGMENT.value and row.done and last != row.id
-        recipes.append(
-            RecipeStatus(
-                *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed),
-                open=row.open or 0,
-                todo=todo if is_ours else 0,
-                reads=source,
-                replaced_by=last if replaced and is_ours else None,
-            )
-        )
+        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row["stage"])
+        todo = row["open"] if ready is None else max(0, ready - row["done"] - row["failed"])
+        replaced = row["stage"] == "segment" and row["done"] and last != row["recipe_id"]
+        more = {"todo": todo if is_ours else 0, "reads": source}
+        more |= {"replaced_by": last if replaced and is_ours else None}
+        recipes.append({**row, "open": row["open"] or 0, **more})
     return StatusResult(
         store=str(workspace.settings.root),
         database=workspace.database.shown,

@@ -278,16 +278,16 @@ def test_the_log_says_who_did_what_and_why(
     store.rename("channel", "DNA", "ER")
     store.backup(tmp_path / "b.tar")
     backup, rename, relabel = store.log(limit=3).entries
-    assert backup.changes == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
-    assert rename.changes == [
+    assert backup["changes"] == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
+    assert rename["changes"] == [
         f"{name}: channel DNA -> ER" for name in ("plates that come later", "BR1")
     ]
-    assert relabel.changes == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
-    assert (relabel.reason, relabel.rows) == ("lab book", {"wells": 1})
-    assert (relabel.by, relabel.host) == (getpass.getuser(), socket.gethostname())
-    assert (relabel.role is None) == store.workspace.database.is_sqlite
+    assert relabel["changes"] == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
+    assert (relabel["reason"], relabel["rows"]) == ("lab book", {"wells": 1})
+    assert (relabel["by"], relabel["host"]) == (getpass.getuser(), socket.gethostname())
+    assert (relabel["role"] is None) == store.workspace.database.is_sqlite
     of_plate = store.log(plate="BR1").entries
-    assert [entry.changes for entry in of_plate] == [rename.changes[1:], relabel.changes]
+    assert [entry["changes"] for entry in of_plate] == [rename["changes"][1:], relabel["changes"]]
     assert (store.log(plate="BR1", limit=1).more, store.log(plate="BR1").more) == (True, False)
     with store.session() as session:
         assert list(broken_events(session)) == []
@@ -301,7 +301,10 @@ def test_the_log_of_a_plate_has_the_ingest_that_brought_it(store: Store, tmp_pat
     other = store.ingest(loaddata(tmp_path / "p3.csv", ["A01"], "P3")).run_id
     for plate, wanted in (("P1", run), ("P2", run), ("P3", other)):
         (entry,) = store.log(plate=plate).entries
-        assert (entry.run_id, {"plates", "wells", "images"} <= entry.rows.keys()) == (wanted, True)
+        assert (entry["run_id"], {"plates", "wells", "images"} <= entry["rows"].keys()) == (
+            wanted,
+            True,
+        )
 
 
 # ---- Undo and delete ----

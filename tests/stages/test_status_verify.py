@@ -79,7 +79,7 @@ def test_a_recipe_counts_its_images_by_how_they_stand(workspace: Workspace):
                 )
             )
     (recipe,) = status(workspace).recipes
-    assert (recipe.done, recipe.stale, recipe.failed, recipe.open) == (1, 1, 1, 2)
+    assert tuple(recipe[name] for name in ("done", "stale", "failed", "open")) == (1, 1, 1, 2)
     assert status(workspace).segmented == 1
 
 
@@ -98,8 +98,8 @@ def test_flagged_images_are_those_of_the_newest_finished_run(workspace: Workspac
     make.job(new, images[0])
     found = status(workspace)
     assert (found.qc_run_id, found.flagged_images) == (new.id, 2)
-    [recipe] = [item for item in found.recipes if item.stage == "qc"]
-    assert (recipe.done, recipe.todo) == (1, 2)
+    [recipe] = [item for item in found.recipes if item["stage"] == "qc"]
+    assert (recipe["done"], recipe["todo"]) == (1, 2)
 
 
 def test_files_that_no_one_wrote_are_told(workspace: Workspace):
@@ -135,7 +135,7 @@ def test_what_other_tools_found_is_counted(workspace: Workspace):
     found = status(workspace)
     assert (found.segmented, found.measured, found.cells) == (1, 1, 4)
     (recipe,) = found.recipes
-    assert (recipe.stage, recipe.done, recipe.stale) == ("segment", 1, 0)
+    assert (recipe["stage"], recipe["done"], recipe["stale"]) == ("segment", 1, 0)
     (features,) = found.feature_sets
     assert [features[name] for name in SET] == ["cp", "files", 1, 4]
 
