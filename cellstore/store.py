@@ -28,6 +28,7 @@ from .config import (
     FinetuneParams,
     HitsParams,
     IngestParams,
+    Limits,
     MeasureParams,
     PredictParams,
     ProfileParams,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
     from .query.engine import Questions
-    from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison, HitsComparison
@@ -102,8 +102,8 @@ class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`.
 
     All methods raise UnknownNameError where nothing has the name that was given (the message says
-    what there is), and StorageError where a file cannot be read or written. Each names what else it
-    raises.
+    what there is), MissingExtraError where an extra is not installed, and StorageError where a file
+    cannot be read or written. Each names what else it raises.
     """
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
@@ -175,23 +175,26 @@ class Store(AbstractContextManager["Store"]):
         """Give the database connections back."""
         self.__exit__()
 
-    def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
+    def ingest(
+        self, source: str | Path, params: IngestParams | None = None, *, dry_run: bool = False
+    ) -> IngestResult:
         """Bring a source in: a table, an index, a database, or a folder of images, maps or masks.
 
         ``params`` say how to read it: the plate, the plate map, where images are. Doing it again
         changes nothing. Returns how many rows were created, updated, unchanged and refused, with
         the reasons (``issues``), and what it has brought (``plates``, ``wells``, ``images``).
+        ``dry_run``: nothing is written, and the result is what would be.
 
         >>> store.ingest("images/", IngestParams(plate=("P1",), platemap=Path("map.xlsx")))
 
         Raises:
             BadTableError: the source is empty, damaged or ambiguous, or lacks columns.
-            UndoneError: rows were refused under ``strict``; nothing of the source is written.
+            MissingExtraError: masks, and scikit-image is not installed.
             UserInputError: a file or folder is not there, or the plate is not known.
         """
         from .stages.ingest.ingest import ingest
 
-        return ingest(self.workspace, source, params)
+        return ingest(self.workspace, source, params, dry_run=dry_run)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Compare the image files of a selection with what is known of them.
@@ -210,13 +213,12 @@ class Store(AbstractContextManager["Store"]):
         old: str,
         new: str,
         *,
-        check: bool = False,
         dry_run: bool = False,
         reason: str | None = None,
     ) -> RelocateResult:
         """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
 
-        Every file must be there with its size and time; ``check`` reads all of them. All or
+        Every file must be there, of the same size and time or else the same content. All or
         nothing; ``dry_run`` only looks. Returns the folders and how many files they hold.
 
         >>> store.relocate("/mnt/old", "s3://bucket/new")
@@ -226,7 +228,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.ingest.ingest import relocate
 
-        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
+        return relocate(self.workspace, old, new, dry_run=dry_run, reason=reason)
 
     def segment(
         self,
@@ -247,7 +249,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
 
         Raises:
-            MissingExtraError: Cellpose is not installed.
             UserInputError: no such model, plate, recipe or channel, or a value out of range.
         """
         from .stages.segment import segment
@@ -344,7 +345,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: a limit is out of range, or a condition cannot be read.
-            MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.qc_page import write_page
         from .stages.qc import qc
@@ -426,7 +426,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.segment(SegmentParams(model=made.model))
 
         Raises:
-            MissingExtraError: Cellpose 3 is not installed.
             UserInputError: no usable masks; no such model, plate or channel.
         """
         from .stages.finetune import finetune
@@ -534,7 +533,6 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         setup: TrainSetup | None = None,
         force: bool = False,
-        resume: RunName | None = None,
     ) -> TrainResult:
         """Train a network on the training images of a split, and keep its best epoch.
 
@@ -543,17 +541,15 @@ class Store(AbstractContextManager["Store"]):
         labels the test images of its fold; ``report`` and ``compare`` read them under its name.
         ``segmentation``, ``measurement``: recipes, as ``status`` lists them; default: those used
         last. ``setup``: GPUs and logs. What was finished with the same recipe is returned as it is,
-        unless ``force``; what was interrupted goes on by the same call, or with ``resume``: the
-        number of the run. Returns the run (``run_id``), ``epochs``, ``metrics`` of each, the
-        ``best_epoch``.
+        unless ``force``; what was interrupted goes on by the same call. Returns the run
+        (``run_id``), ``epochs``, ``metrics`` of each, the ``best_epoch``.
 
         >>> trained = store.train(TrainParams(epochs=20, backbone="resnet18"), split="by-well")
         >>> store.predict(run=trained.run_id)
         >>> pandas.DataFrame(trained.metrics)
 
         Raises:
-            MissingExtraError: torch and the like are not installed.
-            UserInputError: a subset has no measured cells, or the run cannot be resumed.
+            UserInputError: a subset has no measured cells, or another process trains it.
             RunCancelledError: :meth:`cancel` has ended it.
         """
         from .stages.split import folds_of
@@ -561,7 +557,7 @@ class Store(AbstractContextManager["Store"]):
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else folds_of(self.workspace, split)
+        folds = folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
                 "Folds are trained one after the other, by one process. Train each with several: "
@@ -577,7 +573,6 @@ class Store(AbstractContextManager["Store"]):
                 device=device,
                 setup=setup,
                 force=force,
-                resume=resume,
             )
             if folds:
                 labelled = self.predict(run=result.run_id, device=device)
@@ -621,7 +616,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.train_baselines(["null", "forest"], split="by-well")
 
         Raises:
-            MissingExtraError: scikit-learn is not installed.
             UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
@@ -661,7 +655,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.predict(PredictParams(subset=None, plates=("P7",)), run=5)
 
         Raises:
-            MissingExtraError: torch and the like are not installed.
             UserInputError: none of the images has measured cells, or the model cannot read them.
         """
         from .stages.predict import predict
@@ -684,7 +677,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.profile(ProfileParams(average="mean", positions="median-polish"))
 
         Raises:
-            MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
             UserInputError: there is no measured cell, no control, or no feature is left.
         """
         from .stages.profile import profile
@@ -729,7 +721,6 @@ class Store(AbstractContextManager["Store"]):
         >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
 
         Raises:
-            MissingExtraError: pycytominer, copairs or scipy is not installed.
             UserInputError: there is no control, nothing to compare it with, or no profile.
         """
         from .stages.hits import hits
@@ -766,7 +757,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the run has labelled nothing, or only what it was trained on.
-            MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.scoring import report
 
@@ -865,7 +855,6 @@ class Store(AbstractContextManager["Store"]):
         >>> loader = DataLoader(cells, batch_size=64, num_workers=2, persistent_workers=True)
 
         Raises:
-            MissingExtraError: torch is not installed.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         need("train")
@@ -925,7 +914,6 @@ class Store(AbstractContextManager["Store"]):
         >>> axes[0, 0].figure.savefig("cells.png")
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
             UserInputError: there is nothing to show.
             CellstoreError: none of the images can be read; the problem of the first.
         """
@@ -1365,7 +1353,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.export("wells.parquet", profiles="latest")
 
         Raises:
-            MissingExtraError: AnnData is asked for and not installed.
             UserInputError: there is no cell, or ``out`` is there already.
         """
         from .stages.export import ExportFormat, export, export_profiles
@@ -1527,7 +1514,6 @@ class Store(AbstractContextManager["Store"]):
         ``folder`` that ``finetune`` reads. What is changed and not stored is stored at the end.
 
         Raises:
-            MissingExtraError: napari is not installed.
             UserInputError: the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
@@ -1660,7 +1646,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.explore(port=0)
 
         Raises:
-            MissingExtraError: the extra ``explore`` is not installed.
             UserInputError: the port is taken, or there is no such host.
         """
         need("explore")

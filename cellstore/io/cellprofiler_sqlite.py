@@ -50,11 +50,7 @@ class SqliteTable:
     odd: set[str] = field(default_factory=set)
 
     def keys(self, groups: Mapping[str | None, int], images: ImageIndex, file: int) -> TableKeys:
-        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have.
-
-        Raises:
-            BadTableError: the file is damaged, or the table has no row numbers.
-        """
+        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have."""
         parents = self.columns.parents
         keys = [TABLE_NUMBER, IMAGE_NUMBER, self.columns.object_number]
         group, *numbers = (_quoted(name) if name in self.present else "NULL" for name in keys)
@@ -87,9 +83,6 @@ class SqliteTable:
         """Return the features of ``rows`` (counted from 0, in any order, repeated or not).
 
         Numbers are float64, exactly as they are stored; the text 'nan' is null.
-
-        Raises:
-            BadTableError: the file is damaged.
         """
         wanted = self.rowids[rows]
         asked = np.unique(wanted)
@@ -102,10 +95,11 @@ class SqliteTable:
         with _adbc(self.path) as cursor:
             table = _fetch(cursor, self._query(values, asked), len(asked))
             columns = dict(zip(plain, table.columns[1:], strict=True))
+            are_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
             self.odd |= {
                 name
                 for name, found in columns.items()
-                if name not in self.texts and not _is_number(found.type)
+                if name not in self.texts and not any(test(found.type) for test in are_numbers)
             }
             for name in sorted(self.odd):  # a copy: another thread may add to it
                 columns[name] = self._odd_column(cursor, name, asked)
@@ -151,17 +145,13 @@ def is_cellprofiler_sqlite(path: Path) -> bool:
 
 
 def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open an SQLite database; ``plate`` is the barcode where the tables name none.
+    """Open an SQLite database with a table of images (:func:`is_cellprofiler_sqlite`).
 
-    Raises:
-        BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: no table names its plate.
+    ``plate`` is the barcode where the tables name none.
     """
     source = ObjectSource(TOOL, own_images=True)
     tables = _sqlite_tables(path)
-    image_table = _image_table(tables)
-    if image_table is None:
-        raise BadTableError(f"{path} has no table Image of CellProfiler.")
+    image_table = str(_image_table(tables))
     images = ImageIndex(source)
     keys = {IMAGE_NUMBER, TABLE_NUMBER}
     read = [name for name in tables[image_table] if name in keys or about_image(name)]
@@ -223,10 +213,6 @@ def _image_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[Table
     with _sqlite(path) as db:
         for line, *values in db.execute(query):
             yield TableRow(line, values)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def _quoted(name: str) -> str:

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session, aliased
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
+from ..config import Limits
 from ..db import migrate
 from ..db.bulk import rows_in
 from ..db.events import (
@@ -70,7 +71,7 @@ from ..models import (
 )
 from ..notebooks import Shown
 from ..query.feature_files import stream_ids
-from ..query.guard import Limits, locked_connection
+from ..query.guard import locked_connection
 from ..query.source import PREDICTIONS, Source
 from ..settings import track
 from .split import fingerprint_of_split
