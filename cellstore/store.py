@@ -369,7 +369,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         stage: str | None = None,
         status: str | None = None,
-        recipe: str | None = None,
         image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
@@ -382,9 +381,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.manage_jobs import list_jobs
 
-        return list_jobs(
-            self.workspace, stage=stage, status=status, recipe=recipe, image=image, limit=limit
-        )
+        return list_jobs(self.workspace, stage=stage, status=status, image=image, limit=limit)
 
     def retry(
         self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
@@ -1395,12 +1392,11 @@ class Store(AbstractContextManager["Store"]):
         plates: Sequence[str] = (),
         segmentation: str | None = None,
         measurement: str | None = None,
-        force: bool = False,
     ) -> ExportedCrops:
         """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
 
         ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
-        is there whole or not at all; ``force`` replaces an earlier one.
+        is new, and there whole or not at all.
 
         >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
         """
@@ -1415,7 +1411,6 @@ class Store(AbstractContextManager["Store"]):
             plates=plates,
             segmentation=segmentation,
             measurement=measurement,
-            force=force,
         )
         self.wrote(made.path)
         return made
@@ -1508,20 +1503,18 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         folder: str | Path = "corrected",
-        name: str | None = None,
     ) -> CorrectedMasks:
         """Open an image with its masks in napari, to correct these; returns when it is closed.
 
-        Shift-S in the window stores them, as a segmentation called ``name`` and as a file below
+        Shift-S in the window stores them, as a segmentation of its own and as a file below
         ``folder`` that ``finetune`` reads. What is changed and not stored is stored at the end.
 
         Raises:
-            UserInputError: the image has other masks called ``name``, or the folder is of a store.
+            UserInputError: the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
 
-        more: dict[str, Any] = {"segmentation": segmentation, "folder": Path(folder), "name": name}
-        return correct_masks(self.workspace, image, **more)
+        return correct_masks(self.workspace, image, segmentation=segmentation, folder=Path(folder))
 
     def exclude(
         self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False

@@ -145,14 +145,14 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
 
 def _show_log(result: EventLog) -> None:
     for entry in result.entries:
-        role = f" (database role {entry.role})" if entry.role else ""
-        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
-        when = entry.at[:16].replace("T", " ")
-        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
-        lines = [entry.command, *entry.changes]
-        if (number := sum(entry.rows.values())) > len(entry.changes):
-            lines.append(f"and {number - len(entry.changes):,} more changes")
-        lines += [f"why: {entry.reason}"] if entry.reason else []
+        role = f" (database role {entry['role']})" if entry["role"] else ""
+        run = "" if entry["run_id"] is None else f", {entry['stage']} run {entry['run_id']}"
+        when = entry["at"][:16].replace("T", " ")
+        typer.echo(output.cell(f"{when}  {entry['by']}@{entry['host']}{role}{run}"))
+        lines = [entry["command"], *entry["changes"]]
+        if (number := sum(entry["rows"].values())) > len(entry["changes"]):
+            lines.append(f"and {number - len(entry['changes']):,} more changes")
+        lines += [f"why: {entry['reason']}"] if entry["reason"] else []
         for line in lines:
             output.wrapped(line, output.GAP)
     if not result.entries:

@@ -476,12 +476,6 @@ def napari(
         "Where corrected masks are written, named like their images, as finetune reads them.",
         name="--folder",
     ),
-    name: str | None = option(
-        None,
-        "What the segmentation of corrected masks is called. Default: corrected, or corrected 2, "
-        "... where the image has one.",
-        metavar="NAME",
-    ),
 ) -> CorrectedMasks:
     """Correct the masks of an image in napari.
 
@@ -494,4 +488,4 @@ def napari(
       cellstore napari BR00116991/F15/8
       cellstore napari 4711 --segmentation 2 --folder corrected
     """
-    return store.napari(image, segmentation=segmentation, folder=folder, name=name)
+    return store.napari(image, segmentation=segmentation, folder=folder)
