@@ -485,7 +485,7 @@ def _members(one: Stored, name: str) -> list[Value]:
     return sorted(found, key=itemgetter(0))
 
 
-def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
+def _rows(one: Stored, query: Any, run: Any) -> Iterator[Any]:
     """The rows of a query that are of the run; ``run`` is their column of run ids."""
     _, session, its_run = one
     mine = query.where(run == its_run.id)
