@@ -17,9 +17,10 @@ from starlette.testclient import TestClient
 from cellstore.enums import Stage
 from cellstore.explore import field_views
 from cellstore.explore.server import make_app
-from cellstore.jobs.planes import channel_files, open_file, read_artifact_image
+from cellstore.jobs.planes import channel_files, open_file
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Image, Prediction, Segmentation
+from cellstore.query.cells import read_masks
 
 PIXELS = """() => {
   const from = document.querySelector("canvas"), to = document.createElement("canvas");
@@ -43,7 +44,7 @@ def test_channels_and_masks_are_sent_as_they_are_in_the_files(
     with screen.database.read() as session:
         files = channel_files(session, [1])[1]
         found = session.scalars(select(Segmentation).where(Segmentation.image_id == 1)).one()
-        masks = read_artifact_image(session, screen.artifacts, found.mask_artifact_id or 0)
+        masks = read_masks(session, screen.artifacts, found)
     assert len(files) == 3
     for at, file in enumerate(files):
         answer = client.get(f"/field/1/channel/{at}.raw")
