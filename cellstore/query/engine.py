@@ -578,16 +578,16 @@ class Questions:
             with self._lock:
                 if name in self._loaded:  # by another thread
                     continue
-                began, rows = time.monotonic(), None
+                began, made = time.monotonic(), []
                 create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
                 flagged = self.vote_options.exclude_flagged
                 flags = "" if flagged is None else f" OR t.run_id = {int(flagged)}"
                 if name == LATER:
                     # From the database, for the sake of time: of all exclusions few are made later.
                     own = f"WHERE t.source = 'annotation'{flags}"
-                    rows = self._source.feed_table(self._full, create, "exclusions", own)
+                    made = self._source.feed_table(self._full, create, "exclusions", own)
                 elif name == EXCLUDED:  # from the database, too: it need not read the others
-                    rows = self._source.feed_excluded(self._full, create, flags)
+                    made = self._source.feed_excluded(self._full, create, flags)
                 elif query is not None:
                     # Of profiles, with their many columns, a question reads a few.
                     once = sources_of(query) <= self._few and name != PROFILES
@@ -599,8 +599,8 @@ class Questions:
                         query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
                     self._make(name, query, once=once)
                 elif is_table:
-                    rows = self._source.feed_table(self._full, create, name)
-                if rows is not None and rows <= FEW:
+                    made = self._source.feed_table(self._full, create, name)
+                if made and made[0][0] <= FEW:
                     self._few.add(name)
                 self._loaded.add(name)
                 self._seconds[name] += time.monotonic() - began
@@ -700,7 +700,8 @@ class Questions:
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
                 create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-                few = self._source.feed_runs(self._full, create, name, others) <= FEW and few
+                made = self._source.feed_runs(self._full, create, name, others)
+                few = few and made[0][0] <= FEW
                 parts.append(f"FROM {live}")
             self._make(name, " UNION ALL ".join(parts) or no_rows(columns), once=few)
             self._loaded.add(name)

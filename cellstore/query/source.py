@@ -31,6 +31,7 @@ from .guard import quoted, reading_files
 
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
+Rows = list[tuple[Any, ...]]
 
 STEPS = (
     "vote_options",
@@ -238,15 +239,12 @@ class Source:
         self, target: duckdb.DuckDBPyConnection, name: str, condition: str = ""
     ) -> list[dict[str, Any]]:
         """Return rows of a small table by way of ``target``; ``condition`` as for feed_table."""
-        create = 'CREATE OR REPLACE TEMP TABLE "fetched" AS FROM {rows}'
-        self.feed_table(target, create, name, condition)
-        rows = target.execute('FROM "fetched"').fetchall()
-        target.execute('DROP TABLE "fetched"')
+        rows = self.feed_table(target, "FROM {rows}", name, condition)
         return [dict(zip(self.columns[name], row, strict=True)) for row in rows]
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
-    ) -> int:
+    ) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
 
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
@@ -270,10 +268,10 @@ class Source:
         columns: Columns,
         values: Sequence[str],
         origins: Sequence[str],
-    ) -> int:
+    ) -> Rows:
         """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
 
-        Return how many rows it wrote.
+        Return its rows: where it writes, how many it has written.
 
         They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
         with the names and types of ``columns``. Of several origins each is read through a
@@ -294,7 +292,7 @@ class Source:
             written = target.execute(statement.replace("{rows}", f"({rows})")).fetchall()
             for part in parts:
                 target.execute(f"DROP TABLE {part}")
-            return int(written[0][0])
+            return written
         first = ""
         if self.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
@@ -314,9 +312,9 @@ class Source:
                 written = target.execute(statement.replace("{rows}", rows)).fetchall()
             finally:
                 target.unregister("stream")
-        return int(written[0][0])
+        return written
 
-    def feed_excluded(self, target: duckdb.DuckDBPyConnection, statement: str, flags: str) -> int:
+    def feed_excluded(self, target: duckdb.DuckDBPyConnection, statement: str, flags: str) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with the cells that do not count.
 
         ``flags``: SQL of ours about ``t``: which flags of quality control exclude, too.
@@ -339,7 +337,7 @@ class Source:
         runs: Sequence[int],
         *,
         have_ended: bool = False,
-    ) -> int:
+    ) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with what runs wrote into a big table.
 
         Predictions of runs that ``have_ended`` come in no certain order: several connections read
