@@ -980,14 +980,11 @@ class TrainSetup(Params):
         "several hosts, leave it out.",
         min=1,
     )
-    compile: bool = hardware(
-        False, "Compile the network first: this takes minutes, then each step is faster."
-    )
     logs: tuple[str, ...] = hardware(
         (),
-        "Tell other programs, too: some of mlflow, wandb (Weights & Biases) and tensorboard.",
+        "Tell other programs, too: mlflow, wandb (Weights & Biases), or both.",
         name="--log",
-        choices=("mlflow", "tensorboard", "wandb"),
+        choices=("mlflow", "wandb"),
     )
     log_dir: Path | None = hardware(
         None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"
@@ -1243,7 +1240,23 @@ class AddedParams(OwnModel):
 
 
 @dataclass(frozen=True)
-class ApplyParams(OwnModel, ImageChoice):
+class EmbedParams(ImageChoice):
+    """Of which cells a network makes an embedding, and what it sees of them."""
+
+    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
+    intensity: str = option(
+        "plate",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
+        choices=("image", "plate"),
+    )
+    segmentation: str | None = option(
+        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
+    )
+    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
+
+
+@dataclass(frozen=True)
+class ApplyParams(OwnModel, EmbedParams):
     """What a function of somebody's own is given of each cell, and what it makes of it.
 
     ``features``: also these measurements, those of a feature set by name; ``subset``: train,
@@ -1258,7 +1271,6 @@ class ApplyParams(OwnModel, ImageChoice):
     image: bool = option(
         True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
     )
-    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
     crop: int = option(96, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
     mask: bool = option(False, "It is also given the mask of the cell, from 0 to 1.")
     features: str | None = option(
@@ -1270,11 +1282,6 @@ class ApplyParams(OwnModel, ImageChoice):
         False,
         "Measurements are scaled by the training subset of the split, as store.dataset does. "
         "Default: as they were measured, as store.cells has them.",
-    )
-    intensity: str = option(
-        "plate",
-        "Crops are divided by the intensity scale of their image, or of their plate.",
-        choices=("image", "plate"),
     )
     softmax: bool = option(
         False, "Its numbers are logits: make probabilities of them by the softmax function."
@@ -1288,11 +1295,7 @@ class ApplyParams(OwnModel, ImageChoice):
         "images.",
         choices=(*(item.value for item in Subset), "all"),
     )
-    segmentation: str | None = option(
-        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
-    )
     top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
-    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

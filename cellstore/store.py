@@ -536,7 +536,6 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         setup: TrainSetup | None = None,
         force: bool = False,
-        resume: RunName | None = None,
     ) -> TrainResult:
         """Train a network on the training images of a split, and keep its best epoch.
 
@@ -545,16 +544,15 @@ class Store(AbstractContextManager["Store"]):
         labels the test images of its fold; ``report`` and ``compare`` read them under its name.
         ``segmentation``, ``measurement``: recipes, as ``status`` lists them; default: those used
         last. ``setup``: GPUs and logs. What was finished with the same recipe is returned as it is,
-        unless ``force``; what was interrupted goes on by the same call, or with ``resume``: the
-        number of the run. Returns the run (``run_id``), ``epochs``, ``metrics`` of each, the
-        ``best_epoch``.
+        unless ``force``; what was interrupted goes on by the same call. Returns the run
+        (``run_id``), ``epochs``, ``metrics`` of each, the ``best_epoch``.
 
         >>> trained = store.train(TrainParams(epochs=20, backbone="resnet18"), split="by-well")
         >>> store.predict(run=trained.run_id)
         >>> pandas.DataFrame(trained.metrics)
 
         Raises:
-            UserInputError: a subset has no measured cells, or the run cannot be resumed.
+            UserInputError: a subset has no measured cells, or another process trains it.
             RunCancelledError: :meth:`cancel` has ended it.
         """
         from .stages.split import folds_of
@@ -562,7 +560,7 @@ class Store(AbstractContextManager["Store"]):
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else folds_of(self.workspace, split)
+        folds = folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
                 "Folds are trained one after the other, by one process. Train each with several: "
@@ -578,7 +576,6 @@ class Store(AbstractContextManager["Store"]):
                 device=device,
                 setup=setup,
                 force=force,
-                resume=resume,
             )
             if folds:
                 labelled = self.predict(run=result.run_id, device=device)

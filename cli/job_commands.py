@@ -87,7 +87,7 @@ def _show_status(result: StatusResult, common: Common) -> None:
     for run in result.broken_off:
         say(
             f"Training run {run.run_id} was stopped after {output.count(run.epochs, 'epoch')}. "
-            f"To go on with it: cellstore train --resume {run.run_id}"
+            "To go on with it, give the same command again."
         )
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")

@@ -89,7 +89,7 @@ REFUSALS = {
     ),
     "run stays as it began": "Who began a run, when, where and by which recipe does not change.",
     "run is opened again by an event only": (
-        "A run that has ended is opened by its own command only, such as: cellstore train --resume"
+        "A run that has ended is opened again by the same command only, as when it was stopped."
     ),
     "run is never deleted": (
         "A run is never deleted: what others made with it would lose its origin. Rows of an "

@@ -34,7 +34,7 @@ from ..artifacts import (
     sweep,
     sync_folder,
 )
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
@@ -68,6 +68,27 @@ class WrittenFile(NamedTuple):
     rows: int
     first_cell_id: int
     last_cell_id: int
+
+
+def make_set(
+    session: Session,
+    name: str,
+    recipe_id: int,
+    columns: Sequence[str],
+    dtype: str,
+    source: str,
+    description: str,
+) -> FeatureSet | None:
+    """Return the feature set in files of a recipe, made on its first use.
+
+    What is said of its ``columns`` is the same for all. None: a set of another recipe has the name.
+    """
+    said = {"dtype": dtype, "unit": "1", "source": source, "formula": ""}
+    said["description"] = description
+    described = [{"name": column, **said} for column in columns]
+    row = {"name": name, "recipe_id": recipe_id, "columns": described}
+    insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
+    return set_of_recipe(session, recipe_id)
 
 
 def register_files(

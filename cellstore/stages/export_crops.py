@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 from ..artifacts import part_prefix, sweep
 from ..config import ImageInput
 from ..enums import Subset
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import StorageError, UserInputError
 from ..io.objects import BOX
 from ..jobs.lookup import find_plate, find_split
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
 from ..query.cells import (
@@ -34,10 +33,7 @@ from ..query.cells import (
     cells_query,
     choose_recipes,
     count_cells,
-    current_segmentation,
     name_images,
-    read_cells,
-    read_masks,
 )
 from ..query.feature_files import open_set
 from ..settings import check_not_of_a_store, need, track
@@ -139,9 +135,8 @@ def export_crops(
         StorageError: the folder cannot be written; nothing is left of it.
     """
     need("train")
-    from ..learn.batches import prefetch, reading_threads
-    from ..learn.branches import choose_channels
-    from ..learn.crops import Pictures
+    from ..learn.batches import CellView, prefetch, reading_threads
+    from ..learn.branches import IMAGE, choose_channels
     from ..learn.normalising import Scaler, add_plates, fit_inputs, plates_of
 
     out = out.absolute()
@@ -151,9 +146,9 @@ def export_crops(
         for barcode in plates:
             find_plate(session, barcode)
         segment, measure = choose_recipes(session, segmentation, measurement)
-        found = None if split is None and subset is None else find_split(session, split)
+        of_split = None if split is None and subset is None else find_split(session, split)
         features = open_set(session, workspace.artifacts, measure.id)
-        split_id = None if found is None else found.id
+        split_id = None if of_split is None else of_split.id
         source = CellSource(segment.id, measure.id, split_id, subset, tuple(plates), features)
         counts = count_cells(session, cells_query(source), source)
         if not counts:
@@ -163,7 +158,7 @@ def export_crops(
             )
         names = choose_channels(session, source, channels)
         planes = [ImageInput((name,)) for name in names]
-        if found is None:
+        if of_split is None:
             barcodes = sorted(plates) or plates_of(session, source)
             scaler = add_plates(session, database, source, planes, Scaler(intensities={}), barcodes)
         else:  # as store.dataset has it: that of the training subset, where a plate is in it
@@ -171,20 +166,15 @@ def export_crops(
             scaler = fit_inputs(session, database, whole, None, planes, tuple(Subset))
         places = name_images(session, source)
     reader, intensities = source.reader(), scaler.intensities or {}
+    view = CellView((IMAGE,), names)
 
     def read(image_id: int) -> pa.Table:
         place = places[image_id]
         with database.read() as session:
-            rows = read_cells(session, source, image_id, (), reader)
-            of_image = current_segmentation(session, segment.id, image_id)
-            masks = read_masks(session, workspace.artifacts, of_image)
-        planes_read = tuple(read_image(database, image_id, plane) for plane in planes)
-        image = np.stack(Pictures(masks, channels=planes_read).channels)  # they fit each other
-        if rows.boxes is None:
-            raise ImageError(
-                f"The boxes of the cells of {place['plate']}/{place['well']}/{place['site']} are "
-                "unknown. If you have their masks, run: cellstore ingest masks DIR"
-            )
+            found = view.find(session, source, image_id, (), reader)
+        rows, pictures = found.rows, view.open(workspace.artifacts, found)
+        assert rows.boxes is not None
+        masks, image = pictures.masks, np.stack(pictures.channels)
         whole = bool(((image >= 0) & (image < 1 << 16) & (image == np.floor(image))).all())
         image = image.astype("<u2" if whole else "<f4")
         scales = [scale if scale > 0 else np.inf for scale in intensities[str(place["plate"])]]
@@ -211,7 +201,7 @@ def export_crops(
             cells=cells,
             images=len(counts),
             segmentation=segment.fingerprint[:12],
-            split="" if found is None else f", split {found.name}",
+            split="" if of_split is None else f", split {of_split.name}",
             channels=", ".join(names),
         )
         (part / "README.md").write_text(text, encoding="utf-8")

@@ -194,4 +194,4 @@ def test_status_names_trainings_to_go_on_with(cellstore, store):
     with Store.open(store) as opened:
         run = Factory(opened.workspace).run(Stage.TRAIN, status=Status.CANCELLED)
     found = cellstore("status", "--store", store)
-    assert f"cellstore train --resume {run.id}" in found.err
+    assert f"Training run {run.id} was stopped" in found.err

@@ -347,9 +347,6 @@ def test_whole_fields_are_a_data_set_too(
     assert (added.images, added.cells) == (len(said), 0)
     with pytest.raises(UserInputError, match="Features are of cells"):
         store.dataset(unit="image", features=True)
-    data._shape = (9, 9)
-    with pytest.raises(UserInputError, match=r"crop=512"):
-        next(iter(data))
 
 
 def test_the_examples_for_models_of_ones_own(
