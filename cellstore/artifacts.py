@@ -219,42 +219,53 @@ def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
 
 
 @contextmanager
-def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file that replaces ``target`` when it is whole, also after a power cut.
-
-    ``scratch``: the folder, on the same disk, where it is until then; by default that of the
-    target. What killed commands left there is removed.
+def writing(target: Path) -> Iterator[None]:
+    """Say in a sentence why a file or a folder cannot be written.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
     """
-    temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
-    sweep(temporary.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # "x" and the umask give the file the rights that the user's other files have.
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        sync_folder(target.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) or isinstance(error, StorageError):
-            raise
-        if isinstance(error, IsADirectoryError):
-            raise StorageError(f"{target} is a folder. Name a file.") from error
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise StorageError(
-                f"{target} cannot be written: {target.parent} is a file, or lies below one. "
-                "Name another folder, or move that file away; then run the same command again."
-            ) from error
+        yield
+    except StorageError:
+        raise
+    except IsADirectoryError as error:
+        raise StorageError(f"{target} is a folder. Name a file.") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"{target} cannot be written: {target.parent} is a file, or lies below one. "
+            "Name another folder, or move that file away; then run the same command again."
+        ) from error
+    except OSError as error:
         raise StorageError(
             f"{target} cannot be written: {error.strerror or error}. Free some space or correct "
             "the permissions, then run the same command again; what is done stays done."
         ) from error
+
+
+@contextmanager
+def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that replaces ``target`` when it is whole, also after a power cut.
+
+    ``scratch``: the folder, on the same disk, where it is until then; by default that of the
+    target. What killed commands left there is removed. Raises as :func:`writing` does.
+    """
+    temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
+    sweep(temporary.parent)
+    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # "x" and the umask give the file the rights that the user's other files have.
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            sync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -33,6 +33,7 @@ from ..artifacts import (
     sha256_of,
     sweep,
     sync_folder,
+    writing,
 )
 from ..db.bulk import in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage
@@ -138,7 +139,7 @@ class FeatureWriter:
         """Append the features of some cells, as row groups of their own."""
         arrays = [pa.array(cell_ids), *values.columns]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
-        with self._explained():
+        with writing(self._root):
             if self._part is None:
                 self._root.mkdir(parents=True, exist_ok=True)
                 sweep(self._root)
@@ -160,7 +161,7 @@ class FeatureWriter:
         """End the file that is being written: durably, under the name of its content."""
         if self._part is None:
             return
-        with self._explained():
+        with writing(self._root):
             self._writer.close()
             with self._part.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -185,16 +186,6 @@ class FeatureWriter:
         with suppress(OSError):
             self._part.unlink(missing_ok=True)
         self._part = None
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"{self._root} cannot be written: {error.strerror or error}. Free some space or "
-                "correct the permissions, then run the same command again."
-            ) from error
 
 
 _NUMERIC = ("float", "int", "uint")
