@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from ..artifacts import BorrowingFolder, part_prefix, sweep
+from ..artifacts import BorrowingFolder, part_prefix, sweep, writing
 from ..config import Limits, VoteOptions
 from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
@@ -285,14 +285,9 @@ def open_questions(
     """
     limits, artifacts = limits or Limits(), workspace.artifacts
     copies, spill = (workspace.settings.cache.resolve() / name for name in ("snapshots", "spill"))
-    try:
+    with writing(workspace.settings.cache):
         for folder in (copies, spill):
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Correct "
-            "the permissions."
-        ) from error
     sweep(spill)
     roots = [artifacts.root]
     if isinstance(artifacts, BorrowingFolder):
@@ -725,7 +720,7 @@ class Questions:
         digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
-            with _copying[stem]:  # of all threads one makes it
+            with writing(self._copies), _copying[stem]:  # of all threads one makes it
                 self._copies.mkdir(parents=True, exist_ok=True)
                 for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
                     if path.name == _checked_name(stem, path):
@@ -774,13 +769,10 @@ class Questions:
                     made = part.replace(self._copies / _checked_name(stem, part))
                     _make_room(self._copies, KEPT_BYTES)
                     return made
-        except (OSError, duckdb.IOException) as error:
-            if isinstance(error, StorageError):
-                raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except duckdb.IOException as error:
             raise StorageError(
-                f"The cache {self._copies} cannot be written: {reason}. Free some space or correct "
-                "the permissions, then ask again; the cache may also be deleted."
+                f"The cache {self._copies} cannot be written: {str(error).splitlines()[0]}. Free "
+                "some space or correct the permissions, then ask again."
             ) from error
 
 

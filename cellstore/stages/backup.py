@@ -26,7 +26,7 @@ from typing import IO, Any
 from sqlalchemy import Connection, delete, func, insert, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..artifacts import CHUNK, open_atomically, sha256_of
+from ..artifacts import CHUNK, open_atomically, sha256_of, writing
 from ..db import migrate
 from ..db.events import Change, record_events
 from ..db.session import Database, connect
@@ -148,12 +148,8 @@ def _count(rows: sqlite3.Connection) -> int:
 
 def _scratch(workspace: Workspace) -> Path:
     folder = workspace.settings.cache
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Correct the permissions."
-        ) from error
     return folder
 
 
