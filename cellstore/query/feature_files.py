@@ -425,6 +425,18 @@ class SetReader:
                     yield table.column(CELL_ID).to_numpy(), numbers
 
 
+@contextmanager
+def _reading(which: str) -> Iterator[None]:
+    """Say in a sentence that a file of features cannot be read."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"The feature file {which} cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        ) from error
+
+
 def stored_values(
     paths: Sequence[Path], columns: Sequence[str], cell_ids: Integers
 ) -> tuple[Integers, pa.Table | None]:
@@ -441,15 +453,10 @@ def stored_values(
         return np.empty(0, np.int64), None
     key = field(CELL_ID)
     near = (key >= cell_ids[0]) & (key <= cell_ids[-1])  # by these, row groups are passed over
-    try:
+    with _reading("of these cells"):
         found = dataset([str(path) for path in paths]).to_table(
             columns=[CELL_ID, *columns], filter=near & key.isin(cell_ids)
         )
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(
-            f"Features cannot be read ({str(error).splitlines()[0]}). "
-            "See what is wrong with: cellstore verify"
-        ) from error
     return found.column(CELL_ID).to_numpy(), found.select(list(columns))
 
 
@@ -458,7 +465,7 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._explained():
+        with _reading(path.name):
             self._parquet = pq.ParquetFile(path)
         self._names = frozenset(self._parquet.schema_arrow.names)
         metadata = self._parquet.metadata
@@ -482,18 +489,8 @@ class _OpenFile:
 
     def table(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Return a row group, the cell ids first."""
-        with self._explained():
+        with _reading(self.path.name):
             return self._parquet.read_row_group(group, [CELL_ID, *columns])
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
-                "See what is wrong with: cellstore verify"
-            ) from error
 
 
 def stream_ids(path: Path) -> Iterator[NDArray[np.int64]]:
