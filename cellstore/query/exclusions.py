@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, aliased
 
 from ..config import VoteOptions
 from ..enums import ExclusionSource, Level, Stage, Status
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UserInputError
 from ..jobs.lookup import renamed_plates
-from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
+from ..jobs.run_names import NamedRun, find_named_run
 from ..models import (
     EXCLUSIONS,
     METADATA,
@@ -40,11 +40,6 @@ NEWEST = "latest"
 
 def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
     """Return a finished quality-control run by its number; ``latest``: the newest."""
-    finished = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE).limit(1)
-    if reference in RUN_WORDS and session.scalar(finished) is None:
-        raise UnknownNameError(
-            "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
-        )
     found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:
         raise UserInputError(
