@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..config import VoteOptions
 from ..enums import ExclusionSource, Level, Stage, Status
-from ..errors import UserInputError
+from ..errors import UserInputError, some_of
 from ..jobs.lookup import renamed_plates
 from ..jobs.run_names import NamedRun, find_named_run
 from ..models import (
@@ -82,8 +82,8 @@ def qc_run_for(
     missing = sorted(names - seen)
     if missing:
         raise UserInputError(
-            f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
+            f"Quality-control run {run.id} has not looked at plate {some_of(missing)}. "
+            "Run: cellstore qc"
         )
     of = next((item.id for item in run.recipe.inputs if item.stage is Stage.SEGMENT), None)
     for segment_id in segment_ids:
