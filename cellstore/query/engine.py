@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 4_096
-ROWS_OF_BATCH = 65_536
 
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
@@ -76,7 +75,6 @@ _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 
 FORMAT = 5
 """Raised when the copies change, so that older ones are not read."""
-BYTES_AT_ONCE = 1 << 20
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
 
@@ -220,7 +218,7 @@ class Answer:
     def _reader(self) -> pa.RecordBatchReader:
         def begin() -> pa.RecordBatchReader:
             relation = self._connection.sql(self._statement, params=self._parameters)
-            return relation.to_arrow_reader(ROWS_OF_BATCH)
+            return relation.to_arrow_reader(65_536)
 
         if self._opened is None:
             self._opened = self._limited(begin)
@@ -850,7 +848,7 @@ def _checked_name(stem: str, path: Path) -> str:
         if (checksum := _checksums.get(key)) is None:
             checksum = 0
             with path.open("rb", buffering=0) as file:
-                while block := file.read(BYTES_AT_ONCE):
+                while block := file.read(1 << 20):
                     checksum = zlib.crc32(block, checksum)
             _checksums[key] = checksum
     except FileNotFoundError:  # another process has just removed it

@@ -34,11 +34,8 @@ from ..models import (
     Well,
 )
 
-NEWEST = "latest"
-"""Names the newest finished quality-control run."""
 
-
-def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
+def find_qc_run(session: Session, reference: str = "latest") -> Run:
     """Return a finished quality-control run by its number; ``latest``: the newest."""
     found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:

@@ -188,9 +188,6 @@ class FeatureWriter:
         self._part = None
 
 
-_NUMERIC = ("float", "int", "uint")
-_OPEN_FILES = 16
-
 Numbers = NDArray[np.float64]
 Values = tuple[NDArray[np.bool_], Numbers]
 
@@ -294,7 +291,7 @@ def open_set(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> Rea
     columns = tuple(
         str(item["name"])
         for item in found.columns
-        if str(item.get("dtype", "")).startswith(_NUMERIC)
+        if str(item.get("dtype", "")).startswith(("float", "int", "uint"))
     )
     files = [
         SetFile(artifacts.existing(path), first, last, sha256)
@@ -405,7 +402,7 @@ class SetReader:
                 if file.first_cell_id > cell_ids[-1] or file.last_cell_id < cell_ids[0]:
                     continue
                 if file.path not in self._open:
-                    if len(self._open) == _OPEN_FILES:
+                    if len(self._open) == 16:
                         self._open.popitem(last=False)
                     self._open[file.path] = _OpenFile(file.path)
                 self._open.move_to_end(file.path)

@@ -117,8 +117,6 @@ def _our_tables() -> set[str]:
     return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
 
 
-BATCH_ROWS = 20_480
-
 _TYPES = {
     "INTEGER": "BIGINT",
     "BIGINT": "BIGINT",
@@ -386,7 +384,7 @@ class Source:
                 statement = self._adbc.AdbcStatement(self._connection)
                 try:
                     if self.is_sqlite:
-                        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+                        statement.set_options(**{"adbc.sqlite.query.batch_rows": "20480"})
                     statement.set_sql_query(query)
                     stream = statement.execute_query()[0]
                     try:
@@ -494,16 +492,16 @@ def no_rows(columns: Columns) -> str:
     return f"SELECT {', '.join(nulls)} LIMIT 0"
 
 
-_MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
-
-
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
     """Return the feature sets of a store, and of each group once more the one measured last."""
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
     now = _renamed_everywhere(source, target)
     found = [_relation(row, known, now) for row in sorted(rows, key=lambda row: int(row["id"]))]
-    runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
+    runs = {
+        row["recipe_id"]: row["id"]
+        for row in source.fetch(target, "runs", "WHERE t.stage = 'measure' ORDER BY t.id")
+    }
     groups: dict[str, SetRelation] = {}
     for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
         if group := group_of(item.name):
