@@ -365,7 +365,7 @@ def _cells(session: Session, query: Select[Any], segment_id: int, images: int) -
 
 
 def _assign(
-    images: list[SplitImage], params: SplitParams
+    images: Sequence[SplitImage], params: SplitParams
 ) -> tuple[list[Assignment], tuple[ExcludedClass, ...], Cut]:
     """Assign the images: once, or for each fold.
 
