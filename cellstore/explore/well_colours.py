@@ -260,7 +260,7 @@ OKABE_ITO = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "
 """Colours that the colour-blind tell apart (Okabe and Ito 2008)."""
 OTHERS, CONTROLS = "#a9aeb6", "#4d545e"
 """Colours of all other groups, and of negative controls."""
-VERDICTS = {verdict.value: colour for verdict, (_, _, colour) in MARKS.items()}
+VERDICTS = {str(verdict): colour for verdict, (_, _, colour) in MARKS.items()}
 VERDICTS["negative control"] = CONTROLS
 FIXED = {
     **VERDICTS,
