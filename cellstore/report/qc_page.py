@@ -256,7 +256,8 @@ def _usual_image(
 ) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        rows = channels_of(session, flagging, plate_id)[flag.channel]
+        now, channels = channels_now(session, flag.plate), channels_of(session, flagging, plate_id)
+        rows = next(rows for name, rows in channels.items() if now.get(name, name) == flag.channel)
         ids, values = rows["image_id"], rows["slope"]
     elif flagging.segment_id is None:
         return None
