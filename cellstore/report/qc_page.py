@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import IS_CURRENT, channels_now
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
-from ..query.cells import plane_of, read_masks
 from ..settings import need
 from ..stages.qc import (
     FlaggedImage,
@@ -43,6 +40,7 @@ from .drawing import (
     plate_map_svg,
     write_html,
 )
+from .gallery import read_planes
 
 SHOWN_PLATES = 8
 SHOWN_FLAGS = 60
@@ -53,16 +51,14 @@ HEADINGS = {"Cell area": "Cells"}
 
 
 def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write maps of the plates and their oddest fields as one HTML file.
-
-    Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
-        StorageError: the file cannot be written.
-        UserInputError: nothing was looked at.
-    """
+    """Write maps of the plates and their oddest fields as one HTML file."""
     need("report")
-    flagging = _flagging(workspace, result)
+    if result.run_id is None:
+        raise UserInputError(
+            "No image has been looked at, so there is nothing to draw. Ingest images first."
+        )
     with workspace.database.read() as session:
+        flagging = flagging_of(session, result.run_id)
         run = session.get_one(Run, flagging.run_id)
         fingerprint = session.get_one(Recipe, run.recipe_id).fingerprint
     shown = result.plates[:SHOWN_PLATES]
@@ -84,24 +80,12 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
     return replace(result, html=str(path))
 
 
-def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
-    if result.run_id is None:
-        raise UserInputError(
-            "No image has been looked at, so there is nothing to draw. Ingest images first."
-        )
-    with workspace.database.read() as session:
-        return flagging_of(session, result.run_id)
-
-
 def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, Any]:
     """What the page shows of a plate."""
     with workspace.database.read() as session:
         maps = _plate_maps(session, flagging, barcode)
         plate_id = session.scalars(select(Plate.id).where(Plate.barcode == barcode)).one()
-        flags = flagged_images(session, flagging.run_id, [barcode])
-        listed = list(islice(flags, SHOWN_FLAGS))
-        more = sum(1 for _ in flags)
-        odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
+        flags = list(flagged_images(session, flagging.run_id, [barcode]))
         factor, unit = _area_unit(session, plate_id)
 
     def scaled(flag: FlaggedImage) -> FlaggedImage:
@@ -114,10 +98,12 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
     return {
         "name": barcode,
         "maps": [(heading, [(m, plate_map_svg(m)) for m in some]) for heading, some in groups],
-        "flags": [scaled(flag) for flag in listed],
+        "flags": [scaled(flag) for flag in flags[:SHOWN_FLAGS]],
         "area_unit": unit,
-        "more_flags": more,
-        "examples": [_example(workspace, flagging, plate_id, scaled(flag)) for flag in odd],
+        "more_flags": max(0, len(flags) - SHOWN_FLAGS),
+        "examples": [
+            _example(workspace, flagging, plate_id, scaled(flag)) for flag in _oddest_fields(flags)
+        ],
     }
 
 
@@ -174,16 +160,13 @@ def _measures(session: Session, flagging: Flagging, plate_id: int) -> Iterator[M
             ids, areas = areas_by_image(session, flagging, plate_id)
             yield "Cell area", "", unit, odd, ids, areas * factor
     channels = channels_of(session, flagging, plate_id)
-    for item in channels:
-        blurred = (reason.OUT_OF_FOCUS, reason.NO_SIGNAL)
-        unit = "slope, higher is sharper"
-        yield "Focus", item.channel, unit, blurred, item.image_ids, item.slopes
-    for item in channels:
-        bright = (reason.BACKGROUND,)
-        yield "Background", item.channel, "grey levels", bright, item.image_ids, item.backgrounds
-    for item in channels:
-        percent, full = 100 * item.saturated, (reason.SATURATED,)
-        yield "Saturated", item.channel, "% of the pixels", full, item.image_ids, percent
+    for title, column, unit, flags, factor in (
+        ("Focus", "slope", "slope, higher is sharper", (reason.OUT_OF_FOCUS, reason.NO_SIGNAL), 1),
+        ("Background", "background", "grey levels", (reason.BACKGROUND,), 1),
+        ("Saturated", "saturated", "% of the pixels", (reason.SATURATED,), 100),
+    ):
+        for channel, rows in channels.items():
+            yield title, channel, unit, flags, rows["image_id"], factor * rows[column]
 
 
 def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
@@ -200,19 +183,13 @@ def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
 
 def _oddest_fields(flags: Iterable[FlaggedImage]) -> list[FlaggedImage]:
     """The oddest image for each reason, then the second oddest; none twice."""
-    best: dict[str, dict[int, FlaggedImage]] = {reason.value: {} for reason in ImageFlagReason}
-    for flag in flags:
-        kept = best[flag.reason]
-        if flag.image_id not in kept or _excess(flag) > _excess(kept[flag.image_id]):
-            kept[flag.image_id] = flag
-        oddest = sorted(kept.values(), key=_excess, reverse=True)[:SHOWN_EXAMPLES]
-        best[flag.reason] = {item.image_id: item for item in oddest}
+    ordered = sorted(flags, key=_excess, reverse=True)
     chosen: dict[int, FlaggedImage] = {}
-    for number in range(EXAMPLES_PER_REASON):
-        for kept in best.values():
-            left = [item for item in kept.values() if item.image_id not in chosen]
-            if left and number < len(kept):
-                chosen[left[0].image_id] = left[0]
+    for _ in range(EXAMPLES_PER_REASON):
+        for reason in ImageFlagReason:
+            left = (f for f in ordered if f.reason == reason.value and f.image_id not in chosen)
+            if (flag := next(left, None)) is not None:
+                chosen[flag.image_id] = flag
     return list(chosen.values())[:SHOWN_EXAMPLES]
 
 
@@ -231,45 +208,41 @@ def _example(
     ``picture`` of a field is a data URI, or None with the ``problem``.
     """
     detail = flag.reason == ImageFlagReason.OUT_OF_FOCUS.value
+    with workspace.database.read() as session:
+        usual_id = _usual_image(session, flagging, plate_id, flag)
+        ids = [image_id for image_id in (usual_id, flag.image_id) if image_id is not None]
+        named = select(Image.id, Plate.barcode, Well.name, Image.site)
+        named = named.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        titles = {
+            image_id: f"{barcode} {well}, site {site}"
+            for image_id, barcode, well, site in session.execute(named.where(Image.id.in_(ids)))
+        }
+        masked = select(Image.id, Segmentation.id).join(Segmentation, IS_CURRENT)
+        masked = masked.where(Segmentation.recipe_id == flagging.segment_id, Image.id.in_(ids))
+        masked = masked.where(Segmentation.mask_artifact_id.is_not(None))
+        segmented = dict(session.execute(masked).all())
+    channels = [flag.channel] if flag.channel else []
     limits: Limits | None = None
-
-    def field(image_id: int, title: str) -> dict[str, Any]:
-        nonlocal limits
-        masks = None
+    fields: list[dict[str, Any]] = []
+    for image_id in ids:  # the grey levels of the usual one count for both
+        fields.append({"title": titles[image_id], "picture": None})
         try:
-            plane = read_image(workspace.database, image_id, channels)
-            if not detail:
-                with workspace.database.read() as session:
-                    current = select(Segmentation).join(Image, IS_CURRENT)
-                    current = current.where(Image.id == image_id)
-                    current = current.where(Segmentation.recipe_id == flagging.segment_id)
-                    found = session.scalars(current).one_or_none()
-                    if found is not None and found.mask_artifact_id is not None:
-                        masks = read_masks(session, workspace.artifacts, found)
+            (plane,), masks = read_planes(
+                workspace, image_id, segmented.get(image_id), channels, masked=not detail
+            )
         except CellstoreError as error:
-            return {"title": title, "picture": None, "problem": str(error)}
+            fields[-1]["problem"] = str(error)
+            continue
         limits = limits or grey_limits(plane)
         if masks is not None and masks.shape != plane.shape:
             masks = None
-        return {"title": title, "picture": field_picture(plane, masks, limits, detail=detail)}
-
-    with workspace.database.read() as session:
-        usual_id = _usual_image(session, flagging, plate_id, flag)
-        if flag.channel:
-            channels = ImageInput((flag.channel,))
-        elif flagging.segment_id is None:
-            channels = ImageInput()
-        else:
-            channels = plane_of(session.get_one(Recipe, flagging.segment_id))
-        usual_name = ""
-        if usual_id is not None:
-            query = select(Plate.barcode, Well.name, Image.site)
-            query = query.join(Well, Well.plate_id == Plate.id).join(Image)
-            barcode, well, site = session.execute(query.where(Image.id == usual_id)).one()
-            usual_name = f"{barcode} {well}, site {site}"
-    usual = None if usual_id is None else field(usual_id, usual_name)  # its grey levels count
-    odd = field(flag.image_id, f"{flag.plate} {flag.well}, site {flag.site}")
-    return {"flag": flag, "odd": odd, "usual": usual, "detail": detail}
+        fields[-1]["picture"] = field_picture(plane, masks, limits, detail=detail)
+    return {
+        "flag": flag,
+        "odd": fields[-1],
+        "usual": fields[0] if len(fields) > 1 else None,
+        "detail": detail,
+    }
 
 
 def _usual_image(
@@ -277,9 +250,9 @@ def _usual_image(
 ) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        channels = channels_of(session, flagging, plate_id)
-        found = next(item for item in channels if item.channel == flag.channel)
-        ids, values = found.image_ids, found.slopes
+        now, channels = channels_now(session, flag.plate), channels_of(session, flagging, plate_id)
+        rows = next(rows for name, rows in channels.items() if now.get(name, name) == flag.channel)
+        ids, values = rows["image_id"], rows["slope"]
     elif flagging.segment_id is None:
         return None
     else:

@@ -60,7 +60,7 @@ from ..query.cells import as_text, last_with_masks
 from ..query.exclusions import image_counts, qc_run_for
 from ..settings import need
 
-CREATE_VERSION = IMPORT_VERSION = 1
+VERSION = 1
 EXAMPLES = 5
 """Rows of a table that are shown where many could not be used."""
 
@@ -225,7 +225,7 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         }
         recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
-    spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
+    spec = RecipeSpec(Stage.SPLIT, VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(images, params)
     names = [name]
     if family is not None:
@@ -312,17 +312,15 @@ def _count_excluded(
 
 
 def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
-    for reason, why in {
-        "missing_files": f"with a {params.field} lack their files. Ingest again with --images, or "
-        "split without the pixels with --allow-missing.",
-        "flagged": f"are flagged by quality-control run {excluded.get('qc_run')}. Split without "
-        "--exclude-flagged.",
-        "annotated": "are excluded by annotations. Undo some of these, or choose other images.",
-        "without_label": f"have no {params.field}. Ingest a table that has it (cellstore ingest "
-        "TABLE), or choose another --field.",
-    }.items():
-        if excluded.get(reason):
-            return f"All {excluded[reason]} images {why}"
+    reasons = {
+        "without_label": f"have no {params.field} (choose another --field)",
+        "missing_files": "lack their files (ingest again with --images, or --allow-missing)",
+        "annotated": "are excluded by annotations",
+        "flagged": "are flagged by quality control (leave --exclude-flagged out)",
+    }
+    found = [f"{excluded[name]} {why}" for name, why in reasons.items() if excluded.get(name)]
+    if found:
+        return f"No image is left to split: {', '.join(found)}."
     if params.where is not None:
         return "No image meets the condition of --where. Try it with: cellstore segment --dry-run"
     return "There are no images to split. Run: cellstore ingest"
@@ -367,7 +365,7 @@ def _cells(session: Session, query: Select[Any], segment_id: int, images: int) -
 
 
 def _assign(
-    images: list[SplitImage], params: SplitParams
+    images: Sequence[SplitImage], params: SplitParams
 ) -> tuple[list[Assignment], tuple[ExcludedClass, ...], Cut]:
     """Assign the images: once, or for each fold.
 
@@ -462,7 +460,7 @@ def import_split(
         "files": dict(tables.digests),
         "split": new[0].fingerprint,
     }
-    (result,) = _keep(workspace, [new], RecipeSpec(Stage.SPLIT, IMPORT_VERSION, parameters))
+    (result,) = _keep(workspace, [new], RecipeSpec(Stage.SPLIT, VERSION, parameters))
     return result
 
 
@@ -826,21 +824,14 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:
-    """Yield the digest and the subsets of files that are in images of several subsets."""
+    """Yield the digest and two subsets of files that are in images of several subsets."""
+    first, last = func.min(SplitMember.subset), func.max(SplitMember.subset)
     several = (
-        select(ImageFile.sha256)
+        select(ImageFile.sha256, first, last)
         .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
         .where(SplitMember.split_id == split_id, ImageFile.sha256.is_not(None))
         .group_by(ImageFile.sha256)
-        .having(func.min(SplitMember.subset) != func.max(SplitMember.subset))
-        .subquery()
+        .having(first != last)
     )
-    subsets = (
-        select(ImageFile.sha256, SplitMember.subset)
-        .join(several, several.c.sha256 == ImageFile.sha256)
-        .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
-        .where(SplitMember.split_id == split_id)
-        .distinct()
-    )
-    for sha256, subset in session.execute(subsets.execution_options(yield_per=10_000)):
-        yield sha256 or "", subset
+    for sha256, *subsets in session.execute(several.execution_options(yield_per=10_000)):
+        yield from ((str(sha256), subset) for subset in subsets)
