@@ -84,10 +84,6 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
     """Return the rows as float64, with NaN for each value that is not there."""
     rows = np.asarray(block, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != len(names):
-        raise UserInputError(
-            f"Features must have the shape (cells, {len(names)}), these have {rows.shape}."
-        )
     if gaps:
         return np.where(np.isfinite(rows), rows, np.nan)
     finite = np.isfinite(rows).all(axis=0)
