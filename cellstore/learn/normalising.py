@@ -187,10 +187,6 @@ class Scaler:
                 odd = np.isinf(numbers) if isinstance(one, Scale) else ~np.isfinite(numbers)
                 if numbers.shape[1] != len(found.names) or odd.any() or (numbers[1] <= 0).any():
                     raise ValueError("it needs one finite mean and one scale above 0 per name")
-            if not np.isfinite(
-                [v for values in (intensities or {}).values() for v in values]
-            ).all():
-                raise ValueError("an intensity scale is not a finite number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
         return found
