@@ -369,7 +369,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         stage: str | None = None,
         status: str | None = None,
-        recipe: str | None = None,
         image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
@@ -382,9 +381,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.manage_jobs import list_jobs
 
-        return list_jobs(
-            self.workspace, stage=stage, status=status, recipe=recipe, image=image, limit=limit
-        )
+        return list_jobs(self.workspace, stage=stage, status=status, image=image, limit=limit)
 
     def retry(
         self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
@@ -745,15 +742,14 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
-        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run (its number, or ``latest``) against the labels of its split.
 
         ``compare``: another run to put beside it. ``vote_options``: which images have an answer.
-        ``html``: also a page; ``maps``: features on its plate maps. Images that the network was
-        trained on count only with ``force``, and the result says so. Returns the ``scores`` by
-        level (cell, image, well) and vote with intervals over wells, those of classes, plates and
-        wells, and what baselines reach; ``score(level, vote)`` gives one.
+        ``html``: also a page. Images that the network was trained on count only with ``force``, and
+        the result says so. Returns the ``scores`` by level (cell, image, well) and vote with
+        intervals over wells, those of classes, plates and wells, and what baselines reach;
+        ``score(level, vote)`` gives one.
 
         >>> store.report(6).score("image", "hard").accuracy
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
@@ -768,7 +764,7 @@ class Store(AbstractContextManager["Store"]):
             need("report")
             from .report.report_page import write_page
 
-            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
+            look = partial(write_page, self.workspace, path=Path(html))
         found = report(
             self.workspace,
             run,
@@ -1251,13 +1247,11 @@ class Store(AbstractContextManager["Store"]):
         *,
         images: int | None = None,
         device: str = "auto",
-        weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; nothing is written to the store.
 
-        ``images``: only so many of its images. ``weights``: the file that a training began from, or
-        the network of a segmentation. Returns the ``outcome`` in a word, what was compared, and how
-        many values ``differ``.
+        ``images``: only so many of its images. Returns the ``outcome`` in a word, what was
+        compared, and how many values ``differ``.
 
         >>> store.check_run(3, images=2).outcome
 
@@ -1267,8 +1261,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.redo import check
 
         carry_out = partial(_carry_out, device=device)
-        path = None if weights is None else Path(weights)
-        return check(self.workspace, run, carry_out, images=images, weights=path)
+        return check(self.workspace, run, carry_out, images=images)
 
     def sql(
         self,
@@ -1399,12 +1392,11 @@ class Store(AbstractContextManager["Store"]):
         plates: Sequence[str] = (),
         segmentation: str | None = None,
         measurement: str | None = None,
-        force: bool = False,
     ) -> ExportedCrops:
         """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
 
         ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
-        is there whole or not at all; ``force`` replaces an earlier one.
+        is new, and there whole or not at all.
 
         >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
         """
@@ -1419,7 +1411,6 @@ class Store(AbstractContextManager["Store"]):
             plates=plates,
             segmentation=segmentation,
             measurement=measurement,
-            force=force,
         )
         self.wrote(made.path)
         return made
@@ -1512,20 +1503,18 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         folder: str | Path = "corrected",
-        name: str | None = None,
     ) -> CorrectedMasks:
         """Open an image with its masks in napari, to correct these; returns when it is closed.
 
-        Shift-S in the window stores them, as a segmentation called ``name`` and as a file below
+        Shift-S in the window stores them, as a segmentation of its own and as a file below
         ``folder`` that ``finetune`` reads. What is changed and not stored is stored at the end.
 
         Raises:
-            UserInputError: the image has other masks called ``name``, or the folder is of a store.
+            UserInputError: the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
 
-        more: dict[str, Any] = {"segmentation": segmentation, "folder": Path(folder), "name": name}
-        return correct_masks(self.workspace, image, **more)
+        return correct_masks(self.workspace, image, segmentation=segmentation, folder=Path(folder))
 
     def exclude(
         self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False

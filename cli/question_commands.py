@@ -408,10 +408,10 @@ def export(
             "--format, --for-spreadsheet and --force can be given."
         )
     if crops:
-        if form or features or include_excluded or for_spreadsheet:
+        if form or features or include_excluded or for_spreadsheet or force:
             raise UserInputError(
-                "--format, --features, --include-excluded and --for-spreadsheet are of tables: "
-                "remove them, or --crops."
+                "--format, --features, --include-excluded, --for-spreadsheet and --force are of "
+                "tables: remove them, or --crops."
             )
         return store.export_crops(
             out,
@@ -421,7 +421,6 @@ def export(
             plates=plates,
             segmentation=segmentation,
             measurement=measurement,
-            force=force,
         )
     if channels:
         raise UserInputError("A table has no channels: add --crops, or remove --channels.")

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from ..enums import Control, Level, Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError
+from ..io.filenames import format_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.planes import channel_files
@@ -24,7 +25,7 @@ from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
-from ..report.drawing import brief, plate_layout, short, well_name
+from ..report.drawing import brief, plate_layout, short
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .known_features import Feature, features_known, profile_features
@@ -372,7 +373,7 @@ def plate_maps(
             made = _mapped(row, found, scale, groups, treatment)
             grid[row["well_row"] - 1][row["well_column"] - 1] = made
             there.update(made["kinds"])
-        lines = [(well_name(at, 1)[:-2], line) for at, line in enumerate(grid, 1)]
+        lines = [(format_well(at, 1)[:-2], line) for at, line in enumerate(grid, 1)]
         maps.append((barcode, rows, columns, lines))
     return maps, there
 

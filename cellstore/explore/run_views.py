@@ -211,12 +211,12 @@ def run_page(request: Request) -> Response:
     if run.stage == Stage.PREDICT:
         values |= _about_labels(request, run)
     if run.stage == Stage.HITS:
-        order = " ".join(f"WHEN '{verdict.value}' THEN {i}" for i, verdict in enumerate(MARKS))
+        order = " ".join(f"WHEN '{verdict}' THEN {i}" for i, verdict in enumerate(MARKS))
         hits = ask(request, HITS.format(order=order), [run.id])
         ends = [x for row in hits for x in (row["effect"], row["effect_high"]) if x is not None]
         values["hits"], values["hits_more"] = hits[:HIT_ROWS], len(hits) > HIT_ROWS and len(hits)
         values["limits"], values["bar"] = (-1.0, max([1.0, *ends])), interval_bar
-        values["marks"] = {verdict.value: mark for verdict, mark in MARKS.items()}
+        values["marks"] = MARKS
     return page(request, "run.html.j2", **values)
 
 

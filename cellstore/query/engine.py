@@ -284,15 +284,8 @@ def open_questions(
     images are asked for, whose winners are kept; the others are left out.
     """
     limits, artifacts = limits or Limits(), workspace.artifacts
-    copies, spill = (workspace.settings.cache.resolve() / name for name in ("snapshots", "spill"))
-    try:
-        for folder in (copies, spill):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Correct "
-            "the permissions."
-        ) from error
+    make = workspace.settings.make_cache
+    copies, spill = (make(name).resolve() for name in ("snapshots", "spill"))
     sweep(spill)
     roots = [artifacts.root]
     if isinstance(artifacts, BorrowingFolder):

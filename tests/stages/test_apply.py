@@ -269,7 +269,7 @@ def test_an_image_on_which_it_fails_fails_alone(
     sentence = "second_image_fails ended with ValueError: too bright for me (test_apply.py, line"
     assert sentence in made.failures[0][1]
     (job,) = store.jobs(status="failed").jobs
-    assert sentence in job.error
+    assert sentence in job["error"]
     again = store.apply(second_image_fails, "some", crop=8, intensity="image")
     assert (again.done, again.earlier, again.failed_before) == (0, 5, 1)
     monkeypatch.setattr(sys.modules[__name__], "LIMIT", 2.0)  # it would say something else now
