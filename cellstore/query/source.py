@@ -110,13 +110,6 @@ def view(name: str, options: VoteOptions | None = None) -> str:
     return query
 
 
-@cache
-def _our_tables() -> set[str]:
-    """Return the tables that are described; others, as sqlite_stat1 after ANALYZE, are not ours."""
-    words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
-    return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
-
-
 _TYPES = {
     "INTEGER": "BIGINT",
     "BIGINT": "BIGINT",
@@ -212,7 +205,9 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = SQLITE_COLUMNS if self.is_sqlite else POSTGRESQL_COLUMNS
-        ours = _our_tables()
+        # Those that are described; others, as sqlite_stat1 after ANALYZE, are not ours.
+        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):
