@@ -194,12 +194,16 @@ def _take_back(
     changes = [_counting(row.level, row.row_id, row.reason, None) for row in excluded]
     labels = [undone[row] for row in rows if row.kind is AnnotationKind.LABEL]
     changes += _added(session, labels, {"undo": len(labels)})
-    groups: dict[tuple[Level, str], dict[int, Pair]] = {}
+    groups: dict[tuple[Level, str | None, str], dict[int, Annotation]] = {}
     for row in rows:
-        said = row.value if row.field else row.reason
-        groups.setdefault((row.level, row.field or "excluded"), {})[row.row_id] = said, None
-    for (level, field), pairs in groups.items():
-        shown += _shown(session, level, field, pairs)
+        groups.setdefault((row.level, row.field, row.user_name), {})[row.row_id] = row
+    for (level, field, author), some in groups.items():
+        now = _labels(session, level, list(some), field, author) if field else {}
+        pairs: dict[int, Pair] = {
+            i: (row.value if field else row.reason, now[i].value if i in now else None)
+            for i, row in some.items()
+        }
+        shown += _shown(session, level, field or "excluded", pairs)
     name = shown[0]["name"] if len(shown) == 1 else f"{len(rows)} annotations"
     return Correction("take back", name, tuple(shown)), changes
 
