@@ -7,7 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -149,9 +149,13 @@ def verify(
     head = None if against is None else read_seal(against)
     database, folder = workspace.database, workspace.artifacts
     broken = schema_problems(database)
-    with ThreadPoolExecutor(2) as pool:  # the database looks at itself while we read its rows
+    reading: Future[tuple[int, list[Problem]]] = Future()
+    with ThreadPoolExecutor(1) as pool:  # the database looks at itself while we read its rows
         looking = pool.submit(database.damage, quick=False)
-        reading = pool.submit(check_rows, workspace)
+        try:
+            reading.set_result(check_rows(workspace))
+        except Exception as error:  # of a damaged database anything can be wrong
+            reading.set_exception(error)
     damage = looking.result()
     # What is read of such a database may be anything.
     hopeless = any(DANGLING not in reason for reason in damage)
