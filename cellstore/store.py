@@ -742,15 +742,14 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
-        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run (its number, or ``latest``) against the labels of its split.
 
         ``compare``: another run to put beside it. ``vote_options``: which images have an answer.
-        ``html``: also a page; ``maps``: features on its plate maps. Images that the network was
-        trained on count only with ``force``, and the result says so. Returns the ``scores`` by
-        level (cell, image, well) and vote with intervals over wells, those of classes, plates and
-        wells, and what baselines reach; ``score(level, vote)`` gives one.
+        ``html``: also a page. Images that the network was trained on count only with ``force``, and
+        the result says so. Returns the ``scores`` by level (cell, image, well) and vote with
+        intervals over wells, those of classes, plates and wells, and what baselines reach;
+        ``score(level, vote)`` gives one.
 
         >>> store.report(6).score("image", "hard").accuracy
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
@@ -765,7 +764,7 @@ class Store(AbstractContextManager["Store"]):
             need("report")
             from .report.report_page import write_page
 
-            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
+            look = partial(write_page, self.workspace, path=Path(html))
         found = report(
             self.workspace,
             run,
@@ -1000,25 +999,16 @@ class Store(AbstractContextManager["Store"]):
             BadTableError, StorageError: a file cannot be read or written.
         """
         import numpy as np
-        import pyarrow as pa
 
         from .stages.own_models import add_embeddings
 
-        if cell_ids is None:
-            source = _table_of(table)
-        else:
-            vectors = np.asarray(table)
-            if vectors.ndim != 2 or len(vectors) != len(cell_ids):
-                raise UserInputError(
-                    f"There are {len(cell_ids)} cell_ids, and an array of shape {vectors.shape}. "
-                    "Give an array (N, D) and N cell_ids."
-                )
-            names = [f"embedding_{index:03d}" for index in range(vectors.shape[1])]
-            columns = [np.asarray(cell_ids), *vectors.T]
-            source = pa.table(list(map(pa.array, columns)), names=["cell_id", *names])
+        if cell_ids is not None:
+            vectors = enumerate(np.asarray(table).T)
+            columns = {f"embedding_{index:03d}": values for index, values in vectors}
+            table = {"cell_id": np.asarray(cell_ids), **columns}
         return add_embeddings(
             self.workspace,
-            source,
+            _table_of(table),
             name,
             model=None if model is None else Path(model),
             segmentation=segmentation,
@@ -1248,13 +1238,11 @@ class Store(AbstractContextManager["Store"]):
         *,
         images: int | None = None,
         device: str = "auto",
-        weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; nothing is written to the store.
 
-        ``images``: only so many of its images. ``weights``: the file that a training began from, or
-        the network of a segmentation. Returns the ``outcome`` in a word, what was compared, and how
-        many values ``differ``.
+        ``images``: only so many of its images. Returns the ``outcome`` in a word, what was
+        compared, and how many values ``differ``.
 
         >>> store.check_run(3, images=2).outcome
 
@@ -1264,8 +1252,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.redo import check
 
         carry_out = partial(_carry_out, device=device)
-        path = None if weights is None else Path(weights)
-        return check(self.workspace, run, carry_out, images=images, weights=path)
+        return check(self.workspace, run, carry_out, images=images)
 
     def sql(
         self,
@@ -1706,8 +1693,8 @@ def _table_of(given: Any) -> Any:
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
             f"This cannot be read as a table: {first_line(error)}. Give a file, or a table of "
-            "pandas, polars or Arrow with one kind of value in each column; with an array also "
-            "cell_ids."
+            "pandas, polars or Arrow with one kind of value in each column; or an array (N, D) "
+            "with N cell_ids."
         ) from error
 
 

@@ -221,11 +221,6 @@ def repro(
         "runs, all of others.",
         min=1,
     ),
-    weights: Path | None = option(
-        None,
-        "With --check: the file of weights that the run began from, where the store does "
-        "not hold it.",
-    ),
     device: str = DEVICE,
 ) -> Check | None:
     """Print the commands and versions that redo a run, or redo it and compare.
@@ -244,13 +239,13 @@ def repro(
     """
     if check and out is not None:
         raise UserInputError("--check writes no script: remove --output.")
-    if not check and (images is not None or weights is not None):
-        raise UserInputError("--images and --weights need --check: add it.")
+    if not check and images is not None:
+        raise UserInputError("--images needs --check: add it.")
     if not check:
         _show_script(store.repro(run), out, common)
         store.wrote(out)
         return None
-    return store.check_run(run, images=images, device=device, weights=weights)
+    return store.check_run(run, images=images, device=device)
 
 
 def _show_script(result: Repro, out: Path | None, common: Common) -> None:

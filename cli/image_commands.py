@@ -111,9 +111,8 @@ def _show_preview(result: PreviewResult, common: Common) -> None:
         ]
         output.table(["image", "cells", "diameter", "seconds"], rows)
         list_failures(problems)
-        if result.sheet is not None:
-            typer.echo(f"\nLook at {result.sheet}, and at the pictures beside it.")
         typer.echo(
+            f"\nLook at the pictures in {result.folder}.\n"
             "Nothing was kept. Cells split or merged: add --diameter. Too few cells, or\n"
             "outlines too wide: see --cellprob-threshold. When it looks right, run the same\n"
             f"command without --preview for {output.count(result.available, 'image')}."

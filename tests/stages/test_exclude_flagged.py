@@ -127,7 +127,7 @@ def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Works
 
 def test_without_a_run_the_sentence_says_what_to_do(sqlite_workspace: Workspace) -> None:
     Plate(sqlite_workspace)
-    with pytest.raises(UnknownNameError, match=r"not been run yet.*cellstore qc"):
+    with pytest.raises(UnknownNameError, match=r"There is no qc run yet.*cellstore qc"):
         create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
@@ -143,7 +143,7 @@ def test_where_everything_is_flagged_nothing_is_left_to_split(sqlite_workspace: 
     run = qc_run(plate.make, ["P1"])
     for image in plate.images:
         plate.make.flag_image(run, image, ImageFlagReason.NO_CELLS)
-    with pytest.raises(UserInputError, match=r"All 8 images are flagged.*--exclude-flagged"):
+    with pytest.raises(UserInputError, match=r"8 are flagged.*--exclude-flagged"):
         create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
