@@ -70,7 +70,7 @@ MODULES = {
 }
 """Where each command is, in the order in which a screen needs them."""
 
-ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
+ONLY_SHOWN = {"dry_run", "preview", "listed"}
 """Options by which a command changes nothing."""
 
 STORE_HELP = "The folder of the store. Default: $CELLSTORE_STORE, else this folder or one above it."

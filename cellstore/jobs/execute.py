@@ -120,12 +120,12 @@ class ImageStage(Generic[Input, Output]):
         raise NotImplementedError
 
     def read(self, task_input: Input) -> Any:
-        """Open the files of one image."""
-        raise NotImplementedError
+        """Open the files of one image, if there are any."""
+        return task_input
 
     def compute(self, loaded: Sequence[Any]) -> Sequence[Any]:
-        """Work on the images of a batch; a result for each, in their order."""
-        raise NotImplementedError
+        """Work on the images of a batch, if there is work; a result for each, in their order."""
+        return loaded
 
     def write(self, result: Any) -> Output:
         """Write the files of one image; return all that its rows need."""
