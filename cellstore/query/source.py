@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -83,22 +83,18 @@ LATER = "later_exclusions"
 EXCLUDED = "excluded_cells"
 
 
-@cache
-def _view_file(name: str) -> tuple[list[str], list[str]]:
-    """Return the comment at the head of the file of a view, and its query, as lines."""
-    lines = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8").splitlines()
-    length = next(i for i, line in enumerate(lines) if not line.startswith("--"))
-    return lines[:length], lines[length:]
-
-
 def view_words(name: str) -> str:
-    """Return what a row of a view is."""
-    return " ".join(line.removeprefix("--").strip() for line in _view_file(name)[0])
+    """Return what a row of a view is: the comment at the head of its file."""
+    text = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8")
+    head = takewhile(lambda line: line.startswith("--"), text.splitlines())
+    return " ".join(line.removeprefix("--").strip() for line in head)
 
 
+@cache
 def view(name: str, options: VoteOptions | None = None) -> str:
     """Return the query of a view; two of them depend on the options of the vote."""
-    query = "\n".join(_view_file(name)[1])
+    text = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8")
+    query = re.sub(r"\A(--.*\n)+", "", text).rstrip()
     if options is not None and name == "vote_options":
         query = (
             f"SELECT {int(options.min_cells)} AS min_cells, "
