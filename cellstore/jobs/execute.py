@@ -104,9 +104,6 @@ class ImageStage(Generic[Input, Output]):
 
     label: ClassVar[str]
 
-    batch: int = 1
-    """Images that ``compute`` is given at once."""
-
     images_per_file: int = 1
     """Images whose results wait for each other, to be written in one file by ``write_together``."""
 
@@ -123,8 +120,8 @@ class ImageStage(Generic[Input, Output]):
         """Open the files of one image."""
         raise NotImplementedError
 
-    def compute(self, loaded: Sequence[Any]) -> Sequence[Any]:
-        """Work on the images of a batch; a result for each, in their order."""
+    def compute(self, loaded: Any) -> Any:
+        """Work on one image."""
         raise NotImplementedError
 
     def write(self, result: Any) -> Output:
@@ -456,13 +453,13 @@ class _Loop:
         in_hand = any(worker.chunks for worker in self.workers)
         if room == 0 or (self.drained and in_hand):
             return
-        batch, size = self.stage.batch, self.stage.batch
+        size = 1
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
             slots = 2 * (room + sum(len(worker.chunks) for worker in self.workers))
             fair = self.left if self.computes_here else self.left // slots
-            size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
+            size = max(1, min(LARGEST_CHUNK, wanted, fair))
         tasks: list[Task] = []
         while not tasks:
             with self.database.begin() as session:
@@ -490,9 +487,7 @@ class _Loop:
                 self.fail(task, Failure.of(error))
             else:
                 good.append(task)
-        size = -(-len(tasks) // (room * batch)) * batch
-        if any(task.deaths for task in tasks):
-            size = 1
+        size = 1 if any(task.deaths for task in tasks) else -(-len(tasks) // room)
         chunks = [good[start : start + size] for start in range(0, len(good), size)]
         for chunk in chunks:
             worker = max(self.workers, key=attrgetter("free"))
@@ -794,7 +789,7 @@ _here = threading.local()  # networks are not shared by threads
 def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answers:
     """Do in a worker what a stage does with each of ``inputs``; return the outputs in their order.
 
-    While a batch is computed, the next one is read and the files of the last one are written.
+    While an image is computed, the next one is read and the files of the last one are written.
 
     Raises:
         CellstoreError: the stage cannot be loaded, or a file cannot be written.
@@ -809,45 +804,31 @@ def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answe
         return [], 0.0
     stage: ImageStage[Any, Any] = _here.stage
     started = time.perf_counter()
-    batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        coming = reader.submit(_each, stage.read, batches[0])
-        written: list[Future[list[Any]]] = []
-        for batch in (*batches[1:], []):
+        coming = reader.submit(_try, stage.read, inputs[0])
+        written = []
+        for position in range(1, len(inputs) + 1):
             loaded = coming.result()
-            if batch:
-                coming = reader.submit(_each, stage.read, batch)
-            good = [item for item in loaded if not isinstance(item, Failure)]
-            made = _each(stage.compute, [good] if good else [])
-            if made and isinstance(made[0], Failure) and len(good) > 1:
-                # One of them spoils the batch: each for itself, so that it fails alone.
-                made = _each(stage.compute, [[item] for item in good])
-            parts = ([part] if isinstance(part, Failure) else part for part in made)
-            computed = iter([result for part in parts for result in part])
-            results = [item if isinstance(item, Failure) else next(computed) for item in loaded]
-            written.append(writer.submit(_each, stage.write, results, StorageError))
-        outputs = [output for future in written for output in future.result()]
+            if position < len(inputs):
+                coming = reader.submit(_try, stage.read, inputs[position])
+            computed = _try(stage.compute, loaded)
+            written.append(writer.submit(_try, stage.write, computed, StorageError))
+        outputs = [future.result() for future in written]
     return outputs, (time.perf_counter() - started) / len(inputs)
 
 
-def _each(
-    function: Callable[[Any], Any],
-    arguments: Sequence[Any],
-    fatal: type[Exception] | tuple[()] = (),
-) -> list[Any]:
-    """Call a function with each argument; a ``Failure`` takes the place of what cannot be done."""
-    results = []
-    for argument in arguments:
-        if isinstance(argument, Failure):
-            results.append(argument)
-            continue
-        try:
-            results.append(function(argument))
-        except fatal:
-            raise
-        except Exception as error:
-            results.append(Failure.of(error))
-    return results
+def _try(
+    function: Callable[[Any], Any], argument: Any, fatal: type[Exception] | tuple[()] = ()
+) -> Any:
+    """Call a function; a ``Failure`` takes the place of what cannot be done, and is passed on."""
+    if isinstance(argument, Failure):
+        return argument
+    try:
+        return function(argument)
+    except fatal:
+        raise
+    except Exception as error:
+        return Failure.of(error)
 
 
 def start_importing(stage: ImageStage[Any, Any]) -> None:

@@ -563,18 +563,13 @@ class Predict(ImageStage[int, PredictOutput]):
         """Return the cells of the image with this id."""
         return self.model.reader(task_input)
 
-    def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
-        """Return the labels of the cells of each image."""
-        outputs = []
-        for cells in loaded:
-            probabilities, vectors = self.model.model.predict(cells)
-            order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
-            best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
-            ids = cells.cell_ids.cpu().numpy()
-            outputs.append(
-                PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
-            )
-        return outputs
+    def compute(self, loaded: CellBlock) -> PredictOutput:
+        """Return the labels of the cells."""
+        probabilities, vectors = self.model.model.predict(loaded)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+        best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
+        ids = loaded.cell_ids.cpu().numpy()
+        return PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, PredictOutput]]
