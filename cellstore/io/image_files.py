@@ -390,11 +390,7 @@ def unreadable(name: str) -> str:
 def _read_header(
     name: str, stream: BinaryIO, page: int | None, offsets: Sequence[int] | None = None
 ) -> tuple[int, int, str, float | None, tuple[str, ...]]:
-    """Return height, width, dtype, pixel size and remarks of an image (of page ``page``, from 1).
-
-    Raises:
-        ImageError: no TIFF or PNG, cut off, no such page, or several pages and none is asked for.
-    """
+    """Return height, width, dtype, pixel size and remarks of an image (of page ``page``, from 1)."""
     head = stream.read(26)
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -632,9 +628,6 @@ class ImageFolder:
 
     Links that leave the folder are not followed. A name that occurs more than once is found only
     in a subfolder named like its plate.
-
-    Raises:
-        UserInputError: there is no such folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -674,11 +667,7 @@ class ImageFolder:
         return paths[0].with_name(page_name(paths[0].name, page))
 
     def find_projection(self, core_name: str, plate: str | None = None) -> Path | None:
-        """Return the file named by core file name ('r01c01f01.tif'), or None.
-
-        Raises:
-            ImageError: as ``find``.
-        """
+        """Return the file named by core file name ('r01c01f01.tif'), or None."""
         tried = (self.find(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
         return next((path for path in tried if path), None)
 

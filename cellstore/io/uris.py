@@ -58,9 +58,6 @@ def map_folder(folder: str, maps: Iterable[tuple[str, str]]) -> str:
     ``maps`` are (old, new). The longest old one that fits wins; it fits only whole folders
     (``/data/a`` is no beginning of ``/data/ab``). ``C:\data`` and ``c:/data`` are the same.
     A folder that none fits stays as it is, without a ``file://`` before it.
-
-    Raises:
-        UserInputError: an old or new beginning is empty, or one old has two new ones.
     """
     targets: dict[str, str] = {}
     for written, target in maps:
@@ -140,11 +137,7 @@ def is_remote(uri: str) -> bool:
 
 
 def local_path(uri: str) -> Path:
-    """Return the path of a file of this machine, written plainly or as ``file://``.
-
-    Raises:
-        UserInputError: the file is remote.
-    """
+    """Return the path of a file of this machine, written plainly or as ``file://``."""
     if is_remote(uri):
         raise UserInputError(f"{shown(uri)} is not on this machine. Give a folder that is.")
     return Path(_without_file(split_page(uri)[0]))

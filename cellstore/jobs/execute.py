@@ -495,12 +495,7 @@ class _Loop:
             worker.submit(chunk, [inputs[task.image_id] for task in chunk])
 
     def collect(self) -> None:
-        """Take the chunks that are over from the workers, and write what they made.
-
-        Raises:
-            CellstoreError: an error that the next image would meet, too: a full disk, a network
-                that is damaged.
-        """
+        """Take the chunks that are over from the workers, and write what they made."""
         fatal: CellstoreError | None = None
         for worker in self.workers:
             while done := [chunk for chunk in worker.chunks if chunk[0].done()]:
@@ -681,12 +676,7 @@ class Worker:
         self.chunks.append((future, tasks))
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed.
-
-        Raises:
-            Exception: ``error``, if it is no crash.
-            StoreError: processes die whenever they start.
-        """
+        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed."""
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1

@@ -270,20 +270,21 @@ def reserve(
         .returning(Job.id)
     )
     claimed = set(session.connection().scalars(claim))
-    tasks: dict[int, Task] = {}
+    by_image: dict[int, list[Any]] = {}
     for row in found:
-        if row.id not in claimed:
-            continue
-        tries, deaths, jobs_of_image = row.attempts + 1 - row.deaths, row.deaths, {}
-        if (other := tasks.get(row.image_id)) is not None:
-            tries, deaths = max(other.tries, tries), max(other.deaths, deaths)
-            jobs_of_image = dict(other.jobs)
-        jobs_of_image[row.recipe_id] = row.id
-        name = image_name(row.barcode, row.core_name, row.plane, row.time_point)
-        tasks[row.image_id] = Task(
-            row.image_id, row.content_sha256, name, jobs_of_image, tries, deaths
+        if row.id in claimed:
+            by_image.setdefault(row.image_id, []).append(row)
+    return [
+        Task(
+            image_id,
+            rows[0].content_sha256,
+            image_name(rows[0].barcode, rows[0].core_name, rows[0].plane, rows[0].time_point),
+            {row.recipe_id: row.id for row in rows},
+            max(row.attempts + 1 - row.deaths for row in rows),
+            max(row.deaths for row in rows),
         )
-    return list(tasks.values())
+        for image_id, rows in by_image.items()
+    ]
 
 
 def among(images: Select[int]) -> ColumnElement[bool]:
