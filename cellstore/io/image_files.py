@@ -390,7 +390,7 @@ def unreadable(name: str) -> str:
 def _read_header(
     name: str, stream: BinaryIO, page: int | None, offsets: Sequence[int] | None = None
 ) -> tuple[int, int, str, float | None, tuple[str, ...]]:
-    """Return height, width, dtype, pixel size and remarks of an image (of page ``page``, from 1)."""
+    """Return height, width, dtype, pixel size and remarks of an image, or of a page of it."""
     head = stream.read(26)
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)

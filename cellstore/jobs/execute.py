@@ -676,7 +676,7 @@ class Worker:
         self.chunks.append((future, tasks))
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed."""
+        """Start a process again; return what only waited behind the ``tasks`` that crashed."""
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
