@@ -12,8 +12,8 @@ import logging
 import os
 import pickle
 import shutil
-import tempfile
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
@@ -172,26 +172,21 @@ def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
 def _fetched(url: str, target: Path) -> Path:
     if target.is_file():
         return target
-    partial = None
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.
-        with (
-            urllib.request.urlopen(url, timeout=30.0) as source,  # noqa: S310 - https
-            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
-        ):
-            partial = Path(file.name)
+        with urllib.request.urlopen(url, timeout=30.0) as source, partial.open("wb") as file:  # noqa: S310 - https
             shutil.copyfileobj(source, file)
         partial.replace(target)
-    except BaseException as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise UserInputError(
             f"Could not download {url} ({error}). Fetch it on a machine with internet access "
             f"and put it at {target}, or use --model {DEFAULT_MODEL}, which needs no download."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return target
 
 
