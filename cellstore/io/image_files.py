@@ -39,7 +39,6 @@ from .uris import (
     read_bytes,
     shown,
     split_page,
-    stat,
 )
 
 SQLITE = b"SQLite format 3\0"
@@ -78,8 +77,8 @@ class ImageInfo:
     """What is known of an image file without reading its pixels. Height, width in pixels.
 
     ``sha256`` is that of the file; for a page of a file, that of the file's hash and the page's
-    number. ``mtime_ns`` is None where a server does not give it. ``pixel_size``: micrometres per
-    pixel, None where the file does not say it.
+    number. ``mtime_ns`` is None for a remote file. ``pixel_size``: micrometres per pixel, None
+    where the file does not say it.
     """
 
     sha256: str
@@ -109,10 +108,10 @@ def probe(where: Path | str) -> ImageInfo:
     uri = str(where)
     page = split_page(uri)[1]
     if is_remote(uri):
-        found, data = stat(uri), read_bytes(uri)
+        data = read_bytes(uri)
         header = _read_header(shown(uri), io.BytesIO(data), page)
         sha256 = _page_digest(hashlib.sha256(data).hexdigest(), page)
-        return ImageInfo(sha256, len(data), found.mtime_ns, *header)
+        return ImageInfo(sha256, len(data), None, *header)
     try:
         path = local_path(uri)
         found = local_stat(path)
