@@ -206,9 +206,7 @@ def execute(
         gone = list(in_lists({image for found in lost.values() for image in found or ()}))
         with workspace.database.begin() as session, recording_removed(session, gone):
             for recipe_id, found in lost.items():
-                jobs = queue.done_jobs(session, recipe_id, found or ())
-                for some in in_lists(jobs):
-                    queue.requeue(session, Job.id.in_(some), status=Status.DONE)
+                queue.reopen(session, recipe_id, found or ())
                 for images_without in in_lists(found or ()):  # what has failed for want of them
                     queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
@@ -261,9 +259,8 @@ def forecast(
     with workspace.database.read() as session:
         recipe = known_recipe(session, spec)
         recipe_id = 0 if recipe is None else recipe.id  # 0: has done nothing
-        lost = stage.find_lost(session, recipe_id, images) or ()
         counted = count_images(session, recipe_id, images)
-        todo = counted.todo + len(queue.done_jobs(session, recipe_id, lost))
+        todo = counted.todo + len(stage.find_lost(session, recipe_id, images) or ())
         done = select(Job.recipe_id).join(Recipe, Recipe.id == Job.recipe_id)
         done = done.where(Recipe.stage == spec.stage, Job.status == Status.DONE)
         # By this recipe, or where it has done nothing by that of the stage that was used last.

@@ -482,12 +482,9 @@ def requeue(session: Session, *which: ColumnElement[bool], status: Status = Stat
     return int(done.rowcount)
 
 
-def done_jobs(session: Session, recipe_id: int, image_ids: Collection[int]) -> list[int]:
-    """Return the ids of the jobs by which images were done, by their present bytes."""
-    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-    query = select(Job.id).join(Image, current)
-    query = query.where(Job.recipe_id == recipe_id, Job.status == Status.DONE)
-    found: list[int] = []
+def reopen(session: Session, recipe_id: int, image_ids: Collection[int]) -> None:
+    """Open the jobs again by which images were done, by their present bytes: files are gone."""
+    current = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     for some in in_lists(image_ids):
-        found += session.scalars(query.where(Job.image_id.in_(some)))
-    return found
+        mine = (Job.recipe_id == recipe_id, Job.image_id.in_(some), current)
+        requeue(session, *mine, status=Status.DONE)

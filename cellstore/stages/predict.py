@@ -24,7 +24,7 @@ from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
-from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
+from ..jobs.queue import JobScope, Task, among, count_images, reopen, requeue
 from ..jobs.runs import (
     RecipeSpec,
     digest_of_images,
@@ -228,8 +228,7 @@ def predict(
             lost = images_of_lost_files(session, workspace.artifacts, embedding.recipe_id)
             if lost is not None:
                 with recording_removed(session, list(in_lists(lost))):
-                    for some in in_lists(done_jobs(session, embedding.recipe_id, lost)):
-                        requeue(session, Job.id.in_(some), status=Status.DONE)
+                    reopen(session, embedding.recipe_id, lost)
                     forget_lost_files(session, workspace.artifacts, embedding.recipe_id)
             embedded = count_images(session, embedding.recipe_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
