@@ -26,11 +26,7 @@ Columns = dict[str, NDArray[Any]]
 
 
 def check_plane(regions: Regions, plane: NDArray[Any]) -> NDArray[Any]:
-    """Return the pixels (H * W,) of a plane of numbers, one after the other.
-
-    Raises:
-        ImageError: it has another shape than the masks, or values that are not finite.
-    """
+    """Return the pixels (H * W,) of a plane of numbers, one after the other."""
     shape = regions.numbered.shape
     if np.shape(plane) != shape:
         raise ImageError(

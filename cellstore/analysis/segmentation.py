@@ -12,13 +12,13 @@ import logging
 import os
 import pickle
 import shutil
-import tempfile
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,31 +32,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Published:
-    """A network that Cellpose publishes: its file, its size model's, and who can run it."""
+class Published(NamedTuple):
+    """A network that Cellpose publishes: its file, that of its size model, and who can run it."""
 
-    network: str
-    size_model: str | None
+    files: tuple[str, ...]
     generation: int
     source: str
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of its files."""
-        return (self.network,) if self.size_model is None else (self.network, self.size_model)
 
 
 _CELLPOSE_3 = "https://www.cellpose.org/models"
 _CELLPOSE_4 = "https://huggingface.co/mouseland/cellpose-sam/resolve/main"
 
 PUBLISHED_MODELS = {
-    "cyto": Published("cytotorch_0", "size_cytotorch_0.npy", 3, _CELLPOSE_3),
-    "cyto2": Published("cyto2torch_0", "size_cyto2torch_0.npy", 3, _CELLPOSE_3),
-    "cyto3": Published("cyto3", "size_cyto3.npy", 3, _CELLPOSE_3),
-    "nuclei": Published("nucleitorch_0", "size_nucleitorch_0.npy", 3, _CELLPOSE_3),
-    "cpsam": Published("cpsam", None, 4, _CELLPOSE_4),
-    "cpsam_v2": Published("cpsam_v2", None, 4, _CELLPOSE_4),
+    "cyto": Published(("cytotorch_0", "size_cytotorch_0.npy"), 3, _CELLPOSE_3),
+    "cyto2": Published(("cyto2torch_0", "size_cyto2torch_0.npy"), 3, _CELLPOSE_3),
+    "cyto3": Published(("cyto3", "size_cyto3.npy"), 3, _CELLPOSE_3),
+    "nuclei": Published(("nucleitorch_0", "size_nucleitorch_0.npy"), 3, _CELLPOSE_3),
+    "cpsam": Published(("cpsam",), 4, _CELLPOSE_4),
+    "cpsam_v2": Published(("cpsam_v2",), 4, _CELLPOSE_4),
 }
 """Cellpose's own networks, by name."""
 
@@ -179,26 +172,21 @@ def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
 def _fetched(url: str, target: Path) -> Path:
     if target.is_file():
         return target
-    partial = None
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.
-        with (
-            urllib.request.urlopen(url, timeout=30.0) as source,  # noqa: S310 - https
-            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
-        ):
-            partial = Path(file.name)
+        with urllib.request.urlopen(url, timeout=30.0) as source, partial.open("wb") as file:  # noqa: S310 - https
             shutil.copyfileobj(source, file)
         partial.replace(target)
-    except BaseException as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise UserInputError(
             f"Could not download {url} ({error}). Fetch it on a machine with internet access "
             f"and put it at {target}, or use --model {DEFAULT_MODEL}, which needs no download."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return target
 
 
@@ -317,9 +305,6 @@ def input_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]
     """``image``, (H, W) or (2, H, W), as (H, W, 1 or 2), float32, finite.
 
     Planes of zeros follow its own, up to ``planes`` of them.
-
-    Raises:
-        ImageError: it is something else.
     """
     given = np.asarray(image, dtype=np.float32)
     stacked = given[None] if given.ndim == 2 else given

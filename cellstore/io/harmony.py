@@ -52,14 +52,6 @@ class _Element(NamedTuple):
     values: dict[str, str]
 
 
-def is_harmony(path: Path) -> bool:
-    """Whether this is an index, or a folder that has one (see :func:`index_of`)."""
-    try:
-        return index_of(path) is not None
-    except OSError:
-        return False
-
-
 def _is_index(file: Path) -> bool:
     parser = _IndexParser()
     try:
@@ -78,7 +70,10 @@ def index_of(path: Path) -> Path | None:
     """
     if not path.is_dir():
         return path if _is_index(path) else None
-    below = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    try:
+        below = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    except OSError:
+        return None
     if found := _index_in(path):
         return found
     deeper = [folder / "Images" for folder in below]

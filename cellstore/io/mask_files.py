@@ -60,11 +60,7 @@ class MaskFile(NamedTuple):
 
 
 def mask_files(paths: Sequence[Path]) -> list[MaskFile]:
-    """Return the files of masks that ``paths`` name: all below a folder, or a file as it is.
-
-    Raises:
-        UserInputError: there is no such file, it is of another kind, or a folder has no masks.
-    """
+    """Return the files of masks that ``paths`` name: all below a folder, or a file as it is."""
     found: list[MaskFile] = []
     for path in paths:
         if path.is_dir():

@@ -104,9 +104,6 @@ class ImageStage(Generic[Input, Output]):
 
     label: ClassVar[str]
 
-    batch: int = 1
-    """Images that ``compute`` is given at once."""
-
     images_per_file: int = 1
     """Images whose results wait for each other, to be written in one file by ``write_together``."""
 
@@ -123,8 +120,8 @@ class ImageStage(Generic[Input, Output]):
         """Open the files of one image."""
         raise NotImplementedError
 
-    def compute(self, loaded: Sequence[Any]) -> Sequence[Any]:
-        """Work on the images of a batch; a result for each, in their order."""
+    def compute(self, loaded: Any) -> Any:
+        """Work on one image."""
         raise NotImplementedError
 
     def write(self, result: Any) -> Output:
@@ -209,9 +206,7 @@ def execute(
         gone = list(in_lists({image for found in lost.values() for image in found or ()}))
         with workspace.database.begin() as session, recording_removed(session, gone):
             for recipe_id, found in lost.items():
-                jobs = queue.done_jobs(session, recipe_id, found or ())
-                for some in in_lists(jobs):
-                    queue.requeue(session, Job.id.in_(some), status=Status.DONE)
+                queue.reopen(session, recipe_id, found or ())
                 for images_without in in_lists(found or ()):  # what has failed for want of them
                     queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
@@ -264,9 +259,8 @@ def forecast(
     with workspace.database.read() as session:
         recipe = known_recipe(session, spec)
         recipe_id = 0 if recipe is None else recipe.id  # 0: has done nothing
-        lost = stage.find_lost(session, recipe_id, images) or ()
         counted = count_images(session, recipe_id, images)
-        todo = counted.todo + len(queue.done_jobs(session, recipe_id, lost))
+        todo = counted.todo + len(stage.find_lost(session, recipe_id, images) or ())
         done = select(Job.recipe_id).join(Recipe, Recipe.id == Job.recipe_id)
         done = done.where(Recipe.stage == spec.stage, Job.status == Status.DONE)
         # By this recipe, or where it has done nothing by that of the stage that was used last.
@@ -456,13 +450,13 @@ class _Loop:
         in_hand = any(worker.chunks for worker in self.workers)
         if room == 0 or (self.drained and in_hand):
             return
-        batch, size = self.stage.batch, self.stage.batch
+        size = 1
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
             slots = 2 * (room + sum(len(worker.chunks) for worker in self.workers))
             fair = self.left if self.computes_here else self.left // slots
-            size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
+            size = max(1, min(LARGEST_CHUNK, wanted, fair))
         tasks: list[Task] = []
         while not tasks:
             with self.database.begin() as session:
@@ -490,9 +484,7 @@ class _Loop:
                 self.fail(task, Failure.of(error))
             else:
                 good.append(task)
-        size = -(-len(tasks) // (room * batch)) * batch
-        if any(task.deaths for task in tasks):
-            size = 1
+        size = 1 if any(task.deaths for task in tasks) else -(-len(tasks) // room)
         chunks = [good[start : start + size] for start in range(0, len(good), size)]
         for chunk in chunks:
             worker = max(self.workers, key=attrgetter("free"))
@@ -500,12 +492,7 @@ class _Loop:
             worker.submit(chunk, [inputs[task.image_id] for task in chunk])
 
     def collect(self) -> None:
-        """Take the chunks that are over from the workers, and write what they made.
-
-        Raises:
-            CellstoreError: an error that the next image would meet, too: a full disk, a network
-                that is damaged.
-        """
+        """Take the chunks that are over from the workers, and write what they made."""
         fatal: CellstoreError | None = None
         for worker in self.workers:
             while done := [chunk for chunk in worker.chunks if chunk[0].done()]:
@@ -686,12 +673,7 @@ class Worker:
         self.chunks.append((future, tasks))
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed.
-
-        Raises:
-            Exception: ``error``, if it is no crash.
-            StoreError: processes die whenever they start.
-        """
+        """Start a process again; return what only waited behind the ``tasks`` that crashed."""
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
@@ -794,7 +776,7 @@ _here = threading.local()  # networks are not shared by threads
 def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answers:
     """Do in a worker what a stage does with each of ``inputs``; return the outputs in their order.
 
-    While a batch is computed, the next one is read and the files of the last one are written.
+    While an image is computed, the next one is read and the files of the last one are written.
 
     Raises:
         CellstoreError: the stage cannot be loaded, or a file cannot be written.
@@ -809,45 +791,31 @@ def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answe
         return [], 0.0
     stage: ImageStage[Any, Any] = _here.stage
     started = time.perf_counter()
-    batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        coming = reader.submit(_each, stage.read, batches[0])
-        written: list[Future[list[Any]]] = []
-        for batch in (*batches[1:], []):
+        coming = reader.submit(_try, stage.read, inputs[0])
+        written = []
+        for position in range(1, len(inputs) + 1):
             loaded = coming.result()
-            if batch:
-                coming = reader.submit(_each, stage.read, batch)
-            good = [item for item in loaded if not isinstance(item, Failure)]
-            made = _each(stage.compute, [good] if good else [])
-            if made and isinstance(made[0], Failure) and len(good) > 1:
-                # One of them spoils the batch: each for itself, so that it fails alone.
-                made = _each(stage.compute, [[item] for item in good])
-            parts = ([part] if isinstance(part, Failure) else part for part in made)
-            computed = iter([result for part in parts for result in part])
-            results = [item if isinstance(item, Failure) else next(computed) for item in loaded]
-            written.append(writer.submit(_each, stage.write, results, StorageError))
-        outputs = [output for future in written for output in future.result()]
+            if position < len(inputs):
+                coming = reader.submit(_try, stage.read, inputs[position])
+            computed = _try(stage.compute, loaded)
+            written.append(writer.submit(_try, stage.write, computed, StorageError))
+        outputs = [future.result() for future in written]
     return outputs, (time.perf_counter() - started) / len(inputs)
 
 
-def _each(
-    function: Callable[[Any], Any],
-    arguments: Sequence[Any],
-    fatal: type[Exception] | tuple[()] = (),
-) -> list[Any]:
-    """Call a function with each argument; a ``Failure`` takes the place of what cannot be done."""
-    results = []
-    for argument in arguments:
-        if isinstance(argument, Failure):
-            results.append(argument)
-            continue
-        try:
-            results.append(function(argument))
-        except fatal:
-            raise
-        except Exception as error:
-            results.append(Failure.of(error))
-    return results
+def _try(
+    function: Callable[[Any], Any], argument: Any, fatal: type[Exception] | tuple[()] = ()
+) -> Any:
+    """Call a function; a ``Failure`` takes the place of what cannot be done, and is passed on."""
+    if isinstance(argument, Failure):
+        return argument
+    try:
+        return function(argument)
+    except fatal:
+        raise
+    except Exception as error:
+        return Failure.of(error)
 
 
 def start_importing(stage: ImageStage[Any, Any]) -> None:

@@ -270,20 +270,21 @@ def reserve(
         .returning(Job.id)
     )
     claimed = set(session.connection().scalars(claim))
-    tasks: dict[int, Task] = {}
+    by_image: dict[int, list[Any]] = {}
     for row in found:
-        if row.id not in claimed:
-            continue
-        tries, deaths, jobs_of_image = row.attempts + 1 - row.deaths, row.deaths, {}
-        if (other := tasks.get(row.image_id)) is not None:
-            tries, deaths = max(other.tries, tries), max(other.deaths, deaths)
-            jobs_of_image = dict(other.jobs)
-        jobs_of_image[row.recipe_id] = row.id
-        name = image_name(row.barcode, row.core_name, row.plane, row.time_point)
-        tasks[row.image_id] = Task(
-            row.image_id, row.content_sha256, name, jobs_of_image, tries, deaths
+        if row.id in claimed:
+            by_image.setdefault(row.image_id, []).append(row)
+    return [
+        Task(
+            image_id,
+            rows[0].content_sha256,
+            image_name(rows[0].barcode, rows[0].core_name, rows[0].plane, rows[0].time_point),
+            {row.recipe_id: row.id for row in rows},
+            max(row.attempts + 1 - row.deaths for row in rows),
+            max(row.deaths for row in rows),
         )
-    return list(tasks.values())
+        for image_id, rows in by_image.items()
+    ]
 
 
 def among(images: Select[int]) -> ColumnElement[bool]:
@@ -481,12 +482,9 @@ def requeue(session: Session, *which: ColumnElement[bool], status: Status = Stat
     return int(done.rowcount)
 
 
-def done_jobs(session: Session, recipe_id: int, image_ids: Collection[int]) -> list[int]:
-    """Return the ids of the jobs by which images were done, by their present bytes."""
-    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-    query = select(Job.id).join(Image, current)
-    query = query.where(Job.recipe_id == recipe_id, Job.status == Status.DONE)
-    found: list[int] = []
+def reopen(session: Session, recipe_id: int, image_ids: Collection[int]) -> None:
+    """Open the jobs again by which images were done, by their present bytes: files are gone."""
+    current = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     for some in in_lists(image_ids):
-        found += session.scalars(query.where(Job.image_id.in_(some)))
-    return found
+        mine = (Job.recipe_id == recipe_id, Job.image_id.in_(some), current)
+        requeue(session, *mine, status=Status.DONE)

@@ -143,11 +143,7 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
 
 
 def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
-    """Bring the schema up to date; return its revision before and after.
-
-    Raises:
-        SchemaError: this library does not know it, or its mark is lost.
-    """
+    """Bring the schema up to date; return its revision before and after."""
     before = database.revision()
     migrate.upgrade(database)
     after = database.revision()

@@ -774,18 +774,14 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                 )
         return names, values
 
-    def compute(self, loaded: Sequence[LoadedCells]) -> list[ApplyOutput]:
-        """Return what the function says of the cells of each image."""
-        outputs = []
-        for cells in loaded:
-            number = len(cells.ids)
-            if number:
-                names, values = self.ask(cells, number)
-            else:
-                names, values = list(self.classes), np.empty((0, len(self.expected)), np.float32)
-            rows = self._rows(cells.ids, names, values) if self.classes else None
-            outputs.append(ApplyOutput(cells.ids, values, rows))
-        return outputs
+    def compute(self, loaded: LoadedCells) -> ApplyOutput:
+        """Return what the function says of the cells."""
+        if number := len(loaded.ids):
+            names, values = self.ask(loaded, number)
+        else:
+            names, values = list(self.classes), np.empty((0, len(self.expected)), np.float32)
+        rows = self._rows(loaded.ids, names, values) if self.classes else None
+        return ApplyOutput(loaded.ids, values, rows)
 
     def _rows(
         self, ids: NDArray[np.int64], names: Sequence[str], values: NDArray[Any]

@@ -117,7 +117,7 @@ def _weights() -> Iterator[Finding]:
         if published.generation != generation:
             continue
         if all((folder / file).is_file() for file in published.files):
-            yield Finding("weights", name, "ok", str(folder / published.network))
+            yield Finding("weights", name, "ok", str(folder / published.files[0]))
         else:
             yield Finding("weights", name, "absent", f"fetched into {folder} on first use")
 

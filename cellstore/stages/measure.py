@@ -292,34 +292,30 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         wanted = dict.fromkeys(file for files in task_input.files.values() for file in files)
         return task_input, masks, {file: open_file(file) for file in wanted}
 
-    def compute(self, loaded: Sequence[Any]) -> list[MeasureOutput]:
-        """Return the measurements of each image.
-
-        Raises:
-            ImageError: masks, planes and cells do not fit each other.
-        """
-        outputs = []
-        for task_input, masks, opened in loaded:
-            regions = find_regions(masks)
-            if not np.array_equal(regions.object_numbers, task_input.object_numbers):
-                raise ImageError(
-                    f"The masks of {task_input.name} and its cells in the database differ. "
-                    "See what is wrong with: cellstore verify"
-                )
-            order = np.argsort(task_input.cell_ids)
-            values = {}
-            for recipe_id, files in task_input.files.items():
-                group = self.groups[recipe_id]
-                planes = [opened[file] for file in files]
-                if group.group.per_channel:
-                    channels = dict(zip(group.plane.channels, planes, strict=True))
-                    columns = measure_channels(group.group.name, regions, channels)
-                else:
-                    columns = measure_cells(regions, project(planes, group.plane.projection))
-                rows = [columns[feature.name] for feature in group.features]
-                values[recipe_id] = np.stack(rows)[:, order]
-            outputs.append(MeasureOutput(task_input.cell_ids[order], values))
-        return outputs
+    def compute(
+        self, loaded: tuple[MeasureInput, Plane, dict[ChannelFile, Plane]]
+    ) -> MeasureOutput:
+        """Return the measurements; masks, planes and cells that do not fit are an error."""
+        task_input, masks, opened = loaded
+        regions = find_regions(masks)
+        if not np.array_equal(regions.object_numbers, task_input.object_numbers):
+            raise ImageError(
+                f"The masks of {task_input.name} and its cells in the database differ. "
+                "See what is wrong with: cellstore verify"
+            )
+        order = np.argsort(task_input.cell_ids)
+        values = {}
+        for recipe_id, files in task_input.files.items():
+            group = self.groups[recipe_id]
+            planes = [opened[file] for file in files]
+            if group.group.per_channel:
+                channels = dict(zip(group.plane.channels, planes, strict=True))
+                columns = measure_channels(group.group.name, regions, channels)
+            else:
+                columns = measure_cells(regions, project(planes, group.plane.projection))
+            rows = [columns[feature.name] for feature in group.features]
+            values[recipe_id] = np.stack(rows)[:, order]
+        return MeasureOutput(task_input.cell_ids[order], values)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, MeasureOutput]]

@@ -220,7 +220,7 @@ class AddPredictions(ImageStage[PredictionRows, PredictionRows]):
         """Nothing is to be read."""
         return task_input
 
-    def compute(self, loaded: Sequence[PredictionRows]) -> Sequence[PredictionRows]:
+    def compute(self, loaded: PredictionRows) -> PredictionRows:
         """Nothing is to be computed."""
         return loaded
 

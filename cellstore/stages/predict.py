@@ -24,7 +24,7 @@ from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
-from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
+from ..jobs.queue import JobScope, Task, among, count_images, reopen, requeue
 from ..jobs.runs import (
     RecipeSpec,
     digest_of_images,
@@ -228,8 +228,7 @@ def predict(
             lost = images_of_lost_files(session, workspace.artifacts, embedding.recipe_id)
             if lost is not None:
                 with recording_removed(session, list(in_lists(lost))):
-                    for some in in_lists(done_jobs(session, embedding.recipe_id, lost)):
-                        requeue(session, Job.id.in_(some), status=Status.DONE)
+                    reopen(session, embedding.recipe_id, lost)
                     forget_lost_files(session, workspace.artifacts, embedding.recipe_id)
             embedded = count_images(session, embedding.recipe_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
@@ -563,18 +562,13 @@ class Predict(ImageStage[int, PredictOutput]):
         """Return the cells of the image with this id."""
         return self.model.reader(task_input)
 
-    def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
-        """Return the labels of the cells of each image."""
-        outputs = []
-        for cells in loaded:
-            probabilities, vectors = self.model.model.predict(cells)
-            order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
-            best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
-            ids = cells.cell_ids.cpu().numpy()
-            outputs.append(
-                PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
-            )
-        return outputs
+    def compute(self, loaded: CellBlock) -> PredictOutput:
+        """Return the labels of the cells."""
+        probabilities, vectors = self.model.model.predict(loaded)
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+        best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
+        ids = loaded.cell_ids.cpu().numpy()
+        return PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, PredictOutput]]

@@ -311,20 +311,17 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
         """Return the plane (H, W) of each channel, which has the name that recipes give it."""
         return [(file.in_recipes, open_file(file)) for file in task_input]
 
-    def compute(self, loaded: Sequence[Any]) -> list[Qualities]:
-        """Return the quality of each channel of each image."""
-        measured = []
-        for planes in loaded:
-            qualities = []
-            for channel, plane in planes:
-                try:
-                    qualities.append((channel, plane_quality(plane)))
-                except ValueError as error:
-                    raise ImageError(
-                        f"Channel {channel} has no pixel that is a number. Export the field again."
-                    ) from error
-            measured.append(qualities)
-        return measured
+    def compute(self, loaded: Any) -> Qualities:
+        """Return the quality of each channel."""
+        qualities = []
+        for channel, plane in loaded:
+            try:
+                qualities.append((channel, plane_quality(plane)))
+            except ValueError as error:
+                raise ImageError(
+                    f"Channel {channel} has no pixel that is a number. Export the field again."
+                ) from error
+        return qualities
 
     def insert(
         self,

@@ -205,9 +205,9 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             )
         return np.stack(planes)
 
-    def compute(self, loaded: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
-        """Return masks and flows of each image."""
-        return [self.segmenter.segment(image) for image in loaded]
+    def compute(self, loaded: NDArray[np.float32]) -> SegmentationResult:
+        """Return masks and flows."""
+        return self.segmenter.segment(loaded)
 
     def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""
