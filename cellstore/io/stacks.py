@@ -38,22 +38,14 @@ _AXES = "CZT"
 _IMAGEJ = {"C": "channels", "Z": "slices", "T": "frames"}
 
 
-class StackPage(NamedTuple):
-    """A page, and its channel, plane and time point; all counted from 1.
+class Stack(NamedTuple):
+    """The pages of a file, and the names of its channels where it gives them.
 
-    Each sample of a page counts: in a file with two, the third page is the first of the second.
+    Of each page: its number, its channel, plane and time point; all counted from 1. Each sample of
+    a page counts: in a file with two, the third page is the first of the second.
     """
 
-    page: int
-    channel: int
-    plane: int
-    time_point: int
-
-
-class Stack(NamedTuple):
-    """The pages of a file, and the names of its channels where it gives them."""
-
-    pages: tuple[StackPage, ...]
+    pages: tuple[tuple[int, int, int, int], ...]
     channel_names: tuple[str | None, ...]
 
 
@@ -164,7 +156,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
             f"{name} has {count} pages, and its description tells of {described}. "
             "Export it again, as one file."
         )
-    found: list[StackPage] = []
+    found: list[tuple[int, int, int, int]] = []
     # Where the samples are an axis of their own, alpha is none of its channels.
     kept = samples if depth > 1 and "S" in sizes else list(range(sizes.get("S", 1)))
     for position, number in enumerate(full):
@@ -174,7 +166,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
                 rest, index[axis] = divmod(rest, sizes.get(axis, 1))
             channel = index.get("C", 0) * len(kept) + kept.index(index.get("S", 0))
             where = channel + 1, index.get("Z", 0) + 1, index.get("T", 0) + 1
-            found.append(StackPage(number * depth + sample + 1, *where))
+            found.append((number * depth + sample + 1, *where))
     channels = sizes.get("C", 1) * len(kept)
     if len(kept) > 1 and len(names) != channels:
         names = ()

@@ -155,8 +155,7 @@ class ImageCounts:
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
     if session.get_bind().dialect.name == "sqlite":
-        later = f"{plus:+f} seconds"  # as SQLAlchemy writes moments
-        return func.strftime("%Y-%m-%d %H:%M:%f000", "now", later, type_=UtcDateTime())
+        return literal(datetime.now(UTC) + timedelta(seconds=plus), UtcDateTime())
     return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 

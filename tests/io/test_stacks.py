@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cellstore.errors import ImageError
 from cellstore.io.filenames import is_safe_name
 from cellstore.io.image_files import ImageFolder, probe, read_plane
-from cellstore.io.stacks import Stack, StackPage, read_stack
+from cellstore.io.stacks import Stack, read_stack
 from cellstore.io.uris import page_name
 
 NAMES = ["DNA", "ER", "RNA"]
@@ -60,7 +60,7 @@ def read(path: Path) -> Stack:
 def test_pages_of_a_plain_tiff_are_planes(tmp_path: Path, bigtiff: bool, byteorder: Any) -> None:
     path = saved(tmp_path / "a.tif", pages(3), bigtiff=bigtiff, byteorder=byteorder)
     stack = read(path)
-    assert stack.pages == tuple(StackPage(page, 1, page, 1) for page in (1, 2, 3))
+    assert stack.pages == tuple((page, 1, page, 1) for page in (1, 2, 3))
     assert (*most(stack), stack.channel_names) == (3, 1, (None,))
 
 
@@ -75,7 +75,7 @@ def test_channels_of_an_ome_tiff_have_their_names(tmp_path: Path) -> None:
     saved(path, pages(3), ome=True, metadata={"axes": "CYX", "Channel": {"Name": NAMES}})
     stack = read(path)
     assert stack.channel_names == ("DNA", "ER", "RNA")
-    assert stack.pages == tuple(StackPage(page, page, 1, 1) for page in (1, 2, 3))
+    assert stack.pages == tuple((page, page, 1, 1) for page in (1, 2, 3))
 
 
 @pytest.mark.parametrize("axes", ["TZCYX", "TCZYX", "CZTYX", "ZCTYX"])
@@ -97,8 +97,8 @@ def test_pages_in_another_order_than_the_planes(tmp_path: Path) -> None:
         for position in range(6)
     )
     stack = read(ome(tmp_path / "a.ome.tiff", ome_xml(inner=blocks)))
-    assert stack.pages[0] == StackPage(1, 2, 3, 1)
-    assert stack.pages[5] == StackPage(6, 1, 1, 1)
+    assert stack.pages[0] == (1, 2, 3, 1)
+    assert stack.pages[5] == (6, 1, 1, 1)
     assert stack.channel_names == ("DNA", None)
 
 
@@ -356,7 +356,7 @@ def block(file: str, channel: int, page: int = 0) -> str:
 def test_files_of_one_page_know_their_channel(tmp_path: Path) -> None:
     xml = ome_xml(sizes=(2, 1, 1), inner=block("c0.ome.tif", 0) + block("c1.ome.tif", 1))
     stack = read(ome(tmp_path / "c1.ome.tif", xml, 1))
-    assert stack.pages == (StackPage(1, 2, 1, 1),)
+    assert stack.pages == ((1, 2, 1, 1),)
     assert read_stack(ome(tmp_path / "other.ome.tif", xml, 1)) is None
     with pytest.raises(ImageError, match=r"none of the files .*: c0.ome.tif, c1.ome.tif"):
         read_stack(ome(tmp_path / "other.ome.tif", xml, 2))
