@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,15 +17,15 @@ from starlette.routing import Route
 
 from ..enums import Control, Level
 from ..errors import CellstoreError, UserInputError
+from ..io.filenames import format_well, parse_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
-from ..jobs.lookup import well_name as normal_name
 from ..jobs.run_names import find_named_run, find_predict_run
 from ..models import METADATA
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
-from ..report.drawing import brief, plate_layout, short, well_name
+from ..report.drawing import brief, plate_layout, short
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .pixels import usual_channels
@@ -399,7 +400,7 @@ def _grid(
     for row in wells:
         made = _mapped(row, found, scale, groups, treatment)
         grid[row["well_row"] - 1][row["well_column"] - 1] = made
-    return rows, columns, [(well_name(at + 1, 1)[:-2], line) for at, line in enumerate(grid)]
+    return rows, columns, [(format_well(at + 1, 1)[:-2], line) for at, line in enumerate(grid)]
 
 
 def _mapped(
@@ -479,7 +480,9 @@ def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
     wells = _wells_of(request, (barcode,))
-    at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
+    with suppress(UserInputError):  # it is not found, then
+        name = format_well(*parse_well(name))
+    at = next((at for at, row in enumerate(wells) if row["well"] == name), None)
     if at is None:
         raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
     one = wells[at]

@@ -23,11 +23,12 @@ from starlette.routing import Route
 from ..db.bulk import IN_AT_ONCE
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
+from ..io.filenames import format_well
 from ..jobs.lookup import find_run
 from ..jobs.runs import files_of
 from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
 from ..query.guard import quoted
-from ..report.drawing import plate_layout, well_name
+from ..report.drawing import plate_layout
 from ..stages.profile import NOT_FEATURES, PLACES
 from .cell_filters import (
     Chosen,
@@ -722,7 +723,7 @@ def _count_map(plate: str, wells: list[dict[str, Any]], most: int) -> dict[str, 
             words = f"{row['well']}, {row['treatment'] or 'unknown'}{role}: {row['n']:,}"
             url = url_of("well", plate, row["well"])
             line.append({"url": url, "words": words, "colour": viridis(row["n"] / most)})
-        grid.append((well_name(at, 1)[:-2], line))
+        grid.append((format_well(at, 1)[:-2], line))
     return {"columns": columns, "rows": grid}
 
 

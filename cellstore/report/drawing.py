@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import open_atomically
+from ..io.filenames import format_well
 from ..jobs.planes import NUCLEAR
 from ..notebooks import plain
 from ..settings import check_not_of_a_store
@@ -283,7 +284,7 @@ class PlateMap:
 
     def extremes(self) -> str:
         """Say which wells have the lowest and the highest value."""
-        known = sorted((value, well_name(*well)) for well, value in self.values.items())
+        known = sorted((value, format_well(*well)) for well, value in self.values.items())
         if not known:
             return "no well has a value"
         (low, first), (high, last) = known[0], known[-1]
@@ -297,12 +298,6 @@ def plate_layout(wells: Collection[WellPosition]) -> tuple[int, int]:
     row, column = max(well[0] for well in wells), max(well[1] for well in wells)
     fitting = [size for size in PLATES if row <= size[0] and column <= size[1]]
     return fitting[0] if fitting else (row, column)
-
-
-def well_name(row: int, column: int) -> str:
-    """Return ``B03`` for row 2 and column 3, ``AA03`` for row 27."""
-    letters = chr(64 + row) if row <= 26 else f"A{chr(64 + row - 26)}"
-    return f"{letters}{column:02}"
 
 
 def colour_limits(values: Collection[float]) -> tuple[float, float]:
@@ -349,7 +344,7 @@ def draw_plate_map(figure: Figure, found: PlateMap, *, scale: bool = True) -> No
     step = next(n for n in (1, 2, 4, 8, columns) if n * map_width / columns > 0.17 or n == columns)
     axes.set_xticks(range(1, columns + 1, step))
     step = next(n for n in (1, 2, 4, rows) if n * tall * height / rows > 0.1 or n == rows)
-    letters = [well_name(row, 1)[:-2] for row in range(1, rows + 1, step)]
+    letters = [format_well(row, 1)[:-2] for row in range(1, rows + 1, step)]
     axes.set_yticks(range(1, rows + 1, step), letters)
     axes.tick_params(length=0, labelsize=size)
     axes.spines[:].set(visible=True, alpha=0.7, linewidth=0.9)

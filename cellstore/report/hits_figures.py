@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..analysis.components import components_of, umap_of
 from ..enums import Verdict
+from ..io.filenames import format_well
 from ..notebooks import plain
 from ..stages.hits import HitRow, HitsResult
 from .drawing import (
@@ -32,7 +33,6 @@ from .drawing import (
     plate_map_svg,
     short,
     svg,
-    well_name,
 )
 
 if TYPE_CHECKING:
@@ -257,13 +257,13 @@ def position_map(screen: Screen, item: Judged) -> str:
     ]
     for row in range(1, rows + 1, max(1, rows // 8)):
         y = 16 + side * (row - 0.5) + 3
-        letter = well_name(row, 1)[:-2]
+        letter = format_well(row, 1)[:-2]
         parts.append(f'<text x="18" y="{y:.1f}" text-anchor="end" class="tick">{letter}</text>')
     for column in range(1, columns + 1, max(1, columns // 8)):
         x = 24 + side * (column - 0.5)
         parts.append(f'<text x="{x:.1f}" y="11" text-anchor="middle" class="tick">{column}</text>')
     names = ", ".join(
-        f"{well_name(*where)}{f' ({n} plates)' if n > 1 else ''}"
+        f"{format_well(*where)}{f' ({n} plates)' if n > 1 else ''}"
         for where, n in sorted(mine.items())
     )
     alt = f"Wells of {item.name}: {names}."
