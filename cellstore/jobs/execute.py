@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
-    CancelledError,
     Executor,
     Future,
     ProcessPoolExecutor,
@@ -293,8 +291,8 @@ def run_jobs(
     way no job is lost.
 
     Raises:
-        UserInputError: fewer than one worker, no address of a scheduler, or a lease (how long a job
-            stays reserved for a worker that is not heard of) that is no number of 1 or more.
+        UserInputError: fewer than one worker, or a lease (how long a job stays reserved for a
+            worker that is not heard of) that is no number of 1 or more.
         MissingExtraError: a Dask scheduler, and Dask is not installed.
         StoreError: the scheduler does not answer, or workers die whenever they start.
         StorageError: the disk is full or read-only; the jobs in hand are given back.
@@ -701,15 +699,9 @@ class DaskCluster(Worker):
     """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
 
     address: str = ""
-    deserted: float | None = None
 
     def start(self) -> None:
-        """Connect to the scheduler."""
-        if not re.fullmatch(r"[a-z]+://\S+:\d+", self.address):
-            raise UserInputError(
-                f"{self.address!r} is no address of a Dask scheduler. It looks like "
-                "tcp://host:8786."
-            )
+        """Connect to the scheduler, and wait for its workers."""
         try:
             import distributed
         except ModuleNotFoundError as error:
@@ -719,9 +711,11 @@ class DaskCluster(Worker):
         make_client: Any = distributed.Client
         try:
             self.client = make_client(self.address, timeout=CONNECT_SECONDS, set_as_default=False)
+            self.client.wait_for_workers(1, timeout=6 * CONNECT_SECONDS)
         except (OSError, ValueError, TimeoutError) as error:
             raise StoreError(
-                f"The Dask scheduler at {self.address} does not answer. Check the address, or "
+                f"The Dask scheduler at {self.address} does not answer, or has no workers. Its "
+                "address looks like tcp://host:8786; start workers with: dask worker ADDRESS. Or "
                 "leave --scheduler out to work on this machine."
             ) from error
         self.pool = self.client.get_executor(pure=False, retries=0)
@@ -731,37 +725,24 @@ class DaskCluster(Worker):
         try:
             threads: int = sum(self.client.nthreads().values())
         except (OSError, TimeoutError, AssertionError) as error:
-            raise self.gone() from error
-        if threads:
-            self.deserted = None
-        else:
-            self.deserted = self.deserted or time.monotonic()
-            if time.monotonic() - self.deserted > 60:
-                raise StoreError(
-                    f"The Dask scheduler at {self.address} has no workers. Start some with: "
-                    f"dask worker {self.address}"
-                )
+            raise self.failed(error) from error
         return CHUNKS * threads - len(self.chunks)
 
-    def gone(self) -> StoreError:
-        """What is said when the scheduler ends or answers no more."""
+    def failed(self, error: Exception) -> StoreError:
+        """What is said when the scheduler ends, or its workers cannot do the work."""
         return StoreError(
-            f"The Dask scheduler at {self.address} is gone. What is done is kept; start it again "
-            "and run the same command."
+            f"The Dask cluster at {self.address} cannot go on ({first_line(error)}) Its scheduler "
+            "and its workers need the same cellstore as this machine. What is done is kept: start "
+            "it again, and run the same command."
         )
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
         """Dask starts a worker again by itself, and lost this chunk only; others are at fault."""
         from distributed.scheduler import KilledWorker
 
-        if isinstance(error, KilledWorker):
-            return []
-        if isinstance(error, CancelledError):
-            raise self.gone() from error
-        raise StoreError(
-            f"The Dask cluster at {self.address} cannot do this work ({first_line(error)}) Its "
-            "scheduler and its workers need the same cellstore as this machine."
-        ) from error
+        if not isinstance(error, KilledWorker):
+            raise self.failed(error) from error
+        return []
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""
