@@ -308,10 +308,11 @@ def input_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]
     """
     given = np.asarray(image, dtype=np.float32)
     stacked = given[None] if given.ndim == 2 else given
-    if stacked.ndim != 3 or len(stacked) > 2 or min(stacked.shape[1:]) < 2:
-        raise ImageError(f"Segmentation needs one or two grey planes, not {given.shape} values.")
-    if given.ndim == 3 and len(given) != 2:
-        raise ImageError(f"Two planes are (2, H, W), not {given.shape}.")
+    is_one_or_two = given.ndim == 2 or (given.ndim == 3 and len(given) == 2)
+    if not is_one_or_two or min(stacked.shape[1:]) < 2:
+        raise ImageError(
+            f"Segmentation needs a plane (H, W) or two (2, H, W), not {given.shape} values."
+        )
     if not np.isfinite(given).all():
         raise ImageError("The image holds values that are not finite numbers.")
     padding = [(0, 0), (0, 0), (0, max(0, planes - len(stacked)))]
@@ -333,14 +334,12 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
     torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     try:  # no code in the file is run
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
+        names = {name.removeprefix("module.") for name in state}
+    except Exception as error:  # torch and pickle raise what the bytes lead them to
         raise UserInputError(
             f"{path} cannot be read as a network: the file is damaged, or it is something else."
         ) from error
-    if not isinstance(state, dict):
-        raise UserInputError(f"{path} holds no network weights. Choose another file.")
-    # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
-    names = {name.removeprefix("module.") for name in state}
     installed, needed = installed_generation(), 4 if "W2" in names else 3
     if needed != installed:
         raise UserInputError(
