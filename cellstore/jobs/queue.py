@@ -23,6 +23,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Interval,
+    Row,
     Select,
     and_,
     case,
@@ -137,21 +138,6 @@ class Task:
     deaths: int
 
 
-@dataclass(frozen=True)
-class ImageCounts:
-    """How far a recipe has come with the images of a selection, by their present bytes.
-
-    ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
-    alone until ``cellstore retry``, a worker may take those ``todo``.
-    """
-
-    selected: int
-    waiting: int
-    done: int
-    failed: int
-    todo: int
-
-
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
     if session.get_bind().dialect.name == "sqlite":
@@ -161,23 +147,27 @@ def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
 
 def count_images(
     session: Session, recipe_id: int, images: Select[int], *, unseen: bool = False
-) -> ImageCounts:
-    """Count ``images`` (a query of ids) by what a recipe has done of them.
+) -> Row[int, int, int, int, int]:
+    """Count ``images`` (a query of ids) by what a recipe has done of them, by their present bytes.
 
-    ``unseen``: images that have not been seen can be worked on, too.
+    ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
+    alone until ``cellstore retry``, a worker may take those ``todo``. ``unseen``: images that have
+    not been seen can be worked on, too.
     """
     # IS TRUE keeps the long text out of the keys of PostgreSQL's hash join.
     same = (Job.content_sha256 == CONTENT).is_(true())
     job = and_(Job.recipe_id == recipe_id, Job.image_id == Image.id, same)
     missing = literal(False) if unseen else Image.content_sha256.is_(None)
+    selected, waiting = func.count(), func.count().filter(missing)
+    done, failed = (func.count().filter(Job.status == s) for s in (Status.DONE, Status.FAILED))
     query = images.outerjoin(Job, job).with_only_columns(
-        func.count(),
-        func.count().filter(missing),
-        func.count().filter(Job.status == Status.DONE),
-        func.count().filter(Job.status == Status.FAILED),
+        selected.label("selected"),
+        waiting.label("waiting"),
+        done.label("done"),
+        failed.label("failed"),
+        (selected - waiting - done - failed).label("todo"),
     )
-    selected, waiting, done, failed = session.execute(query).one()
-    return ImageCounts(selected, waiting, done, failed, selected - waiting - done - failed)
+    return session.execute(query).one()
 
 
 def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
