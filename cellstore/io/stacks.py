@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import tifffile
 
@@ -225,25 +225,22 @@ def _read_page_names(texts: Sequence[object]) -> _Axes | None:
     return _Axes("CZ", {"C": len(distinct), "Z": len(names) // len(distinct)}, distinct, planes)
 
 
-class _Described(NamedTuple):
-    """What an OME-XML says of images: attributes, names of channels, blocks of planes.
+_OmeImage: TypeAlias = tuple[dict[str, str], list[str | None], list[dict[str, str]]]
+"""An image of an OME-XML: its attributes, names of its channels, blocks of its planes."""
 
-    ``by_file`` has the images with planes in a file (None: its name is not said), ``whole`` those
-    without blocks. ``companion``: the file that says it instead.
+
+def _described(
+    name: str, description: str
+) -> tuple[list[_OmeImage], dict[str | None, list[int]], str | None]:
+    """Return the images that an OME-XML describes, and which of them have planes in each file.
+
+    A file None: it does not say which. The last is the name of the file that says all this instead.
     """
-
-    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]]
-    by_file: dict[str | None, list[int]]
-    whole: list[int]
-    companion: str | None
-
-
-def _described(name: str, description: str) -> _Described:
-    found = _Described([], {}, [], None)
-    images = found.images
+    images: list[_OmeImage] = []
+    by_file: dict[str | None, list[int]] = {}
     for tag, values in ome_elements(name, description):
         if tag == "BinaryOnly":
-            return found._replace(companion=values.get("MetadataFile", ""))
+            return [], {}, values.get("MetadataFile", "")
         if tag == "Image":
             images.append(({}, [], []))
         elif images and tag == "Pixels":
@@ -255,15 +252,13 @@ def _described(name: str, description: str) -> _Described:
         elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
             images[-1][2][-1]["FileName"] = values["FileName"]
     for number, (_, _, blocks) in enumerate(images):
-        for file in {block.get("FileName") for block in blocks}:
-            found.by_file.setdefault(file, []).append(number)
-        if not blocks:
-            found.whole.append(number)
-    return found
+        for file in {block.get("FileName") for block in blocks} or {None}:
+            by_file.setdefault(file, []).append(number)
+    return images, by_file, None
 
 
 @lru_cache(maxsize=2)
-def _read_companion(path: Path, _state: FileStat) -> _Described:
+def _read_companion(path: Path, _state: FileStat) -> Any:
     """Read the file that describes all files of a plate, once for all of them."""
     return _described(path.name, path.read_text(encoding="utf-8"))
 
@@ -274,17 +269,16 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
     It may be in another file (``*.companion.ome``), and about several files of which this is one.
     """
     name = path.name
-    described = _described(name, description)
-    if described.companion is not None:
-        companion = path.with_name(described.companion.rpartition("/")[2] or "?")
+    images, by_file, told_in = _described(name, description)
+    if told_in is not None:
+        companion = path.with_name(told_in.rpartition("/")[2] or "?")
         try:
-            described = _read_companion(companion, local_stat(companion))
+            images, by_file, _ = _read_companion(companion, local_stat(companion))
         except (OSError, ValueError) as error:
             raise ImageError(
                 f"{name} is described in {companion.name}, which is not beside it or cannot be "
                 "read. Copy it there."
             ) from error
-    by_file = described.by_file
     its_name = name
     if name not in by_file and None not in by_file and by_file:
         if len(by_file) > 1:
@@ -294,8 +288,8 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
                 "Give it the name that it had."
             )
         its_name = next(iter(by_file)) or name  # one file may have a new name
-    numbers = {*by_file.get(its_name, ()), *by_file.get(None, ()), *described.whole}
-    own = [described.images[number] for number in sorted(numbers)]
+    numbers = {*by_file.get(its_name, ()), *by_file.get(None, ())}
+    own = [images[number] for number in sorted(numbers)]
     if len(own) != 1:
         raise ImageError(
             f"{name} holds {len(own)} images (series). Export each as a file of its own."
