@@ -351,7 +351,12 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
     output.table(
         ["plate", "seen", "flagged", *images.values()],
         [
-            [plate.plate, plate.seen, plate.flagged, *_numbers(plate.by_reason, images)]
+            [
+                plate.plate,
+                plate.seen,
+                plate.flagged,
+                *(plate.by_reason.get(reason, 0) for reason in images),
+            ]
             for plate in result.plates
         ],
     )
@@ -361,7 +366,7 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
         rows = [
             [
                 *(plate.plate, plate.cells, plate.cells_flagged),
-                *(*_numbers(plate.cells_by_reason, cells), plate.excluded),
+                *(*(plate.cells_by_reason.get(reason, 0) for reason in cells), plate.excluded),
             ]
             for plate in result.plates
         ]
@@ -383,12 +388,6 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
     list_failures(result.failures)
     if result.html:
         typer.echo(f"page: {result.html}")
-
-
-def _numbers(
-    found: Mapping[str, int], reasons: Mapping[ImageFlagReason, str] | Mapping[CellFlagReason, str]
-) -> list[int]:
-    return [found.get(reason.value, 0) for reason in reasons]
 
 
 def _show_finetune(result: FinetuneResult) -> None:
