@@ -155,19 +155,13 @@ def typed_value(item: Field, typed: Any) -> Any:
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
         return tuple(kind(word if known["repeated"] else word.strip()) for word in words)
-    pairs, start = [], ""
+    pairs = []
     for word in words:
-        # What has no "=" belongs to the next word: the name that it came with has a comma in it.
-        start += word
-        if "=" not in word and word is not words[-1] and not known["repeated"]:
-            start += ","
-            continue
-        cut = start.partition if known["pair"] == "first" else start.rpartition
+        cut = word.partition if known["pair"] == "first" else word.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {start!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
         pairs.append((old, new))
-        start = ""
     return tuple(pairs)
 
 
@@ -591,10 +585,6 @@ class IngestParams(Params):
         metavar="REGEX",
     )
     binary: bool = _binary()
-    layout: str | None = option(
-        None, "What kind of table the source is. Default: recognised by its content."
-    )
-    strict: bool = option(False, "Keep nothing of the source if one of its rows is refused.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
 
@@ -859,21 +849,6 @@ class SplitParams(Params):
         return self.folds is not None or self.leave_out is not None
 
 
-def one_selection(where: str | None, sql: str | None) -> bool:
-    """Return whether there is a selection of cells.
-
-    Raises:
-        UserInputError: there are two, or the condition is empty.
-    """
-    if where is not None and not where.strip():
-        raise UserInputError('The condition is empty. Write it like --where "area > 500".')
-    if sql is not None and not sql.strip():
-        raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
-    if where is not None and sql is not None:
-        raise UserInputError("Select cells by --where or by --sql, not by both.")
-    return where is not None or sql is not None
-
-
 @dataclass(frozen=True)
 class CellChoice(Params):
     """Which cells are learned from, and which measurements of them."""
@@ -897,7 +872,17 @@ class CellChoice(Params):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_selection(self.where, self.sql)
+        if self.where is not None and not self.where.strip():
+            raise UserInputError('The condition is empty. Write it like --where "area > 500".')
+        if self.sql is not None and not self.sql.strip():
+            raise UserInputError("The SQL is empty. Give a file, or SQL that begins with SELECT.")
+        if self.where is not None and self.sql is not None:
+            raise UserInputError("Select cells by --where or by --sql, not by both.")
+
+    @property
+    def selects(self) -> bool:
+        """Whether a condition, or SQL, selects some of the cells."""
+        return self.where is not None or self.sql is not None
 
 
 @dataclass(frozen=True)
@@ -963,7 +948,9 @@ class TrainParams(CellChoice):
     )
     step_size: int = learning(5, "Epochs until schedule step makes the step smaller.", min=1)
     gamma: float = learning(0.5, "How much smaller schedule step makes it.", min=0.0)
-    warmup_epochs: int = learning(2, "Epochs in which the step rises first.", min=0)
+    warmup_epochs: int = learning(
+        2, "Epochs in which the step rises first; fewer than all epochs.", min=0
+    )
     weight_decay: float = learning(1e-4, "Weight decay of Adam.", min=0.0)
     normalise: str = _normalise()
     intensity: str = learning(
@@ -976,18 +963,6 @@ class TrainParams(CellChoice):
     )
     seed: int = learning(0, "Same seed, same start.", min=0)
 
-    @classmethod
-    def of(cls, preset: str | None = None, **given: Any) -> Self:
-        """Return the values of a preset, but for those that are ``given``.
-
-        The warm-up is shorter than the training where only the ``epochs`` are given.
-        """
-        usual = {"warmup_epochs": cls.warmup_epochs, **PRESETS.get(preset or "", {}).get(cls, {})}
-        if "epochs" in given and "warmup_epochs" not in given:
-            epochs = fitted("--epochs", int, given["epochs"])
-            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], epochs - 1))
-        return super().of(preset, **given)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.branches == ():
@@ -999,11 +974,7 @@ class TrainParams(CellChoice):
                 "Only the branch image reads channels: add it, for example with "
                 "--branches mask,flow,image,tabular."
             )
-        if self.warmup_epochs >= self.epochs:
-            raise UserInputError(
-                f"The warm-up must be shorter than the training: {self.warmup_epochs} of "
-                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
-            )
+        object.__setattr__(self, "warmup_epochs", min(self.warmup_epochs, self.epochs - 1))
 
 
 @dataclass(frozen=True)
@@ -1256,7 +1227,8 @@ class AddedParams(Params):
         super().__post_init__()
         if self.mlflow_run is not None and not re.fullmatch(r"[\w-]{1,100}", self.mlflow_run):
             raise UserInputError(
-                f"{self.mlflow_run!r} is no id of an MLflow run: letters, digits, - and _ alone."
+                f"{self.mlflow_run!r} is not the id of an MLflow run: use letters, digits, - "
+                "and _ only."
             )
         _check_model_name(self.name)
 

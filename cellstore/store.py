@@ -24,6 +24,7 @@ from .config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
+    CellChoice,
     FinetuneParams,
     HitsParams,
     IngestParams,
@@ -35,6 +36,7 @@ from .config import (
     RunName,
     SegmentParams,
     Selection,
+    Sources,
     SplitParams,
     TrainParams,
     TrainSetup,
@@ -97,7 +99,12 @@ if TYPE_CHECKING:
 @checked
 @dataclass(frozen=True)
 class Store(AbstractContextManager["Store"]):
-    """An open store. Use it in a ``with`` block, or call :meth:`close`."""
+    """An open store. Use it in a ``with`` block, or call :meth:`close`.
+
+    All methods raise UnknownNameError where nothing has the name that was given (the message says
+    what there is), and StorageError where a file cannot be read or written. Each names what else it
+    raises.
+    """
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
 
@@ -142,7 +149,6 @@ class Store(AbstractContextManager["Store"]):
         """Make a store in the folder ``path``; an existing one is opened as it is.
 
         Raises:
-            StorageError: the folder cannot be written.
             SchemaError: the database holds a store of another version.
 
         """
@@ -169,23 +175,26 @@ class Store(AbstractContextManager["Store"]):
         """Give the database connections back."""
         self.__exit__()
 
-    def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
+    def ingest(
+        self, source: str | Path, params: IngestParams | None = None, *, dry_run: bool = False
+    ) -> IngestResult:
         """Bring a source in: a table, an index, a database, or a folder of images, maps or masks.
 
         ``params`` say how to read it: the plate, the plate map, where images are. Doing it again
         changes nothing. Returns how many rows were created, updated, unchanged and refused, with
         the reasons (``issues``), and what it has brought (``plates``, ``wells``, ``images``).
+        ``dry_run``: nothing is written, and the result is what would be.
 
         >>> store.ingest("images/", IngestParams(plate=("P1",), platemap=Path("map.xlsx")))
 
         Raises:
             BadTableError: the source is empty, damaged or ambiguous, or lacks columns.
-            UndoneError: rows were refused under ``strict``; nothing of the source is written.
+            MissingExtraError: masks, and scikit-image is not installed.
             UserInputError: a file or folder is not there, or the plate is not known.
         """
         from .stages.ingest.ingest import ingest
 
-        return ingest(self.workspace, source, params)
+        return ingest(self.workspace, source, params, dry_run=dry_run)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Compare the image files of a selection with what is known of them.
@@ -194,9 +203,6 @@ class Store(AbstractContextManager["Store"]):
         stage makes it anew. Returns how many images were looked at and have changed, with problems.
 
         >>> store.refresh(Selection(plates=("P1",)))
-
-        Raises:
-            UnknownNameError: there is no such plate, well or column.
         """
         from .stages.ingest.ingest import refresh
 
@@ -207,24 +213,22 @@ class Store(AbstractContextManager["Store"]):
         old: str,
         new: str,
         *,
-        check: bool = False,
         dry_run: bool = False,
         reason: str | None = None,
     ) -> RelocateResult:
         """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
 
-        Every file must be there with its size and time; ``check`` reads all of them. All or
+        Every file must be there, of the same size and time or else the same content. All or
         nothing; ``dry_run`` only looks. Returns the folders and how many files they hold.
 
         >>> store.relocate("/mnt/old", "s3://bucket/new")
 
         Raises:
-            UnknownNameError: the store knows no folder of this name.
             UserInputError: a file is not in the new folder, or is another one there.
         """
         from .stages.ingest.ingest import relocate
 
-        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
+        return relocate(self.workspace, old, new, dry_run=dry_run, reason=reason)
 
     def segment(
         self,
@@ -277,7 +281,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError, MissingExtraError: as :meth:`segment`.
-            StorageError: the folder cannot be written.
         """
         from .report.segment_preview import preview
 
@@ -310,7 +313,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.measure(MeasureParams(features=("basic", "texture"))).feature_set
 
         Raises:
-            UnknownNameError: nothing has been segmented; no such recipe, plate, group or channel.
             UserInputError: the masks of the cells are unknown.
         """
         from .stages.measure import measure
@@ -343,7 +345,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.train(TrainParams(exclude_flagged="latest"))
 
         Raises:
-            UnknownNameError: no such recipe, plate or well.
             UserInputError: a limit is out of range, or a condition cannot be read.
             MissingExtraError: a page needs matplotlib and Jinja2.
         """
@@ -380,9 +381,6 @@ class Store(AbstractContextManager["Store"]):
         ``PLATE/A01/1``. Returns ``counts`` and the first ``limit`` of ``jobs`` with their errors.
 
         >>> store.jobs(status="failed")
-
-        Raises:
-            UnknownNameError: no such stage, recipe, image or status.
         """
         from .stages.manage_jobs import list_jobs
 
@@ -398,9 +396,6 @@ class Store(AbstractContextManager["Store"]):
         Returns how many, and the commands that do them.
 
         >>> store.retry(run=5)
-
-        Raises:
-            UnknownNameError: there is no such stage, run or image.
         """
         from .stages.manage_jobs import retry
 
@@ -412,7 +407,6 @@ class Store(AbstractContextManager["Store"]):
         Returns their numbers. What is done is kept.
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is over, or is of a stage that does not listen.
         """
         from .stages.manage_jobs import cancel
@@ -461,7 +455,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the name is taken by another split, or the images cannot be split so.
-            UnknownNameError: no such field, plate, class or column.
         """
         from .stages.split import create_split
 
@@ -502,7 +495,6 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UserInputError: the name is taken, no row has an image, or an image is in two subsets.
             BadTableError: no table says the subsets, or of what.
-            UnknownNameError: there is no such field.
         """
         from .stages.split import import_split
 
@@ -566,7 +558,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such split, recipe, feature set or backbone.
             UserInputError: a subset has no measured cells, or the run cannot be resumed.
             RunCancelledError: :meth:`cancel` has ended it.
         """
@@ -636,7 +627,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: scikit-learn is not installed.
-            UnknownNameError: no such baseline, split, recipe or feature set.
             UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
@@ -677,9 +667,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch and the like are not installed.
-            UnknownNameError: no such training run, split, plate, well or channel.
             UserInputError: none of the images has measured cells, or the model cannot read them.
-            StorageError: the file of the model is damaged.
         """
         from .stages.predict import predict
 
@@ -702,7 +690,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
-            UnknownNameError: no such plate, recipe, feature set or quality-control run.
             UserInputError: there is no measured cell, no control, or no feature is left.
         """
         from .stages.profile import profile
@@ -724,9 +711,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.profiles().to_pandas()
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it did not come to its end.
-            StorageError: its file is gone or damaged.
         """
         from .stages.profile import open_profiles
 
@@ -750,9 +735,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: pycytominer, copairs or scipy is not installed.
-            UnknownNameError: there is no such run, treatment, plate, feature or label.
             UserInputError: there is no control, nothing to compare it with, or no profile.
-            StorageError: the page cannot be written.
         """
         from .stages.hits import hits
 
@@ -787,25 +770,29 @@ class Store(AbstractContextManager["Store"]):
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
 
         Raises:
-            UnknownNameError: there is no such run or feature.
             UserInputError: the run has labelled nothing, or only what it was trained on.
             MissingExtraError: a page needs matplotlib and Jinja2.
-            StorageError: the page cannot be written.
         """
         from .report.scoring import report
 
-        page = None if html is None else Path(html)
+        look = None
+        if html is not None:
+            need("report")
+            from .report.report_page import write_page
+
+            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
         found = report(
             self.workspace,
             run,
             compare=compare,
             vote_options=vote_options,
             force=force,
-            html=page,
-            maps=maps,
+            look=look,
         )
-        self.wrote(page)
-        return found
+        if html is None:
+            return found
+        self.wrote(Path(html))
+        return replace(found, html=str(html))
 
     def cells(
         self,
@@ -831,22 +818,18 @@ class Store(AbstractContextManager["Store"]):
         >>> store.cells("by-well", "train", where="area > 500 AND plate = 'P1'").to_pandas()
 
         Raises:
-            UnknownNameError: there is no such split, subset, recipe, feature set or run.
             UserInputError: nothing is measured yet, or the recipes do not belong together.
             QueryError: the SQL is wrong.
         """
-        from .config import Sources
         from .query.cell_tables import cell_table
 
-        asked = TrainParams(exclude_flagged=exclude_flagged, where=where, sql=sql)
+        named = features if isinstance(features, str) else None
         return cell_table(
             self.workspace,
             Sources(split, segmentation, measurement),
             fitted("subset", Subset | None, subset),
-            features,
-            asked.exclude_flagged,
-            asked.where,
-            asked.sql,
+            CellChoice(named, exclude_flagged, where, sql),
+            with_features=bool(features),
         )
 
     def dataset(
@@ -888,11 +871,9 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: torch is not installed.
-            UnknownNameError: there is no such split, subset, channel, recipe or feature set.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         need("train")
-        from .config import Sources
         from .learn.datasets import cell_dataset
 
         if unit not in ("cell", "image"):
@@ -950,7 +931,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: matplotlib is not installed.
-            UnknownNameError: there is no such image, column or channel.
             UserInputError: there is nothing to show.
             CellstoreError: none of the images can be read; the problem of the first.
         """
@@ -995,7 +975,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.report(added.run_id)
 
         Raises:
-            UnknownNameError: there is no such split or segmentation.
             UserInputError: a row cannot be used; then nothing is written.
             BadTableError, StorageError: a file cannot be read.
         """
@@ -1033,7 +1012,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.add_embeddings(vectors, "dinov3", cell_ids=frame["cell_id"])
 
         Raises:
-            UnknownNameError: there is no such segmentation.
             UserInputError: a row cannot be used, or the set is there already with other rows; then
                 nothing is written.
             BadTableError, StorageError: a file cannot be read or written.
@@ -1093,7 +1071,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.apply(light, "light", channels=["DNA", "RNA"], crop=32)
 
         Raises:
-            UnknownNameError: there is no such split, recipe, channel or option.
             UserInputError: the function is not there, fails, or returns another shape.
         """
         from .stages.apply import apply
@@ -1147,7 +1124,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.withdraw_predictions(12, reason="the classes were mixed up")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it was not added, or is withdrawn; the reason is empty.
         """
         from .stages.own_models import withdraw
@@ -1174,13 +1150,12 @@ class Store(AbstractContextManager["Store"]):
         they differ (``differing``).
 
         Of hits runs: on the treatments that both could judge; ``limit`` is of these. Returns how
-        many are hits of both, of one alone or of neither, a ``conclusion``, the correlation of the
-        effects, and the ``treatments`` with both verdicts.
+        many are hits of both, of one alone or of neither, a ``conclusion``, and the ``treatments``
+        with both verdicts.
 
         >>> store.compare(6, 11).conclusion
 
         Raises:
-            UnknownNameError: there is no such run, level or vote.
             UserInputError: both are the same run, or they answer other questions or have nothing in
                 common.
         """
@@ -1197,22 +1172,17 @@ class Store(AbstractContextManager["Store"]):
             force=force,
         )
 
-    def runs(
-        self, split: str | None = None, *, by: str = "test", every: bool = False
-    ) -> Leaderboard:
+    def runs(self, split: str | None = None, *, by: str = "test") -> Leaderboard:
         """Return the models that were trained on a split, the best first.
 
         ``split``: default: that of the last training; also the name of a cross-validation. ``by``:
-        whether the ``test`` or the ``validation`` images rank them. ``every``: of all splits.
+        whether the ``test`` or the ``validation`` images rank them.
 
         >>> pandas.DataFrame(store.runs().runs)
-
-        Raises:
-            UnknownNameError: there is no such split, or no training yet.
         """
         from .report.leaderboard import list_runs
 
-        return list_runs(self.workspace, split, by=by, every=every)
+        return list_runs(self.workspace, split, by=by)
 
     def votes(
         self,
@@ -1229,9 +1199,6 @@ class Store(AbstractContextManager["Store"]):
         winner, votes, share, runner_up, margin, cells, tie, abstained, subset, truth, correct.
 
         >>> store.votes(6, level="well").table.to_pandas()
-
-        Raises:
-            UnknownNameError: there is no such run, level or vote.
         """
         from .report.votes import open_votes
 
@@ -1251,7 +1218,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.audit(5, "run")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is a number without a kind, or several things have that name.
         """
         from .report.audit import audit
@@ -1264,9 +1230,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the last commands that changed the store, or a plate, or that a run did.
 
         >>> store.log(run=5).entries
-
-        Raises:
-            UnknownNameError: there is no such plate or run.
         """
         from .report.event_log import read_log
 
@@ -1291,9 +1254,6 @@ class Store(AbstractContextManager["Store"]):
         """Return the commands and versions that redo a run (``script``), and what it relies on.
 
         >>> print(store.repro(6).script)
-
-        Raises:
-            UnknownNameError: there is no such run.
         """
         from .report.repro import repro
 
@@ -1316,7 +1276,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.check_run(3, images=2).outcome
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: the run is not finished, or its stage cannot be redone.
         """
         from .report.redo import check
@@ -1357,8 +1316,6 @@ class Store(AbstractContextManager["Store"]):
         """Answer a saved question as an Arrow table; see :meth:`questions`.
 
         Raises:
-            UnknownNameError: there is none of that name, it has no such parameter, or there is no
-                such run.
             QueryError: it is an own question, and wrong.
 
         """
@@ -1414,9 +1371,7 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: AnnData is asked for and not installed.
-            UnknownNameError: there is no such format, feature set, recipe, plate or split.
             UserInputError: there is no cell, or ``out`` is there already.
-            StorageError: the file cannot be written; nothing is left of it.
         """
         from .stages.export import ExportFormat, export, export_profiles
 
@@ -1501,7 +1456,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.rename("channel", "w1", "DNA")
 
         Raises:
-            UnknownNameError: there is no such plate or channel.
             UserInputError: the new name is taken, or is none.
         """
         from .stages.corrections import rename
@@ -1525,7 +1479,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.relabel("P1/B04", treatment="taxol", dose="3 uM", reason="pipetting list")
 
         Raises:
-            UnknownNameError: there is no such well.
             UserInputError: nothing would change, or the treatment is ambiguous.
         """
         from .stages.corrections import relabel
@@ -1560,7 +1513,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.annotate("cell", [4711, 4712], "mitotic")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: tables fill the field, a name is empty or too long, or there is nothing
                 to take back.
         """
@@ -1584,7 +1536,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             MissingExtraError: napari is not installed.
-            UnknownNameError: there is no such image or recipe.
             UserInputError: the image has other masks called ``name``, or the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
@@ -1602,7 +1553,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.exclude("well", "P1/B04", reason="air bubble")
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: it is excluded already.
         """
         from .stages.annotate import set_excluded
@@ -1620,7 +1570,6 @@ class Store(AbstractContextManager["Store"]):
         """Let something count again that a person has excluded.
 
         Raises:
-            UnknownNameError: nothing has that name.
             UserInputError: nobody excluded it.
         """
         from .stages.annotate import set_excluded
@@ -1633,7 +1582,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.undo(1, reason="the wrong plate map")
 
         Raises:
-            UnknownNameError: there is no such run.
             UserInputError: it is no ingest run, or later work relies on it: the message names that.
         """
         from .stages.corrections import undo
@@ -1646,7 +1594,6 @@ class Store(AbstractContextManager["Store"]):
         """Delete a plate with its wells, images, cells and measurements; image files stay.
 
         Raises:
-            UnknownNameError: there is no such plate.
             UserInputError: predictions or splits rely on it; the message names them.
         """
         from .stages.corrections import delete_plate
@@ -1660,7 +1607,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: the file is part of a store.
-            StorageError: the file cannot be written.
         """
         from .stages.backup import backup
 
@@ -1683,7 +1629,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: there is a store with something in it, or the file is no backup.
-            StorageError: the backup is damaged; nothing is restored.
         """
         from .stages.backup import restore
 
@@ -1699,9 +1644,7 @@ class Store(AbstractContextManager["Store"]):
         >>> store.export_model(5, "my-model").path
 
         Raises:
-            UnknownNameError: there is no such training run.
             UserInputError: the folder is not empty, or the run has no model to write.
-            StorageError: the file of the model is damaged, or the folder cannot be written.
         """
         from .stages.export_model import export_model
 
@@ -1758,7 +1701,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.verify().problems
 
         Raises:
-            StorageError: a file cannot be removed.
             UserInputError: ``against`` is no file of :meth:`seal`.
         """
         from .stages.verify import verify
@@ -1769,9 +1711,6 @@ class Store(AbstractContextManager["Store"]):
         """Write the end of the ledger to a file, and return it; keep the file elsewhere.
 
         :meth:`verify` takes it as ``against``.
-
-        Raises:
-            StorageError: the file cannot be written.
         """
         from .stages.verify import seal
 
@@ -1790,7 +1729,7 @@ def _table_of(given: Any) -> Any:
         return pa.table(given)
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
-            f"This is no table that can be read: {first_line(error)}. Give a file, or a table of "
+            f"This cannot be read as a table: {first_line(error)}. Give a file, or a table of "
             "pandas, polars or Arrow with one kind of value in each column; with an array also "
             "cell_ids."
         ) from error

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cellstore.config import VoteOptions, option, option_of
+from cellstore.config import VoteOptions, option
 from cellstore.errors import UserInputError, some_of
-from cellstore.settings import check_new_file
 from cellstore.store import Store
 
 from . import output
@@ -23,8 +20,6 @@ from .app import HTML, Common, command
 from .output import AnswerOptions, Format, count, percent, say
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     from cellstore.report.comparison import (
         ComparedRun,
         Comparison,
@@ -160,18 +155,10 @@ def show_report(result: ReportResult) -> None:
     no_answer = ["no answer"] if any(score.abstained for score in result.scores) else []
     _show_scores(result.scores, "n", *no_answer, "right", "accuracy", "95 % interval", "ties")
     _show_scores(result.scores, "majority", "balanced", "macro F1", "top 5", "log loss", "ECE")
-    missing = [score.log_loss_missing for score in result.scores if score.level == "cell"]
-    if missing and missing[0]:
-        output.wrapped(f"No log loss: {missing[0]}")
-        typer.echo("")
-    for title, scores in (
-        ("Without the wells that were seen in training", result.unseen),
-        ("Without control wells", result.without_controls),
-    ):
-        if scores:
-            typer.echo(f"{title}:")
-            hard = [score for score in scores if score.vote == "hard"]
-            _show_scores(hard, "n", "accuracy", "95 % interval", "balanced", "macro F1")
+    if result.unseen:
+        typer.echo("Without the wells that were seen in training:")
+        hard = [score for score in result.unseen if score.vote == "hard"]
+        _show_scores(hard, "n", "accuracy", "95 % interval", "balanced", "macro F1")
     if result.baselines:
         rows = []
         for row in by_baseline(result.baselines):
@@ -300,14 +287,12 @@ def report(
 
 
 def _show_runs(found: Leaderboard) -> None:
-    typer.echo(f"split {found.split}" if found.split else "all splits")
-    typer.echo("")
-    ranks = Counter((row.split, row.rank) for row in found.runs)
+    typer.echo(f"split {found.split}\n")
+    ranks = Counter(row.rank for row in found.runs)
     rows = [
         (
-            "-" if row.rank is None else f"{row.rank}{'=' * (ranks[row.split, row.rank] > 1)}",
-            *[row.split] * (found.split is None),
-            row.name.removeprefix(f"{row.split}:") if found.split is None else row.name,
+            "-" if row.rank is None else f"{row.rank}{'=' * (ranks[row.rank] > 1)}",
+            row.name,
             row.model,
             percent(row.accuracy) if row.accuracy is not None else row.status,
             percent(row.low, row.high),
@@ -316,10 +301,8 @@ def _show_runs(found: Leaderboard) -> None:
         )
         for row in found.runs
     ]
-    split = ["split"] * (found.split is None)
-    output.table(
-        ("", *split, "run", "model", "accuracy", "95 % interval", "wells", "validation"), rows
-    )
+    heads = ("", "run", "model", "accuracy", "95 % interval", "wells", "validation")
+    output.table(heads, rows)
     typer.echo("")
     for row in found.runs:
         if row.differs:
@@ -335,7 +318,7 @@ def _then_of_runs(found: Leaderboard) -> tuple[str, ...]:
     best = [row for row in found.runs if row.predict_runs and row.images][:2]
     names = [shlex.quote(row.name) for row in best]
     steps = tuple(f"cellstore report --run {name}" for name in names[:1])
-    if len(best) == 2 and best[0].split == best[1].split:
+    if len(best) == 2:
         steps += (f"cellstore compare {' '.join(names)}",)
     return steps
 
@@ -348,7 +331,6 @@ def runs(
         "Models on this split, or on all folds of this cross-validation. Default: the one that "
         "was trained on last.",
     ),
-    every: bool = option(False, "Models on all splits.", name="--all"),
     by: str = option(
         "test",
         "What ranks them: images of the test subset, or cells of the validation subset.",
@@ -366,97 +348,8 @@ def runs(
     Example:
       cellstore runs
       cellstore runs --split five --by validation
-      cellstore runs --all --json
     """
-    return store.runs(split, by=by, every=every)
-
-
-@command(app, "compare", then=True)
-def compare(
-    first: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN",
-            help="A predict run, by number, 'latest', or the name of a cross-validation; or a hits "
-            "run.",
-        ),
-    ],
-    second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
-    vote_options: VoteOptions,
-    store: Store,
-    common: Common,
-    level: str = LEVEL,
-    vote: str = VOTE,
-    limit: int | None = option(
-        None, "List only the first N that differ. Default: 20 as text, all as JSON or CSV.", min=0
-    ),
-    force: bool = option(False, "Also compare images that a network was trained on; marked."),
-    form: Literal["text", "csv", "json"] = option(
-        "text", "How it is written; csv: only what differs.", name="--format"
-    ),
-    out: Path | None = option(None, "Write to a file.", name="--output"),
-    replace: bool = option_of(AnswerOptions, "replace"),
-    for_spreadsheet: bool = option_of(AnswerOptions, "for_spreadsheet"),
-) -> None:
-    """Show where two predict or two hits runs differ, and which is right or finds more.
-
-    Predict runs are compared on the images that both have labelled. McNemar's test takes each well
-    once, because images of a well are alike. Hits runs are compared on the treatments that both
-    could judge: which profiles find more of them at the same false discovery rate?
-
-    \b
-    Example:
-      cellstore compare 8 12
-      cellstore compare cv cv:logistic
-      cellstore compare 8 12 --level well --vote soft
-      cellstore compare 8 12 --format csv --output differing.csv
-    """
-    form = "json" if common.as_json else form
-    if out is not None:
-        check_new_file(out, replace=replace)
-    if out is not None and form == "text":
-        raise UserInputError(
-            "Only CSV and JSON can be written to a file: add --format csv or json."
-        )
-    found = store.compare(
-        first,
-        second,
-        level=level,
-        vote=vote,
-        limit=SHOWN_DIFFERENCES if limit is None and form == "text" else limit,
-        vote_options=vote_options,
-        force=force,
-    )
-    if form == "text":
-        _show_hits_comparison(found) if _of_hits(found) else _show_comparison(found)
-    elif form == "csv":
-        _save(_as_csv(found, for_spreadsheet=for_spreadsheet), out)
-    else:
-        _save(output.json_text(found), out)
-    store.wrote(out)
-
-
-def _of_hits(found: Comparison | HitsComparison) -> TypeIs[HitsComparison]:
-    from cellstore.report.comparison import HitsComparison
-
-    return isinstance(found, HitsComparison)
-
-
-def _as_csv(found: Comparison | HitsComparison, *, for_spreadsheet: bool) -> str:
-    from cellstore.io.tables import disarmed_name
-    from cellstore.report.comparison import ComparedTreatment, Difference
-
-    kind = ComparedTreatment if _of_hits(found) else Difference
-    items: Sequence[Any] = found.treatments if _of_hits(found) else found.differing
-    columns = [field.name for field in fields(kind)]
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(columns)
-    for item in items:
-        values = [getattr(item, name) for name in columns]
-        row = ["" if value is None else str(value) for value in values]
-        writer.writerow([disarmed_name(text) for text in row] if for_spreadsheet else row)
-    return target.getvalue()
+    return store.runs(split, by=by)
 
 
 def _save(text: str, path: Path | None) -> None:
@@ -517,7 +410,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         [(item.name, item.truth, item.first, item.second, right[item.right]) for item in listed],
     )
     more = found.n_differing - len(listed)
-    output.say_more(more, " in which they differ", "all with --json, or --format csv")
+    output.say_more(more, " in which they differ")
 
 
 def _show_recipes(recipes: Sequence[RecipeDifference], first: object, second: object) -> None:
@@ -554,9 +447,6 @@ def _show_hits_comparison(found: HitsComparison) -> None:
     )
     typer.echo("")
     output.wrapped(found.conclusion)
-    if found.effect_correlation is not None:
-        number = f"{found.effect_correlation:.2f}"
-        output.wrapped(f"Rank correlation of their effects: {number} (1: the same order).")
     if found.not_judged:
         typer.echo(f"{count(found.not_judged, 'treatment')} could not be judged by one or both.")
     for one, alone_in in ((first, found.only_in_first), (second, found.only_in_second)):
@@ -585,11 +475,61 @@ def _show_hits_comparison(found: HitsComparison) -> None:
                 for item in alone
             ],
         )
-        output.say_more(
-            found.only_first + found.only_second - len(alone),
-            "",
-            "all with --json, or --format csv",
-        )
+        more = found.only_first + found.only_second - len(alone)
+        output.say_more(more, "")
     both = [item.name for item in found.treatments if item.hit_of == "both"]
     if both:
         output.wrapped(f"Hits of both: {some_of(both, SHOWN_DIFFERENCES)}")
+
+
+def _show_either(found: Comparison | HitsComparison) -> None:
+    from cellstore.report.comparison import Comparison
+
+    if isinstance(found, Comparison):
+        _show_comparison(found)
+    else:
+        _show_hits_comparison(found)
+
+
+@command(app, "compare", _show_either, then=True)
+def compare(
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A predict run, by number, 'latest', or the name of a cross-validation; or a hits "
+            "run.",
+        ),
+    ],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
+    vote_options: VoteOptions,
+    store: Store,
+    common: Common,
+    level: str = LEVEL,
+    vote: str = VOTE,
+    limit: int | None = option(
+        None, "List only the first N that differ. Default: 20; all with --json.", min=0
+    ),
+    force: bool = option(False, "Also compare images that a network was trained on; marked."),
+) -> Comparison | HitsComparison:
+    """Show where two predict or two hits runs differ, and which is right or finds more.
+
+    Predict runs are compared on the images that both have labelled. McNemar's test takes each well
+    once, because images of a well are alike. Hits runs are compared on the treatments that both
+    could judge: which profiles find more of them at the same false discovery rate?
+
+    \b
+    Example:
+      cellstore compare 8 12
+      cellstore compare cv cv:logistic
+      cellstore compare 8 12 --level well --vote soft
+    """
+    return store.compare(
+        first,
+        second,
+        level=level,
+        vote=vote,
+        limit=SHOWN_DIFFERENCES if limit is None and not common.as_json else limit,
+        vote_options=vote_options,
+        force=force,
+    )

@@ -127,7 +127,7 @@ def _show_annotated(done: Correction | list[dict[str, Any]]) -> None:
         )
         output.say_more(len(done) - LISTED)
     else:
-        output.say("Nobody has said anything of that. To label a cell: cellstore annotate")
+        output.say("There is no such label. To label a cell: cellstore annotate")
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def annotate(
     user: str | None = option(None, "Who says so. Default: your login.", metavar="NAME"),
     reason: str | None = REASON,
     undo: bool = option(False, "Take your last label of it back."),
-    listed: bool = option(False, "List what was said, the last first.", name="--list"),
+    listed: bool = option(False, "List the labels, the newest first.", name="--list"),
     agreement: bool = option(False, "Show how far people agree: Cohen's kappa of each two."),
     dry_run: bool = DRY_RUN,
 ) -> Correction | list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,14 +22,13 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import RefreshResult, RelocateResult
+    from cellstore.stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 MASKS = "masks"
 KINDS = ("images", "treatments", "features", MASKS)
-SHOWN_FILES = 20
-SHOWN_WELLS = 24
+SHOWN_ROWS = 20
 _TITLES = {
     Severity.REFUSED: "Rows that were refused:",
     Severity.PROBLEM: "What could not be used:",
@@ -52,7 +52,7 @@ def ingest(
     common: Common,
     dry_run: bool = option(False, "Only show what each file, well or table would become."),
     template: Path | None = option(
-        None, "Write an empty plate map to this file (.xlsx or .csv) for you to fill in."
+        None, "Write an empty plate map to this file (.xlsx) for you to fill in."
     ),
 ) -> None:
     """Ingest images, treatments, features or masks, however they were exported.
@@ -95,43 +95,25 @@ def ingest(
             f"You gave {len(words)} words: {' '.join(words)}"
         )
     params = replace(params, kind=kinds[0] if kinds else None)
-    if dry_run:
-        _preview(source, params, common)
-        return
-    from cellstore.stages.ingest.account import UndoneError
-
-    with common.open() as store:
+    with ExitStack() as stack:
         try:
-            result = store.ingest(source, params)
-        except UndoneError as error:
-            if common.as_json:
-                output.print_json({"undone": True, "issues": error.issues})
-            else:
-                _show_issues(error.issues)
-            raise
+            store = stack.enter_context(common.open())
+        except StoreNotFoundError:
+            from cellstore.stages.ingest.ingest import choose_layout
+
+            of_images = choose_layout(source, params).kind.value == "images"
+            if not (dry_run and of_images) or common.store is not None:
+                raise
+            folder = stack.enter_context(TemporaryDirectory())
+            store = stack.enter_context(Store.create(folder))  # to look at images before 'init'
+        result = store.ingest(source, params, dry_run=dry_run)
     if common.as_json:
         output.print_json(result)
     else:
-        say(*map(output.filled, result.notes))
-        names = ("rows", "created", "updated", "unchanged", "refused")
-        shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
-        if result.cells:
-            shown["cells"] = result.cells
-        if result.feature_set:
-            shown["feature set"] = result.feature_set
-        rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
-        if result.plates:
-            wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
-            images = output.count(result.images, "image")
-            missing = f"({result.missing_images:,} without files)"
-            rows.append(("its plates now have", f"{wells}, {images} {missing}"))
-        output.pairs([*rows, ("run", result.run_id)])
-        if result.unchanged == result.rows and not result.notes and not result.reasons:
-            typer.echo("Nothing has changed: all of this was in the store already.")
-        _show_issues(result.issues)
-        if result.reasons:
-            question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
-            say(f'To list all: cellstore sql "{question}"')
+        _show_ingest(result)
+    if dry_run:
+        say("Nothing was written: this was a dry run.")
+        raise typer.Exit(result.refused > 0)
     if result.rows and result.refused == result.rows:
         say("Error: No row could be used; the reasons are above.")
         raise typer.Exit(2)
@@ -150,71 +132,34 @@ def ingest(
         raise typer.Exit(1)
 
 
-def _preview(source: str, params: IngestParams, common: Common) -> None:
-    from cellstore.io.layouts import Layout
-    from cellstore.stages.ingest.ingest import choose_layout, preview
-
-    with ExitStack() as stack:
-        workspace = None
-        try:  # compared with what a store has
-            workspace = stack.enter_context(common.open()).workspace
-        except StoreNotFoundError:
-            if common.store is not None or choose_layout(source, params).kind.value != "images":
-                raise
-        found = preview(source, params, workspace)
-    if common.as_json:
-        output.print_json(found)
-    else:
-        say(*map(output.filled, found.notes))
-        kind = Layout(found.layout).kind.value
-        numbers = sorted(found.channels.items())
-        channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
-        least = "at least " if found.at_least else ""
-        shown: dict[str, object] = {
-            "layout": found.layout,
-            "rows": found.rows,
-            "refused": found.refused,
-            "plates": ", ".join(sorted(found.plates)[:5]) or "none",
-            "wells": f"{least}{len(found.wells):,}",
-        }
-        columns = ["file", "plate", "well", "site", "plane", "time_point"]
-        if kind in ("treatments", "features"):
-            shown |= {name: getattr(found, name) for name in ("created", "updated", "unchanged")}
-        else:
-            shown["images"] = f"{least}{found.images:,}"
-        if kind == "images":
-            shown["channels"] = channels
-            columns += ["channel", "treatment"]
-        elif kind == "features":
-            shown |= {
-                "feature set": found.feature_set or "none",
-                "columns": found.columns.total(),
-                "new cells": found.cells,
-                "new segmentations": f"{least}{found.images:,}",
-                "of these, new images": found.new_images,
-            }
-            columns = [*columns[1:], "cells"]
-        else:
-            columns += ["objects", "cells"]
-        output.pairs(shown)
-        groups = found.columns.most_common()
-        if groups:
-            output.table(["columns that begin with", "number"], groups[:SHOWN_FILES])
-            output.say_more(len(groups) - SHOWN_FILES)
-        rows = [
-            ["" if (value := getattr(row, name)) is None else value for name in columns]
-            for row in found.files[:SHOWN_FILES]
-        ]
-        if rows:
-            output.table(columns, rows)
-        if found.treated:
-            wells = [[w.plate, w.well, w.treatment, w.control, w.change] for w in found.treated]
-            output.table(["plate", "well", "treatment", "control", "change"], wells[:SHOWN_WELLS])
-            output.say_more(len(found.wells) - SHOWN_WELLS, " wells", "more with --json")
-        _show_issues(found.issues)
-        say("Nothing was written: this was a dry run.")
-    if found.refused:
-        raise typer.Exit(1)
+def _show_ingest(result: IngestResult) -> None:
+    say(*map(output.filled, result.notes))
+    names = ("rows", "created", "updated", "unchanged", "refused")
+    shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
+    if result.cells:
+        shown["cells"] = result.cells
+    if result.feature_set:
+        shown["feature set"] = result.feature_set
+    rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
+    if result.plates:
+        wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
+        images = output.count(result.images, "image")
+        missing = f"({result.missing_images:,} without files)"
+        have = "its plates now have" if result.run_id else "its plates would have"
+        rows.append((have, f"{wells}, {images} {missing}"))
+    if result.run_id:
+        rows.append(("run", result.run_id))
+    output.pairs(rows)
+    if result.unchanged == result.rows and not result.notes and not result.reasons:
+        typer.echo("Nothing has changed: all of this was in the store already.")
+    if result.preview:
+        cells = [list(row.values()) for row in result.preview[:SHOWN_ROWS]]
+        output.table(list(result.preview[0]), cells)
+        output.say_more(len(result.preview) - SHOWN_ROWS, " rows", "more with --json")
+    _show_issues(result.issues)
+    if result.reasons and result.run_id:
+        question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
+        say(f'To list all: cellstore sql "{question}"')
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:
@@ -261,9 +206,9 @@ def refresh(selection: Selection, store: Store) -> RefreshResult:
 
 def _show_relocate(result: RelocateResult) -> None:
     verb = "would be read" if result.dry_run else "are now read"
-    for before, after, files in result.folders[:SHOWN_FILES]:
+    for before, after, files in result.folders[:SHOWN_ROWS]:
         typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
-    output.say_more(len(result.folders) - SHOWN_FILES, " folders")
+    output.say_more(len(result.folders) - SHOWN_ROWS, " folders")
     if result.missing:
         say(f"{output.count(result.missing, 'file is', 'files are')} in neither folder.")
 
@@ -273,7 +218,6 @@ def relocate(
     old: Annotated[str, typer.Argument(metavar="OLD", help="The folder where the files were.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The folder where they are now.")],
     store: Store,
-    check: bool = option(False, "Read every file, also those of the same size and time."),
     reason: str | None = option(None, "Why; it is kept with the change.", metavar="TEXT"),
     dry_run: bool = option(False, "Only look whether the files are there."),
 ) -> RelocateResult:
@@ -287,4 +231,4 @@ def relocate(
       cellstore relocate /data/plate1 /archive/plate1
       cellstore relocate /mnt/old /mnt/new --dry-run
     """
-    return store.relocate(old, new, check=check, dry_run=dry_run, reason=reason)
+    return store.relocate(old, new, dry_run=dry_run, reason=reason)

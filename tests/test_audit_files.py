@@ -260,7 +260,7 @@ def test_a_file_on_disk_is_looked_up_by_its_bytes(workspace: Workspace, tmp_path
 @pytest.mark.one_database
 def test_the_same_digits_of_two_files_list_both(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    row = screen.factory.artifact(ArtifactKind.REPORT)
+    row = screen.factory.artifact(ArtifactKind.NETWORK)
     twin = row.sha256[:10] + ("0" * 54 if row.sha256[10:] != "0" * 54 else "1" * 54)
     with workspace.database.begin() as session:
         session.execute(

@@ -144,7 +144,7 @@ def test_a_class_that_no_named_plate_has_is_left_out() -> None:
     [
         (["P1"], ["P1"], "In two subsets at once: P1"),
         (["P9"], [], "None of the images to split is on P9. Those with images: P1, P2"),
-        (["P1", "P2"], [], "None is left to train"),
+        (["P1", "P2"], [], "No image is left to train"),
     ],
 )
 def test_plates_that_cannot_be_named(test, validation, message) -> None:

@@ -270,7 +270,6 @@ def test_probabilities(screen: Screen) -> None:
     # all in I4 and I7, one of two right: only there confidence and accuracy differ, by a half.
     assert found.score("image", "hard").ece == pytest.approx(float(Fraction(2, 7) * Fraction(1, 2)))
     assert found.score("image", "hard").log_loss is None
-    assert "soft vote" in str(found.score("image", "hard").log_loss_missing)
     bins = [item for item in found.calibration if item.level == "cell"]
     by_confidence = {round(32 * item.confidence): (item.n, item.accuracy) for item in bins}
     # 16/32: I1 2 of 3, I2 1 of 2, I3 1 of 3, I4 1 of 1, the b of I5 0 of 1, I6 1 of 2: 6 of 12.
@@ -299,14 +298,12 @@ def test_wells_seen_in_training_and_controls_are_told_apart(screen: Screen) -> N
     assert Fraction(unseen.correct, unseen.n) == Fraction(3, 6)  # without I4
     # DMSO 1/1, alpha 2/3, beta 0/1, gamma 0/1
     assert unseen.balanced_accuracy == pytest.approx(float((1 + Fraction(2, 3)) / 4))
-    treated = next(i for i in found.without_controls if (i.level, i.vote) == ("image", "hard"))
-    assert Fraction(treated.correct, treated.n) == Fraction(3, 6)  # without I1
-    assert treated.balanced_accuracy == pytest.approx(float((Fraction(2, 3) + Fraction(1, 2)) / 3))
     without = report(
         screen.workspace, str(screen.first.id), vote_options=VoteOptions(controls=False)
     )
-    assert without.score("image", "hard") == treated
-    assert without.without_controls == ()
+    treated = without.score("image", "hard")
+    assert Fraction(treated.correct, treated.n) == Fraction(3, 6)  # without I1
+    assert treated.balanced_accuracy == pytest.approx(float((Fraction(2, 3) + Fraction(1, 2)) / 3))
     assert {item.label for item in without.by_class if item.support} == {"alpha", "beta", "gamma"}
 
 
@@ -328,7 +325,6 @@ def test_few_cells_and_close_votes_abstain(screen: Screen) -> None:
         ("gamma", 0, 1),
     ]
     assert (close.images, close.by_plate[0].n, close.by_plate[0].abstained) == (7, 1, 3)
-    assert any("40 %" in note for note in close.notes)
 
 
 def test_two_runs(screen: Screen) -> None:
@@ -370,5 +366,7 @@ def test_what_was_not_kept_is_not_guessed(screen: Screen) -> None:
     cell = found.score("cell", "hard")
     assert (cell.log_loss, cell.top_5) == (None, None)
     # The truth got no probability in all cells but those of I1 and I3: 3 + 3 of 15.
-    assert "9 of 15 cells" in str(cell.log_loss_missing)
-    assert "--all-probabilities" in str(found.score("image", "soft").log_loss_missing)
+    assert found.score("image", "soft").log_loss is None
+    (missing,) = (note for note in found.notes if note.startswith("No log loss"))
+    assert "9 of 15 cells" in missing
+    assert "--all-probabilities" in missing

@@ -16,6 +16,7 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import Recipe, Run
 from cellstore.report.comparison import compare
 from cellstore.report.scoring import BaselineScore, against_nulls, report
+from cellstore.store import Store
 
 DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
 
@@ -241,7 +242,7 @@ def test_the_page_shows_what_a_score_has_to_beat(
     screen = small_screen(sqlite_workspace)
     add_baseline(screen, "majority", DMSO_EVERYWHERE)
     page = tmp_path / "page.html"
-    report(sqlite_workspace, html=page)
+    Store(sqlite_workspace).report(html=page)
     text = page.read_text()
     assert "What a score has to beat" in text
     assert "Cannot say whether these labels are better than the null baselines" in text

@@ -239,10 +239,10 @@ def test_mcnemar_by_hand() -> None:
     # Two-sided: 2 * (1 + 5) / 2**5 = 12/32.
     first, second = [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]
     found = mcnemar_over_wells(first, second, list("abcde"))
-    assert (found.first, found.second, found.p_value) == (4, 1, 12 / 32)
+    assert (found.wells_first, found.wells_second, found.p_value) == (4, 1, 12 / 32)
     # Two wells of the same images gain 3 and 0: by chance 3 or -3, each as far from 0.
     found = mcnemar_over_wells(first, second, list("aaabb"))
-    assert (found.first, found.second, found.p_value) == (1, 0, 1.0)
+    assert (found.wells_first, found.wells_second, found.p_value) == (1, 0, 1.0)
     # Gains of 4, 1, 1 and -1 add up to 5. Of 16 choices of signs 4 + 1 + 1 + 1 gives 7 and the
     # three with one minus among the ones give 5; as many are below: 8/16.
     assert exchange_test([4, 1, 1, -1]) == 8 / 16

@@ -307,26 +307,41 @@ def effects(
 def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
     """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
 
-    Of each feature the mean over the wells of the treatment, in standard deviations of the controls
-    of their plates; of the sizes of these the 95th percentile over the features. The number of
-    cells of a treatment (:func:`cell_counts`) can be held against it: where it has changed by more,
-    the cells have become fewer rather than different.
+    Of each feature the mean over the wells of the treatment (:func:`against_controls`); of the
+    sizes of these the 95th percentile over the features. The number of cells of a treatment
+    (:func:`cell_counts`) can be held against it: where it has changed by more, the cells have
+    become fewer rather than different.
     """
-    clean, usable = _complete(values)
-    scaled = np.full(clean.shape, np.nan)
-    for plate in np.unique(plates[controls & usable]):
-        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, controls))
-        own = own[usable[own]]
-        if len(own) >= FEWEST_CONTROLS:
-            spread = clean[own].std(axis=0, ddof=1)
-            varies = spread > 1e-10 * np.maximum(np.abs(clean[own]).max(axis=0), 1e-280)
-            apart = clean[wells] - clean[own].mean(axis=0)
-            scaled[wells] = np.where(varies, apart / np.where(varies, spread, 1.0), 0.0)
-    known = np.isfinite(scaled).all(axis=1)
+    scaled = against_controls(values[:, np.isfinite(values).any(axis=0)], controls, plates)
+    known = np.isfinite(scaled).any(axis=1)
     found = np.full(int(groups.max(initial=-1)) + 1, np.nan)
     for group in _treatments(groups):
         if (mine := (groups == group) & known & ~controls).any():
             found[group] = np.quantile(np.abs(scaled[mine].mean(axis=0)), MOST_CHANGED)
+    return found
+
+
+def against_controls(values: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return how far wells are from the controls of their plate, in standard deviations of these.
+
+    (N, F); 0 where a feature is missing in all wells, or constant among the controls. NaN: the well
+    has no profile, or fewer than ``FEWEST_CONTROLS`` are on its plate.
+    """
+    clean, usable = _complete(values)
+    columns = np.flatnonzero(np.isfinite(values).any(axis=0))
+    found = np.full(values.shape, np.nan)
+    for plate in np.unique(plates[controls & usable]):
+        wells, own = (
+            np.flatnonzero(some & (plates == plate)) for some in (usable, controls & usable)
+        )
+        if len(own) >= FEWEST_CONTROLS:
+            spread = clean[own].std(axis=0, ddof=1)
+            varies = spread > 1e-10 * np.maximum(np.abs(clean[own]).max(axis=0), 1e-280)
+            apart = clean[wells] - clean[own].mean(axis=0)
+            found[wells] = 0.0
+            found[np.ix_(wells, columns)] = np.where(
+                varies, apart / np.where(varies, spread, 1.0), 0.0
+            )
     return found
 
 
@@ -387,14 +402,9 @@ def cell_counts(
     plate (relative to the mean over both). Wells are in standard deviations of the controls (within
     plates); NaN where a plate has no control with cells.
     """
-    ratio, known = np.full(len(groups), np.nan), np.isfinite(counts)
-    ours, per_control = controls & known, np.full(len(groups), np.nan)
-    for plate in np.unique(plates[ours]):
-        mean = float(counts[ours & (plates == plate)].mean())
-        if mean > 0:
-            ratio[plates == plate] = counts[plates == plate] / mean
-            per_control[plates == plate] = mean
-    ours &= np.isfinite(ratio)
+    per_control = control_means(counts, controls, plates)
+    ratio = counts / per_control
+    ours = controls & np.isfinite(ratio)
     free = int(ours.sum()) - len(np.unique(plates[ours]))
     spread = math.sqrt(float(((ratio[ours] - 1) ** 2).sum()) / free) if free > 0 else 0.0
     each = (ratio - 1) / (spread or np.nan)
@@ -429,6 +439,15 @@ def cell_counts(
             score = replace(score, p=_p_value(off, draw, observed, permutations, block))
         found[group] = score
     return _with_q(found), each
+
+
+def control_means(counts: Numbers, controls: Flags, plates: Codes) -> Numbers:
+    """Return the mean count of the controls of the plate of each well, (N,); NaN: 0 or unknown."""
+    found, ours = np.full(len(counts), np.nan), controls & np.isfinite(counts)
+    for plate in np.unique(plates[ours]):
+        mean = float(counts[ours & (plates == plate)].mean())
+        found[plates == plate] = mean if mean > 0 else np.nan
+    return found
 
 
 def consistency(

@@ -165,12 +165,14 @@ def balanced(
         if label not in sizes:
             raise UnknownNameError.of("class", label, sizes)
         if label in limits:
-            raise UserInputError(f"The class {label!r} is to be cut twice. Say it once.")
+            raise UserInputError(f"The class {label!r} is to be cut twice. Name it once.")
         others = [sizes[other] for other in ranked if other != label]
         if size.isdecimal():
             limits[label] = int(size)
         elif not others:
-            raise UserInputError(f"There is no other class than {label!r} to compare it with.")
+            raise UserInputError(
+                f"The only class is {label!r}: there is no other to compare it with."
+            )
         else:
             median = int(statistics.median(others))
             limits[label] = median if size == "median" else sizes[ranked[1]]
@@ -312,7 +314,7 @@ def named_split(
         )
     rest = drawn(seed, "side of ", set(groups) - named)
     if not rest:
-        raise UserInputError("None is left to train. Name fewer for test and validation.")
+        raise UserInputError("No image is left to train with. Name fewer for test and validation.")
     if not validation and validation_size and len(rest) > 1:
         validation = rest[: max(1, min(round(len(groups) * validation_size), len(rest) - 1))]
     subset_of = dict.fromkeys(groups, Subset.TRAIN)

@@ -140,11 +140,11 @@ def beta_share(x: float, a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class WellTest:
-    """Of ``wells``, those of which the ``first`` or the ``second`` run has more right; its p."""
+    """Of ``wells``, how many the first, or the second run has more right of; and the p of that."""
 
     wells: int
-    first: int
-    second: int
+    wells_first: int
+    wells_second: int
     p_value: float
 
 

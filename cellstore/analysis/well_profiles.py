@@ -438,7 +438,7 @@ def correct_batches(profiles: WellProfiles, by: str, seed: int = 0) -> WellProfi
     if groups.isna().any():
         unnamed = sorted(set(profiles.table.loc[known & profiles.table[by].isna(), "plate"]))
         raise UserInputError(
-            f"{_some('plate', unnamed)} has no batch. Take --harmony plate, or say the batch in "
+            f"{_some('plate', unnamed)} has no batch. Take --harmony plate, or give the batch in "
             "a table of plates."
         )
     if groups.nunique() < 2:

@@ -138,19 +138,6 @@ def _lock_chain(session: Session) -> str | None:
     return str(session.execute(lock, {"key": _CHAIN_LOCK}).one()[1])
 
 
-@contextmanager
-def savepoint(session: Session) -> Iterator[None]:
-    """A part of a transaction that an error undoes, with the events that wait for its end."""
-    waiting = session.info.get(_WAITING, [])
-    number = len(waiting)
-    try:
-        with session.begin_nested():
-            yield
-    except BaseException:
-        del waiting[number:]
-        raise
-
-
 def record_files(database: Database, *paths: Path) -> bool:
     """Append an event for files that a command wrote outside the store; whether that went well.
 

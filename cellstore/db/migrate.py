@@ -179,8 +179,9 @@ def _refuse_unknown(database: Database) -> None:
     found = database.revision()
     if found is None and tables:
         raise SchemaError(
-            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
-            "of their schema. Restore it from a backup, or use a database without tables."
+            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no "
+            "record of their schema version. Restore it from a backup, or use a database "
+            "without tables."
         )
     if found is not None and not _knows(found):
         raise SchemaError(

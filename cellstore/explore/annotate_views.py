@@ -199,7 +199,7 @@ def undo(request: Request) -> Response:
     """Take back the rows of ``ids``, or what the person said last."""
     sent = _sent(request)
     if not all(type(item) is int for item in sent["ids"] or ()):
-        raise UserInputError("What is taken back is named by its number in annotations.")
+        raise UserInputError("Name the label to take back by its number in table annotations.")
     more: dict[str, Any] = {"user": sent["user"], "reason": sent["reason"]}
     return _answer(undo_annotations(explorer_of(request).workspace, sent["ids"], **more))
 

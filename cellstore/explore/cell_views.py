@@ -186,9 +186,9 @@ def cells_after(
             values["after_key"] = int(key) if order.whole else float(key)
             values["after_id"] = int(cell_id)
         except ValueError:
-            raise UserInputError("after has to be a place in the gallery.") from None
+            raise UserInputError("after has to be a position in the gallery.") from None
         if max(abs(values["after_id"]), abs(values["after_key"]) if order.whole else 0) >= 2**64:
-            raise UserInputError("after has to be a place in the gallery.")
+            raise UserInputError("after has to be a position in the gallery.")
         behind = "key > $after_key OR (key = $after_key AND cell_id > $after_id)"
     last = f"ORDER BY key, cell_id LIMIT {n}"
     rows: list[dict[str, Any]] = []

@@ -50,11 +50,7 @@ class SqliteTable:
     odd: set[str] = field(default_factory=set)
 
     def keys(self, groups: Mapping[str | None, int], images: ImageIndex, file: int) -> TableKeys:
-        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have.
-
-        Raises:
-            BadTableError: the file is damaged, or the table has no row numbers.
-        """
+        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have."""
         parents = self.columns.parents
         keys = [TABLE_NUMBER, IMAGE_NUMBER, self.columns.object_number]
         group, *numbers = (_quoted(name) if name in self.present else "NULL" for name in keys)
@@ -87,9 +83,6 @@ class SqliteTable:
         """Return the features of ``rows`` (counted from 0, in any order, repeated or not).
 
         Numbers are float64, exactly as they are stored; the text 'nan' is null.
-
-        Raises:
-            BadTableError: the file is damaged.
         """
         wanted = self.rowids[rows]
         asked = np.unique(wanted)
@@ -151,17 +144,13 @@ def is_cellprofiler_sqlite(path: Path) -> bool:
 
 
 def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open an SQLite database; ``plate`` is the barcode where the tables name none.
+    """Open an SQLite database with a table of images (:func:`is_cellprofiler_sqlite`).
 
-    Raises:
-        BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: no table names its plate.
+    ``plate`` is the barcode where the tables name none.
     """
     source = ObjectSource(TOOL, own_images=True)
     tables = _sqlite_tables(path)
-    image_table = _image_table(tables)
-    if image_table is None:
-        raise BadTableError(f"{path} has no table Image of CellProfiler.")
+    image_table = str(_image_table(tables))
     images = ImageIndex(source)
     keys = {IMAGE_NUMBER, TABLE_NUMBER}
     read = [name for name in tables[image_table] if name in keys or about_image(name)]

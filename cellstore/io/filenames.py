@@ -197,7 +197,7 @@ class NamePattern:
     matched against the path below the folder.
 
     Raises:
-        UserInputError: it is no regular expression, has unknown groups, or names no well.
+        UserInputError: it is not a regular expression, has unknown groups, or names no well.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -208,7 +208,7 @@ class NamePattern:
                 self._expression = re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise UserInputError(
-                f"The pattern {pattern[:100]!r} is no regular expression ({error}). "
+                f"The pattern {pattern[:100]!r} is not a regular expression ({error}). "
                 r"Write it like (?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)."
             ) from error
         names = self._expression.groupindex

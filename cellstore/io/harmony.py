@@ -115,7 +115,7 @@ def read_harmony(
     file = index_of(path)
     if file is None:
         raise BadTableError(
-            f"{path} is no Harmony index. Give the Index.idx.xml that lies beside the images."
+            f"{path} is not a Harmony index. Give the Index.idx.xml that lies beside the images."
         )
     names = ChannelNames(channels)
     plates: list[str] = []
@@ -251,7 +251,7 @@ def _elements(path: Path) -> Iterator[_Element]:
             "Copy or export it again."
         ) from error
     except _NotHarmonyError as error:
-        raise BadTableError(f"{path} is no Harmony index: {error}.") from error
+        raise BadTableError(f"{path} is not a Harmony index: {error}.") from error
 
 
 class _IndexParser:

@@ -347,9 +347,9 @@ def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int
     except ImportError:
         raise MissingExtraError.of("zarr", "zarr") from None
     except Exception as error:  # zarr and its codecs raise what they like
-        raise ImageError(f"{name} is no Zarr array, or damaged. Copy it again.") from error
+        raise ImageError(f"{name} is not a Zarr array, or it is damaged. Copy it again.") from error
     if array.ndim < 2 or array.shape[-1] * array.shape[-2] > _MAX_PIXELS:
-        raise ImageError(f"{name} has the shape {array.shape}, which is none of an image.")
+        raise ImageError(f"{name} has the shape {array.shape}, which is not the shape of an image.")
     count = prod(array.shape[:-2])
     if page is None and count > 1:
         raise ImageError(f"{name} holds {count} planes. Ingest the plate that it is of.")

@@ -151,11 +151,7 @@ class ChannelNames:
         return f"{name} (ch{number})"
 
     def check_used(self) -> None:
-        """Check that each name wanted was for a channel that came.
-
-        Raises:
-            UnknownNameError: one was not; the message has channels that did come.
-        """
+        """Check that each name wanted was for a channel that came."""
         for key in self._wanted:
             if key not in self._used:
                 raise UnknownNameError.of("channel", self._written[key], sorted(self._seen))
@@ -436,14 +432,11 @@ def read_image_table(
     table: TextTable,
     plate: str | None = None,
     channels: Mapping[str, str] | None = None,
-    *,
-    needs_treatment: bool = False,
 ) -> Iterator[ImageRecord | Refusal]:
     """Yield the images of a table (see :class:`ImageRows`), one record or refusal per data row.
 
     ``plate`` is needed only where no column names it; ``channels`` gives a channel, by its
     Phenix number or its name here, another name: a number alone never names a stain.
-    ``needs_treatment``: a row without one is refused, as the published study has none.
 
     Raises:
         BadTableError: a column is missing, or two of them are one channel.
@@ -451,8 +444,6 @@ def read_image_table(
             known when all is read.
         UserInputError: a table that does not name its plate, and no ``plate``.
     """
-    if needs_treatment:
-        table.require("Metadata_pert_iname")
     for name in sorted(filter(is_needed, table.repeated)):
         table.position(name)  # which cannot be told apart
     columns = {name: at for at, name in enumerate(table.columns) if name not in table.repeated}
@@ -478,13 +469,6 @@ def read_image_table(
         renaming.check_used()
     images.find_pages(row.cells for row in table.rows() if not isinstance(row, Refusal))
     for row in table.rows():
-        found = row if isinstance(row, Refusal) else images.read(*row)
-        if (
-            needs_treatment
-            and isinstance(found, ImageRecord)
-            and (found.treatment, found.problem) == (None, None)
-        ):
-            found = Refusal(found.line, "no treatment", "Metadata_pert_iname is empty")
-        yield found
+        yield row if isinstance(row, Refusal) else images.read(*row)
     if renaming:
         renaming.check_used()

@@ -10,12 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from ..errors import BadTableError, UserInputError
+from ..errors import BadTableError, UserInputError, some_of
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
-from .platemaps import MapOptions, map_table
-from .tables import nearest_columns, open_table
+from .platemaps import map_table
+from .tables import open_table
 from .treatments import PREFIX
 
 _OTHERS = (
@@ -23,10 +23,6 @@ _OTHERS = (
     "Metadata_Site, or, as a published table, FileName_OrigRNA and Metadata_pert_iname; a table of "
     "treatments broad_sample and pert_iname or gene; a table of single cells Metadata_Plate, "
     "Metadata_Well and features."
-)
-_WANTED = (
-    *("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_Plate", "Metadata_Well"),
-    *("well_position", "broad_sample"),
 )
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
 _TABLE_SUFFIXES = (
@@ -74,18 +70,19 @@ class Layout(StrEnum):
 def detect(
     path: Path,
     kind: SourceKind | None = None,
-    options: MapOptions = MapOptions(),  # noqa: B008
+    sheet: str | None = None,
+    map_columns: Sequence[tuple[str, str]] = (),
 ) -> Layout:
     """Tell from its content which layout a file or folder has; ``kind`` leaves only its layouts.
 
-    ``options`` are what a user says of a plate map, which they make of a table.
+    ``sheet`` and ``map_columns`` are what a user says of a plate map, which they make of a table.
 
     A table of images that also names treatments is a table of images, and a folder with a Harmony
     index is read through the index. Masks are never guessed: they are images like others.
 
     Raises:
-        BadTableError: it has none of the known layouts, or several of them; the message says what
-            was looked for, the nearest columns, and how to choose.
+        BadTableError: it has none of the known layouts, or holds several kinds; the message says
+            what was looked for, what is there, and how to choose.
         OSError: it is not there or may not be read.
     """
     if kind is SourceKind.MASKS:
@@ -120,51 +117,44 @@ def detect(
             of_treatments = all(item.kind is SourceKind.TREATMENTS for item in found)
             if measured and of_treatments and kind is not SourceKind.TREATMENTS:
                 raise BadTableError(
-                    f"{path.name} holds well profiles ({measured:,} features, no row for each "
-                    "cell), which cellstore does not store: ingest the table of single cells that "
-                    "they were made from."
+                    f"{path.name} holds well profiles, without a row for each cell, which "
+                    "cellstore does not store: ingest the table of single cells that they were "
+                    "made from."
                 )
-            if options.sheet is not None or options.columns:
-                map_table(path, options)
+            if sheet is not None or map_columns:
+                map_table(path, sheet, map_columns)
                 found = [Layout.PLATEMAP]
             elif not found and open_map(path) is not None:
                 found = [Layout.PLATEMAP]
     chosen = [item for item in found if kind is None or item.kind is kind]
-    if kind is None and Layout.HARMONY in found:
-        chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
     if kind is None and any(item.kind is SourceKind.IMAGES for item in found):
         # A plate map may lie beside the images, and a table of images may name treatments.
         chosen = [item for item in chosen if item.kind is not SourceKind.TREATMENTS]
-    if len(chosen) == 1:
-        return chosen[0]
-    named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
-    if len({item.kind for item in chosen}) > 1:
-        kinds = [item.kind.value for item in chosen]
+    kinds = list(dict.fromkeys(item.kind.value for item in chosen))
+    if len(kinds) > 1:
         commands = (f"cellstore ingest {kind} {shlex.quote(str(path))}" for kind in kinds)
         raise BadTableError(
             f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
         )
     if chosen:
-        raise BadTableError(f"{path} may be {named}. Choose with --layout.")
+        return chosen[0]  # Harmony's index goes before the names of its images
     if found:
-        raise BadTableError(
-            f"{path} looks like {named}, not {kind}. "
-            "Name another kind or none, or force a reader with --layout."
-        )
+        named = " or ".join(f"{item.value} ({item.kind.value})" for item in found)
+        raise BadTableError(f"{path} looks like {named}, not {kind}. Name another kind, or none.")
     raise _unknown(path, head)
 
 
-def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], int]:
+def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], bool]:
     """Return the layouts of images and treatments that a table with these columns may have.
 
-    And how many of its columns measure wells, if it is what the table does; else 0.
+    And whether it measures wells.
     """
     present = set(columns)
     about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
     measures = [name for name in columns if not name.startswith(about)]
     of_cells = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measures)
     of_wells = present & {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
-    measured = len(measures) if of_wells and (of_cells or len(measures) >= _MANY) else 0
+    measured = bool(of_wells) and (of_cells or len(measures) >= _MANY)
     names = {column.removeprefix(PREFIX) for column in columns}
     has_plate, has_name = f"{PREFIX}Plate" in present, f"{PREFIX}pert_iname" in present
     has_well = bool({f"{PREFIX}Well"} & present or {f"{PREFIX}Row", f"{PREFIX}Col"} <= present)
@@ -204,7 +194,7 @@ def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], int]:
 
 
 def _of_folder(path: Path) -> list[Layout]:
-    from .cellprofiler_csv import is_cellprofiler_folder
+    from .cellprofiler import is_cellprofiler_folder
     from .folders import has_image_names
     from .harmony import index_of
 
@@ -248,7 +238,7 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
     if _XML.match(head):
-        return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
+        return BadTableError(f"{path.name} is XML, but not a Harmony index (Index.idx.xml).")
     columns = open_table(path, whole=False).columns
     if {"ImageNumber", "ObjectNumber"} <= set(columns):
         return BadTableError(
@@ -263,16 +253,8 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
     shown = [name for name in columns if name]
     if len(shown) == 1:  # a title
         shown = columns_below_titles(path)
-    yours = ", ".join(shown[:8])
-    needs = (
+    return BadTableError(
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
-        f"column; yours has {yours}{', ...' if len(columns) > 8 else ''}. Name them with "
-        "--map-column well=NAME --map-column treatment=NAME"
+        f"column; yours has {some_of(shown, 8)}. Name them with --map-column well=NAME "
+        f"--map-column treatment=NAME. {_OTHERS}"
     )
-    files = any(column.lower().startswith("filename") for column in columns)
-    if not files and any("well" in column.lower() for column in columns):
-        return BadTableError(f"{needs}, or choose a reader with --layout.")
-    wanted = [column for column in _WANTED if column not in columns]
-    near = nearest_columns(wanted, columns)
-    near = f" {near}" if near.startswith("The n") else ""
-    return BadTableError(f"{needs}. {_OTHERS}{near} Or choose a reader with --layout.")

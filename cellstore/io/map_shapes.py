@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInputError
+from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInputError, some_of
 from .filenames import format_well
 from .tables import (
     MISSING,
@@ -225,9 +225,7 @@ class MapColumns:
         UnknownNameError: a pair names a role or a column that is not there.
     """
 
-    def __init__(
-        self, columns: Sequence[str], chosen: Sequence[tuple[str, str]], path: Path | None = None
-    ) -> None:
+    def __init__(self, columns: Sequence[str], chosen: Sequence[tuple[str, str]]) -> None:
         self.by_role: dict[tuple[str, int], str] = {}
         self.units: dict[str, str | None] = {}
         ranks: dict[tuple[str, int], int] = {}
@@ -321,11 +319,7 @@ def _row_of(text: str) -> int | None:
 
 
 def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
-    """Return the grids among rows of cells: columns 1, 2, 3 at the head, rows A, B, C at the left.
-
-    Raises:
-        BadTableError: a row or column goes on where the grid has no letter or number for it.
-    """
+    """Return the grids among rows: columns 1, 2, 3 at the head, rows A, B, C at the left."""
     blocks: list[Block] = []
     taken: set[tuple[int, int]] = set()
     for at, (line, cells) in enumerate(rows):
@@ -508,8 +502,7 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
         if not set(texts) <= titles
     ]
     if unused:
-        more = f" and {len(unused) - 5:,} more lines" if len(unused) > 5 else ""
-        notes.append(f"belongs to no grid and is not used: {', '.join(unused[:5])}{more}")
+        notes.append(f"belongs to no grid and is not used: {some_of(unused)}")
     header = ("Well", *columns)
     made = [
         TableRow(line, (format_well(*well), *(column.get(well, "") for column in columns.values())))
@@ -534,13 +527,7 @@ def _head_of(rows: Sequence[TableRow], chosen: Sequence[tuple[str, str]]) -> int
 def open_map(
     path: Path, sheet: str | None = None, chosen: Sequence[tuple[str, str]] = ()
 ) -> TextTable | None:
-    """Return the plate map in a file as a table with a row for each well; None: there is none.
-
-    Raises:
-        BadTableError: the file is damaged, a grid is, or several sheets hold a map.
-        UnknownNameError: there is no such sheet.
-        UserInputError: the file is missing or unreadable, or a text table is to have a sheet.
-    """
+    """Return the plate map in a file as a table with a row for each well; None: there is none."""
     if first_bytes(path) not in SPREADSHEETS:
         if sheet is not None:
             raise UserInputError(f"{path.name} is a text table without sheets. Remove --sheet.")
@@ -609,45 +596,35 @@ def _title_notes(rows: Sequence[TableRow]) -> Iterator[str]:
     texts = [" ".join(dict.fromkeys(filter(None, map(str.strip, row.cells)))) for row in rows]
     shown = [f"{text[:60]!r}" for text in texts if text]
     if shown:
-        yield f"above the header, not used: {', '.join(shown[:5])}"
+        yield f"above the header, not used: {some_of(shown)}"
 
 
 _TEMPLATE = (
     *("Well", "Compound", "Dose", "Unit", "Control", "Target", "Cell line", "Time (h)"),
     *("Replicate", "Batch"),
 )
-_TEMPLATE_FORMAT = (8, 12)
 
 
 def write_template(path: Path) -> None:
-    """Write an empty plate map of 96 wells, as .xlsx or .csv by the ending of ``path``.
+    """Write an empty plate map of 96 wells as .xlsx.
 
     Raises:
-        MissingExtraError: .xlsx, and xlsxwriter is not installed.
+        MissingExtraError: xlsxwriter is not installed.
         UserInputError: the file is there already, has another ending, or cannot be written.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".xlsx", ".csv"):
-        raise UserInputError(f"A template ends with .xlsx or .csv, not {path.name}.")
+    if path.suffix.lower() != ".xlsx":
+        raise UserInputError(f"A template ends with .xlsx, not {path.name}.")
     if path.exists():
         raise UserInputError(f"{path} is there already. Choose another name.")
-    n_rows, n_columns = _TEMPLATE_FORMAT
-    wells = [(r, c) for r in range(1, n_rows + 1) for c in range(1, n_columns + 1)]
-    names = [format_well(*well) for well in wells]
     try:
-        if suffix == ".csv":
-            blank = "," * (len(_TEMPLATE) - 1)
-            lines = [",".join(_TEMPLATE), *(f"{name}{blank}" for name in names)]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return
-        try:
-            xlsxwriter = import_module("xlsxwriter")
-        except ImportError as error:
-            raise MissingExtraError.of("xlsxwriter", "excel") from error
+        xlsxwriter = import_module("xlsxwriter")
+    except ImportError as error:
+        raise MissingExtraError.of("xlsxwriter", "excel") from error
+    try:
         book = xlsxwriter.Workbook(str(path))
         sheet = book.add_worksheet("plate map")
         sheet.write_row(0, 0, _TEMPLATE)
-        sheet.write_column(1, 0, names)
+        sheet.write_column(1, 0, [format_well(r, c) for r in range(1, 9) for c in range(1, 13)])
         book.close()
-    except OSError as error:
-        raise UserInputError(f"{path} cannot be written ({error.strerror}).") from error
+    except (OSError, xlsxwriter.exceptions.FileCreateError) as error:
+        raise UserInputError(f"{path} cannot be written. Choose another folder.") from error

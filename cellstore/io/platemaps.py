@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..enums import Control, PerturbationKind
-from ..errors import BadTableError, UnknownNameError, UserInputError
+from ..errors import BadTableError, UnknownNameError, UserInputError, some_of
 from .filenames import format_well, written_well
 from .map_shapes import (
     EXCEL,
@@ -66,25 +66,12 @@ BLANK = "blank"
 """Why a well has no treatment: its cell is blank."""
 NAMELESS = "a dose and no name"
 _ADVICE = {why: advice for why, (_, advice) in EXCEL.items()} | {
-    NAMELESS: "Write the name of what was given, or say what blank wells got: --blank DMSO"
+    BLANK: "To say what they got: --blank DMSO or --blank untreated",
+    NAMELESS: "Write the name of what was given, or say what blank wells got: --blank DMSO",
 }
 
 Issue = tuple[Path, Refusal]
 """A row of an annotation table that was not used, and the file it is in."""
-
-
-@dataclass(frozen=True)
-class MapOptions:
-    """What a user says of a plate map.
-
-    ``columns``: (meaning, header); ``blank``: what a well without treatment got, DMSO or
-    untreated; ``controls``: (name, negative or positive).
-    """
-
-    sheet: str | None = None
-    columns: tuple[tuple[str, str], ...] = ()
-    blank: str | None = None
-    controls: tuple[tuple[str, str], ...] = ()
 
 
 class MapRow(NamedTuple):
@@ -159,7 +146,11 @@ def read_annotation(
     platemap: Path,
     treatments: Sequence[Path] = (),
     barcodes: Path | None = None,
-    options: MapOptions = MapOptions(),
+    *,
+    sheet: str | None = None,
+    columns: Sequence[tuple[str, str]] = (),
+    blank: str | None = None,
+    controls: Sequence[tuple[str, str]] = (),
 ) -> PlateAnnotation:
     """Join a plate map (or a folder of them) with the tables of its treatments.
 
@@ -167,10 +158,11 @@ def read_annotation(
     ``docs/own-plates.md``. Treatments by name need no table. A treatment table has
     ``broad_sample``, or names; of two tables that have the same sample the first counts, and the
     second fills its gaps. Barcodes (``Assay_Plate_Barcode``, ``Plate_Map_Name``) choose the map of
-    each plate.
+    each plate. ``columns``: (meaning, header); ``controls``: (name, negative or positive).
 
-    A blank is not known, unless ``options`` say so, or it is a compound map of the Broad Institute
-    (with ``plate_map_name`` or ``solvent``), where it is DMSO. A missing value never joins another.
+    A blank is not known, unless ``blank`` says DMSO or untreated, or it is a compound map of the
+    Broad Institute (with ``plate_map_name`` or ``solvent``), where it is DMSO. A missing value
+    never joins another.
 
     Raises:
         BadTableError: there is no map, two files hold one map, several maps have no barcodes to
@@ -199,27 +191,27 @@ def read_annotation(
     maps: dict[str, PlateMap] = {}
     names_plates = False
     for path in paths:
-        table = map_table(path, options)
-        columns = MapColumns(table.columns, options.columns)
-        names_plates |= columns.column("plate") is not None
-        rows, refused = _usable_rows(path, table, columns)
+        table = map_table(path, sheet, columns)
+        header = MapColumns(table.columns, columns)
+        names_plates |= header.column("plate") is not None
+        rows, refused = _usable_rows(path, table, header)
         issues += [(path, refusal) for refusal in refused]
-        said = (*table.notes, *_notes(rows, columns, bool(tables)))
+        said = (*table.notes, *_notes(rows, header, bool(tables)))
         notes += [f"{writable(path.name)}: {note}" for note in said]
         # A map all of whose rows are refused is a map.
         by_map: dict[str, list[MapRow]] = {} if rows else {_stem(path): []}
         for row in rows:
             by_map.setdefault(row.map_name or _stem(path), []).append(row)
-        is_broad = columns.column("sample") and (columns.column("map") or columns.column("solvent"))
+        is_broad = header.column("sample") and (header.column("map") or header.column("solvent"))
         for name, some in by_map.items():
             if name in maps:
                 raise BadTableError(
                     f"{maps[name].path.name} and {path.name} both hold the plate map {name}. "
                     "Remove one of them."
                 )
-            maps[name] = PlateMap(name, path, _blank(some, tables, options.blank, bool(is_broad)))
-            issues += [(path, refusal) for refusal in _fill(maps[name], some, tables, options)]
-    _set_controls(maps.values(), options.controls)
+            maps[name] = PlateMap(name, path, _blank(some, tables, blank, bool(is_broad)))
+            issues += [(path, refusal) for refusal in _fill(maps[name], some, tables, blank)]
+    _set_controls(maps.values(), controls)
     if barcodes is None and platemap.is_dir():  # JUMP has it in the folder of maps, or above
         above = (platemap, platemap.resolve().parent)
         beside = (folder / f"{_BARCODES}.csv" for folder in above)
@@ -239,11 +231,7 @@ def read_annotation(
 def _usable_rows(
     path: Path, table: TextTable, columns: MapColumns
 ) -> tuple[list[MapRow], list[Refusal]]:
-    """Return the rows of a map, and those that cannot be used.
-
-    Raises:
-        BadTableError: no row can be used, all for one reason; the message has an example.
-    """
+    """Return the rows of a map, and those that cannot be used."""
     rows: list[MapRow] = []
     refused: list[Refusal] = []
     for item in _map_rows(table, columns):
@@ -265,29 +253,26 @@ def _stem(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).stem
 
 
-def map_table(path: Path, options: MapOptions) -> TextTable:
-    """Return the plate map in a file as a table with a row for each well.
-
-    Raises:
-        BadTableError: there is none; the message says what was looked for and what is there.
-        UserInputError: the file is missing or unreadable.
-    """
-    table = open_map(path, options.sheet, options.columns)
+def map_table(
+    path: Path, sheet: str | None = None, columns: Sequence[tuple[str, str]] = ()
+) -> TextTable:
+    """Return the plate map in a file as a table with a row for each well."""
+    table = open_map(path, sheet, columns)
     if table is not None:
         return table
-    columns = columns_below_titles(path, options.sheet)
-    for meaning, header in options.columns:
-        if header not in columns:
-            raise UnknownNameError.of("column", f"{header} ({meaning})", columns)
-    yours = f"{', '.join(columns[:8])}{', ...' if len(columns) > 8 else ''}"
+    found = columns_below_titles(path, sheet)
+    for meaning, header in columns:
+        if header not in found:
+            raise UnknownNameError.of("column", f"{header} ({meaning})", found)
     where, others = path.name, ""
-    if options.sheet is not None:
-        where = f"sheet {options.sheet} of {path.name}"
-        others = f" ({', '.join(name for name in sheet_names(path) if name != options.sheet)})"
+    if sheet is not None:
+        where = f"sheet {sheet} of {path.name}"
+        others = f" ({', '.join(name for name in sheet_names(path) if name != sheet)})"
     raise BadTableError(
         f"I do not recognise {where} as a plate map. It needs a well and a treatment column, or a "
-        f"grid with columns 1, 2, 3 and rows A, B, C; yours has {yours}. Name its columns with "
-        f"--map-column well=... --map-column treatment=..., or another sheet with --sheet{others}."
+        f"grid with columns 1, 2, 3 and rows A, B, C; yours has {some_of(found, 8)}. Name its "
+        "columns with --map-column well=... --map-column treatment=..., or another sheet with "
+        f"--sheet{others}."
     )
 
 
@@ -541,7 +526,7 @@ def _fill(
     plate_map: PlateMap,
     rows: Sequence[MapRow],
     tables: Sequence[_Treatments],
-    options: MapOptions,
+    asked: str | None,
 ) -> Iterator[Refusal]:
     """Add the rows to the map, joined with treatments; yield those that cannot be used."""
     done: dict[TreatmentRecord, TreatmentRecord | None] = {}
@@ -554,7 +539,7 @@ def _fill(
         treatment = record
         if unnamed and unnamed[0] == BLANK:
             treatment = plate_map.blank
-            if unnamed[1] and treatment is not None and options.blank is None:
+            if unnamed[1] and treatment is not None and asked is None:
                 treatment, unnamed = None, (NAMELESS, unnamed[1])
         elif record is not None and tables:
             if record not in done:
@@ -605,9 +590,6 @@ def _set_controls(maps: Collection[PlateMap], asked: Sequence[tuple[str, str]]) 
     """Make the treatments that a user names controls, as ``asked``: (name, role).
 
     Of a combination, all parts but genotypes must be named.
-
-    Raises:
-        UnknownNameError: a name is on no map, or a role is none.
     """
     roles: dict[str, Control] = {}
     for name, role in asked:
@@ -632,7 +614,6 @@ def _set_controls(maps: Collection[PlateMap], asked: Sequence[tuple[str, str]]) 
 
 
 _SHOWN_WELLS = 8
-FORMATS = ((8, 12), (16, 24))
 
 
 def listed_wells(positions: Sequence[Position]) -> str:
@@ -657,49 +638,28 @@ def notes_on_wells(plate_map: PlateMap, imaged: Mapping[Position, bool]) -> Iter
         if why != BLANK or at in imaged or not imaged:
             wells[why].append(at)
     for why, some in wells.items():
-        one = len(some) == 1
-        what = "1 well" if one else f"{len(some):,} wells"
-        unknown = f"so {'its' if one else 'their'} treatment is not known: {listed_wells(some)}."
+        listed = listed_wells(some)
+        texts = ", ".join(sorted({unnamed[at][1] for at in some})[:3])
+        what = f"{name} is blank" if why == BLANK else f"{name} has {why} ({texts})"
         if why == EMPTY:
-            yield f"{plate_map.name}: wells without cells (empty): {listed_wells(some)}"
+            yield f"{plate_map.name}: wells without cells (empty): {listed}"
         elif why == BLANK and plate_map.blank is not None:
-            so = f"so {plate_map.blank.pert_iname}: {listed_wells(some)}"
-            yield f"{what} {'is' if one else 'are'} blank in {name}, {so}"
-        elif why == BLANK:
-            yield (
-                f"{what} {'is' if one else 'are'} blank in {name}, {unknown} To say what "
-                f"{'it' if one else 'they'} got: --blank DMSO or --blank untreated"
-            )
+            yield f"{what} for these wells, so {plate_map.blank.pert_iname}: {listed}"
         else:
-            texts = ", ".join(sorted({unnamed[at][1] for at in some})[:3])
-            yield (
-                f"{what} of {name} {'has' if one else 'have'} {why} ({texts}), "
-                f"{unknown} {_ADVICE[why]}"
-            )
-    for n_rows, n_columns in FORMATS:
-        outside = [at for at in plate_map.wells if at[0] > n_rows or at[1] > n_columns]
-        if outside and len(outside) * 20 <= len(plate_map.wells):
-            yield (
-                f"{plate_map.name}: {listed_wells(outside)} lies outside of a plate of "
-                f"{n_rows * n_columns} wells, in which all others are. Is it a typing error?"
-            )
-            break
+            unknown = f"so their treatment is not known: {listed}"
+            yield f"{what} for these wells, {unknown}. {_ADVICE[why]}"
     treated = [at for at, row in plate_map.wells.items() if row.record is not None]
     bare = [at for at in treated if at not in imaged]
     missing = [at for at, known in imaged.items() if not known and at not in unnamed]
-    advice = "look whether the map has shifted; cellstore undo RUN takes it back"
+    advice = "If that is not meant, has the map shifted? cellstore undo RUN takes it back"
     if imaged and treated and bare == treated:
         yield (
             f"none of the wells that {name} treats has images ({listed_wells(treated)}); the wells "
-            f"with images are {listed_wells(list(imaged))}. If that is not meant, {advice}"
+            f"with images are {listed_wells(list(imaged))}. {advice}"
         )
     elif missing:
-        what = "1 well" if len(missing) == 1 else f"{len(missing):,} wells"
         but = f", but wells without images got one: {listed_wells(bare)}" if bare else ""
-        yield (
-            f"{what} with images got no treatment: {listed_wells(missing)}{but}. If that is not "
-            f"meant, {advice}"
-        )
+        yield f"{name}: wells with images got no treatment: {listed_wells(missing)}{but}. {advice}"
 
 
 def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]) -> dict[str, str]:

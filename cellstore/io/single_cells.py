@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import BadTableError, UserInputError
+from ..errors import BadTableError, UserInputError, some_of
 from .cellprofiler import COMPARTMENTS, is_feature, position_columns
 from .image_tables import ROWS, WELLS, ImageRecord, ImageRows, is_needed
 from .objects import (
@@ -32,7 +32,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, opened
+from .tables import PARQUET, Refusal, TextTable, first_bytes, open_table, readable
 
 EXCLUDED, CELL_ID = "Metadata_Excluded", "Metadata_CellId"
 SEGMENTATION, SUBSET, LABEL = "Metadata_Segmentation", "Metadata_Subset", "Metadata_Label"
@@ -158,21 +158,14 @@ def is_single_cells(path: Path) -> bool:
 
 
 def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open a table with a row per cell; ``plate`` is the barcode where it names none.
+    """Open a table with a row per cell (:func:`is_single_cells`).
 
-    Raises:
-        BadTableError: it has no cells, no features, or is damaged.
-        UserInputError: no row names its plate, or the file cannot be read.
+    ``plate`` is the barcode where it names none.
     """
     source = ObjectSource(TOOL, own_images=False)
     is_parquet = first_bytes(path) == PARQUET
     table: _Table = _ParquetTable(path) if is_parquet else _TextCells(path, source)
     columns = _Columns.of(table.columns)
-    if columns.object_number is None:
-        what = "no column with the number of the cell (Metadata_ObjectNumber)"
-        raise BadTableError(f"{path.name} has {what}.")
-    if not columns.features:
-        raise BadTableError(f"{path.name} has no column of features.")
     kept = _find_cells(source, path, table, columns, plate)
     types = {name: table.dtype(name) for name in columns.features}
     source.objects = tuple(
@@ -201,7 +194,7 @@ def _find_cells(
     """Columns that have no single value per image."""
     of_image = {**columns.image, **{name: name for name in columns.others}}
     rows_of = ImageRows({name: at for at, name in enumerate(of_image)}, plate)
-    with opened(path):  # an image may be named by a column of an odd kind
+    with readable(path):  # an image may be named by a column of an odd kind
         for batch, lines in table.batches(list(dict.fromkeys([number, *own, *columns.of_image]))):
             keys = _joined(batch, columns.keys)
             codes = keys.indices.to_numpy(zero_copy_only=False).astype(np.int64)
@@ -242,10 +235,9 @@ def _find_cells(
             if isinstance(content, ImageRecord) and content.metadata:
                 left = {name: text for name, text in content.metadata.items() if name not in names}
                 source.images[at] = file, content._replace(metadata=left or None)
-        more = ", ..." if len(names) > 5 else ""
         source.notes.append(
             "metadata not kept, because the cells of one image have different values: "
-            f"{', '.join(names[:5])}{more}"
+            f"{some_of(names)}"
         )
     image, numbers, lines, cell_ids = (np.concatenate(some) for some in parts)
     source.check_plate(path.name)
@@ -321,7 +313,7 @@ class _ParquetTable:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.refused: list[Refusal] = []
-        with opened(path):
+        with readable(path):
             self._schema = pq.read_schema(path)
         self.columns: Sequence[str] = self._schema.names
         repeated = {name for name in self.columns if self.columns.count(name) > 1}
@@ -344,7 +336,7 @@ class _ParquetTable:
         line = 1
         # Others write tables of any length as one row group: read it piece by piece.
         options = {"pre_buffer": False, "buffer_size": _BUFFER}
-        with opened(self._path), pq.ParquetFile(self._path, **options) as file:
+        with readable(self._path), pq.ParquetFile(self._path, **options) as file:
             for batch in file.iter_batches(batch_rows(len(columns)), columns=list(columns)):
                 arrays = [batch.column(name) for name in columns]
                 if dtypes:
@@ -361,8 +353,6 @@ class _TextCells:
 
     def __init__(self, path: Path, source: ObjectSource) -> None:
         self._table: TextTable = open_table(path, empty=True)
-        if not self._table.columns:
-            raise BadTableError(f"{path} is empty. Export it again, or give another file.")
         self._source = source
         self.refused: list[Refusal] = []
         self.columns: Sequence[str] = list(dict.fromkeys(self._table.columns))

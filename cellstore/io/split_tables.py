@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,19 +86,14 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     Raises:
         BadTableError: no table has a column ``split``; one does not name what it splits; two
             have no column in common.
-        UserInputError: a file cannot be read.
+        UserInputError: a file cannot be read, or no row can be used.
     """
-    # Held in memory are the columns that we know, and those that join two tables.
-    headers = [set(map(plain_name, open_table(path, whole=False).columns)) for path in paths]
-    counts = Counter(name for header in headers for name in header)
-    wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
-    wanted |= {name for name, count in counts.items() if count > 1}
     splits: list[_Table] = []
     others: list[_Table] = []
     refusals: list[tuple[str, Refusal]] = []
     digests = {}
     for path in paths:
-        table = _read(path, wanted, refusals)
+        table = _read(path, refusals)
         is_split = not set(COLUMNS["split"]).isdisjoint(table.columns)
         (splits if is_split else others).append(table)
         with path.open("rb") as stream:
@@ -118,24 +112,24 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
                 refusals.append((table.path.name, item))
             else:
                 rows.append(item)
+    if not rows:
+        why = refusals[0][1].detail if refusals else "there is none"
+        raise UserInputError(f"No row of the split tables can be used ({why}).")
     return SplitTables(tuple(rows), tuple(refusals), digests)
 
 
-def _read(path: Path, wanted: set[str], refusals: list[tuple[str, Refusal]]) -> _Table:
+def _read(path: Path, refusals: list[tuple[str, Refusal]]) -> _Table:
     table = open_table(path)
     positions: dict[str, int] = {}
     for position, column in enumerate(table.columns):
-        if plain_name(column) in wanted:
-            positions.setdefault(plain_name(column), position)
+        positions.setdefault(plain_name(column), position)
     found = _Table(path, list(positions), [])
     for row in table.rows():
         if isinstance(row, Refusal):
             refusals.append((path.name, row))
             continue
-        cells = {
-            name: known_text(name, row.cells[position]) for name, position in positions.items()
-        }
-        known = {name: sys.intern(text) for name, text in cells.items() if text is not None}
+        cells = ((name, known_text(name, row.cells[at])) for name, at in positions.items())
+        known = {name: sys.intern(text) for name, text in cells if text is not None}
         found.rows.append((row.line, known))
     return found
 
@@ -194,14 +188,3 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
             yield row
         else:
             yield from (replace(row, identifier=cells[name]) for name in pairs if name in cells)
-
-
-def check_not_empty(tables: SplitTables) -> None:
-    """Refuse tables of which no row can be used.
-
-    Raises:
-        UserInputError: with the first reason.
-    """
-    if not tables.rows:
-        why = tables.refusals[0][1].detail if tables.refusals else "there is none"
-        raise UserInputError(f"No row of the split tables can be used ({why}).")

@@ -115,7 +115,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
     kinds = {(page.shape, page.dtype) for page in (tiff.pages[number] for number in full)}
     if len(kinds) > 1 or is_colour(first) or len(first.shape) != (2 if depth == 1 else 3):
         raise ImageError(
-            f"{name} has pages that are no grey images of one shape. "
+            f"{name} has pages that are not grey images of one shape. "
             "Export each channel as a file of its own."
         )
     axes = None
@@ -188,8 +188,8 @@ def _read_shaped(name: str, metadata: Sequence[dict[str, Any]]) -> _Axes | None:
         letter = axis if axis in "CZTS" or "Z" in axes.upper() else "Z"
         if letter in sizes or letter not in "CZTS":
             raise ImageError(
-                f"{name} names its axes {axes!r}, of which cellstore knows C, Z and T. "
-                "Export it with these."
+                f"{name} names its axes {axes!r}, and cellstore reads C, Z and T "
+                "only. Export it with these."
             )
         sizes[letter] = int(size)
     channel = metadata[0].get("Channel")

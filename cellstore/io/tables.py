@@ -1,6 +1,7 @@
 """The one reader of tables: plate maps, LoadData, treatments, splits, tables of features.
 
-A Parquet file is read as the CSV file that has its rows.
+A Parquet file is read as the CSV file that has its rows. What is missing or unreadable is a
+``UserInputError``; what is empty, damaged, no table, or lacks columns, a ``BadTableError``.
 
 We split lines into rows ourselves because after a quote that is never closed DuckDB drops the rows
 that follow and pyarrow joins them into one cell, while here such a quote costs its own line only;
@@ -24,9 +25,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain, islice, product
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from ..errors import BadTableError, UserInputError, first_line
+from ..errors import BadTableError, UserInputError, first_line, some_of
 from ..notebooks import json_value
 from .uris import plain_file
 
@@ -132,12 +134,7 @@ class TextTable:
     repeated: frozenset[str] = field(default_factory=frozenset)
 
     def rows(self) -> Generator[TableRow | Refusal, None, None]:
-        """Yield every data row, or why it is none; blank lines are not rows.
-
-        Raises:
-            BadTableError: the file ends in the middle of its compression, or is two tables.
-            UserInputError: the file has become unreadable.
-        """
+        """Yield every data row, or why it is none; blank lines are not rows."""
         with opened(self.path, self.encoding, self.header_lines) as text:
             yield from RowSplitter(self, text, self.header_lines).rows()
 
@@ -148,17 +145,13 @@ class TextTable:
 
         Those of ``numbers`` are float64 instead, missing ones null, until one of their values is
         no number: from there on they are texts, too.
-
-        Raises:
-            BadTableError: the file ends in the middle of its compression, or is two tables.
-            UserInputError: the file has become unreadable.
         """
-        read = _ArrowReader(self, positions, numbers).read
+        numeric = set(numbers)
         line, left = self.header_lines, ""
         with opened(self.path, self.encoding, self.header_lines) as text:
             while block := left + text.read(BLOCK) + text.readline():
                 left = ""
-                columns = read(block)
+                columns = _arrow_columns(self, block, positions, numeric)
                 if columns is not None:
                     end = line + len(columns[0])
                     yield TableBatch(columns, range(line + 1, end + 1), [])
@@ -190,11 +183,7 @@ class TextTable:
             yield row.line, made
 
     def position(self, column: str) -> int | None:
-        """Return the index of a column in ``TableRow.cells``, or None where it is absent.
-
-        Raises:
-            BadTableError: there are several columns of that name.
-        """
+        """Return the index of a column in ``TableRow.cells``, or None where it is absent."""
         if column in self.repeated:
             raise BadTableError(
                 f"{self.path.name} has the column {column!r} more than once. "
@@ -203,11 +192,7 @@ class TextTable:
         return self.columns.index(column) if column in self.columns else None
 
     def require(self, *columns: str) -> None:
-        """Check that the columns are there, each once.
-
-        Raises:
-            BadTableError: some are not; the message names them and the nearest present ones.
-        """
+        """Check that the columns are there, each once."""
         absent = [column for column in columns if self.position(column) is None]
         if absent:
             raise BadTableError(
@@ -251,11 +236,7 @@ class RowSplitter:
     returned: deque[str] = field(default_factory=deque)
 
     def rows(self) -> Iterator[TableRow | Refusal]:
-        """Yield each data row, or why it is none; blank lines are not rows.
-
-        Raises:
-            BadTableError: the header comes again with its columns in another order.
-        """
+        """Yield each data row, or why it is none; blank lines are not rows."""
         written = self.table.headers or (self.table.columns,)
         headers = [tuple(name.strip() for name in header) for header in written]
         names = {name for header in headers for name in header if name}
@@ -353,70 +334,59 @@ class RowSplitter:
         return None if swallows or len(cells) != width else cells
 
 
-class _ArrowReader:
-    """Reads those pieces of a table with pyarrow in which every line is one whole row."""
+def _arrow_columns(
+    table: TextTable, block: str, positions: Sequence[int], numbers: set[int]
+) -> list[pa.Array] | None:
+    """Read the columns of ``block`` with pyarrow; None where a line of it is not just one row.
 
-    def __init__(
-        self, table: TextTable, positions: Sequence[int], numbers: Collection[int]
-    ) -> None:
-        self._table, self._positions, self._numbers = table, positions, frozenset(numbers)
-        # The header again, or a part of another file: these are for the splitter.
-        first = {name for header in table.headers for name in (header[0], header[0].strip())}
-        self._headers = [start for name in first if name for start in (name, f'"{name}"')]
+    ``numbers`` are read as such, and emptied where one of them is none.
+    """
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import csv as arrow_csv
 
-    def read(self, block: str) -> list[pa.Array] | None:
-        """Return the columns of ``block``; None where a line of it is not just one row."""
-        import numpy as np
-        import pyarrow as pa
-        from pyarrow import csv as arrow_csv
-
-        columns, delimiter = self._table.columns, self._table.delimiter
-        if (
-            len(columns) < 2
-            or "\0" in block
-            or _BOM in block
-            or ("\r" in block and block.count("\r") != block.count("\r\n"))
-            or any(block.startswith(name) or f"\n{name}" in block for name in self._headers)
-        ):
+    # The header again, or a part of another file: these are for the splitter.
+    first = {name for header in table.headers for name in (header[0], header[0].strip())}
+    starts = [start for name in first if name for start in (name, f'"{name}"')]
+    if (
+        len(table.columns) < 2
+        or "\0" in block
+        or _BOM in block
+        or ("\r" in block and block.count("\r") != block.count("\r\n"))
+        or any(block.startswith(name) or f"\n{name}" in block for name in starts)
+    ):
+        return None
+    last = block[block.rfind("\n", 0, len(block) - 2) + 1 :]
+    if '"' in last:  # it may be open, and go on in the next block
+        try:
+            next(csv.reader([last], delimiter=table.delimiter, strict=True))
+        except csv.Error:
             return None
-        last = block[block.rfind("\n", 0, len(block) - 2) + 1 :]
-        if '"' in last:  # it may be open, and go on in the next block
-            try:
-                next(csv.reader([last], delimiter=delimiter, strict=True))
-            except csv.Error:
-                return None
-        data = pa.py_buffer(block.encode())
-        names = [str(at) for at in range(len(columns))]
-        wanted = [str(at) for at in self._positions]
-        for numbers in (self._numbers, frozenset[int]()):
-            types = {
-                str(at): pa.float64() if at in numbers else pa.string() for at in self._positions
-            }
-            try:
-                found = arrow_csv.read_csv(
-                    data,
-                    arrow_csv.ReadOptions(
-                        column_names=names, use_threads=False, block_size=data.size + 1
-                    ),
-                    arrow_csv.ParseOptions(delimiter=delimiter),
-                    arrow_csv.ConvertOptions(
-                        column_types=types,
-                        null_values=list(MISSING_NUMBERS),
-                        strings_can_be_null=False,
-                        include_columns=wanted,
-                    ),
-                )
-            except pa.ArrowInvalid:
-                continue
-            self._numbers = numbers
-            break
-        else:
+    data = pa.py_buffer(block.encode())
+    names = [str(at) for at in range(len(table.columns))]
+    types = {str(at): pa.float64() if at in numbers else pa.string() for at in positions}
+    try:
+        found = arrow_csv.read_csv(
+            data,
+            arrow_csv.ReadOptions(column_names=names, use_threads=False, block_size=data.size + 1),
+            arrow_csv.ParseOptions(delimiter=table.delimiter),
+            arrow_csv.ConvertOptions(
+                column_types=types,
+                null_values=list(MISSING_NUMBERS),
+                strings_can_be_null=False,
+                include_columns=[str(at) for at in positions],
+            ),
+        )
+    except pa.ArrowInvalid:
+        if not numbers:
             return None
-        # Counting bytes is several times as fast as counting letters.
-        lines = np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-        if found.num_rows != lines + (not block.endswith("\n")):
-            return None
-        return [column.chunk(0) for column in found.columns]
+        numbers.clear()
+        return _arrow_columns(table, block, positions, numbers)
+    # Counting bytes is several times as fast as counting letters.
+    lines = np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    if found.num_rows != lines + (not block.endswith("\n")):
+        return None
+    return [column.chunk(0) for column in found.columns]
 
 
 def _count_lines(block: str) -> int:
@@ -442,8 +412,10 @@ def open_table(
     if first_bytes(path) in SPREADSHEETS:
         return _open_sheet(path, sheet, empty)
     if not whole and first_bytes(path) == PARQUET:
-        with opened(path) as rows:
-            return TextTable(path, rows.columns, ",", "utf-8")
+        import pyarrow.parquet as pq
+
+        with readable(path):
+            return TextTable(path, tuple(pq.read_schema(path).names), ",", "utf-8")
     encoding, notes = _encoding(path, whole=whole, empty=empty)
     if encoding is None:
         return TextTable(path, (), ",", "utf-8-sig")
@@ -488,9 +460,6 @@ def _encoding(
     """Return the encoding of a text, by all or by the first piece of it, and a note if it is odd.
 
     None: it is ``empty``, which is allowed.
-
-    Raises:
-        BadTableError: it is empty, no text, or has a line that does not fit into memory.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     notes: tuple[str, ...] = ()
@@ -555,9 +524,6 @@ def _with_errors(path: Path) -> Path | io.BytesIO:
     """Return a workbook whose errors are texts like ``#N/A``: calamine leaves these cells blank.
 
     It is refused where it does not fit into memory, which is read from A1 to the last cell.
-
-    Raises:
-        BadTableError: it is too large, or it is .xls and has errors, which cannot be told apart.
     """
     import zipfile
 
@@ -627,11 +593,7 @@ def _workbook(path: Path) -> Iterator[Any]:
 
 
 def sheet_names(path: Path) -> list[str]:
-    """Return the names of the sheets of a spreadsheet.
-
-    Raises:
-        BadTableError: it is damaged or has a password.
-    """
+    """Return the names of the sheets of a spreadsheet."""
     with _workbook(path) as book:
         return list(book.sheet_names)
 
@@ -640,9 +602,6 @@ def read_sheet(path: Path, name: str) -> list[TableRow]:
     """Return the rows of a sheet that are not blank, as texts; merged cells all have their value.
 
     Whole numbers are written without a point, dates as 2026-03-12, errors as #N/A.
-
-    Raises:
-        BadTableError: the file is damaged or has a password.
     """
     with _workbook(path) as book:
         sheet = book.get_sheet_by_name(name)
@@ -679,10 +638,6 @@ def text_cells(path: Path) -> CellTable:
 
     The delimiter is what most lines have; of two that all lines have, tab goes before semicolon
     and that before comma, which may be a decimal comma. No line is taken for the header.
-
-    Raises:
-        BadTableError: the file is damaged, empty or no text.
-        UserInputError: it is missing or unreadable.
     """
     encoding, notes = _encoding(path, whole=False)
     with opened(path, encoding) as text:
@@ -726,8 +681,7 @@ def nearest_columns(absent: Sequence[str], present: Sequence[str]) -> str:
     ]
     if near:
         return f"The nearest are {', '.join(map(repr, dict.fromkeys(near)))}: rename them if meant."
-    shown = ", ".join(map(repr, [name for name in present if name][:8]))
-    return f"Its columns are {shown}{', ...' if len(present) > 8 else ''}."
+    return f"Its columns are {some_of([repr(name) for name in present if name], 8)}."
 
 
 def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], int]:
@@ -740,54 +694,18 @@ def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], i
     return tuple(cells), end
 
 
-class _ParquetRows(io.RawIOBase):
-    """The rows of a Parquet file as the bytes of a CSV file, some at a time."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        self.columns = tuple(pq.read_schema(path).names)
-        self._parts = self._written(path)
-        self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._left = self._left or next(self._parts, b"")
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-    @staticmethod
-    def _written(path: Path) -> Iterator[bytes]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        from pyarrow import csv as arrow_csv
-
-        with pq.ParquetFile(path) as file:
-            rows = max(1, _CHUNK // max(1, len(file.schema_arrow)))
-            for number, batch in enumerate(
-                chain([file.schema_arrow.empty_table()], file.iter_batches(rows))
-            ):
-                text = pa.BufferOutputStream()
-                arrow_csv.write_csv(batch, text, arrow_csv.WriteOptions(include_header=number == 0))
-                yield text.getvalue().to_pybytes()
-
-
 @contextmanager
 def opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> Iterator[Any]:
     """Open a file, gzip and Parquet too: its bytes, or with ``encoding`` its text below the header.
 
     What can go wrong while it is read is turned into one sentence.
     """
-    try:
-        plain_file(path)
+    with readable(path):
         head = first_bytes(path)
         with (
             gzip.open(path)
             if head.startswith(_GZIP_MAGIC)
-            else _ParquetRows(path)
+            else _parquet_as_csv(path)
             if head == PARQUET
             else path.open("rb", buffering=0)
         ) as stream:
@@ -804,6 +722,27 @@ def opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> It
             for _ in range(header_lines):
                 text.readline()
             yield text
+
+
+@contextmanager
+def _parquet_as_csv(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+    from pyarrow import csv as arrow_csv
+
+    with pq.ParquetFile(path) as file, TemporaryFile(buffering=0) as target:
+        with arrow_csv.CSVWriter(target, file.schema_arrow) as writer:
+            for batch in file.iter_batches(max(1, _CHUNK // max(1, len(file.schema_arrow)))):
+                writer.write_batch(batch)
+        target.seek(0)
+        yield target
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what can go wrong while a file is read into one sentence."""
+    try:
+        plain_file(path)
+        yield
     except FileNotFoundError as error:
         raise UserInputError(f"There is no file {path}. Check the path.") from error
     except IsADirectoryError as error:
@@ -822,7 +761,7 @@ def opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> It
         if not isinstance(error, OSError) and type(error).__module__ != "pyarrow.lib":
             raise
         raise BadTableError(  # what Arrow raises, sometimes as an OSError without a number
-            f"{path} is damaged, or has values that are no text and no numbers "
+            f"{path} is damaged, or has values that are neither text nor numbers "
             f"({first_line(error)}). Export it again."
         ) from error
 
@@ -890,14 +829,12 @@ def csv_parts(
         flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
         return disarmed(flat) if for_spreadsheet else flat
 
-    nothing = [pa.array([], item.type) for item in schema]
-    empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
-    parts = _Parts()
-    with pyarrow.csv.CSVWriter(parts, shaped(empty).schema) as writer:
-        for batch in batches:
-            writer.write_batch(shaped(batch))
-            yield parts.take()
-    yield parts.take()
+    header = pa.RecordBatch.from_pylist([], schema)
+    for number, batch in enumerate(chain([header], batches)):
+        part = pa.BufferOutputStream()
+        options = pyarrow.csv.WriteOptions(include_header=number == 0)
+        pyarrow.csv.write_csv(shaped(batch), part, options)
+        yield part.getvalue().to_pybytes()
 
 
 def _flat(column: pa.Array) -> pa.Array:

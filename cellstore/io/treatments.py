@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError
@@ -107,11 +107,11 @@ class TreatmentRecord:
         inchikey, smiles, pubchem_cid = chemistry or (None, None, None)
         target = target_of(targets)
         made = cls(kind, name, target, control, identifier, inchikey, smiles, pubchem_cid)
-        keys = ("pert_iname", "identifier", "inchikey", "pubchem_cid")
-        long = [key for key in keys if len(getattr(made, key) or "") > LONGEST]
-        if long:
-            detail = f"{' and '.join(long)} of more than {LONGEST} characters"
-            raise RowRefusedError(LONG_NAME, detail)
+        for key in ("pert_iname", "identifier", "inchikey", "pubchem_cid"):
+            if len(getattr(made, key) or "") > LONGEST:
+                raise RowRefusedError(LONG_NAME, f"{key} of more than {LONGEST} characters")
+        if any("\0" in (text or "") for text in (name, identifier, targets, *chemistry)):
+            raise RowRefusedError(LONG_NAME, "it has a NUL in it")
         return made
 
     @classmethod
@@ -308,9 +308,6 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
 
     A row that names no perturbation but its ``Metadata_JCP2022`` is called by that. Its kind is
     the one that is written, else that of this identifier.
-
-    Raises:
-        RowRefusedError: as of :meth:`TreatmentRecord.named`.
     """
     name = first_text(texts, (_NAME, _JCP))
     if name is None or name in _JCP_NOTHING or name.lower() == EMPTY:
@@ -350,7 +347,7 @@ def _component(item: Mapping[str, Any]) -> TreatmentRecord:
     odd = item.keys() - {"kind", "dose", *texts}
     odd |= {name for name in texts if not isinstance(item.get(name), str | None)}
     if odd:
-        raise TypeError(f"{odd} are not known, or no texts")
+        raise TypeError(f"{odd} are not known, or not texts")
     kind, name, dose = PerturbationKind(item["kind"]), item["pert_iname"], item.get("dose")
     part = TreatmentRecord.of(kind, name, *map(item.get, _TEXTS))
     if dose is None:
@@ -391,70 +388,43 @@ def _one_sample(given: TreatmentRecord, known: TreatmentRecord) -> bool:
     return known.kind is given.kind and getattr(known, key) == getattr(given, key)
 
 
-class Aliases:
-    """Names by alias; a name is never itself an alias."""
+def read_aliases(path: Path) -> dict[str, str]:
+    """Read names by alias: a table with the columns ``alias`` and ``name``."""
+    table = open_table(path)
+    columns = ("alias", "name")
+    table.require(*columns)
+    names: dict[str, str] = {}
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
-        self._done: dict[TreatmentRecord, TreatmentRecord] = {}
+    def add(texts: Mapping[str, str]) -> None:
+        alias, name = map(texts.get, columns)
+        if alias is None or name is None:
+            raise RowRefusedError("", "both names are needed")
+        if len(name) > LONGEST:
+            raise RowRefusedError("", f"the name has more than {LONGEST} characters")
+        if names.setdefault(alias, name) != name:
+            raise RowRefusedError("", f"{alias!r} is {names[alias]!r} already")
 
-    @classmethod
-    def read(cls, path: Path) -> Aliases:
-        """Read a table with the columns ``alias`` and ``name`` (or ``from`` and ``to``).
+    for row in table.records(columns, add):
+        if isinstance(row, Refusal):
+            raise BadTableError(
+                f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias table."
+            )
+    names = {alias: name for alias, name in names.items() if alias != name}
+    if both := sorted(names.keys() & set(names.values())):
+        raise BadTableError(
+            f"{path.name}: {', '.join(map(repr, both))} is an alias of another name, and has an "
+            "alias itself. Give each alias the name that is to stay."
+        )
+    return names
 
-        An alias of an alias is followed to its end.
 
-        Raises:
-            BadTableError: a column is missing, a row is incomplete, an alias has two names, or
-                names go round in a circle. Nothing is guessed.
-            UserInputError: the file is missing or unreadable.
-        """
-        table = open_table(path)
-        pairs = (("alias", "name"), ("from", "to"))
-        columns = next((pair for pair in pairs if set(pair) <= set(table.columns)), pairs[0])
-        table.require(*columns)
-        given: dict[str, str] = {}
-
-        def add(texts: Mapping[str, str]) -> None:
-            alias, name = map(texts.get, columns)
-            if alias is None or name is None:
-                raise RowRefusedError("", "both names are needed")
-            if len(name) > LONGEST:
-                raise RowRefusedError("", f"the name has more than {LONGEST} characters")
-            if given.setdefault(alias, name) != name:
-                raise RowRefusedError("", f"{alias!r} is {given[alias]!r} already")
-
-        for row in table.records(columns, add):
-            if isinstance(row, Refusal):
-                raise BadTableError(
-                    f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias "
-                    "table."
-                )
-        names = {}
-        for alias in given:
-            chain = [alias]
-            while (name := given.get(chain[-1], chain[-1])) not in chain:
-                chain.append(name)
-            if name != chain[-1]:
-                circle = ", ".join(map(repr, sorted(chain)))
-                raise BadTableError(
-                    f"{path.name}: {circle} are aliases of each other. Choose one name for them."
-                )
-            names[alias] = name
-        return cls({alias: name for alias, name in names.items() if alias != name})
-
-    def apply(self, record: TreatmentRecord) -> TreatmentRecord:
-        """Return the treatment under its name; the same object for the same treatment.
-
-        Only the name is changed: two samples of one compound stay two samples.
-        """
-        if not any(part.pert_iname in self._names for part in record.parts):
-            return record
-        if record not in self._done:
-            name = self._names.get(record.pert_iname, record.pert_iname)
-            others = tuple(map(self.apply, record.others))
-            self._done[record] = replace(record, pert_iname=name, others=others)
-        return self._done[record]
+def without_aliases(record: TreatmentRecord, names: Mapping[str, str]) -> TreatmentRecord:
+    """Return the treatment under its ``names`` by alias: two samples of one stay two samples."""
+    if not any(part.pert_iname in names for part in record.parts):
+        return record
+    name = names.get(record.pert_iname, record.pert_iname)
+    others = tuple(without_aliases(other, names) for other in record.others)
+    return replace(record, pert_iname=name, others=others)
 
 
 # ---- Tables of treatments and of plates ----
@@ -463,12 +433,8 @@ TreatmentRow = tuple[int, TreatmentRecord | None]
 """A line of a table and its treatment; None where every cell of the row is empty."""
 
 
-class PlateRow(NamedTuple):
-    """A plate, the batch it was made in, and the values of its other columns."""
-
-    barcode: str
-    batch: str | None
-    metadata: dict[str, str]
+PlateRow = tuple[str, str | None, dict[str, str]]
+"""A plate, the batch it was made in, and the values of its other columns."""
 
 
 def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
@@ -476,9 +442,6 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
     A table without codes (``broad_sample``, ``JCP2022``) describes treatments by their names. In
     one with them, only DMSO of a compound table may be without.
-
-    Raises:
-        BadTableError: the table has nothing to name a treatment by.
     """
     columns = MapColumns(table.columns, ())
     named = [columns.column(role) for role in ("sample", "treatment", "gene", "target")]
@@ -527,11 +490,7 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
 
 def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
-    """Yield the plates of ``plate.csv``; their source and their type are metadata.
-
-    Raises:
-        BadTableError: a column is missing.
-    """
+    """Yield the plates of ``plate.csv``; their source and their type are metadata."""
     columns = [PREFIX + name for name in ("Plate", "Batch", "Source", "PlateType")]
 
     def record(texts: Mapping[str, str]) -> PlateRow:
@@ -541,9 +500,8 @@ def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
         if max(len(barcode), len(batch or "")) > LONGEST:
             raise RowRefusedError(LONG_NAME, f"more than {LONGEST} characters")
         others = {name.removeprefix(PREFIX): texts[name] for name in columns[2:] if name in texts}
-        return PlateRow(barcode, batch, others)
+        return barcode, batch, others
 
-    table.require(*columns[:2])
     return table.records(columns, record)
 
 

@@ -119,7 +119,7 @@ def split_page(name: str) -> tuple[str, int | None]:
 def page_name(name: str, page: int) -> str:
     """Return the name of a page of a file; the first is page 1."""
     if not 1 <= page <= 999_999:
-        raise UserInputError(f"{page} is no page of {name}. The first page is 1.")
+        raise UserInputError(f"{page} is not a page of {name}. The first page is 1.")
     return f"{name}#page={page}"
 
 
@@ -184,7 +184,7 @@ def plain_file(path: Path) -> Path:
     if S_ISDIR(mode):
         raise IsADirectoryError(EISDIR, "it is a folder", str(path))
     if not S_ISREG(mode):
-        raise OSError(EINVAL, "it is a pipe or a device, and no file", str(path))
+        raise OSError(EINVAL, "it is a pipe or a device, not a file", str(path))
     return path
 
 

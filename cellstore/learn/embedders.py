@@ -369,8 +369,9 @@ def _open_folder(path: Path) -> Opened:
             f"({first_line(error)}). Fetch it again."
         ) from error
     raise UserInputError(
-        f"{config} describes a network of type {kind!r}, of which is not known what of it is "
-        f"an embedding. These are: {', '.join(CLASS_TOKEN + POOLED)}, and those of timm."
+        f"{config} describes a network of type {kind!r}, and cellstore does not know "
+        f"which of its outputs is the embedding. Known types: "
+        f"{', '.join(CLASS_TOKEN + POOLED)}, and those of timm."
     )
 
 

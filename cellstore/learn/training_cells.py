@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from ..config import BaselineParams, Sources, TrainParams, one_selection
+from ..config import BaselineParams, Sources, TrainParams
 from ..enums import Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_split
@@ -179,7 +179,7 @@ def find_training_cells(
     leak = feature_leak(session, measure, split.id)
     notes += [leak] if leak else []
     selection, asked = None, dict[str, Any]()
-    if one_selection(params.where, params.sql):
+    if params.selects:
         from ..query.cell_tables import sql_of
 
         asked = {"where": params.where} if params.sql is None else {"sql": sql_of(params.sql)}

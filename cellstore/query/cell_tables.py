@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import Sources, one_selection
+from ..config import CellChoice, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_recipe, find_split
@@ -187,19 +187,17 @@ def cell_table(
     workspace: Workspace,
     sources: Sources,
     subset: Subset | None,
-    features: str | bool,
-    exclude_flagged: str | None,
-    where: str | None,
-    sql: str | None,
+    choice: CellChoice,
+    *,
+    with_features: bool,
 ) -> CellTable:
     """Return the table of the cells of a split; see :meth:`cellstore.Store.cells`."""
     with workspace.database.read() as session:
         split = find_split(session, sources.split)
         recipes = (sources.segmentation, sources.measurement)
         name, measure_id = None, None
-        if features or where is not None:
-            asked = features if isinstance(features, str) else None
-            segment, measure = choose_recipes(session, *recipes, asked)
+        if with_features or choice.where is not None:
+            segment, measure = choose_recipes(session, *recipes, choice.features)
             found = set_of_recipe(session, measure.id)
             assert found is not None  # each measurement makes one
             name, measure_id = found.name, measure.id
@@ -208,19 +206,19 @@ def cell_table(
         else:
             segment = last_with_masks(session)
         flagged = None
-        if exclude_flagged is not None:
-            flagged = find_qc_run(session, exclude_flagged).id
+        if choice.exclude_flagged is not None:
+            flagged = find_qc_run(session, choice.exclude_flagged).id
     only = "" if subset is None else f" AND m.subset = {literal(subset.value)}"
     for unit, table in (("m.image_id", "image_flags"), ("c.id", "cell_flags")):
         if flagged is not None:
             of_run = f"SELECT {table[:-6]}_id FROM {table} WHERE run_id = {flagged}"  # noqa: S608
             only += f"\n    AND {unit} NOT IN ({of_run})"
-    if one_selection(where, sql):
+    if choice.selects:
+        sql = None if choice.sql is None else sql_of(choice.sql)
         with open_questions(workspace, LIMITS) as questions:
-            text = None if sql is None else sql_of(sql)
-            chosen = selecting(questions, where, text, segment.id, measure_id, name)
+            chosen = selecting(questions, choice.where, sql, segment.id, measure_id, name)
         only += f"\n    AND c.id IN (\n{chosen.query}\n)"
-    name = name if features else None
+    name = name if with_features else None
     join = "" if name is None else f"\nLEFT JOIN {quoted(name)} AS f ON f.cell_id = c.id"
     return CellTable(
         workspace,

@@ -284,8 +284,8 @@ def open_questions(
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Mend the "
-            "permissions."
+            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Correct "
+            "the permissions."
         ) from error
     sweep(spill)
     roots = [artifacts.root]

@@ -48,8 +48,8 @@ def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
     found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:
         raise UserInputError(
-            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
-            "whole. Run: cellstore qc, or name another run."
+            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are "
+            "incomplete. Run: cellstore qc, or name another run."
         )
     return found
 

@@ -421,21 +421,26 @@ def stored_values(
     """Return which of the ascending ``cell_ids`` have a row in the files, and the rows of these.
 
     Values of all types come as they were written; :class:`SetReader` returns numbers.
+
+    Raises:
+        StorageError: a file is gone or damaged.
     """
-    found: list[Integers] = []
-    tables: list[pa.Table] = []
-    for path in paths:
-        file = _OpenFile(path)
-        for group in file.groups(cell_ids, columns):
-            table = file.table(group, columns)
-            ids = table.column(0).to_numpy()
-            chosen = np.isin(ids, cell_ids)
-            found.append(ids[chosen])
-            part = table.select(list(columns))
-            tables.append(part if chosen.all() else part.filter(pa.array(chosen)))
-    if not found:
+    from pyarrow.dataset import dataset, field
+
+    if not paths:
         return np.empty(0, np.int64), None
-    return np.concatenate(found), pa.concat_tables(tables)
+    key = field(CELL_ID)
+    near = (key >= cell_ids[0]) & (key <= cell_ids[-1])  # by these, row groups are passed over
+    try:
+        found = dataset([str(path) for path in paths]).to_table(
+            columns=[CELL_ID, *columns], filter=near & key.isin(cell_ids)
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"Features cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        ) from error
+    return found.column(CELL_ID).to_numpy(), found.select(list(columns))
 
 
 class _OpenFile:

@@ -97,7 +97,7 @@ def locked_connection(
         spill = Path(tempfile.mkdtemp(prefix=part_prefix(), dir=parent))
     except OSError as error:
         raise StorageError(
-            f"The cache {parent} cannot be made: {error.strerror}. Mend the permissions."
+            f"The cache {parent} cannot be made: {error.strerror}. Correct the permissions."
         ) from error
     connection = duckdb.connect(":memory:")
     room = min(SPILL_BYTES, shutil.disk_usage(spill).free // 2)

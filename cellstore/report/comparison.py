@@ -10,27 +10,30 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import select
 
-from ..analysis.statistics import FEWEST_WELLS, exchange_test, well_interval
+from ..analysis.statistics import FEWEST_WELLS, WellTest, exchange_test, well_interval
 from ..config import RunName, VoteOptions
-from ..enums import ScoreLevel, Stage, Status, Subset, Verdict
+from ..enums import Stage, Status, Subset, Verdict
 from ..errors import UserInputError, by_number, some_of
 from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..jobs.workspace import Workspace
-from ..models import Run, TreatmentScore
+from ..models import Run
 from ..notebooks import Shown
 from ..query.cells import trainings_of_features
 from ..query.engine import Questions, open_questions
-from .scoring import (
-    SEEN,
+from .answers import (
+    SIGNIFICANT,
     Answers,
     Subject,
-    ask_answers,
     class_names,
     declared_of,
     find_subject,
+    first_rows,
+    given,
+    in_subset,
     judge,
+    read_answers,
+    seen_wells,
 )
 from .votes import SUBSETS, check_vote
 
@@ -53,22 +56,6 @@ class ComparedRun:
     low: float | None
     high: float | None
     wells_seen: int
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """McNemar's exact test in which wells count as a whole: their images are not independent.
-
-    ``wells_first`` counts the wells of which the first run has more right than the second,
-    ``wells_second`` the other way round. ``p_value`` is two-sided: how often the accuracies would
-    differ by as much, or more, if chance decided in each well which run is which. ``how`` says it
-    in words.
-    """
-
-    wells_first: int
-    wells_second: int
-    p_value: float
-    how: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,9 @@ class Comparison(Shown):
     the second, with ``difference_low`` and ``difference_high``, ``None`` where wells are too few.
     ``not_compared`` counts the units that only one of them has answered. ``better`` is the number
     of the run that is better by the test at 5 %, or ``None``; ``conclusion`` says it in words, or
-    why it cannot be said (``cannot_say``).
+    why it cannot be said (``cannot_say``). ``test``: McNemar's exact test in which wells count as a
+    whole, as their images are not independent; its p is how often the accuracies would differ by as
+    much, or more, if chance decided in each well which run is which.
     ``warnings`` say why the two may not be comparable. ``differing`` holds the first
     ``len(differing)`` of ``n_differing`` units whose labels differ.
     """
@@ -123,7 +112,7 @@ class Comparison(Shown):
     difference: float
     difference_low: float | None
     difference_high: float | None
-    test: McNemar
+    test: WellTest
     better: int | None
     conclusion: str
     cannot_say: str | None = None
@@ -176,8 +165,7 @@ class HitsComparison(Shown):
     and so on. A treatment with wells of two cell lines or time points counts in each.
     ``p_value``: McNemar's exact test, two-sided. ``better`` is the number of the run that finds
     more by it at 5 %, or ``None``; ``conclusion`` says it in words, or why it cannot be said
-    (``cannot_say``). ``effect_correlation`` is Spearman's, in -1..1, of the effects of the first
-    with those of the second. ``not_judged``: treatments of both runs that one or both could not
+    (``cannot_say``). ``not_judged``: treatments of both runs that one or both could not
     judge; ``only_in_first`` and ``only_in_second``: those that the other run has not.
     ``warnings`` say why the two may not be comparable. ``treatments``: hits of the first alone,
     of the second alone, of both, and the others, each by their effects; with a ``limit`` so many of
@@ -195,7 +183,6 @@ class HitsComparison(Shown):
     better: int | None
     conclusion: str
     cannot_say: str | None
-    effect_correlation: float | None
     not_judged: int
     only_in_first: int
     only_in_second: int
@@ -208,17 +195,28 @@ HIT_OF = ("first", "second", "both", "neither")
 LONGEST = 60
 """Characters of an option that are shown."""
 
-# The level is written out, so that DuckDB skips the parts of the view that are not asked for.
-ANSWERS = f"""
-    SELECT v.unit_id AS unit, v.well_id AS well,
-        list_position({list(SUBSETS)}, v.subset) - 1 AS subset, t.code AS truth,
-        w.code AS answer, v.abstained IS NOT NULL AS abstained
-    FROM votes AS v
-    JOIN class_names AS t ON t.value = v.truth
-    JOIN class_names AS w ON w.value = v.winner
-    WHERE v.run_id = ? AND v.level = '{{level}}' AND v.vote = ?
-    ORDER BY v.unit_id, v.subset
-"""  # noqa: S608 - our own words
+TREATMENTS = """
+    WITH scored AS (
+        SELECT run_id, treatment_id, cell_line, time_point, any_value(name) AS name,
+            max(verdict) FILTER (measure = 'hit') AS verdict,
+            max(value) FILTER (measure = 'effect') AS effect
+        FROM treatment_scores
+        WHERE level = 'treatment' AND measure IN ('hit', 'effect')
+        GROUP BY run_id, treatment_id, cell_line, time_point
+    )
+    SELECT coalesce(a.treatment_id, b.treatment_id) AS treatment_id,
+        coalesce(a.name, b.name) AS name, coalesce(a.cell_line, b.cell_line) AS cell_line,
+        coalesce(a.time_point, b.time_point) AS time_point,
+        CASE WHEN a.verdict = 'hit' AND b.verdict = 'hit' THEN 'both'
+            WHEN a.verdict = 'hit' THEN 'first' WHEN b.verdict = 'hit' THEN 'second'
+            ELSE 'neither' END AS hit_of,
+        a.verdict AS first, b.verdict AS second, a.effect AS first_effect,
+        b.effect AS second_effect
+    FROM (FROM scored WHERE run_id = $first) AS a
+    FULL JOIN (FROM scored WHERE run_id = $second) AS b ON a.treatment_id = b.treatment_id
+        AND a.cell_line IS NOT DISTINCT FROM b.cell_line
+        AND a.time_point IS NOT DISTINCT FROM b.time_point
+"""
 SEGMENTED_BY = """
     SELECT DISTINCT s.recipe_id FROM predictions AS p JOIN cells AS c ON c.id = p.cell_id
     JOIN segmentations AS s ON s.id = c.segmentation_id WHERE p.run_id = ? AND p.rank = 1
@@ -269,19 +267,11 @@ def compare(
     vote_options: VoteOptions | None = None,
     force: bool = False,
 ) -> Comparison | HitsComparison:
-    """Put two predict runs, or two hits runs (numbers or ``latest``), side by side.
+    """Put two predict runs, or two hits runs, side by side; see :meth:`cellstore.Store.compare`.
 
-    Of hits runs see :class:`HitsComparison`; of the options only ``limit`` is about them. Predict
-    runs are compared on the images, or at ``level`` well the wells, that both have answered: those
-    of the test subset; where there are none those outside of the split, else those of validation.
-    Of two splits, the one may test what is outside of the other.
-    Images that one of them was trained on count only with ``force``. ``vote`` is hard, soft or
-    median. The first ``limit`` units in which their labels differ are listed, all by default.
-
-    Raises:
-        UnknownNameError: there is no such run, level or vote.
-        UserInputError: both are the same run; they have answered nothing in common; they answer
-            other questions (compounds and genes), or are of different stages.
+    Predict runs are compared on the test subset; where there is nothing of that, on what is outside
+    of the split, else on validation. Of two splits, the one may test what is outside of the other.
+    Images that one of them was trained on count only with ``force``.
     """
     check_vote(level, vote)
     pair = _hits_runs(workspace, first, second)
@@ -325,8 +315,7 @@ def compare_subjects(
         )
     run_ids = [first.run.id, second.run.id]
     labels = class_names(questions, run_ids)
-    query = ANSWERS.format(level=level)
-    answers = [ask_answers(questions, query, [run_id, vote]) for run_id in run_ids]
+    answers = [read_answers(questions, run_id, level, (vote,))[level, vote] for run_id in run_ids]
     one_split = first.split.id == second.split.id
     pair, n_other_truth = common_answers(*answers, one_split=one_split, force=force)
     one, other = pair
@@ -342,10 +331,9 @@ def compare_subjects(
             "with both: cellstore predict --run RUN"
         )
     seen, compared = [], []
-    right = (one.answer == one.truth, other.answer == other.truth)
+    right = one.correct, other.correct
     for subject, correct in zip((first, second), right, strict=True):
-        known = questions.ask_ours(SEEN, [subject.run.id]).arrays()["well_id"]
-        seen.append(np.intersect1d(one.well, known.astype(np.int64)))
+        seen.append(np.intersect1d(one.well, seen_wells(questions, subject.run.id)))
         low, high = well_interval(correct, one.well) or (None, None)
         compared.append(
             ComparedRun(
@@ -360,21 +348,21 @@ def compare_subjects(
                 wells_seen=seen[-1].size,
             )
         )
-    judged = judge(*right, one.well, np.setxor1d(*seen).size)
-    test = judged.test
+    test, which, cannot_say = judge(*right, one.well, np.setxor1d(*seen).size)
     bounds = well_interval(right[0], one.well, minus=right[1]) or (None, None)
-    better = {1: first, -1: second}.get(judged.better or 0)
+    better = {1: first, -1: second}.get(which or 0)
     wells = (
-        f"wells in which more is right: {test.first:,} with run {first.name}, {test.second:,} "
+        f"wells in which more is right: {test.wells_first:,} with run {first.name}, "
+        f"{test.wells_second:,} "
         f"with run {second.name} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
     conclusion = f"Neither run is shown to be better: {wells}."
-    if judged.cannot_say:
-        conclusion = f"Cannot say which run is better: {judged.cannot_say}; {wells}."
+    if cannot_say:
+        conclusion = f"Cannot say which run is better: {cannot_say}; {wells}."
     elif better is not None:
-        worse = second if judged.better == 1 else first
+        worse = second if better is first else first
         conclusion = f"Run {better.name} is better than run {worse.name}: {wells}."
-    differs = one.answer != other.answer
+    differs = one.predicted != other.predicted
     return Comparison(
         level=level,
         vote=vote,
@@ -387,19 +375,13 @@ def compare_subjects(
         only_second=int((~right[0] & right[1]).sum()),
         both_wrong=int((~right[0] & ~right[1]).sum()),
         same=one.size - int(differs.sum()),
-        difference=judged.difference,
+        difference=float(right[0].mean() - right[1].mean()),
         difference_low=bounds[0],
         difference_high=bounds[1],
-        test=McNemar(
-            wells_first=test.first,
-            wells_second=test.second,
-            p_value=test.p_value,
-            how="McNemar's exact test with whole wells: how often the accuracies differ by as much "
-            "where chance decides in each well which run is which.",
-        ),
+        test=test,
         better=None if better is None else better.run.id,
         conclusion=conclusion,
-        cannot_say=judged.cannot_say,
+        cannot_say=cannot_say,
         not_compared=np.union1d(answers[0].unit, answers[1].unit).size - one.size,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, n_other_truth, level),
@@ -437,25 +419,21 @@ def compare_hits(
 
     Hits are those by the rule of each run, so both hold the same false discovery rate where their
     rules are the same.
-
-    Raises:
-        UserInputError: both are the same run, or they have no treatment in common.
     """
     if first == second:
         raise UserInputError(f"Both are run {first}: name another run to compare it with.")
-    scores = [_treatments_of(workspace, run_id) for run_id in (first, second)]
-    in_both = scores[0].keys() & scores[1].keys()
+    with open_questions(workspace) as questions:
+        asked = {"first": first, "second": second}
+        rows = questions.ask_ours(TREATMENTS, asked).records()
+        recipes_differ = recipes_apart(questions, first, second)
+    every = [ComparedTreatment(**row) for row in rows]
+    in_both = [item for item in every if item.first and item.second]
     if not in_both:
         raise UserInputError(
             f"Runs {first} and {second} are about different treatments: none is in both. Compare "
             "runs of cellstore hits on the same plates."
         )
-    judged = [
-        {key for key, (row, _) in found.items() if row["verdict"] is not Verdict.UNKNOWN}
-        for found in scores
-    ]
-    both_judged = in_both & judged[0] & judged[1]
-    treatments = [_paired(*(found[key] for found in scores)) for key in both_judged]
+    treatments = [item for item in in_both if Verdict.UNKNOWN not in (item.first, item.second)]
     treatments.sort(
         key=lambda item: (
             HIT_OF.index(item.hit_of),
@@ -463,6 +441,10 @@ def compare_hits(
             by_number(item.name),
         )
     )
+    judged = [
+        sum(verdict not in (None, Verdict.UNKNOWN) for verdict in verdicts)
+        for verdicts in zip(*((item.first, item.second) for item in every), strict=True)
+    ]
     counts = {name: sum(item.hit_of == name for item in treatments) for name in HIT_OF}
     alone, others = counts["first"], counts["second"]
     p = exchange_test([1] * alone + [-1] * others) if treatments else 1.0
@@ -478,7 +460,7 @@ def compare_hits(
             f"fewer than {FEWEST_WELLS} treatments are a hit of one run alone, too few to rule out "
             "chance"
         )
-    elif p < 0.05:
+    elif p < SIGNIFICANT:
         better = first if alone > others else second
     conclusion = f"Neither run is shown to find more treatments: {words}."
     if cannot_say:
@@ -486,7 +468,6 @@ def compare_hits(
     elif better:
         worse = second if better == first else first
         conclusion = f"Run {better} finds more treatments than run {worse}: {words}."
-    pairs = [(item.first_effect, item.second_effect) for item in treatments]
     with workspace.database.read() as session:
         runs = [session.get_one(Run, run_id) for run_id in (first, second)]
         compared = [
@@ -495,10 +476,10 @@ def compare_hits(
                 profile_run=run.parent_id,
                 features=(run.result or {}).get("feature_set"),
                 columns=(run.result or {}).get("columns"),
-                judged=len(known),
+                judged=number,
                 hits=counts["both"] + counts[name],
             )
-            for run, known, name in zip(runs, judged, HIT_OF, strict=False)
+            for run, number, name in zip(runs, judged, HIT_OF, strict=False)
         ]
         warnings = _hits_warnings(runs)
         for run in runs:
@@ -511,8 +492,6 @@ def compare_hits(
                     f"The features of run {run.id} are an embedding by training run {training.id}, "
                     "which learned what wells got: on wells of its split it finds too much."
                 )
-    with open_questions(workspace) as questions:
-        recipes_differ = recipes_apart(questions, first, second)
     return HitsComparison(
         n=len(treatments),
         first=compared[0],
@@ -525,10 +504,9 @@ def compare_hits(
         better=better,
         conclusion=conclusion,
         cannot_say=cannot_say,
-        effect_correlation=_rank_correlation(pairs),
         not_judged=len(in_both) - len(treatments),
-        only_in_first=len(scores[0].keys() - in_both),
-        only_in_second=len(scores[1].keys() - in_both),
+        only_in_first=sum(item.second is None for item in every),
+        only_in_second=sum(item.first is None for item in every),
         warnings=tuple(warnings),
         recipes=recipes_differ,
         treatments=tuple(
@@ -537,48 +515,6 @@ def compare_hits(
             for item in [item for item in treatments if item.hit_of == name][:limit]
         ),
     )
-
-
-Scored = tuple[Mapping[str, Any], float | None]
-"""The row of a verdict, and the effect."""
-
-
-def _paired(first: Scored, second: Scored) -> ComparedTreatment:
-    (row, effect), (other, other_effect) = first, second
-    hits = [item["verdict"] is Verdict.HIT for item in (row, other)]
-    return ComparedTreatment(
-        treatment_id=row["treatment_id"],
-        name=row["name"],
-        cell_line=row["cell_line"],
-        time_point=row["time_point"],
-        hit_of="both" if all(hits) else "first" if hits[0] else "second" if hits[1] else "neither",
-        first=row["verdict"].value,
-        second=other["verdict"].value,
-        first_effect=effect,
-        second_effect=other_effect,
-    )
-
-
-def _treatments_of(workspace: Workspace, run_id: int) -> dict[tuple[Any, ...], Scored]:
-    """Return verdict and effect by treatment, cell line and time point of a hits run."""
-    columns = TreatmentScore.__table__.c
-    names = ("treatment_id", "cell_line", "time_point")
-    query = (
-        select(*(columns[name] for name in (*names, "name", "measure", "verdict", "value")))
-        .where(columns.run_id == run_id, columns.level == ScoreLevel.TREATMENT)
-        .where(columns.measure.in_(("hit", "effect")))
-    )
-    with workspace.database.read() as session:
-        rows = [dict(row) for row in session.execute(query).mappings()]
-    keys = [tuple(row[name] for name in names) for row in rows]
-    effects = {
-        key: row["value"] for key, row in zip(keys, rows, strict=True) if row["measure"] == "effect"
-    }
-    return {
-        key: (row, effects.get(key))
-        for key, row in zip(keys, rows, strict=True)
-        if row["measure"] == "hit"
-    }
 
 
 def _hits_warnings(runs: Sequence[Run]) -> list[str]:
@@ -605,18 +541,6 @@ def _hits_warnings(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _rank_correlation(pairs: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """Return Spearman's correlation of the pairs without gaps; ``None`` for fewer than 3."""
-    known = np.array([pair for pair in pairs if None not in pair], np.float64)
-    if len(known) < 3 or (np.ptp(known, axis=0) == 0).any():
-        return None
-    ranks = []
-    for column in known.T:  # ties have the mean of their ranks
-        _, which, counts = np.unique(column, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[which])
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def common_answers(
     first: Answers, second: Answers, *, one_split: bool, force: bool
 ) -> tuple[tuple[Answers, Answers], int]:
@@ -628,16 +552,12 @@ def common_answers(
     """
     found, keys = [], []
     for answers in (first, second):
-        given = answers[~answers.abstained]
-        key = (
-            given.unit * len(SUBSETS) + given.subset
-        )  # a well in two subsets has an answer in each
+        some = given(answers)
         if not one_split:  # of a well with two answers it cannot be said which one is meant
-            ids, counts = np.unique(given.unit, return_counts=True)
-            given = given[np.isin(given.unit, ids[counts == 1])]
-            key = given.unit
-        found.append(given)
-        keys.append(key)
+            ids, counts = np.unique(some.unit, return_counts=True)
+            some = some[np.isin(some.unit, ids[counts == 1])]
+        found.append(some)
+        keys.append(in_subset(some) if one_split else some.unit)
     _, in_first, in_second = np.intersect1d(
         keys[0], keys[1], assume_unique=True, return_indices=True
     )
@@ -650,11 +570,9 @@ def common_answers(
             rank[rank == SUBSETS.index("outside")] = SUBSETS.index(Subset.TEST.value)
         best = min(int(rank[chosen].min()), SUBSETS.index(Subset.VALIDATION.value))
         chosen &= rank == best
-    # A well in several subsets counts once, by the first of SUBSETS.
     rows = np.flatnonzero(chosen)
-    order = rows[np.lexsort((one.subset[rows], one.unit[rows]))]
-    chosen = order[np.unique(one.unit[order], return_index=True)[1]]
-    return (one[chosen], other[chosen]), other_truth
+    rows = rows[first_rows(one[rows])]
+    return (one[rows], other[rows]), other_truth
 
 
 def recipes_apart(questions: Questions, first: int, second: int) -> tuple[RecipeDifference, ...]:
@@ -771,7 +689,7 @@ def _differences(
     for row in rows[:limit]:
         index = index_of[row["id"]]
         truth, first, second = (
-            labels[codes[index]] for codes in (one.truth, one.answer, other.answer)
+            labels[codes[index]] for codes in (one.truth, one.predicted, other.predicted)
         )
         right = "first" if first == truth else "second" if second == truth else "neither"
         found.append(Difference(row["id"], row["name"], truth, first, second, right))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from sqlalchemy import func, select
 
@@ -25,7 +26,7 @@ from ..query.cell_tables import CellTable
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions, open_questions
 from ..query.exclusions import image_counts
-from ..query.guard import quoted
+from ..query.guard import literal, quoted
 from ..settings import need, track
 from .drawing import (
     GREY,
@@ -49,25 +50,28 @@ TILE, FIELD_TILE = 1.25, 2.6
 """Inches of a picture."""
 
 CELLS = """
-    SELECT c.id AS unit, s.image_id, s.id AS segmentation_id, i.plate, i.well, i.site, i.control,
+    SELECT c.id AS unit, s.image_id, s.id AS segmentation_id,
+        s.mask_artifact_id IS NOT NULL AS masked, i.plate, i.well, i.site, i.control,
         c.object_number, c.min_row, c.min_col, c.max_row, c.max_col, {columns}
-    FROM cells AS c
+    FROM given AS g
+    JOIN cells AS c ON c.id = g.cell_id
     JOIN segmentations AS s ON s.id = c.segmentation_id
     JOIN image_table AS i ON i.image_id = s.image_id
     JOIN images AS m ON m.id = s.image_id
     LEFT JOIN cell_table AS t ON t.cell_id = c.id
-    WHERE m.content_sha256 IS NOT NULL AND c.max_row > c.min_row AND ({chosen})
+    WHERE m.content_sha256 IS NOT NULL AND c.max_row > c.min_row
 """
 FIELDS = """
-    SELECT t.image_id AS unit, t.image_id, s.segmentation_id, t.plate, t.well, t.site, t.control,
-        {columns}
-    FROM image_table AS t
+    SELECT t.image_id AS unit, t.image_id, s.segmentation_id, true AS masked, t.plate, t.well,
+        t.site, t.control, {columns}
+    FROM given AS g
+    JOIN image_table AS t ON t.image_id = g.image_id
     JOIN images AS m ON m.id = t.image_id
     LEFT JOIN (
         SELECT image_id, max(id) AS segmentation_id FROM segmentations
         WHERE mask_artifact_id IS NOT NULL GROUP BY image_id
     ) AS s ON s.image_id = t.image_id
-    WHERE m.content_sha256 IS NOT NULL AND ({chosen})
+    WHERE m.content_sha256 IS NOT NULL
 """
 # One of each well before the second of any. The md5 of id and seed is the same draw everywhere.
 DRAWN = """
@@ -88,21 +92,8 @@ DRAWN = """
 """
 
 Row = dict[str, Any]
-
-
-class Asked(NamedTuple):
-    """What is to be shown.
-
-    ``chosen``: a condition in SQL on ``t``; ``extra``: columns by unit; ``split``: SQL with the
-    label and the subset of cells of a split.
-    """
-
-    of_cells: bool
-    chosen: str
-    parameters: list[Any]
-    extra: Mapping[str, Mapping[int, Any]]
-    listed: bool
-    split: str = ""
+Read = tuple[list[NDArray[np.float32]], NDArray[np.integer[Any]] | None]
+"""The channels (H, W) of an image, and its masks (H, W) if they are known and wanted."""
 
 
 def show(
@@ -116,72 +107,73 @@ def show(
     outlines: bool = True,
     seed: int = 0,
 ) -> NDArray[Any]:
-    """Draw cells or fields; see :meth:`cellstore.Store.show`.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        UnknownNameError: there is no such image, column or channel.
-        UserInputError: nothing is there to be shown.
-        CellstoreError: none of the images can be read; the problem of the first.
-    """
+    """Draw cells or fields; see :meth:`cellstore.Store.show`."""
     need("report")
     if n is not None and n < 1:
         raise UserInputError(f"n must be at least 1, not {n}.")
-    asked = _asked(workspace, what)
-    numbers = list(numbers) or (["area"] if asked.of_cells else ["n_cells"])
+    unit, source = _given(workspace, what)
+    of_cells = unit == "cell_id"
+    numbers = list(numbers) or (["area"] if of_cells else ["n_cells"])
+    each = n or (MOST if not isinstance(source, str) else OF_GROUP if of_cells else FIELDS_OF_GROUP)
     with open_questions(workspace) as questions:
-        groups = _drawn(questions, asked, by, n, numbers, seed)
+        groups = _drawn(questions, unit, source, by, each, numbers, seed)
+        if not groups:
+            raise UserInputError(
+                "There is nothing to show: no cell or image with its files is meant. "
+                "See what is there with: cellstore status"
+            )
         controls: dict[str, list[Row]] = {}
         if by == "treatment":
-            controls = _controls(questions, asked, groups, numbers, seed)
+            controls = _controls(questions, unit, groups, numbers, seed)
     with workspace.database.read() as session:
         named = tuple(find_channels(session, channels)) if channels else ()
-    pictures = _Pictures(workspace, named, outlines=outlines)
-    shown = [*groups.values(), *controls.values()]
-    images = dict.fromkeys((r["image_id"], r["segmentation_id"]) for rows in shown for r in rows)
-    for image in track(workspace.progress, "show", len(images), images):
-        pictures.read(*image)
-    pictures.check()
-    return _laid_out(pictures, groups, controls, numbers, of_cells=asked.of_cells, by=by)
+    rows = [row for some in (*groups.values(), *controls.values()) for row in some]
+    images = {_image_of(row): row["masked"] and outlines for row in rows}
+    read: dict[tuple[int, int | None], Read] = {}
+    problems = []
+    for image, masked in track(workspace.progress, "show", len(images), images.items()):
+        try:
+            read[image] = read_planes(workspace, *image, named, masked=masked)
+        except CellstoreError as error:
+            problems.append(error)
+    if problems and not read:
+        raise problems[0]
+    if problems:
+        workspace.progress.note(f"{len(problems)} images cannot be read: {problems[0]}")
+    return _laid_out(read, named, groups, controls, numbers, of_cells=of_cells, by=by)
 
 
-def _asked(workspace: Workspace, what: Any) -> Asked:
-    """What is meant by ids, a table, a condition, names of images or a selection."""
+def _image_of(row: Row) -> tuple[int, int | None]:
+    return row["image_id"], row["segmentation_id"]
+
+
+def _given(workspace: Workspace, what: Any) -> tuple[str, Any]:
+    """Return ``cell_id`` or ``image_id``, and a query, or a table, that has it as a column."""
     if what is None:
         with workspace.database.read() as session:
             segmented = session.query(Segmentation).filter(Segmentation.n_cells > 0).first()
-        return Asked(segmented is not None, "t.excluded IS NULL", [], {}, False)
+        unit, relation = ("cell_id", "cell_table") if segmented else ("image_id", "image_table")
+        return unit, f"SELECT {unit} FROM {relation} WHERE excluded IS NULL"  # noqa: S608
     if isinstance(what, CellTable):
-        chosen = f"c.id IN (SELECT cell_id FROM (\n{what.query}\n))"  # noqa: S608 - guarded
-        return Asked(True, chosen, [], {}, False, what.query)
+        return "cell_id", what.query
     if isinstance(what, Selection):
         with workspace.database.read() as session:
-            ids = list(session.scalars(images_of(session, what)))
-        return _by_ids(False, ids, {})
+            return "image_id", {"image_id": list(session.scalars(images_of(session, what)))}
     if isinstance(what, str) and not _is_name(what):
-        cells = f"SELECT cell_id FROM cell_table WHERE excluded IS NULL AND (\n{what}\n)"  # noqa: S608
-        chosen = f"c.id IN ({cells})"
-        return Asked(True, chosen, [], {}, False)
+        return "cell_id", f"SELECT cell_id FROM cell_table WHERE excluded IS NULL AND (\n{what}\n)"  # noqa: S608
     if hasattr(what, "to_pandas") and not hasattr(what, "iloc"):
         what = what.to_pandas()
     if hasattr(what, "columns"):
-        unit = next((name for name in ("cell_id", "image_id") if name in what.columns), None)
-        if unit is None:
-            raise UserInputError("The table needs a column cell_id, or image_id for whole fields.")
-        first = what.drop_duplicates(unit)
-        try:
-            ids = [int(value) for value in first[unit]]
-        except (TypeError, ValueError) as error:
-            raise UserInputError(f"Column {unit} needs a number in each row.") from error
-        others = [name for name in what.columns if name != unit]
-        extra = {str(name): dict(zip(ids, first[name], strict=True)) for name in others}
-        return _by_ids(unit == "cell_id", ids, extra)
+        for column in ("cell_id", "image_id"):
+            if column in what.columns:
+                return column, what.drop_duplicates(column)
+        raise UserInputError("The table needs a column cell_id, or image_id for whole fields.")
     values = [what] if isinstance(what, str) or not hasattr(what, "__iter__") else list(what)
     if values and all(isinstance(value, str) for value in values):
         with workspace.database.read() as session:
-            return _by_ids(False, [find_image(session, value) for value in values], {})
+            return "image_id", {"image_id": [find_image(session, value) for value in values]}
     try:
-        return _by_ids(True, [int(value) for value in values], {})
+        return "cell_id", {"cell_id": [int(value) for value in values]}
     except (TypeError, ValueError):
         raise UserInputError(
             "Give ids of cells, a table with cell_id or image_id, names of images, a Selection of "
@@ -193,143 +185,99 @@ def _is_name(text: str) -> bool:
     return not any(mark in text for mark in "<>='") and " " not in text.strip()
 
 
-def _by_ids(of_cells: bool, ids: list[int], extra: Mapping[str, Mapping[int, Any]]) -> Asked:
-    unit = "c.id" if of_cells else "t.image_id"
-    return Asked(of_cells, f"list_contains(?, {unit})", [ids], extra, True)
+def _bring(questions: Questions, unit: str, source: Any, wanted: Sequence[str]) -> list[str]:
+    """Bring what is meant as the relation ``given``; return the wanted columns that it has."""
+    if isinstance(source, str):
+        known = questions.ask(f"FROM (\n{source}\n) LIMIT 0").names
+        own = [name for name in wanted if name in known]
+        columns = ", ".join(map(quoted, [unit, *own]))
+        given = questions.ask(f"SELECT {columns} FROM (\n{source}\n)").table()  # noqa: S608
+    else:
+        own = [name for name in wanted if name in source]
+        try:
+            ids = [int(value) for value in source[unit]]
+        except (TypeError, ValueError) as error:
+            raise UserInputError(f"Column {unit} needs a number in each row.") from error
+        columns_of = {name: pa.array(source[name]) for name in own}
+        given = pa.table({unit: pa.array(ids, pa.int64()), **columns_of})
+    questions.bring("given", given)
+    return own
 
 
 def _drawn(
     questions: Questions,
-    asked: Asked,
+    unit: str,
+    source: Any,
     by: str | None,
-    n: int | None,
+    each: int,
     numbers: Sequence[str],
     seed: int,
 ) -> dict[str, list[Row]]:
     """The rows to draw, by the name of their group."""
-    relation = "cell_table" if asked.of_cells else "image_table"
+    relation = "cell_table" if unit == "cell_id" else "image_table"
+    wanted = list(dict.fromkeys([*numbers, *([by] if by else [])]))
+    own = _bring(questions, unit, source, wanted)
     known = questions.ask(f"FROM {relation} LIMIT 0").names
-    of_split = by in ("label", "subset") and bool(asked.split)
-    if of_split:
-        known = [*known, str(by)]
-    for name in (*numbers, *([by] if by else [])):
-        if name not in known and name not in asked.extra:
-            raise UnknownNameError.of("column", name, [*asked.extra, *known])
-    columns = [f"t.{quoted(name)} AS {quoted(f'number {name}')}" for name in numbers
-               if name in known]  # fmt: skip
-    of_table = by is not None and by not in asked.extra
-    group = f"CAST(t.{quoted(by)} AS VARCHAR)" if by is not None and of_table else "NULL"
-    if of_split:
-        group = f"(SELECT o.{by} FROM (\n{asked.split}\n) AS o WHERE o.cell_id = c.id)"  # noqa: S608
-    columns.append(f"{group} AS group_name")
-    usual = OF_GROUP if asked.of_cells else FIELDS_OF_GROUP
-    each = n or (MOST if asked.listed else usual)
-    sql = (CELLS if asked.of_cells else FIELDS).format(
-        columns=", ".join(columns), chosen=asked.chosen
-    )
-    by_frame = by is not None and not of_table
-    sample = MOST * 1000 if by_frame else each
-    text = DRAWN.format(query=sql, seed=int(seed), each=sample, most=sample * 1000)
+    place = {name: f"{'g' if name in own else 't'}.{quoted(name)}" for name in wanted}
+    for name in wanted:
+        if name not in known and name not in own:
+            raise UnknownNameError.of("column", name, known)
+    columns = [f"{place[name]} AS {quoted(f'number {name}')}" for name in numbers]
+    columns.append(f"CAST({place[by] if by else 'NULL'} AS VARCHAR) AS group_name")
+    query = (CELLS if unit == "cell_id" else FIELDS).format(columns=", ".join(columns))
+    text = DRAWN.format(query=query, seed=int(seed), each=each, most=each * 1000)
     groups: dict[str, list[Row]] = {}
-    answer = questions.ask(text, asked.parameters)
-    for values in answer.rows():
-        row = dict(zip(answer.names, values, strict=True))
-        if by_frame:
-            row["group_name"] = str(asked.extra[str(by)].get(row["unit"]))
-        for name in numbers:
-            if name in asked.extra:
-                row[f"number {name}"] = asked.extra[name].get(row["unit"])
+    for row in questions.ask_ours(text).records():
         name = row["group_name"]
-        rows = groups.setdefault("" if by is None else "none" if name is None else name, [])
-        if len(rows) < each:
-            rows.append(row)
-    if not groups:
-        raise UserInputError(
-            "There is nothing to show: no cell or image with its files is meant. "
-            "See what is there with: cellstore status"
-        )
-    return dict(sorted(groups.items())) if by_frame else groups
+        groups.setdefault("" if by is None else "none" if name is None else name, []).append(row)
+    return groups
 
 
 def _controls(
     questions: Questions,
-    asked: Asked,
+    unit: str,
     groups: Mapping[str, list[Row]],
     numbers: Sequence[str],
     seed: int,
 ) -> dict[str, list[Row]]:
     """By group some negative controls of the plates of its first pictures."""
+    relation = "cell_table" if unit == "cell_id" else "image_table"
+    known = questions.ask(f"FROM {relation} LIMIT 0").names
+    own = [name for name in numbers if name in known]
     found = {}
     for number, (name, rows) in enumerate(list(groups.items())[:GROUPS]):
         if any(row["control"] == "negative" for row in rows):
             continue
-        plates = list(dict.fromkeys(row["plate"] for row in rows))
-        chosen = "t.control = 'negative' AND t.excluded IS NULL AND list_contains(?, t.plate)"
-        beside = Asked(asked.of_cells, chosen, [plates], {}, False)
-        own = [column for column in numbers if column not in asked.extra]
-        few = 2 if asked.of_cells else 1
-        try:  # others beside each group
-            drawn = _drawn(questions, beside, None, few, own, seed + number)
-            found[name] = next(iter(drawn.values()))
-        except UserInputError:  # the plates have none
-            continue
+        plates = ", ".join(literal(plate) for plate in dict.fromkeys(row["plate"] for row in rows))
+        beside = f"""
+            SELECT {unit} FROM {relation}
+            WHERE control = 'negative' AND excluded IS NULL AND plate IN ({plates})
+        """  # noqa: S608 - names are quoted
+        few = 2 if unit == "cell_id" else 1
+        # Others beside each group; the plates may have none.
+        drawn = _drawn(questions, unit, beside, None, few, own, seed + number)
+        found[name] = drawn.get("", [])
     return found
 
 
-class _Pictures:
-    """The pixels of the images that are shown, read once each."""
-
-    def __init__(self, workspace: Workspace, channels: tuple[str, ...], *, outlines: bool) -> None:
-        self.workspace, self.channels, self.outlines = workspace, channels, outlines
-        self.planes: dict[tuple[int, int | None], list[NDArray[np.float32]]] = {}
-        self.masks: dict[tuple[int, int | None], NDArray[Any] | None] = {}
-        self.problems: dict[int, CellstoreError] = {}
-
-    def read(self, image_id: int, segmentation_id: int | None) -> None:
-        """Read the channels (H, W), and the masks (H, W) if they are known."""
-        key, wanted, masks = (image_id, segmentation_id), ImageInput(), None
-        database = self.workspace.database
-        try:
-            with database.read() as session:
-                if segmentation_id is not None:
-                    found = session.get_one(Segmentation, segmentation_id)
-                    wanted = plane_of(session.get_one(Recipe, found.recipe_id))
-                    if found.mask_artifact_id is not None and self.outlines:
-                        masks = read_masks(session, self.workspace.artifacts, found)
-            inputs = [ImageInput((name,)) for name in self.channels] or [wanted]
-            self.planes[key] = [read_image(database, image_id, one) for one in inputs]
-            self.masks[key] = masks
-        except CellstoreError as error:
-            self.problems[image_id] = error
-
-    def check(self) -> None:
-        """Say which images cannot be read; raise the first problem, if none can."""
-        if self.problems:
-            first = next(iter(self.problems.values()))
-            if not self.planes:
-                raise first
-            self.workspace.progress.note(f"{len(self.problems)} images cannot be read: {first}")
-
-    def limits(self, rows: Sequence[Row]) -> dict[str, list[Limits]]:
-        """Black and white of each channel, the same for all pictures of a plate."""
-        found: dict[str, list[list[Limits]]] = {}
-        for image_id, segmentation_id, plate in dict.fromkeys(
-            (row["image_id"], row["segmentation_id"], row["plate"]) for row in rows
-        ):
-            if (image_id, segmentation_id) in self.planes:
-                planes = self.planes[image_id, segmentation_id]
-                found.setdefault(plate, []).append([grey_limits(plane) for plane in planes])
-        return {
-            plate: [
-                (float(np.median([low for low, _ in of])), float(max(high for _, high in of)))
-                for of in zip(*some, strict=True)
-            ]
-            for plate, some in found.items()
-        }
+def _limits(read: Mapping[Any, Read], rows: Sequence[Row]) -> dict[str, list[Limits]]:
+    """Black and white of each channel, the same for all pictures of a plate."""
+    found: dict[str, list[list[Limits]]] = {}
+    for image, plate in dict.fromkeys((_image_of(row), row["plate"]) for row in rows):
+        if image in read:
+            found.setdefault(plate, []).append([grey_limits(plane) for plane in read[image][0]])
+    return {
+        plate: [
+            (float(np.median([low for low, _ in of])), float(max(high for _, high in of)))
+            for of in zip(*some, strict=True)
+        ]
+        for plate, some in found.items()
+    }
 
 
 def _laid_out(
-    pictures: _Pictures,
+    read: Mapping[Any, Read],
+    channels: Sequence[str],
     groups: Mapping[str, list[Row]],
     controls: Mapping[str, list[Row]],
     numbers: Sequence[str],
@@ -350,7 +298,7 @@ def _laid_out(
     wide = max(len(rows) for _, rows, _ in lines)
     right = max(len(beside) for _, _, beside in lines)
     every = [row for _, rows, beside in lines for row in (*rows, *beside)]
-    limits, tile = pictures.limits(every), TILE if of_cells else FIELD_TILE
+    limits, tile = _limits(read, every), TILE if of_cells else FIELD_TILE
     side = _side(every) if of_cells else 0
     names = 1.4 if by is not None else 0.1
     above, below = 0.35 if right else 0.1, 0.2 + 0.13 * len(numbers)
@@ -373,9 +321,10 @@ def _laid_out(
             axes[line, column] = one = figure.add_axes(box)
             one.set_axis_off()
             if row is not None:
-                _draw(one, pictures, row, limits.get(row["plate"], []), side)
+                found = read.get(_image_of(row))
+                _draw(one, found, channels, row, limits.get(row["plate"], []), side)
                 _say(one, row, numbers, of_cells=of_cells)
-    said = " + ".join(pictures.channels) or "the plane that was segmented"
+    said = " + ".join(channels) or "the plane that was segmented"
     if of_cells:
         said = f"{side} x {side} pixels each, {said}"
     if hidden > 0:
@@ -400,15 +349,21 @@ def _side(rows: Sequence[Row]) -> int:
     return int(np.ceil(1.3 * np.percentile(sides, 90) / 4) * 4)
 
 
-def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], side: int) -> None:
+def _draw(
+    axes: Any,
+    read: Read | None,
+    channels: Sequence[str],
+    row: Row,
+    limits: Sequence[Limits],
+    side: int,
+) -> None:
     """One picture: the part around a cell, or, with no ``side``, the whole field."""
-    key = row["image_id"], row["segmentation_id"]
-    if key not in pictures.planes:
+    if read is None:
         axes.text(0.5, 0.5, "cannot be\nread", size=7, color=GREY, ha="center", va="center")
         return
-    planes, masks = pictures.planes[key], pictures.masks[key]
+    planes, masks = read
     if side == 0:
-        picture = coloured(planes, limits, pictures.channels)
+        picture = coloured(planes, limits, channels)
         if masks is not None:
             edge = outline_overlay(planes[0], masks, limits[0])
             drawn = (edge == OUTLINE_COLOUR).all(axis=-1)
@@ -421,7 +376,7 @@ def _draw(axes: Any, pictures: _Pictures, row: Row, limits: Sequence[Limits], si
     part = np.s_[max(0, top) : top + side, max(0, left) : left + side]
     before = max(0, -top), max(0, -left)
     picture = np.zeros((side, side, 3), np.float32)
-    inner = coloured([plane[part] for plane in planes], limits, pictures.channels)
+    inner = coloured([plane[part] for plane in planes], limits, channels)
     target = np.s_[before[0] : before[0] + inner.shape[0], before[1] : before[1] + inner.shape[1]]
     picture[target] = inner
     axes.imshow(picture, interpolation="bicubic")
@@ -448,10 +403,17 @@ def _say(axes: Any, row: Row, numbers: Sequence[str], *, of_cells: bool) -> None
               transform=axes.transAxes, parse_math=False)  # fmt: skip
 
 
-def read_field(
-    workspace: Workspace, image_id: int, segmentation_id: int | None
-) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]] | None]:
-    """Return the plane (H, W) that was segmented, or is usual, and the masks (H, W) if known.
+def read_planes(
+    workspace: Workspace,
+    image_id: int,
+    segmentation_id: int | None,
+    channels: Sequence[str] = (),
+    *,
+    masked: bool = True,
+) -> Read:
+    """Return channels of an image, and its masks unless they are not wanted.
+
+    Without ``channels`` the plane that was segmented, or is usual.
 
     Raises:
         CellstoreError: the image or the masks cannot be read.
@@ -461,8 +423,18 @@ def read_field(
         with workspace.database.read() as session:
             found = session.get_one(Segmentation, segmentation_id)
             wanted = plane_of(session.get_one(Recipe, found.recipe_id))
-            masks = read_masks(session, workspace.artifacts, found)
-    return read_image(workspace.database, image_id, wanted), masks
+            if masked:
+                masks = read_masks(session, workspace.artifacts, found)
+    inputs = [ImageInput((name,)) for name in channels] or [wanted]
+    return [read_image(workspace.database, image_id, one) for one in inputs], masks
+
+
+def read_field(
+    workspace: Workspace, image_id: int, segmentation_id: int | None
+) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]] | None]:
+    """Return the plane (H, W) that was segmented, or is usual, and the masks (H, W) if known."""
+    (plane,), masks = read_planes(workspace, image_id, segmentation_id)
+    return plane, masks
 
 
 WINDOW = 256
@@ -528,9 +500,8 @@ class WellPictures:
         if image is None:
             return shown | {"problem": "No field of this well counts, or its files are missing."}
         channels = self.channels[image]
-        inputs = [ImageInput((one,)) for one in channels] or [ImageInput()]
         try:
-            planes = [read_image(self.workspace.database, image, one) for one in inputs]
+            planes, _ = read_planes(self.workspace, image, None, channels)
         except CellstoreError as error:
             return shown | {"problem": str(error)}
         key = (plate, tuple(channels))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,10 @@ from .drawing import (
     LARGE_MAP,
     ORANGE,
     SMALL_MAP,
-    Limits,
     PlateMap,
     brief,
     colour_limits,
     element,
-    interval_bar,
     plate_layout,
     plate_map_svg,
     short,
@@ -55,8 +53,6 @@ MAP_ROWS, MAP_COLUMNS = 80, 60
 SHOWN_PLATES = 12
 FEWEST_WELLS, MOST_WELLS = 15, 2_000
 """Wells that UMAP needs, and wells that are drawn."""
-TARGETS = 7
-"""Targets with a colour of their own."""
 MOST_DOTS = 400
 
 PURPLE, PALE = "#7a5ea8", "#b9bec7"
@@ -68,7 +64,6 @@ MARKS: Mapping[Verdict, tuple[str, str, str]] = {
     Verdict.UNKNOWN: ("\u00d7", "x", GREY),
 }
 """By verdict, in the order of the page: a letter, matplotlib's mark and a colour."""
-GROUP_COLOURS = ("#3b82c4", "#d97b28", "#2f9e78", "#b04a9c", "#a88b16", "#5b57c9", "#c2453f")
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,7 @@ class Screen:
     @cached_property
     def directions(self) -> Floats:
         """The median profiles, each of length 1 (T, F); 0 where there is none."""
-        middles = np.nan_to_num(self.middles)
-        lengths = np.linalg.norm(middles, axis=1, keepdims=True)
-        return np.asarray(middles / np.where(lengths > 0, lengths, 1))
+        return _unit(np.nan_to_num(self.middles))
 
     def position(self, well: int) -> tuple[int, int]:
         """Row and column of a well."""
@@ -168,15 +161,10 @@ class Screen:
 # Small figures, written by hand: a page has hundreds
 
 
-def effect_bar(item: Judged, limits: Limits) -> str:
-    """An effect with its interval, on the scale of all rows of a table; a line at 0."""
-    row, colour = item.row, MARKS[item.verdict][2]
-    ends = row.effect_low, row.effect_high
-    return interval_bar("effect", row.effect, *ends, limits=limits, colour=colour)
-
-
 def strip(screen: Screen, item: Judged) -> str:
     """The effect of each well of a treatment above that of the controls of their plates."""
+    from matplotlib.ticker import MaxNLocator
+
     effects = screen.effects
     mine = item.wells[np.isfinite(effects[item.wells])]
     usual = item.controls[np.isfinite(effects[item.controls])]
@@ -206,7 +194,8 @@ def strip(screen: Screen, item: Judged) -> str:
                 f'<circle cx="{x(float(effects[well])):.1f}" cy="{y + shift:.1f}" r="{radius}" '
                 f'fill="{tint}" fill-opacity=".8"><title>{escape(plain(name))}</title></circle>'
             )
-    for tick in _ticks(low, high):
+    ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
+    for tick in ticks[(ticks >= low) & (ticks <= high)]:
         parts.append(
             f'<text x="{x(tick):.1f}" y="94" text-anchor="middle" class="tick">{tick:g}</text>'
             f'<path d="M{x(tick):.1f} 78v4" stroke="currentColor" opacity=".5"/>'
@@ -220,14 +209,6 @@ def strip(screen: Screen, item: Judged) -> str:
         ends = (brief(float(end)) for end in np.percentile(effects[usual], [5, 95]))
         alt += f"; of {len(usual)} controls, nine of ten between {' and '.join(ends)}"
     return element("strip", width, 98, "".join(parts), alt + ".", wide=True)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Some round numbers between two ends, 0 among them."""
-    rough = (high - low) / 5
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = next(float(power * n) for n in (1, 2, 5, 10) if power * n >= rough)
-    return [float(step * n) for n in range(int(np.ceil(low / step)), int(high // step) + 1)]
 
 
 def position_map(screen: Screen, item: Judged) -> str:
@@ -273,7 +254,7 @@ def position_map(screen: Screen, item: Judged) -> str:
 # Large figures
 
 
-def volcano(screen: Screen, limit: float | None) -> str:
+def volcano(screen: Screen, limit: float) -> str:
     """Effect against q, each verdict with its colour and mark; a line at the ``limit`` of q."""
     points = [
         (item, item.row.effect, -float(np.log10(max(item.row.q, 1e-12))))
@@ -286,14 +267,18 @@ def volcano(screen: Screen, limit: float | None) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _scatter(axes, points)
+        for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
+            some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
+            if len(some):
+                size, line = {".": 16, "x": 22}.get(mark, 26), 1.2 if mark == "x" else 0
+                axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
+        axes.margins(x=0.12)
         axes.set_ylim(-0.04 * most, 1.1 * most)
         steps = [1, 0.2, 0.05, 0.01, 0.001, 1e-4, 1e-5, 1e-6]
         shown = [q for q in steps if -np.log10(q) <= 1.05 * most]
         axes.set_yticks([-np.log10(q) for q in shown], [f"{q:g}" for q in shown])
         axes.axvline(0, color=GREY, lw=0.8, alpha=0.6)
-        if limit is not None:
-            axes.axhline(-np.log10(limit), color=GREY, lw=0.9, ls=(0, (2, 3)))
+        axes.axhline(-np.log10(limit), color=GREY, lw=0.9, ls=(0, (2, 3)))
         axes.set(xlabel="effect, SD of the controls", ylabel="q (higher: surer)")
         _name_points(figure, axes, points)
 
@@ -302,51 +287,7 @@ def volcano(screen: Screen, limit: float | None) -> str:
     return svg("volcano", (5.4, 4.2), draw, alt)
 
 
-def counts_figure(screen: Screen) -> str:
-    """Number of cells against effect: what kills, and what changes cells that live."""
-    points = [
-        (item, item.row.effect, max(item.row.cell_count, 0.01))
-        for item in screen.judged
-        if item.row.effect is not None and item.row.cell_count is not None
-    ]
-    if not points:
-        return ""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        axes.set_yscale("log")
-        values = [y for _, _, y in points]
-        axes.set_ylim(min(0.5, min(values) / 1.2), max(1.5, max(values) * 1.2))
-        _scatter(axes, points)
-        ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-        low, high = axes.get_ylim()
-        shown = [tick for tick in ticks if low <= tick <= high]
-        axes.set_yticks(shown, [f"{tick:g}\u00d7" for tick in shown])
-        axes.minorticks_off()
-        axes.axhline(1, color=GREY, lw=0.8, alpha=0.6)
-        axes.axvline(0, color=GREY, lw=0.8, alpha=0.6)
-        axes.set(xlabel="effect, SD of the controls", ylabel="cells, of those of the controls")
-        _name_points(figure, axes, points)
-
-    fewest, _, least = min(points, key=lambda point: point[2])
-    alt = f"Cells against effect of {len(points)} treatments; fewest: {fewest.name} {least:.2f}."
-    return svg("cell counts", (5.4, 4.2), draw, alt)
-
-
-Point = tuple[Judged, float, float]
-
-
-def _scatter(axes: Axes, points: Sequence[Point]) -> None:
-    for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
-        some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
-        if len(some):
-            size = {".": 16, "x": 22}.get(mark, 26)
-            line = 1.2 if mark == "x" else 0
-            axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
-    axes.margins(x=0.12)
-
-
-def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[Judged, float, float]]) -> None:
     """Write the names of the strongest beside their points, where they cover no other name."""
     strongest = sorted(
         (point for point in points if point[0].is_different), key=lambda point: -abs(point[1])
@@ -380,19 +321,18 @@ class Clusters:
     """Treatments that differ, in the order of a dendrogram, each with the number of its cluster.
 
     ``rows``: numbers in ``Screen.judged``; ``numbers``: of the clusters, from 1; ``columns``:
-    numbers of features, in their order.
+    numbers of features, in their order. ``more`` treatments have no room.
     """
 
     rows: Sequence[int] = ()
     numbers: Sequence[int] = ()
     columns: Sequence[int] = ()
     more: int = 0
-    of: Mapping[int, int] = field(default_factory=dict)
 
 
 def clusters_of(screen: Screen) -> Clusters:
     """Group treatments by the cosine of their median profiles (mean linkage, cut at ``ALIKE``)."""
-    known = np.isfinite(screen.middles).all(axis=1) & (screen.directions != 0).any(axis=1)
+    known = (screen.directions != 0).any(axis=1)
     rows = [i for i, item in enumerate(screen.judged) if item.is_different and known[i]]
     more, rows = max(0, len(rows) - MAP_ROWS), rows[:MAP_ROWS]
     if not rows:
@@ -401,20 +341,21 @@ def clusters_of(screen: Screen) -> Clusters:
     columns = np.argsort(-strongest, kind="stable")[:MAP_COLUMNS]
     columns = columns[strongest[columns] >= min(2 * CHANGED, strongest.max())]
     order, groups = _linked(screen.directions[rows])
-    of_columns = screen.middles[rows][:, columns].T
-    lengths = np.linalg.norm(of_columns, axis=1, keepdims=True)
-    across, _ = _linked(of_columns / np.where(lengths > 0, lengths, 1))
+    across, _ = _linked(_unit(screen.middles[rows][:, columns].T))
     first = dict.fromkeys(groups[i] for i in order)
     numbers = {group: number for number, group in enumerate(first, start=1)}
-    ordered = [rows[i] for i in order]
-    of_rows = [numbers[groups[i]] for i in order]
     return Clusters(
-        ordered,
-        of_rows,
+        [rows[i] for i in order],
+        [numbers[groups[i]] for i in order],
         [int(columns[i]) for i in across],
         more,
-        dict(zip(ordered, of_rows, strict=True)),
     )
+
+
+def _unit(rows: Floats) -> Floats:
+    """Rows with length 1 (N, F); those of length 0 stay 0."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1))
 
 
 def _linked(directions: Floats) -> tuple[list[int], list[int]]:
@@ -462,92 +403,47 @@ def heat_map(screen: Screen, found: Clusters) -> str:
     return svg("heat map", (width, height), draw, alt)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Wells on a plane: how it was made, and x and y (M, 2) of the wells ``wells`` (M,)."""
+def well_figure(screen: Screen, seed: int) -> tuple[str, str]:
+    """The wells on a plane on which like ones lie beside each other, and how it was made.
 
-    method: str
-    wells: Wells
-    points: Floats
-
-
-def layout_of(screen: Screen, seed: int) -> Layout | None:
-    """Lay wells out so that like ones lie beside each other; ``None`` with fewer than 3 of them."""
-    wells = np.flatnonzero(screen.usable & _is_judged(screen))
+    Nothing, with fewer than 3 of them.
+    """
+    order = list(MARKS)
+    verdicts = np.where(screen.controls, len(order), -1)
+    for item in screen.judged:
+        verdicts[item.wells] = order.index(item.verdict)
+    wells = np.flatnonzero(screen.usable & (verdicts >= 0))
     if len(wells) < 3:
-        return None
-    method = ""
+        return "", ""
+    how = ""
     if len(wells) > MOST_WELLS:
-        method = f" of {MOST_WELLS:,} of {len(wells):,} wells, drawn by chance"
+        how = f" of {MOST_WELLS:,} of {len(wells):,} wells, drawn by chance"
         rng = np.random.default_rng(seed)
         wells = np.sort(rng.choice(wells, MOST_WELLS, replace=False))
     values = np.clip(screen.z[wells], -20, 20)
     values = values - values.mean(axis=0)
-    parts = values @ components_of(values)
+    points = values @ components_of(values)
     if len(wells) < FEWEST_WELLS:
-        parts = np.pad(parts, [(0, 0), (0, max(0, 2 - parts.shape[1]))])
-        note = f"first two principal components{method} (fewer than {FEWEST_WELLS} wells: no UMAP)"
-        return Layout(note, wells, parts[:, :2])
-    return Layout(f"UMAP{method}, seed {seed}", wells, umap_of(parts, seed))
+        points = np.pad(points, [(0, 0), (0, max(0, 2 - points.shape[1]))])[:, :2]
+        how = f"first two principal components{how} (fewer than {FEWEST_WELLS} wells: no UMAP)"
+    else:
+        points, how = umap_of(points, seed), f"UMAP{how}, seed {seed}"
 
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        kinds = [("controls", "+", GREY)]
+        kinds += [(v.value, MARKS[v][1], MARKS[v][2]) for v in reversed(order)]
+        for code, (label, mark, colour) in zip(range(len(order), -1, -1), kinds, strict=True):
+            x, y = points[verdicts[wells] == code].T
+            size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0
+            if len(x):
+                axes.scatter(x, y, s=size, c=colour, marker=mark, label=label, linewidths=line)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set(visible=True, alpha=0.3)
+        figure.legend(loc="outside lower left", ncols=2, fontsize=9, markerscale=1.2)
 
-def _is_judged(screen: Screen) -> NDArray[np.bool_]:
-    found = screen.controls.copy()
-    for item in screen.judged:
-        found[item.wells] = True
-        found[item.controls] = True
-    return found
-
-
-def well_figures(screen: Screen, layout: Layout) -> list[str]:
-    """The wells on their plane, by verdict, and by target if some treatments have one."""
-    verdicts = np.full(len(screen.table), -1)
-    targets = np.full(len(screen.table), -1)
-    order = list(MARKS)
-    counted = Counter(
-        item.row.target
-        for item in screen.judged
-        if item.is_different and item.row.target is not None
-    )
-    named = [target for target, _ in counted.most_common(TARGETS)]
-    for item in screen.judged:
-        verdicts[item.wells] = order.index(item.verdict)
-        if item.is_different and item.row.target in named:
-            targets[item.wells] = named.index(item.row.target)
-    of_verdict, of_target = verdicts[layout.wells], targets[layout.wells]
-    figures = []
-    groups = [("controls or others", -1, PALE, ".")]
-    by_verdict = [
-        ("controls", -1, GREY, "+"),
-        *((v.value, order.index(v), MARKS[v][2], MARKS[v][1]) for v in reversed(order)),
-    ]
-    groups += [(t, i, GROUP_COLOURS[i], "osD^v<>"[i]) for i, t in enumerate(named)]
-    for name, codes, kinds in (
-        ("verdict", of_verdict, by_verdict),
-        ("target", of_target, groups if named else []),
-    ):
-        if not kinds:
-            continue
-
-        def draw(
-            figure: Figure, codes: NDArray[np.int64] = codes, kinds: Iterable[Any] = kinds
-        ) -> None:
-            axes = figure.subplots()
-            for label, code, colour, mark in kinds:
-                x, y = layout.points[codes == code].T
-                if not len(x):
-                    continue
-                size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0
-                said = short(label, 26)
-                axes.scatter(x, y, s=size, c=colour, marker=mark, label=said, linewidths=line)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set(visible=True, alpha=0.3)
-            figure.legend(loc="outside lower left", ncols=2, fontsize=9, markerscale=1.2)
-
-        alt = f"{layout.method}: {len(layout.wells)} wells by {name}."
-        figures.append(svg(f"wells {name}", (5.2, 5.4), draw, alt))
-    return figures
+    return svg("wells", (5.2, 5.4), draw, f"{how}: {len(wells)} wells by verdict."), how
 
 
 def plate_figures(screen: Screen) -> tuple[list[tuple[PlateMap, str, str]], int]:
@@ -575,13 +471,8 @@ def edge_sentence(screen: Screen, rows: Wells) -> str:
     """Compare the control wells at the edge of a plate with those inside, in words."""
     usual = rows[screen.controls[rows] & np.isfinite(screen.effects[rows])]
     edge, inside = usual[screen.on_edge[usual]], usual[~screen.on_edge[usual]]
-    if not len(usual):
-        return "No control well has a value."
-    if not screen.on_edge[rows].any():
-        return "No well is at the edge."
     if not len(edge) or not len(inside):
-        where = "at the edge" if len(edge) else "inside"
-        return f"All control wells are {where}: an edge effect cannot be seen."
+        return "Controls are not both at the edge and inside: an edge effect cannot be seen."
     apart = float(np.median(screen.effects[edge]) - np.median(screen.effects[inside]))
     said = f"Controls at the edge {apart:+.1f} SD from those inside"
     many = min(len(edge), len(inside)) > 3

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..models import Recipe, Run
 from ..settings import need, track
 from ..stages.hits import DoseRow, cell_ratios, hits_result, plate_sets
 from ..stages.profile import open_profiles
-from .drawing import brief, draw_curve, write_html
+from .drawing import brief, draw_curve, interval_bar, write_html
 from .feature_words import changes
 from .gallery import WINDOW, WellPictures
 from .hits_figures import (
@@ -27,23 +27,16 @@ from .hits_figures import (
     MARKS,
     SIMILAR,
     Clusters,
-    Floats,
     Judged,
     Screen,
     clusters_of,
-    counts_figure,
-    effect_bar,
     heat_map,
-    layout_of,
     plate_figures,
     position_map,
     strip,
     volcano,
-    well_figures,
+    well_figure,
 )
-
-if TYPE_CHECKING:
-    from ..stages.hits import PlateSet
 
 SECTIONS = 60
 """Treatments with a section of their own."""
@@ -57,12 +50,7 @@ QUANTITIES = {"effect": "effect, SD", "cell_count": "cells, of the controls"}
 
 
 def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
-    """Write the page of a hits run.
-
-    Raises:
-        MissingExtraError: matplotlib, Jinja2, scipy or umap-learn is not installed.
-        StorageError: the page cannot be written, or the profiles cannot be read.
-    """
+    """Write the page of a hits run."""
     need("report")
     need("hits")
     with workspace.database.read() as session:
@@ -72,7 +60,8 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         profile_recipe = session.get_one(Recipe, profile_run.recipe_id)
         result = hits_result(session, run)
     screen = read_screen(workspace, result, recipe.parameters)
-    clusters, layout = clusters_of(screen), layout_of(screen, recipe.parameters["seed"])
+    clusters = clusters_of(screen)
+    wells, method = well_figure(screen, recipe.parameters["seed"])
     maps, more_plates = plate_figures(screen)
     pictures = WellPictures(workspace)
     content = {
@@ -87,7 +76,6 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "rows": ranked_rows(screen, clusters),
         "more_rows": max(0, len(screen.judged) - ROWS),
         "volcano": volcano(screen, recipe.parameters["q"]),
-        "cells": counts_figure(screen),
         "sections": list(sections(workspace, screen, pictures)),
         "more_sections": max(0, len(screen.judged) - SECTIONS),
         "channels": pictures.colours(),
@@ -95,8 +83,8 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "heat_map": heat_map(screen, clusters) if len(clusters.rows) > 1 else "",
         "clusters": clusters,
         "cluster_rows": cluster_rows(screen, clusters),
-        "layout": layout,
-        "well_figures": [] if layout is None else well_figures(screen, layout),
+        "wells": wells,
+        "method": method,
         "maps": maps,
         "more_plates": more_plates,
         "alike": ALIKE,
@@ -109,7 +97,7 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
     """Return the wells that a hits run compared, with its parameters, and what it found."""
     import pandas as pd
 
-    from ..analysis.activity import effects
+    from ..analysis.activity import against_controls, effects
     from ..analysis.well_profiles import on_edge
 
     _, profiles = open_profiles(workspace, str(result.profile_run))
@@ -138,7 +126,9 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
     return Screen(
         result=result,
         table=table,
-        z=np.concatenate([against_controls(part) for part in parts.values()]),
+        z=np.concatenate(
+            [against_controls(p.values, p.controls, p.plates) for p in parts.values()]
+        ),
         columns=profiles.columns,
         effects=np.concatenate(away),
         cells=np.concatenate([cell_ratios(part) for part in parts.values()]),
@@ -146,30 +136,6 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
         on_edge=np.asarray(on_edge(table), bool),
         judged=[replace(item, number=number) for number, item in enumerate(judged, start=1)],
     )
-
-
-def against_controls(part: PlateSet) -> Floats:
-    """Return profiles (N, F) as distances from the mean of the controls of a plate, in their SD.
-
-    A plate with fewer than two controls is compared with all. Where a feature is missing, or has no
-    spread among the controls, it counts as unchanged; a well without a profile has NaN.
-    """
-    known = np.isfinite(part.values).any(axis=1)
-    values = np.where(np.isfinite(part.values), part.values, np.nan)
-    found = np.full(values.shape, np.nan)
-    for plate in np.unique(part.plates):
-        wells = known & (part.plates == plate)
-        usual = wells & part.controls
-        if usual.sum() < 2:
-            usual = known & part.controls
-        if usual.sum() < 2 or not wells.any():
-            continue
-        number = np.isfinite(values[usual]).sum(axis=0)
-        middle = np.nansum(values[usual], axis=0) / np.maximum(number, 1)
-        squares = np.nansum((values[usual] - middle) ** 2, axis=0) / np.maximum(number - 1, 1)
-        shifts = (values[wells] - middle) / np.where(squares > 1e-18, np.sqrt(squares), np.inf)
-        found[wells] = np.nan_to_num(shifts)
-    return found
 
 
 def q_text(value: float | None) -> str:
@@ -187,33 +153,20 @@ def sd_text(value: float | None) -> str:
 
 
 def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
-    """The rows of the ranked table, each with its place in every order."""
-    shown = screen.judged[:ROWS]
-    values = [item.row.effect for item in shown if item.row.effect is not None]
-    ends = [item.row.effect_high for item in shown if item.row.effect_high is not None]
+    """The rows of the ranked table, each with a bar on the scale of all."""
+    shown = [item.row for item in screen.judged[:ROWS]]
+    values = [row.effect for row in shown if row.effect is not None]
+    ends = [row.effect_high for row in shown if row.effect_high is not None]
     high = float(np.percentile(ends, 98)) if ends else 1.0
     limits = min([-1.0, *values]), max([high, 1.0, *values])
-
-    def places(key: Callable[[Judged], Any]) -> dict[int, int]:
-        order = sorted(shown, key=lambda item: (key(item) is None, key(item) or 0))
-        return {item.number: place for place, item in enumerate(order)}
-
-    orders = {
-        "e": places(lambda item: None if item.row.effect is None else -item.row.effect),
-        "q": places(lambda item: item.row.q),
-        "c": places(lambda item: item.row.cell_count),
-    }
-    names = sorted(shown, key=lambda item: item.name.casefold())
-    orders["n"] = {item.number: place for place, item in enumerate(names)}
-    return [
-        {
-            "item": item,
-            "bar": effect_bar(item, limits),
-            "cluster": clusters.of.get(item.number - 1),
-            "order": ";".join(f"--{key}:{some[item.number]}" for key, some in orders.items()),
-        }
-        for item in shown
-    ]
+    cluster_of = dict(zip(clusters.rows, clusters.numbers, strict=True))
+    rows = []
+    for at, row in enumerate(shown):
+        item = screen.judged[at]
+        ends_of, colour = (row.effect_low, row.effect_high), MARKS[item.verdict][2]
+        bar = interval_bar("effect", row.effect, *ends_of, limits=limits, colour=colour)
+        rows.append({"item": item, "bar": bar, "cluster": cluster_of.get(at)})
+    return rows
 
 
 # Of each treatment
@@ -273,7 +226,7 @@ def replicates(screen: Screen, item: Judged) -> str:
 
     own = item.wells[screen.usable[item.wells]]
     if len(own) < 2:
-        return "How many wells would be needed cannot be said: two are needed to know."
+        return "The number of wells needed is not known: it takes two wells to estimate it."
     result, plates = screen.result, len(set(screen.plates[item.controls].tolist()))
     number = replicates_needed(
         screen.z[own],
@@ -322,41 +275,37 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
     """
     from ..analysis.dose_curves import effect_curve, fit_curve
 
+    rows, key = doses_of(screen, item)[:CURVES], (item.perturbation, item.row.plate_set)
+    if not rows:
+        return []
+    same = [
+        other
+        for other in screen.judged
+        if (other.perturbation, other.row.plate_set) == key and other.dose is not None
+    ]
+    doses = np.concatenate([np.full(len(other.wells), other.dose) for other in same])
+    wells = np.concatenate([other.wells for other in same])
+    usual = np.unique(np.concatenate([other.controls for other in same]))
     found = []
-    for row in doses_of(screen, item)[:CURVES]:
-        said = _curve_in_words(row)
-        if row.quantity == "effect":
-            values = np.empty(0)
-        elif row.quantity == "cell_count":
-            values = screen.cells
-        elif row.quantity in screen.columns:
+    for row in rows:
+        figure = ""
+        values = {"effect": screen.effects, "cell_count": screen.cells}.get(row.quantity)
+        if row.quantity in screen.columns:
             values = screen.z[:, screen.columns.index(row.quantity)]
-        else:
-            found.append({"said": said, "figure": ""})
-            continue
-        others = [
-            other
-            for other in screen.judged
-            if (other.perturbation, other.row.plate_set) == (item.perturbation, item.row.plate_set)
-            and other.dose is not None
-        ]
-        doses = np.concatenate([np.full(len(o.wells), o.dose) for o in others])
-        wells = np.concatenate([o.wells for o in others])
-        usual = np.unique(np.concatenate([o.controls for o in others]))
-        if row.quantity == "effect":
-            both = np.concatenate([wells, usual])
-            dose = np.r_[doses, np.full(len(usual), np.nan)]
-            curve, moved = effect_curve(screen.effects[both], screen.z[both], dose)
-            given = doses, moved[: len(wells)], moved[len(wells) :]
-        else:
+        if values is not None:
             given = doses, values[wells], values[usual]
-            curve = fit_curve(*given)
-        name = f"curve {item.number} {row.quantity}"
-        label = QUANTITIES.get(row.quantity, f"{row.quantity}, SD")
-        figure = draw_curve(
-            name, curve, *(x.tolist() for x in given), unit=row.unit or "", label=label
-        )
-        found.append({"said": said, "figure": figure})
+            if row.quantity == "effect":
+                both = np.concatenate([wells, usual])
+                dose = np.r_[doses, np.full(len(usual), np.nan)]
+                curve, moved = effect_curve(values[both], screen.z[both], dose)
+                given = doses, moved[: len(wells)], moved[len(wells) :]
+            else:
+                curve = fit_curve(*given)
+            name = f"curve {item.number} {row.quantity}"
+            label = QUANTITIES.get(row.quantity, f"{row.quantity}, SD")
+            lists = (some.tolist() for some in given)
+            figure = draw_curve(name, curve, *lists, unit=row.unit or "", label=label)
+        found.append({"said": _curve_in_words(row), "figure": figure})
     return found
 
 

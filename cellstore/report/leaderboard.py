@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, text
 from sqlalchemy.orm import Session
 
 from ..enums import Subset
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UnknownNameError
 from ..jobs.run_names import Model, models_of
 from ..jobs.workspace import Workspace
 from ..learn.baselines import NULLS
 from ..notebooks import Shown
 from ..query.engine import open_questions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ORDERS = ("test", "validation")
 
@@ -42,10 +45,9 @@ VALIDATED = """
 """
 # Level, vote and subset are written out, so that DuckDB skips the others.
 VOTES = """
-    SELECT run_id, well_id, truth, count(*) AS images, count(*) FILTER (correct) AS correct
+    SELECT run_id, well_id, dense_rank() OVER (ORDER BY truth) AS truth, correct
     FROM votes
     WHERE level = 'image' AND vote = 'hard' AND subset = 'test' AND correct IS NOT NULL
-    GROUP BY run_id, well_id, truth ORDER BY run_id, well_id, truth
 """
 
 
@@ -87,60 +89,41 @@ class RankedRun(Shown):
 
 @dataclass(frozen=True)
 class Leaderboard(Shown):
-    """The models on a split or a cross-validation (``None``: on all), the best first.
+    """The models on a split or a cross-validation, the best first.
 
     ``by``: whether test or validation images rank them; ``notes``: what a reader has to know.
     """
 
-    split: str | None
+    split: str
     by: str
     runs: tuple[RankedRun, ...]
     notes: tuple[str, ...]
 
 
-def list_runs(
-    workspace: Workspace, split: str | None = None, *, by: str = "test", every: bool = False
-) -> Leaderboard:
-    """Return the models on a split, or on the folds of a cross-validation as one, the best first.
+def list_runs(workspace: Workspace, split: str | None = None, *, by: str = "test") -> Leaderboard:
+    """Return the models on a split, the best first; see :meth:`cellstore.Store.runs`.
 
-    By default those of the split that was trained on last; ``every``: of all splits. Networks,
-    baselines and declared models count. Of trainings that are alike the last counts.
-
-    Raises:
-        UnknownNameError: there is no such split or order, or no training yet.
-        UserInputError: one split and all are asked for.
+    Networks, baselines and declared models count. Of trainings that are alike the last counts.
     """
     if by not in ORDERS:
         raise UnknownNameError.of("order", by, ORDERS)
-    if every and split is not None:
-        raise UserInputError("Name one split, or list the models on all of them: not both.")
     with workspace.database.read() as session:
-        named, groups = _groups(session, split, every=every)
-        found: list[RankedRun] = []
-        parameters: list[dict[str, Any]] = []
-        for name, ids in groups.items():
-            models = models_of(session, list(ids))
-            found += [_row(session, name, ids, model) for model in models]
-            parameters += [model.parameters for model in models]
-        ids = {key: value for group in groups.values() for key, value in group.items()}
-        unfinished = session.execute(_in(UNFINISHED, "splits"), {"splits": list(ids)}).all()
-    read_as = {run: max(row.predict_runs) for row in found for run in row.predict_runs}
-    scores: dict[int, list[Any]] = defaultdict(list)
+        name, splits = _splits(session, split)
+        models = models_of(session, list(splits))
+        rows = [_row(session, name, splits, model) for model in models]
+        unfinished = session.execute(_in(UNFINISHED, "splits"), {"splits": list(splits)}).all()
+    read_as = {run: max(row.predict_runs) for row in rows for run in row.predict_runs}
     if read_as:
         with open_questions(workspace, runs=read_as, only_image_votes=True) as questions:
-            for record in questions.ask_ours(VOTES).records():
-                scores[record["run_id"]].append(record)
-    rows = [
-        _scored(row, scores.get(max(row.predict_runs), ())) if row.predict_runs else row
-        for row in found
-    ]
-    rows = _apart(_on_fewer(rows), parameters)
-    rows = [row for name in groups for row in _ranked([x for x in rows if x.split == name], by)]
+            votes = questions.ask_ours(VOTES).arrays()
+        rows = [_scored(row, votes) if row.predict_runs else row for row in rows]
+    parameters = [model.parameters for model in models]
+    rows = _ranked(_apart(_on_fewer(rows), parameters), by)
     rows += [
         RankedRun(
             str(row.id),
             "not finished",
-            ids[row.split_id],
+            splits[row.split_id],
             (row.id,),
             status=row.status,
             then=None if row.status == "running" else row.command,
@@ -148,9 +131,8 @@ def list_runs(
         for row in unfinished
     ]
     notes = []
-    chosen = Counter(row.split for row in rows if row.rank and row.model not in NULLS)
-    if (most := max(chosen.values(), default=0)) > 1:
-        folds = any(len(groups[name]) > 1 for name, number in chosen.items() if number > 1)
+    chosen = sum(row.rank is not None and row.model not in NULLS for row in rows)
+    if chosen > 1:
         if by == "test":
             better = "No other image validates here: confirm it on wells that are in no subset."
             if any(row.validation_accuracy is not None for row in rows):
@@ -159,7 +141,7 @@ def list_runs(
                     "score of that one."
                 )
             notes.append(
-                f"The best of {most} models by test images looks better than it is on new wells, "
+                f"The best of {chosen} models by test images looks better than it is on new wells, "
                 f"because these very images chose it. {better}"
             )
         elif any(item.get("where") or item.get("sql") for item in parameters):
@@ -167,7 +149,7 @@ def list_runs(
                 "A model for which cells were selected (--where, --sql) validates on such cells "
                 "only: its validation accuracy is of other cells than that of the others."
             )
-        if folds:
+        if len(splits) > 1:
             notes.append(
                 "What validates in one fold is tested in another, so in a cross-validation either "
                 "choice makes the best look too good: confirm it on wells that are in no fold."
@@ -177,34 +159,25 @@ def list_runs(
             "No model here has a score on validation images. Networks get one, on a split with a "
             "validation subset beside its test subset."
         )
-    if len({row.split for row in rows if row.rank}) > 1:
-        notes.append("Ranks are within a split: each split tests other images.")
-    return Leaderboard(named, by, tuple(rows), tuple(notes))
+    return Leaderboard(name, by, tuple(rows), tuple(notes))
 
 
 def _in(query: str, name: str) -> Any:
     return text(query).bindparams(bindparam(name, expanding=True))
 
 
-def _groups(
-    session: Session, split: str | None, *, every: bool
-) -> tuple[str | None, dict[str, dict[int, str]]]:
-    """Return the name of what is listed, and of each of it the splits, by their ids."""
+def _splits(session: Session, split: str | None) -> tuple[str, dict[int, str]]:
+    """Return the name of what is listed, and its splits: one, or that of each fold."""
     last = session.execute(text(TRAINED_LAST)).first()
     if last is None:
         raise UnknownNameError("There is no training yet. Next: cellstore train")
     splits = session.execute(text("SELECT id, name, family FROM splits ORDER BY id")).all()
-    if every:
-        groups: dict[str, dict[int, str]] = defaultdict(dict)
-        for row in reversed(splits):  # the newest first
-            groups[row.family or row.name][row.id] = row.name
-        return None, groups
     name = split or last.family or last.name
     ids = {row.id: row.name for row in splits if name in (row.name, row.family)}
     if not ids:
         known = dict.fromkeys(name for row in splits for name in (row.family, row.name) if name)
         raise UnknownNameError.of("split", name, list(known))
-    return name, {name: ids}
+    return name, ids
 
 
 def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) -> RankedRun:
@@ -249,67 +222,56 @@ def _row(session: Session, split: str, splits: Mapping[int, str], model: Model) 
     return replace(found, status="not predicted yet", then=then)
 
 
-def _scored(row: RankedRun, votes: Sequence[Mapping[str, Any]]) -> RankedRun:
-    """Return a model with the scores of its votes: right and all images by well and true label."""
+def _scored(row: RankedRun, votes: Mapping[str, NDArray[Any]]) -> RankedRun:
+    """Return a model with the scores of its votes."""
     import numpy as np
 
-    from ..analysis.statistics import FEWEST_WELLS, share_interval
+    from ..analysis.statistics import well_interval
 
-    if not votes:
+    mine = votes["run_id"] == max(row.predict_runs)
+    correct, wells = votes["correct"][mine].astype(bool), votes["well_id"][mine]
+    if not correct.size:
         return replace(row, status="no test images")
-    images, correct = (
-        np.array([vote[name] for vote in votes], dtype=np.float64) for name in ("images", "correct")
-    )
-    wells, truths = (
-        np.unique([vote[name] for vote in votes], return_inverse=True)[1]
-        for name in ("well_id", "truth")
-    )
-    of_wells = np.bincount(wells, weights=images)
-    low = high = None
-    if of_wells.size >= FEWEST_WELLS:
-        low, high = share_interval(np.bincount(wells, weights=correct), of_wells)
-    recall = np.bincount(truths, weights=correct) / np.bincount(truths, weights=images)
+    low, high = well_interval(correct, wells) or (None, None)
+    truths = votes["truth"][mine]
     return replace(
         row,
-        images=int(images.sum()),
+        images=correct.size,
         correct=int(correct.sum()),
-        accuracy=float(correct.sum() / images.sum()),
-        balanced_accuracy=float(recall.mean()),
+        accuracy=float(correct.mean()),
+        balanced_accuracy=float(np.mean([correct[truths == x].mean() for x in np.unique(truths)])),
         low=low,
         high=high,
-        wells=of_wells.size,
+        wells=np.unique(wells).size,
     )
 
 
 def _on_fewer(rows: Sequence[RankedRun]) -> list[RankedRun]:
-    """Say of which models fewer test images are known than of others on their split.
+    """Say of which models fewer test images are known than of others.
 
     Perhaps these were the easy ones, so that they get no rank.
     """
-    most: dict[str, int] = defaultdict(int)
-    for row in rows:
-        most[row.split] = max(most[row.split], row.images)
+    most = max((row.images for row in rows), default=0)
     return [
-        replace(row, status=f"{row.images} of {most[row.split]} test images labelled")
-        if 0 < row.images < most[row.split]
+        replace(row, status=f"{row.images} of {most} test images labelled")
+        if 0 < row.images < most
         else row
         for row in rows
     ]
 
 
 def _apart(rows: Sequence[RankedRun], parameters: Sequence[dict[str, Any]]) -> list[RankedRun]:
-    """Say of each model in which parameters it differs from others of its kind and split."""
-    kinds: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        kinds[row.model, row.split].append(index)
+    """Say of each model in which parameters it differs from others of its kind."""
     found = []
-    for index, row in enumerate(rows):
-        others = [parameters[other] for other in kinds[row.model, row.split]]
+    for row, own in zip(rows, parameters, strict=True):
+        others = [
+            other for one, other in zip(rows, parameters, strict=True) if one.model == row.model
+        ]
         names = dict.fromkeys(name for other in others for name in other)
         if not all("cells" in other for other in others):  # left out where a selection says it
             names.pop("cells", None)
         differs = {
-            name: _shown(parameters[index].get(name))
+            name: _shown(own.get(name))
             for name in names
             # Which cells were selected is said by the selection.
             if len({repr(one.get(name)) for one in others if name in one or name != "cells"}) > 1

@@ -56,9 +56,26 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
 def lineage_content(workspace: Workspace, audit: Audit, place: Place = nowhere) -> dict[str, Any]:
     """Return what the page shows; boxes lead to where ``place`` has an address for them."""
     lineage = lineage_of(audit, place)
+    values, tables = record_parts(audit.record)
+    return {
+        "title": audit.title,
+        "picture": draw_lineage(lineage),
+        "boxes": len(lineage.boxes),
+        "fields": fields_of(workspace, audit),
+        "place": place,
+        "values": values,
+        "tables": tables,
+        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "version": version("cellstore"),
+        "database": workspace.database.shown,
+    }
+
+
+def record_parts(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
+    """Return the values of a record with their names, and its lists as tables."""
     values: list[tuple[str, str]] = []
     tables: list[dict[str, Any]] = []
-    for key, value in audit.record.items():
+    for key, value in record.items():
         title = key.replace("_", " ")
         if isinstance(value, dict):
             named = {f"{title} {name}".replace("_", " "): (name, x) for name, x in value.items()}
@@ -72,18 +89,7 @@ def lineage_content(workspace: Workspace, audit: Audit, place: Place = nowhere) 
             tables.append({"title": title, "heads": heads, "rows": rows, "n": len(value)})
         else:
             values.append((title, shown(key, value, digits=64, most=LISTED)))
-    return {
-        "title": audit.title,
-        "picture": draw_lineage(lineage),
-        "boxes": len(lineage.boxes),
-        "fields": fields_of(workspace, audit),
-        "place": place,
-        "values": values,
-        "tables": tables,
-        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "version": version("cellstore"),
-        "database": workspace.database.shown,
-    }
+    return values, tables
 
 
 def fields_of(workspace: Workspace, audit: Audit) -> list[dict[str, Any]]:

@@ -11,116 +11,77 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..query.engine import Questions
-from .drawing import BLUE, GREY, ORANGE, Place, interval_bar, nowhere, short, svg
+from .drawing import BLUE, GREY, ORANGE, Place, interval_bar, short, svg
 from .scoring import HEADLINE, GroupScore, ReportResult, Score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOTTED = (0, (2, 3))
-NAMED_ROWS = 40
-"""Rows of a dot plot that has room for their names."""
 METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY epoch"
 
 
-@dataclass(frozen=True)
-class Dot:
-    """A row of a dot plot: a share in 0..1 with its interval."""
-
-    name: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    colour: str = BLUE
-
-
 def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> dict[str, Any]:
-    """The figures of accuracy, confidence and agreement with another run.
+    """The figures of accuracy and confidence.
 
     ``best``: the score of images by hard votes, ``unseen`` without wells seen in training.
     """
-    beside = [Dot(f"run {result.name}", best.accuracy, best.low, best.high)]
-    if unseen is not None:
-        beside.append(Dot("… in unseen wells", unseen.accuracy, unseen.low, unseen.high))
-    for item in result.baselines:
-        if (item.level, item.vote) == HEADLINE:
-            colour = ORANGE if item.null else GREY
-            beside.append(Dot(item.name, item.accuracy, item.low, item.high, colour))
-    if best.majority is not None and not any(row.name == "majority" for row in beside):
-        name = f"always {short(result.majority_label or '')}"
-        beside.append(Dot(name, best.majority, colour=GREY))
     bins = [item for item in result.calibration if item.level == "cell"]
     total = sum(item.n for item in bins)
     gaps = sum(item.n * (item.confidence - item.accuracy) for item in bins)
-    agreement = None
-    if result.comparison is not None:
-        found = result.comparison
-        first, second = (f"run {side.name}" for side in (found.first, found.second))
-        counts = {
-            "both right": found.both_right,
-            f"only {first} right": found.only_first,
-            f"only {second} right": found.only_second,
-            "both wrong": found.both_wrong,
-        }
-        agreement = shares_of(first, second, counts)
     return {
-        "standing": dot_plot(
-            "standing",
-            beside,
-            f"Accuracy of images: {_in_words(beside)}.",
-            guess=result.chance,
-            start=best.low,
-        ),
+        "standing": standing(result, best, unseen),
         "reliability": reliability(result) if result.calibration else None,
         # By how much the cells' confidence is above their accuracy, on average.
         "overconfidence": gaps / total if total else None,
-        "agreement": agreement,
     }
 
 
-def _in_words(rows: Sequence[Dot]) -> str:
-    return ", ".join(f"{row.name} {_percent(row.value)}" for row in rows)
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def standing(result: ReportResult, best: Score, unseen: Score | None) -> str:
+    """Accuracies with their intervals, those of baselines too.
 
-
-def dot_plot(
-    name: str,
-    rows: Sequence[Dot],
-    alt: str,
-    *,
-    guess: float | None = None,
-    start: float | None = None,
-) -> str:
-    """Shares with their intervals, one below the other; dotted: guessing, or where one starts."""
+    Dotted: guessing, and where the interval of the run begins.
+    """
+    rows = [(f"run {result.name}", best.accuracy, best.low, best.high, BLUE)]
+    if unseen is not None:
+        rows.append(("… in unseen wells", unseen.accuracy, unseen.low, unseen.high, BLUE))
+    for item in result.baselines:
+        if (item.level, item.vote) == HEADLINE:
+            colour = ORANGE if item.null else GREY
+            rows.append((item.name, item.accuracy, item.low, item.high, colour))
+    if best.majority is not None and not any(row[0] == "majority" for row in rows):
+        name = f"always {short(result.majority_label or '')}"
+        rows.append((name, best.majority, None, None, GREY))
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for y, row in enumerate(reversed(rows)):
-            if row.value is None:
-                continue
-            end = 100 * row.value
-            if row.low is not None and row.high is not None:
-                end = 100 * row.high
-                bar: dict[str, Any] = {"color": row.colour, "lw": 2.2, "solid_capstyle": "round"}
-                axes.plot([100 * row.low, end], [y, y], **bar)
-            axes.plot(100 * row.value, y, "o", color=row.colour, ms=6, clip_on=False)
-            text = f"{100 * row.value:.1f}"
+        for y, (_, value, low, high, colour) in enumerate(reversed(rows)):
+            end = 100 * value
+            if low is not None and high is not None:
+                end = 100 * high
+                bar: dict[str, Any] = {"color": colour, "lw": 2.2, "solid_capstyle": "round"}
+                axes.plot([100 * low, end], [y, y], **bar)
+            axes.plot(100 * value, y, "o", color=colour, ms=6, clip_on=False)
+            text = f"{100 * value:.1f}"
             axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", size=9)
-        for value, colour in ((guess, GREY), (start, BLUE)):
-            if value is not None:
-                axes.axvline(100 * value, color=colour, lw=0.8, ls=DOTTED, zorder=0)
-        axes.set_yticks(range(len(rows)), [short(row.name, 28) for row in reversed(rows)])
-        known = [value for row in rows for value in (row.value, row.high) if value]
-        axes.set_xlim(-0.5, 100 * min(1.08, max(1.18 * max(known, default=1), 0.05)))
+        for at, colour in ((result.chance, GREY), (best.low, BLUE)):
+            if at is not None:
+                axes.axvline(100 * at, color=colour, lw=0.8, ls=DOTTED, zorder=0)
+        axes.set_yticks(range(len(rows)), [short(row[0], 28) for row in reversed(rows)])
+        most = max(row[3] or row[1] for row in rows)
+        axes.set_xlim(-0.5, 100 * min(1.08, max(1.18 * most, 0.05)))
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("accuracy, %")
 
-    return svg(name, (4.6, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75), draw, alt)
+    in_words = ", ".join(f"{name} {_percent(value)}" for name, value, *_ in rows)
+    size = (4.6, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75)
+    return svg("standing", size, draw, f"Accuracy of images: {in_words}.")
 
 
 def training_curves(questions: Questions, run_id: int | None) -> str | None:
@@ -193,51 +154,6 @@ def reliability(result: ReportResult) -> str:
     return svg("reliability", (3.6 * len(by_level), 4.2), draw, alt)
 
 
-def ranked(values: Sequence[float]) -> str:
-    """The share found of every class, the best first: for more classes than have room for names."""
-    shares = 100 * np.sort(np.array(values))[::-1]
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        x, y = np.arange(shares.size + 1), [*shares, shares[-1]]
-        axes.fill_between(x, y, step="post", color=BLUE, alpha=0.35, lw=0)
-        axes.step(x, y, where="post", color=BLUE)
-        axes.set(xlim=(0, shares.size), ylim=(0, 102))
-        axes.set(xlabel="classes, the best first", ylabel="found, %")
-
-    never, half = int(np.sum(shares == 0)), int(np.sum(shares >= 50))
-    alt = (
-        f"Of {shares.size} classes {half} are found in half of their images or more, {never} never."
-    )
-    return svg("ranked", (7.2, 2.4), draw, alt)
-
-
-def shares_of(first: str, second: str, counts: Mapping[str, int]) -> str:
-    """How two runs agree: one bar, in parts."""
-    total = max(1, sum(counts.values()))
-    colours = ("#6f9fcf", BLUE, ORANGE, GREY)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        left = 0.0
-        for (name, number), colour in zip(counts.items(), colours, strict=True):
-            width = 100 * number / total
-            axes.barh(0, width, left=left, color=colour, edgecolor="none", label=name)
-            if width > 6:
-                ink = "white" if colour != ORANGE else "black"
-                where: dict[str, Any] = {"ha": "center", "va": "center", "size": 9}
-                axes.text(left + width / 2, 0, f"{number:,}", color=ink, **where)
-            left += width
-        axes.set_xlim(0, 100)
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("images, %")
-        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-
-    parts = ", ".join(f"{name}: {number:,}" for name, number in counts.items())
-    return svg("agreement", (7.2, 1.7), draw, f"{first} and {second}. {parts}.")
-
-
 # Classes, targets and plates
 
 
@@ -263,8 +179,7 @@ def class_content(
         result.by_class,
         key=lambda item: (-(item.recall or 0), -(sure[item.label] or 0), item.label),
     )
-    true = [item for item in by_recall if item.support]
-    of_classes = Counter((item.support, item.correct) for item in true)
+    of_classes = Counter((item.support, item.correct) for item in by_recall if item.support)
 
     def new(groups: Sequence[GroupScore]) -> list[GroupScore]:
         others = Counter((item.n, item.correct) for item in groups) - of_classes
@@ -276,7 +191,6 @@ def class_content(
         "class_rows": [
             (item, mistaken_for.get(item.label), sure[item.label]) for item in by_recall
         ],
-        "recalls": ranked([item.recall or 0 for item in true]) if len(true) > NAMED_ROWS else None,
         "targets": new(sorted(result.by_target, key=lambda item: (-item.accuracy, item.name))),
         "doses": new(result.by_dose),
         "bar": interval_bar,
@@ -294,7 +208,6 @@ NAMED_CLASSES = 45
 """Classes that have room for their names beside a matrix."""
 BLOCK = 30
 """Classes of the most confused block, where not all have room."""
-MIX_UPS = 12
 FAINTEST = 0.5
 """How solid the smallest share is drawn where squares are small, so that an image is seen."""
 
@@ -304,14 +217,12 @@ class Confusion:
     """Images by truth (row) and answer (column): ``counts`` in the order of ``labels``.
 
     ``genes``: the target of each label, ``None`` where there is none. ``same_gene`` counts mistakes
-    for another label of the same gene, ``wrong`` all mistakes; ``mix_ups`` are the most frequent
-    ones: truth, answer, number of images, and the gene of both, if it is the same.
+    for another label of the same gene, ``wrong`` all mistakes.
     """
 
     labels: tuple[str, ...]
     genes: tuple[str | None, ...]
     counts: NDArray[np.int64]
-    mix_ups: tuple[tuple[str, str, int, str | None], ...]
     wrong: int
     same_gene: int
 
@@ -336,19 +247,18 @@ def confusion_of(
     counts = np.zeros((len(labels), len(labels)), np.int64)
     for (truth, predicted), number in counted.items():
         counts[index[truth], index[predicted]] = number
-    mix_ups = [
-        (*pair, number, gene if gene == genes.get(pair[1]) else None)
-        for pair, number in sorted(counted.items(), key=lambda item: (-item[1], item[0]))
-        for gene in (genes.get(pair[0]),)
-        if pair[0] != pair[1]
-    ]
     return Confusion(
         labels=tuple(labels),
         genes=tuple(genes.get(label) for label in labels),
         counts=counts,
-        mix_ups=tuple(mix_ups[:MIX_UPS]),
-        wrong=sum(number for *_, number, _ in mix_ups),
-        same_gene=sum(number for *_, number, gene in mix_ups if gene is not None),
+        wrong=sum(number for pair, number in counted.items() if pair[0] != pair[1]),
+        same_gene=sum(
+            number
+            for (truth, predicted), number in counted.items()
+            if truth != predicted
+            and genes.get(truth) is not None
+            and genes.get(truth) == genes.get(predicted)
+        ),
     )
 
 
@@ -365,41 +275,24 @@ def most_confused(found: Confusion, number: int = BLOCK) -> list[int]:
     return sorted(chosen)[:number]
 
 
-def by_gene(found: Confusion) -> Confusion:
-    """Return the same images by the gene of truth and answer."""
-    keys = [gene or label for gene, label in zip(found.genes, found.labels, strict=True)]
-    names = list(dict.fromkeys(keys))
-    into = np.zeros((len(keys), len(names)), np.int64)
-    into[np.arange(len(keys)), [names.index(key) for key in keys]] = 1
-    counts = into.T @ found.counts @ into
-    return replace(found, labels=tuple(names), genes=(None,) * len(names), counts=counts)
-
-
-@dataclass(frozen=True)
-class Square:
-    """A cell of a matrix: ``kind`` right, same (gene) or other, ``solid`` from 0 to 1."""
-
-    count: int
-    kind: str
-    solid: float
-    said: str
-    address: str | None
-
-
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a table, or as a ``picture`` where classes have no room for their names."""
+    """A matrix as a table, or as a ``picture`` where classes have no room for their names.
+
+    Of a row: truth, gene, and its squares: ``count``, ``kind`` (right, same gene or other),
+    ``solid`` from 0 to 1, what is ``said`` of it and its ``address``.
+    """
 
     caption: str
     labels: tuple[str, ...] = ()
-    rows: tuple[tuple[str, str | None, list[Square]], ...] = ()
+    rows: tuple[tuple[str, str | None, list[dict[str, Any]]], ...] = ()
     picture: str | None = None
 
 
 def matrices_of(found: Confusion, at: Place) -> list[Matrix]:
     """Return the matrices that can be read.
 
-    Of more classes than have room for names: those most confused, the genes, and all unnamed.
+    Of more classes than have room for names: those most confused, and all unnamed.
     A square leads to what it counts where ``at`` has an address for the ``label`` that is true and
     the one that was ``predicted``.
     """
@@ -420,10 +313,6 @@ def matrices_of(found: Confusion, at: Place) -> list[Matrix]:
             "block are not shown, so a row need not be full."
         )
         matrices.append(_table(caption, some, at, found.counts.sum(axis=1)[block]))
-    genes = by_gene(found)
-    if found.grouped and len(genes.labels) <= NAMED_CLASSES:
-        caption = "The same by target gene: the diagonal holds every image whose gene is right."
-        matrices.append(_table(caption, genes, nowhere))
     caption = f"All {number} classes, those of a gene beside each other, in order of gene and name."
     return [*matrices, Matrix(caption, picture=confusion_picture(found))]
 
@@ -446,7 +335,10 @@ def _table(
             kind = "right" if truth == predicted else "same" if same else "other"
             said = f"{truth}: {count} of {total} got the label {predicted}"
             address = at(label=truth, predicted=predicted) if count else None
-            squares.append(Square(count, kind, round(count / max(1, total), 2), said, address))
+            solid = round(count / max(1, total), 2)
+            squares.append(
+                {"count": count, "kind": kind, "solid": solid, "said": said, "address": address}
+            )
         rows.append((truth, gene, squares))
     return Matrix(caption, found.labels, tuple(rows))
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,8 @@ from ..jobs.workspace import Workspace
 from ..query.engine import Questions
 from ..query.guard import quoted
 from ..query.source import group_of
-from .comparison import RECIPES_BEHIND, Comparison, Difference
+from .answers import Subject, seen_wells
+from .audit import audit
 from .drawing import (
     LARGE_MAP,
     SMALL_MAP,
@@ -32,9 +30,10 @@ from .drawing import (
     write_html,
 )
 from .gallery import WINDOW, WellPictures, read_field
+from .lineage_page import record_parts
 from .report_figures import class_content, score_figures, sure_of, training_curves
 from .repro import repro
-from .scoring import HEADLINE, SEEN, ReportResult, Subject, by_baseline
+from .scoring import HEADLINE, ReportResult, by_baseline
 
 Row = Mapping[str, Any]
 
@@ -86,7 +85,7 @@ def report_content(
     hard = [row for row in images if row["vote"] == "hard"]
     best = result.score(*HEADLINE)
     unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
-    seen = set(questions.ask_ours(SEEN, [run_id]).arrays()["well_id"].tolist())
+    seen = set(seen_wells(questions, run_id).tolist())
     drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps, seen) if alone else ([], 0)
     width = SMALL_MAP if drawn_maps and len(drawn_maps[0]) > 1 else LARGE_MAP
     return {
@@ -110,10 +109,8 @@ def report_content(
         "more_plates": more_plates,
         "measured": len(drawn_maps) > 2,
         "curves": training_curves(questions, subject.run.parent_id),
-        "pictures": pictures(workspace, questions, run_id, images, result.comparison, seen)
-        if alone
-        else None,
-        "origin": origin_of(workspace, questions, subject, result) if alone else None,
+        "mistakes": mistakes_of(workspace, questions, run_id, images, seen) if alone else [],
+        "origin": origin_of(workspace, subject) if alone else None,
         "listed": LISTED,
     }
 
@@ -379,13 +376,10 @@ def _feature_means(
 
 SHOWN_VOTES = 4
 MISTAKES = 6
-HITS = 3
-SAMPLES = 4
-DIFFERENT = 6
 
 IMAGES = """
-    SELECT i.id AS image_id, s.id AS segmentation_id, p.barcode AS plate, w.name AS well, i.site,
-        s.n_cells
+    SELECT i.id, p.barcode || ' ' || w.name || ', site ' || i.site AS title,
+        s.id AS segmentation_id
     FROM images AS i
     JOIN wells AS w ON w.id = i.well_id
     JOIN plates AS p ON p.id = w.plate_id
@@ -404,91 +398,52 @@ VOTES = """
 """
 
 
-def pictures(
+def mistakes_of(
     workspace: Workspace,
     questions: Questions,
     run_id: int,
     images: Sequence[Row],
-    comparison: Comparison | None = None,
     seen: Collection[int] = (),
-) -> dict[str, list[dict[str, Any]]]:
-    """Return the most confident mistakes, some hits, what two runs differ in, and some samples.
+) -> list[dict[str, Any]]:
+    """Return the most confident mistakes of the soft vote.
 
-    ``images`` are rows of the votes, every vote of each image. What is drawn by chance is the same
-    for the same run. ``seen``: wells that trained the model. Of ``wrong``, ``right`` and
-    ``different`` images: ``picture`` is a data URI, or None with the ``problem``. Of ``samples``:
-    the middle at full size, ``bare`` and ``outlined``.
+    ``images`` are rows of the votes, every vote of each image; ``seen``: wells that trained the
+    model. ``picture`` is a data URI, or None with the ``problem``.
     """
-    draw = random.Random(run_id)  # noqa: S311 - which pictures are shown is no secret
-    soft = [row for row in images if row["vote"] == "soft" and row["correct"] is not None]
-    soft.sort(key=lambda row: int(row["unit_id"]))
-    hits, drawn = [row for row in soft if row["correct"]], list(soft)
-    draw.shuffle(hits)
-    draw.shuffle(drawn)
-    mistakes = [row for row in soft if not row["correct"]]
-    mistakes.sort(key=lambda row: (-(row["confidence"] or 0), row["unit_id"]))
-    differences = _some_differences(comparison)
-    by_id = {row["unit_id"]: row for row in soft}
-    chosen = {
-        "wrong": _wells_apart(mistakes, MISTAKES),
-        "right": _wells_apart(hits, HITS),
-        "different": [by_id[unit] for unit in differences if unit in by_id],
-    }
-    shown = [row["unit_id"] for rows in chosen.values() for row in rows]
+    wrong = [row for row in images if row["vote"] == "soft" and row["correct"] is False]
+    wrong.sort(key=lambda row: (-(row["confidence"] or 0), row["unit_id"]))
+    wrong = _wells_apart(wrong, MISTAKES)
+    ids = [row["unit_id"] for row in wrong]
     votes: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for image_id, label, cells in questions.ask_ours(VOTES, [run_id, shown]).rows():
+    for image_id, label, cells in questions.ask_ours(VOTES, [run_id, ids]).rows():
         votes[image_id].append((label, cells))
     ties = {row["unit_id"] for row in images if row["vote"] == "hard" and row["tie"]}
-    ids = list(dict.fromkeys([*shown, *(row["unit_id"] for row in drawn[: 20 * SAMPLES])]))
-    images_asked = questions.ask_ours(IMAGES, [run_id, ids]).records()
-    for item in images_asked:
-        item["title"] = f"{item['plate']} {item['well']}, site {item['site']}"
-    known = {item["image_id"]: item for item in images_asked}
-    found: dict[str, list[dict[str, Any]]] = {"samples": []}
-    for kind, rows in chosen.items():
-        found[kind] = []
-        for row in rows:
-            image = row["unit_id"]
-            of_cells = known[image]["segmentation_id"] is not None
-            picture, problem = None, None
-            try:
-                picture = field_picture(
-                    *read_field(workspace, image, known[image]["segmentation_id"])
-                )
-            except CellstoreError as error:
-                problem = str(error)
-            found[kind].append(
-                {
-                    "title": known[image]["title"],
-                    "image": image,
-                    "seen": row["well_id"] in seen,
-                    "kind": kind,
-                    "truth": row["truth"],
-                    "winner": row["predicted"],
-                    "share": row["confidence"],
-                    "tie": image in ties,
-                    "votes": votes[image][:SHOWN_VOTES],
-                    "more_votes": sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
-                    "n_cells": sum(cells for _, cells in votes[image]) if of_cells else 0,
-                    "picture": picture,
-                    "problem": problem,
-                    "difference": differences[image] if kind == "different" else None,
-                }
-            )
-    # One of each plate before the second of any; the first that can be opened.
-    plates: dict[str, list[Row]] = defaultdict(list)
-    for row in drawn:
-        about = known.get(row["unit_id"])
-        if about is not None and about["segmentation_id"] is not None:
-            plates[about["plate"]].append(about)
-    mixed = [row for rows in zip_longest(*plates.values()) for row in rows if row is not None]
-    for row in mixed[: 3 * SAMPLES]:
-        if len(found["samples"]) < SAMPLES:
-            with suppress(CellstoreError):
-                plane, masks = read_field(workspace, row["image_id"], row["segmentation_id"])
-                bare = field_picture(plane, detail=True)
-                outlined = field_picture(plane, masks, detail=True)
-                found["samples"].append({**row, "bare": bare, "outlined": outlined})
+    known = {item["id"]: item for item in questions.ask_ours(IMAGES, [run_id, ids]).records()}
+    found = []
+    for row in wrong:
+        image = row["unit_id"]
+        segmentation = known[image]["segmentation_id"]
+        picture, problem = None, None
+        try:
+            picture = field_picture(*read_field(workspace, image, segmentation))
+        except CellstoreError as error:
+            problem = str(error)
+        found.append(
+            {
+                "title": known[image]["title"],
+                "image": image,
+                "seen": row["well_id"] in seen,
+                "truth": row["truth"],
+                "winner": row["predicted"],
+                "share": row["confidence"],
+                "tie": image in ties,
+                "votes": votes[image][:SHOWN_VOTES],
+                "more_votes": sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
+                "n_cells": 0 if segmentation is None else sum(n for _, n in votes[image]),
+                "picture": picture,
+                "problem": problem,
+            }
+        )
     return found
 
 
@@ -503,66 +458,21 @@ def _wells_apart(rows: Sequence[Row], number: int) -> list[Row]:
     return [*first.values(), *(row for row in rows if row["unit_id"] not in ids)][:number]
 
 
-def _some_differences(comparison: Comparison | None) -> dict[int, Difference]:
-    """Return some images that two runs differ in: one after the other of each kind, wells apart."""
-    if comparison is None or comparison.level != "image":
-        return {}
-    kinds: dict[str, dict[str, Difference]] = {"first": {}, "second": {}, "neither": {}}
-    for item in comparison.differing:
-        kinds[item.right].setdefault(item.name.rsplit("/", 1)[0], item)
-    pairs = zip_longest(kinds["first"].values(), kinds["second"].values())
-    some = [item for pair in pairs for item in pair if item is not None]
-    return {item.unit_id: item for item in [*some, *kinds["neither"].values()][:DIFFERENT]}
-
-
 # Origin
 
-SHOWN_RUNS = 24
-NETWORK_FILES = """
-    SELECT a.kind, a.path, a.sha256, r.run_id FROM artifacts AS a
-    JOIN run_artifacts AS r ON r.artifact_id = a.id
-    WHERE list_contains(?, r.run_id) AND a.kind IN ('checkpoint', 'network')
-    ORDER BY r.run_id, a.path
-"""
 
-
-def origin_of(
-    workspace: Workspace, questions: Questions, subject: Subject, result: ReportResult
-) -> dict[str, Any]:
-    """What the labels of a run were made from: rows of runs, recipes and files of networks.
-
-    ``commands``: what was typed, in order, each once; ``script``: what does it again.
-    ``more_runs`` are not shown.
-    """
-    scripts, steps = list[str](), set[int]()
-    for one in result.folds or (subject.run.id,):
-        steps.add(one)
+def origin_of(workspace: Workspace, subject: Subject) -> dict[str, Any]:
+    """What the labels of a run were made from: its split, its audit, and what does it again."""
+    runs = [str(run.id) for run in subject.folds or (subject.run,)]
+    scripts = []
+    for run in runs:
         try:
-            made = repro(workspace, str(one))
-            scripts.append(made.script)
-            steps |= {step.run_id for step in made.steps}
+            scripts.append(repro(workspace, run).script)
         except CellstoreError as error:
             scripts.append(f"# {error}")
-    script, behind = "\n".join(scripts), sorted(steps)
-
-    def pairs(text: str | None) -> list[tuple[str, str]]:
-        """The fields of a JSON object as text."""
-        found = json.loads(text or "{}")
-        return [
-            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-            for key, value in found.items()
-        ]
-
-    query = "SELECT * FROM runs WHERE list_contains(?, id) ORDER BY id"
-    runs = questions.ask_ours(query, [behind]).records()
-    recipes = questions.ask_ours(RECIPES_BEHIND, [behind]).records()
-    shown = runs[-SHOWN_RUNS:]
+    audits = [audit(workspace, run, "run") for run in runs]
     return {
         "split": subject.split,
-        "script": script,
-        "runs": [{**row, "environment": pairs(row["environment"])} for row in shown],
-        "more_runs": len(runs) - len(shown),
-        "recipes": [{**row, "parameters": pairs(row["parameters"])} for row in recipes],
-        "files": questions.ask_ours(NETWORK_FILES, [behind]).records(),
-        "commands": list(dict.fromkeys(row["command"] for row in runs)),
+        "script": "\n".join(scripts),
+        "audits": [(found.title, *record_parts(found.record)) for found in audits],
     }

@@ -5,35 +5,38 @@ from __future__ import annotations
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import or_, select
-from sqlalchemy.orm import aliased
 
 from ..analysis import statistics
-from ..analysis.statistics import FEWEST_WELLS, WellTest, mcnemar_over_wells, well_interval
+from ..analysis.statistics import FEWEST_WELLS, well_interval
 from ..config import RunName, VoteOptions
 from ..db.fields import wells_relabelled
-from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
-from ..errors import UnknownNameError, UserInputError
-from ..jobs.run_names import find_folds, find_predict_run
+from ..enums import PERTURBATION, TREATMENT, Status, Subset
+from ..errors import UserInputError
 from ..jobs.workspace import Workspace
-from ..learn.baselines import BASELINES, NULLS
-from ..models import Recipe, Run, Split
+from ..learn.baselines import NULLS
 from ..notebooks import Shown
-from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
-from ..query.exclusions import with_flags
-from ..settings import need
-from .votes import SUBSETS, VOTES, stale_cells
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from .answers import (
+    Answers,
+    ByKey,
+    Subject,
+    class_names,
+    declared_of,
+    find_subject,
+    first_rows,
+    given,
+    in_subset,
+    judge,
+    read_answers,
+    seen_wells,
+)
+from .comparison import Comparison, compare_subjects
+from .votes import SUBSETS, VOTES
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Score:
     answering the most frequent class of the training images. ``top_5``: the truth is among the
     first five; ``None`` where there are at most five classes, or fewer than five choices were kept.
     ``ece``: expected calibration error. ``ties`` counts draws of the vote. ``log_loss`` is the mean
-    of -log(probability of the truth) in nats, ``None`` where ``log_loss_missing`` says why.
+    of -log(probability of the truth) in nats, ``None`` where a probability was not kept, and of
+    hard and median votes, whose shares do not add up to 1.
     """
 
     level: str
@@ -65,7 +69,6 @@ class Score:
     ece: float
     ties: int
     log_loss: float | None = None
-    log_loss_missing: str | None = None
     abstained: int = 0
     coverage: float = 1.0
 
@@ -199,8 +202,7 @@ class ReportResult(Shown):
     ``against_nulls`` says it in words.
 
     ``unseen`` are the same scores without the wells that were seen in training; empty if none was,
-    or nothing is left. ``without_controls`` are those without control wells; empty if there are
-    none, or nothing is left. ``by_class``, ``by_plate`` and ``by_target`` (empty unless the labels
+    or nothing is left. ``by_class``, ``by_plate`` and ``by_target`` (empty unless the labels
     are compounds with known genes) are in order of name, ``by_dose`` (what has a dose, unless the
     labels have it) in order of name and dose, ``by_well`` in order of plate, row and column.
     ``comparison``: the run beside another, if one was named. ``vote_options`` say which images and
@@ -238,7 +240,6 @@ class ReportResult(Shown):
     beats_nulls: bool | None = None
     against_nulls: str = ""
     unseen: tuple[Score, ...] = ()
-    without_controls: tuple[Score, ...] = ()
     by_class: tuple[ClassScore, ...] = ()
     by_plate: tuple[GroupScore, ...] = ()
     by_target: tuple[GroupScore, ...] = ()
@@ -265,57 +266,7 @@ KEYS = (*(("image", vote) for vote in VOTES), *(("well", vote) for vote in VOTES
 """Level and vote of all scores, in the order in which they are shown."""
 FOLDS = ", or cellstore split create NAME --folds 5"
 TOP = 5
-SIGNIFICANT = 0.05
 
-CLASS_NAMES = """
-    SELECT value, row_number() OVER (ORDER BY value) - 1 AS code FROM (
-        SELECT value FROM labels
-        UNION SELECT truth FROM run_images WHERE list_contains(?, run_id) AND truth IS NOT NULL
-    )
-"""
-# Levels are written out, so that DuckDB skips the parts of the view that are not asked for; one at
-# a time takes a fifth less than both at once, and less memory. Labels are numbers in an answer: a
-# text per row would be most of its memory.
-ANSWERS = f"""
-    SELECT list_position({list(VOTES)}, s.vote) - 1 AS vote, s.unit_id AS unit, s.well_id AS well,
-        list_position({list(SUBSETS)}, s.subset) - 1 AS subset, t.code AS truth,
-        p.code AS predicted, t.code = p.code AS correct,
-        coalesce(s.confidence, 'nan') AS confidence, coalesce(s.truth_rank, 0) AS truth_rank,
-        coalesce(s.truth_probability, 'nan') AS probability, s.tie,
-        s.control IS NOT NULL AS control, s.abstained IS NOT NULL AS abstained
-    FROM scored_predictions AS s
-    JOIN class_names AS t ON t.value = s.truth
-    JOIN class_names AS p ON p.value = s.predicted
-    WHERE s.run_id = ? AND s.level = '{{level}}' AND list_contains(?, s.subset)
-    ORDER BY s.vote, s.unit_id, s.subset
-"""  # noqa: S608 - our own words
-IMAGE_ANSWERS = f"""
-    SELECT list_position({list(VOTES)}, s.vote) - 1 AS vote, s.unit_id AS unit, s.well_id AS well,
-        list_position({list(SUBSETS)}, s.subset) - 1 AS subset, t.code AS truth,
-        p.code AS predicted, t.code = p.code AS correct, coalesce(s.share, 'nan') AS confidence,
-        0 AS truth_rank, 'nan'::DOUBLE AS probability, s.tie, s.control IS NOT NULL AS control,
-        s.abstained IS NOT NULL AS abstained
-    FROM votes AS s
-    JOIN class_names AS t ON t.value = s.truth
-    JOIN class_names AS p ON p.value = s.winner
-    WHERE s.run_id = ? AND s.level = '{{level}}' AND list_contains(?, s.subset)
-    ORDER BY s.vote, s.unit_id, s.subset
-"""  # noqa: S608 - our own words
-"""The same without what was said of the truth where it did not win: a hundredth of the time."""
-VOTED_RIVAL_ANSWERS = f"""
-    SELECT unit_id, list_position({list(SUBSETS)}, subset) - 1 AS subset, winner = truth AS correct
-    FROM votes
-    WHERE run_id = ? AND level = '{{level}}' AND vote = 'hard' AND list_contains(?, subset)
-        AND truth IS NOT NULL
-    ORDER BY unit_id
-"""  # noqa: S608 - our own words
-RIVAL_ANSWERS = f"""
-    SELECT unit_id, list_position({list(SUBSETS)}, subset) - 1 AS subset,
-        predicted = truth AS correct
-    FROM scored_predictions
-    WHERE run_id = ? AND level = '{{level}}' AND vote = 'hard' AND list_contains(?, subset)
-    ORDER BY unit_id
-"""  # noqa: S608 - our own words
 ABOUT_RUN = """
     SELECT
         (SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = $split) AS classes,
@@ -324,12 +275,6 @@ ABOUT_RUN = """
             WHERE m.split_id = $split AND ($folds OR m.subset = 'train')
             GROUP BY l.value ORDER BY count(*) DESC, l.value LIMIT 1
         ) AS majority
-"""
-SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
-DECLARED = """
-    SELECT p.parameters ->> 'declared' AS model, p.parameters ->> 'trained_on' AS trained_on
-    FROM runs AS r JOIN recipes AS p ON p.id = r.recipe_id
-    WHERE r.id = ? AND r.origin = 'declared'
 """
 TARGETS = """
     SELECT DISTINCT name, target FROM treatments
@@ -377,156 +322,6 @@ UNVOTED = """
 """
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The predict run that a report is about, with the split that it is measured by.
-
-    ``vote_options`` say which images and cells have a vote, ``qc_run_id`` the quality-control run
-    whose flagged ones have none. ``baseline``: which it labelled with, if any; ``rivals``: finished
-    runs of the baselines of its split by kind and name, the newest first; ``feature_leak``: that
-    its features know labels of the scored images, if they do; ``stale``: that images have changed
-    since.
-    ``folds``: the predict runs of a cross-validation that are read as one, ``run`` the last of
-    them; empty for a single run. ``name``: the number of the run, or what was typed for the folds.
-    ``read_as`` and ``rivals_read_as``: under which number each run is read. ``splits``: all by
-    which images are scored, ``split_name``: the split, or the cross-validation.
-    """
-
-    run: Run
-    split: Split
-    top_k: int | None
-    vote_options: VoteOptions
-    qc_run_id: int | None
-    qc_notes: tuple[str, ...]
-    baseline: str | None
-    rivals: dict[tuple[str, str], list[Run]]
-    feature_leak: str | None
-    stale: tuple[str, ...]
-    folds: tuple[Run, ...]
-    name: str
-    read_as: dict[int, int]
-    rivals_read_as: dict[int, int]
-    splits: list[int]
-    split_name: str
-
-
-def find_subject(
-    workspace: Workspace, reference: RunName, vote_options: VoteOptions | None = None
-) -> Subject:
-    """Return the predict run of this name; a train run stands for its latest predict run."""
-    with workspace.database.read() as session:
-        found = find_predict_run(session, reference)
-        run = session.get_one(Run, found.id)
-        split_id = run.split_id or (run.parent.split_id if run.parent else None)
-        if split_id is None:
-            raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
-        split = session.get_one(Split, split_id)
-        folds = [session.get_one(Run, fold) for fold in found.folds]
-        taught = None if run.parent is None else run.parent.recipe
-        options, notes = with_flags(session, vote_options or VoteOptions(), found)
-        rivals: dict[tuple[str, str], list[Run]] = defaultdict(list)
-        read_as: dict[int, int] = {}
-        if folds:
-            for kind in BASELINES:
-                with suppress(UnknownNameError):
-                    rival = find_folds(session, f"{split.family}:{kind}")
-                    if rival is None or rival.folds == found.folds:
-                        continue
-                    last = session.get_one(Run, rival.id)
-                    if last.parent and last.parent.recipe.parameters.get("baseline") == kind:
-                        rivals[kind, kind].append(last)
-                        read_as |= rival.read_as
-        else:
-            trained = aliased(Run)
-            baseline = Recipe.parameters["baseline"].as_string()
-            query = (
-                select(baseline, trained.result["feature_set"].as_string(), Run)
-                .join(trained, trained.id == Run.parent_id)
-                .join(Recipe, Recipe.id == trained.recipe_id)
-                .where(Run.stage == Stage.PREDICT, Run.status == Status.DONE, Run.id != run.id)
-                .where(trained.split_id == split_id, baseline.is_not(None))
-                .where(or_(Run.split_id.is_(None), Run.split_id == split_id))
-                .order_by(Run.id.desc())
-            )
-            for kind, features, one in session.execute(query):
-                # One on another feature set is another baseline, unless it should know nothing.
-                shown = f"{kind} ({features})" if features and kind not in NULLS else kind
-                if kind in BASELINES:
-                    rivals[kind, shown].append(one)
-                    read_as[one.id] = one.id
-        splits = [one.split_id or split_id for one in folds] or [split_id]
-        leaks = [feature_leak(session, taught, one) for one in splits if taught is not None]
-        return Subject(
-            run,
-            split,
-            run.recipe.parameters.get("top_k"),
-            options,
-            None if options.exclude_flagged is None else int(options.exclude_flagged),
-            notes,
-            baseline=None if taught is None else taught.parameters.get("baseline"),
-            rivals=dict(sorted(rivals.items(), key=lambda item: BASELINES.index(item[0][0]))),
-            feature_leak=next(filter(None, leaks), None),
-            stale=tuple(note for one in found.read_as for note in stale_cells(session, one)),
-            folds=tuple(folds),
-            name=found.name or str(run.id),
-            read_as=found.read_as,
-            rivals_read_as=read_as,
-            splits=splits,
-            split_name=str(split.family if folds else split.name),
-        )
-
-
-Answers = Any
-"""N answers of one level and vote beside their truth: (N,) records of ``ANSWERS``.
-
-``subset`` is an index of ``SUBSETS``; ``truth`` and ``predicted`` are indices of the sorted labels.
-``probability`` is what was given to the truth, NaN where that is not known; ``truth_rank`` the rank
-of the truth among the choices, counting from 1, 0 where it was not among them. ``correct``:
-whether each answer is right, also where the vote abstained.
-"""
-ByKey = Mapping[tuple[str, str], Answers]
-
-
-def class_names(questions: Questions, runs: Sequence[int]) -> list[str]:
-    """Return the labels that runs are asked for, sorted; keep them for ``ask_answers``."""
-    questions.keep("class_names", CLASS_NAMES, [runs])
-    names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
-    return [value for (value,) in names]
-
-
-def ask_answers(questions: Questions, query: str, values: Sequence[object]) -> Answers:
-    """Return the rows of a query as (N,) records."""
-    found = questions.ask_ours(query, values).arrays()
-    kinds = [(name, column.dtype) for name, column in found.items()]
-    return np.rec.fromarrays(list(found.values()), dtype=kinds)
-
-
-def read_answers(
-    questions: Questions, run_id: int, level: str, subsets: Sequence[str], query: str = ANSWERS
-) -> dict[tuple[str, str], Answers]:
-    """Return the answers of a run at one level, by level and vote, in order of unit."""
-    every = ask_answers(questions, query.format(level=level), [run_id, list(subsets)])
-    for name in ("confidence", "probability"):  # sums of many shares may be a hair above 1
-        every[name] = np.clip(every[name], 0, 1)
-    return {key: every[every.vote == VOTES.index(key[1])] for key in KEYS if key[0] == level}
-
-
-def given(answers: Answers) -> Answers:
-    """Return those that did not abstain."""
-    return answers[~answers.abstained]
-
-
-def once(answers: Answers) -> Answers:
-    """Return one answer for each unit.
-
-    A well whose images are in several subsets has an answer in each: that of the first of
-    ``SUBSETS`` counts.
-    """
-    order = np.lexsort((answers.subset, answers.unit))
-    _, first = np.unique(answers.unit[order], return_index=True)
-    return answers[np.sort(order[first])]
-
-
 def report(
     workspace: Workspace,
     run: RunName = "latest",
@@ -534,32 +329,15 @@ def report(
     compare: RunName | None = None,
     vote_options: VoteOptions | None = None,
     force: bool = False,
-    html: Path | None = None,
-    maps: Sequence[str] = (),
     only_images: bool = False,
     look: Callable[[Questions, Subject, ReportResult], object] | None = None,
 ) -> ReportResult:
-    """Score a predict run (a number or ``latest``) against the labels of its split.
+    """Score a predict run; see :meth:`cellstore.Store.report`.
 
-    Images that the network was trained on count only with ``force``, and the result says so.
-    ``compare``: another predict run to put beside it, on the images that both have labelled.
-    ``vote_options`` say which images and wells have an answer; what a quality-control run has
-    flagged has no vote if they say so, and the result says how much that is. ``html``: the file of
-    a page to write as well; ``maps``: features to show on its plate maps, each a column of a
-    feature set or SET.COLUMN. ``only_images``: wells and single cells are not scored, nor the
-    ranks of labels that did not win, so that millions of cells take a second. ``look`` is called
-    with what the result was read from.
-
-    Raises:
-        UnknownNameError: there is no such predict run, quality-control run, or feature.
-        UserInputError: the run has labelled nothing, or only images it was trained on; no image has
-            an answer by ``vote_options``; or the quality-control run has not looked at these images
-            or cells.
-        MissingExtraError: matplotlib or Jinja2, which a page needs, is not installed.
-        StorageError: the page cannot be written.
+    ``only_images``: wells and single cells are not scored, nor the ranks of labels that did not
+    win, so that millions of cells take a second. ``look`` is called with what the result was read
+    from, and the result.
     """
-    if html is not None:
-        need("report")
     subject = find_subject(workspace, run, vote_options)
     other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
     run_id, options = subject.run.id, subject.vote_options
@@ -576,16 +354,13 @@ def report(
         workspace, vote_options=options, runs=about, only_image_votes=only_images
     ) as questions:
         labels = class_names(questions, sorted(set(about.values())))
-        if only_images:
-            votes = read_answers(questions, run_id, "image", SUBSETS, IMAGE_ANSWERS)
-            votes = {key: votes.get(key, votes[HEADLINE][:0]) for key in KEYS}
-        else:
-            votes = read_answers(questions, run_id, "image", SUBSETS)
-            votes |= read_answers(questions, run_id, "well", SUBSETS)
+        votes = read_answers(questions, run_id, "image", ranks=not only_images)
+        if not only_images:
+            votes |= read_answers(questions, run_id, "well", ranks=True)
         images = np.bincount(votes[HEADLINE].subset, minlength=len(SUBSETS))
         counts = {name: int(n) for name, n in zip(SUBSETS, images, strict=True) if n}
         if not counts:
-            narrowed = [] if subject.qc_run_id is None else ["--exclude-flagged"]
+            narrowed = [] if options.exclude_flagged is None else ["--exclude-flagged"]
             narrowed += [] if options.controls else ["--no-controls"]
             again = f"Score it without {' and '.join(narrowed)}, or label more"
             raise UserInputError(
@@ -601,9 +376,12 @@ def report(
             )
         subsets = tuple(sorted(counts)) if force else (new[0],)
         scored = [SUBSETS.index(name) for name in subsets]
-        answers = {key: once(x[np.isin(x.subset, scored)]) for key, x in votes.items()}
-        if not only_images:
-            answers |= read_answers(questions, run_id, "cell", subsets)
+        votes = {key: x[np.isin(x.subset, scored)] for key, x in votes.items()}
+        answers = {key: x[first_rows(x)] for key, x in votes.items()}
+        if only_images:
+            answers = {key: answers.get(key, answers[HEADLINE][:0]) for key in KEYS}
+        else:
+            answers |= read_answers(questions, run_id, "cell", ("hard",), subsets=subsets)
         if not given(answers[HEADLINE]).size:
             raise UserInputError(
                 f"No image that run {subject.name} has labelled gets a label with these options. "
@@ -611,15 +389,8 @@ def report(
             )
         result = score_answers(questions, subject, answers, labels, counts, subsets)
         if other is not None:
-            from .comparison import compare_subjects
-
             compared = compare_subjects(questions, subject, other, force=force)
             result = replace(result, comparison=compared)
-        if html is not None:
-            from .report_page import write_page
-
-            write_page(workspace, questions, subject, result, html, maps)
-            result = replace(result, html=str(html))
         if look is not None:
             look(questions, subject, result)
     return result
@@ -638,10 +409,9 @@ def score_answers(
     images, cells = answers[HEADLINE], answers["cell", "hard"]
     answering = given(images)
     values: Any = {"split": split.id, "folds": bool(subject.folds)}
-    (about,) = questions.ask_ours(ABOUT_RUN, values).records()
-    classes, majority = int(about["classes"]), about["majority"]
+    ((classes, majority),) = questions.ask_ours(ABOUT_RUN, values).rows()
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
-    known = questions.ask_ours(SEEN, [run.id]).arrays()["well_id"].astype(np.int64)
+    known = seen_wells(questions, run.id)
     answered = np.unique(answering.well)
     seen = int(np.isin(answered, known).sum())
     leak = f"None of the {answered.size:,} wells scored here was seen in training."
@@ -661,18 +431,14 @@ def score_answers(
                 "predictions add --help, option --trained-on"
             )
     flagged = (0, 0)
-    if subject.qc_run_id is not None:
+    if options.exclude_flagged is not None:
         values = [run.id, list(subsets), options.controls]
-        (row,) = questions.ask_ours(ALL_IMAGES, values).records()
-        flagged = (row["images"] - images.size, row["cells"] - cells.size)
-    parts: list[tuple[Score, ...]] = []
-    for part in (
-        {key: item[~np.isin(item.well, known)] for key, item in answers.items()},
-        {key: item[~item.control] for key, item in answers.items()},
-    ):
-        every = all(part[key].size == item.size for key, item in answers.items())
-        # Of all answers it would say nothing new.
-        parts.append(() if every else scores_of(part, labels, majority, top=top))
+        ((every_image, every_cell),) = questions.ask_ours(ALL_IMAGES, values).rows()
+        flagged = (every_image - images.size, every_cell - cells.size)
+    unseen: tuple[Score, ...] = ()
+    if seen:  # else it would say nothing new
+        others = {key: item[~np.isin(item.well, known)] for key, item in answers.items()}
+        unseen = scores_of(others, labels, majority, top=top)
     baselines = score_rivals(questions, subject, subsets, answers)
     beats, against = against_nulls(baselines, subject.baseline, subject.split_name)
 
@@ -752,7 +518,6 @@ def score_answers(
     right_ones = Counter(answering.well[answering.correct].tolist())
     votes = given(answers["well", "hard"])
     of_well = dict(zip(votes.well.tolist(), votes.predicted.tolist(), strict=True))
-    seen_wells = set(known.tolist())
     by_well = tuple(
         WellScore(
             plate=row["plate"],
@@ -761,31 +526,38 @@ def score_answers(
             predicted=labels[of_well[row["id"]]] if row["id"] in of_well else None,
             n=scored[row["id"]],
             correct=right_ones[row["id"]],
-            seen=row["id"] in seen_wells,
+            seen=bool(row["id"] in known),
         )
         for row in positions
     )
 
     tested = [item for item in by_class if item.wells]
     few = [item for item in tested if item.low is None]
-    too_few = []
+    missing = []
     if few:
         single = [item.label for item in few if item.wells == 1]
         some_of = f"{', '.join(single[:TOP])}{', ...' if len(single) > TOP else ''}"
         lonely = f", {len(single):,} of them one well only ({some_of})" if single else ""
-        too_few.append(
+        missing.append(
             f"{len(few):,} of {len(tested):,} classes have fewer than {FEWEST_WELLS} wells here"
             f"{lonely}: too few for an interval, so their numbers hold for these wells only. To "
             f"test more wells: ingest more replicates{'' if subject.folds else FOLDS}."
         )
 
+    unknown = int(np.isnan(cells.probability).sum())
+    if unknown:
+        missing.append(
+            f"No log loss: the probability of the true label was not kept for {unknown:,} of "
+            f"{cells.size:,} cells. To keep it: cellstore predict --all-probabilities"
+        )
+
     with questions.workspace.database.read() as session:
-        others = {row.id: row for row in wells_relabelled(session, split.id) if row.id in truths}
+        now = {row.id: row for row in wells_relabelled(session, split.id) if row.id in truths}
     relabelled = []
-    if others:
-        named = [f"{row.name} ({row.frozen} -> {row.now or 'none'})" for row in others.values()]
+    if now:
+        named = [f"{row.name} ({row.frozen} -> {row.now or 'none'})" for row in now.values()]
         wrong = answering.well[~answering.correct]
-        there = int(np.isin(wrong, list(others)).sum())
+        there = int(np.isin(wrong, list(now)).sum())
         relabelled.append(
             f"Relabelled since split {subject.split_name} was made, and scored by its label all "
             f"the same: {', '.join(named[:TOP])}{', ...' if len(named) > TOP else ''}. {there:,} "
@@ -827,16 +599,15 @@ def score_answers(
         wells_seen=seen,
         leaks=seen > 0,
         leak=leak,
-        notes=(*notes_on(questions, subject, counts, subsets, flagged), *too_few, *relabelled),
+        notes=(*notes_on(questions, subject, counts, subsets, flagged), *missing, *relabelled),
         scores=scores_of(answers, labels, majority, top=top),
-        qc_run_id=subject.qc_run_id,
+        qc_run_id=None if options.exclude_flagged is None else int(options.exclude_flagged),
         images_flagged=flagged[0],
         cells_flagged=flagged[1],
         baselines=baselines,
         beats_nulls=beats,
         against_nulls=against,
-        unseen=parts[0],
-        without_controls=parts[1],
+        unseen=unseen,
         by_class=tuple(by_class),
         by_plate=by_plate,
         by_target=by_target,
@@ -847,13 +618,6 @@ def score_answers(
         name=subject.name,
         folds=tuple(fold.id for fold in subject.folds),
     )
-
-
-def declared_of(questions: Questions, subject: Subject) -> dict[str, Any] | None:
-    """Return what was declared of the model, of several folds first where nothing was."""
-    parents = [one.parent_id for one in subject.folds or (subject.run,)]
-    found = [row for run in parents for row in questions.ask_ours(DECLARED, [run]).records()]
-    return min(found, key=lambda row: row["trained_on"] is not None, default=None)
 
 
 def score_group(
@@ -885,15 +649,8 @@ def scores_of(
     ``majority``: the most frequent label of the training images, if there is one; ``top``: whether
     five choices are kept of more than five classes.
     """
-    cells = answers["cell", "hard"]
-    unknown = int(np.isnan(cells.probability).sum())
-    no_loss = None if cells.size else "The probability of the true label was not read."
-    if unknown:
-        no_loss = (
-            f"The probability of the true label was not kept for {unknown:,} of "
-            f"{cells.size:,} cells: label with cellstore predict --all-probabilities; a label "
-            "that was not trained has none."
-        )
+    of_cells = answers["cell", "hard"].probability
+    whole = of_cells.size > 0 and not np.isnan(of_cells).any()
     found = []
     for (level, vote), every in answers.items():
         some = given(every)
@@ -905,12 +662,8 @@ def scores_of(
         if majority is not None:
             code = labels.index(majority) if majority in labels else -1
             always = float(np.mean(some.truth == code))
-        missing = no_loss
         top_known = top and bool(some.truth_rank.any())
-        if level != "cell" and vote != "soft":
-            missing = (
-                f"A {vote} vote gives labels no probabilities that add up to 1: see the soft vote."
-            )
+        known = whole and (level == "cell" or vote == "soft")
         in_top = (some.truth_rank >= 1) & (some.truth_rank <= TOP)
         found.append(
             Score(
@@ -927,8 +680,7 @@ def scores_of(
                 top_5=float(np.mean(in_top)) if top_known else None,
                 ece=statistics.calibration(some.confidence, some.correct).error,
                 ties=int(some.tie.sum()),
-                log_loss=None if missing else statistics.log_loss(some.probability),
-                log_loss_missing=missing,
+                log_loss=statistics.log_loss(some.probability) if known else None,
                 abstained=int(every.abstained.sum()),
                 coverage=some.size / every.size,
             )
@@ -937,44 +689,6 @@ def scores_of(
 
 
 # Baselines
-
-
-@dataclass(frozen=True)
-class PairedComparison:
-    """Which of two runs is better.
-
-    ``difference`` of their accuracies, first minus second; ``test``: McNemar's test over wells;
-    ``better`` by it, at 5 %: 1 the first, -1 the second, 0 neither, ``None`` where that cannot be
-    said, and ``cannot_say`` is why.
-    """
-
-    difference: float
-    test: WellTest
-    better: int | None
-    cannot_say: str | None
-
-
-def judge(
-    first: NDArray[np.bool_],
-    second: NDArray[np.bool_],
-    wells: NDArray[np.int64],
-    seen_by_one: int = 0,
-) -> PairedComparison:
-    """Compare two runs on the same N units, as ``report`` and ``compare`` both do it.
-
-    ``first`` and ``second`` are (N,): whether each is right; ``wells`` (N,): the well of each.
-    ``seen_by_one``: how many of the wells one of the two has seen in training, and the other not.
-    """
-    gain = float(first.mean() - second.mean())
-    test = mcnemar_over_wells(first, second, wells)
-    reason = None
-    if seen_by_one:
-        reason = f"{seen_by_one:,} of {test.wells:,} wells were seen in training by one of the two"
-    elif test.wells < FEWEST_WELLS:
-        some = f"{test.wells} well{'' if test.wells == 1 else 's'}"
-        reason = f"too few wells ({some} scored by both; {FEWEST_WELLS} or more are needed)"
-    better = 0 if test.p_value >= SIGNIFICANT else 1 if gain > 0 else -1
-    return PairedComparison(gain, test, None if reason else better, reason)
 
 
 def score_rivals(
@@ -993,22 +707,17 @@ def score_rivals(
                 own = given(answers[level, "hard"])
                 if not own.size:
                     continue
-                query = RIVAL_ANSWERS if level == "cell" else VOTED_RIVAL_ANSWERS
-                query = query.format(level=level)
-                rows = questions.ask_ours(query, [run.id, list(subsets)]).arrays()
-                keys, own_keys = (
-                    unit * len(SUBSETS) + subset
-                    for unit, subset in ((rows["unit_id"], rows["subset"]), (own.unit, own.subset))
-                )
-                common = np.isin(keys, own_keys)
-                right = rows["correct"][common].astype(bool)
-                if not own.size or not np.array_equal(rows["unit_id"][common], own.unit):
+                theirs = read_answers(questions, run.id, level, ("hard",), subsets=subsets)
+                theirs = theirs[level, "hard"]
+                theirs = theirs[np.isin(in_subset(theirs), in_subset(own))]
+                if not np.array_equal(theirs.unit, own.unit):
                     if level == "image":
                         break
                     continue
+                right = theirs.correct.astype(bool)
                 low, high = well_interval(right, own.well) or (None, None)
                 # Both learned from the training subset of one split.
-                judged = judge(own.correct, right, own.well)
+                test, better, cannot_say = judge(own.correct, right, own.well)
                 scores.append(
                     BaselineScore(
                         baseline=kind,
@@ -1022,9 +731,9 @@ def score_rivals(
                         accuracy=float(right.mean()),
                         low=low,
                         high=high,
-                        p_value=judged.test.p_value,
-                        beaten=None if judged.better is None else judged.better == 1,
-                        cannot_say=judged.cannot_say,
+                        p_value=test.p_value,
+                        beaten=None if better is None else better == 1,
+                        cannot_say=cannot_say,
                     )
                 )
             if scores:
@@ -1090,7 +799,7 @@ def notes_on(
 ) -> tuple[str, ...]:
     """Return what a reader must know of the scored images, a sentence each."""
     run, options = subject.run, subject.vote_options
-    notes = [*([subject.feature_leak] if subject.feature_leak else []), *subject.stale]
+    notes = [*subject.notes, *subject.stale]
     trained_on = counts.get(Subset.TRAIN.value, 0)
     if subject.folds:
         numbers = ", ".join(str(fold.id) for fold in subject.folds)
@@ -1121,19 +830,9 @@ def notes_on(
         notes.append("Images that the split does not name are scored by their treatment.")
     if run.status not in (Status.DONE, Status.WITHDRAWN):
         notes.append(f"The run is {Status(run.status).value}, so images may be missing here.")
-    if options.min_cells > 1:
-        notes.append(f"Images and wells with fewer than {options.min_cells} cells have no answer.")
-    if options.min_margin > 0:
+    if options.exclude_flagged is not None:
         notes.append(
-            "Images and wells have no answer where the share of the first label is less than "
-            f"{100 * options.min_margin:g} % above that of the second."
-        )
-    if not options.controls:
-        notes.append("Control wells are excluded.")
-    if subject.qc_run_id is not None:
-        notes += subject.qc_notes
-        notes.append(
-            f"Excluded, because quality-control run {subject.qc_run_id} flagged them: "
+            f"Excluded, because quality-control run {options.exclude_flagged} flagged them: "
             f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
     if annotated := questions.ask_ours(ANNOTATED).records():

@@ -68,7 +68,7 @@ def annotate(
             if not present:
                 raise UserInputError(
                     f"{_called(session, of, ids)}: {who} gave no label of the field {field}. See "
-                    "what was said: cellstore annotate --list"
+                    "all labels: cellstore annotate --list"
                 )
             return _take_back(session, list(present.values()), who, reason)
         if table_field(session, field):
@@ -170,7 +170,7 @@ def undo_annotations(
             mine = standing.where(Annotation.user_name == who)
             last = session.scalar(mine.order_by(None).order_by(Annotation.id.desc()).limit(1))
             if last is None:
-                raise UserInputError(f"{who} has said nothing that could be taken back.")
+                raise UserInputError(f"{who} has given no label that could be taken back.")
             mine = mine.where(Annotation.created_at == last.created_at)
             rows = session.scalars(mine.where(Annotation.id > last.id - IN_AT_ONCE)).all()
         else:

@@ -747,8 +747,8 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                 low, high = float(values.min()), float(values.max())
                 raise ImageError(
                     f"{called} returned numbers from {low:.3g} to {high:.3g} that add up to "
-                    f"{float(sums[np.argmax(np.abs(sums - 1))]):.3g} for a cell: they are no "
-                    "probabilities. If they are logits, add --softmax."
+                    f"{float(sums[np.argmax(np.abs(sums - 1))]):.3g} for a cell: they are "
+                    "not probabilities. If they are logits, add --softmax."
                 )
             return names or order, values
         kind = "embedding" if self.function.gives is Gives.EMBEDDING else "feature"

@@ -152,7 +152,7 @@ def _scratch(workspace: Workspace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
+            f"The cache {folder} cannot be made: {error.strerror}. Correct the permissions."
         ) from error
     return folder
 
@@ -278,7 +278,7 @@ _UNREADABLE = (
 
 def _damaged(file: Path, why: str) -> StorageError:
     return StorageError(
-        f"{file} is damaged or no backup: {why}. Nothing was restored; use another copy of it."
+        f"{file} is damaged, or not a backup: {why}. Nothing was restored; use another copy of it."
     )
 
 

@@ -366,7 +366,8 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
     if name and name in MISSING:
         if name.lower() != "none" or dose is not None:
             raise UserInputError(
-                f"{name!r} is no treatment. Where it is not known: --treatment none, without --dose"
+                f"{name!r} is not a treatment. Where it is not known: --treatment none, "
+                "without --dose"
             )
         return None
     name = name_given("treatment", name)

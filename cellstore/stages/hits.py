@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from math import comb, inf, isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..models import Recipe, Run, Treatment, TreatmentPart, TreatmentScore
+from ..models import Recipe, Run, Treatment, TreatmentScore
 from ..notebooks import Shown
 from ..query.cells import trainings_of_features
 from ..query.engine import open_questions
@@ -163,24 +163,15 @@ class HitsResult(Shown):
     html: str | None = None
 
 
-class Treated(NamedTuple):
-    """A treatment of a plate set; ``perturbation`` is its name without doses."""
-
-    treatment_id: int
-    name: str
-    perturbation: str
-    dose: float | None
-    dose_unit: str | None
-    target: str | None
-
-
 @dataclass
 class PlateSet:
     """The N wells of the plates of one cell line and time point that are compared together.
 
-    ``groups`` (N,): the position in ``treatments`` of each well's, -1 of a control. ``plates``
-    (N,) number the plates, ``counts`` (N,) are cells per image. ``values`` (N, F) are NaN in wells
-    without cells. ``compared`` (N,): wells on plates that have controls, with an image that counts.
+    ``treatments``: rows with treatment_id, name, perturbation (its name without doses), dose,
+    dose_unit and target. ``groups`` (N,): the position in ``treatments`` of each well's, -1 of a
+    control. ``plates`` (N,) number the plates, ``counts`` (N,) are cells per image. ``values`` (N,
+    F) are NaN in wells without cells. ``compared`` (N,): wells on plates that have controls, with
+    an image that counts.
     """
 
     name: str
@@ -192,7 +183,7 @@ class PlateSet:
     plates: Ids
     compared: Flags
     counts: Numbers
-    treatments: tuple[Treated, ...]
+    treatments: tuple[Any, ...]
     barcodes: tuple[str, ...]
     strata: str = "plate"
     rows: list[TreatmentScore] = field(default_factory=list)
@@ -215,34 +206,21 @@ class PlateSet:
         found: Flags = self.compared & (self.counts == 0)
         return found
 
-    def add(
-        self, level: ScoreLevel, name: str, measure: str, score: Score | None = None, **more: Any
-    ) -> None:
+    def add(self, level: ScoreLevel, name: str, measure: str, **values: Any) -> None:
         """Keep a row of the scores; what is no finite number is null."""
-        values: dict[str, Any] = {"n_wells": 0, "n_controls": 0, "n_plates": 0}
-        values |= {} if score is None else asdict(score)
-        values |= {"cell_line": self.cell_line, "time_point": self.time_point, **more}
+        values = {"n_wells": 0, "n_controls": 0, "n_plates": 0, **values}
         for key, value in values.items():
             if isinstance(value, float) and not isfinite(value):
                 values[key] = None
         keys = {"level": level, "name": name, "measure": measure, "plate_set": self.name}
-        self.rows.append(TreatmentScore(**keys, **values))
+        place = {"cell_line": self.cell_line, "time_point": self.time_point}
+        self.rows.append(TreatmentScore(**keys, **place, **values))
 
 
 def hits(
     workspace: Workspace, params: HitsParams | None = None, *, force: bool = False
 ) -> HitsResult:
-    """Score the treatments of a profile run against the controls of their plates, and judge them.
-
-    What was compared with the same options on the same wells is returned as it is, unless
-    ``force``.
-
-    Raises:
-        MissingExtraError: pycytominer, copairs or scipy is not installed.
-        UnknownNameError: no such run, treatment, plate, feature or label; no profiles yet.
-        UserInputError: there is no control, or nothing to compare it with, or no well has values.
-
-    """
+    """Score the treatments of a profile run, and judge them; see :meth:`Store.hits`."""
     need("hits")
     params = params or HitsParams()
     profile_run, profiles = open_profiles(workspace, params.profiles)
@@ -263,14 +241,13 @@ def hits(
             return replace(found, notes=tuple(dict.fromkeys([*changed, *found.notes])))
         training = next(trainings_of_features(session, recipe), None)
         sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
-        single = _single_perturbations(session, profiles.table["treatment_id"])
     with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
         for part in track(workspace.progress, "hits", len(parts), parts):
             _score(part, params)
             _score_targets(part, params)
-            _score_doses(part, params, profiles.columns, curves, single)
-        notes = [note for part in parts for note in _named(part, parts, part.notes)]
-        notes[:0] = changed
+            _score_doses(part, params, profiles.columns, curves)
+        lead = {part.name: f"{part.name}: " if len(parts) > 1 else "" for part in parts}
+        notes = [*changed, *(lead[part.name] + note for part in parts for note in part.notes)]
         if sphered == ["sphere", "controls"]:
             notes.insert(
                 0,
@@ -287,17 +264,12 @@ def hits(
             )
         verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
         handle.result = {
-            "answer": " ".join(
-                f"{part.name}: {answer_of(part, params)}"
-                if len(parts) > 1
-                else answer_of(part, params)
-                for part in parts
-            ),
+            "answer": " ".join(lead[part.name] + answer_of(part, params) for part in parts),
             "rule": rule_of(params),
             "profile_run": profile_run,
             "feature_set": made.get("feature_set"),
             "columns": len(profiles.columns),
-            "control": _control_names(parts),
+            "control": ", ".join(sorted({name for part in parts for name in control_names(part)})),
             "measure": params.measure,
             "treatments": len(verdicts),
             "tested": len(verdicts) - verdicts.count(Verdict.UNKNOWN),
@@ -305,7 +277,6 @@ def hits(
             "fewer_cells": verdicts.count(Verdict.FEWER_CELLS),
             "plate_sets": {part.name: list(part.barcodes) for part in parts},
             "strata": {part.name: part.strata for part in parts},
-            "curves": ["effect", "cell_count", *map(_quantity, params.curves)],
             "versions": {name: version(name) for name in PACKAGES},
             "notes": list(dict.fromkeys(notes)),
         }
@@ -342,10 +313,9 @@ def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
     """Return the wells by plate set; all that cannot be compared at all is refused here."""
     table, values = profiles.table, profiles.values
     if params.plates:
-        known = sorted(set(table["plate"]))
         for name in params.plates:
-            if name not in known:
-                raise UnknownNameError.of("plate", name, known)
+            if name not in set(table["plate"]):
+                raise UnknownNameError.of("plate", name, sorted(set(table["plate"])))
         chosen = table["plate"].isin(params.plates).to_numpy()
         table, values = table[chosen].reset_index(drop=True), values[chosen]
     if not np.isfinite(values).any():
@@ -356,18 +326,18 @@ def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
     named = table["treatment_id"].notna().to_numpy()
     if params.control is None:
         controls = (table["control"] == Control.NEGATIVE).to_numpy()
+        if not controls.any():
+            raise UserInputError(
+                "No well is a negative control. Name a treatment with --control, or mark all its "
+                "wells: cellstore ingest TABLE --control NAME=negative, or one: "
+                "cellstore relabel WELL --control negative --reason TEXT"
+            )
     else:
-        wanted = table["name_with_dose"] == params.control
-        controls = (wanted | (table["treatment"] == params.control)).to_numpy()
-    if not controls.any() and params.control is None:
-        raise UserInputError(
-            "No well is a negative control. Name a treatment with --control, or mark all its "
-            "wells: cellstore ingest TABLE --control NAME=negative, or one: "
-            "cellstore relabel WELL --control negative --reason TEXT"
-        )
-    if not controls.any():
-        names = {*table.loc[named, "name_with_dose"], *table.loc[named, "treatment"]}
-        raise UnknownNameError.of("treatment", params.control, sorted(names))
+        names = table[["name_with_dose", "treatment"]]
+        controls = (names == params.control).any(axis=1).to_numpy()
+        if not controls.any():
+            known = sorted(set(names.loc[named].to_numpy().ravel()))
+            raise UnknownNameError.of("treatment", params.control, known)
     if not (named & ~controls).any():
         raise UserInputError(
             "Every well with a treatment is a control. There is nothing to compare it with."
@@ -414,11 +384,9 @@ def _plate_set(
     columns = ["treatment_id", "name_with_dose", "perturbation", "dose", "dose_unit", "target"]
     treated = table.loc[~controls, columns].drop_duplicates("treatment_id")
     # By name, not in the order in which they came: what is drawn at random is the same elsewhere.
-    said = treated.sort_values(["name_with_dose", "treatment_id"]).to_numpy(dtype=object).tolist()
-    treatments = []
-    for row in said:
-        words: list[Any] = [None if value != value else value for value in row]
-        treatments.append(Treated(*words))
+    treated = treated.sort_values(["name_with_dose", "treatment_id"]).astype(object)
+    treated = treated.where(treated.notna(), None).rename(columns={"name_with_dose": "name"})
+    treatments = tuple(treated.itertuples(index=False))
     code = {item.treatment_id: at for at, item in enumerate(treatments)}
     groups = np.array([code.get(key, -1) for key in ids.tolist()], dtype=np.int64)
     part = PlateSet(
@@ -431,27 +399,19 @@ def _plate_set(
         plates=plates.astype(np.int64),
         compared=with_controls & np.isfinite(counts),
         counts=counts,
-        treatments=tuple(treatments),
+        treatments=treatments,
         barcodes=tuple(barcodes.tolist()),
     )
-    bare = np.unique(plates[~with_controls])
-    if len(bare):
-        part.notes.append(
-            f"Plate {some_of(barcodes[bare].tolist())} has no controls: its wells are not compared."
-            if len(bare) == 1
-            else f"Plates {some_of(barcodes[bare].tolist())} have no controls: their wells are not "
-            "compared."
-        )
+    if not with_controls.all():
+        bare = barcodes[np.unique(plates[~with_controls])].tolist()
+        part.notes.append(f"No controls on plate {some_of(bare)}: its wells are not compared.")
     return part
 
 
-def _control_names(parts: Sequence[PlateSet]) -> str:
-    names = {
-        str(name) if name == name and name is not None else "no treatment"
-        for part in parts
-        for name in part.table["name_with_dose"][part.controls]
-    }
-    return ", ".join(sorted(names))
+def control_names(part: PlateSet) -> set[str]:
+    """Return what the controls of a plate set got."""
+    names = part.table.loc[part.controls, "name_with_dose"]
+    return set(names.where(names.notna(), "no treatment"))
 
 
 def _recipe(
@@ -540,20 +500,6 @@ def _quantity(name: str) -> str:
     return f"probability of {name.removeprefix(PROBABILITY)}" if _is_label(name) else name
 
 
-def _single_perturbations(session: Session, ids: pd.Series[Any]) -> set[int]:
-    """Return which treatments are of one perturbation."""
-    single: set[int] = set()
-    for some in in_lists(sorted(set(ids.dropna().astype(int)))):
-        query = select(TreatmentPart.treatment_id, TreatmentPart.position)
-        several = set()
-        for key, position in session.execute(query.where(TreatmentPart.treatment_id.in_(some))):
-            single.add(key)
-            if position > 1:
-                several.add(key)
-        single -= several
-    return single
-
-
 # --- scores ---------------------------------------------------------------------------------------
 
 
@@ -596,13 +542,12 @@ def _score(part: PlateSet, params: HitsParams) -> None:
         )
     for code, item in enumerate(part.treatments):
         mine = part.compared & (groups == code)
-        of_one = {measure: found.get(code) for measure, found in scores.items()}
         change = changes[mine & np.isfinite(changes)]
         verdict, note = judge(
             params,
-            rule.get(code),
-            of_one["effect"],
-            of_one["cell_count"],
+            rule[code],
+            scores["effect"][code],
+            scores["cell_count"][code],
             fewer=-float(change.mean()) if len(change) else 0.0,
             strongest=float(strongest[code]),
             floor=floors[code],
@@ -613,22 +558,18 @@ def _score(part: PlateSet, params: HitsParams) -> None:
             "dose": item.dose,
             "dose_unit": item.dose_unit,
         }
-        for measure, score in of_one.items():
-            if score is not None:
-                quantity = measure if measure == "cell_count" else None
-                part.add(
-                    ScoreLevel.TREATMENT, item.name, measure, score,
-                    quantity=quantity, **about,
-                )  # fmt: skip
-        decided = rule.get(code)
+        for measure, found in scores.items():
+            quantity = measure if measure == "cell_count" else None
+            of_one = asdict(found[code])
+            part.add(ScoreLevel.TREATMENT, item.name, measure, quantity=quantity, **of_one, **about)
         part.add(
             ScoreLevel.TREATMENT,
             item.name,
             "hit",
             verdict=verdict,
             note=note,
-            p=None if decided is None else decided.p,
-            q=None if decided is None else decided.q,
+            p=rule[code].p,
+            q=rule[code].q,
             n_wells=int(mine.sum()),
             n_controls=int((part.compared & controls & np.isin(plates, plates[mine])).sum()),
             n_plates=len(np.unique(plates[mine])),
@@ -639,9 +580,9 @@ def _score(part: PlateSet, params: HitsParams) -> None:
 
 def judge(
     params: HitsParams,
-    activity: Score | None,
-    effect: Score | None,
-    count: Score | None,
+    activity: Score,
+    effect: Score,
+    count: Score,
     *,
     fewer: float,
     strongest: float,
@@ -654,34 +595,25 @@ def judge(
     features change, in standard deviations of the controls. ``floor``: the smallest p value that so
     few wells can have. ``empty``: how many of its wells have no cells.
     """
-    killed = count is not None and count.q is not None and count.q < params.q and fewer > 0
-    if (activity is None or activity.p is None or activity.q is None) and empty and killed:
-        return Verdict.FEWER_CELLS, "Too few of its wells have cells left for a profile."
-    if activity is None:
-        return Verdict.UNKNOWN, "No well of it has a profile on a plate with controls."
-    if activity.p is None or activity.q is None or effect is None or effect.value is None:
-        note = activity.note or (effect.note if effect else None)
-        return Verdict.UNKNOWN, note or "Too few wells to say anything."
+    killed = count.q is not None and count.q < params.q and fewer > 0
+    if activity.q is None or effect.value is None:
+        if activity.q is None and empty and killed:
+            return Verdict.FEWER_CELLS, "Too few of its wells have cells left for a profile."
+        return Verdict.UNKNOWN, activity.note or effect.note or "Too few wells to say anything."
     if activity.q >= params.q:
         if floor >= params.q:
-            return (
-                Verdict.UNKNOWN,
-                f"With so few wells and controls, p cannot be below {floor:.2g}.",
-            )
+            note = f"With so few wells and controls, p cannot be below {floor:.2g}."
+            return Verdict.UNKNOWN, note
         if killed:
             return Verdict.FEWER_CELLS, "Its cells are fewer, and not shown to look different."
         return Verdict.NO, "Its wells are no more like each other than like the controls."
     if effect.value < params.min_effect:
-        return (
-            Verdict.SMALL,
-            f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}.",
-        )
+        note = f"It differs, but its effect of {effect.value:.2g} is below {params.min_effect:g}."
+        return Verdict.SMALL, note
     if killed and strongest - fewer <= params.min_over_count:
         lower = f"Its cell count is {fewer:.2g} standard deviations lower"
-        return (
-            Verdict.FEWER_CELLS,
-            f"{lower}; 95 % of its features change by {strongest:.2g} at most.",
-        )
+        note = f"{lower}; 95 % of its features change by {strongest:.2g} at most."
+        return Verdict.FEWER_CELLS, note
     return Verdict.HIT, "Its wells are alike, and unlike the controls."
 
 
@@ -689,100 +621,70 @@ def _notes(
     part: PlateSet, params: HitsParams, floors: Mapping[int, float], rule: Mapping[int, Score]
 ) -> Iterator[str]:
     """Yield what a reader has to know about the scores of a plate set."""
-    tested = [code for code, score in rule.items() if code >= 0 and score.p is not None]
-    number = len(part.treatments)
-    single = sum(
-        int((part.compared & (part.groups == code)).sum()) < FEWEST_WELLS for code in range(number)
-    )
-    if tested:
-        low = np.sort([floors[code] for code in tested])
-        reachable = float(np.min(low * len(low) / np.arange(1, len(low) + 1)))
-        needed = next((k for k, p in enumerate(low, 1) if p * len(low) / k < params.q), None)
-        if reachable >= params.q:
-            yield (
-                f"No treatment could have been called a hit: with so few replicates and controls "
-                f"the smallest q value that can be reached is {reachable:.2g}. More replicates or "
-                "controls are the only way to know."
-            )
-        elif needed is not None and needed > 1 and low[0] > 1 / params.permutations:
-            yield (
-                f"With so few replicates and controls no p value can be below {low[0]:.2g}: of "
-                f"{len(low)} treatments, {needed} or more must reach it before one is called a hit."
-            )
-        elif needed is not None and needed > 1:
-            more = int(10 ** np.ceil(np.log10(len(low) / params.q)))
-            yield (
-                f"A p value by {params.permutations:,} exchanges cannot be small enough for one "
-                f"treatment among {len(low)} alone: add --permutations {more}"
-            )
-    if single:
+    low = np.sort([floors[code] for code, score in rule.items() if score.p is not None])
+    reachable = low * len(low) / np.arange(1, len(low) + 1)  # q where so many have the smallest p
+    if len(low) and reachable.min() >= params.q:
         yield (
-            f"{single} of {number} treatments have fewer than {FEWEST_WELLS} wells: whether they "
-            "differ cannot be said."
+            f"No treatment could have been called a hit: with so few replicates and controls the "
+            f"smallest q value that can be reached is {reachable.min():.2g}. More replicates or "
+            "controls are the only way to know."
+        )
+    elif len(low) and reachable[0] >= params.q:
+        yield (
+            f"No p value can be below {low[0]:.2g}: of {len(low)} treatments, "
+            f"{int(np.argmax(reachable < params.q)) + 1} or more must reach it before one is "
+            "called a hit. More replicates or controls allow smaller ones, or more --permutations."
+        )
+    wells = [part.compared & (part.groups == code) for code in range(len(part.treatments))]
+    if single := sum(mine.sum() < FEWEST_WELLS for mine in wells):
+        yield (
+            f"{single} of {len(wells)} treatments have fewer than {FEWEST_WELLS} wells, too few "
+            "to show whether they differ."
         )
     open_question = "whether the same comes out on another plate is not known."
     plates = len(np.unique(part.plates[part.compared]))
     if plates == 1:
         yield f"There is one plate only: {open_question}"
-    alone = [
+    elif alone := [
         item.name
-        for code, item in enumerate(part.treatments)
-        if plates > 1 and len(np.unique(part.plates[part.compared & (part.groups == code)])) == 1
-    ]
-    if alone:
+        for item, mine in zip(part.treatments, wells, strict=True)
+        if len(np.unique(part.plates[mine])) == 1
+    ]:
         are = "treatments are" if len(alone) > 1 else "treatment is"
         named = some_of(sorted(alone, key=by_number))
         yield f"{len(alone)} {are} on one of {plates} plates only ({named}): {open_question}"
-    if part.empty.any():
-        some = [f"{row.plate}/{row.well}" for row in part.table[part.empty].itertuples()]
-        yield (
-            f"{len(some)} wells have no cells that count ({some_of(some)}): they count for the "
-            "cell count, and have no profile."
-            if len(some) > 1
-            else f"Well {some[0]} has no cells that count: it counts for the cell count, and has "
-            "no profile."
-        )
-    without = part.compared & ~part.empty & ~part.profiled
-    if without.any():
-        some = [f"{row.plate}/{row.well}" for row in part.table[without].itertuples()]
-        yield (
-            f"{len(some)} of the wells with cells have no profile ({some_of(some)}): their plate "
-            "has too few controls with cells, or their cells are not measured."
-        )
-    unseen = int((~np.isfinite(part.counts)).sum())
-    if unseen:
-        yield f"{unseen} wells have no image that counts: they are not compared."
+    left_out = {
+        "have no cells that count, so that only their cell count is compared": part.empty,
+        "have cells but no profile, as their cells are not measured, or their plate has too few "
+        "controls with cells": part.compared & ~part.empty & ~part.profiled,
+        "have no image that counts, and are not compared": ~np.isfinite(part.counts),
+    }
+    for what, some in left_out.items():
+        if some.any():
+            names = [f"{row.plate}/{row.well}" for row in part.table[some].itertuples()]
+            yield f"{len(names)} of {len(some)} wells {what}: {some_of(names)}."
 
 
 def answer_of(part: PlateSet, params: HitsParams) -> str:
     """Return what was found in a plate set, in one sentence."""
     found = [row.verdict for row in part.rows if row.verdict is not None]
-    number = {verdict: found.count(verdict) for verdict in ORDER}
-    hit, fewer, small = (number[v] for v in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL))
-    unknown, tested = number[Verdict.UNKNOWN], len(found) - number[Verdict.UNKNOWN]
-    differ, word = hit + fewer + small, "treatment" if tested == 1 else "treatments"
-    more = []
-    if fewer:
-        more.append(f"{fewer} of them mainly by fewer cells")
-    if small:
-        less = (
-            "less than --min-effect asks for" if params.min_effect else "no farther than controls"
-        )
-        more.append(f"{small} of them {less}")
-    if unknown:
-        more.append(f"of {unknown} more it cannot be said" if tested else "")
-    if not tested:
-        return f"Of none of {unknown} treatments can it be said whether it differs."
-    first = (
-        f"{differ} of {tested} {word} {'differs' if differ == 1 else 'differ'} from the controls"
+    hit, fewer, small, unknown = (
+        found.count(v) for v in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL, Verdict.UNKNOWN)
     )
-    if not differ:
-        first = f"None of {tested} {word} differs from the controls"
-    return "; ".join([first, *more]) + "."
-
-
-def _named(part: PlateSet, parts: Sequence[PlateSet], notes: Sequence[str]) -> list[str]:
-    return [f"{part.name}: {note}" if len(parts) > 1 else note for note in notes]
+    tested, differ = len(found) - unknown, hit + fewer + small
+    if not tested:
+        return f"None of {unknown} treatments could be judged."
+    treatments = "treatment" if tested == 1 else "treatments"
+    does = "differ" if differ > 1 else "differs"
+    said = [f"{differ or 'None'} of {tested} {treatments} {does} from the controls"]
+    if fewer:
+        said.append(f"{fewer} of them mainly by fewer cells")
+    if small:
+        asked = "less than --min-effect asks for"
+        said.append(f"{small} of them {asked if params.min_effect else 'no farther than controls'}")
+    if unknown:
+        said.append(f"{unknown} more could not be judged")
+    return "; ".join(said) + "."
 
 
 def _score_targets(part: PlateSet, params: HitsParams) -> None:
@@ -800,8 +702,8 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
         effect = at[item.treatment_id, "effect"].value or 0.0
         best[item.perturbation] = max(best.get(item.perturbation, (-inf, -1)), (effect, code))
     codes = [code for _, code in best.values()]
-    said = [(part.treatments[code].target or "").split("|") for code in codes]
-    targets = [frozenset(text.strip() for text in texts if text.strip()) for texts in said]
+    texts = [(part.treatments[code].target or "").split("|") for code in codes]
+    targets = [frozenset(text.strip() for text in some if text.strip()) for some in texts]
     members: dict[str, int] = defaultdict(int)
     for some in targets:
         for target in some:
@@ -832,9 +734,8 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
         )
     for measure, scores in both.items():
         for target, score in scores.items():
-            part.add(
-                ScoreLevel.TARGET, target, measure, score, n_wells=members[target], n_controls=0
-            )
+            said = asdict(score) | {"n_wells": members[target]}
+            part.add(ScoreLevel.TARGET, target, measure, **said)
 
 
 def _score_doses(
@@ -842,7 +743,6 @@ def _score_doses(
     params: HitsParams,
     columns: Sequence[str],
     curves: Mapping[str, Mapping[int, float]],
-    single: set[int],
 ) -> None:
     """Fit curves over the doses of each perturbation that has several in one unit."""
     from ..analysis.dose_curves import effect_curve, fit_curve, lowest_active
@@ -859,14 +759,9 @@ def _score_doses(
         else:
             responses[name] = part.values[:, columns.index(name)]
     several: dict[tuple[str, str | None], list[int]] = defaultdict(list)
-    combined = []
     for code, item in enumerate(part.treatments):
-        if item.treatment_id not in single:
-            combined.append(item.name)
-        elif item.dose:
+        if item.dose:  # a combination has none
             several[item.perturbation, item.dose_unit].append(code)
-    if combined:
-        part.notes.append(f"No dose curve of combinations: {some_of(combined)}.")
     doses = np.array([item.dose or np.nan for item in part.treatments], dtype=np.float64)
     for (name, unit), codes in several.items():
         if len(set(doses[codes])) < FEWEST_DOSES:
@@ -905,13 +800,10 @@ def _score_doses(
 
 def cell_ratios(part: PlateSet) -> Numbers:
     """Return the cell count of each well (N,) as a ratio to the mean of its plate's controls."""
-    found = np.full(len(part.counts), np.nan)
-    for plate in np.unique(part.plates):
-        there = part.plates == plate
-        usual = part.counts[there & part.controls & part.compared]
-        if len(usual) and usual.mean() > 0:
-            found[there] = part.counts[there] / usual.mean()
-    return found
+    from ..analysis.activity import control_means
+
+    ratios: Numbers = part.counts / control_means(part.counts, part.controls, part.plates)
+    return ratios
 
 
 # --- rows and results -----------------------------------------------------------------------------
@@ -938,7 +830,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         elif score.measure == "consistency":
             values = (score.value, score.p, score.q, score.n_wells)
             targets.append(TargetRow(score.name, *values, score.plate_set, score.note))
-    rows = [_hit_row(found, target_of[key]) for (_, key), found in treatments.items()]
+    rows = [_hit_row(**found, target=target_of[key]) for (_, key), found in treatments.items()]
     sets = list((run.result or {})["plate_sets"])
     order = [verdict.value for verdict in ORDER]
     rows.sort(
@@ -956,31 +848,36 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         already_done=True,
         rows=tuple(rows),
         targets=tuple(targets),
-        doses=tuple(_dose_row(found) for found in doses.values()),
+        doses=tuple(_dose_row(**found) for found in doses.values()),
         notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
     )
 
 
-def _hit_row(found: Mapping[str, TreatmentScore], target: str | None) -> HitRow:
-    hit = found["hit"]
-    effect, count = found.get("effect"), found.get("cell_count")
+def _hit_row(
+    hit: TreatmentScore,
+    activity: TreatmentScore,
+    effect: TreatmentScore,
+    cell_count: TreatmentScore,
+    replicate_correlation: TreatmentScore,
+    target: str | None,
+    **_: TreatmentScore,
+) -> HitRow:
+    """Return the row of a treatment from those of its measures, by the names of these."""
     return HitRow(
         name=hit.name,
         verdict=str(hit.verdict.value if hit.verdict else ""),
         note=hit.note,
-        effect=effect.value if effect else None,
-        effect_low=effect.low if effect else None,
-        effect_high=effect.high if effect else None,
-        activity=found["activity"].value if "activity" in found else None,
+        effect=effect.value,
+        effect_low=effect.low,
+        effect_high=effect.high,
+        activity=activity.value,
         p=hit.p,
         q=hit.q,
-        cell_count=count.value if count else None,
-        cell_count_low=count.low if count else None,
-        cell_count_high=count.high if count else None,
-        cell_count_q=count.q if count else None,
-        replicate_correlation=(
-            found["replicate_correlation"].value if "replicate_correlation" in found else None
-        ),
+        cell_count=cell_count.value,
+        cell_count_low=cell_count.low,
+        cell_count_high=cell_count.high,
+        cell_count_q=cell_count.q,
+        replicate_correlation=replicate_correlation.value,
         n_wells=hit.n_wells,
         n_controls=hit.n_controls,
         n_plates=hit.n_plates,
@@ -992,19 +889,19 @@ def _hit_row(found: Mapping[str, TreatmentScore], target: str | None) -> HitRow:
     )
 
 
-def _dose_row(found: Mapping[str, TreatmentScore]) -> DoseRow:
-    one = next(iter(found.values()))
-    ec50, trend, lowest = (found.get(name) for name in ("ec50", "trend", "lowest_active_dose"))
+def _dose_row(
+    ec50: TreatmentScore, trend: TreatmentScore, lowest_active_dose: TreatmentScore
+) -> DoseRow:
     return DoseRow(
-        name=one.name,
-        quantity=one.quantity or "",
-        ec50=ec50.value if ec50 else None,
-        low=ec50.low if ec50 else None,
-        high=ec50.high if ec50 else None,
-        unit=one.dose_unit,
-        trend=trend.value if trend else None,
-        trend_p=trend.p if trend else None,
-        lowest_active=lowest.value if lowest else None,
-        plate_set=one.plate_set,
-        note=ec50.note if ec50 else None,
+        name=ec50.name,
+        quantity=ec50.quantity or "",
+        ec50=ec50.value,
+        low=ec50.low,
+        high=ec50.high,
+        unit=ec50.dose_unit,
+        trend=trend.value,
+        trend_p=trend.p,
+        lowest_active=lowest_active_dose.value,
+        plate_set=ec50.plate_set,
+        note=ec50.note,
     )

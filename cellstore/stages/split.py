@@ -35,7 +35,7 @@ from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
+from ..io.split_tables import SplitRow, SplitTables, read_split_tables
 from ..io.treatments import normalised_name
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
@@ -437,7 +437,6 @@ def import_split(
         raise UnknownNameError.of("group level", group_level, list(GroupLevel))
     group_level = GroupLevel(group_level)
     tables = read_split_tables([Path(path) for path in paths])
-    check_not_empty(tables)
     with workspace.database.read() as session:
         field = check_field(session, field)
         members, excluded = _match(session, tables, field, allow_missing)
@@ -774,7 +773,6 @@ def check_tables(
     where the tables name them.
     """
     tables = read_split_tables(paths)
-    check_not_empty(tables)
     has_target = any(row.target is not None for row in tables.rows)
     wanted = field or (TARGET if has_target else PERTURBATION)
     members = []

@@ -205,7 +205,7 @@ def _remove(workspace: Workspace, paths: Sequence[str]) -> None:
             (workspace.artifacts.root / path).unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
-                f"{path} cannot be removed: {error.strerror}. Mend the permissions of the "
+                f"{path} cannot be removed: {error.strerror}. Correct the permissions of the "
                 "store, then run the same command again."
             ) from error
     with workspace.database.begin() as session:
@@ -250,7 +250,7 @@ def read_seal(file: Path) -> dict[str, Any]:
         return {name: head[name] for name in ("event", "sha256", "made_at")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserInputError(
-            f"{file} is no file that cellstore seal wrote. Check the path."
+            f"{file} was not written by cellstore seal. Check the path."
         ) from error
 
 

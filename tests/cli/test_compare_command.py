@@ -1,9 +1,7 @@
-"""report and compare as they are typed: what is said, in 80 columns, and what is written."""
+"""report and compare as they are typed: what is said, in 80 columns."""
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 import pytest
@@ -83,21 +81,6 @@ def test_the_report_fits_80_columns_and_shows_the_other_run(
     }
 
 
-def test_what_differs_is_written_and_harmless_in_a_spreadsheet(
-    cellstore, runs: tuple[int, int], tmp_path: Path
-) -> None:
-    first, second = runs
-    out = cellstore("compare", first, second, *IN, "--format", "csv").out
-    rows = list(csv.DictReader(io.StringIO(out)))
-    assert [(row["name"], row["second"]) for row in rows] == [("BR1/B02/1", HOSTILE)]
-    words = ("--format", "csv", "--for-spreadsheet", "--output", "differing.csv")
-    assert cellstore("compare", first, second, *IN, *words).out == ""
-    with (tmp_path / "differing.csv").open(encoding="utf-8", newline="") as file:
-        assert next(csv.DictReader(file))["second"] == f"'{HOSTILE}"
-    refused = cellstore("compare", first, second, *IN, "--output", "x.txt", code=2)
-    assert "--format csv or json" in refused.err
-
-
 def test_two_hits_runs_side_by_side(cellstore, tmp_path: Path) -> None:
     cellstore("init", "store")
     others = {f"treatment {i}": "hit 2.5" for i in range(30)}
@@ -115,14 +98,13 @@ def test_two_hits_runs_side_by_side(cellstore, tmp_path: Path) -> None:
     )
     assert "Careful: Their rules differ" in words
     assert "Hits of both: taxol" in words
-    assert "and 10 more (all with --json, or --format csv)" in words
+    assert "and 10 more (all with --json)" in words
     found = cellstore("compare", first, second, *IN, "--json").json
     assert (found["both"], found["only_first"], found["only_second"]) == (1, 30, 1)
-    out = cellstore("compare", first, second, *IN, "--format", "csv", "--for-spreadsheet").out
-    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(out))}
+    rows = {row["name"]: row for row in found["treatments"]}
     assert len(rows) == 32
-    assert (rows["taxol"]["hit_of"], rows["taxol"]["first_effect"]) == ("both", "9.25")
-    assert rows[f"'{HOSTILE}"]["second"] == "hit"
+    assert (rows["taxol"]["hit_of"], rows["taxol"]["first_effect"]) == ("both", 9.25)
+    assert rows[HOSTILE]["second"] == "hit"
 
 
 @pytest.mark.parametrize(

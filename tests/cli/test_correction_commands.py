@@ -45,7 +45,7 @@ def test_people_label_what_they_see(cellstore, store):
     assert (row["both"], row["agreement"], row["kappa"]) == (1, 0.0, 0.0)
     assert "blurred" in cellstore("audit", "P1/A01/1", *at).out
     cellstore("annotate", "image", "P1/A01/1", *at, "--undo", "--user", "bob")
-    assert "Nobody has said" in cellstore("annotate", "--agreement", *at).err
+    assert "There is no such label" in cellstore("annotate", "--agreement", *at).err
     for words in ((), ("cell",), ("image", "1"), ("image", "1", "--list"), ("--undo",)):
         assert "Say what is labelled" in cellstore("annotate", *words, *at, code=2).err
 

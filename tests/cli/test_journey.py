@@ -128,7 +128,6 @@ def test_an_image_that_fails_fails_alone(cellstore, model, store, screen):
         (("audit", "image", "r99c99f99"), "r99c99f99"),
         (("audit", "cell", "99"), "99"),
         (("audit", "run", "99"), "99"),
-        (("ingest", "metadata.csv", "--layout", "odd"), "metadata.csv"),
     ],
     ids=lambda item: " ".join(item) if isinstance(item, tuple) else "",
 )

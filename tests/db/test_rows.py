@@ -81,7 +81,7 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
     well = make.well(make.plate("P1", "B1"), 1, 2, make.treatment("aspirin", "PTGS1"))
     image = make.image(well)
     segment = make.run(Stage.SEGMENT)
-    make.attach(segment, make.artifact(ArtifactKind.REPORT))
+    make.attach(segment, make.artifact(ArtifactKind.NETWORK))
     make.job(segment, image)
     segmentation = make.segmentation(image, segment, 2)
     cells = make.cells_of(segmentation)

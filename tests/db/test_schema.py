@@ -153,7 +153,7 @@ def test_tables_without_a_mark_are_told_and_left_alone(workspace):
         lambda: migrate.upgrade(workspace.database),
         lambda: create_workspace(root),
     ):
-        with pytest.raises(SchemaError, match=r"no mark of their schema.*backup"):
+        with pytest.raises(SchemaError, match=r"no record of their schema.*backup"):
             action()
     assert tables(workspace.database) == set(METADATA.tables)
     assert (root / "cellstore.toml").exists()

@@ -10,7 +10,7 @@ import pytest
 from realdata import real_data
 from test_cellprofiler import check_accounts, notices, opened, reasons, refused, whole
 
-from cellstore.io.cellprofiler_csv import is_cellprofiler_folder
+from cellstore.io.cellprofiler import is_cellprofiler_folder
 from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite
 
 

@@ -247,7 +247,7 @@ LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>\n'
 def test_entities_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = index(tmp_path, [image(1, ChannelName="&b;")], head=LAUGHS)
     assert index_of(path) is None
-    with pytest.raises(BadTableError, match="no Harmony index"):
+    with pytest.raises(BadTableError, match="not a Harmony index"):
         list(read_harmony(path))
 
 
@@ -270,7 +270,7 @@ def test_what_is_no_index(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     for other in (path, tmp_path, tmp_path / "absent"):
         assert index_of(other) is None
-        with pytest.raises(BadTableError, match="no Harmony index"):
+        with pytest.raises(BadTableError, match="not a Harmony index"):
             list(read_harmony(other))
 
 
@@ -279,7 +279,7 @@ def test_an_encoding_that_is_not_the_files(tmp_path: Path, encoding: str) -> Non
     head = f'<?xml version="1.0" encoding="{encoding}"?>\n'
     path = index(tmp_path, [image(1)], head=head)
     assert index_of(path) is None
-    with pytest.raises(BadTableError, match="no Harmony index"):
+    with pytest.raises(BadTableError, match="not a Harmony index"):
         list(read_harmony(path))
 
 

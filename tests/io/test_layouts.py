@@ -122,15 +122,18 @@ def test_masks_are_read_only_when_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"Filename_OrigDNA,metadata_well\nx,A01\n", r"'Filename_OrigDNA'.*'metadata_well'.*--lay"),
-        (b"x,y\n1,2\n", "do not recognise.*plate map.*LoadData.*single cells.*--layout"),
+        (
+            b"Filename_OrigDNA,metadata_well\nx,A01\n",
+            r"yours has Filename_OrigDNA, metadata_well.*FileName_Orig",
+        ),
+        (b"x,y\n1,2\n", "do not recognise.*plate map.*LoadData.*single cells"),
         (
             b"Well,Vendor,Dose\nA01,taxol,1\n",
             "^file: I do not recognise this table. A plate map needs a well .*; yours has Well, Ve",
         ),
         (OBJECTS.encode(), r"one table of a CellProfiler export.*Image\.csv"),
         (b"Assay_Plate_Barcode,Plate_Map_Name\nP1,m\n", "folder of the plate maps"),
-        (b"<html></html>", "no Harmony index"),
+        (b"<html></html>", "not a Harmony index"),
         (b"", "is empty"),
         (b"II*\0\0\0\0\0", "not a text table"),
     ],

@@ -20,7 +20,6 @@ from cellstore.io.filenames import format_well
 from cellstore.io.layouts import detect
 from cellstore.io.map_shapes import dose_in_name, header_of, read_dose
 from cellstore.io.platemaps import (
-    MapOptions,
     PlateAnnotation,
     map_table,
     notes_on_wells,
@@ -255,9 +254,9 @@ def test_combinations_and_genotypes_with_sirna(tmp_path: Path) -> None:
         (None, [("sirna", "NF1 Target 1"), ("genotype", "NF1 WT")]),
         (None, [("sirna", "Scramble"), ("genotype", "NF1 Null")]),
     ]
-    asked = MapOptions(controls=(("scramble", "negative"),))
-    assert record(read_annotation(path, options=asked), 2, 4).control is Control.NEGATIVE
-    assert record(read_annotation(path, options=asked), 2, 3).control is None
+    asked = read_annotation(path, controls=(("scramble", "negative"),))
+    assert record(asked, 2, 4).control is Control.NEGATIVE
+    assert record(asked, 2, 3).control is None
 
 
 @pytest.mark.parametrize("word", ["", "-", "None", "NONE", "na", "N/a", "NULL", "NaT", "nAn"])
@@ -269,11 +268,11 @@ def test_a_blank_is_not_known_unless_it_is_said(tmp_path: Path, word: str) -> No
     assert labels(found)["A01"] is None
     (note,) = notes_on_wells(found.maps["map"], {})
     assert note == (
-        "1 well is blank in map.csv, so its treatment is not known: A01. To say what it got: "
-        "--blank DMSO or --blank untreated"
+        "map.csv is blank for these wells, so their treatment is not known: A01. "
+        "To say what they got: --blank DMSO or --blank untreated"
     )
     for blank, kind in (("DMSO", PerturbationKind.COMPOUND), ("untreated", PerturbationKind.NONE)):
-        said = record(read_annotation(path, options=MapOptions(blank=blank)), 1, 1)
+        said = record(read_annotation(path, blank=blank), 1, 1)
         assert (said.pert_iname, said.kind) == (blank, kind)
     broad = write(
         tmp_path / "broad.csv",
@@ -284,7 +283,7 @@ def test_a_blank_is_not_known_unless_it_is_said(tmp_path: Path, word: str) -> No
 
 def test_empty_is_a_well_without_cells(tmp_path: Path) -> None:
     path = write(tmp_path / "map.csv", [["Well", "Compound"], ["A1", "empty"], ["A2", "taxol"]])
-    found = read_annotation(path, options=MapOptions(blank="DMSO"))
+    found = read_annotation(path, blank="DMSO")
     assert labels(found) == {"A01": None, "A02": "taxol"}
     assert [row.metadata for row in found.maps["map"].wells.values()] == [{"content": "empty"}, {}]
 
@@ -365,7 +364,7 @@ def test_errors_and_dates_of_excel_are_no_treatments(tmp_path: Path, ending: str
             sheet.write_formula(at, column, "=NA()", None, "#N/A")
         sheet.write_datetime(3, 2, date(2026, 3, 2), book.add_format({"num_format": "d-mmm"}))
         book.close()
-    found = read_annotation(path, options=MapOptions(blank="DMSO"))
+    found = read_annotation(path, blank="DMSO")
     assert labels(found) == {
         "A01": "taxol",
         **dict.fromkeys(["A02", "A03", "A04", "A05"]),
@@ -373,10 +372,13 @@ def test_errors_and_dates_of_excel_are_no_treatments(tmp_path: Path, ending: str
         "A07": None,
         "A08": "DMSO",
     }
-    blank, error, dates = sorted(notes_on_wells(found.maps["map"], {}))
-    assert blank.startswith("1 well is blank in")
-    assert "an error of Excel (#N/A), so their treatment is not known: A02, A07. Correct" in error
-    assert "have a date in place of a name (" in dates
+    dates, error, blank = sorted(notes_on_wells(found.maps["map"], {}))
+    assert "is blank for these wells" in blank
+    assert (
+        "an error of Excel (#N/A) for these wells, so their treatment is not known: A02, A07"
+        in error
+    )
+    assert "has a date in place of a name (" in dates
     assert "A03, A04, A05. Excel makes dates of names like MARCH2" in dates
 
 
@@ -385,12 +387,10 @@ def test_columns_that_a_user_names(tmp_path: Path) -> None:
     with pytest.raises(BadTableError, match=r"I do not recognise .* yours has Loc, What, Menge"):
         read_annotation(path)
     named = (("well", "Loc"), ("treatment", "what"), ("dose", "Menge [nM]"))
-    assert labels(read_annotation(path, options=MapOptions(columns=named))) == {
-        "A01": "taxol 0.005 uM"
-    }
+    assert labels(read_annotation(path, columns=named)) == {"A01": "taxol 0.005 uM"}
     for wrong in (("well", "Lok"), ("wel", "Loc")):
         with pytest.raises(UnknownNameError, match=r"Loc|well"):
-            read_annotation(path, options=MapOptions(columns=(wrong,)))
+            read_annotation(path, columns=(wrong,))
 
 
 def test_a_map_that_names_its_plates(tmp_path: Path) -> None:
@@ -411,20 +411,20 @@ def test_sheets(tmp_path: Path) -> None:
     assert labels(found)["A02"] == "taxol"
     assert "sheet 'Map' is read; 'Notes' has no plate map" in found.notes[0]
     with pytest.raises(BadTableError, match=r"recognise sheet Notes .*--sheet .Map."):
-        read_annotation(path, options=MapOptions(sheet="Notes"))
+        read_annotation(path, sheet="Notes")
     with pytest.raises(UnknownNameError, match="Nope"):
-        read_annotation(path, options=MapOptions(sheet="Nope"))
+        read_annotation(path, sheet="Nope")
     two = excel(tmp_path / "two.xlsx", A=drawn, B=drawn)
     with pytest.raises(BadTableError, match=r"'A' and 'B'. Choose one with --sheet"):
         read_annotation(two)
-    assert labels(read_annotation(two, options=MapOptions(sheet="B")))["A02"] == "taxol"
+    assert labels(read_annotation(two, sheet="B"))["A02"] == "taxol"
     shifted = [["", 1, 2, 3], ["", "x", "x", "x"], ["A", "x", "x", "x"]]
     both = excel(tmp_path / "both.xlsx", Old=shifted, Map=drawn)
     with pytest.raises(BadTableError, match=r"Sheet 'Old' of both.xlsx: Line 2 .*--sheet"):
         read_annotation(both)
     text = write(tmp_path / "map.csv", drawn)
     with pytest.raises(UserInputError, match="without sheets"):
-        read_annotation(text, options=MapOptions(sheet="A"))
+        read_annotation(text, sheet="A")
 
 
 @pytest.mark.parametrize(
@@ -597,9 +597,9 @@ def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Pat
     with pytest.raises(BadTableError, match=r"yours has Pozzetto, Sostanza, Quantità \[µM\]\."):
         detect(path)
     with pytest.raises(BadTableError, match=r"yours has Pozzetto, Sostanza, Quantità \[µM\]\."):
-        map_table(path, MapOptions())
+        map_table(path)
     names = (("well", "Pozzetto"), ("treatment", "Sostanza"), ("dose", "Quantità [µM]"))
-    found = record(read_annotation(path, options=MapOptions(columns=names)), 1, 1)
+    found = record(read_annotation(path, columns=names), 1, 1)
     assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
 
 

@@ -168,7 +168,7 @@ def test_what_is_damaged_is_a_sentence(tmp_path: Path, version: str) -> None:
     for name in (".zarray", "zarr.json"):
         (array / name).write_text("{")
     for look in (probe, read_plane):
-        with pytest.raises(ImageError, match="is no Zarr array, or damaged"):
+        with pytest.raises(ImageError, match="is not a Zarr array, or it is damaged"):
             look(f"{array}#page=1")
     with pytest.raises(ImageError, match="cannot be opened"):
         probe(path / "B")

@@ -11,7 +11,6 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.platemaps import (
-    MapOptions,
     PlateAnnotation,
     notes_on_wells,
     read_annotation,
@@ -87,8 +86,8 @@ def test_an_empty_sample_with_a_dose_is_not_guessed_to_be_dmso(tmp_path: Path) -
     assert treatment_of_well(found, "any", 1, 1) is None
     assert well(found, 2).control is Control.NEGATIVE
     note, _ = notes_on_wells(found.maps["map"], {})  # and that A02 is DMSO
-    assert note.startswith("1 well of map.txt has a dose and no name (5), so its treatment is not")
-    asked = read_annotation(path, options=MapOptions(blank="DMSO"))
+    assert note.startswith("map.txt has a dose and no name (5) for these wells")
+    asked = read_annotation(path, blank="DMSO")
     assert well(asked).control is Control.NEGATIVE
 
 

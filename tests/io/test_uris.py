@@ -248,4 +248,4 @@ def test_pipes_and_devices_are_refused_unopened(tmp_path: Path) -> None:
         with pytest.raises(UserInputError, match="pipe or a device"):
             open_table(path)
         with pytest.raises(UserInputError, match="pipe or a device"):
-            choose_layout(path, IngestParams(layout="harmony"))
+            choose_layout(path, IngestParams())

@@ -159,7 +159,7 @@ def test_what_is_no_name_is_refused_and_nothing_is_written(
             store.annotate(level, cells, label, **more)
     with store.session() as session:
         assert session.scalar(select(func.count(Annotation.id))) == 0
-    with pytest.raises(UserInputError, match="ada has said nothing"):
+    with pytest.raises(UserInputError, match="ada has given no label"):
         undo_annotations(store.workspace, user="ada")
 
 

@@ -135,7 +135,7 @@ def test_a_network_works_as_it_is(store: Store) -> None:
 def test_logits_are_refused_or_made_probabilities(store: Store) -> None:
     net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
     before = runs(store)
-    with pytest.raises(UserInputError, match=r"no probabilities.* add --softmax"):
+    with pytest.raises(UserInputError, match=r"not probabilities.* add --softmax"):
         store.apply(net, "net", gives="probabilities", crop=8)
     assert runs(store) == before
     made = store.apply(

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.one_database
 def screen(workspace: Workspace) -> SmallScreen:
     """A store through every stage, with one real file instead of the rows of files."""
     made = small_screen(workspace)
-    stored = workspace.artifacts.write(ArtifactKind.REPORT, b"a page", ".html")
+    stored = workspace.artifacts.write(ArtifactKind.NETWORK, b"a page", ".html")
     with workspace.database.begin() as session:
         for table in ("run_artifacts", "segmentations"):
             if table == "run_artifacts":
@@ -144,7 +144,7 @@ def test_a_damaged_backup_ends_in_a_sentence_and_restores_nothing(
 ) -> None:
     make = Factory(sqlite_workspace)
     make.plate("P1", batch="2026_03")
-    stored = sqlite_workspace.artifacts.write(ArtifactKind.REPORT, b"a page", ".html")
+    stored = sqlite_workspace.artifacts.write(ArtifactKind.NETWORK, b"a page", ".html")
     with sqlite_workspace.database.begin() as session:
         keep_files(session, [stored])[0]
     file = tmp_path / "screen.tar"
@@ -161,7 +161,7 @@ def test_a_damaged_backup_ends_in_a_sentence_and_restores_nothing(
 def refuses(file: Path, root: Path) -> None:
     """No store comes of a file that is no whole backup."""
     for dry_run in (True, False):
-        with pytest.raises(StorageError, match="damaged or no backup"):
+        with pytest.raises(StorageError, match="damaged, or not a backup"):
             Store.restore(file, root, dry_run=dry_run)
     assert not root.exists()
 
@@ -220,7 +220,7 @@ def test_a_lost_file_is_named_and_the_rest_is_kept(
     sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
     stored = [
-        sqlite_workspace.artifacts.write(ArtifactKind.REPORT, data, ".html")
+        sqlite_workspace.artifacts.write(ArtifactKind.NETWORK, data, ".html")
         for data in (b"one", b"two", b"three")
     ]
     with sqlite_workspace.database.begin() as session:

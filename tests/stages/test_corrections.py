@@ -30,7 +30,7 @@ from cellstore.jobs.lookup import in_recipes
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, Event, Folder, Image, ImageFile, Plate, Segmentation, Well
 from cellstore.query.feature_files import open_set
-from cellstore.stages.ingest.ingest import IngestResult, preview
+from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.stages.measure import measure
 from cellstore.store import Store
 
@@ -184,8 +184,8 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
         ({"treatment": "taxol", "dose": "much"}, "number and a unit"),
         ({"dose": "5 uM"}, "--treatment"),
         ({}, "--treatment"),
-        ({"treatment": "none", "dose": "5 uM"}, "is no treatment"),
-        ({"treatment": "N/A"}, "is no treatment"),
+        ({"treatment": "none", "dose": "5 uM"}, "is not a treatment"),
+        ({"treatment": "N/A"}, "is not a treatment"),
         ({"treatment": "taxol + brefeldin"}, "in a plate map"),
         ({"treatment": "taxol", "reason": " "}, "--reason"),
     ):
@@ -707,12 +707,9 @@ def test_folders_find_renamed_channels_by_their_old_names(
     assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
     store.rename("channel", "ch1", "Mito", plate=plate)
     how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
-    tried = preview(place, how, store.workspace)
-    assert (set(tried.channels), set(preview(place, how).channels)) == (
-        {"Mito", "ch2"},
-        {"ch1", "ch2"},
-    )
-    assert tried.notes == ["channel ch1 was renamed: read as Mito"]
+    tried = store.ingest(place, how, dry_run=True)
+    assert {row["channel"] for row in tried.preview} == {"Mito", "ch2"}
+    assert tried.notes == ("channel ch1 was renamed: read as Mito",)
     store.rename("channel", "Mito", "ch1", plate=plate)
     # The two are swapped, with a third name; the files say what they said.
     for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):

@@ -282,7 +282,7 @@ def test_a_folder_with_other_files_is_not_taken(bench: Bench, tmp_path: Path) ->
     with pytest.raises(UserInputError, match=r"another file there\. Nothing was changed"):
         relocate(bench.workspace, old, new)
     (copy / name).write_bytes(pixels)
-    assert relocate(bench.workspace, old, new).hashed == 6
+    assert relocate(bench.workspace, old, new).files == 6
     assert segment(bench.workspace, bench.params).done == 3  # their times are known
 
 

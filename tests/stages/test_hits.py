@@ -108,7 +108,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert (found.treatments, found.tested, found.fewer_cells) == (13, 12, 1)
     assert found.answer == (
         f"{found.hits + 1} of 12 treatments differ from the controls; 1 of them mainly by fewer "
-        "cells; of 1 more it cannot be said."
+        "cells; 1 more could not be judged."
     )
     # Ranked: hits first, by effect.
     assert [row.verdict for row in found.rows[: found.hits]] == ["hit"] * found.hits
@@ -135,7 +135,7 @@ def test_what_is_planted_is_found(store: Store) -> None:
     assert curve.trend_p < 0.01
     assert curve.lowest_active in (0.3, 1.0)
     notes = " ".join(found.notes)
-    assert "Plate BARE has no controls" in notes
+    assert "No controls on plate BARE" in notes
     assert "1 of 13 treatments have fewer than 2 wells" in notes
     assert "1 treatment is on one of 3 plates only (once)" in notes
     # AAA and BBB have 2 of the 5: of 10 ways to choose 2, one is the best for each.
@@ -215,12 +215,12 @@ def check_same_again(store: Store) -> None:
     strict = store.hits(replace(FAST, min_effect=1e6, plates=("P1", "P2", "P3")))
     assert not strict.already_done
     assert {row.verdict for row in strict.rows} <= {"small effect", "no difference", "cannot say"}
-    assert "Plate BARE" not in " ".join(strict.notes)
+    assert "plate BARE" not in " ".join(strict.notes)
     assert "of them less than --min-effect asks for" in strict.answer
     one = store.hits(replace(FAST, plates=("P1",), control="idle"))
     notes = " ".join(one.notes)
     assert {row.verdict for row in one.rows} == {"cannot say"}
-    assert one.answer.startswith("Of none of 13 treatments can it be said")
+    assert one.answer.startswith("None of 13 treatments could be judged")
     assert "There is one plate only" in notes
     change = planted(np.random.default_rng(3))["serial 30.0"][2]
     name = f"Cells_F{np.argmax(np.abs(change))}"  # the feature that changes most
@@ -396,7 +396,5 @@ def test_the_rule() -> None:
     assert verdict(q=None) == ("cannot say", "One well only.")
     assert verdict(q=None, empty=3, fewer=1)[0] == "mainly fewer cells"
     unsure = {"fewer": 0.0, "strongest": 0.0}
-    unseen = judge(HitsParams(), None, None, None, **unsure, floor=1.0)
-    assert unseen[0] is Verdict.UNKNOWN
-    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), None, **unsure, floor=0.1)
+    few = judge(HitsParams(), Score(p=0.2, q=0.2), Score(1.0), Score(), **unsure, floor=0.1)
     assert few == (Verdict.UNKNOWN, "With so few wells and controls, p cannot be below 0.1.")

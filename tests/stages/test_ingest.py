@@ -29,7 +29,7 @@ from cellstore.models import (
     Treatment,
     Well,
 )
-from cellstore.stages.ingest.ingest import ingest, preview
+from cellstore.stages.ingest.ingest import ingest
 
 pytestmark = pytest.mark.one_database
 
@@ -184,7 +184,7 @@ def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
     rows = [loaddata(1), loaddata(2, treatment="aloxistatin"), loaddata(3)]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert result.created == 2
-    assert [(item.line, item.reason) for item in result.of(Severity.REFUSED)] == [
+    assert [(item.line, item.reason) for item in result.issues if item.severity == "refused"] == [
         (3, "the well has another treatment")
     ]
 
@@ -226,7 +226,7 @@ def test_an_unreadable_image_stays_missing_and_is_named(
     (folder / "r01c02f01p01-ch2sk1fk1fl1.tiff").write_bytes(b"II*\0rubbish")
     result = ingest(workspace, table, IngestParams(images=folder))
     assert (result.created, result.missing_images) == (1, 1)
-    (problem,) = result.of(Severity.PROBLEM)
+    (problem,) = (item for item in result.issues if item.severity is Severity.PROBLEM)
     assert problem.reason == "image cannot be read"
     assert "ch2" in problem.detail
 
@@ -302,11 +302,11 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
         assert (well.treatment.name, well.control) == ("DMSO", "negative")
 
 
-def test_a_dry_run_says_what_is_passed_over(tmp_path: Path) -> None:
+def test_a_dry_run_says_what_is_passed_over(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     write_image(tmp_path / "P", "x_A01_s1_w1.tif", 1)
     write_image(tmp_path / "P", "x_A01_s1_w1_thumb.tif", 1)
-    found = preview(tmp_path / "P")
-    assert (found.rows, found.notes) == (1, ["thumbnails, skipped: 1"])
+    found = ingest(sqlite_workspace, tmp_path / "P", dry_run=True)
+    assert (found.rows, found.notes) == (1, ("thumbnails, skipped: 1",))
 
 
 @pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
@@ -352,3 +352,21 @@ def test_what_was_passed_over_in_a_file_is_said_by_ingest(
     )
     (issue,) = ingest(sqlite_workspace, table).issues
     assert (issue.severity, issue.reason) == (Severity.PROBLEM, "image cannot be read")
+
+
+def test_blank_wells_are_named_where_they_have_images(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    rows = [f"{name}.tif,P1,{name},1" for name in ("A01", "A02", "A03")]
+    table = tmp_path / "t.csv"
+    header = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"
+    table.write_text("\n".join([header, *rows]))
+    platemap = tmp_path / "map.csv"
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA4,\nA5,noco\n")
+    params = IngestParams(platemap=platemap)
+    blank, missing = ingest(sqlite_workspace, table, params, dry_run=True).notes
+    assert "so their treatment is not known: A02. To" in blank
+    assert "wells with images got no treatment: A03, but wells without images" in missing
+    platemap.write_text("Well,Compound\nA1,taxol\nA2,\nA3,x\nA4,\n")
+    (note,) = ingest(sqlite_workspace, table, params, dry_run=True).notes
+    assert note.startswith("map.csv is blank")

@@ -34,8 +34,8 @@ from cellstore.models import (
     Recipe,
     Segmentation,
 )
-from cellstore.stages.ingest.account import Account, UndoneError
-from cellstore.stages.ingest.ingest import preview
+from cellstore.stages.ingest.account import Account, Issue, issues_of
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.ingest_masks import ingest_masks
 from cellstore.stages.measure import measure
 
@@ -103,6 +103,10 @@ class Bench:
     def counts(self) -> tuple[int, int, int, int]:
         found = self.account
         return found.rows, found.created, found.unchanged, found.refused
+
+    def issues(self) -> tuple[Issue, ...]:
+        with self.workspace.database.read() as session:
+            return issues_of(session, self.account.run_id)
 
     def refusals(self) -> list[tuple[str, str]]:
         """File and reason of what the last run refused."""
@@ -256,7 +260,7 @@ def test_black_and_white_masks_are_refused_unless_asked_for(bench: Bench) -> Non
     bench.save("b_mask.tif", (MASKS > 0).astype(np.uint8))  # one label, in several parts
     bench.ingest()
     assert bench.counts == (2, 0, 0, 2)
-    assert all("--binary-masks" in issue.detail for issue in bench.account.shown)
+    assert all("--binary-masks" in issue.detail for issue in bench.issues())
     result = bench.ingest(binary=True)
     # The two that touch have become one object.
     assert (bench.counts, result.cells) == ((2, 2, 0, 0), 6)
@@ -269,7 +273,7 @@ def test_a_label_in_several_pieces_is_kept_and_noticed(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_mask.tif", labels_of((5, 1, 1, 4, 4), (5, 10, 10, 14, 14), (6, 1, 20, 4, 24)))
     assert bench.ingest().cells == 2
-    (issue,) = bench.account.shown
+    (issue,) = bench.issues()
     assert (issue.severity, issue.detail) == (Severity.SUSPICIOUS, "1 of 2 labels: 5")
 
 
@@ -302,17 +306,13 @@ def test_an_image_is_not_taken_for_its_own_masks(bench: Bench) -> None:
     assert bench.refusals() == [("a.tif", "this is an image")]
 
 
-@pytest.mark.each_database
-def test_strict_writes_all_or_nothing(bench: Bench) -> None:
+def test_a_dry_run_refuses_other_masks_of_the_same_image(bench: Bench) -> None:
     bench.image("a.tif")
-    bench.save("a_mask.tif")
-    bench.save("a_label.tif", MASKS[::-1])
-    with pytest.raises(UndoneError, match="1 of its 2 rows were refused"):
-        bench.ingest(strict=True)
-    assert (bench.count(Segmentation), bench.counts) == (0, (2, 0, 0, 1))
-    (bench.masks / "a_label.tif").unlink()
-    bench.ingest(strict=True)
-    assert bench.counts == (1, 1, 0, 0)
+    bench.save("a_label.tif")
+    bench.save("a_mask.tif", MASKS[::-1])
+    found = ingest(bench.workspace, bench.masks, IngestParams(kind="masks"), dry_run=True)
+    assert (found.created, found.refused) == (1, 1)
+    assert found.issues[0].reason == "other masks are there"
 
 
 def test_a_dry_run_of_masks_shows_their_images(bench: Bench) -> None:
@@ -320,18 +320,14 @@ def test_a_dry_run_of_masks_shows_their_images(bench: Bench) -> None:
     bench.save("a_MaskNuclei.tif")
     bench.save("x_mask.tif")
     params = IngestParams(kind="masks")
-    found = preview(bench.masks, params, bench.workspace)
-    assert (found.layout, found.rows, found.images, found.refused) == ("masks", 2, 1, 1)
-    assert (found.plates, found.wells) == ({"P1"}, {("P1", "A01")})
-    (row,) = found.files
-    assert (row.file, row.plate, row.well, row.site) == ("a_MaskNuclei.tif", "P1", "A01", 1)
-    assert (row.plane, row.time_point, row.objects, row.cells) == (2, 3, "nuclei", 4)
+    found = ingest(bench.workspace, bench.masks, params, dry_run=True)
+    assert (found.layout, found.rows, found.created, found.refused) == ("masks", 2, 1, 1)
+    (row,) = found.preview
+    assert tuple(row.values()) == ("a_MaskNuclei.tif", "P1", "A01", 1, 2, 3, "nuclei", 4)
     assert [(issue.file, issue.reason) for issue in found.issues] == [
         ("x_mask.tif", "no such image")
     ]
     assert (bench.count(Segmentation), bench.count(IngestIssue)) == (0, 0)
-    with pytest.raises(UserInputError, match="--store"):
-        preview(bench.masks, params)
 
 
 def test_the_plates_of_the_images_are_told(bench: Bench) -> None:
@@ -378,7 +374,7 @@ def test_names_that_several_plates_have(bench: Bench) -> None:
     bench.save("a_mask.tif")
     bench.ingest()
     assert bench.refusals() == [("a_mask.tif", "several images have this name")]
-    assert "P1/A01/1, P2/A02/1" in bench.account.shown[0].detail
+    assert "P1/A01/1, P2/A02/1" in bench.issues()[0].detail
     bench.ingest(plate="P2")
     assert bench.counts == (1, 1, 0, 0)
     with pytest.raises(UnknownNameError, match="plate 'P9'"):

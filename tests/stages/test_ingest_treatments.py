@@ -20,7 +20,8 @@ from cellstore.errors import UserInputError
 from cellstore.io.layouts import Layout
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Base, Event, IngestIssue, Perturbation, Plate, Treatment, Well
-from cellstore.stages.ingest.account import Account
+from cellstore.stages.ingest.account import Account, Issue, issues_of
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
 pytestmark = pytest.mark.one_database
@@ -68,6 +69,10 @@ class Bench:
         counted = account.created + account.updated + account.unchanged + account.refused
         assert account.rows == counted
         return account
+
+    def issues(self, account: Account) -> tuple[Issue, ...]:
+        with self.workspace.database.read() as session:
+            return issues_of(session, account.run_id)
 
     def map(self, compounds: str = COMPOUNDS, text: str = MAP, plate: str = "P1") -> Account:
         params = IngestParams(compounds=(self.file("compounds.csv", compounds),), plate=plate)
@@ -210,7 +215,7 @@ def test_an_empty_well_of_an_orf_map_is_not_made(bench: Bench) -> None:
     account = bench.map(ORFS, ORF_MAP)
     assert counts(account) == (0, 1, 1, 0)
     assert set(bench.treated()) == {"P1 A01"}
-    assert account.shown == []
+    assert bench.issues(account) == ()
 
 
 def test_a_well_that_is_empty_on_a_later_map_keeps_its_treatment_and_that_is_said(
@@ -218,7 +223,7 @@ def test_a_well_that_is_empty_on_a_later_map_keeps_its_treatment_and_that_is_sai
 ) -> None:
     bench.map()
     account = bench.map(ORFS, ORF_MAP)
-    (issue,) = (item for item in account.shown if item.severity is Severity.SUSPICIOUS)
+    (issue,) = (item for item in bench.issues(account) if item.severity is Severity.SUSPICIOUS)
     assert (issue.reason, issue.line) == ("a blank well that has a treatment", 3)
     assert "cellstore relabel P1/A02 --treatment none" in issue.detail
     assert bench.treated()["P1 A02"][0] == "taxol"
@@ -245,16 +250,17 @@ def test_barcodes_say_which_plates(bench: Bench) -> None:
         "P2 A01": "KCNN1",
     }
     assert bench.count(Plate) == 3  # P9 is not made
-    assert [issue.reason for issue in account.shown] == ["no such plate map"]
+    assert [issue.reason for issue in bench.issues(account)] == ["no such plate map"]
     unknown = (
-        "so its treatment is not known: A02. To say what it got: --blank DMSO or --blank untreated"
+        "is blank for these wells, so their treatment is not known: A02. To say what they got: "
+        "--blank DMSO or --blank untreated"
     )
     assert account.notes == [
         "1 of 4 plates are not in the store",
-        "1 well is blank in cp.csv, so DMSO: B01",
-        f"1 well is blank in orf.csv, {unknown}",
+        "cp.csv is blank for these wells, so DMSO: B01",
+        f"orf.csv {unknown}",
         "no plate of the store uses the plate map unused",
-        f"1 well is blank in unused.csv, {unknown}",
+        f"unused.csv {unknown}",
     ]
 
 
@@ -311,19 +317,19 @@ def test_a_table_that_leaves_a_value_open_does_not_erase_it(bench: Bench) -> Non
 def test_a_sample_that_is_described_in_two_ways(bench: Bench) -> None:
     account = bench.table(COMPOUNDS + "BRD-1,other,,\nBRD-2,taxol,,\n")
     assert counts(account) == (3, 0, 1, 1)
-    assert [issue.reason for issue in account.shown] == ["broad_sample twice"]
+    assert [issue.reason for issue in bench.issues(account)] == ["broad_sample twice"]
 
 
 def test_an_alias_merges_two_spellings(bench: Bench) -> None:
     table = "broad_sample,pert_iname\nBRD-1,ME0328\nBRD-2,ME-0328\n"
     first = bench.map(table)
-    (issue,) = first.shown
+    (issue,) = bench.issues(first)
     assert (issue.severity, issue.line) == (Severity.SUSPICIOUS, None)
     aliases = bench.file("aliases.csv", "alias,name\nME0328,ME-0328\n")
     second = bench.table(table, aliases=aliases)
     assert counts(second) == (0, 1, 1, 0)
     assert {found[0] for found in bench.treated().values()} == {"ME-0328", "DMSO"}
-    assert second.shown == []
+    assert bench.issues(second) == ()
 
 
 def test_a_long_list_of_targets(bench: Bench) -> None:
@@ -379,7 +385,7 @@ def test_plates_and_batches(bench: Bench) -> None:
         bench.file("plate.csv", f"{head}s,B3,P1,ORF\ns,,001,ORF\n"), Layout.JUMP_PLATES
     )
     assert counts(again) == (0, 1, 1, 0)
-    (issue,) = again.shown
+    (issue,) = bench.issues(again)
     assert issue.detail == "P1: the batch was B1, and is B3 now"
     with bench.reading() as session:
         rows = session.execute(select(Plate.barcode, Plate.batch)).all()
@@ -520,7 +526,7 @@ def test_names_with_a_plus_between_them_are_a_combination(bench: Bench) -> None:
     rows = "A1,taxol + noco,1 + 2,TUBB\nA2,noco 2 uM  + taxol 1000 nM,,\n"
     refused = map_of(bench, f"{head}{rows}A3,taxol + noco,5,\n")
     assert counts(refused) == (0, 2, 0, 1)
-    assert any("does not say the dose of each" in issue.detail for issue in refused.shown)
+    assert any("does not say the dose of each" in issue.detail for issue in bench.issues(refused))
     pair = [("noco", 2.0, "uM"), ("taxol", 1.0, "uM")]
     found = {well: [part[:3] for part in some] for well, some in parts(bench).items()}
     assert found == {"A01": pair, "A02": pair}
@@ -549,8 +555,6 @@ def test_a_well_that_a_column_calls_treated_is_no_control(bench: Bench) -> None:
 
 
 def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> None:
-    from cellstore.stages.ingest.ingest import preview
-
     wells = "Well,Compound\nA1,DMSO\nA2,taxol\n"
     map_of(bench, wells)
     table = bench.file("odd.csv", "broad_sample,pert_iname\nDMSO,DMSO\nBRD-7,taxol\n")
@@ -561,8 +565,9 @@ def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> Non
     )
     other = bench.file("other.csv", "broad_sample,pert_iname\nBRD-8,taxol\n")
     source = bench.file("codes.csv", "well_position,broad_sample\nA2,BRD-8\n")
-    found = preview(source, IngestParams(plate="P1", compounds=(other,)), bench.workspace)
-    assert [(well.well, well.change) for well in found.treated if well.change] == [
+    params = IngestParams(plate="P1", compounds=(other,))
+    found = ingest(bench.workspace, source, params, dry_run=True)
+    assert [(row["well"], row["change"]) for row in found.preview if row["change"]] == [
         ("A02", "was taxol, identifier BRD-7")
     ]
 
@@ -593,7 +598,7 @@ def test_one_map_for_several_plates(bench: Bench) -> None:
 def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
     head = "Well,Compound\n"
     blank = map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
-    assert blank.startswith("2 wells are blank in long.csv")  # no well has images so far
+    assert "known: A01, A02" in blank  # no well has images so far
     bench.make.image(bench.wells[1])
     assert "treatment is not known: A02. To say" in map_of(bench, f"{head}A1,\nA2,\n").notes[-1]
     missing = map_of(bench, f"{head}A1,taxol\nB1,\n").notes[-1]
@@ -607,29 +612,27 @@ def test_what_is_said_of_wells_with_images(bench: Bench) -> None:
     bench.make.image(third)
     (note,) = map_of(bench, f"{head}A1,taxol\nC1,taxol\n").notes
     assert note == (
-        "1 well with images got no treatment: B02, but wells without images got one: C01. If that "
-        "is not meant, look whether the map has shifted; cellstore undo RUN takes it back"
+        "long.csv: wells with images got no treatment: B02, but wells without images got one: C01. "
+        "If that is not meant, has the map shifted? cellstore undo RUN takes it back"
     )
 
 
 @pytest.mark.each_database
 def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:
-    from cellstore.stages.ingest.ingest import PreviewWell, preview
-
     map_of(bench, LONG)
     before = [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
     source = bench.file("next.csv", LONG.replace("500", "50") + "B7,noco,1,A549,\nQQ,x,1,A549,\n")
-    found = preview(source, IngestParams(plate="P1"), bench.workspace)
+    found = ingest(bench.workspace, source, IngestParams(plate="P1"), dry_run=True)
     assert (found.rows, found.created, found.updated, found.unchanged, found.refused) == (
         *(4, 1, 1, 1),
         1,
     )
-    assert found.treated == [
-        PreviewWell("P1", "A01", "taxol 0.05 uM", None, "was taxol 0.5 uM"),
-        PreviewWell("P1", "A02", "DMSO", Control.NEGATIVE, ""),
-        PreviewWell("P1", "B07", "noco 0.001 uM", None, "new"),
+    assert [tuple(row.values()) for row in found.preview] == [
+        ("P1", "A01", "taxol 0.05 uM", None, "was taxol 0.5 uM"),
+        ("P1", "A02", "DMSO", Control.NEGATIVE, ""),
+        ("P1", "B07", "noco 0.001 uM", None, "new"),
     ]
     assert before == [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
     table = bench.file("compounds.csv", COMPOUNDS)
-    assert preview(table, IngestParams(), bench.workspace).created == 2  # DMSO is there
+    assert ingest(bench.workspace, table, dry_run=True).created == 2  # DMSO is there
     assert bench.treated()["P1 A01"][0] == "taxol"

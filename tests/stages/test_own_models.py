@@ -149,8 +149,8 @@ def test_one_bad_row_and_nothing_is_written(
         ("cell_id,label,label\n1,DMSO,taxol\n", "'label' more than once"),
         ("cell_id,label\n1,DMSO\n2\n", "line 3: wrong number of cells"),
         (pa.table({"cell_id": [1], "label": ["DMSO"], "taxol": [1.0]}), "no predictions"),
-        ([[1.0, 2.0]], "no table that can be read"),
-        ([1, 2], "no table that can be read"),
+        ([[1.0, 2.0]], "cannot be read as a table"),
+        ([1, 2], "cannot be read as a table"),
     ],
 )
 def test_what_is_no_plain_table_is_refused(
@@ -301,7 +301,7 @@ def test_the_mlflow_run_of_a_model_is_kept_and_linked(
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     alone = store.add_predictions(table, "unlinked", trained_on=["train"], mlflow_run="ab12")
     assert alone.trackers == {"mlflow": {"run": "ab12"}}
-    with pytest.raises(UserInputError, match="no id of an MLflow run"):
+    with pytest.raises(UserInputError, match="not the id of an MLflow run"):
         store.add_predictions(table, "odd", mlflow_run="https://x/#/runs/1")
 
 

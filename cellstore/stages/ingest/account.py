@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert
 from ...enums import Severity
-from ...errors import CellstoreError, UserInputError
+from ...errors import UserInputError
 from ...io.tables import Refusal
 from ...io.uris import plain_file, writable
 from ...models import IngestFile, IngestIssue
@@ -23,7 +25,7 @@ from ...models import IngestFile, IngestIssue
 T = TypeVar("T")
 
 SHOWN = 1_000
-"""Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
+"""Issues, or rows of a dry run, that a result has; table ``ingest_issues`` has all issues."""
 
 _TABLES = (".csv", ".tsv", ".txt", ".xml", ".csv.gz", ".tsv.gz", ".txt.gz")
 _REASON_LENGTH = 255
@@ -40,10 +42,12 @@ class Issue(NamedTuple):
     detail: str
 
 
-class UndoneError(CellstoreError):
-    """Rows of a file were refused under ``strict``; ``issues`` are the first."""
-
-    issues: tuple[Issue, ...] = ()
+def issues_of(session: Session, run_id: int) -> tuple[Issue, ...]:
+    """Return the first issues of a run."""
+    row = IngestIssue
+    query = select(row.severity, row.file, row.line, row.reason, row.detail)
+    query = query.where(row.run_id == run_id).order_by(row.id).limit(SHOWN)
+    return tuple(Issue(*found) for found in session.execute(query))
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,7 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
-        """Return the identity of a file or folder on this machine; one pass over its bytes.
-
-        Raises:
-            UserInputError: it is a file that is not there or cannot be read, or a pipe.
-        """
+        """Return the identity of a file or folder on this machine; one pass over its bytes."""
         digest, size, lines = hashlib.sha256(), 0, 0
         if not path.is_dir():
             try:
@@ -106,7 +106,8 @@ class Account:
     what wells got were read first, if they are read again: what was corrected after it stays.
     The source is about ``plates`` (ids); ``cells``, their ``feature_set`` and ``segmentations`` (of
     recipes) are what it brought beside its rows. ``moved`` counts the files that are read from
-    another folder now, by the old and the new one.
+    another folder now, by the old and the new one. ``images`` are those of all records of images
+    that were used, ``unchanged_images`` of those that brought nothing new.
     """
 
     run_id: int
@@ -116,8 +117,6 @@ class Account:
     updated: int = 0
     unchanged: int = 0
     refused: int = 0
-    reasons: Counter[tuple[Severity, str]] = field(default_factory=Counter)
-    shown: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     moved: Counter[tuple[str, str]] = field(default_factory=Counter)
     pending: list[Issue] = field(default_factory=list)
@@ -126,6 +125,8 @@ class Account:
     cells: int = 0
     feature_set: str | None = None
     segmentations: Sequence[int] = ()
+    images: array[int] = field(default_factory=lambda: array("q"))
+    unchanged_images: array[int] = field(default_factory=lambda: array("q"))
 
     def take(self, rows: Iterable[T | Refusal]) -> list[T]:
         """Count rows, refuse those that cannot be used, and return the others."""
@@ -157,11 +158,7 @@ class Account:
     ) -> None:
         """Say what is wrong; ``file`` None: the row is of the file of this account."""
         self.refused += severity is Severity.REFUSED
-        issue = Issue(severity, file or self.file, line, reason, detail)
-        self.reasons[severity, reason] += 1
-        self.pending.append(issue)
-        if len(self.shown) < SHOWN:
-            self.shown.append(issue)
+        self.pending.append(Issue(severity, file or self.file, line, reason, detail))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -178,32 +175,8 @@ class Account:
         bulk_insert(session, IngestIssue, _ISSUE_COLUMNS, rows)
         self.pending.clear()
 
-    def take_issues(self, other: Account) -> None:
-        """Say what ``other`` says, too; its issues that were not written yet are written here."""
-        self.pending += other.pending
-        self.reasons.update(other.reasons)
-        self.shown += other.shown[: SHOWN - len(self.shown)]
-
-    def check_strict(self) -> None:
-        """Undo the source if rows were refused.
-
-        Raises:
-            UndoneError: some were.
-        """
-        if self.refused:
-            error = UndoneError(
-                f"Nothing of {self.file} was written: {self.refused:,} of its {self.rows:,} rows "
-                "were refused, and --strict allows none. Correct them, or ingest without --strict."
-            )
-            error.issues = tuple(self.shown)
-            raise error
-
     def close(self, session: Session, layout: str, identity: FileIdentity) -> None:
-        """Write what is left, and the row of the file.
-
-        Raises:
-            AssertionError: a row was lost or counted twice, which is an error of ours.
-        """
+        """Write what is left, and the row of the file."""
         found = self.created + self.updated + self.unchanged + self.refused
         if found != self.rows:
             raise AssertionError(f"{self.file}: {self.rows} rows were read, {found} accounted for")

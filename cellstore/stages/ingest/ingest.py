@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,15 @@ from ...db.events import Change, record_events, recording_new_rows
 from ...db.fields import wells_changed
 from ...enums import Look, Severity, Stage, Status
 from ...errors import UnknownNameError, UserInputError
-from ...io.filenames import format_well
 from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
-from ...io.platemaps import MapOptions
-from ...io.tables import Refusal
 from ...io.uris import exists, is_remote, join, map_folder, plain_file, shown, stat, writable
-from ...jobs.lookup import images_of, renamed_channels, renamed_plates
+from ...jobs.lookup import images_of
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
 from ...models import (
     Event,
-    FeatureSet,
     Folder,
     Image,
     ImageFile,
@@ -49,13 +44,13 @@ from ...models import (
 )
 from ...notebooks import Shown
 from ...settings import track
-from .account import SHOWN, Account, FileIdentity, Issue, UndoneError
+from .account import SHOWN, Account, FileIdentity, Issue, issues_of
 from .ingest_images import (
     READERS,
     ImageSource,
     ingest_images,
     look_at_files,
-    rename_channels,
+    look_at_images,
 )
 
 VERSION = 2
@@ -66,6 +61,7 @@ _OF_MAPS = ("sheet", "map_columns", "blank", "controls")
 _ONLY_OF: Mapping[str, Collection[SourceKind]] = {
     "name": (SourceKind.FEATURES, SourceKind.MASKS),
     "pixel_size": (SourceKind.IMAGES,),
+    "pattern": (SourceKind.IMAGES,),
     "binary": (SourceKind.MASKS,),
 }
 """Options that other kinds of sources do not have."""
@@ -80,6 +76,9 @@ class IngestResult(Shown):
     ``ingest_issues`` has all. ``plates``, ``wells``, ``images`` and ``missing_images`` are what the
     plates of the source have now. ``cells`` were brought, ``feature_set`` is where their
     features are, ``segmentations`` the recipes that they belong to.
+
+    Of a dry run all this is what would be (``run_id`` 0), and ``preview`` has the first thousand
+    files, wells or images with cells, by the names of their columns.
     """
 
     run_id: int
@@ -100,27 +99,26 @@ class IngestResult(Shown):
     feature_set: str | None = None
     segmentations: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def of(self, severity: Severity) -> tuple[Issue, ...]:
-        """Return the issues of one severity."""
-        return tuple(issue for issue in self.issues if issue.severity is severity)
+    preview: tuple[Mapping[str, Any], ...] = ()
 
 
 def ingest(
-    workspace: Workspace, source: str | Path, params: IngestParams | None = None
+    workspace: Workspace,
+    source: str | Path,
+    params: IngestParams | None = None,
+    *,
+    dry_run: bool = False,
 ) -> IngestResult:
     """Bring a source in: a table, an index, a database, a folder; doing it again changes nothing.
 
-    Raises:
-        BadTableError: the source is empty, damaged, ambiguous, or lacks columns. Nothing is
-            written.
-        UndoneError: rows were refused under ``strict``. Nothing of the source is written.
-        UserInputError: a file or folder is not there, or the plate is not known.
+    See ``Store.ingest``.
     """
     params = params or IngestParams()
     layout, source = choose_layout(source, params), Path(source)
     kind = layout.kind
     images = ImageSource(source, layout, params) if kind is SourceKind.IMAGES else None
+    if dry_run:
+        return _rehearse(workspace, source, layout, params, images)
     beside: Sequence[Path] = images.files if images else ()
     if kind is SourceKind.TREATMENTS:
         files = (*params.compounds, params.barcodes, params.aliases)
@@ -131,7 +129,7 @@ def ingest(
     options = {
         name: writable(value.name) if isinstance(value, Path) and value.is_file() else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "images", "compounds", "look", "strict", "reread")
+        if name not in ("kind", "images", "compounds", "look", "reread")
         and not (isinstance(value, Path) and value.is_dir())
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
@@ -148,16 +146,15 @@ def ingest(
             # a clock, must not undo it.
             runs = select(Run).where(Run.recipe_id == recipe.id, Run.status == Status.DONE)
             earlier = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
-            result = None if earlier is None else earlier.result
-            plates = result["plates"] if result else []
-            if result and result.get("feature_set"):
+            result = (earlier and earlier.result) or {}
+            if result.get("feature_set"):
                 from .ingest_features import lacks_files  # these are slow to import
 
                 again = lacks_files(session, workspace.artifacts, result["feature_set"])
             # A plate of it may have been deleted, or a file of features is gone.
+            plates = result.get("plates", ())
             there = rows_in(session, select(Plate.id), Plate.id, plates)
-            lost = again or len(there) < len(plates)
-            if lost or not result or (params.strict and result["refused"]):
+            if again or len(there) < len(plates) or not result:
                 earlier = None
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
@@ -165,28 +162,20 @@ def ingest(
         if labels and not params.reread:
             with workspace.database.read() as session:
                 account.since = _first_read(session, labels)
-        try:
-            if earlier is not None:
-                _read_again(workspace, kind, params, earlier, account)
-            elif images is not None:
-                ingest_images(workspace, images, account, identity.lines)
-            elif kind is SourceKind.MASKS:
-                from .ingest_masks import ingest_masks
+        if earlier is not None:
+            _read_again(workspace, kind, params, earlier, account)
+        elif kind is SourceKind.MASKS:
+            from .ingest_masks import ingest_masks
 
-                ingest_masks(workspace, source, params, account)
-            else:
-                with workspace.database.begin() as session:
-                    one_ingest_at_a_time(session)
-                    with recording_new_rows(session, run.id):
-                        _write(workspace, session, source, layout, params, account, identity, again)
-                    if params.strict:
-                        account.check_strict()
-        except UndoneError:
-            # The rows are undone; the reasons stay, to be asked for.
-            account.pending = list(account.shown)
+            ingest_masks(workspace, source, params, account)
+        else:
             with workspace.database.begin() as session:
-                account.flush(session)
-            raise
+                one_ingest_at_a_time(session)
+                with recording_new_rows(session, run.id):
+                    how = (source, layout, params, images, account, identity)
+                    _write(workspace, session, *how, again=again)
+            if images is not None:
+                look_at_images(workspace, params, account)
         # Each file of a source of features has an account of its own.
         if kind is not SourceKind.FEATURES or earlier is not None:
             with workspace.database.begin() as session:
@@ -200,28 +189,43 @@ def ingest(
     for (old, new), number in account.moved.items():
         files_are = "1 file is" if number == 1 else f"{number:,} files are"
         account.notes.append(f"{files_are} now read from {shown(new)}, no longer from {shown(old)}")
-    wells = fields = seen = 0
     with workspace.database.read() as session:
-        counts = (func.count(Well.id.distinct()), func.count(Image.id))
-        query = select(*counts, func.count(Image.content_sha256))
-        query = query.outerjoin(Image, Image.well_id == Well.id)
-        for row in rows_in(session, query, Well.plate_id, account.plates):
-            wells, fields, seen = wells + row[0], fields + row[1], seen + row[2]
+        return _result(session, account, layout, run.id)
+
+
+def _result(
+    session: Session,
+    account: Account,
+    layout: Layout,
+    run_id: int = 0,
+    preview: Sequence[Mapping[str, Any]] = (),
+) -> IngestResult:
+    wells = images = seen = 0
+    counts = (func.count(Well.id.distinct()), func.count(Image.id))
+    query = select(*counts, func.count(Image.content_sha256))
+    query = query.outerjoin(Image, Image.well_id == Well.id)
+    for row in rows_in(session, query, Well.plate_id, account.plates):
+        wells, images, seen = wells + row[0], images + row[1], seen + row[2]
+    issue, number = IngestIssue, func.count()
+    reasons = select(issue.severity, issue.reason, number).where(issue.run_id == account.run_id)
+    reasons = reasons.group_by(issue.severity, issue.reason)
+    reasons = reasons.order_by(number.desc(), func.min(issue.id))
     return IngestResult(
-        run_id=run.id,
+        run_id=run_id,
         source=account.file,
         layout=layout.value,
         **account.counts,
-        reasons=tuple((*key, number) for key, number in account.reasons.most_common()),
-        issues=tuple(account.shown),
+        reasons=tuple((*row,) for row in session.execute(reasons)),
+        issues=issues_of(session, account.run_id),
         plates=len(account.plates),
         wells=wells,
-        images=fields,
-        missing_images=fields - seen,
+        images=images,
+        missing_images=images - seen,
         cells=account.cells,
         feature_set=account.feature_set,
         segmentations=tuple(account.segmentations),
         notes=tuple(account.notes),
+        preview=tuple(preview),
     )
 
 
@@ -231,12 +235,16 @@ def _write(
     source: Path,
     layout: Layout,
     params: IngestParams,
+    images: ImageSource | None,
     account: Account,
     identity: FileIdentity | None,
+    *,
     again: bool = False,
 ) -> None:
-    """Write treatments or features. Without the ``identity`` of the source it is a dry run."""
-    if layout.kind is SourceKind.TREATMENTS:
+    """Write images, treatments or features. Without the ``identity`` it is a dry run."""
+    if images is not None:
+        ingest_images(workspace, session, images, account, identity.lines if identity else 0)
+    elif layout.kind is SourceKind.TREATMENTS:
         from .ingest_treatments import ingest_treatments  # these are slow to import
 
         ingest_treatments(workspace, session, source, layout, params, account)
@@ -259,12 +267,7 @@ def _first_read(session: Session, digests: set[str]) -> int | None:
 
 
 def choose_layout(source: str | Path, params: IngestParams) -> Layout:
-    """Return how ``source`` is to be read: as asked for, else as its content says.
-
-    Raises:
-        BadTableError: it is none of the known layouts, or more than one.
-        UserInputError: there is no such file, or it is of another kind than asked for.
-    """
+    """Return how ``source`` is to be read: as asked for, else as its content says."""
     if is_remote(str(source)):
         raise UserInputError(
             f"{shown(str(source))} is not on this machine. Copy the table or index here; its "
@@ -280,36 +283,24 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     except OSError as error:
         raise UserInputError(f"{source} cannot be read ({error.strerror}).") from error
     kind = SourceKind(params.kind) if params.kind else None
-    if params.layout is not None and params.layout not in list(Layout):
-        raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
-    if params.layout is not None:
-        layout = Layout(params.layout)
-    elif params.pattern is not None:
+    if params.pattern is not None and kind in (None, SourceKind.IMAGES):
         layout = Layout.IMAGE_FOLDER
     else:
-        layout = detect(source, kind, MapOptions(params.sheet, params.map_columns))
-    if kind is not None and layout.kind is not kind:
-        raise UserInputError(
-            f"The layout {layout.value} is for {layout.kind.value}, not for {kind.value}. "
-            f"Remove the word {kind.value!r} or --layout."
-        )
-    chosen = [item for item in options_of(params) if getattr(params, item.name)]
-    lost = [flag(item) for item in chosen if item.name in _OF_MAPS]
-    if lost and layout is not Layout.PLATEMAP and params.platemap is None:
-        raise UserInputError(
-            f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
-            f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
-        )
+        layout = detect(source, kind, params.sheet, params.map_columns)
     if len(params.plate) > 1 and layout is not Layout.PLATEMAP:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
             "with --plate; only a plate map may be of several."
         )
-    wrong = [flag(i) for i in chosen if layout.kind not in _ONLY_OF.get(i.name, SourceKind)]
+    has_map = layout is Layout.PLATEMAP or params.platemap is not None
+    chosen = [item for item in options_of(params) if getattr(params, item.name)]
+    wrong = [flag(item) for item in chosen if item.name in _OF_MAPS and not has_map]
+    wrong += [flag(i) for i in chosen if layout.kind not in _ONLY_OF.get(i.name, SourceKind)]
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
-            f"Remove it, or name the content: cellstore ingest masks {source.name}"
+            "Remove it, give the plate map that it is about with --platemap FILE, or say what the "
+            f"source holds, for example: cellstore ingest masks {source.name}"
         )
     return layout
 
@@ -326,13 +317,6 @@ def _read_again(
     of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
     with workspace.database.begin() as session:
         # What the earlier run found wrong with the rows is true of this run, too.
-        first = session.execute(select(*columns).where(*of_rows).order_by(issue.id).limit(SHOWN))
-        account.shown += [Issue(*row) for row in first]
-        counts = select(issue.severity, issue.reason, func.count()).where(*of_rows)
-        for severity, reason, number in session.execute(
-            counts.group_by(issue.severity, issue.reason)
-        ):
-            account.reasons[Severity(severity), reason] += number
         copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(issue.id)
         names = ["run_id", *(column.key for column in columns)]
         session.execute(insert(issue).from_select(names, copied))
@@ -395,11 +379,7 @@ class RefreshResult(Shown):
 def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshResult:
     """Compare the files of the images of a selection with what is known of them.
 
-    A file of the same size and time is taken as unchanged; others are hashed. What was derived
-    from bytes that have changed is stale from now on: the next run of its stage makes it anew.
-
-    Raises:
-        UnknownNameError: there is no such plate, well or column.
+    See ``Store.refresh``. A file of the same size and time is taken as unchanged.
     """
     with workspace.database.begin() as session:
         query = images_of(session, selection)
@@ -410,23 +390,21 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
     with running(workspace.database, recipe) as run:
         account = Account(run.id, "known files")
         changed = look_at_files(workspace, images, None, Look.HERE, account)
-        problems = sum(account.reasons.values())
+        with workspace.database.read() as session:
+            number = select(func.count()).where(IngestIssue.run_id == run.id)
+            problems = session.scalars(number).one()
+            some = issues_of(session, run.id)
         run.result = {"images": len(images), "changed": len(changed), "problems": problems}
-    some = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
+    some = tuple(issue for issue in some if issue.severity is Severity.PROBLEM)
     return RefreshResult(run.id, len(images), len(changed), problems, some)
 
 
 @dataclass(frozen=True)
 class RelocateResult(Shown):
-    """Which ``folders`` (old, new, files) are elsewhere now.
-
-    ``hashed`` of the files have another time there, or all were to be read: their sha256 was
-    compared. ``missing`` are in neither place.
-    """
+    """Which ``folders`` (old, new, files) are elsewhere now; ``missing`` files are in neither."""
 
     folders: tuple[tuple[str, str, int], ...]
     files: int
-    hashed: int
     missing: int
     dry_run: bool
 
@@ -436,19 +414,12 @@ def relocate(
     old: str,
     new: str,
     *,
-    check: bool = False,
     dry_run: bool = False,
     reason: str | None = None,
 ) -> RelocateResult:
     """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
 
-    Every file that the store has seen must be there with its size and time; one of another time is
-    read, and must have its sha256. ``check`` reads all. All or nothing, and undone by relocating
-    back. Jobs that failed are open again.
-
-    Raises:
-        UnknownNameError: the store knows no folder of this name.
-        UserInputError: a file is not in the new folder, or is another one there.
+    See ``Store.relocate``. Jobs that failed are open again.
     """
     old, new = (
         text if is_remote(text) or "\\" in text else os.path.abspath(text)  # noqa: PTH100 - no links
@@ -456,10 +427,10 @@ def relocate(
     )
     if old == new:
         raise UserInputError(f"{shown(old)} is the old and the new folder. Name another one.")
-    found: Counter[str] = Counter()
     per_folder: Counter[int] = Counter()
+    missing = 0
     wrong: list[str] = []
-    times = array("q")  # id and time of files with another time
+    times: list[dict[str, int]] = []
     with workspace.database.read() as session:
         with_files = select(Folder.id, Folder.uri).where(Folder.id.in_(select(ImageFile.folder_id)))
         folders = {row.id: row.uri for row in session.execute(with_files)}
@@ -469,15 +440,16 @@ def relocate(
             raise UnknownNameError.of("folder", shown(old), map(shown, folders.values()))
 
         def look(row: Any) -> tuple[Any, str, int | None]:
+            """Return what is wrong with a file, and its time if it is another one."""
             here, there = (join(uris[row.folder_id], row.name) for uris in (folders, targets))
             if not exists(there):
                 return row, "gone" if is_remote(here) or not exists(here) else "not there", None
             at = stat(there)
             same = at.size_bytes == row.size_bytes
-            if same and not check and (is_remote(there) or at.mtime_ns == row.modified_ns):
-                return row, "same", None
+            if same and (is_remote(there) or at.mtime_ns == row.modified_ns):
+                return row, "", None
             same = same and probe(there).sha256 == row.sha256
-            return row, "hashed" if same else "another file there", at.mtime_ns
+            return row, "" if same else "another file there", at.mtime_ns
 
         columns = (ImageFile.id, ImageFile.folder_id, ImageFile.name, ImageFile.sha256)
         query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
@@ -485,15 +457,16 @@ def relocate(
         rows = session.execute(query.order_by(ImageFile.id)).partitions(1000)
         with ThreadPoolExecutor(READERS) as pool:
             looks = (one for some in rows for one in pool.map(look, some))
-            for row, became, time in track(workspace.progress, "look at files", None, looks):
-                found[became] += 1
+            for row, problem, time in track(workspace.progress, "look at files", None, looks):
                 per_folder[row.folder_id] += 1
-                if became not in ("same", "hashed", "gone"):
-                    wrong.append(f"{row.name} is {became}")
-                elif time is not None and time != row.modified_ns:
-                    times.extend((row.id, time))
-    total = found.total()
-    if wrong or (total and found["gone"] == total):
+                if problem == "gone":
+                    missing += 1
+                elif problem:
+                    wrong.append(f"{row.name} is {problem}")
+                elif time is not None:
+                    times.append({"id": row.id, "modified_ns": time})
+    total = per_folder.total()
+    if wrong or (total and missing == total):
         some = f"{len(wrong):,} of them, for example {wrong[0]}" if wrong else "none of them is"
         raise UserInputError(
             f"The {total:,} files of {shown(old)} are not all in {shown(new)}: {some}. "
@@ -516,105 +489,17 @@ def relocate(
                     mine = update(ImageFile).where(ImageFile.folder_id == number)
                     session.execute(mine.values(folder_id=taken))
                     session.execute(delete(Folder).where(Folder.id == number))
-            pairs = zip(times[::2], times[1::2], strict=True)
-            for changed in in_lists([{"id": n, "modified_ns": time} for n, time in pairs]):
-                session.execute(update(ImageFile), changed)
+            if times:
+                session.execute(update(ImageFile), times)
             numbers = select(Folder.id).where(Folder.uri.in_(set(targets.values())))
             files = select(ImageFile.image_id).where(ImageFile.folder_id.in_(numbers))
             requeue(session, Job.image_id.in_(files))
             record_events(session, changes, reason=reason)
-    return RelocateResult(
-        tuple((shown(folders[n]), shown(uri), per_folder[n]) for n, uri in targets.items()),
-        total,
-        found["hashed"],
-        found["gone"],
-        dry_run,
-    )
+    moved = ((shown(folders[n]), shown(uri), per_folder[n]) for n, uri in targets.items())
+    return RelocateResult(tuple(moved), total, missing, dry_run)
 
 
 # ---- Dry run ----
-
-MOST = 1_000_000
-"""Plates, wells and images are counted up to this many of each: they are held in memory."""
-
-
-@dataclass(frozen=True)
-class PreviewRow:
-    """What one file would become: a channel of an image, or ``cells`` of an image."""
-
-    file: str
-    plate: str
-    well: str
-    site: int
-    plane: int
-    time_point: int
-    channel: str | None = None
-    treatment: str | None = None
-    objects: str | None = None
-    cells: int | None = None
-
-
-@dataclass(frozen=True)
-class PreviewWell:
-    """What a well would have after treatments were ingested; ``change``: new, or what it has."""
-
-    plate: str
-    well: str
-    treatment: str | None
-    control: str | None
-    change: str
-
-
-@dataclass
-class Preview:
-    """What a source would become: ``files`` are the first of them, ``images`` counts fields.
-
-    Of treatments, ``treated`` are the first wells. Of features, ``files`` and ``images`` are the
-    images that would get cells: each a segmentation, ``new_images`` of them images that the store
-    does not have, and ``cells`` in all; ``columns`` counts those of ``feature_set`` by what their
-    names begin with. Of both, ``created``, ``updated`` and ``unchanged`` count rows as an ingest
-    does.
-    ``channels`` counts files by channel; ``refused`` rows would be left out, ``issues`` says why.
-    ``at_least``: there are more plates, wells or images than were counted.
-    """
-
-    source: str
-    layout: str
-    rows: int = 0
-    images: int = 0
-    refused: int = 0
-    at_least: bool = False
-    plates: set[str] = field(default_factory=set)
-    wells: set[tuple[str, str]] = field(default_factory=set)
-    channels: Counter[str] = field(default_factory=Counter)
-    files: list[PreviewRow] = field(default_factory=list)
-    issues: list[Issue] = field(default_factory=list)
-    created: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    treated: list[PreviewWell] = field(default_factory=list)
-    feature_set: str | None = None
-    columns: Counter[str] = field(default_factory=Counter)
-    cells: int = 0
-    new_images: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, known: set[Any], key: Hashable, rows: Sequence[PreviewRow]) -> None:
-        """Count the files of one image (``key``), and show them if there is room.
-
-        ``known`` are the images so far: each is counted once, as plates and wells are, in bounded
-        memory.
-        """
-        plates = [(self.plates, row.plate) for row in rows]
-        wells = [(self.wells, (row.plate, row.well)) for row in rows]
-        for counted, item in ((known, key), *plates, *wells):
-            if len(counted) < MOST:
-                counted.add(item)
-            elif item not in counted:
-                self.at_least = True
-        self.channels.update(row.channel for row in rows if row.channel is not None)
-        self.files += rows[: max(0, SHOWN - len(self.files))]
-        self.images = len(known)
 
 
 def _rehearse(
@@ -622,10 +507,15 @@ def _rehearse(
     source: Path,
     layout: Layout,
     params: IngestParams,
-    account: Account,
-    found: Preview,
-) -> None:
-    """Ingest treatments or features, keep what became of them in ``found``, and undo all of it."""
+    images: ImageSource | None,
+) -> IngestResult:
+    """Bring a source in, say what became of it, and undo all of it. Files are not looked at."""
+    account = Account(0, writable(source.name))
+    preview: list[dict[str, Any]] = []
+    if layout.kind is SourceKind.MASKS:
+        from .ingest_masks import ingest_masks
+
+        preview = ingest_masks(workspace, source, params, account, dry_run=True)
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, {"dry run": source.name}))
@@ -643,40 +533,44 @@ def _rehearse(
         session.add(run)
         session.flush()
         account.run_id = run.id
-        of_features = layout.kind is SourceKind.FEATURES
-        last = session.scalar(select(func.max(Image.id if of_features else Well.id))) or 0
-        _write(workspace, session, source, layout, params, account, None)
-        show = _show_features if of_features else _show_wells
-        show(session, account, last, found)
+        last_well = session.scalar(select(func.max(Well.id))) or 0
+        if layout.kind is not SourceKind.MASKS:
+            _write(workspace, session, source, layout, params, images, account, None)
+            if layout.kind is SourceKind.TREATMENTS:
+                preview = _changed_wells(session, account, last_well)
+            else:
+                preview = _first_images(session, account, layout.kind)
+        account.flush(session)
+        result = _result(session, account, layout, preview=preview)
         session.rollback()
+    return result
 
 
-def _show_features(session: Session, account: Account, last: int, found: Preview) -> None:
-    found.feature_set, found.cells = account.feature_set, account.cells
-    columns = session.scalar(
-        select(FeatureSet.columns).where(FeatureSet.name == account.feature_set)
-    )
-    names = [column["name"].split("_") for column in columns or ()]
-    found.columns.update("_".join(name[: min(2, len(name) - 1)] or name) for name in names)
-    found.plates.update(
-        row.barcode for row in rows_in(session, select(Plate.barcode), Plate.id, account.plates)
-    )
-    query = (
-        select(Segmentation.n_cells, Plate.barcode, Well.name, Image)
-        .join(Image, Image.id == Segmentation.image_id)
-        .join(Well, Well.id == Image.well_id)
-        .join(Plate, Plate.id == Well.plate_id)
-        .where(Segmentation.run_id == account.run_id)
-        .order_by(Segmentation.id)
-    )
-    images: set[Any] = set()
-    for cells, plate, well, image in session.execute(query.execution_options(yield_per=1000)):
-        where = (plate, well, image.site, image.plane, image.time_point)
-        found.add(images, image.id, [PreviewRow(found.source, *where, cells=cells)])
-        found.new_images += image.id > last
+def _first_images(session: Session, account: Account, kind: SourceKind) -> list[dict[str, Any]]:
+    """Return the files of the first images, or the first images that got cells."""
+    names = (Plate.barcode.label("plate"), Well.name.label("well"))
+    field = (Image.site, Image.plane, Image.time_point)
+    query: Any
+    if kind is SourceKind.FEATURES:
+        query = select(*names, *field, Segmentation.n_cells.label("cells")).select_from(Image)
+        query = query.join(Segmentation, Segmentation.image_id == Image.id)
+        query = query.where(Segmentation.run_id == account.run_id).order_by(Segmentation.id)
+    else:
+        treatment = Treatment.name_with_dose.label("treatment")
+        query = select(ImageFile.name.label("file"), *names, *field, ImageFile.channel, treatment)
+        query = query.select_from(Image).join(ImageFile, ImageFile.image_id == Image.id)
+        first = set(account.images[:SHOWN])
+        query = query.where(Image.id.in_(first)).order_by(Image.id, ImageFile.id)
+    query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id).limit(SHOWN)
+    return [dict(row) for row in session.execute(query).mappings()]
 
 
-def _show_wells(session: Session, account: Account, last: int, found: Preview) -> None:
+def _changed_wells(session: Session, account: Account, last: int) -> list[dict[str, Any]]:
+    """Return the wells of the plates, and others that changed; ``last`` of those that were there.
+
+    ``change``: that they are new, or what they had.
+    """
     events = select(Event.row_id, Event.old).where(
         Event.run_id == account.run_id, Event.table_name == "wells"
     )
@@ -687,10 +581,10 @@ def _show_wells(session: Session, account: Account, last: int, found: Preview) -
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .where(Well.plate_id.in_(account.plates) | Well.id.in_(list(changed)[:SHOWN]))
         .order_by(Plate.barcode, Well.well_row, Well.well_column)
+        .limit(SHOWN)
     )
-    for well, barcode, name, treatment, control in session.execute(query):
-        found.plates.add(barcode)
-        found.wells.add((barcode, name))
+    found: list[dict[str, Any]] = []
+    for well, plate, name, treatment, control in session.execute(query):
         change = "new" if well > last else ""
         # A well whose metadata alone was changed has what it had.
         if not change and {"treatment_id", "control"} & changed.get(well, {}).keys():
@@ -698,69 +592,6 @@ def _show_wells(session: Session, account: Account, last: int, found: Preview) -
             role = f" ({old['control']})" if old["control"] else ""
             role += f", identifier {old['identifier']}" if old.get("identifier") else ""
             change = f"was {old['treatment'] or 'not known'}{role}"
-        if len(found.treated) < SHOWN:
-            found.treated.append(PreviewWell(barcode, name, treatment, control, change))
-
-
-def preview(
-    source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
-) -> Preview:
-    """Read a source and say what would become of it; nothing is written.
-
-    All needs the ``workspace`` that it is for; of images only the names of channels depend on it.
-
-    Raises:
-        BadTableError: the source cannot be read.
-        MissingExtraError: masks, and scikit-image is not installed.
-        UserInputError: there is no ``workspace`` that it needs, or features do not fit what it has.
-    """
-    params = params or IngestParams()
-    layout, source = choose_layout(source, params), Path(source)
-    found = Preview(source.name, layout.value)
-    account = Account(0, writable(source.name))
-    images: set[Any] = set()
-    if layout.kind is SourceKind.IMAGES:
-        records = ImageSource(source, layout, params)
-        account.notes = records.notes
-        now: dict[str, Mapping[str, str]] = {}
-        """What channels are called in the store, by plate."""
-        for row in records.records():
-            account.rows += 1
-            account.pending.clear()  # nothing is written
-            if isinstance(row, Refusal):
-                account.refuse(*row)
-            else:
-                well = format_well(row.row, row.column)
-                where = (row.plate, well, row.site, row.plane, row.time_point)
-                treatment = row.treatment.label if row.treatment else None
-                if workspace is not None and row.plate not in now:
-                    with workspace.database.read() as session:
-                        plate = session.scalar(select(Plate.id).where(Plate.barcode == row.plate))
-                        if plate is None:
-                            plate, _ = renamed_plates(session, [row.plate]).get(row.plate, (0, ""))
-                        now[row.plate] = renamed_channels(session, {plate}).get(plate, {})
-                row = rename_channels(row, now.get(row.plate, {}), account.notes)  # noqa: PLW2901
-                files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
-                found.add(images, where, files)
-                if row.problem is not None:
-                    account.problem(row.line, *row.problem)
-    elif workspace is None:
-        raise UserInputError(
-            f"A dry run of {layout.kind.value} needs the store that they are for. Name it with "
-            "--store."
-        )
-    elif layout.kind is not SourceKind.MASKS:
-        _rehearse(workspace, source, layout, params, account, found)
-    else:
-        from .ingest_masks import MaskReader
-
-        for masks in MaskReader(workspace, source, params).plan(account):
-            image, file = masks.image, masks.file
-            where = (image.plate, image.well, image.site, image.plane, image.time_point)
-            cells = len(masks.cells)
-            masks_row = PreviewRow(file.name, *where, objects=file.kind, cells=cells)
-            found.add(images, image.id, [masks_row])
-    found.issues, found.notes = account.shown, account.notes
-    for name, number in account.counts.items():
-        setattr(found, name, number)
+        row = {"plate": plate, "well": name, "treatment": treatment, "control": control}
+        found.append(row | {"change": change})
     return found

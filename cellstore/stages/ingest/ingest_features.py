@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -24,8 +23,8 @@ from ...config import IngestParams
 from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...db.events import recording_removed
 from ...enums import FeatureStorage, Stage
-from ...errors import BadTableError, UserInputError
-from ...io.cellprofiler_csv import open_cellprofiler_folder
+from ...errors import BadTableError, UserInputError, some_of
+from ...io.cellprofiler import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.image_tables import ImageRecord
 from ...io.layouts import Layout
@@ -80,30 +79,21 @@ def ingest_features(
     written at once, their rows count with the transaction. ``identity`` is that of ``source``; None
     for a dry run: no file is written, and the caller undoes the rows.
     ``again``: the source is known, and the features of cells whose file is gone are written again.
-
-    Raises:
-        BadTableError: the source is damaged, or its objects have no numbers.
-        UserInputError: no plate is known, or the feature set has other columns.
-        StorageError: a file cannot be written.
     """
     default_name, open_source = _READERS[layout]
     name = check_set_name(params.name or default_name)
     opened = open_source(source, next(iter(params.plate), None))
     accounts = _Accounts(session, account.run_id, opened)
-    pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
     progress.start("ingest", len(opened.object_number))
     try:
-        known = {source: identity} if identity and source.is_file() else {}
-        paths = sorted({file.path for file in opened.files} - known.keys())
-        asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
         images, plates = _write_images(session, opened, accounts, params.maps)
         # A set without cells or empty images would only be in the way.
         if len(opened.object_number) or opened.empty:
-            target = _target_set(session, opened, name)
+            target, segment_id = _target_set(session, opened, name)
             of_cells = images[opened.image_index]
-            _refuse_known_cells(session, opened, of_cells, target.segment_id)
+            _refuse_known_cells(session, opened, of_cells, segment_id)
             empty = {int(images[number]): number for number in opened.empty}
             for image in (_UNKNOWN, *np.unique(of_cells).tolist()):
                 empty.pop(image, None)
@@ -113,6 +103,7 @@ def ingest_features(
                 account.run_id,
                 opened,
                 target,
+                segment_id,
                 of_cells,
                 empty,
                 accounts,
@@ -121,19 +112,20 @@ def ingest_features(
             )
             cells.write()
             account.cells, account.feature_set = cells.created, target.name
-            account.segmentations = (target.segment_id,)
+            account.segmentations = (segment_id,)
         accounts.add_issues()  # some are found while the values are read
+        known = {source: identity} if identity and source.is_file() else {}
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
-            found = known.get(file.path) or asked[file.path].result()
-            of_file.close(session, layout.value, replace(found, name=file.name))
+            if file.path not in known:
+                known[file.path] = FileIdentity.of(file.path)
+            found = replace(known[file.path], name=file.name)
+            of_file.close(session, layout.value, found)
     finally:
         progress.finish()
-        pool.shutdown(wait=True, cancel_futures=True)
         opened.close()
     for of_file in accounts.of_files:
         for count, number in of_file.counts.items():
             setattr(account, count, getattr(account, count) + number)
-        account.take_issues(of_file)
     account.notes += opened.notes
     account.plates = sorted(plates)
     if again and lacks_files(session, workspace.artifacts, name):
@@ -152,11 +144,7 @@ def lacks_files(session: Session, artifacts: ArtifactFolder, name: str) -> bool:
 def _refuse_known_cells(
     session: Session, source: ObjectSource, images: Integers, segment_id: int
 ) -> None:
-    """Refuse an export of this store: its cells would be there a second time, and count twice.
-
-    Raises:
-        UserInputError: its first cells are those of this store, found by another recipe.
-    """
+    """Refuse an export of this store: its cells would be there a second time, and count twice."""
     if source.cell_ids is None or len(source.cell_ids) == 0:
         return
     batch = next(source.batches())
@@ -245,7 +233,7 @@ def _write_images(
             writer.account.flush(session)
     writer.finish()
     source.notes += writer.account.notes
-    accounts.of_files[0].take_issues(scratch)
+    scratch.flush(session)
     images = np.array(found, np.int64)
     # Of several rows that are the same field the first counts: a field has one set of cells.
     again = ~first_of_each(images) & (images != _UNKNOWN)
@@ -260,40 +248,10 @@ def _write_images(
 # ---- The feature set ----
 
 
-@dataclass(frozen=True)
-class _TargetSet:
-    """A feature set, its recipes, and the type of each of its columns in their order."""
-
-    id: int
-    name: str
-    segment_id: int
-    measure_id: int
-    schema: pa.Schema
-
-    def conform(self, values: pa.RecordBatch, where: str) -> pa.RecordBatch:
-        """Return ``values`` with the columns of the set, in its order and types.
-
-        Raises:
-            BadTableError: a column of whole numbers has others in this source.
-        """
-        arrays = []
-        for column in self.schema:
-            found = values.column(values.schema.get_field_index(column.name))
-            try:
-                arrays.append(found.cast(column.type))
-            except pa.ArrowInvalid as error:
-                raise BadTableError(
-                    f"{where}: column {column.name} has other values than whole numbers, unlike "
-                    f"in feature set {self.name!r}. Give another --name."
-                ) from error
-        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-
-
-def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet:
+def _target_set(session: Session, source: ObjectSource, name: str) -> tuple[FeatureSet, int]:
     """Return the feature set ``name`` for the columns of ``source``, made if it is new.
 
-    Raises:
-        UserInputError: there is one with other columns.
+    And the recipe of the segmentations that its cells belong to.
     """
     kinds = {kind: name for name, kind in DTYPES.items()}
     new = {column.name: kinds[column.type] for column in source.schema}
@@ -317,8 +275,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         )
         session.add(row)
         session.flush()
-        return _TargetSet(row.id, name, segment.id, measure.id, source.schema)
-
+        return row, segment.id
     if found.storage is not FeatureStorage.FILES:
         raise UserInputError(
             f"Feature set {name!r} was measured by cellstore. Give another --name."
@@ -330,11 +287,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         ("also has", [column for column in new if column not in old]),
         ("has another type for", texts),
     ]
-    parts = [
-        f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for verb, names in differences
-        if names
-    ]
+    parts = [f"{verb} {some_of(names)}" for verb, names in differences if names]
     if parts:
         raise UserInputError(
             f"Feature set {name!r} has other columns: this source {'; '.join(parts)}. "
@@ -349,8 +302,7 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
             f"Feature set {name!r} is of other objects ({', '.join(objects or ['?'])}). "
             "Give another --name."
         )
-    schema = pa.schema([(column, DTYPES[dtype]) for column, dtype in old.items()])
-    return _TargetSet(found.id, name, segment.id, found.recipe_id, schema)
+    return found, segment.id
 
 
 # ---- The cells ----
@@ -368,7 +320,8 @@ class _CellWriter:
     session: Session
     run_id: int
     source: ObjectSource
-    target: _TargetSet
+    target: FeatureSet
+    segment_id: int
     images: Integers
     empty: Mapping[int, int]
     accounts: _Accounts
@@ -379,18 +332,14 @@ class _CellWriter:
     """By image (id)."""
     files: Sequence[Any] | None = None
     created: int = 0
+    schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
 
     def write(self) -> None:
-        """Bring all cells in.
-
-        Raises:
-            BadTableError: the source turns out damaged.
-            StorageError: the disk is full.
-        """
+        """Bring all cells in."""
         artifacts, images = self.workspace.artifacts, self.images
         known: list[int] = []
         query = select(Segmentation.image_id, Segmentation.id, Segmentation.n_cells).where(
-            Segmentation.recipe_id == self.target.segment_id
+            Segmentation.recipe_id == self.segment_id
         )
         asked = [*np.unique(images[images != _UNKNOWN]).tolist(), *self.empty]
         for image, key, n_cells in rows_in(self.session, query, Segmentation.image_id, asked):
@@ -406,7 +355,7 @@ class _CellWriter:
         counts.update(dict.fromkeys(set(self.empty) - set(known), 0))
         ids = take_ids(self.session, Segmentation, len(counts))
         shared = {
-            "recipe_id": self.target.segment_id,
+            "recipe_id": self.segment_id,
             "run_id": self.run_id,
             "created_at": datetime.now(UTC),
         }
@@ -419,7 +368,8 @@ class _CellWriter:
         self.segmentations.update((row["image_id"], row["id"]) for row in rows)
         lost = np.flatnonzero(images == _UNKNOWN)
         self.accounts.refuse(lost, "image refused", "the row of its image could not be used")
-        writer = FeatureWriter(artifacts, self.target.schema)
+        self.schema = pa.schema([(c["name"], DTYPES[c["dtype"]]) for c in self.target.columns])
+        writer = FeatureWriter(artifacts, self.schema)
         try:
             for batch in self.source.batches():
                 end = batch.start + batch.values.num_rows
@@ -433,7 +383,7 @@ class _CellWriter:
         if self.made_again:
             made = np.concatenate(self.made_again)
             with recording_removed(self.session, ()):
-                forget_lost_files(self.session, artifacts, self.target.measure_id, made)
+                forget_lost_files(self.session, artifacts, self.target.recipe_id, made)
         register_files(self.session, artifacts, self.target.id, self.run_id, writer.files)
 
     def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
@@ -452,7 +402,7 @@ class _CellWriter:
             excluded,
         ]
         ids = insert_numbered(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
-        values = self.target.conform(_chosen(batch.values, rows), self.source.files[0].name)
+        values = self._conform(_chosen(batch.values, rows))
         if not self.dry_run:
             writer.write(np.asarray(ids, np.int64), values)
         for account, lines in self.accounts.rows_of(cells):
@@ -473,9 +423,7 @@ class _CellWriter:
         same = ids != _UNKNOWN
         rows = np.flatnonzero(same)
         order = rows[np.argsort(ids[rows], kind="stable")]
-        values = self.target.conform(
-            _chosen(batch.values, cells[order] - batch.start), self.source.files[0].name
-        )
+        values = self._conform(_chosen(batch.values, cells[order] - batch.start))
         same[order] = self._equal(writer, ids[order], values)
         for account, lines in self.accounts.rows_of(cells[same]):
             account.unchanged += len(lines)
@@ -484,6 +432,21 @@ class _CellWriter:
             "give another --name"
         )
         self.accounts.refuse(cells[~same], OTHER_VALUES, detail)
+
+    def _conform(self, values: pa.RecordBatch) -> pa.RecordBatch:
+        """Return ``values`` with the columns of the set, in its order and types."""
+        arrays = []
+        for column in self.schema:
+            found = values.column(values.schema.get_field_index(column.name))
+            try:
+                arrays.append(found.cast(column.type))
+            except pa.ArrowInvalid as error:
+                raise BadTableError(
+                    f"{self.source.files[0].name}: column {column.name} has other values than "
+                    f"whole numbers, unlike in feature set {self.target.name!r}. Give another "
+                    "--name."
+                ) from error
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def _equal(self, writer: FeatureWriter, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files.
@@ -500,7 +463,7 @@ class _CellWriter:
             for _, path, _, first, last in self.files
             if len(ids) and first <= ids[-1] and last >= ids[0]
         ]
-        found, table = stored_values(paths, self.target.schema.names, ids)
+        found, table = stored_values(paths, self.schema.names, ids)
         equal = np.isin(ids, found)
         if self.made_again is not None and not equal.all():
             writer.write(ids[~equal], _chosen(values, np.flatnonzero(~equal)))
@@ -512,7 +475,7 @@ class _CellWriter:
         if not (np.diff(found) > 0).all():
             table = table.take(pa.array(np.argsort(found, kind="stable")))
         same = np.ones(len(found), bool)
-        for name in self.target.schema.names:
+        for name in self.schema.names:
             one, other = mine.column(name), table.column(name).combine_chunks()
             if not one.equals(other):
                 nulls = pc.and_(pc.is_null(one), pc.is_null(other))

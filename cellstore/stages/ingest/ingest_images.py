@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from array import array
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import delete, select, update
-from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
@@ -33,18 +30,18 @@ from ...db.bulk import (
     rows_in,
     wide_cache,
 )
-from ...db.events import Change, is_new, record_events, recording_new_rows, savepoint
+from ...db.events import Change, is_new, record_events
 from ...enums import PROJECTION_CHANNEL, Look
-from ...errors import ImageError, StorageError, UserInputError
+from ...errors import ImageError, StorageError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.folders import read_folder
 from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import MapOptions, Position, notes_on_wells, read_annotation
+from ...io.platemaps import PlateAnnotation, Position, notes_on_wells, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
-from ...io.treatments import Aliases, TreatmentRecord
+from ...io.treatments import TreatmentRecord, read_aliases, without_aliases
 from ...io.uris import FileStat, exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_folder, gone_sentence
 from ...jobs.lookup import renamed_channels, renamed_plates
@@ -69,10 +66,7 @@ GONE = "files are gone"
 _LONGEST_FOLDER = 2_000
 """What the index of a database can hold."""
 
-MANY_WELLS = 200_000
-"""Wells whose ids are remembered; a file that goes on past them asks the database again."""
-
-_PLATE_COLUMNS = {
+PLATE_COLUMNS = {
     name: column
     for column, names in {
         "cell_line": ("cell_line", "Cell_Line", "CellLine", "cell_line_name"),
@@ -94,15 +88,24 @@ ImageKey = tuple[int, int, int, int]
 """Well, site, plane, time point."""
 
 
+def read_maps(platemap: Path, params: IngestParams) -> PlateAnnotation:
+    """Read a plate map, or a folder of them, with the tables and options that go with it."""
+    return read_annotation(
+        platemap,
+        params.compounds,
+        params.barcodes,
+        sheet=params.sheet,
+        columns=params.map_columns,
+        blank=params.blank,
+        controls=params.controls,
+    )
+
+
 class ImageSource:
     """Where records of images come from, and what is said about them elsewhere.
 
     ``files`` are read beside the source. ``notes`` is what a user should know of it, complete when
     all records were read.
-
-    Raises:
-        BadTableError: a table of treatments cannot be read.
-        UserInputError: treatments are given, but not which well got which.
     """
 
     def __init__(self, path: Path, layout: Layout, params: IngestParams) -> None:
@@ -111,10 +114,7 @@ class ImageSource:
         self.files: list[Path] = []
         self.notes: list[str] = []
         if params.platemap is not None:
-            options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
-            self.annotation = read_annotation(
-                params.platemap, params.compounds, params.barcodes, options
-            )
+            self.annotation = read_maps(params.platemap, params)
             self.files += self.annotation.files
             self.notes += self.annotation.notes
         elif params.compounds or params.barcodes:
@@ -122,17 +122,13 @@ class ImageSource:
                 "--compounds and --barcodes go with a plate map: give --platemap, too, or ingest "
                 "the table of treatments by itself."
             )
-        self._aliases = None
+        self._aliases: Mapping[str, str] = {}
         if params.aliases is not None:
-            self._aliases = Aliases.read(params.aliases)
+            self._aliases = read_aliases(params.aliases)
             self.files.append(params.aliases)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield the records with their treatments, and what cannot be used, one by one.
-
-        Raises:
-            BadTableError: the source is unreadable, or turns out to be.
-        """
+        """Yield the records with their treatments, and what cannot be used, one by one."""
         plate, channels = next(iter(self.params.plate), None), dict(self.params.channels)
         rows: Iterator[ImageRecord | Refusal]
         if self.layout is Layout.HARMONY:
@@ -148,14 +144,12 @@ class ImageSource:
         elif self.layout in (Layout.LOADDATA, Layout.PUBLISHED):
             table = open_table(self.path)
             self.notes += table.notes
-            is_published = self.layout is Layout.PUBLISHED
-            rows = read_image_table(table, plate, channels, needs_treatment=is_published)
+            rows = read_image_table(table, plate, channels)
         else:
             raise UserInputError(
-                f"{self.path.name} is a file, which cannot be read as {self.layout.value}. "
-                "Use --layout loaddata or --layout published, or remove --layout."
+                f"{self.path.name} is a file, and --pattern is for a folder of images. Remove it."
             )
-        if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
+        if not (self.annotation or self._aliases or self.params.pixel_size):
             yield from rows  # as they are: a table may have millions
             return
         imaged: dict[str, dict[Position, bool]] = {}
@@ -176,8 +170,8 @@ class ImageSource:
                 # A well of which the map says nothing is one that does not share it.
                 metadata = {**(metadata or {}), **(on_map.metadata if on_map else {})}
                 imaged.setdefault(plate_map.name, {})[well] = treatment is not None
-            if self._aliases is not None and treatment is not None:
-                treatment = self._aliases.apply(treatment)
+            if treatment is not None:
+                treatment = without_aliases(treatment, self._aliases)
             size = self.params.pixel_size or row.pixel_size
             yield row._replace(treatment=treatment, pixel_size=size, metadata=metadata)
         for plate_map in self.annotation.maps.values() if self.annotation else ():
@@ -185,75 +179,53 @@ class ImageSource:
                 self.notes += notes_on_wells(plate_map, imaged[plate_map.name])
 
 
-def ingest_images(workspace: Workspace, source: ImageSource, account: Account, total: int) -> None:
-    """Bring the records of a source in, as one transaction, then look at their files.
+def ingest_images(
+    workspace: Workspace, session: Session, source: ImageSource, account: Account, total: int
+) -> None:
+    """Bring the records of a source in, in the open transaction of ``session``.
 
-    ``total``: about how many records there are.
-
-    Raises:
-        BadTableError: the source turned out unreadable; nothing of it is written.
-        UndoneError: rows were refused and all or nothing was asked for; nothing is written.
+    ``total``: about how many records there are. ``account`` gets their plates and images.
     """
     workspace.progress.start("ingest", total)
     # Rows have no cycles, and the collector would walk all of them, again and again.
     collects = gc.isenabled()
     gc.disable()
     try:
-        with workspace.database.begin() as session:
-            one_ingest_at_a_time(session)
-            with wide_cache(session), recording_new_rows(session, account.run_id):
-                writer = RowWriter(session, account, source.params.maps)
-                rows = source.records()
-                while batch := list(islice(rows, BATCH)):
-                    # Together; where the database refuses one of them, each by itself.
-                    waiting = [account.take(batch)]
-                    while waiting:
-                        some = waiting.pop()
-                        before = replace(
-                            account,
-                            reasons=account.reasons.copy(),
-                            shown=account.shown[:],
-                            pending=account.pending[:],
-                        )
-                        try:
-                            with savepoint(session):
-                                writer.write(some)
-                        except (DataError, IntegrityError):
-                            vars(account).update(vars(before))
-                            writer.forget()
-                            if len(some) > 1:
-                                waiting = [[record] for record in reversed(some)]
-                                continue
-                            detail = f"plate {some[0].plate}"
-                            account.refuse(some[0].line, "the database refuses it", detail)
-                    account.flush(session)
-                    workspace.progress.advance(len(batch))
-                # What is known only when all records were read.
-                for path, refusal in source.annotation.issues if source.annotation else ():
-                    account.problem(*refusal, file=writable(path.name))
-                writer.finish()
-                account.notes += source.notes
+        with wide_cache(session):
+            writer = RowWriter(session, account, source.params.maps)
+            rows = source.records()
+            while batch := list(islice(rows, BATCH)):
+                writer.write(account.take(batch))
                 account.flush(session)
-            if source.params.strict:
-                account.check_strict()
+                workspace.progress.advance(len(batch))
+            # What is known only when all records were read.
+            for path, refusal in source.annotation.issues if source.annotation else ():
+                account.problem(*refusal, file=writable(path.name))
+            writer.finish()
+            account.notes += source.notes
+            account.flush(session)
     finally:
         if collects:
             gc.enable()
         workspace.progress.finish()
-    images = np.unique(np.frombuffer(writer.images, dtype=np.int64))
-    changed = look_at_files(workspace, images, source.params.images, source.params.look, account)
-    found = int(np.isin(np.frombuffer(writer.unchanged, dtype=np.int64), list(changed)).sum())
+    account.plates = sorted(writer.plates)
+
+
+def look_at_images(workspace: Workspace, params: IngestParams, account: Account) -> None:
+    """Look at the files of the images that were ingested: those with news count as updated."""
+    images = np.unique(np.frombuffer(account.images, dtype=np.int64))
+    changed = look_at_files(workspace, images, params.images, params.look, account)
+    unchanged = np.frombuffer(account.unchanged_images, dtype=np.int64)
+    found = int(np.isin(unchanged, list(changed)).sum())
     account.unchanged -= found
     account.updated += found
-    account.plates = sorted(writer.plates)
 
 
 class RowWriter:
     """Writes the records of the file of ``account`` in the open transaction of ``session``.
 
-    ``maps`` rewrites the beginnings of the folders that the records name. ``plates`` and ``images``
-    are those of all records that were used, ``unchanged`` the images of those that brought nothing
-    new.
+    ``maps`` rewrites the beginnings of the folders that the records name. ``plates`` are those of
+    all records that were used.
     """
 
     def __init__(
@@ -272,15 +244,6 @@ class RowWriter:
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
         self.plates: set[int] = set()
-        self.images = array("q")
-        self.unchanged = array("q")
-
-    def forget(self) -> None:
-        """Ask the database again: what this writer wrote last was undone."""
-        self._plate_ids.clear()
-        self._well_ids.clear()
-        self._folder_ids = {None: None}
-        self._treatments.forget()
 
     def write(self, records: Sequence[ImageRecord]) -> list[int | None]:
         """Bring records in; return the image of each, None where the record was refused.
@@ -347,10 +310,7 @@ class RowWriter:
                 self.account.updated += 1
             else:
                 self.account.unchanged += 1
-                self.unchanged.append(image)
-        # From here on nothing is undone: what is remembered is of rows that are there.
-        if len(self._metadata) > MANY_WELLS:
-            self._write_metadata()
+                self.account.unchanged_images.append(image)
         for record, well in zip(usable, wells, strict=True):
             found = record.metadata
             if found is None:
@@ -361,7 +321,7 @@ class RowWriter:
                 self._metadata[well] = both = {**found, **before}
                 self._differing |= {key for key, text in found.items() if both[key] != text}
         self.plates |= {self._plate_ids[barcode] for barcode in {r.plate for r in usable}}
-        self.images.extend(images)
+        self.account.images.extend(images)
         of_record = {
             id(record): None if id(used) in refused else image
             for record, used, image in zip(given, usable, images, strict=True)
@@ -417,8 +377,6 @@ class RowWriter:
 
     def _find_wells(self, records: Sequence[ImageRecord]) -> tuple[list[int], set[int]]:
         """Return the well of each record, and those wells that were made for it."""
-        if len(self._well_ids) > MANY_WELLS:
-            self._well_ids.clear()
         known = self._well_ids
         keys = [(record.plate, record.row, record.column) for record in records]
         missing = {key for key in keys if key not in known}
@@ -571,17 +529,12 @@ class RowWriter:
                 if kept := {key: found[key] for key in found.keys() - self._differing}:
                     of_wells[well] = kept
         self.session.flush()
-        changed = keep_well_metadata(self.session, of_wells, common, self.account.run_id)
-        if replaced := sum(changed.values()):
-            self.account.notes.append(f"wells whose metadata was replaced: {replaced:,}")
+        keep_well_metadata(self.session, of_wells, common, self.account.run_id)
         if self._differing:
-            names = ", ".join(sorted(self._differing)[:5])
-            more = ", ..." if len(self._differing) > 5 else ""
             self.account.notes.append(
                 "metadata not kept, because the images of one well have different values: "
-                f"{names}{more}"
+                f"{some_of(sorted(self._differing))}"
             )
-        self._metadata.clear()
 
 
 def rename_channels(record: ImageRecord, now: Mapping[str, str], notes: list[str]) -> ImageRecord:
@@ -608,7 +561,7 @@ def complete_plate(
     it open where nothing was done. All else must be said of every well; what is ``differing``
     never is shared.
     """
-    columns = {key: getattr(plate, column) for key, column in _PLATE_COLUMNS.items()}
+    columns = {key: getattr(plate, column) for key, column in PLATE_COLUMNS.items()}
     common = {**(plate.metadata_ or {}), **columns}
     new: dict[str, str] = {}
     for key in sorted({key for found in wells for key in found} - differing):
@@ -617,12 +570,12 @@ def complete_plate(
         if len(set(texts)) != 1 or len(wells) == 1:
             continue
         text = texts[0]
-        if key not in _PLATE_COLUMNS:
+        if key not in PLATE_COLUMNS:
             if len(texts) == len(wells) and not common.get(key):
                 common[key] = new[key] = text
         elif not common[key] and len(text) <= LONGEST:
             common[key] = text
-            setattr(plate, _PLATE_COLUMNS[key], text)
+            setattr(plate, PLATE_COLUMNS[key], text)
         elif common[key] not in (None, text):
             said = f"plate {plate.barcode}: {key} is {common[key]} in the store, {text} here"
             account.suspicious(None, "the plate says otherwise", f"{said}; kept with wells")
@@ -636,15 +589,15 @@ def keep_well_metadata(
     metadata: Mapping[int, Mapping[str, str]],
     common: Mapping[int, Mapping[str, Any]],
     run_id: int,
-) -> dict[int, bool]:
+) -> set[int]:
     """Add what a table says of wells (ids) beyond our columns.
 
     What holds for the whole plate (``common``, by its id) is not said again of a well, unless
     the well has a value of its own.
 
-    Returns the wells of which it is news, and whether they had other metadata before.
+    Returns the wells of which it is news.
     """
-    changed: dict[int, bool] = {}
+    changed: set[int] = set()
     for some in in_lists(metadata):
         rows = []
         changes = []
@@ -660,7 +613,7 @@ def keep_well_metadata(
                 if not is_new(session, "wells", well):
                     old, new = {"metadata": before}, {"metadata": after}
                     changes.append(Change("wells", well, old, new))
-                changed[well] = before is not None
+                changed.add(well)
         if rows:
             session.execute(update(Well), rows)
         record_events(session, changes, run_id=run_id)
@@ -793,6 +746,8 @@ def look_at_files(
         workspace.progress.finish()
     for where, names in gone.items():
         account.problem(None, GONE, gone_sentence(where, len(names), names[0]))
+    with workspace.database.begin() as session:
+        account.flush(session)
     return frozenset(changed)
 
 

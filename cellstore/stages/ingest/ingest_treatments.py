@@ -4,56 +4,41 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import in_lists, insert_numbered, rows_in, take_ids
 from ...enums import Control
-from ...errors import UnknownNameError, UserInputError
+from ...errors import UnknownNameError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.layouts import Layout
-from ...io.platemaps import (
-    MapOptions,
-    PlateAnnotation,
-    PlateMap,
-    Position,
-    notes_on_wells,
-    read_annotation,
-)
-from ...io.tables import LONGEST, Refusal, open_table
+from ...io.platemaps import PlateAnnotation, PlateMap, Position, notes_on_wells
+from ...io.tables import LONGEST, open_table
 from ...io.treatments import (
-    Aliases,
     PlateRow,
     TreatmentRecord,
     TreatmentRow,
     completed,
     jump_plates,
+    read_aliases,
     treatment_rows,
+    without_aliases,
 )
 from ...io.uris import writable
 from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
-from .ingest_images import WELL, complete_plate, keep_well_metadata
+from .ingest_images import PLATE_COLUMNS, WELL, complete_plate, keep_well_metadata, read_maps
 from .write_treatments import TreatmentWriter, records_of
 
-ROWS_AT_ONCE = 2_000
-PLATE_ROLES = ("cell_line", "time_point", "batch")
-"""Columns of a map that are columns of ``plates``."""
-PLATES_AT_ONCE = 100
-"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
-
-T = TypeVar("T")
 
 
 def ingest_treatments(
@@ -72,75 +57,44 @@ def ingest_treatments(
       corrects: the same ``broad_sample`` (or JCP2022), and other or more values. A value that
       the table leaves open stays as it is.
     * JUMP's table of plates makes plates, and sets the batch of those that are there.
-
-    Raises:
-        BadTableError: a table lacks columns, or tables do not fit each other.
-        UserInputError: no plate is named for a map, or none of them is in the store.
     """
     workspace.progress.start("ingest", 0)
     try:
-        aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
+        aliases = read_aliases(params.aliases) if params.aliases else {}
         if layout is Layout.PLATEMAP:
             _ingest_maps(session, source, params, aliases, account)
             return
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
-            plates: dict[str, Plate] = {}
-            seen: dict[str, str | None] = {}
-            for plate_rows in _usable(workspace, session, account, jump_plates(table)):
-                _write_plates(session, plate_rows, plates, seen, account)
-            account.plates = [plate.id for plate in plates.values()]
-            return
-        writer = TreatmentWriter(session, account)
-        first: dict[_Sample, int] = {}
-        for rows in _usable(workspace, session, account, treatment_rows(table)):
-            _write_treatments(session, writer, rows, aliases, first, account)
-        writer.report()
+            _write_plates(session, account.take(jump_plates(table)), account)
+        else:
+            _write_treatments(session, account.take(treatment_rows(table)), aliases, account)
         account.flush(session)
     finally:
         workspace.progress.finish()
 
 
-def _usable(
-    workspace: Workspace, session: Session, account: Account, rows: Iterable[T | Refusal]
-) -> Iterator[list[T]]:
-    """Yield the rows that can be used, some at a time; count all, and refuse the others."""
-    left = iter(rows)
-    while some := list(islice(left, ROWS_AT_ONCE)):
-        yield account.take(some)
-        # Under --strict the whole file is undone, and its issues are written again.
-        account.flush(session)
-        workspace.progress.advance(len(some))
+def _write_plates(session: Session, rows: Sequence[tuple[int, PlateRow]], account: Account) -> None:
+    """Make plates, or set the batch of those that are there.
 
-
-def _write_plates(
-    session: Session,
-    rows: Sequence[tuple[int, PlateRow]],
-    plates: dict[str, Plate],
-    seen: dict[str, str | None],
-    account: Account,
-) -> None:
-    """Make plates, or set the batch of those that are there; add them to ``plates``.
-
-    A plate of two batches is refused the second time (``seen`` has the first); a changed batch is
-    noted as suspicious.
+    A plate of two batches is refused the second time; a changed batch is noted as suspicious.
     """
-    barcodes = {row.barcode for _, row in rows}
-    for (plate,) in rows_in(session, select(Plate), Plate.barcode, barcodes):
-        plates[plate.barcode] = plate
+    barcodes = dict.fromkeys(barcode for _, (barcode, _, _) in rows)
+    there = rows_in(session, select(Plate), Plate.barcode, barcodes)
+    plates: dict[str, Plate] = {plate.barcode: plate for (plate,) in there}
+    ids = iter(take_ids(session, Plate, len(barcodes) - len(plates)))
+    seen: dict[str, str | None] = {}
     for line, (barcode, batch, metadata) in rows:
         if seen.setdefault(barcode, batch) != batch:
             detail = f"{barcode} has batch {seen[barcode]} on an earlier line, {batch} here"
             account.refuse(line, "plate twice", detail)
             continue
         if barcode not in plates:
-            (key,) = take_ids(session, Plate, 1)
             plates[barcode] = Plate(
-                id=key, barcode=barcode, batch=batch, metadata_=metadata or None
+                id=next(ids), barcode=barcode, batch=batch, metadata_=metadata or None
             )
             session.add(plates[barcode])
-            session.flush()
             account.created += 1
             continue
         plate = plates[barcode]
@@ -154,22 +108,21 @@ def _write_plates(
         plate.batch, plate.metadata_ = batch or plate.batch, merged or None
         account.updated += 1
     session.flush()
+    account.plates = [plate.id for plate in plates.values()]
 
 
 # ---- Plate maps ----
 
 
 def _ingest_maps(
-    session: Session, source: Path, params: IngestParams, aliases: Aliases, account: Account
+    session: Session,
+    source: Path,
+    params: IngestParams,
+    aliases: Mapping[str, str],
+    account: Account,
 ) -> None:
-    """Point the wells of the plates of the maps in ``source``.
-
-    Raises:
-        BadTableError: a table cannot be used as a plate map, or what goes with it.
-        UserInputError: no plate is named for a map, or the store has none of them.
-    """
-    options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
-    annotation = read_annotation(source, params.compounds, params.barcodes, options)
+    """Point the wells of the plates of the maps in ``source``."""
+    annotation = read_maps(source, params)
     account.notes += annotation.notes
     plates = _plates_of_maps(session, source, annotation, params.plate, account)
     map_files = {found.path for found in annotation.maps.values()}
@@ -184,19 +137,12 @@ def _ingest_maps(
         if plate_map.name not in plates:
             account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
         writer = TreatmentWriter(session, account, writable(plate_map.path.name))
-        created: set[Position] = set()
-        updated: set[Position] = set()
-        imaged: dict[Position, bool] = {}
-        for some in in_lists(plates.get(plate_map.name, ()), PLATES_AT_ONCE):
-            new, changed = _apply_map(session, writer, plate_map, some, aliases, account)
-            created |= new
-            updated |= changed
-            for at, known in _imaged(session, some):
-                imaged[at] = imaged.get(at, True) and known
+        its_plates = plates.get(plate_map.name, [])
+        created, updated = _apply_map(session, writer, plate_map, its_plates, aliases, account)
         account.updated += len(updated)
         account.created += len(created - updated)
         account.unchanged += len(plate_map.wells) - len(created | updated)
-        account.notes += notes_on_wells(plate_map, imaged)
+        account.notes += notes_on_wells(plate_map, _imaged(session, its_plates))
         writer.report()
     account.flush(session)
     account.plates = sorted(plate for some in plates.values() for plate in some)
@@ -216,7 +162,7 @@ def _plates_of_maps(
     barcodes = annotation.barcodes
     if barcodes is None and not named:
         known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(9)).all()
-        has = f" This store has {', '.join(known[:8])}{', ...' if known[8:] else ''}."
+        has = f" This store has {some_of(known, 8)}."
         raise UserInputError(
             f"Which plates is {source.name} for? Name them with --plate, or give a table of them "
             "with --barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
@@ -238,7 +184,7 @@ def _plates_of_maps(
         keys[old] = key
     absent = [barcode for barcode in absent if barcode not in keys]
     if named or annotation.names_plates or not keys:
-        similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
+        similar = list(session.scalars(select(Plate.barcode).limit(100)))
         new = [name for name in absent if barcodes[name] in maps and maps[barcodes[name]].wells]
         for barcode in new:
             if len(barcode) > LONGEST:
@@ -249,9 +195,8 @@ def _plates_of_maps(
         ids = insert_numbered(session, Plate, ("barcode",), [(barcode,) for barcode in new])
         keys.update(zip(new, ids, strict=True))
         if new:
-            more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
             account.notes.append(
-                f"new, made by this map, without images so far: plate {', '.join(new[:5])}{more}. "
+                f"new, made by this map, without images so far: plate {some_of(new)}. "
                 "If that is a mistake: cellstore undo RUN"
             )
         absent = [name for name in absent if barcodes[name] not in maps]
@@ -275,12 +220,12 @@ def _apply_map(
     writer: TreatmentWriter,
     plate_map: PlateMap,
     plates: Sequence[int],
-    aliases: Aliases,
+    aliases: Mapping[str, str],
     account: Account,
 ) -> tuple[set[Position], set[Position]]:
     """Point the wells of ``plates`` to their treatments; return those made, and those changed."""
     on_map = plate_map.wells
-    treated = {at: aliases.apply(row.record) for at, row in on_map.items() if row.record}
+    treated = {at: without_aliases(row.record, aliases) for at, row in on_map.items() if row.record}
     emptied = on_map.keys() - treated.keys()
     wells: dict[tuple[int, Position], int] = {}
     query = (
@@ -303,7 +248,7 @@ def _apply_map(
             )
     # All else that a map says is of its wells, also where it is the same for all.
     of_plate = [
-        {key: text for key, text in row.metadata.items() if key in PLATE_ROLES}
+        {key: text for key, text in row.metadata.items() if key in PLATE_COLUMNS}
         for row in on_map.values()
     ]
     common = {
@@ -327,19 +272,18 @@ def _apply_map(
         for (plate, at), well in all_wells.items()
         if at in on_map and on_map[at].metadata
     }
-    changed |= keep_well_metadata(session, metadata, common, account.run_id).keys()
+    changed |= keep_well_metadata(session, metadata, common, account.run_id)
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 
-def _imaged(session: Session, plates: Sequence[int]) -> Iterator[tuple[Position, bool]]:
-    """Yield the wells of plates that have images, and whether their treatment is known."""
+def _imaged(session: Session, plates: Sequence[int]) -> dict[Position, bool]:
+    """Return the wells with images on plates, and whether their treatment is known on all."""
     query = (
-        select(Well.well_row, Well.well_column, Well.treatment_id)
-        .where(Well.plate_id.in_(plates))
-        .where(exists().where(Image.well_id == Well.id))
+        select(Well.well_row, Well.well_column, func.count(Well.treatment_id) == func.count())
+        .where(Well.plate_id.in_(plates), exists().where(Image.well_id == Well.id))
+        .group_by(Well.well_row, Well.well_column)
     )
-    for row, column, treatment in session.execute(query):
-        yield (row, column), treatment is not None
+    return {(row, column): bool(known) for row, column, known in session.execute(query)}
 
 
 # ---- Tables of treatments ----
@@ -365,28 +309,27 @@ def _unordered(record: TreatmentRecord) -> Hashable:
 
 def _write_treatments(
     session: Session,
-    writer: TreatmentWriter,
     rows: Sequence[TreatmentRow],
-    aliases: Aliases,
-    first: dict[_Sample, int],
+    aliases: Mapping[str, str],
     account: Account,
 ) -> None:
     """Make new treatments, and give the wells of corrected ones what they are now.
 
-    A row that describes a sample otherwise than an earlier row of the file is refused; ``first``
-    remembers the first description (its hash) of each sample.
+    A row that describes a sample otherwise than an earlier row of the file is refused.
     """
+    writer = TreatmentWriter(session, account)
+    first: dict[_Sample, TreatmentRecord] = {}
     given: list[tuple[int, TreatmentRecord]] = []
     for line, written in rows:
         if written is None:
             account.unchanged += 1
             continue
-        record = aliases.apply(written)
-        sample, description = _sample(record), hash(record)
+        record = without_aliases(written, aliases)
+        sample = _sample(record)
         if sample not in first:
-            first[sample] = description
+            first[sample] = record
             given.append((line, record))
-        elif first[sample] == description:
+        elif first[sample] == record:
             account.unchanged += 1
         else:
             name = record.identifier or record.pert_iname
@@ -399,24 +342,17 @@ def _write_treatments(
         for use, old in known[_sample(record)].items()
         if _unordered(completed(record, old)) != _unordered(old)
     }
+    query = select(Well.id, Well.treatment_id, Well.control)
+    treatments = {treatment for treatment, _ in corrected}
+    uses: dict[int, _Use] = {
+        well: (had, control)
+        for well, had, control in rows_in(session, query, Well.treatment_id, treatments)
+        if (had, control) in corrected
+    }
     moved: set[_Use] = set()
-    for some in in_lists(sorted({treatment for treatment, _ in corrected})):
-        last = 0
-        while True:  # in pieces by id: what changes meanwhile is past
-            query = (
-                select(Well.id, Well.treatment_id, Well.control)
-                .where(Well.treatment_id.in_(some), Well.id > last)
-                .order_by(Well.id)
-                .limit(WELLS_AT_ONCE)
-            )
-            wells: dict[int, Any] = {
-                well: (had, control) for well, had, control in session.execute(query)
-            }
-            if not wells:
-                break
-            wanted = {well: corrected[use] for well, use in wells.items() if use in corrected}
-            moved |= {wells[well] for well in writer.assign(wanted, ())}
-            last = max(wells)
+    for some in in_lists(sorted(uses), WELLS_AT_ONCE):
+        wanted = {well: corrected[uses[well]] for well in some}
+        moved |= {uses[well] for well in writer.assign(wanted, ())}
     records = []
     for _, record in given:
         present = known[_sample(record)]
@@ -437,6 +373,7 @@ def _write_treatments(
             account.updated += 1
         records.append(complete)
     writer.ids(records)
+    writer.report()
 
 
 def _known(

@@ -21,9 +21,6 @@ from ...io.treatments import TreatmentRecord, completed, normalised_name, target
 from ...models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
 
-CACHED = 200_000
-"""Wells (and treatments) that a writer remembers: some 500 plates."""
-
 READABLE = 500
 """Characters of an identity that people can read; all that it says is in the digest after them."""
 
@@ -124,7 +121,7 @@ class TreatmentWriter:
     """Finds or makes treatments and gives them to wells, in the caller's transaction.
 
     Made for one ``file`` (else that of ``account``). It remembers what it has seen of treatments
-    and wells: ``forget`` that after a rollback.
+    and wells.
     """
 
     def __init__(self, session: Session, account: Account, file: str | None = None) -> None:
@@ -137,8 +134,8 @@ class TreatmentWriter:
         self._wells: dict[int, tuple[int | None, Control | None]] = {}
         self._described: dict[tuple[PerturbationKey, str], str] = {}
         self._corrected: set[PerturbationKey] = set()
-        self._disagreements: dict[_Disagreement, tuple[int | None, dict[int, None]]] = {}
-        """The first line with the other value, and the wells of all such lines."""
+        self._disagreements: dict[_Disagreement, int | None] = {}
+        """The first line with the other value."""
         self.used: set[int] = set()
         """The treatments of the wells that the file names."""
         self._kept: set[int] = set()
@@ -152,17 +149,10 @@ class TreatmentWriter:
             of = select(Event.row_id).where(Event.table_name == "perturbations", *after)
             self._newer["perturbations"] = {key for key in session.scalars(of) if key is not None}
 
-    def forget(self) -> None:
-        """Read all from the database again, after what was written last was undone."""
-        for cache in (self._wells, self._records, self._treatments, self._perturbations):
-            cache.clear()  # together, as they are looked up together
-
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new and corrected where it is not."""
-        if len(self._treatments) > CACHED:
-            self.forget()
         found = list(records)
-        ids, _ = self._find_or_make([(record, record, None) for record in found])
+        ids = self._find_or_make([(record, record, None) for record in found])
         self.used.update(ids)
         return dict(zip(found, ids, strict=True))
 
@@ -181,8 +171,6 @@ class TreatmentWriter:
         session = self._session
         self._kept |= self._newer["wells"] & wanted.keys()
         wanted = {well: item for well, item in wanted.items() if well not in self._kept}
-        if max(len(self._wells), len(self._treatments)) > CACHED:
-            self.forget()
         unknown = [well for well in wanted if well not in self._wells]
         query = select(Well.id, Well.treatment_id, Well.control)
         for well, treatment, control in rows_in(session, query, Well.id, unknown):
@@ -201,7 +189,7 @@ class TreatmentWriter:
                 known = self._records.get(present or 0)
                 full = completed(given, replace(known, control=control)) if known else given
                 cases[case] = given, full, line
-        ids, disagreeing = self._find_or_make(list(cases.values()))
+        ids = self._find_or_make(list(cases.values()))
         results: dict[_Case, tuple[int, Control | None]] = {}
         corrected: set[_Case] = set()
         for number, (case, (_, full, _)) in zip(ids, cases.items(), strict=True):
@@ -217,8 +205,6 @@ class TreatmentWriter:
                 changed.add(well)
             elif case in corrected and well not in new_wells:
                 changed.add(well)
-            for disagreement in disagreeing.get(case[2], ()):
-                self._disagreements[disagreement][1][well] = None
         if targets:
             connection = session.connection()
             mark = "?" if connection.dialect.name == "sqlite" else "%s"
@@ -269,11 +255,10 @@ class TreatmentWriter:
 
     def _find_or_make(
         self, entries: Sequence[tuple[TreatmentRecord, TreatmentRecord, int | None]]
-    ) -> tuple[list[int], dict[int, list[_Disagreement]]]:
-        """Make new treatments, and correct what the file describes otherwise.
+    ) -> list[int]:
+        """Make new treatments, and correct what the file describes otherwise; return their ids.
 
-        ``entries`` are (record of the file, the same completed, line). Returns the treatment of
-        each, and by ``id()`` of the record of the file how it disagrees with an earlier line.
+        ``entries`` are (record of the file, the same completed, line).
         """
         session = self._session
         absent: dict[PerturbationKey, TreatmentRecord] = {}
@@ -295,14 +280,13 @@ class TreatmentWriter:
             insert_new(session, Perturbation, rows)
 
         # The first value that a file gives counts.
-        disagreeing: dict[int, list[_Disagreement]] = defaultdict(list)
         changes = []
         described = (
-            (id(given), part, key_of(whole), line)
+            (part, key_of(whole), line)
             for given, record, line in entries
             for part, whole in zip(given.parts, record.parts, strict=True)
         )
-        for whole, part, key, line in described:
+        for part, key, line in described:
             perturbation = self._perturbations[key]
             new: dict[str, Any] = {}
             for name in DESCRIBED:
@@ -311,9 +295,7 @@ class TreatmentWriter:
                     continue
                 first = self._described.setdefault((key, name), value)
                 if first != value:
-                    disagreement = (key, name, first, value)
-                    disagreeing[whole].append(disagreement)
-                    self._disagreements.setdefault(disagreement, (line, {}))
+                    self._disagreements.setdefault((key, name, first, value), line)
                 elif (
                     value != getattr(perturbation, name)
                     and perturbation.id not in self._newer["perturbations"]
@@ -371,14 +353,13 @@ class TreatmentWriter:
                     }
                 )
         insert_new(session, TreatmentPart, rows)
-        return [self._treatments[row["identity"]] for row in values], disagreeing
+        return [self._treatments[row["identity"]] for row in values]
 
     def report(self) -> None:
-        """Note in the account what the file describes in two ways, and names that look like one.
+        """Note in the account what the file corrects or describes in two ways, and name twins.
 
-        The names of the treatments in ``used`` are compared with those of all treatments that a
-        well has: names that differ in nothing but case, spaces, hyphens or underscores, and two
-        names of one structure. Each group of names is noted once, with how to make them one.
+        Names of treatments of wells that differ in nothing but case, spaces, hyphens or
+        underscores are noted once, if one of them is in ``used``, with how to make them one.
         """
         session = self._session
         if self._changes:
@@ -404,40 +385,33 @@ class TreatmentWriter:
                 f"{', '.join(shown)}{_more(len(self._kept) - len(shown))}. To use the labels of "
                 "this table, add --reread."
             )
-        for (key, column, first, other), (line, wells) in self._disagreements.items():
-            shown = [name for _, name in _named_wells(session, list(wells)[:_NAMED_WELLS])]
-            more = _more(len(wells) - len(shown))
+        for (key, column, first, other), line in self._disagreements.items():
             detail = (
-                f"{key[1]} has the {column} {first} on an earlier line, but {other} in "
-                f"{', '.join(shown)}{more}; {first} is kept. Correct the table and ingest it again"
+                f"{key[1]} has the {column} {first} on an earlier line, but {other} here; {first} "
+                "is kept. Correct the table and ingest it again"
             )
             self._account.suspicious(line, "described in two ways", detail, file=self._file)
         self._disagreements.clear()
 
-        spelled, built = "one name in two spellings", "one structure under two names"
-        names: dict[tuple[str, PerturbationKind, str], set[str]] = {}
-        columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
-        query = select(*columns).join(TreatmentPart).distinct()
-        mine = list(rows_in(session, query, TreatmentPart.treatment_id, self.used))
-        used = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
-        for found, is_mine in ((mine, True), (session.execute(query.where(used)), False)):
-            for row in found:
-                texts = ((spelled, normalised_name(row.name)), (built, row.inchikey or row.smiles))
-                for reason, text in texts:
-                    if text and (is_mine or (reason, row.kind, text) in names):
-                        names.setdefault((reason, row.kind, text), set()).add(row.name)
-        for reason in (spelled, built):
-            for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
-                distinct = same if reason is spelled else {normalised_name(name) for name in same}
-                if len(same) < 2 or len(distinct) < 2:
-                    continue
-                kept, *others = same
-                pairs = " and ".join(f"{other},{kept}" for other in others)
-                detail = (
-                    f"{' and '.join(map(repr, same))} look like one. If they are, ingest again "
-                    f"with --alias FILE, a table with the header alias,name and the row {pairs}."
-                )
-                self._account.suspicious(None, reason, detail, file=self._file)
+        query = select(Perturbation.kind, Perturbation.name).join(TreatmentPart).distinct()
+        rows = rows_in(session, query, TreatmentPart.treatment_id, self.used)
+        mine = {(kind, name) for kind, name in rows}
+        names: dict[tuple[PerturbationKind, str], set[str]] = defaultdict(set)
+        in_wells = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
+        for kind, name in (*mine, *session.execute(query.where(in_wells))):
+            names[kind, normalised_name(name)].add(name)
+        twins = ((kind, sorted(same)) for (kind, _), same in names.items() if len(same) > 1)
+        for kind, same in sorted(twins):
+            if not any((kind, name) in mine for name in same):
+                continue
+            kept, *others = same
+            pairs = " and ".join(f"{other},{kept}" for other in others)
+            detail = (
+                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
+                f"--alias FILE, a table with the header alias,name and the row {pairs}."
+            )
+            reason = "one name in two spellings"
+            self._account.suspicious(None, reason, detail, file=self._file)
 
 
 def _named_wells(session: Session, ids: Sequence[int]) -> list[tuple[int, str]]:
