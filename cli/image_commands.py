@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 SHOWN_FAILURES = 10
-PREVIEW_FOLDER = Path("cellstore-preview")
 
 
 @command(app, "segment", then=True)
@@ -62,7 +61,9 @@ def segment(
         "pictures of what was found.",
         min=1,
     ),
-    preview_dir: Path = option(PREVIEW_FOLDER, "Where --preview puts its pictures.", metavar="DIR"),
+    preview_dir: Path = option(
+        Path("cellstore-preview"), "Where --preview puts its pictures.", metavar="DIR"
+    ),
     dry_run: bool = DRY_RUN,
     device: str = DEVICE,
 ) -> None:

@@ -24,9 +24,6 @@ from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputErr
 _ARRAYS = (".zarray", "zarr.json")
 """What describes a Zarr array, a folder that is read as one file."""
 
-CLOUD = "cloud"
-"""The extra that brings the readers of remote files."""
-
 KEPT_BYTES = 256 << 20
 FETCHED: dict[str, tuple[str, bytes]] = {}
 """Remote files that the run in hand has fetched last, each with its sha256: every channel of an
@@ -256,7 +253,7 @@ def file_system(uri: str) -> Any:
         import_module(_READERS[scheme])
         return import_module("fsspec").filesystem(scheme)
     except ImportError:
-        raise MissingExtraError.of(_READERS[scheme], CLOUD) from None
+        raise MissingExtraError.of(_READERS[scheme], "cloud") from None
     except CellstoreError:
         raise
     except Exception as error:

@@ -9,7 +9,6 @@ caller, who commits.
 from __future__ import annotations
 
 import os
-import random
 import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -346,8 +345,7 @@ def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: boo
     ``may_pass``: the error is not one of the image itself.
     """
     again = may_pass and task.tries < MOST_FAILURES
-    # 1, 4, 16, ... seconds up to 30, more or less.
-    wait = min(30.0, FIRST_WAIT * 4.0 ** (task.tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+    wait = min(30.0, FIRST_WAIT * 4.0 ** (task.tries - 1))  # seconds
     session.execute(
         update(Job)
         .where(Job.worker == owner, Job.status == Status.RUNNING)
