@@ -300,7 +300,50 @@ def run_jobs(
         RunCancelledError: somebody cancelled the run.
     """
     loop = _Loop(workspace, stage, scope, resources)
-    loop.run()
+    stop, workers = loop.stop, loop.workers
+    for worker in workers:
+        worker.start()
+    loop.progress.start(stage.label, loop.left)
+    heartbeat = threading.Thread(target=loop.renew_leases, daemon=True, name="cellstore-heartbeat")
+    heartbeat.start()
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other hears of signals
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            handlers[wanted] = signal.signal(wanted, loop.on_signal)
+    finished = False
+    try:
+        while not finished:
+            if not stop.is_set():
+                loop.submit()
+            chunks = [chunk for worker in workers for chunk in worker.chunks]
+            # A worker that still loads the stage has no image in hand.
+            in_flight = [future for future, tasks in chunks if tasks or not stop.is_set()]
+            if in_flight:
+                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
+                loop.collect()
+            elif loop.ready:
+                loop.write(everything=True)
+            elif loop.cancelled:
+                runs = ", ".join(str(run) for run in sorted(set(scope.runs.values())))
+                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
+            elif stop.is_set():
+                raise KeyboardInterrupt
+            else:
+                with loop.database.begin() as session:
+                    finished = not queue.reclaim_expired(session, scope, loop.owner)
+                if not finished:
+                    stop.wait(WAIT_SECONDS)
+    finally:
+        for handled, handler in handlers.items():
+            signal.signal(handled, handler)
+        loop.over.set()
+        heartbeat.join()
+        loop.progress.finish()
+        for worker in workers:
+            worker.close(drop=not finished)
+        # If that fails, the leases will run out by themselves.
+        with suppress(CellstoreError), loop.database.begin() as session:
+            queue.release(session, scope, loop.owner)
     return loop.counters
 
 
@@ -351,40 +394,6 @@ class _Loop:
         self.seconds: float | None = None
         self.stop, self.over = threading.Event(), threading.Event()
         self.told: set[str] = set()
-
-    def run(self) -> None:
-        """Do all jobs; see :func:`run_jobs`."""
-        self.look_ahead()
-        for worker in self.workers:
-            worker.start()
-        self.progress.start(self.stage.label, self.left)
-        heartbeat = threading.Thread(
-            target=self.renew_leases, daemon=True, name="cellstore-heartbeat"
-        )
-        heartbeat.start()
-        handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # no other hears of signals
-            for wanted in (signal.SIGINT, signal.SIGTERM):
-                handlers[wanted] = signal.signal(wanted, self.on_signal)
-        finished = False
-        try:
-            self.work_off()
-            finished = True
-        finally:
-            for handled, handler in handlers.items():
-                signal.signal(handled, handler)
-            self.over.set()
-            heartbeat.join()
-            self.progress.finish()
-            for worker in self.workers:
-                worker.close(drop=not finished)
-            # If that fails, the leases will run out by themselves.
-            with suppress(CellstoreError), self.database.begin() as session:
-                queue.release(session, self.scope, self.owner)
-
-    def look_ahead(self) -> None:
-        """Count what is to do, and say which folders are gone before anything is tried."""
-        scope = self.scope
         with self.database.begin() as session:
             queue.reclaim_expired(session, scope, self.owner)
         with self.database.read() as session:
@@ -406,30 +415,6 @@ class _Loop:
             raise KeyboardInterrupt
         self.stop.set()
         self.progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
-
-    def work_off(self) -> None:
-        """Reserve, submit, collect and write until nothing is left, or until it is stopped."""
-        while True:
-            if not self.stop.is_set():
-                self.submit()
-            chunks = [chunk for worker in self.workers for chunk in worker.chunks]
-            # A worker that still loads the stage has no image in hand.
-            in_flight = [future for future, tasks in chunks if tasks or not self.stop.is_set()]
-            if in_flight:
-                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
-                self.collect()
-            elif self.ready:
-                self.write(everything=True)
-            elif self.cancelled:
-                runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
-                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
-            elif self.stop.is_set():
-                raise KeyboardInterrupt
-            else:
-                with self.database.begin() as session:
-                    if not queue.reclaim_expired(session, self.scope, self.owner):
-                        return
-                self.stop.wait(WAIT_SECONDS)
 
     def renew_leases(self) -> None:
         """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""

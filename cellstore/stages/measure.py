@@ -131,7 +131,9 @@ def measure(
                 wanted, version, parameters = plane, VERSION, asdict(plane)
             parameters["features"] = [feature.name for feature in asked.features]
             spec = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
-            groups.append(MeasuredGroup(asked, wanted, spec))
+            features = asked.columns(wanted.channels)
+            name = f"{asked.name}_{fingerprint(spec)[:8]}"
+            groups.append(MeasuredGroup(asked, wanted, spec, features, name))
         planes = [group.plane for group in groups]
         images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
@@ -169,21 +171,16 @@ def measure(
 
 @dataclass(frozen=True)
 class MeasuredGroup:
-    """A group of features: measured on ``plane``, or on each of its channels."""
+    """A group of features: measured on ``plane``, or on each of its channels.
+
+    ``features`` are the columns, in their order, of the ``feature_set`` of this name.
+    """
 
     group: FeatureGroup
     plane: ImageInput
     recipe: RecipeSpec
-
-    @property
-    def features(self) -> tuple[Feature, ...]:
-        """The columns, in their order."""
-        return self.group.columns(self.plane.channels)
-
-    @property
-    def feature_set(self) -> str:
-        """The name of the feature set, which tells recipes apart."""
-        return f"{self.group.name}_{fingerprint(self.recipe)[:8]}"
+    features: tuple[Feature, ...]
+    feature_set: str
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:
