@@ -665,11 +665,6 @@ class ImageFolder:
             return paths[0] if paths else None
         return paths[0].with_name(page_name(paths[0].name, page))
 
-    def find_projection(self, core_name: str, plate: str | None = None) -> Path | None:
-        """Return the file named by core file name ('r01c01f01.tif'), or None."""
-        tried = (self.find(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
-        return next((path for path in tried if path), None)
-
 
 def files_below(root: Path, suffixes: Collection[str]) -> Iterator[list[Path]]:
     """Yield the files with one of the suffixes, folder by folder, each in the order of its names.
