@@ -32,14 +32,13 @@ from multiprocessing import connection, get_context, parent_process
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
 from ..db.events import recording_removed
-from ..enums import Status
 from ..errors import (
     CellstoreError,
     ConflictError,
@@ -56,7 +55,7 @@ from ..notebooks import Shown
 from . import queue
 from .gone_files import FEW, find_gone, gone_sentence
 from .queue import ENV_LEASE, JobScope, Task, count_images
-from .runs import RecipeSpec, known_recipe, running
+from .runs import running
 from .workspace import Workspace
 
 Input = TypeVar("Input")
@@ -164,8 +163,6 @@ class JobsResult(Shown):
     names, ``waiting`` those of them whose files are still missing, ``failed_before`` those that
     failed in earlier runs and were left alone, ``cells`` what was written by this run.
     ``lacking``: the other images, which were left out because they lack a channel, and which.
-    Of a dry run: how many images there are ``to_do``, and in how many ``seconds``, if past jobs
-    tell.
     """
 
     run_id: int | None
@@ -177,8 +174,6 @@ class JobsResult(Shown):
     cells: int = 0
     failed_before: int = 0
     lacking: tuple[tuple[str, str], ...] = ()
-    to_do: int | None = None
-    seconds: float | None = None
 
 
 def execute(
@@ -244,36 +239,6 @@ def execute(
         )
         for recipe, counted, one in zip(recipes, counts, did, strict=True)
     ]
-
-
-def forecast(
-    workspace: Workspace,
-    stage: ImageStage[Any, Any],
-    spec: RecipeSpec,
-    images: Select[int],
-    resources: Resources,
-) -> JobsResult:
-    """Return what :func:`execute` would do, by what past jobs of the recipe or the stage took."""
-    with workspace.database.read() as session:
-        recipe = known_recipe(session, spec)
-        recipe_id = 0 if recipe is None else recipe.id  # 0: has done nothing
-        counted = count_images(session, recipe_id, images)
-        todo = counted.todo + len(stage.find_lost(session, recipe_id, images) or ())
-        done = select(Job.recipe_id).join(Recipe, Recipe.id == Job.recipe_id)
-        done = done.where(Recipe.stage == spec.stage, Job.status == Status.DONE)
-        # By this recipe, or where it has done nothing by that of the stage that was used last.
-        best = done.order_by((Job.recipe_id == recipe_id).desc(), Job.id.desc()).limit(1)
-        took = select(func.avg(Job.seconds)).where(Job.recipe_id == best.scalar_subquery())
-        per_image = session.scalar(took.where(Job.status == Status.DONE))
-    return JobsResult(
-        None,
-        None,
-        counted.selected,
-        counted.waiting,
-        failed_before=counted.failed,
-        to_do=todo,
-        seconds=None if per_image is None else per_image * todo / resources.workers,
-    )
 
 
 # --- this process: reserve, submit, write ---------------------------------------------------------

@@ -35,7 +35,7 @@ from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
-from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
+from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute
 from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of, in_recipes
 from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
 from ..jobs.queue import Task
@@ -87,7 +87,6 @@ def measure(
     *,
     segmentation: str | None = None,
     resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
 ) -> MeasureResult:
     """Measure the cells found by one segment recipe; see ``Store.measure``.
 
@@ -138,26 +137,22 @@ def measure(
         images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
-    stage = Measure(workspace.artifacts, source.id, {}, together)
-    if dry_run:
-        results = [forecast(workspace, stage, group.recipe, images, resources) for group in groups]
-    else:
-        recipes = []
-        with workspace.database.begin() as session:
-            for group in groups:
-                recipe = register(session, group.recipe)
-                in_table = group.group is BASIC_GROUP
-                row = {
-                    "name": group.feature_set,
-                    "recipe_id": recipe.id,
-                    "columns": [asdict(feature) for feature in group.features],
-                    "storage": FeatureStorage.TABLE if in_table else FeatureStorage.FILES,
-                }
-                insert_new(session, FeatureSet, [row])
-                recipes.append(recipe)
-        by_recipe = {recipe.id: group for recipe, group in zip(recipes, groups, strict=True)}
-        stage = replace(stage, groups=by_recipe)
-        results = execute(workspace, stage, recipes, images, resources)
+    recipes = []
+    with workspace.database.begin() as session:
+        for group in groups:
+            recipe = register(session, group.recipe)
+            in_table = group.group is BASIC_GROUP
+            row = {
+                "name": group.feature_set,
+                "recipe_id": recipe.id,
+                "columns": [asdict(feature) for feature in group.features],
+                "storage": FeatureStorage.TABLE if in_table else FeatureStorage.FILES,
+            }
+            insert_new(session, FeatureSet, [row])
+            recipes.append(recipe)
+    by_recipe = {recipe.id: group for recipe, group in zip(recipes, groups, strict=True)}
+    stage = Measure(workspace.artifacts, source.id, by_recipe, together)
+    results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
             **vars(result) | {"lacking": lacking},
@@ -358,8 +353,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         self, session: Session, recipe_id: int, images: Select[int]
     ) -> Collection[int] | None:
         """Return the images whose file of features is gone; group ``basic`` has none."""
-        group = self.groups.get(recipe_id)
-        if group is not None and group.group is BASIC_GROUP:
+        if self.groups[recipe_id].group is BASIC_GROUP:
             return None
         return images_of_lost_files(session, self.artifacts, recipe_id)
 

@@ -27,7 +27,7 @@ from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection
 from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError, some_of
-from ..jobs.execute import ImageStage, RunCounter, forecast, run_jobs
+from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, channels_now, find_recipe, images_of
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import JobScope, Task, count_images
@@ -132,8 +132,6 @@ class QcResult(Shown):
     notes: tuple[str, ...] = ()
     flags: tuple[FlaggedImage, ...] = ()
     html: str | None = None
-    to_do: int | None = None
-    seconds: float | None = None
 
 
 def qc(
@@ -143,7 +141,6 @@ def qc(
     *,
     segmentation: str | None = None,
     resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
 ) -> QcResult:
     """Measure the pixels of the selected images, and flag what is odd; see :meth:`Store.qc`.
 
@@ -157,15 +154,6 @@ def qc(
         raise UserInputError("The numbers of robust standard deviations must be above 0.")
     with workspace.database.read() as session:
         images = images_of(session, selection)
-    if dry_run:
-        found = forecast(workspace, MeasureQuality(), quality_spec(), images, resources)
-        result = QcResult(None, False, None, None, found.selected, found.waiting)
-        return replace(
-            result,
-            failed_before=found.failed_before,
-            to_do=found.to_do,
-            seconds=found.seconds,
-        )
     with workspace.database.begin() as session:
         quality = register(session, quality_spec())
         segment = _segment_of(session, segmentation)
