@@ -26,6 +26,7 @@ from scipy import stats
 
 from cellstore.analysis.activity import (
     Score,
+    Wells,
     activity,
     cell_counts,
     consistency,
@@ -167,11 +168,11 @@ def hits_of(some: Screen, seed: int, *, strata: NDArray[np.int64] | None = None)
     """The treatments that the whole rule calls hits."""
     who = (some.groups, some.controls)
     layers = some.plates if strata is None else strata
-    scores = activity(some.values, *who, layers, seed=seed)
-    far = effects(some.values, *who, some.plates)[0]
+    scores = activity(Wells(some.values, *who, layers), seed=seed)
+    far = effects(Wells(some.values, *who, some.plates))[0]
     cells, change = cell_counts(some.counts, *who, some.plates, permutations=2_000, seed=seed)
-    strongest = strongest_changes(some.values, *who, some.plates)
-    params, floors = HitsParams(), smallest_p(*who, layers, 10_000)
+    strongest = strongest_changes(Wells(some.values, *who, some.plates))
+    params, floors = HitsParams(), smallest_p(Wells(some.values, *who, layers), 10_000)
     verdicts = {
         group: judge(
             params,
@@ -214,11 +215,11 @@ def null(screens: int, layouts: Sequence[Layout]) -> None:
             ]
             targets = [frozenset({str(group % 8)}) for group in range(layout.treatments)]
             scores = {
-                "activity": activity(some.values, *who, some.plates, seed=seed),
+                "activity": activity(Wells(some.values, *who, some.plates), seed=seed),
                 "activity by copairs": by_copairs(some, seed),
                 "cell count": cell_counts(some.counts, *who, some.plates, seed=seed)[0],
                 "replicate correlation": replicate_correlation(
-                    some.values, *who, some.plates, seed=seed
+                    Wells(some.values, *who, some.plates), seed=seed
                 ),
                 "consistency": consistency(np.array(middle), targets, seed=seed),
             }
@@ -243,10 +244,13 @@ def edges(screens: int) -> None:
             for seed in range(screens):
                 random = np.random.default_rng([seed, 2])
                 some = screen(layout, random, edge=strength, spread=spread)
-                check = edge_check(some.values, some.controls, some.plates, some.edge, seed=seed)
-                strata = some.plates * 2 + some.edge if check.matched else some.plates
+                names = [str(plate) for plate in range(some.plates.max() + 1)]
+                same_zone, warning = edge_check(
+                    some.values, some.controls, some.plates, some.edge, names, seed=seed
+                )
+                strata = some.plates * 2 + some.edge if same_zone else some.plates
                 any_hit += bool(hits_of(some, seed, strata=strata))
-                matched, warned = matched + check.matched, warned + bool(check.warnings)
+                matched, warned = matched + same_zone, warned + bool(warning)
             counts = [f"{n / screens:6.1%}" for n in (any_hit, matched, warned)]
             where = "spread" if spread else "all at the edge"
             print(f"  {layout.name:<20} {strength} SD, controls {where:<16}", *counts, flush=True)
@@ -270,7 +274,9 @@ def power(screens: int, layouts: Sequence[Layout]) -> None:
                     direction *= 10**0.5
                 shifts[active] = strength * direction
             some = screen(layout, random, shifts=shifts)
-            scores = activity(some.values, some.groups, some.controls, some.plates, seed=seed)
+            scores = activity(
+                Wells(some.values, some.groups, some.controls, some.plates), seed=seed
+            )
             called = {
                 "q < 0.05": {g for g, s in scores.items() if (s.q or 0) < LEVEL},
                 "rule": hits_of(some, seed),
@@ -301,7 +307,7 @@ def interval(screens: int, layouts: Sequence[Layout]) -> None:
             some = screen(layout, random, shifts=shifts, cells=ratios)
             who = (some.groups, some.controls, some.plates)
             for name, scores in (
-                ("effect", effects(some.values, *who)[0]),
+                ("effect", effects(Wells(some.values, *who))[0]),
                 ("cells", cell_counts(some.counts, *who, permutations=1)[0]),
             ):
                 rows = [(s.value, s.low, s.high) for _, s in sorted(scores.items())]
@@ -340,7 +346,9 @@ def replicates(screens: int) -> None:
             for seed in range(screens):
                 random = np.random.default_rng([seed, 7])
                 some = screen(replace(layout, plates=number), random, shifts=shifts)
-                scores = activity(some.values, some.groups, some.controls, some.plates, seed=seed)
+                scores = activity(
+                    Wells(some.values, some.groups, some.controls, some.plates), seed=seed
+                )
                 found += sum((scores[group].q or 0) < LEVEL for group in range(10))
             shares.append(f"{number}: {found / screens / 10:.0%}")
         print(

@@ -49,7 +49,7 @@ from cellstore.analysis.segmentation import (
 )
 from cellstore.enums import DEFAULT_MODEL
 from cellstore.report.drawing import outline_overlay
-from cellstore.report.segment_preview import captioned, contact_sheet, png
+from cellstore.report.segment_preview import captioned, png
 
 Array = np.ndarray[Any, Any]
 THRESHOLDS = {"cellpose": (0.4, 0.0), "cellstore": (0.7, -5.0)}
@@ -207,15 +207,13 @@ def report(
 def write_overlays(
     folder: Path, name: str, label: str, pictures: list[Picture], results: list[SegmentationResult]
 ) -> None:
-    """A picture with outlines for each image, and a sheet of them all."""
+    """A picture with outlines for each image."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem, small = f"{name.replace(' ', '-')}_{label}", []
+    stem = f"{name.replace(' ', '-')}_{label}"
     for picture, result in zip(pictures, results, strict=True):
         text = f"{picture.name}: {result.count} cells, diameter {result.diameter:.1f}"
         large = captioned(outline_overlay(picture.image, result.masks), text)
         (folder / f"{stem}_{picture.name}_{result.count}.png").write_bytes(png(large))
-        small.append(captioned(outline_overlay(picture.image, result.masks, longest=480), text))
-    (folder / f"{stem}_sheet.png").write_bytes(png(contact_sheet(small)))
 
 
 def sets_of(data: Path | None, every: int) -> dict[str, list[Picture]]:

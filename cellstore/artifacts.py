@@ -27,9 +27,6 @@ CHUNK = 1 << 20
 PART = ".part-"
 """How the name of a file or folder begins that is there until a command ends."""
 _PART = re.compile(re.escape(PART) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-\w+")
-SEEN = "files_seen"
-"""The file in the cache that says which files were there, and by what state of the folders."""
-SETTLED_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -114,36 +111,17 @@ class ArtifactFolder:
         with suppress(OSError):
             self.locate(path).unlink(missing_ok=True)
 
-    def missing(self, paths: Iterable[str], question: str | None = None) -> set[str]:
+    def missing(self, paths: Iterable[str]) -> set[str]:
         """Return those of some stored paths whose file is not there; the ``paths`` are sorted.
 
         Each folder is listed once: a network disk answers that faster than a question per file.
-        ``question``: what decides the paths. That none of them was missing is remembered in the
-        cache, and believed until a folder changes: then they are neither asked for nor looked for.
         """
-        mark, state = self.root.with_name("cache") / SEEN, None
-        if question is not None:
-            now, newest, found = time.time_ns(), 0, hashlib.sha256(question.encode())
-            with suppress(FileNotFoundError):
-                for folder in sorted(self.root.glob("*/*"), key=str):
-                    at = folder.stat()
-                    times = (at.st_mtime_ns, at.st_ctime_ns)
-                    newest = max(newest, *times)
-                    found.update(f"{folder} {at.st_ino} {times}".encode())
-                # Another change within the same tick of the disk's clock would not be seen.
-                state = found.hexdigest() if newest < now - SETTLED_NS else None
-        with suppress(OSError):
-            if state is not None and mark.read_text(encoding="ascii") == state:
-                return set()
         gone: set[str] = set()
         for folder, group in groupby(paths, key=lambda path: path.rpartition("/")[0]):
             names = {path[len(folder) + 1 :] for path in group}
             with suppress(OSError):
                 names.difference_update(os.listdir(self.root / folder))  # noqa: PTH208 - only names
             gone.update(f"{folder}/{name}" for name in names)
-        if state is not None and not gone:
-            with suppress(StorageError), open_atomically(mark) as file:
-                file.write(state.encode())
         return gone
 
     def walk(self) -> Iterator[str]:
@@ -164,7 +142,7 @@ class BorrowingFolder(ArtifactFolder):
         here = super().locate(path)
         return here if here.exists() else self.lender.locate(path)
 
-    def missing(self, paths: Iterable[str], question: str | None = None) -> set[str]:
+    def missing(self, paths: Iterable[str]) -> set[str]:
         """Return those of some stored paths whose file is neither here nor there."""
         return self.lender.missing(sorted(super().missing(paths)))
 
@@ -244,16 +222,10 @@ def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[Binar
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or isinstance(error, StorageError):
             raise
-        if isinstance(error, IsADirectoryError):
-            raise StorageError(f"{target} is a folder. Name a file.") from error
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            raise StorageError(
-                f"{target} cannot be written: {target.parent} is a file, or lies below one. "
-                "Name another folder, or move that file away; then run the same command again."
-            ) from error
         raise StorageError(
-            f"{target} cannot be written: {error.strerror or error}. Free some space or correct "
-            "the permissions, then run the same command again; what is done stays done."
+            f"{target} cannot be written: {error.strerror or error}. Free some space, correct the "
+            "permissions, or name another file; then run the same command again. What is done "
+            "stays done."
         ) from error
 
 

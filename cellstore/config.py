@@ -358,18 +358,11 @@ class Params:
         return cls(**{name: stored[name] for name in names if name in stored} | changes)
 
 
-CELLS = "Which cells"
-NETWORK = "The network"
-LEARNING = "How it learns"
-HARDWARE = "How it is carried out"
 BASELINES = "Instead of a network"
-SECTIONS = (CELLS, NETWORK, LEARNING, HARDWARE, BASELINES)
-"""Headings of the help, in their order."""
-
-cells = partial(option, section=CELLS)
-network = partial(option, section=NETWORK)
-learning = partial(option, section=LEARNING)
-hardware = partial(option, section=HARDWARE)
+cells = partial(option, section="Which cells")
+network = partial(option, section="The network")
+learning = partial(option, section="How it learns")
+hardware = partial(option, section="How it is carried out")
 baseline = partial(option, section=BASELINES)
 
 # What several dataclasses declare alike.
@@ -987,14 +980,11 @@ class TrainSetup(Params):
         "several hosts, leave it out.",
         min=1,
     )
-    compile: bool = hardware(
-        False, "Compile the network first: this takes minutes, then each step is faster."
-    )
     logs: tuple[str, ...] = hardware(
         (),
-        "Tell other programs, too: some of mlflow, wandb (Weights & Biases) and tensorboard.",
+        "Tell other programs, too: mlflow, wandb (Weights & Biases), or both.",
         name="--log",
-        choices=("mlflow", "tensorboard", "wandb"),
+        choices=("mlflow", "wandb"),
     )
     log_dir: Path | None = hardware(
         None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"
@@ -1152,6 +1142,17 @@ class VoteOptions(Params):
 
 
 @dataclass(frozen=True)
+class Limits(Params):
+    """What one question may take; ``answer_mb``: as one table of Arrow."""
+
+    seconds: float = option(600.0, "Stop a question after this time.", metavar="S", min=0.1)
+    memory_mb: int = option(
+        2048, "Memory of a question; more goes to the disk.", name="--memory", metavar="MB", min=64
+    )
+    answer_mb: int = 1024
+
+
+@dataclass(frozen=True)
 class PredictParams(ImageChoice):
     """What to label, and what to keep of it.
 
@@ -1181,42 +1182,48 @@ class PredictParams(ImageChoice):
     )
 
 
-_trained_on = partial(
-    option,
-    None,
-    "The subsets of the split that the model was trained on; none, if on no image of this "
-    "screen. Without it reports say that it is not known.",
-    metavar="A,B",
-    choices=tuple(item.value for item in Subset),
-)
-_note = partial(option, None, "A note to keep with the runs.", metavar="TEXT")
+@dataclass(frozen=True)
+class OwnModel(Params):
+    """A model that is not of cellstore.
 
+    ``trained_on``: subsets of the split; ``()``: it has not seen this screen, ``None``: nobody
+    knows.
+    """
 
-def _check_model_name(name: str) -> None:
-    if not 1 <= len(name.strip()) <= 100 or not name.isprintable():
-        raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
+    name: str = option(
+        "", "What the model, or the feature set that it makes, is called, for example my-vit."
+    )
+    trained_on: tuple[str, ...] | None = option(
+        None,
+        "The subsets of the split that the model was trained on; none, if on no image of this "
+        "screen. Without it reports say that it is not known.",
+        metavar="A,B",
+        choices=tuple(item.value for item in Subset),
+    )
+    note: str | None = option(None, "A note to keep with the runs.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.name.strip()) <= 100 or not self.name.isprintable():
+            raise UserInputError("Give the model a name of 1 to 100 characters: --name my-vit")
 
 
 @dataclass(frozen=True)
-class AddedParams(Params):
+class AddedParams(OwnModel):
     """What is said of predictions that a model outside cellstore made.
 
-    ``model``: the file of its weights, of which the sha256 is kept. ``trained_on``: subsets of the
-    split; ``()``: it has not seen this screen, ``None``: nobody knows.
+    ``model``: the file of its weights, of which the sha256 is kept.
     """
 
-    name: str = option("", "What the model is called, for example my-vit.")
     split: str | None = option(
         None, "The split that says which images are for training and which for tests."
     )
-    trained_on: tuple[str, ...] | None = _trained_on()
     model: Path | None = option(
         None, "The file with its weights: its sha256 is kept; it is not opened.", metavar="FILE"
     )
     segmentation: str | None = option(
         None, "Whose cells, where the table names them by number or point: a segment recipe."
     )
-    note: str | None = _note()
     mlflow_run: str | None = option(
         None,
         "The id of the MLflow run that trained the model, to keep with the runs.",
@@ -1230,18 +1237,32 @@ class AddedParams(Params):
                 f"{self.mlflow_run!r} is not the id of an MLflow run: use letters, digits, - "
                 "and _ only."
             )
-        _check_model_name(self.name)
 
 
 @dataclass(frozen=True)
-class ApplyParams(ImageChoice):
+class EmbedParams(ImageChoice):
+    """Of which cells a network makes an embedding, and what it sees of them."""
+
+    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
+    intensity: str = option(
+        "plate",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
+        choices=("image", "plate"),
+    )
+    segmentation: str | None = option(
+        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
+    )
+    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
+
+
+@dataclass(frozen=True)
+class ApplyParams(OwnModel, EmbedParams):
     """What a function of somebody's own is given of each cell, and what it makes of it.
 
     ``features``: also these measurements, those of a feature set by name; ``subset``: train,
-    validation, test or all; ``trained_on`` as in :class:`AddedParams`.
+    validation, test or all.
     """
 
-    name: str = option("", "What the model, or the feature set that it makes, is called.")
     gives: Gives = option(
         Gives.EMBEDDING,
         "What its numbers are: an embedding of a cell, the probabilities of the classes of the "
@@ -1250,7 +1271,6 @@ class ApplyParams(ImageChoice):
     image: bool = option(
         True, "Whether it is given crops of the channels, from -1 (black) to 1.", negatable=True
     )
-    channels: tuple[str, ...] = option((), "The channels of the crops. Default: all.")
     crop: int = option(96, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
     mask: bool = option(False, "It is also given the mask of the cell, from 0 to 1.")
     features: str | None = option(
@@ -1262,11 +1282,6 @@ class ApplyParams(ImageChoice):
         False,
         "Measurements are scaled by the training subset of the split, as store.dataset does. "
         "Default: as they were measured, as store.cells has them.",
-    )
-    intensity: str = option(
-        "plate",
-        "Crops are divided by the intensity scale of their image, or of their plate.",
-        choices=("image", "plate"),
     )
     softmax: bool = option(
         False, "Its numbers are logits: make probabilities of them by the softmax function."
@@ -1280,17 +1295,10 @@ class ApplyParams(ImageChoice):
         "images.",
         choices=(*(item.value for item in Subset), "all"),
     )
-    trained_on: tuple[str, ...] | None = _trained_on()
-    segmentation: str | None = option(
-        None, "Whose cells: a segment recipe. Default: the last used.", metavar="RECIPE"
-    )
     top_k: int = option(5, "Keep this many labels per cell, the most probable first.", min=1)
-    batch_size: int = option(128, "Cells of an image that it is given at once, at most.", min=1)
-    note: str | None = _note()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_model_name(self.name)
         if self.gives is Gives.PROBABILITIES:
             return
         for name in ("softmax", "trained_on", "top_k"):

@@ -121,34 +121,30 @@ def html_of(result: Any, title: str | None = None) -> str:
 
 def table(rows: Any) -> str:
     """Return rows as an HTML table: records or plain values, or a table of Arrow."""
-    number = rows.num_rows if hasattr(rows, "num_rows") else len(rows)
-    first = list(rows.slice(0, SHOWN_ROWS).to_pylist() if hasattr(rows, "num_rows") else rows)
+    of_arrow = hasattr(rows, "num_rows")
+    number = rows.num_rows if of_arrow else len(rows)
     records = [
         _record(row) if _is_record(row) else dict(enumerate(row if _is_list(row) else (row,)))
-        for row in first[:SHOWN_ROWS]
+        for row in (rows.slice(0, SHOWN_ROWS).to_pylist() if of_arrow else rows[:SHOWN_ROWS])
     ]
     names = dict.fromkeys(name for record in records for name in record)
     names = {name: None for name in names if any(r.get(name) not in (None, ()) for r in records)}
-    right = {
-        name for name in names if all(isinstance(r.get(name), int | float | None) for r in records)
-    }
-    heads = (
-        f"<th{_RIGHT if name in right else _LEFT}>{_text(str(name).replace('_', ' '))}</th>"
-        for name in names
+
+    def line(tag: str, texts: Mapping[Any, str]) -> str:
+        cells = ""
+        for name, text in texts.items():
+            right = all(isinstance(r.get(name), int | float | None) for r in records)
+            cells += f"<{tag}{_RIGHT if right else _LEFT}>{text}</{tag}>"
+        return f"<tr>{cells}</tr>"
+
+    head = line("th", {name: _text(str(name).replace("_", " ")) for name in names})
+    head = f"<thead>{head}</thead>" if any(isinstance(name, str) for name in names) else ""
+    body = "".join(
+        line("td", {name: _text(record.get(name), str(name), CUT) for name in names})
+        for record in records
     )
-    head = f"<thead><tr>{''.join(heads)}</tr></thead>" if _named(names) else ""
-    body = ""
-    for record in records:
-        cells = ((name in right, _text(record.get(name), str(name), CUT)) for name in names)
-        body += "".join(f"<td{_RIGHT if r else _LEFT}>{text}</td>" for r, text in cells).join(
-            ("<tr>", "</tr>")
-        )
     more = f"<p>and {number - len(records):,} more</p>" if number > len(records) else ""
     return f"<table>{head}<tbody>{body}</tbody></table>{more}"
-
-
-def _named(names: Mapping[Any, None]) -> bool:
-    return any(isinstance(name, str) for name in names)
 
 
 def _folded(title: str, inner: str, *, is_open: bool) -> str:

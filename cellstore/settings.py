@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import MissingExtraError, StoreNotFoundError, UserInputError
+from .errors import MissingExtraError, StorageError, StoreNotFoundError, UserInputError
 
 T = TypeVar("T")
 
@@ -54,6 +54,21 @@ class StoreSettings:
     def cache(self) -> Path:
         """Folder of what can be made again at any time."""
         return self.root / "cache"
+
+    def make_cache(self, name: str = "") -> Path:
+        """Return the cache, or a folder in it, made if it is not there.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
+        folder = self.cache / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"The cache {self.cache} cannot be made: {error.strerror}. Correct the permissions."
+            ) from error
+        return folder
 
     @property
     def sqlite(self) -> Path:

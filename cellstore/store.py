@@ -28,6 +28,7 @@ from .config import (
     FinetuneParams,
     HitsParams,
     IngestParams,
+    Limits,
     MeasureParams,
     PredictParams,
     ProfileParams,
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     from .query.cell_tables import CellTable
     from .query.describe import RelationWords
     from .query.engine import Questions
-    from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison, HitsComparison
@@ -102,8 +102,8 @@ class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`.
 
     All methods raise UnknownNameError where nothing has the name that was given (the message says
-    what there is), and StorageError where a file cannot be read or written. Each names what else it
-    raises.
+    what there is), MissingExtraError where an extra is not installed, and StorageError where a file
+    cannot be read or written. Each names what else it raises.
     """
 
     workspace: Workspace = field(repr=False)  # its URL may have secrets
@@ -248,7 +248,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
 
         Raises:
-            MissingExtraError: Cellpose is not installed.
             UserInputError: no such model, plate, recipe or channel, or a value out of range.
         """
         from .stages.segment import segment
@@ -341,7 +340,6 @@ class Store(AbstractContextManager["Store"]):
 
         Raises:
             UserInputError: a limit is out of range, or a condition cannot be read.
-            MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.qc_page import write_page
         from .stages.qc import qc
@@ -365,7 +363,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         stage: str | None = None,
         status: str | None = None,
-        recipe: str | None = None,
         image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
@@ -378,9 +375,7 @@ class Store(AbstractContextManager["Store"]):
         """
         from .stages.manage_jobs import list_jobs
 
-        return list_jobs(
-            self.workspace, stage=stage, status=status, recipe=recipe, image=image, limit=limit
-        )
+        return list_jobs(self.workspace, stage=stage, status=status, image=image, limit=limit)
 
     def retry(
         self, *, stage: str | None = None, run: RunName | None = None, image: str | None = None
@@ -425,7 +420,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.segment(SegmentParams(model=made.model))
 
         Raises:
-            MissingExtraError: Cellpose 3 is not installed.
             UserInputError: no usable masks; no such model, plate or channel.
         """
         from .stages.finetune import finetune
@@ -533,7 +527,6 @@ class Store(AbstractContextManager["Store"]):
         device: str = "auto",
         setup: TrainSetup | None = None,
         force: bool = False,
-        resume: RunName | None = None,
     ) -> TrainResult:
         """Train a network on the training images of a split, and keep its best epoch.
 
@@ -542,17 +535,15 @@ class Store(AbstractContextManager["Store"]):
         labels the test images of its fold; ``report`` and ``compare`` read them under its name.
         ``segmentation``, ``measurement``: recipes, as ``status`` lists them; default: those used
         last. ``setup``: GPUs and logs. What was finished with the same recipe is returned as it is,
-        unless ``force``; what was interrupted goes on by the same call, or with ``resume``: the
-        number of the run. Returns the run (``run_id``), ``epochs``, ``metrics`` of each, the
-        ``best_epoch``.
+        unless ``force``; what was interrupted goes on by the same call. Returns the run
+        (``run_id``), ``epochs``, ``metrics`` of each, the ``best_epoch``.
 
         >>> trained = store.train(TrainParams(epochs=20, backbone="resnet18"), split="by-well")
         >>> store.predict(run=trained.run_id)
         >>> pandas.DataFrame(trained.metrics)
 
         Raises:
-            MissingExtraError: torch and the like are not installed.
-            UserInputError: a subset has no measured cells, or the run cannot be resumed.
+            UserInputError: a subset has no measured cells, or another process trains it.
             RunCancelledError: :meth:`cancel` has ended it.
         """
         from .stages.split import folds_of
@@ -560,7 +551,7 @@ class Store(AbstractContextManager["Store"]):
 
         params, setup = params or TrainParams(), setup or TrainSetup()
         made: list[TrainResult] = []
-        folds = () if resume is not None else folds_of(self.workspace, split)
+        folds = folds_of(self.workspace, split)
         if folds and (setup.devices > 1 or "LOCAL_RANK" in os.environ):  # set by launchers
             raise UserInputError(
                 "Folds are trained one after the other, by one process. Train each with several: "
@@ -576,7 +567,6 @@ class Store(AbstractContextManager["Store"]):
                 device=device,
                 setup=setup,
                 force=force,
-                resume=resume,
             )
             if folds:
                 labelled = self.predict(run=result.run_id, device=device)
@@ -620,7 +610,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.train_baselines(["null", "forest"], split="by-well")
 
         Raises:
-            MissingExtraError: scikit-learn is not installed.
             UserInputError: the training images have no measured cells, or one class.
         """
         from .stages.split import folds_of
@@ -660,7 +649,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.predict(PredictParams(subset=None, plates=("P7",)), run=5)
 
         Raises:
-            MissingExtraError: torch and the like are not installed.
             UserInputError: none of the images has measured cells, or the model cannot read them.
         """
         from .stages.predict import predict
@@ -683,7 +671,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.profile(ProfileParams(average="mean", positions="median-polish"))
 
         Raises:
-            MissingExtraError: pycytominer, or for Harmony harmonypy, is not installed.
             UserInputError: there is no measured cell, no control, or no feature is left.
         """
         from .stages.profile import profile
@@ -728,7 +715,6 @@ class Store(AbstractContextManager["Store"]):
         >>> pandas.DataFrame(store.hits(HitsParams(q=0.1)).rows)
 
         Raises:
-            MissingExtraError: pycytominer, copairs or scipy is not installed.
             UserInputError: there is no control, nothing to compare it with, or no profile.
         """
         from .stages.hits import hits
@@ -750,22 +736,20 @@ class Store(AbstractContextManager["Store"]):
         vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
-        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run (its number, or ``latest``) against the labels of its split.
 
         ``compare``: another run to put beside it. ``vote_options``: which images have an answer.
-        ``html``: also a page; ``maps``: features on its plate maps. Images that the network was
-        trained on count only with ``force``, and the result says so. Returns the ``scores`` by
-        level (cell, image, well) and vote with intervals over wells, those of classes, plates and
-        wells, and what baselines reach; ``score(level, vote)`` gives one.
+        ``html``: also a page. Images that the network was trained on count only with ``force``, and
+        the result says so. Returns the ``scores`` by level (cell, image, well) and vote with
+        intervals over wells, those of classes, plates and wells, and what baselines reach;
+        ``score(level, vote)`` gives one.
 
         >>> store.report(6).score("image", "hard").accuracy
         >>> pandas.DataFrame(store.report(6, html="report.html").scores)
 
         Raises:
             UserInputError: the run has labelled nothing, or only what it was trained on.
-            MissingExtraError: a page needs matplotlib and Jinja2.
         """
         from .report.scoring import report
 
@@ -774,7 +758,7 @@ class Store(AbstractContextManager["Store"]):
             need("report")
             from .report.report_page import write_page
 
-            look = partial(write_page, self.workspace, path=Path(html), maps=maps)
+            look = partial(write_page, self.workspace, path=Path(html))
         found = report(
             self.workspace,
             run,
@@ -864,7 +848,6 @@ class Store(AbstractContextManager["Store"]):
         >>> loader = DataLoader(cells, batch_size=64, num_workers=2, persistent_workers=True)
 
         Raises:
-            MissingExtraError: torch is not installed.
             UserInputError: there are no cells, or what was asked for is not known of all of them.
         """
         need("train")
@@ -924,7 +907,6 @@ class Store(AbstractContextManager["Store"]):
         >>> axes[0, 0].figure.savefig("cells.png")
 
         Raises:
-            MissingExtraError: matplotlib is not installed.
             UserInputError: there is nothing to show.
             CellstoreError: none of the images can be read; the problem of the first.
         """
@@ -1259,13 +1241,11 @@ class Store(AbstractContextManager["Store"]):
         *,
         images: int | None = None,
         device: str = "auto",
-        weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; nothing is written to the store.
 
-        ``images``: only so many of its images. ``weights``: the file that a training began from, or
-        the network of a segmentation. Returns the ``outcome`` in a word, what was compared, and how
-        many values ``differ``.
+        ``images``: only so many of its images. Returns the ``outcome`` in a word, what was
+        compared, and how many values ``differ``.
 
         >>> store.check_run(3, images=2).outcome
 
@@ -1275,8 +1255,7 @@ class Store(AbstractContextManager["Store"]):
         from .report.redo import check
 
         carry_out = partial(_carry_out, device=device)
-        path = None if weights is None else Path(weights)
-        return check(self.workspace, run, carry_out, images=images, weights=path)
+        return check(self.workspace, run, carry_out, images=images)
 
     def sql(
         self,
@@ -1364,7 +1343,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.export("wells.parquet", profiles="latest")
 
         Raises:
-            MissingExtraError: AnnData is asked for and not installed.
             UserInputError: there is no cell, or ``out`` is there already.
         """
         from .stages.export import ExportFormat, export, export_profiles
@@ -1408,12 +1386,11 @@ class Store(AbstractContextManager["Store"]):
         plates: Sequence[str] = (),
         segmentation: str | None = None,
         measurement: str | None = None,
-        force: bool = False,
     ) -> ExportedCrops:
         """Write the pixels of cells to a folder of Parquet files; its README says how to read them.
 
         ``split`` (and one ``subset``): default: all cells. ``channels``: default: all. The folder
-        is there whole or not at all; ``force`` replaces an earlier one.
+        is new, and there whole or not at all.
 
         >>> store.export_crops("crops", split="by-well", channels=["DNA", "RNA"])
         """
@@ -1428,7 +1405,6 @@ class Store(AbstractContextManager["Store"]):
             plates=plates,
             segmentation=segmentation,
             measurement=measurement,
-            force=force,
         )
         self.wrote(made.path)
         return made
@@ -1521,21 +1497,18 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         folder: str | Path = "corrected",
-        name: str | None = None,
     ) -> CorrectedMasks:
         """Open an image with its masks in napari, to correct these; returns when it is closed.
 
-        Shift-S in the window stores them, as a segmentation called ``name`` and as a file below
+        Shift-S in the window stores them, as a segmentation of its own and as a file below
         ``folder`` that ``finetune`` reads. What is changed and not stored is stored at the end.
 
         Raises:
-            MissingExtraError: napari is not installed.
-            UserInputError: the image has other masks called ``name``, or the folder is of a store.
+            UserInputError: the folder is of a store.
         """
         from .stages.correct_masks import correct_masks
 
-        more: dict[str, Any] = {"segmentation": segmentation, "folder": Path(folder), "name": name}
-        return correct_masks(self.workspace, image, **more)
+        return correct_masks(self.workspace, image, segmentation=segmentation, folder=Path(folder))
 
     def exclude(
         self, kind: str, name: str | Sequence[str | int], *, reason: str, dry_run: bool = False
@@ -1663,7 +1636,6 @@ class Store(AbstractContextManager["Store"]):
         >>> store.explore(port=0)
 
         Raises:
-            MissingExtraError: the extra ``explore`` is not installed.
             UserInputError: the port is taken, or there is no such host.
         """
         need("explore")

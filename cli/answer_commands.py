@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import VoteOptions, option
-from cellstore.errors import UserInputError, some_of
+from cellstore.errors import some_of
 from cellstore.store import Store
 
 from . import output
@@ -125,10 +125,6 @@ def show_report(result: ReportResult) -> None:
     if best.low is not None:
         bounds = f"95 % interval over wells: {percent(best.low, best.high)}"
     typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
-    nulls = [i for i in result.baselines if i.null and (i.level, i.vote) == ("image", "hard")]
-    if nulls:
-        most = max(nulls, key=lambda item: item.accuracy)
-        typer.echo(f"the best null baseline ({most.baseline}): {percent(most.accuracy)}")
     typer.echo("")
     silent = f"{best.abstained:,} of {result.images:,} images (hard vote)"
     runs: dict[str, Any] = {"predict run": result.run_id, "train run": result.train_run_id}
@@ -259,13 +255,6 @@ def report(
         None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
     ),
     html: Path | None = HTML,
-    maps: tuple[str, ...] = option(
-        (),
-        "A feature on the plate maps of the page, for example area; may be given again.",
-        name="--map",
-        metavar="FEATURE",
-        repeated=True,
-    ),
     force: bool = option(False, "Also score images that the network was trained on; marked."),
 ) -> ReportResult:
     """Score a predict run: majority votes against the truth.
@@ -275,15 +264,11 @@ def report(
     \b
     Example:
       cellstore report
-      cellstore report --run 8 --html report.html --map area --map eccentricity
+      cellstore report --run 8 --html report.html
       cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
       cellstore report --run cv
     """
-    if maps and html is None:
-        raise UserInputError("--map draws on the HTML page: add a file for it: --html report.html")
-    return store.report(
-        run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
-    )
+    return store.report(run, compare=compare, vote_options=vote_options, html=html, force=force)
 
 
 def _show_runs(found: Leaderboard) -> None:

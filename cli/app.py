@@ -32,7 +32,6 @@ from typer.core import TyperCommand, TyperGroup
 from cellstore.config import (
     METAVARS,
     PRESETS,
-    SECTIONS,
     Field,
     Params,
     Sources,
@@ -399,11 +398,11 @@ class Sectioned(TyperCommand):
         """Write arguments and options."""
         params = self.get_params(ctx)
         sections = {getattr(p, "rich_help_panel", None) for p in params} - {None}
-        parts: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", *SECTIONS)}
+        parts: dict[str, list[Any]] = {"Arguments": [], "Options": []}
         for param in params:
             title = getattr(param, "rich_help_panel", None) if len(sections) > 1 else None
             kind = "Arguments" if param.param_type_name == "argument" else "Options"
-            parts[title or kind].append(param)
+            parts.setdefault(title or kind, []).append(param)
         for title, members in parts.items():
             records = [record for p in members if (record := p.get_help_record(ctx)) is not None]
             if records:

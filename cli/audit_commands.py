@@ -145,14 +145,14 @@ def _show_record(record: Mapping[str, Any], margin: str = "") -> None:
 
 def _show_log(result: EventLog) -> None:
     for entry in result.entries:
-        role = f" (database role {entry.role})" if entry.role else ""
-        run = "" if entry.run_id is None else f", {entry.stage} run {entry.run_id}"
-        when = entry.at[:16].replace("T", " ")
-        typer.echo(output.cell(f"{when}  {entry.by}@{entry.host}{role}{run}"))
-        lines = [entry.command, *entry.changes]
-        if (number := sum(entry.rows.values())) > len(entry.changes):
-            lines.append(f"and {number - len(entry.changes):,} more changes")
-        lines += [f"why: {entry.reason}"] if entry.reason else []
+        role = f" (database role {entry['role']})" if entry["role"] else ""
+        run = "" if entry["run_id"] is None else f", {entry['stage']} run {entry['run_id']}"
+        when = entry["at"][:16].replace("T", " ")
+        typer.echo(output.cell(f"{when}  {entry['by']}@{entry['host']}{role}{run}"))
+        lines = [entry["command"], *entry["changes"]]
+        if (number := sum(entry["rows"].values())) > len(entry["changes"]):
+            lines.append(f"and {number - len(entry['changes']):,} more changes")
+        lines += [f"why: {entry['reason']}"] if entry["reason"] else []
         for line in lines:
             output.wrapped(line, output.GAP)
     if not result.entries:
@@ -221,11 +221,6 @@ def repro(
         "runs, all of others.",
         min=1,
     ),
-    weights: Path | None = option(
-        None,
-        "With --check: the file of weights that the run began from, where the store does "
-        "not hold it.",
-    ),
     device: str = DEVICE,
 ) -> Check | None:
     """Print the commands and versions that redo a run, or redo it and compare.
@@ -244,13 +239,13 @@ def repro(
     """
     if check and out is not None:
         raise UserInputError("--check writes no script: remove --output.")
-    if not check and (images is not None or weights is not None):
-        raise UserInputError("--images and --weights need --check: add it.")
+    if not check and images is not None:
+        raise UserInputError("--images needs --check: add it.")
     if not check:
         _show_script(store.repro(run), out, common)
         store.wrote(out)
         return None
-    return store.check_run(run, images=images, device=device, weights=weights)
+    return store.check_run(run, images=images, device=device)
 
 
 def _show_script(result: Repro, out: Path | None, common: Common) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 SHOWN = 20
-LISTED = 50
 DRY_RUN = option(False, "Only say what would change.")
 REASON = option(None, "Why; it is kept with the change.", metavar="TEXT")
 NEEDED_REASON: Any = typer.Option("--reason", metavar="TEXT", help="Why; it is kept.")
@@ -115,69 +113,23 @@ def relabel(
     )
 
 
-def _show_annotated(done: Correction | list[dict[str, Any]]) -> None:
-    if not isinstance(done, list):
-        _show_changes(done)
-    elif done:
-        rows = [
-            {name: _text(value) for name, value in _named(row).items()} for row in done[:LISTED]
-        ]
-        output.table(
-            [name.replace("_", " ") for name in rows[0]], [[*row.values()] for row in rows]
-        )
-        output.say_more(len(done) - LISTED)
-    else:
-        output.say("There is no such label. To label a cell: cellstore annotate")
-
-
-def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the list with one name instead of plate, well, site and cell."""
-    if "plate" not in row:
-        return row
-    parts = (row[name] for name in ("plate", "well", "site"))
-    name = "/".join(str(part) for part in parts if part is not None)
-    cell = "" if row["cell_id"] is None else f"cell {row['cell_id']} of "
-    more = {"by": row["user_name"], "when": row["created_at"], "why": row["reason"]}
-    return {"of": f"{cell}{name}", "field": row["field"], "label": row["label"], **more}
-
-
-def _text(value: Any) -> Any:
-    match value:
-        case None:
-            return "-"
-        case float():
-            return f"{value:.3f}"
-        case datetime():
-            return f"{value:%Y-%m-%d %H:%M}"
-    return value
-
-
-@command(app, "annotate", _show_annotated, then=True)
+@command(app, "annotate", _show_changes, then=True)
 def annotate(
     store: Store,
-    kind: Annotated[
-        Level | None,
-        typer.Argument(metavar="KIND", help="plate, well, image or cell.", show_choices=False),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="NAME...", help="One or more, as in audit; cells by their ids."),
-    ] = None,
+    kind: KindArgument,
+    name: NamesArgument,
     label: str | None = option(None, "What it is.", metavar="TEXT"),
-    field: str | None = option(
-        None, f"What the label is about. Default: {ANNOTATION}.", metavar="NAME"
-    ),
+    field: str = option(ANNOTATION, "What the label is about.", metavar="NAME"),
     user: str | None = option(None, "Who says so. Default: your login.", metavar="NAME"),
     reason: str | None = REASON,
     undo: bool = option(False, "Take your last label of it back."),
-    listed: bool = option(False, "List the labels, the newest first.", name="--list"),
-    agreement: bool = option(False, "Show how far people agree: Cohen's kappa of each two."),
     dry_run: bool = DRY_RUN,
-) -> Correction | list[dict[str, Any]]:
+) -> Correction:
     """Give a label to plates, wells, images or cells. To undo it: --undo.
 
     Each person has a label of their own for the same thing; the last one counts. All of them are
-    in annotation_table. Labels of images or wells can be what a split is made of: cellstore split
+    in annotation_table: cellstore ask annotations, and how far people agree: cellstore ask
+    agreement. Labels of images or wells can be what a split is made of: cellstore split
     create --field. A name after --user is written down as it is typed: it proves nothing.
 
     \b
@@ -185,19 +137,10 @@ def annotate(
       cellstore annotate cell 4711 4712 --label mitotic
       cellstore annotate image BR00116991/A05/1 --field focus --label blurred
       cellstore annotate cell 4711 --undo
-      cellstore annotate --agreement
     """
-    what = [bool(label), undo, listed, agreement]
-    if sum(what) != 1 or (listed or agreement) == bool(kind and name):
-        raise UserInputError(
-            "Say what is labelled and how (annotate cell 4711 --label mitotic, or --undo instead "
-            "of --label), or only --list or --agreement."
-        )
-    if kind is None or name is None:
-        answer = store.ask("annotations" if listed else "agreement", field=field)
-        rows: list[dict[str, Any]] = answer.to_pylist()
-        return rows
-    more: dict[str, Any] = {"field": field or ANNOTATION, "user": user, "reason": reason}
+    if bool(label) == undo:
+        raise UserInputError("Say what it is: --label TEXT; or take your label back: --undo.")
+    more: dict[str, Any] = {"field": field, "user": user, "reason": reason}
     return store.annotate(kind.value, name, label, **more, dry_run=dry_run)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,14 @@ from .app import HTML, MEASUREMENT, SEGMENTATION, Common, command, say_next
 from .output import count, say_more, span
 
 if TYPE_CHECKING:
-    from cellstore.stages.hits import DoseRow, HitRow, HitsResult
+    from cellstore.stages.hits import DoseRow, HitRow, HitsResult, TargetRow
     from cellstore.stages.profile import ProfileResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+HIT_HEADERS = ("treatment", "verdict", "wells", "effect", "95 % interval", "q", "cells")
+TARGET_HEADERS = ("target", "perturbations", "consistency", "q")
+DOSE_HEADERS = ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)")
 SHOWN_ROWS = 40
 SHOWN_ALIKE = 10
 """Treatments that do not differ from the controls, at most."""
@@ -101,13 +104,26 @@ def _dose_cells(row: DoseRow) -> tuple[Any, ...]:
     return (row.name, row.quantity.replace("_", " "), _short(row.trend_p), lowest, ec50)
 
 
-def _some(
-    headers: tuple[str, ...], rows: Iterable[tuple[Any, ...]], most: int = SHOWN_ROWS
+def _target_cells(row: TargetRow) -> tuple[Any, ...]:
+    return (row.target, row.perturbations, _short(row.consistency), _short(row.q))
+
+
+def _by_plate_set(
+    result: HitsResult,
+    rows: Sequence[Any],
+    headers: tuple[str, ...],
+    cells: Callable[[Any], tuple[Any, ...]],
 ) -> None:
-    listed = list(rows)
-    output.table(headers, listed[:most])
-    say_more(len(listed) - most)
-    typer.echo("")
+    """Print a table for each plate set; of treatments without a difference, a few."""
+    for name, of_set in groupby(rows, lambda row: row.plate_set):
+        if len(result.plate_sets) > 1:
+            typer.echo(f"{name} ({count(len(result.plate_sets[name]), 'plate')})")
+        listed = list(of_set)
+        differ = sum(getattr(row, "verdict", "") != Verdict.NO.value for row in listed)
+        most = min(SHOWN_ROWS, differ + SHOWN_ALIKE)  # those that differ come first
+        output.table(headers, [cells(row) for row in listed[:most]])
+        say_more(len(listed) - most)
+        typer.echo("")
 
 
 def _show_hits(result: HitsResult) -> None:
@@ -126,34 +142,13 @@ def _show_hits(result: HitsResult) -> None:
         }
     )
     typer.echo("")
-    heads = ("treatment", "verdict", "wells", "effect", "95 % interval", "q", "cells")
-    for name, rows in groupby(result.rows, lambda row: row.plate_set):
-        if len(result.plate_sets) > 1:
-            typer.echo(f"{name} ({count(len(result.plate_sets[name]), 'plate')})")
-        listed = list(rows)
-        differ = sum(row.verdict != Verdict.NO.value for row in listed)  # they come first
-        _some(heads, map(_hit_cells, listed), min(SHOWN_ROWS, differ + SHOWN_ALIKE))
+    _by_plate_set(result, result.rows, HIT_HEADERS, _hit_cells)
     if result.targets:
         typer.echo("Do hits of one target look alike?")
-    for name, targets in groupby(result.targets, lambda row: row.plate_set):
-        if len(result.plate_sets) > 1:
-            typer.echo(name)
-        _some(
-            ("target", "perturbations", "consistency", "q"),
-            (
-                (row.target, row.perturbations, _short(row.consistency), _short(row.q))
-                for row in targets
-            ),
-        )
+    _by_plate_set(result, result.targets, TARGET_HEADERS, _target_cells)
     if result.doses:
         typer.echo("What changes with the dose?")
-    for name, doses in groupby(result.doses, lambda row: row.plate_set):
-        if len(result.plate_sets) > 1:
-            typer.echo(name)
-        _some(
-            ("perturbation", "of", "trend p", "active from", "EC50 (95 % interval)"),
-            map(_dose_cells, doses),
-        )
+    _by_plate_set(result, result.doses, DOSE_HEADERS, _dose_cells)
     output.wrapped(result.rule)
     if result.html:
         typer.echo(f"page: {result.html}")

@@ -106,9 +106,8 @@ def _show_preview(result: PreviewResult, common: Common) -> None:
         ]
         output.table(["image", "cells", "diameter", "seconds"], rows)
         list_failures(problems)
-        if result.sheet is not None:
-            typer.echo(f"\nLook at {result.sheet}, and at the pictures beside it.")
         typer.echo(
+            f"\nLook at the pictures in {result.folder}.\n"
             "Nothing was kept. Cells split or merged: add --diameter. Too few cells, or\n"
             "outlines too wide: see --cellprob-threshold. When it looks right, run the same\n"
             f"command without --preview for {output.count(result.available, 'image')}."
@@ -445,12 +444,6 @@ def napari(
         "Where corrected masks are written, named like their images, as finetune reads them.",
         name="--folder",
     ),
-    name: str | None = option(
-        None,
-        "What the segmentation of corrected masks is called. Default: corrected, or corrected 2, "
-        "... where the image has one.",
-        metavar="NAME",
-    ),
 ) -> CorrectedMasks:
     """Correct the masks of an image in napari.
 
@@ -463,4 +456,4 @@ def napari(
       cellstore napari BR00116991/F15/8
       cellstore napari 4711 --segmentation 2 --folder corrected
     """
-    return store.napari(image, segmentation=segmentation, folder=folder, name=name)
+    return store.napari(image, segmentation=segmentation, folder=folder)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cellstore.config import IngestParams, Selection, option
 from cellstore.enums import Look, Severity
-from cellstore.errors import StoreNotFoundError, UserInputError
+from cellstore.errors import UserInputError
 from cellstore.store import Store
 
 from . import output
@@ -95,17 +93,7 @@ def ingest(
             f"You gave {len(words)} words: {' '.join(words)}"
         )
     params = replace(params, kind=kinds[0] if kinds else None)
-    with ExitStack() as stack:
-        try:
-            store = stack.enter_context(common.open())
-        except StoreNotFoundError:
-            from cellstore.stages.ingest.ingest import choose_layout
-
-            of_images = choose_layout(source, params).kind.value == "images"
-            if not (dry_run and of_images) or common.store is not None:
-                raise
-            folder = stack.enter_context(TemporaryDirectory())
-            store = stack.enter_context(Store.create(folder))  # to look at images before 'init'
+    with common.open() as store:
         result = store.ingest(source, params, dry_run=dry_run)
     if common.as_json:
         output.print_json(result)

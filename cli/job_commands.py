@@ -17,7 +17,7 @@ from .output import say
 if TYPE_CHECKING:
     from cellstore.stages.doctor import DoctorResult
     from cellstore.stages.manage_jobs import JobsList, RetryResult
-    from cellstore.stages.status import RecipeStatus, StatusResult
+    from cellstore.stages.status import StatusResult
     from cellstore.stages.verify import VerifyResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -67,37 +67,29 @@ def _show_status(result: StatusResult, common: Common) -> None:
         }
     )
     if result.recipes:
+        columns = ("recipe_id", "stage", "fingerprint", "done", "todo", "failed", "stale")
+        short = [{**row, "fingerprint": row["fingerprint"][:12]} for row in result.recipes]
         typer.echo("")
         output.table(
             ("recipe", "stage", "fingerprint", "done", "to do", "failed", "stale", ""),
-            [
-                (
-                    *(r.recipe_id, r.stage, r.fingerprint[:12], r.done, r.todo, r.failed, r.stale),
-                    _relations(r),
-                )
-                for r in result.recipes
-            ],
+            [[*(row[name] for name in columns), _relations(row)] for row in short],
         )
     if result.feature_sets:
         typer.echo("")
-        sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
+        names = ("name", "storage", "columns", "cells")
+        sets = [[found[name] for name in names] for found in result.feature_sets]
         output.table(("feature set", "kept in", "features", "cells"), sets)
     for item in result.gone:
         say(item.sentence)
-    for run in result.broken_off:
-        say(
-            f"Training run {run.run_id} was stopped after {output.count(run.epochs, 'epoch')}. "
-            f"To go on with it: cellstore train --resume {run.run_id}"
-        )
-    if any(recipe.failed for recipe in result.recipes):
+    if any(recipe["failed"] for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
     say_next(result.next, common)
 
 
-def _relations(recipe: RecipeStatus) -> str:
-    parts = [] if recipe.reads is None else [f"of {recipe.reads}"]
-    if recipe.replaced_by is not None:
-        parts.append(f"replaced by {recipe.replaced_by}")
+def _relations(recipe: dict[str, Any]) -> str:
+    parts = [] if recipe["reads"] is None else [f"of {recipe['reads']}"]
+    if recipe["replaced_by"] is not None:
+        parts.append(f"replaced by {recipe['replaced_by']}")
     return ", ".join(parts)
 
 
@@ -109,9 +101,6 @@ def jobs(
     running: bool = option(False, "List what is being worked on, and by whom."),
     pending: bool = option(False, "List what is open."),
     stage: str | None = STAGE,
-    recipe: str | None = option(
-        None, "Only jobs of this recipe: number or start of the fingerprint.", metavar="RECIPE"
-    ),
     image: str | None = IMAGE,
     traceback: bool = option(False, "Show all that is known of an error."),
     limit: int = option(100, "List at most N jobs.", min=1),
@@ -134,7 +123,7 @@ def jobs(
         raise typer.BadParameter("Choose one of --failed, --running and --pending.")
     state = chosen[0] if chosen else None
     shown = limit if state or common.as_json else 0
-    result = store.jobs(stage=stage, status=state, recipe=recipe, image=image, limit=shown)
+    result = store.jobs(stage=stage, status=state, image=image, limit=shown)
     if common.as_json:
         output.print_json(result)
     elif state is None:
@@ -147,14 +136,12 @@ def _show_counts(result: JobsList) -> None:
     if not result.counts:
         typer.echo("No image has been worked on yet. Begin with: cellstore segment")
         return
+    names = ("recipe_id", "stage", "pending", "running", "done", "failed", "seconds")
     output.table(
         ("recipe", "stage", "pending", "running", "done", "failed", "s/image"),
-        [
-            (c.recipe_id, c.stage, c.pending, c.running, c.done, c.failed, c.seconds)
-            for c in result.counts
-        ],
+        [[count[name] for name in names] for count in result.counts],
     )
-    if any(count.failed for count in result.counts):
+    if any(count["failed"] for count in result.counts):
         say("See why with: cellstore jobs --failed. Try again with: cellstore retry")
 
 
@@ -164,22 +151,17 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
         return
     if state == "failed":
         for job in result.jobs:
-            tries = output.count(job.attempts, "try", "tries")
-            typer.echo(f"{job.stage} (recipe {job.recipe_id}) {output.cell(job.image)}, {tries}:")
-            reason = job.reason or "no reason was kept"
-            for line in (job.error or "").splitlines() if traceback else [reason]:
+            tries = output.count(job["attempts"], "try", "tries")
+            image = output.cell(job["image"])
+            typer.echo(f"{job['stage']} (recipe {job['recipe_id']}) {image}, {tries}:")
+            lines = (job["error"] or "").splitlines() if traceback else [job["reason"] or "unknown"]
+            for line in lines:
                 typer.echo(f"  {output.cell(line)}")
         say("Try them again with: cellstore retry")
-    elif state == "running":
-        output.table(
-            ("job", "stage", "image", "worker", "tries", "lease s"),
-            [(j.job_id, j.stage, j.image, j.worker, j.attempts, j.lease) for j in result.jobs],
-        )
     else:
-        output.table(
-            ("job", "stage", "image", "tries", "next try in s", "last error"),
-            [(j.job_id, j.stage, j.image, j.attempts, j.wait, j.reason) for j in result.jobs],
-        )
+        names = ("job_id", "stage", "image", "worker", "attempts", "lease", "wait", "reason")
+        titles = ("job", "stage", "image", "worker", "tries", "lease s", "wait s", "last error")
+        output.table(titles, [[job[name] for name in names] for job in result.jobs])
     output.say_more(result.more, how="see --limit")
 
 
@@ -189,8 +171,7 @@ def _show_retry(result: RetryResult) -> None:
         return
     lost = output.count(result.lost_files, "file is gone.", "files are gone.")
     opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
-    found = [*([lost] if result.lost_files else []), *([opened] if result.jobs else [])]
-    typer.echo(f"{' '.join(found)} Now run:")
+    typer.echo(f"{f'{lost} ' if result.lost_files else ''}{opened} Now run:")
     for words in result.commands:
         typer.echo(f"  {output.cell(words)}")
 
@@ -310,12 +291,16 @@ def verify(
     return store.verify(fix=fix, minutes=older_than, against=against)
 
 
-@command(app, "seal")
+def _show_seal(head: dict[str, Any]) -> None:
+    output.pairs({"sealed": head["sha256"], "event": head["event"], "runs": head["runs"]})
+    say("Keep the file where nobody can change it, then: cellstore verify --against FILE")
+
+
+@command(app, "seal", _show_seal)
 def seal(
     store: Store,
-    common: Common,
     file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
-) -> None:
+) -> dict[str, Any]:
     """Write the end of the ledger to a file, which you keep where nobody else can change it.
 
     The owner of a database can change everything in it, the ledger too. A seal that is kept
@@ -326,12 +311,7 @@ def seal(
       cellstore seal seal.json
       cellstore verify --against seal.json
     """
-    head = store.seal(file)
-    if common.as_json:
-        output.print_json(head)
-    else:
-        output.pairs({"sealed": head["sha256"], "event": head["event"], "runs": head["runs"]})
-        say(f"Keep {file} where nobody can change it, then: cellstore verify --against {file}")
+    return store.seal(file)
 
 
 def _show_doctor(result: DoctorResult) -> None:

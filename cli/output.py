@@ -247,8 +247,6 @@ class Format(StrEnum):
     XLSX = "xlsx"
 
 
-EXCEL_ROWS, EXCEL_COLUMNS, EXCEL_CHARACTERS = 1_048_576, 16_384, 32_767
-"""The most that a sheet of Excel and one of its cells hold."""
 EXACT = 1 << 53
 """From here on Excel changes the last digits of a whole number."""
 
@@ -402,11 +400,6 @@ def _write_excel(taken: _First, file: BinaryIO) -> None:
         number = isinstance(found, int) and not isinstance(found, bool)
         if number and abs(found) > EXACT:
             found = str(found)
-        if isinstance(found, str) and len(found) > EXCEL_CHARACTERS:
-            raise UserInputError(
-                f"Excel cannot hold this answer: a text has {len(found):,} characters. Take "
-                "--format csv or parquet."
-            )
         return found
 
     keeping = {"constant_memory": True, "nan_inf_to_errors": True}
@@ -418,12 +411,12 @@ def _write_excel(taken: _First, file: BinaryIO) -> None:
         sheet.freeze_panes(1, 0)
         sheet.write_row(0, 0, taken.answer.names, book.add_format({"bold": True}))
         for number, row in enumerate(taken.rows(), start=1):
-            if number >= EXCEL_ROWS or len(row) > EXCEL_COLUMNS:
+            if sheet.write_row(number, 0, map(value, row)) != 0:
                 raise UserInputError(
-                    f"Excel holds {EXCEL_ROWS - 1:,} rows and {EXCEL_COLUMNS:,} columns, and this "
-                    "answer has more. Take --format csv or parquet, or ask for less."
+                    "Excel cannot hold this answer: it has more than 1,048,575 rows or 16,384 "
+                    "columns, or a text of more than 32,767 characters. Take --format csv or "
+                    "parquet, or ask for less."
                 )
-            sheet.write_row(number, 0, map(value, row))
 
 
 class Notes(Progress):
@@ -453,18 +446,13 @@ class Bar(Progress):
         from rich import progress
 
         if self._progress is None:
-            self._progress = progress.Progress(
-                progress.SpinnerColumn(),
+            columns = (
                 progress.TextColumn("{task.description}", markup=False),
-                progress.BarColumn(bar_width=None),
+                progress.BarColumn(),
                 progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(),
-                progress.TextColumn("left"),
                 progress.TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-                expand=True,
             )
+            self._progress = progress.Progress(*columns, console=self.console, transient=True)
             self._progress.start()
         self._tasks.append(self._progress.add_task(label, total=total))
 

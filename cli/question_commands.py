@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.artifacts import part_prefix
-from cellstore.config import Selection, option, option_of
+from cellstore.config import Limits, Selection, option, option_of
 from cellstore.enums import Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.store import Store
@@ -28,14 +28,11 @@ from .output import AnswerOptions, Format, say
 
 if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
-    from cellstore.query.guard import Limits
     from cellstore.stages.export import ExportedProfiles, ExportResult
     from cellstore.stages.export_crops import ExportedCrops
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-SECONDS = option(600.0, "Stop a question after this time.", metavar="S", min=0.1)
-MEMORY = option(2048, "Memory of a question; more goes to the disk.", metavar="MB", min=64)
 GRACE_SECONDS = 15.0
 SLACK_MB = 1536
 """What the rest of the program may take: Arrow, the tables that are read live, new copies."""
@@ -99,6 +96,7 @@ def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
 @command(app, "sql")
 def sql(
     answer: AnswerOptions,
+    limits: Limits,
     store: Store,
     common: Common,
     query: Annotated[
@@ -113,8 +111,6 @@ def sql(
         metavar="NAME=VALUE",
         repeated=True,
     ),
-    seconds: float = SECONDS,
-    memory: int = MEMORY,
 ) -> None:
     """Ask the store a question in SQL.
 
@@ -128,11 +124,8 @@ def sql(
       cellstore sql 'SELECT * FROM wells WHERE name = $well' --param well=D14
       cellstore sql --file big.sql --format parquet --output answer.parquet
     """
-    from cellstore.query.guard import Limits
-
     answer = _checked(answer, common)
     parameters = dict(map(_parameter, param or ()))
-    limits = Limits(seconds=seconds, memory_mb=memory)
     question = _question(query, file)
     with confined(store, limits), store.open_questions(limits) as questions:
         output.write(questions.ask(question, parameters), answer)
@@ -170,6 +163,7 @@ def _parameter(text: str) -> tuple[str, object]:
 def ask(
     context: typer.Context,
     answer: AnswerOptions,
+    limits: Limits,
     store: Store,
     common: Common,
     words: Annotated[
@@ -180,8 +174,6 @@ def ask(
         ),
     ] = None,
     show_sql: bool = option(False, "Only print the question and what it takes.", name="--sql"),
-    seconds: float = SECONDS,
-    memory: int = MEMORY,
 ) -> None:
     """Ask a saved question, or list them.
 
@@ -196,7 +188,6 @@ def ask(
       cellstore ask disagreements --runs 3,5 --format csv
       cellstore ask accuracy --sql
     """
-    from cellstore.query.guard import Limits
     from cellstore.query.saved_queries import find_question, open_saved
 
     name, given = _name_and_values([*(words or ()), *context.args])
@@ -208,7 +199,6 @@ def ask(
     if show_sql:
         typer.echo(question.text.rstrip("\n"))
         return
-    limits = Limits(seconds=seconds, memory_mb=memory)
     with confined(store, limits), open_saved(store.workspace, question, given, limits) as found:
         output.write(found, answer)
     store.wrote(answer.output)
@@ -418,10 +408,10 @@ def export(
             "--format, --for-spreadsheet and --force can be given."
         )
     if crops:
-        if form or features or include_excluded or for_spreadsheet:
+        if form or features or include_excluded or for_spreadsheet or force:
             raise UserInputError(
-                "--format, --features, --include-excluded and --for-spreadsheet are of tables: "
-                "remove them, or --crops."
+                "--format, --features, --include-excluded, --for-spreadsheet and --force are of "
+                "tables: remove them, or --crops."
             )
         return store.export_crops(
             out,
@@ -431,7 +421,6 @@ def export(
             plates=plates,
             segmentation=segmentation,
             measurement=measurement,
-            force=force,
         )
     if channels:
         raise UserInputError("A table has no channels: add --crops, or remove --channels.")

@@ -35,6 +35,7 @@ NameArgument = Annotated[
 NewNameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the split is called.")]
 SHOWN_CLASSES = 5
 """How many of the excluded classes are named; --json lists all."""
+NOT_NEW = "This was there already; nothing has changed."
 MARGIN = 9
 """Width of the column of severities: ``warning`` and a gap."""
 
@@ -57,26 +58,18 @@ def _show_split(result: SplitResult) -> None:
         ]
     )
     if result.protocol == "grouped" and result.validation_classes < 2:
-        what = "there is no validation subset, so nothing stops a training before its --epochs"
-        if result.validation_classes:
-            what = (
-                "the validation subset has one class only, so it cannot say when to stop training"
-            )
+        what = "has one class only" if result.validation_classes else "is empty"
         say(
-            f"Careful: {what}. A class needs three {result.group_level}s or more to have images "
-            "that validate."
+            f"Careful: the validation subset {what}, so it cannot say when to stop training. A "
+            f"class needs three {result.group_level}s or more to have images that validate."
         )
     _warn([result])
 
 
 def _show_new_split(result: SplitResult) -> None:
     _show_split(result)
-    _say_if_there([result])
-
-
-def _say_if_there(made: Sequence[SplitResult]) -> None:
-    if not any(result.created for result in made):
-        say("This was there already; nothing has changed.")
+    if not result.created:
+        say(NOT_NEW)
 
 
 def _show_folds(name: str, results: Sequence[SplitResult], left_out: str | None) -> None:
@@ -98,7 +91,8 @@ def _show_folds(name: str, results: Sequence[SplitResult], left_out: str | None)
         [(r.name, *r.counts.values(), r.wells_in_both_subsets) for r in results],
     )
     _warn(results)
-    _say_if_there(results)
+    if not any(result.created for result in results):
+        say(NOT_NEW)
 
 
 def _warn(results: Sequence[SplitResult]) -> None:
@@ -126,15 +120,15 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
         "missing_files": "missing files",
         "annotated": "excluded by annotations",
         "flagged": "flagged by qc",
+        "rows_without_image": "rows without an image",
+        "rows_refused": "rows not usable",
     }
     for name, title in titles.items():
-        if found.get(name):
-            shown.append((title, f"{output.count(found[name], 'image')} excluded"))
-    titles = {"rows_without_image": "rows without an image", "rows_refused": "rows not usable"}
-    for name, title in titles.items():
-        rows = found.get(name)
-        if rows and rows["count"]:
-            shown.append((title, f"{rows['count']:,}, first {rows['examples'][0]}"))
+        number = found.get(name)
+        if isinstance(number, dict) and number["count"]:
+            shown.append((title, f"{number['count']:,}, first {number['examples'][0]}"))
+        elif number and isinstance(number, int):
+            shown.append((title, f"{output.count(number, 'image')} excluded"))
     for label, cut in found.get("downsampled", {}).items():
         shown.append((f"{label}, downsampled", f"{cut['after']} of {cut['before']} images"))
     by_reason: dict[str, list[str]] = {}
@@ -251,12 +245,8 @@ def show(store: Store, name: NameArgument = None) -> SplitResult:
     return store.show_split(name)
 
 
-def _in_words(found: Deleted) -> str:
-    return f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
-
-
 def _show_deleted(found: Deleted) -> None:
-    typer.echo(f"Deleted {_in_words(found)}. The images themselves are as they were.")
+    typer.echo(f"Deleted {', '.join(found.names)}. The images themselves are as they were.")
 
 
 @command(split, "delete", _show_deleted, then=True)
@@ -274,7 +264,9 @@ def delete(
       cellstore split delete by-well
     """
     if not yes:
-        confirm(f"Delete {_in_words(store.delete_split(name, dry_run=True))}?")
+        found = store.delete_split(name, dry_run=True)
+        images = output.count(found.images, "image")
+        confirm(f"Delete {', '.join(found.names)} ({images} assigned)?")
     return store.delete_split(name)
 
 

@@ -1,8 +1,7 @@
-"""Commands about learning: train, predict, export-model."""
+"""Commands about learning: train, predict, models of somebody's own, export-model."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from cellstore.config import (
     AddedParams,
     ApplyParams,
     BaselineParams,
+    EmbedParams,
     PredictParams,
     Resources,
     Sources,
@@ -36,7 +36,6 @@ from .answer_commands import show_report
 from .app import (
     DEVICE,
     PRESET,
-    SEGMENTATION,
     Common,
     command,
 )
@@ -66,7 +65,6 @@ EPOCH_COLUMNS = {
 """Metrics of an epoch and their heads, which fit 80 columns."""
 
 _ANYWAY = {"device", "store", "as_json"}
-_WITH_RESUME = _ANYWAY | {"resume"} | {item.name for item in options_of(TrainSetup)}
 _OF_BASELINES = {"baseline", "no_predict", "force"} | {
     item.name for kind in (Sources, BaselineParams) for item in options_of(kind)
 }
@@ -81,12 +79,6 @@ def train(
     common: Common,
     preset: str | None = PRESET,
     list_presets: bool = option(False, "Show the values with and without --preset, and end."),
-    resume: str | None = option(
-        None,
-        "Resume a run that was stopped, after its last whole epoch, with its own "
-        "options; 'latest': the last such run.",
-        metavar="RUN",
-    ),
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
@@ -112,7 +104,7 @@ def train(
     in the training images.
 
     A training that was stopped is resumed after its last whole epoch when the same command is
-    given again, or with --resume.
+    given again.
 
     --split may name a cross-validation (split create five --folds 5): its folds are trained one
     after the other, each labels its test images, and the scores are of every image once, by the
@@ -124,7 +116,6 @@ def train(
       cellstore train --split by-well --branches mask,image
       cellstore train --split by-well --features cellprofiler --branches tabular
       cellstore train --split as-published --preset published
-      cellstore train --resume 7
       cellstore train --split by-well --baseline null,logistic
       cellstore train --split by-well --baseline probe --features dinov2_small
       cellstore train --split five
@@ -133,33 +124,28 @@ def train(
         every = {"default": TrainParams()} | {name: TrainParams.of(name) for name in PRESETS}
         common.show(every, _show_presets)
         return
-    only = {
+    of_baselines = {
         item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
     }
+    wrong, why = common.typed & {*of_baselines, "no_predict"}, "Only --baseline reads"
     if baseline is not None:
         from cellstore.learn.baselines import choose
         from cellstore.stages.train_baselines import USED
 
-        _refuse(common, common.typed - _OF_BASELINES - _ANYWAY, "Baselines have no option {flags}.")
         kinds = [word.strip() for word in baseline.split(",") if word.strip()]
         read = {name for kind in choose(kinds) for name in USED[kind]}
-        sentence = f"Baseline {baseline} does not read {{flags}}: remove it."
-        _refuse(common, common.typed & only - read, sentence)
+        wrong = common.typed - (_OF_BASELINES - of_baselines | read) - _ANYWAY
+        why = f"--baseline {baseline} does not read"
+    if wrong:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(wrong))
+        raise UserInputError(f"{why} {flags}: remove it.")
+    if baseline is not None:
         with common.open() as store:
             made = store.train_baselines(
                 kinds, baselines, **asdict(sources), force=force, predict=not no_predict
             )
         common.show(made, _show_baselines)
         return
-    _refuse(
-        common,
-        common.typed & (only | {"no_predict"}),
-        "Only with --baseline: {flags}.",
-    )
-    if resume is not None:
-        sentence = "--resume uses the options of the run itself: remove {flags}."
-        _refuse(common, common.typed - _WITH_RESUME, sentence)
-    _say_processors(device, setup.devices)
     with common.open() as store:
         result = store.train(
             params,
@@ -167,7 +153,6 @@ def train(
             device=device,
             setup=setup,
             force=force,
-            resume=resume,
         )
     from cellstore.learn.training import is_first
 
@@ -186,12 +171,6 @@ def train(
     say(*map(output.filled, (*result.notes, *report.notes)))
 
 
-def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
-    if names:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-        raise UserInputError(sentence.format(flags=flags))
-
-
 def _show_presets(every: Mapping[str, TrainParams]) -> None:
     def shown(value: Any) -> str:
         if isinstance(value, tuple):
@@ -205,16 +184,6 @@ def _show_presets(every: Mapping[str, TrainParams]) -> None:
         for item in options_of(TrainParams)
     ]
     output.table(["option", *every], rows)
-
-
-def _say_processors(device: str, devices: int) -> None:
-    """Say that several devices are processes on a CPU, before they begin."""
-    if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
-        return
-    from cellstore.analysis.segmentation import pick_device
-
-    if pick_device(device).type == "cpu":
-        say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
 
 
 def _show_train(result: TrainResult) -> None:
@@ -423,6 +392,7 @@ def _show_embedders(known: list[dict[str, Any]]) -> None:
 
 @command(app, "embed", _show_apply, _failed_apply, then=_then_learn)
 def embed(
+    params: EmbedParams,
     common: Common,
     model: str | None = option(
         None,
@@ -446,14 +416,6 @@ def embed(
         metavar="PIXELS",
         min=1,
     ),
-    channels: tuple[str, ...] = option_of(ApplyParams, "channels"),
-    intensity: str = option_of(ApplyParams, "intensity"),
-    segmentation: str | None = SEGMENTATION,
-    plates: tuple[str, ...] = option_of(ApplyParams, "plates"),
-    wells: tuple[str, ...] = option_of(ApplyParams, "wells"),
-    where: str | None = option_of(ApplyParams, "where"),
-    limit: int | None = option_of(ApplyParams, "limit"),
-    batch_size: int = option_of(ApplyParams, "batch_size"),
     note: str | None = option_of(ApplyParams, "note"),
     device: str = DEVICE,
     listed: bool = option(
@@ -493,18 +455,8 @@ def embed(
     from cellstore.learn.embedders import licence_of
 
     say(f"Licence of {model}: {licence_of(model)}.")
-    given = {
-        "channels": channels,
-        "intensity": intensity,
-        "segmentation": segmentation,
-        "plates": plates,
-        "wells": wells,
-        "where": where,
-        "limit": limit,
-        "batch_size": batch_size,
-        "note": note,
-    }
     with common.open() as store:
+        given = {**asdict(params), "note": note}
         return store.embed(
             model, name, mode=mode, weights=weights, crop=crop, device=device, **given
         )

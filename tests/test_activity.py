@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cellstore.analysis.activity import (
+    Wells,
     activity,
     activity_by_copairs,
     cell_counts,
@@ -83,7 +84,7 @@ def test_the_same_as_copairs_on_the_same_profiles() -> None:
         values[here] = (values[here] - values[here].mean(0)) / spread
     values /= np.median(off[used], axis=0)
     ours, theirs = (
-        measure(values, np.where(groups == 0, 0, -1), controls, plates)
+        measure(Wells(values, np.where(groups == 0, 0, -1), controls, plates))
         for measure in (activity, activity_by_copairs)
     )
     assert ours[0].value == pytest.approx(theirs[0].value, rel=1e-6)
@@ -109,7 +110,7 @@ def test_copairs_leaves_nothing_at_home_and_says_nothing(
 
     monkeypatch.setenv("HOME", str(tmp_path))
     values, groups, controls, plates = screen(strength=1.0)
-    found = activity_by_copairs(values, groups, controls, plates, null_size=500, seed=3)
+    found = activity_by_copairs(Wells(values, groups, controls, plates), null_size=500, seed=3)
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
     alone = np.where(controls, np.arange(len(groups)), -1)
@@ -132,16 +133,16 @@ def test_p_is_the_share_of_exchanges_that_look_as_strong() -> None:
     for pair in combinations(range(7), 2):
         exchanged = np.full(7, -1)
         exchanged[list(pair)] = 0
-        found = activity(values, exchanged, exchanged < 0, plates, permutations=20_000)
+        found = activity(Wells(values, exchanged, exchanged < 0, plates), permutations=20_000)
         ps.append(found[0].p)
     assert np.sort(ps) == pytest.approx(np.arange(1, 22) / 21, rel=0.4)
     assert np.mean(ps) == pytest.approx(11 / 21, abs=0.04)
-    assert smallest_p(groups, controls, plates, 10_000) == {0: 1 / 21}
-    assert smallest_p(groups, controls, plates, 9) == {0: 0.1}
+    assert smallest_p(Wells(values, groups, controls, plates), 10_000) == {0: 1 / 21}
+    assert smallest_p(Wells(values, groups, controls, plates), 9) == {0: 0.1}
 
 
 def test_q_is_that_of_benjamini_and_hochberg() -> None:
-    found = activity(*screen(strength=3.0))
+    found = activity(Wells(*screen(strength=3.0)))
     ps = [score.p for score in found.values()]
     q = [score.q for score in found.values()]
     ordered = np.argsort(ps)
@@ -149,7 +150,7 @@ def test_q_is_that_of_benjamini_and_hochberg() -> None:
     by_hand = np.minimum.accumulate(by_hand[::-1])[::-1]
     assert np.array(q)[ordered] == pytest.approx(np.minimum(by_hand, 1))
     assert q[0] < 0.05 < min(q[1:])
-    assert activity(*screen(strength=3.0)) == found  # the same seed, the same answer
+    assert activity(Wells(*screen(strength=3.0))) == found  # the same seed, the same answer
 
 
 def test_effects_by_hand() -> None:
@@ -166,7 +167,7 @@ def test_effects_by_hand() -> None:
     expected = (away - own.mean()) / own.std(ddof=1)
     values = np.r_[wells, controls][:, None]
     groups = np.array([0, 0, -1, -1, -1, -1])
-    found, each = effects(values, groups, groups < 0, np.zeros(6, dtype=np.int64))
+    found, each = effects(Wells(values, groups, groups < 0, np.zeros(6, dtype=np.int64)))
     assert each == pytest.approx(np.r_[expected, (own - own.mean()) / own.std(ddof=1)])
     assert found[0].value == pytest.approx(expected.mean())
     assert found[0].low < expected.mean() < found[0].high
@@ -198,21 +199,21 @@ def test_cell_counts_by_hand() -> None:
 
 def test_plates_may_differ() -> None:
     values, groups, controls, plates = screen(strength=2.0)
-    same = effects(values, groups, controls, plates)[0]
-    moved = effects(values + 50.0 * plates[:, None], groups, controls, plates)[0]
+    same = effects(Wells(values, groups, controls, plates))[0]
+    moved = effects(Wells(values + 50.0 * plates[:, None], groups, controls, plates))[0]
     assert [s.value for s in moved.values()] == pytest.approx([s.value for s in same.values()])
-    strong = activity(values + 50.0 * plates[:, None], groups, controls, plates)
-    assert strong == activity(values, groups, controls, plates)
+    strong = activity(Wells(values + 50.0 * plates[:, None], groups, controls, plates))
+    assert strong == activity(Wells(values, groups, controls, plates))
 
 
 def test_replicates_are_alike_where_the_treatment_does_something() -> None:
     values, groups, controls, plates = screen(20, strength=3.0)
-    found = replicate_correlation(values, groups, controls, plates)
+    found = replicate_correlation(Wells(values, groups, controls, plates))
     rows = values[groups == 0]
     pairs = [np.corrcoef(rows[i], rows[j])[0, 1] for i, j in combinations(range(4), 2)]
     assert found[0].value == pytest.approx(np.mean(pairs))
     assert found[0].q < 0.01 < min(found[other].q for other in range(1, 20))
-    alone = replicate_correlation(values, np.where(groups == 0, 0, -1), controls, plates)[0]
+    alone = replicate_correlation(Wells(values, np.where(groups == 0, 0, -1), controls, plates))[0]
     assert (alone.p, alone.value) == (None, found[0].value)
     assert alone.note is not None
 
@@ -226,50 +227,46 @@ def test_what_cannot_be_said_has_a_reason() -> None:
     values[5, 5] = np.inf
     counts = np.arange(1.0, len(groups) + 1)
     for found in (
-        activity(values, groups, controls, plates),
-        activity_by_copairs(values, groups, controls, plates),
+        activity(Wells(values, groups, controls, plates)),
+        activity_by_copairs(Wells(values, groups, controls, plates)),
     ):
         assert (found[0].value, found[0].n_wells) == (None, 0)
-        assert found[0].note == "2 of 2 wells have no values."
+        assert found[0].note == "2 of 2 wells have no values, or no controls beside them."
         assert (found[1].p, found[1].n_wells) == (None, 1)
-        assert found[1].note == "1 of 2 wells have no values."
+        assert found[1].note == "1 of 2 wells have no values, or no controls beside them."
         assert found[2].note is None
         assert found[2].p is not None
-    scores, each = effects(values, groups, controls, plates)
+    scores, each = effects(Wells(values, groups, controls, plates))
     assert scores[1].value is not None
     assert scores[1].low is None
     assert np.isnan(each[groups == 0]).all()
     assert cell_counts(counts, groups, controls, plates)[0][0].value is not None
     few = controls & (np.cumsum(controls) < 4)
-    found = activity(values, groups, few, plates)
+    found = activity(Wells(values, groups, few, plates))
     assert found[2].note == "There are fewer than 4 negative controls to compare with."
-    found = effects(values, groups, few, plates)[0]
+    found = effects(Wells(values, groups, few, plates))[0]
     assert found[2].note == "No plate has 4 negative controls with a profile."
-    none = activity(values, groups, np.zeros_like(controls), plates)
-    assert none[2].note == "2 of 2 wells have no negative controls beside them."
-    flat = effects(np.ones_like(values), groups, controls, plates)[0][2]
+    none = activity(Wells(values, groups, np.zeros_like(controls), plates))
+    assert none[2].note == "2 of 2 wells have no values, or no controls beside them."
+    flat = effects(Wells(np.ones_like(values), groups, controls, plates))[0][2]
     assert flat.note == "All features are constant among the negative controls."
-    assert activity(np.ones_like(values), groups, controls, plates)[2].p > 0.3
+    assert activity(Wells(np.ones_like(values), groups, controls, plates))[2].p > 0.3
 
 
 def test_edges_of_plates() -> None:
     values, _, controls, plates = screen(1, plates=2, controls=12)
-    edge = np.arange(len(controls)) % 2 == 0
-    same = edge_check(values, controls, plates, edge)
-    assert (same.matched, same.warnings) == (False, ())
+    edge, names = np.arange(len(controls)) % 2 == 0, ("P1", "P2")
+    assert edge_check(values, controls, plates, edge, names) == (False, None)
     moved = values + 2.0 * edge[:, None]
-    assert edge_check(moved, controls, plates, edge).matched
-    bare = edge_check(moved, controls & (plates == 0), plates, edge)
-    assert (bare.matched, bare.warnings) == (
-        True,
-        (),
-    )  # plate 1: no controls, no wells
+    assert edge_check(moved, controls, plates, edge, names)[0]
+    # Plate 1: no controls, no wells.
+    assert edge_check(moved, controls & (plates == 0), plates, edge, names) == (True, None)
     few = edge.copy()
     few[plates == 1] = np.cumsum(controls[plates == 1]) == 1
-    warned = edge_check(values + 2.0 * few[:, None], controls, plates, few, names={1: "P2"})
-    assert not warned.matched
-    assert "plates P2" in warned.warnings[0]
-    assert "cannot be checked" in edge_check(values, controls, plates, controls).warnings[0]
+    matched, warning = edge_check(values + 2.0 * few[:, None], controls, plates, few, names)
+    assert not matched
+    assert "plates P2" in (warning or "")
+    assert "cannot be checked" in (edge_check(values, controls, plates, controls, names)[1] or "")
 
 
 def test_replicates_needed() -> None:
@@ -292,7 +289,7 @@ def test_the_most_changed_features_by_hand() -> None:
     controls = np.array([[0.0, 10], [2, 10], [4, 10], [6, 10]])  # spread 2.58 and none
     values = np.vstack([controls, [[3 + 7.7, 99], [3 + 5.1, 99]], [[np.nan, np.nan]]])
     groups = np.array([-1, -1, -1, -1, 0, 0, 1])
-    found = strongest_changes(values, groups, groups < 0, np.zeros(7, dtype=np.int64))
+    found = strongest_changes(Wells(values, groups, groups < 0, np.zeros(7, dtype=np.int64)))
     # 6.4 / 2.58 for the first feature; the second does not vary among controls, so says nothing.
     assert found[0] == pytest.approx(0.95 * 6.4 / np.std([0, 2, 4, 6], ddof=1))
     assert np.isnan(found[1])

@@ -36,7 +36,7 @@ def reopened(kind: str, model: Any, labels: int, columns: int) -> Any:
     record = json.loads(json.dumps(meta(kind, labels, columns).to_json()))
     found, read = load_model(save_estimator(model), record)
     assert read == meta(kind, labels, columns)
-    return found.estimator
+    return found
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])

@@ -43,7 +43,7 @@ def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
     record = json.loads(json.dumps(meta().to_json()))
     model, read = load_model(save_net(net.state_dict()), record)
     assert read == meta()
-    again = model.net
+    again = model
     assert not again.training
     with torch.no_grad():
         masks, flows, features = inputs()

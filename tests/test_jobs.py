@@ -75,7 +75,7 @@ def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
     first = go(workspace, compute)
     assert (first.images, first.failures) == (2, [("P1/r01c02f01", "The file is truncated.")])
     (failed,) = list_jobs(workspace, status="failed").jobs
-    assert (failed.error, failed.attempts) == ("The file is truncated.", 1)
+    assert (failed["error"], failed["attempts"]) == ("The file is truncated.", 1)
     assert (left(workspace), go(workspace).images) == (0, 0)  # until somebody says so
     assert list_jobs(workspace, status="failed", image="P1/A02").jobs == (failed,)
     assert list_jobs(workspace, status="failed", image="P1/A01/1").jobs == ()
@@ -110,8 +110,8 @@ def test_an_image_too_large_for_the_memory_fails_alone_with_a_sentence(workspace
     done = go(workspace, compute)
     assert (done.images, [name for name, _ in done.failures]) == (2, ["P1/r01c02f01"])
     (failed,) = list_jobs(workspace, status="failed").jobs
-    assert failed.error == failed.reason == done.failures[0][1]
-    assert "too little memory" in (failed.reason or "")
+    assert failed["error"] == failed["reason"] == done.failures[0][1]
+    assert "too little memory" in (failed["reason"] or "")
 
 
 @pytest.mark.each_database
@@ -296,7 +296,7 @@ def test_jobs_are_found_by_index_and_never_by_walking_all_of_them(workspace: Wor
 
     event.listen(workspace.database.engine, "before_cursor_execute", listen)
     go(workspace)
-    list_jobs(workspace, status="failed", recipe="1")
+    list_jobs(workspace, stage="segment", status="failed")
     retry(workspace)
     event.remove(workspace.database.engine, "before_cursor_execute", listen)
     assert len(asked) > 8

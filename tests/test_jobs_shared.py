@@ -293,8 +293,8 @@ def test_a_job_over_which_workers_die_alone_has_failed_in_the_end(
     monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
     assert go(workspace).images == 1
     (failed,) = list_jobs(workspace, status="failed").jobs
-    assert (failed.image, failed.deaths) == ("P1/r01c01f01", queue.MOST_DEATHS + 1)
-    assert "died 4 times with this image alone" in (failed.reason or "")
+    assert (failed["image"], failed["deaths"]) == ("P1/r01c01f01", queue.MOST_DEATHS + 1)
+    assert "died 4 times with this image alone" in (failed["reason"] or "")
 
 
 @pytest.mark.one_database
@@ -393,8 +393,8 @@ def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkey
     outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
     assert (outcome.images, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
     (failed,) = list_jobs(workspace, status="failed").jobs
-    assert (failed.image, failed.deaths) == ("P1/r01c02f01", 2)
-    assert "died 1 times" in (failed.reason or "")
+    assert (failed["image"], failed["deaths"]) == ("P1/r01c02f01", 2)
+    assert "died 1 times" in (failed["reason"] or "")
 
 
 @pytest.mark.heavy

@@ -19,7 +19,8 @@ from cellstore.learn.augmentation import seed_of
 from cellstore.learn.branches import BRANCHES
 from cellstore.learn.crops import CellBlock
 from cellstore.learn.exported_classifier import ImageBranch
-from cellstore.learn.networks import FusionNet, NetShape, build_net, read_state
+from cellstore.learn.networks import FusionNet, NetShape, build_net
+from cellstore.learn.pretrained import read_state
 from cellstore.learn.training import TrainingState
 
 SHAPE = NetShape(n_classes=3, n_features=14)

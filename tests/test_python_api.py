@@ -128,7 +128,6 @@ RUNS: dict[str, Callable[[Store, Any], Any]] = {
     "check_run": lambda store, run: store.check_run(run).outcome,
     "cancel": lambda store, run: store.cancel(run),
     "retry": lambda store, run: store.retry(run=run),
-    "resume": lambda store, run: store.train(resume=run),
     "export_model": lambda store, run: store.export_model(run),
     "undo": lambda store, run: store.undo(run, reason="a try"),
     "withdraw": lambda store, run: store.withdraw_predictions(run, reason="a try"),

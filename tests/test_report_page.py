@@ -14,13 +14,11 @@ from sqlalchemy import delete, update
 
 from cellstore.config import VoteOptions
 from cellstore.enums import Control, Stage, Subset
-from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,
     CellFeatures,
     FeatureSet,
-    Image,
     Recipe,
     Run,
     RunMetric,
@@ -129,7 +127,7 @@ def pages(sqlite_workspace: Workspace, tmp_path: Path) -> tuple[Page, Page]:
     for workspace, names in ((other, tame), (sqlite_workspace, HOSTILE)):
         named_screen(workspace, names)
         first = _first_predict(workspace)
-        found.append(write(workspace, tmp_path, maps=(names[1], names[2]), compare=first))
+        found.append(write(workspace, tmp_path, compare=first))
     other.database.close()
     return found[0], found[1]
 
@@ -233,45 +231,21 @@ def test_of_many_classes_the_most_confused_have_names() -> None:
 def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
-    make.feature_set(recipe_of(workspace, screen.measure_run), "basic")
-    cells = make.cells_of(screen.segmentations["B01"]) + make.cells_of(screen.segmentations["B02"])
-    recipe = recipe_of(workspace, screen.segment_run)
-    make.feature_files("deep", cells, {"depth": [1.0, 2.0, 6.0, float("nan"), 4.0]}, recipe)
     make.cells(screen.segmentations["B03"], 3, excluded="perimeter is 0")
     rows = [
         {"well_id": screen.images[name].well_id, "correct": right}
         for name, right in (("B01", False), ("B02", True), ("B02", False), ("B03", None))
     ]
     with open_questions(workspace) as questions:
-        run = screen.predict_run.id
-        maps, more = plate_maps(questions, run, rows, ("area", "deep.depth"))
-        with pytest.raises(UnknownNameError, match=r"[Aa]rea"):
-            plate_maps(questions, run, rows, ("aera",))
-    (accuracy,), (counts,), (area,), (depth,) = maps
+        maps, more = plate_maps(questions, screen.predict_run.id, rows)
+    (accuracy,), (counts,) = maps
     assert (accuracy.plate, accuracy.title, more) == ("BR1", "Accuracy", 0)
     b1, b2, b3 = (2, 1), (2, 2), (2, 3)
     assert accuracy.values == {b1: 0, b2: 50}
     assert [counts.values[well] for well in (b1, b2, b3)] == [3, 2, 2]
     assert (1, 1) in counts.values  # of a well that trained: it has cells, too
-    assert set(area.values.values()) == {64.0}
-    assert area.unit == "mean of the cells in pixel^2, set basic"
-    assert depth.values == {b1: 3.0, b2: 4.0}  # nan says nothing
-    assert list(depth.wells) == [(1, 1), (1, 2), b1, b2, b3, (2, 4)]
-    assert depth.extremes() == "2 wells, from 3 (B01) to 4 (B02)"
-
-    def areas() -> tuple[str, set[float]]:
-        with open_questions(workspace) as questions:
-            (area,) = plate_maps(questions, run, rows, ("area",))[0][2]
-        return area.unit, set(area.values.values())
-
-    with workspace.database.begin() as session:
-        session.execute(update(Image).values(pixel_size=0.5))
-    assert areas() == ("mean of the cells in \u00b5m\u00b2, set basic", {16.0})
-    with workspace.database.begin() as session:
-        session.execute(
-            update(Image).where(Image.id == screen.images["A01"].id).values(pixel_size=0.6)
-        )
-    assert areas() == ("mean of the cells in pixel^2, set basic", {64.0})
+    assert list(counts.wells) == [(1, 1), (1, 2), b1, b2, b3, (2, 4)]
+    assert accuracy.extremes() == "2 wells, from 0 (B01) to 50 (B02)"
 
 
 def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path) -> None:
@@ -285,7 +259,6 @@ def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path
     words = write(sqlite_workspace, tmp_path, vote_options=VoteOptions(min_cells=3)).words
     for said in (
         "for fewer than 3 cells: 2 images abstain",
-        "No feature is shown",
         "kept no metrics by epoch",
         "their masks are unknown",
         "No baseline has labelled these images yet",

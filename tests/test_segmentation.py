@@ -15,7 +15,7 @@ from cellstore.config import SegmentParams
 from cellstore.enums import DEFAULT_MODEL
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.report.drawing import OUTLINE_COLOUR, outline_overlay, outlines
-from cellstore.report.segment_preview import CAPTION_HEIGHT, GAP, captioned, contact_sheet, png
+from cellstore.report.segment_preview import CAPTION_HEIGHT, captioned, png
 
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
@@ -408,21 +408,6 @@ def test_the_overlay_is_grey_but_for_the_outlines():
     assert (np.ptp(picture[~edge], axis=-1) == 0).all()
 
 
-def test_a_smaller_overlay_keeps_outlines_one_pixel_wide():
-    image, masks = np.zeros((40, 80)), np.zeros((40, 80), np.uint16)
-    masks[8:32, 8:40], masks[8:32, 40:72] = 1, 2
-    picture = outline_overlay(image, masks, longest=20)
-    assert picture.shape == (10, 20, 3)
-    expected = np.zeros((10, 20), np.uint16)
-    expected[2:8, 2:10], expected[2:8, 10:18] = 1, 2
-    np.testing.assert_array_equal((picture == OUTLINE_COLOUR).all(axis=-1), outlines(expected))
-
-
-def test_a_small_picture_is_not_made_larger():
-    image, masks = np.zeros((4, 6)), np.zeros((4, 6), np.uint16)
-    assert outline_overlay(image, masks, longest=50).shape == (4, 6, 3)
-
-
 def test_a_caption_stands_above_its_picture():
     picture = np.full((5, 200, 3), 7, np.uint8)
     whole = captioned(picture, "P1/a: 3 cells")
@@ -430,16 +415,6 @@ def test_a_caption_stands_above_its_picture():
     assert whole.shape == (CAPTION_HEIGHT + 5, 200, 3)
     assert whole[:CAPTION_HEIGHT].max() > 200
     assert (whole[:CAPTION_HEIGHT] != captioned(picture, "P1/b: 4 cells")[:CAPTION_HEIGHT]).any()
-
-
-def test_a_sheet_holds_every_picture_in_rows():
-    pictures = [np.full((3, 4 + n, 3), 100 + n, np.uint8) for n in range(5)]
-    sheet = contact_sheet(pictures, columns=3)
-    assert sheet.shape == (2 * (3 + GAP) + GAP, 3 * (8 + GAP) + GAP, 3)
-    counts = [int((sheet == 100 + n).all(axis=-1).sum()) for n in range(5)]
-    assert counts == [3 * (4 + n) for n in range(5)]
-    rows = [np.argwhere((sheet == 100 + n).all(axis=-1))[:, 0].min() for n in range(5)]
-    assert rows == [GAP, GAP, GAP, 3 + 2 * GAP, 3 + 2 * GAP]
 
 
 def test_a_picture_survives_as_a_file():

@@ -187,7 +187,7 @@ def test_a_plate_without_enough_controls_keeps_its_wells_without_values() -> Non
     assert np.isnan(found.values[of_plate]).all()
     assert not np.isnan(found.values[~of_plate]).any()
     (note,) = found.notes
-    assert note.startswith("Plate P1 has fewer than 2 negative control wells with cells")
+    assert note.startswith("Fewer than 2 negative control wells with cells are on plate P1")
     assert not np.isnan(normalise(profiles, "mad", "all").values).any()
 
 
@@ -247,7 +247,7 @@ def test_controls_stay_as_far_from_zero_as_wells_that_nothing_was_done_to() -> N
 def test_positions_that_cannot_be_corrected_are_notes() -> None:
     profiles = some_profiles(plates=1)
     found = correct_positions(profiles, "controls")
-    assert "Plate P0 is not corrected for positions" in found.notes[0]
+    assert "Not corrected for positions" in found.notes[0]
     np.testing.assert_array_equal(found.values, profiles.values)
     filled = marked(profiles, (profiles.table["well_column"] == 1).to_numpy())
     assert "fill rows or columns" in correct_positions(filled, "median-polish").notes[0]

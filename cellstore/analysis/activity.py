@@ -1,11 +1,7 @@
 """What a treatment does to wells: which measures say so, and how surely. Pure functions on arrays.
 
-Rows are wells. ``values`` (N, F) are their profiles in any unit, best in standard deviations of the
-negative controls of their plate; ``groups`` (N,) the number of the treatment of each well, -1 where
-it has none; ``controls`` (N,) whether it is a negative control, which then belongs to no group;
-``plates`` and ``strata`` (N,) numbers: wells are compared with controls of the same stratum, which
-is a plate, or a zone of a plate. A value that is not finite becomes the mean of its column; a well
-without any finite value has no profile and is left out of all measures but the cell count.
+A value of a profile that is not finite becomes the mean of its column; a well without any finite
+value has no profile and is left out of all measures but the cell count.
 
 p values come from exchanging wells at random (Fisher 1935), so they are right whatever the
 distribution of the features is and however these hang together. Drawing stops when ``STOP``
@@ -21,10 +17,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import some_of
 
 Numbers = NDArray[np.float64]
 Codes = NDArray[np.int64]
@@ -35,6 +34,7 @@ STOP = 50
 """Exchanges that reach the statistic found; with them p is known to 14 % of itself."""
 FEWEST_CONTROLS = 4
 """With fewer, nothing says how far controls are from each other."""
+MOST_REPLICATES = 100
 MOST_CHANGED = 0.95
 """The share of the features that change by less than the most changed ones."""
 TAIL = 0.025
@@ -43,6 +43,21 @@ _NORMAL_MAD = 1.4826
 """Of a normal distribution, the standard deviation over the median absolute deviation."""
 _LARGEST = 4_000_000
 """Numbers that one block of exchanges may hold."""
+
+
+class Wells(NamedTuple):
+    """N wells that are compared.
+
+    ``values`` (N, F) are their profiles in any unit, best in standard deviations of the negative
+    controls of their plate; ``groups`` (N,) the number of the treatment of each well, -1 where it
+    has none; ``controls`` (N,) whether it is a negative control, which then belongs to no group;
+    ``strata`` (N,): wells are compared with controls of the same one, a plate or a zone of a plate.
+    """
+
+    values: Numbers
+    groups: Codes
+    controls: Flags
+    strata: Codes
 
 
 @dataclass(frozen=True)
@@ -64,27 +79,7 @@ class Score:
     note: str | None = None
 
 
-@dataclass(frozen=True)
-class EdgeCheck:
-    """Whether wells at the edge have to be compared with controls at the edge, and what to warn of.
-
-    ``p``: of control wells at the edge against those inside; ``None`` where it cannot be said.
-    """
-
-    matched: bool
-    warnings: tuple[str, ...]
-    p: float | None
-
-
-def activity(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    strata: Codes,
-    *,
-    permutations: int = 10_000,
-    seed: int = 0,
-) -> dict[int, Score]:
+def activity(wells: Wells, *, permutations: int = 10_000, seed: int = 0) -> dict[int, Score]:
     """Return for each treatment how well its wells are told from controls, 0 to 1, with p and q.
 
     The value is the mean average precision (Kalinin et al., Nature Communications 16, 2025): for
@@ -94,13 +89,13 @@ def activity(
     within the stratum, and p is right where the treatment does nothing. Equal means are told apart
     by the mean similarity of the wells of the treatment. Equal similarities are ranked at random.
     """
-    clean, usable = _complete(values)
+    clean, usable = _complete(wells.values)
     found: dict[int, Score] = {}
-    for group, wells, ours, empty, possible in _comparisons(groups, controls, strata, usable):
+    for group, mine, ours, empty, possible in _comparisons(wells, usable):
         found[group] = empty
         if possible:
-            used = np.concatenate([wells, ours])
-            layer, treated = strata[used], np.arange(len(used)) < len(wells)
+            used = np.concatenate([mine, ours])
+            layer, treated = wells.strata[used], np.arange(len(used)) < len(mine)
             generator = np.random.default_rng([seed, group])
             ranks = _Ranks(_standardised(clean[used], layer), layer, generator)
             draw = _draws(layer, treated, generator)
@@ -109,34 +104,25 @@ def activity(
     return _with_q(found)
 
 
-def smallest_p(
-    groups: Codes, controls: Flags, strata: Codes, permutations: int
-) -> dict[int, float]:
+def smallest_p(wells: Wells, permutations: int) -> dict[int, float]:
     """Return for each treatment the smallest p that :func:`activity` could give it.
 
     1 over the number of ways to choose as many wells in each stratum, or over ``permutations + 1``.
     """
-    everywhere = np.ones(len(groups), dtype=bool)
-    found = {}
-    for group, wells, ours, _, possible in _comparisons(groups, controls, strata, everywhere):
+    strata, found = wells.strata, {}
+    for group, mine, ours, _, possible in _comparisons(wells, _complete(wells.values)[1]):
         if not possible:
             continue
         ways = 1
-        for stratum in np.unique(strata[wells]):
-            treated = int((strata[wells] == stratum).sum())
+        for stratum in np.unique(strata[mine]):
+            treated = int((strata[mine] == stratum).sum())
             ways *= math.comb(treated + int((strata[ours] == stratum).sum()), treated)
         found[group] = max(1 / ways, 1 / (permutations + 1))
     return found
 
 
 def activity_by_copairs(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    strata: Codes,
-    *,
-    null_size: int = 10_000,
-    seed: int = 0,
+    wells: Wells, *, null_size: int = 10_000, seed: int = 0
 ) -> dict[int, Score]:
     """Return mean average precision, p and q exactly as copairs says, of the profiles as they are.
 
@@ -146,62 +132,58 @@ def activity_by_copairs(
     import pandas as pd
     from copairs.map import average_precision
 
-    clean, usable = _complete(values)
+    clean, usable = _complete(wells.values)
     found: dict[int, Score] = {}
     shown: list[Codes] = []
-    for group, wells, _, score, possible in _comparisons(groups, controls, strata, usable):
+    for group, mine, _, score, possible in _comparisons(wells, usable):
         found[group] = score
         if possible:
-            shown.append(wells)
+            shown.append(mine)
     if not shown:
         return found
-    rows = np.concatenate([*shown, np.flatnonzero(controls & usable)])
-    control = controls[rows]
+    rows = np.concatenate([*shown, np.flatnonzero(wells.controls & usable)])
+    control = wells.controls[rows]
     table = pd.DataFrame(
         {
-            "group": np.where(control, -1, groups[rows]),
+            "group": np.where(control, -1, wells.groups[rows]),
             # Every control is a group of its own, so that no two of them are a pair.
             "alone": np.where(control, rows, -1),
-            "stratum": strata[rows],
+            "stratum": wells.strata[rows],
         }
     )
     pair = ["group", "alone"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scored = average_precision(
-            table, clean[rows], pair, [], ["stratum"], pair, progress_bar=False
-        )
-    scored = scored[scored["group"] >= 0]
-    return found | _by_copairs(scored, "group", found, null_size, seed)
+    asked: tuple[Any, ...] = (table, clean[rows], pair, [], ["stratum"], pair)
+    return _by_copairs(average_precision, asked, "group", found, null_size, seed)
 
 
 def _by_copairs(
-    scored: Any, label: str, found: Mapping[Name, Score], null_size: int, seed: int
+    average_precision: Callable[..., Any],
+    asked: tuple[Any, ...],
+    label: str,
+    found: Mapping[Name, Score],
+    null_size: int,
+    seed: int,
 ) -> dict[Name, Score]:
-    """Scores by name of what copairs found for single profiles. Its cache goes with the folder."""
+    """Give scores by name what copairs says of what it is ``asked``. Its cache is not kept."""
     from copairs.map import mean_average_precision
 
     with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        scored = average_precision(*asked, progress_bar=False)
+        scored = scored[scored[label] != -1]  # controls
         means = mean_average_precision(
             scored, [label], null_size, 0.05, seed, progress_bar=False, cache_dir=cache
         )
     columns = ("mean_average_precision", "p_value", "corrected_p_value")
     numbers = means[list(columns)].to_numpy(np.float64)
-    return {
+    return {**found} | {
         name: replace(found[name], value=float(row[0]), p=float(row[1]), q=float(row[2]))
         for name, row in zip(means[label].tolist(), numbers, strict=True)
     }
 
 
 def replicate_correlation(
-    values: Numbers,
-    groups: Codes,
-    controls: Flags,
-    plates: Codes,
-    *,
-    permutations: int = 10_000,
-    seed: int = 0,
+    wells: Wells, *, permutations: int = 10_000, seed: int = 0
 ) -> dict[int, Score]:
     """Return for each treatment the mean Pearson correlation between its wells, -1 to 1, with p.
 
@@ -209,6 +191,7 @@ def replicate_correlation(
     (the null of "percent replicating", Way et al., Cell Systems 13, 2022). Controls are not drawn:
     profiles are centred on them, so that they are less alike than wells of different treatments.
     """
+    values, groups, controls, plates = wells
     clean, usable = _complete(values)
     generator = np.random.default_rng(seed)
     rows = clean - clean.mean(axis=1, keepdims=True)
@@ -217,20 +200,17 @@ def replicate_correlation(
     def likeness(chosen: Codes) -> Numbers:
         """Mean of all pairs, from the length of the sum of unit vectors."""
         n = chosen.shape[1]
-        total = np.zeros((len(chosen), rows.shape[1]))
-        for place in range(n):
-            total += rows[chosen[:, place]]
-        size: Numbers = ((total**2).sum(axis=1) - n) / (n * (n - 1))
+        size: Numbers = ((_sums(rows, chosen) ** 2).sum(axis=1) - n) / (n * (n - 1))
         return size
 
     found: dict[int, Score] = {}
     alike: dict[tuple[tuple[int, int], ...], dict[int, float]] = {}
     for group in _treatments(groups):
-        wells = np.flatnonzero((groups == group) & usable & ~controls)
-        there, counts = np.unique(plates[wells], return_counts=True)
-        score = Score(n_wells=len(wells), n_plates=len(there), note=_too_few(len(wells)))
-        if len(wells) > 1:
-            score = replace(score, value=float(likeness(wells[None])[0]))
+        mine = np.flatnonzero((groups == group) & usable & ~controls)
+        there, counts = np.unique(plates[mine], return_counts=True)
+        score = Score(n_wells=len(mine), n_plates=len(there), note=_too_few(len(mine)))
+        if len(mine) > 1:
+            score = replace(score, value=float(likeness(mine[None])[0]))
             layout = tuple(zip(there.tolist(), counts.tolist(), strict=True))
             alike.setdefault(layout, {})[group] = score.value or 0.0
         found[group] = score
@@ -261,9 +241,7 @@ def replicate_correlation(
     return _with_q(found)
 
 
-def effects(
-    values: Numbers, groups: Codes, controls: Flags, plates: Codes
-) -> tuple[dict[int, Score], Numbers]:
+def effects(wells: Wells) -> tuple[dict[int, Score], Numbers]:
     """Return how far treatments are from controls, and how far each well is (N,).
 
     The distance of a well is the mean over features of the size of z, z from the mean and standard
@@ -278,12 +256,13 @@ def effects(
     error: the wells; the controls that they are compared with, by jackknife; the unit, by the
     spread of the controls' distances.
     """
-    each, compared, without, constant = _log_distances(values, controls, plates)
+    plates = wells.strata
+    each, compared, without, constant = _log_distances(wells)
     if not compared:
         note = f"No plate has {FEWEST_CONTROLS} negative controls with a profile."
         if constant:
             note = "All features are constant among the negative controls."
-        return {group: Score(note=note) for group in _treatments(groups)}, each
+        return {group: Score(note=note) for group in _treatments(wells.groups)}, each
     distances = each[np.concatenate(compared)]
     free = len(distances) - len(compared)
     unit = math.sqrt(float((distances**2).sum()) / free) or 1.0
@@ -292,19 +271,19 @@ def effects(
     kurtosis = float((distances**4).mean() / max(float((distances**2).mean()) ** 2, 1e-300))
     unsure = (max(kurtosis, 3.0) - 1) / (4 * free)
     found = {}
-    for group, wells, _, score, _ in _comparisons(groups, controls, plates, np.isfinite(each)):
+    for group, mine, _, score, _ in _comparisons(wells, np.isfinite(each)):
         error = 0.0
-        for plate in np.unique(plates[wells]):
-            beside = wells[plates[wells] == plate].tolist()
-            moved = np.sum([without[well] for well in beside], axis=0) / len(wells)
+        for plate in np.unique(plates[mine]):
+            beside = mine[plates[mine] == plate].tolist()
+            moved = np.sum([without[well] for well in beside], axis=0) / len(mine)
             error += float(((moved - moved.mean()) ** 2).sum()) * (len(moved) - 1) / len(moved)
-        mean = float(each[wells].mean()) if len(wells) else 0.0
+        mean = float(each[mine].mean()) if len(mine) else 0.0
         error = error / unit**2 + mean**2 * unsure
-        found[group] = _welch(score, each[wells], error, free)
+        found[group] = _welch(score, each[mine], error, free)
     return found, each
 
 
-def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: Codes) -> Numbers:
+def strongest_changes(wells: Wells) -> Numbers:
     """Return by how much the most changed features of each treatment change, (T,); NaN: not known.
 
     Of each feature the mean over the wells of the treatment (:func:`against_controls`); of the
@@ -312,6 +291,7 @@ def strongest_changes(values: Numbers, groups: Codes, controls: Flags, plates: C
     (:func:`cell_counts`) can be held against it: where it has changed by more, the cells have
     become fewer rather than different.
     """
+    values, groups, controls, plates = wells
     scaled = against_controls(values[:, np.isfinite(values).any(axis=0)], controls, plates)
     known = np.isfinite(scaled).any(axis=1)
     found = np.full(int(groups.max(initial=-1)) + 1, np.nan)
@@ -345,22 +325,21 @@ def against_controls(values: Numbers, controls: Flags, plates: Codes) -> Numbers
     return found
 
 
-def _log_distances(
-    values: Numbers, controls: Flags, plates: Codes
-) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
+def _log_distances(wells: Wells) -> tuple[Numbers, list[Codes], dict[int, Numbers], bool]:
     """Return the log distance of each well (N,), 0 for the mean of the controls of its plate.
 
     Also the controls of each plate that has enough of them; of each well, by how much its distance
     exceeds the controls', without each of these in turn; and whether some plate has enough
     controls, but no feature varies among them.
     """
+    values, _, controls, plates = wells
     clean, usable = _complete(values)
     each, ours = np.full(len(controls), np.nan), controls & usable
     compared: list[Codes] = []
     without: dict[int, Numbers] = {}
     constant = False
     for plate in np.unique(plates[ours]):
-        wells, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, ours))
+        there, own = (np.flatnonzero(some & (plates == plate)) for some in (usable, ours))
         centred = clean[own] - clean[own].mean(axis=0)
         squares, n = (centred**2).sum(axis=0), len(own)
         varies = squares > 1e-20 * (clean[own] ** 2).sum(axis=0)
@@ -368,19 +347,19 @@ def _log_distances(
             constant |= n >= FEWEST_CONTROLS
             continue
         rows, squares = (
-            clean[np.ix_(wells, varies)] - clean[own].mean(axis=0)[varies],
+            clean[np.ix_(there, varies)] - clean[own].mean(axis=0)[varies],
             squares[varies],
         )
-        is_control, apart = np.isin(wells, own), np.empty((n, len(wells)))
+        is_control, apart = np.isin(there, own), np.empty((n, len(there)))
         for position, one in enumerate(rows[is_control]):
             rest = np.maximum(squares - one**2 * n / (n - 1), 1e-6 * squares) / (n - 2)
             size = np.abs(rows + one / (n - 1)) / np.sqrt(rest)
             apart[position] = np.log(np.maximum(size.mean(axis=1), 1e-12))
         of_control = np.diagonal(apart[:, is_control])
-        each[wells] = apart.mean(axis=0) - of_control.mean()
+        each[there] = apart.mean(axis=0) - of_control.mean()
         each[own] = of_control - of_control.mean()
         apart -= ((of_control.sum() - of_control) / (n - 1))[:, None]
-        without |= dict(zip(wells.tolist(), apart.T, strict=True))
+        without |= dict(zip(there.tolist(), apart.T, strict=True))
         compared.append(own)
     return each, compared, without, constant
 
@@ -410,7 +389,9 @@ def cell_counts(
     each = (ratio - 1) / (spread or np.nan)
     found: dict[int, Score] = {}
     there = np.isfinite(ratio)
-    for group, wells, others, empty, possible in _comparisons(groups, controls, plates, there):
+    for group, wells, others, empty, possible in _comparisons(
+        Wells(ratio[:, None], groups, controls, plates), there
+    ):
         score = empty
         of_plates, share = np.unique(plates[wells], return_counts=True)
         if len(wells) and free > 0:
@@ -512,19 +493,10 @@ def consistency_by_copairs(
     )
     if not apart or all(score.n_wells < 2 for score in found.values()):
         return found
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scored = average_precision(
-            table[shown].reset_index(drop=True),
-            clean[rows[shown]],
-            ["target"],
-            [],
-            [],
-            ["target"],
-            multilabel_col="target",
-            progress_bar=False,
-        )
-    return found | _by_copairs(scored, "target", found, null_size, seed)
+    table = table[shown].reset_index(drop=True)
+    asked: tuple[Any, ...] = (table, clean[rows[shown]], ["target"], [], [], ["target"])
+    by_label = partial(average_precision, multilabel_col="target")
+    return _by_copairs(by_label, asked, "target", found, null_size, seed)
 
 
 def edge_check(
@@ -532,29 +504,28 @@ def edge_check(
     controls: Flags,
     plates: Codes,
     on_edge: Flags,
+    names: Sequence[str],
     *,
     permutations: int = 2_000,
     seed: int = 0,
-    names: Mapping[int, str] | None = None,
-) -> EdgeCheck:
+) -> tuple[bool, str | None]:
     """Compare control wells at the edge of their plates with those inside.
 
-    ``on_edge`` (N,): in the outermost row or column. The statistic is the length of the difference
-    of mean profiles, standardised over the controls of each plate; p by exchanging edge and inside
-    controls of a plate. ``matched``: they differ (p < 0.05), and each plate has
-    ``FEWEST_CONTROLS`` controls in both, so that like is compared with like. ``names`` of plates,
-    for the warnings.
+    ``on_edge`` (N,): in the outermost row or column; ``names`` of the plates, by number. The
+    statistic is the length of the difference of mean profiles, standardised over the controls of
+    each plate; p by exchanging edge and inside controls of a plate. Returns whether they differ
+    (p < 0.05) and each plate has ``FEWEST_CONTROLS`` controls in both, so that like can be compared
+    with like; and a warning, where edge and inside cannot be told apart or matched.
     """
     clean, usable = _complete(values)
     ours = np.flatnonzero(controls & usable)
-    named, few, both = names or {}, [], []
+    few, both = [], []
     for plate in np.unique(plates[ours]).tolist():  # wells of other plates are not compared
         zone = on_edge[ours[plates[ours] == plate]]
         if min(zone.sum(), (~zone).sum()) < FEWEST_CONTROLS:
-            few.append(str(named.get(plate, plate)))
+            few.append(names[plate])
         if 0 < zone.sum() < len(zone):
             both.append(plate)
-    listed = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if len(few) > 3 else "")
     used = ours[np.isin(plates[ours], both)]
     p = None
     if len(used) >= FEWEST_CONTROLS:
@@ -563,42 +534,33 @@ def edge_check(
 
         def apart(chosen: Codes) -> Numbers:
             # Sums over each plate are 0, so what the edge has is what the inside has not.
-            total = np.zeros((len(chosen), rows.shape[1]))
-            for place in range(chosen.shape[1]):
-                total += rows[chosen[:, place]]
-            size: Numbers = (total**2).sum(axis=1) / (len(used) * share * (1 - share))
-            return size
+            size: Numbers = (_sums(rows, chosen) ** 2).sum(axis=1)
+            return size / (len(used) * share * (1 - share))
 
         draw = _draws(plates[used], edge, np.random.default_rng(seed))
         observed = float(apart(np.flatnonzero(edge)[None])[0])
         block = max(1, _LARGEST // rows.shape[1])
         p = _p_value(apart, draw, observed, permutations, block)
-    differs = p is not None and p < 0.05
-    said = []
+    differs, warning = p is not None and p < 0.05, None
     if differs and few:
-        said.append(
+        warning = (
             "Control wells at the edge differ from those inside"
             f" (p = {p:.2g}), and too few controls stand in one of both to compare like with like"
-            f" (plates {listed}): treatments at the edge may look active by their position alone."
+            f" (plates {some_of(few)}): treatments at the edge may look active by their position"
+            " alone."
         )
     elif few and p is None:
-        said.append(
-            f"The negative controls are not spread over edge and inside (plates {listed}):"
+        warning = (
+            f"The negative controls are not spread over edge and inside (plates {some_of(few)}):"
             " whether wells differ by their position alone cannot be checked."
         )
-    return EdgeCheck(differs and not few, tuple(said), p)
+    return differs and not few, warning
 
 
 def replicates_needed(
-    wells: Numbers,
-    controls: Numbers,
-    *,
-    beside: float,
-    level: float = 0.05,
-    power: float = 0.8,
-    most: int = 100,
+    wells: Numbers, controls: Numbers, *, beside: float, level: float = 0.05
 ) -> int | None:
-    """Return about how many wells a treatment needs to be told from controls with that power.
+    """Return about how many wells a treatment needs to be told from controls in 80 % of screens.
 
     ``wells`` (n, F) and ``controls`` (C, F): profiles, from the controls of their plates;
     ``beside``: how many controls a plate has; ``level``: the p to reach, which for q < 0.05 with h
@@ -607,10 +569,10 @@ def replicates_needed(
     The mean of the n (n - 1) / 2 cosines between n wells has the standard deviation s / sqrt(n (n -
     1) / 2) where nothing happens (a U statistic that is degenerate then; Hoeffding, Annals of
     Mathematical Statistics 19, 1948), s that of a cosine between a well and a control. So n is the
-    smallest with mean >= (z(level) + z(1 - power)) times this, in the normal approximation, and
-    with (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
-    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``most`` wells were
-    needed. The number is as unsure as the mean of few cosines is.
+    smallest with mean >= (z(level) + z(0.2)) times this, in the normal approximation, and with
+    (beside + 1)^n exchanges, enough for such a p. ``None``: there are fewer than two wells or
+    ``FEWEST_CONTROLS`` controls, their mean cosine is not above 0, or more than ``MOST_REPLICATES``
+    wells were needed. The number is as unsure as the mean of few cosines is.
     """
     from statistics import NormalDist
 
@@ -625,8 +587,8 @@ def replicates_needed(
     n = len(own)
     mean = (float((own.sum(axis=0) ** 2).sum()) - n) / (n * (n - 1))
     spread = float((own @ others.T).std())
-    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, power)) * spread
-    for needed in range(2, most + 1):
+    reach = sum(NormalDist().inv_cdf(share) for share in (1 - level, 0.8)) * spread
+    for needed in range(2, MOST_REPLICATES + 1):
         exchanges = needed * math.log1p(beside)
         if mean * math.sqrt(needed * (needed - 1) / 2) >= reach and exchanges >= -math.log(level):
             return needed if mean > 0 else None
@@ -717,6 +679,14 @@ def _p_value(
     return _stopped(reached, drawn)
 
 
+def _sums(rows: Numbers, chosen: Codes) -> Numbers:
+    """Return the sum (B, F) of the rows (N, F) of each choice (B, n)."""
+    total = np.zeros((len(chosen), rows.shape[1]))
+    for place in range(chosen.shape[1]):
+        total += rows[chosen[:, place]]
+    return total
+
+
 def _stopped(reached: Sequence[int], drawn: int) -> float:
     """P where draws number ``reached`` (ascending, from 0) of ``drawn`` were as far or farther."""
     if len(reached) >= STOP:
@@ -788,34 +758,30 @@ def _treatments(groups: Codes) -> list[int]:
     return found
 
 
-def _comparisons(
-    groups: Codes, controls: Flags, strata: Codes, usable: Flags
-) -> Iterator[tuple[int, Codes, Codes, Score, bool]]:
+def _comparisons(wells: Wells, usable: Flags) -> Iterator[tuple[int, Codes, Codes, Score, bool]]:
     """Each treatment, its wells, controls beside them, its empty score, and whether to compare.
 
     Wells that are not ``usable`` or have no controls in their stratum are left out, with a note.
     """
+    _, groups, controls, strata = wells
     ours = controls & usable
     for group in _treatments(groups):
-        wells = np.flatnonzero((groups == group) & ~controls)
-        present = wells[usable[wells]]
-        used = present[np.isin(strata[present], strata[ours])]
+        every = np.flatnonzero((groups == group) & ~controls)
+        used = every[usable[every] & np.isin(strata[every], strata[ours])]
         others = np.flatnonzero(ours & np.isin(strata, strata[used]))
-        notes = []
-        if len(present) < len(wells):
-            notes.append(f"{len(wells) - len(present)} of {len(wells)} wells have no values.")
-        if len(used) < len(present):
-            without = len(present) - len(used)
-            notes.append(f"{without} of {len(wells)} wells have no negative controls beside them.")
-        too_few = _too_few(len(used))
-        if too_few is None and len(others) < FEWEST_CONTROLS:
-            too_few = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
-        if too_few and len(used) == len(wells):
-            notes.append(too_few)
-        layers = len(np.unique(strata[used]))
-        note = " ".join(notes) or None
-        score = Score(n_wells=len(used), n_controls=len(others), n_plates=layers, note=note)
-        yield group, used, others, score, too_few is None
+        note = _too_few(len(used))
+        if note is None and len(others) < FEWEST_CONTROLS:
+            note = f"There are fewer than {FEWEST_CONTROLS} negative controls to compare with."
+        possible = note is None
+        if lacking := len(every) - len(used):
+            note = f"{lacking} of {len(every)} wells have no values, or no controls beside them."
+        score = Score(
+            n_wells=len(used),
+            n_controls=len(others),
+            n_plates=len(np.unique(strata[used])),
+            note=note,
+        )
+        yield group, used, others, score, possible
 
 
 def _too_few(n: int, what: str = "well") -> str | None:

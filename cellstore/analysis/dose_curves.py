@@ -14,8 +14,6 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import UserInputError
-
 Floats = NDArray[np.float64]
 
 FEWEST_DOSES = 4
@@ -123,12 +121,7 @@ def along_change(values: ArrayLike, doses: ArrayLike) -> Floats:
 
 
 def fit_curve(
-    doses: ArrayLike,
-    responses: ArrayLike,
-    controls: ArrayLike = (),
-    *,
-    level: float = 0.95,
-    seed: int = 0,
+    doses: ArrayLike, responses: ArrayLike, controls: ArrayLike = (), *, seed: int = 0
 ) -> DoseCurve:
     """Fit a four-parameter log-logistic curve by least squares.
 
@@ -152,13 +145,13 @@ def fit_curve(
         return replace(curve, note=f"a curve needs {FEWEST_DOSES} doses, {there}")
     if (freedom := doses.size + controls.size - 4) < 1:
         return replace(curve, note="a curve needs 5 wells, controls among them; there are 4")
-    data = _Doses.of(doses, responses, controls)
+    data = _Doses(doses, responses, controls)
     if data.total <= 1e-20 * float(np.abs(data.mean).max()) ** 2:
         return replace(curve, note="no response: it is the same in all wells")
-    return _fitted(curve, data, freedom, level)
+    return _fitted(curve, data, freedom)
 
 
-def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseCurve:
+def _fitted(curve: DoseCurve, data: _Doses, freedom: int) -> DoseCurve:
     from scipy import stats
 
     lowest, highest = data.tested[0], data.tested[-1]
@@ -174,7 +167,7 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
         halfway=10**middle,
         slope=math.exp(steepness),
         p_flat=p_flat,
-        reach=float(stats.t.ppf((1 + level) / 2, freedom)),
+        reach=float(stats.t.ppf(1 - ALPHA / 2, freedom)),
     )
     _, jacobian = curve._at(10**data.log_dose)
     information = jacobian.T @ (data.number[:, None] * jacobian)
@@ -182,7 +175,7 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
     if p_flat >= ALPHA:
         flat = f"a curve fits no better than a flat line, p = {p_flat:.2g}"
         return replace(curve, note=f"no response: {flat}")
-    low, high = data.interval(middle, squares + noise * float(stats.f.ppf(level, 1, freedom)))
+    low, high = data.interval(middle, squares + noise * float(stats.f.ppf(1 - ALPHA, 1, freedom)))
     curve = replace(
         curve, low=None if low is None else 10**low, high=None if high is None else 10**high
     )
@@ -194,7 +187,6 @@ def _fitted(curve: DoseCurve, data: _Doses, freedom: int, level: float) -> DoseC
     return replace(curve, ec50=curve.halfway)
 
 
-@dataclass(frozen=True)
 class _Doses:
     """Wells by their dose, K of them: controls, if there are any, first with -inf.
 
@@ -202,26 +194,16 @@ class _Doses:
     mean response. ``within`` (K,): squares about these means; ``total``: about that of all.
     """
 
-    log_dose: Floats
-    number: Floats
-    mean: Floats
-    within: Floats
-    total: float
-
-    @classmethod
-    def of(cls, doses: Floats, responses: Floats, controls: Floats) -> _Doses:
+    def __init__(self, doses: Floats, responses: Floats, controls: Floats) -> None:
         values = np.concatenate((controls, responses))
         all_doses = np.concatenate((np.zeros(controls.size), doses))
         levels, which = np.unique(all_doses, return_inverse=True)
-        number = np.bincount(which).astype(np.float64)
-        mean = np.bincount(which, weights=values) / number
-        return cls(
-            _log10(levels),
-            number,
-            mean,
-            np.bincount(which, weights=(values - mean[which]) ** 2).astype(np.float64),
-            float(((values - values.mean()) ** 2).sum()),
-        )
+        self.log_dose = _log10(levels)
+        self.number = np.bincount(which).astype(np.float64)
+        self.mean: Floats = np.bincount(which, weights=values) / self.number
+        squares = (values - self.mean[which]) ** 2
+        self.within = np.bincount(which, weights=squares).astype(np.float64)
+        self.total = float(((values - values.mean()) ** 2).sum())
 
     @property
     def tested(self) -> Floats:
@@ -423,16 +405,16 @@ def lowest_active(
     levels, which, number = np.unique(doses, return_inverse=True, return_counts=True)
     means = np.bincount(which, weights=responses) / number
     within = float(((responses - means[which]) ** 2).sum()), int(doses.size - levels.size)
-    found, largest, first = None, 0.0, None
+    found, largest, highest = None, 0.0, (0.0, 1.0)
     for index in range(levels.size)[::-1]:
         gain, p = _t_test(float(means[index]), int(number[index]), within, controls)
-        first = first or (gain, p)
-        if p >= ALPHA or gain * first[0] < 0:
+        if index == levels.size - 1:
+            highest = gain, p
+        if p >= ALPHA or gain * highest[0] < 0:
             break
         found, largest = float(levels[index]), max(largest, p)
     if found is None:
-        none = "the highest dose does not differ from the controls"
-        return None, first[1] if first else None, none
+        return None, highest[1], "the highest dose does not differ from the controls"
     return found, largest, None
 
 
@@ -476,10 +458,6 @@ def _checked(doses: ArrayLike, responses: ArrayLike, controls: ArrayLike) -> lis
     dose, response, control = (
         np.asarray(some, np.float64) for some in (doses, responses, controls)
     )
-    if dose.shape != response.shape or dose.ndim != 1:
-        raise UserInputError(f"There are {dose.size} doses and {response.size} responses.")
-    if not (np.isfinite(dose) & (dose >= 0)).all():
-        raise UserInputError("A dose is missing, infinite or below 0.")
     known = np.isfinite(response) & (dose > 0)
     return [dose[known], response[known], control[np.isfinite(control)]]
 

@@ -190,48 +190,23 @@ def exchange_test(gains: ArrayLike) -> float:
     return min(1.0, 2 * float(ways[(total + reached) // 2 :].sum()))
 
 
-@dataclass(frozen=True)
-class ClassCounts:
-    """How often each of K classes is true, answered, and both: (K,) counts, and their ratios.
+def class_f1(
+    truth: ArrayLike, predicted: ArrayLike, classes: int
+) -> tuple[NDArray[np.float64], float, float]:
+    """Return the F1 of each class (K,), balanced accuracy, and macro F1.
 
-    ``recall`` is ``correct / support``, NaN for a class that is never true; ``precision`` is
-    ``correct / predicted``, NaN for one that is never answered; ``f1`` is ``2 correct / (support +
-    predicted)``, NaN for one that is neither. ``balanced_accuracy`` is the mean recall over the
-    classes that are true somewhere (Brodersen et al. 2010), ``macro_f1`` the mean F1 over those
-    that are true or answered somewhere, as in scikit-learn's ``f1_score(average="macro")``.
-    """
-
-    support: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    correct: NDArray[np.int64]
-    recall: NDArray[np.float64]
-    precision: NDArray[np.float64]
-    f1: NDArray[np.float64]
-    balanced_accuracy: float
-    macro_f1: float
-
-
-def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassCounts:
-    """Count per class. ``truth`` and ``predicted`` are (N,) class numbers from 0 to K - 1.
-
-    It needs memory for K counts, not for K x K as a confusion matrix does.
+    ``truth`` and ``predicted`` are (N,) class numbers from 0 to K - 1. F1 is 2 x right / (true +
+    answered), NaN for a class that is neither; macro F1 is its mean, as in scikit-learn's
+    ``f1_score(average="macro")``. Balanced accuracy is the mean recall over the classes that are
+    true somewhere (Brodersen et al. 2010). It needs memory for K counts, not for K x K.
     """
     truth, predicted = _checked(truth, predicted)
-    right = truth[truth == predicted]
-    true, answered, correct = (
-        np.bincount(codes, minlength=classes) for codes in (truth, predicted, right)
+    true, answered, right = (
+        np.bincount(codes, minlength=classes)
+        for codes in (truth, predicted, truth[truth == predicted])
     )
-    recall, f1 = _ratio(correct, true), _ratio(2 * correct, true + answered)
-    return ClassCounts(
-        support=true,
-        predicted=answered,
-        correct=correct,
-        recall=recall,
-        precision=_ratio(correct, answered),
-        f1=f1,
-        balanced_accuracy=float(np.nanmean(recall)),
-        macro_f1=float(np.nanmean(f1)),
-    )
+    f1 = _ratio(2 * right, true + answered)
+    return f1, float(np.nanmean(_ratio(right, true))), float(np.nanmean(f1))
 
 
 def log_loss(probability: ArrayLike) -> float:
@@ -245,38 +220,27 @@ def log_loss(probability: ArrayLike) -> float:
     return float(-np.log(np.clip(given, smallest, 1 - smallest)).mean())
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Answers by their confidence, in B bins of equal width: (B,) arrays.
+def calibration(
+    confidence: ArrayLike, correct: ArrayLike, bins: int = 15
+) -> tuple[list[tuple[float, float, int, float, float]], float]:
+    """Return answers by confidence, and the expected calibration error.
 
-    ``edges`` is (B + 1,): bin i is (edges[i], edges[i + 1]], the first includes 0. ``n`` counts the
-    answers, ``confidence`` is their mean confidence and ``accuracy`` the share that is right, both
-    NaN where ``n`` is 0. ``error`` is the expected calibration error: the gap between confidence
-    and accuracy, averaged over answers (Guo et al. 2017, equation 3).
+    ``confidence`` is (N,) in 0..1, ``correct`` (N,) booleans. Of each bin that holds any: its ends
+    (it is open below, but the first includes 0), the number of answers, their mean confidence, and
+    the share that is right. The error is the gap between these two, averaged over answers (equation
+    3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, who take 15 bins).
     """
-
-    edges: NDArray[np.float64]
-    n: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    error: float
-
-
-def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Calibration:
-    """Return answers by confidence. ``confidence`` is (N,) in 0..1, ``correct`` (N,) booleans.
-
-    15 bins as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
-    """
-    given = np.asarray(confidence, dtype=np.float64)
-    given, right = _checked(given, correct, shares=True)
+    given, right = _checked(np.asarray(confidence, dtype=np.float64), correct, shares=True)
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.clip(np.searchsorted(edges, given, side="left") - 1, 0, bins - 1)
     number = np.bincount(bin_of, minlength=bins)
     mean = _ratio(np.bincount(bin_of, weights=given, minlength=bins), number)
     counted = np.bincount(bin_of, weights=right.astype(np.float64), minlength=bins)
     accuracy = _ratio(counted, number)
-    gap = np.abs(mean - accuracy) * number
-    return Calibration(edges, number, mean, accuracy, float(np.nansum(gap) / number.sum()))
+    error = float(np.nansum(np.abs(mean - accuracy) * number) / number.sum())
+    columns = (edges[:-1], edges[1:], number, mean, accuracy)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [row for row in rows if row[2]], error
 
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:

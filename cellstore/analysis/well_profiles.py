@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserInputError
+from ..errors import UserInputError, some_of
 from ..notebooks import SHOWN_ROWS, table
 
 if TYPE_CHECKING:
@@ -109,12 +109,11 @@ class WellProfiles:
 
     def without(self, reason: str, names: Sequence[str]) -> WellProfiles:
         """Return them without some features, and with these in ``gone``."""
-        some = set(names)
-        if not some:
+        if not (some := set(names)):
             return self
-        kept = np.array([name not in some for name in self.columns], dtype=bool)
+        kept = [at for at, name in enumerate(self.columns) if name not in some]
         listed = (*self.gone.get(reason, ()), *(n for n in self.columns if n in some))
-        columns = tuple(n for n in self.columns if n not in some)
+        columns = tuple(self.columns[at] for at in kept)
         gone = {**self.gone, reason: listed}
         return replace(self, values=self.values[:, kept], columns=columns, gone=gone)
 
@@ -127,16 +126,12 @@ def on_edge(table: pd.DataFrame) -> Which:
     found = np.zeros(len(table), dtype=bool)
     rows, columns = (table[name].to_numpy(dtype=np.int64) for name in ("well_row", "well_column"))
     for at in table.groupby("plate", sort=False).indices.values():
-        height, width = _shape_of(rows[at], columns[at])
+        most = int(rows[at].max()), int(columns[at].max())
+        fits = (shape for shape in FORMATS if shape[0] >= most[0] and shape[1] >= most[1])
+        height, width = next(fits, most)
         found[at] = (rows[at] == 1) | (rows[at] == height)
         found[at] |= (columns[at] == 1) | (columns[at] == width)
     return found
-
-
-def _shape_of(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> tuple[int, int]:
-    most = int(rows.max()), int(columns.max())
-    fits = (shape for shape in FORMATS if shape[0] >= most[0] and shape[1] >= most[1])
-    return next(fits, most)
 
 
 def normalise(profiles: WellProfiles, method: str, against: str = "controls") -> WellProfiles:
@@ -165,22 +160,25 @@ def normalise(profiles: WellProfiles, method: str, against: str = "controls") ->
             "cellstore relabel WELL --control negative --reason TEXT. Or compare with all wells: "
             "--against all"
         )
-    gone = np.zeros(len(profiles.columns), dtype=bool)
-    values = np.full_like(profiles.values, np.nan)
-    short: list[str] = []
     if method == "sphere":
-        gaps = np.isnan(profiles.values[known]).any(axis=0)
-        profiles = profiles.without(MISSING, [profiles.columns[at] for at in np.flatnonzero(gaps)])
-        gone, values = gone[~gaps], values[:, ~gaps]
+        profiles = _without_gaps(profiles)
+    what = "negative control wells" if against == "controls" else "wells"
     plates = profiles.on_plates()
     chosen = {plate: at[known[at] & (controls[at] | (against == "all"))] for plate, at in plates}
+    short = [plate for plate, at in chosen.items() if len(at) < FEWEST_CONTROLS]
+    if len(short) == len(plates):
+        raise UserInputError(
+            f"No plate has {FEWEST_CONTROLS} {what} with cells, which it takes to say how much "
+            "wells differ by themselves. Mark more controls, or compare with all wells: "
+            "--against all"
+        )
+    gone = np.zeros(len(profiles.columns), dtype=bool)
+    values = np.full_like(profiles.values, np.nan)
     for plate, at in plates:
-        reference = chosen[plate]
-        if len(reference) < FEWEST_CONTROLS:
-            short.append(plate)
+        if plate in short:
             continue
         frame = pd.DataFrame(profiles.values[at], columns=list(profiles.columns))
-        of_reference = frame.loc[np.isin(at, reference)]
+        of_reference = frame.loc[np.isin(at, chosen[plate])]
         with _gaps_allowed():
             if method == "mad":
                 scaler = RobustMAD(epsilon=1e-18).fit(of_reference)  # pycytominer's default
@@ -192,25 +190,22 @@ def normalise(profiles: WellProfiles, method: str, against: str = "controls") ->
                 values[at] = scaler.transform(frame)
             else:
                 gone |= np.ptp(of_reference.to_numpy(), axis=0) == 0
-    if len(short) == len(plates):
-        what = "negative control wells" if against == "controls" else "wells"
-        raise UserInputError(
-            f"No plate has {FEWEST_CONTROLS} {what} with cells, which it takes to say how much "
-            "wells differ by themselves. Mark more controls, or compare with all wells: "
-            "--against all"
-        )
     if method == "sphere":
         values = _sphered(profiles, chosen, ~gone, Spherize)
     if short:
-        has = "has" if len(short) == 1 else "have"
-        what = "negative control wells" if against == "controls" else "wells"
         note = (
-            f"{_some('plate', short)} {has} fewer than {FEWEST_CONTROLS} {what} with cells: "
-            "its wells have no values, only their number of cells."
+            f"Fewer than {FEWEST_CONTROLS} {what} with cells are on plate {some_of(short)}: wells "
+            "there have no values, only their number of cells."
         )
         profiles = replace(profiles, notes=(*profiles.notes, note))
     found = replace(profiles, values=values)
     return _checked(found.without(CONSTANT, [found.columns[at] for at in np.flatnonzero(gone)]))
+
+
+def _without_gaps(profiles: WellProfiles) -> WellProfiles:
+    """Return them without the features that are missing in a well that has values."""
+    gaps = np.isnan(profiles.values[profiles.known]).any(axis=0)
+    return profiles.without(MISSING, [profiles.columns[at] for at in np.flatnonzero(gaps)])
 
 
 def _sphered(
@@ -298,11 +293,7 @@ def _alike(frame: pd.DataFrame) -> list[str]:
 
 
 def _checked(found: WellProfiles) -> WellProfiles:
-    """Return ``found`` if it has features.
-
-    Raises:
-        UserInputError: it has none.
-    """
+    """Return ``found`` if it has features."""
     if found.columns:
         return found
     reasons = {reason: len(names) for reason, names in found.gone.items()}
@@ -343,12 +334,12 @@ def correct_positions(profiles: WellProfiles, method: str) -> WellProfiles:
     notes = list(profiles.notes)
     if short:
         notes.append(
-            f"{_some('plate', short)} is not corrected for positions: that takes "
-            f"{FEWEST_FOR_POSITIONS} control wells with cells."
+            f"Not corrected for positions, as that takes {FEWEST_FOR_POSITIONS} control wells "
+            f"with cells: plate {some_of(short)}."
         )
     if filled:
         notes.append(
-            f"Controls of {_some('plate', filled)} fill rows or columns of their own. A median "
+            f"Controls fill rows or columns of their own on plate {some_of(filled)}. A median "
             "polish takes the difference between them and treated wells for an effect of the "
             "column: take --positions controls, or none."
         )
@@ -375,19 +366,15 @@ def _polish(values: Numbers, rows: NDArray[np.int64], columns: NDArray[np.int64]
         size = np.nansum(np.abs(grid))
         for _ in range(POLISHES):
             for axis in (1, 0):
-                effect = _median(grid, axis)
-                effect -= _median(effect, 1 - axis)  # the middle of the plate stays
+                effect = np.nanmedian(grid, axis=axis, keepdims=True)
+                # The middle of the plate stays.
+                effect -= np.nanmedian(effect, axis=1 - axis, keepdims=True)
                 wells = (~np.isnan(grid)).sum(axis=axis, keepdims=True)
                 grid -= np.where(wells < FEWEST_OF_LINE, 0, np.nan_to_num(effect))
             before, size = size, np.nansum(np.abs(grid))
             if abs(before - size) <= 0.01 * size:
                 break
     found: Numbers = np.nan_to_num((start - grid)[rows - 1, columns - 1])
-    return found
-
-
-def _median(grid: Numbers, axis: int) -> Numbers:
-    found: Numbers = np.nanmedian(grid, axis=axis, keepdims=True)
     return found
 
 
@@ -438,7 +425,7 @@ def correct_batches(profiles: WellProfiles, by: str, seed: int = 0) -> WellProfi
     if groups.isna().any():
         unnamed = sorted(set(profiles.table.loc[known & profiles.table[by].isna(), "plate"]))
         raise UserInputError(
-            f"{_some('plate', unnamed)} has no batch. Take --harmony plate, or give the batch in "
+            f"Plate {some_of(unnamed)} has no batch. Take --harmony plate, or give the batch in "
             "a table of plates."
         )
     if groups.nunique() < 2:
@@ -446,9 +433,7 @@ def correct_batches(profiles: WellProfiles, by: str, seed: int = 0) -> WellProfi
             f"All wells are of one {by}: Harmony has nothing to bring together. Leave --harmony "
             "out."
         )
-    gaps = np.isnan(profiles.values[known]).any(axis=0)
-    names = [profiles.columns[at] for at in np.flatnonzero(gaps)]
-    profiles = _checked(profiles.without(MISSING, names))
+    profiles = _checked(_without_gaps(profiles))
     few = {"nclust": 1} if known.sum() < 30 else {}  # it would make no cluster of them
     made = harmonypy.run_harmony(
         profiles.values[known], groups.to_frame(), [by], verbose=False, random_state=seed, **few
@@ -456,8 +441,3 @@ def correct_batches(profiles: WellProfiles, by: str, seed: int = 0) -> WellProfi
     values = profiles.values.copy()
     values[known] = made.Z_corr
     return replace(profiles, values=values)
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} others" if len(names) > 5 else ""
-    return f"{what.capitalize()}{'' if len(names) == 1 else 's'} {', '.join(names[:5])}{more}"

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from sqlalchemy import Text, cast, event, func, insert, inspect, literal, select, text
+from sqlalchemy import Select, Text, cast, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
@@ -230,30 +230,20 @@ _ROWS: tuple[tuple[str, Any], ...] = (
 """What a run wrote, with its number first. What stands in ``jobs.digest`` is not said again."""
 
 
-def record_runs(
-    session: Session,
-    ids: Collection[int],
-    *,
-    opened: bool = False,
-    written: RunDigests | None = None,
-) -> None:
+def record_runs(session: Session, ids: Collection[int], *, opened: bool = False) -> None:
     """Append an entry of the ledger for each run: its row, and digests of what it wrote.
 
     An entry is an event, so it is in the chain. ``opened``: the runs begin, or begin again.
-    ``written``: the digests as they were just before; a table that has as many rows is not read
-    again.
     """
     if not ids:
         return
-    tables = run_digests(session, ids, known=written) if not opened else {}
+    written = {} if opened else run_digests(session, ids)
     for run_id, row in run_rows(session, ids):
         if opened:
             new = {"status": "running", "row": {name: row[name] for name in BEGUN}}
         else:
             new = {"status": row["status"], "row": row}
-            new["digests"] = {
-                name: made for (of, name), (_, made) in tables.items() if of == run_id
-            }
+            new["digests"] = {table: made for (of, table), made in written.items() if of == run_id}
             if row["stage"] == Stage.INGEST:
                 _lock_chain(session)  # else an ingest that ends meanwhile could be said first
                 result = session.scalar(select(Run.result).where(Run.id == run_id)) or {}
@@ -291,36 +281,17 @@ def run_rows(session: Session, ids: Collection[int] = ()) -> list[tuple[int, dic
     return found
 
 
-RunDigests: TypeAlias = dict[tuple[int, str], tuple[int, str]]
-"""By run and table: how many rows the run wrote, and the sum of their sha256."""
-
-
 def run_digests(
-    session: Session,
-    ids: Collection[int] = (),
-    images: Iterable[Any] | None = None,
-    known: RunDigests | None = None,
-) -> RunDigests:
-    """Return by run and table how many rows a run wrote, and the sum of their sha256.
+    session: Session, ids: Collection[int] = (), images: Iterable[Any] | None = None
+) -> dict[tuple[int, str], str]:
+    """Return by run and table the sum of the sha256 of the rows that the run wrote.
 
     A sum does not depend on the order, and rows can be taken from it. ``images``: lists or queries
-    of ids; of rows that are about an image, only those about these. ``known``: what to take where
-    the number of rows is the same.
+    of ids; of rows that are about an image, only those about these.
     """
     sums: dict[tuple[int, str], int] = defaultdict(int)
-    rows_of: dict[tuple[int, str], int] = defaultdict(int)
-    found: RunDigests = {}
     for table, query in _ROWS:
         columns = query.selected_columns
-        if known is not None:
-            counted = query.with_only_columns(columns.run_id, func.count())
-            counted = counted.where(columns.run_id.in_(ids)).group_by(columns.run_id)
-            before = {key: item for key, item in known.items() if key[1] == table}
-            if dict(session.execute(counted).all()) == {
-                run_id: number for (run_id, _), (number, _) in before.items()
-            }:
-                found |= before
-                continue
         wanted = [query.where(columns.run_id.in_(ids)) if ids else query]
         if images is not None and "image_id" in columns:
             wanted = [wanted[0].where(columns.image_id.in_(some)) for some in images]
@@ -331,11 +302,9 @@ def run_digests(
                 for some in images
             ]
         for some in wanted:
-            rows = session.connection().execute(some, execution_options={"yield_per": 10_000})
-            for run_id, *values in rows:
-                sums[run_id, table] += int.from_bytes(hashlib.sha256(_canonical(values)).digest())
-                rows_of[run_id, table] += 1
-    return found | {k: (rows_of[k], f"{total % MODULUS:064x}") for k, total in sums.items()}
+            for run_id, *values in _stream(session, some):
+                sums[run_id, table] += _number(_canonical(values))
+    return {key: _hex(total) for key, total in sums.items()}
 
 
 def table_digests(session: Session, plates: Collection[int] | None = None) -> dict[str, Any]:
@@ -344,24 +313,20 @@ def table_digests(session: Session, plates: Collection[int] | None = None) -> di
     ``plates``: only the sums of these.
     """
     found: dict[str, Any] = {}
+    for name in DESCRIBING:
+        rows = _stream(session, select(METADATA.tables[name]))
+        found[name] = _hex(sum(_number(_canonical([*row])) for row in rows))
     of = session.scalars(select(Plate.id)).all() if plates is None else plates
-    for name in (*DESCRIBING, *_OF_PLATES):
-        query = _OF_PLATES.get(name)
-        sums = dict.fromkeys(of if query is not None else [0], 0)
-        if query is None:
-            wanted = [select(literal(0), METADATA.tables[name])]
-        elif plates is None:
-            wanted = [query]
-        else:
+    for name, query in _OF_PLATES.items():
+        wanted = [query]
+        if plates is not None:
             wanted = [query.where(Well.plate_id.in_(some)) for some in in_lists(plates)]
+        sums = dict.fromkeys(of, 0)
         for some in wanted:
-            rows = session.connection().execute(some, execution_options={"yield_per": 10_000})
-            # Of numbers and texts alone: said in half the time, and an ingest waits for it.
-            said = _canonical if query is None else lambda values: repr(values).encode()
-            for plate, *values in rows:
-                sums[plate] += int.from_bytes(hashlib.sha256(said(values)).digest())
-        made = {str(plate): f"{total % MODULUS:064x}" for plate, total in sums.items()}
-        found[name] = made["0"] if query is None else made
+            for plate, *values in _stream(session, some):
+                # Of numbers and texts alone: said in half the time, and an ingest waits for it.
+                sums[plate] += _number(repr(values).encode())
+        found[name] = {str(plate): _hex(total) for plate, total in sums.items()}
     return found
 
 
@@ -374,17 +339,28 @@ def grown_digest(session: Session, after: int) -> dict[str, str]:
     rows = METADATA.tables["annotations"]
 
     def summed(condition: Any) -> int:
-        found = session.connection().execute(select(rows).where(condition))
-        return sum(
-            int.from_bytes(hashlib.sha256(_canonical(list(row))).digest(), "big") for row in found
-        )
+        found = _stream(session, select(rows).where(condition))
+        return sum(_number(_canonical([*row])) for row in found)
 
     entries = select(Event.new).where(Event.table_name.in_(("runs", "store")))
     with session.execute(entries.order_by(Event.id.desc()).execution_options(yield_per=10)) as new:
         said = (((row[0] or {}).get("tables") or {}).get(rows.name) for row in new)
         before = next((made for made in said if made), None)
     known = int(before, 16) if before else summed(rows.c.id <= after)
-    return {rows.name: f"{(known + summed(rows.c.id > after)) % MODULUS:064x}"}
+    return {rows.name: _hex(known + summed(rows.c.id > after))}
+
+
+def _stream(session: Session, query: Select[Any]) -> Iterable[Any]:
+    """The rows of a query as tuples: as objects they take longer."""
+    return session.connection().execute(query, execution_options={"yield_per": 10_000})
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(content).digest())
+
+
+def _hex(total: int) -> str:
+    return f"{total % MODULUS:064x}"
 
 
 @contextmanager
@@ -399,10 +375,10 @@ def recording_removed(session: Session, images: Collection[Any]) -> Iterator[Non
     session.flush()
     after = run_digests(session, images=images)
     removed: dict[int, dict[str, str]] = defaultdict(dict)
-    for (run_id, table), (_, digest) in before.items():
-        less = int(digest, 16) - int(after.get((run_id, table), (0, "0"))[1], 16)
+    for (run_id, table), digest in before.items():
+        less = int(digest, 16) - int(after.get((run_id, table), "0"), 16)
         if less:
-            removed[run_id][table] = f"{less % MODULUS:064x}"
+            removed[run_id][table] = _hex(less)
     record_events(
         session, [Change("runs", run, None, {"removed": less}) for run, less in removed.items()]
     )
@@ -430,29 +406,20 @@ def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
     last = {table: session.scalar(query) or 0 for table, query in last_ids.items()}
     session.info[_NEW_AFTER] = {table.__tablename__: number for table, number in last.items()}
     session.info[_WAITING] = waiting = list[Any]()
-    changes: list[Change] = []
-
-    def note_plates(*_: object) -> None:
-        for row in session.dirty:
-            if isinstance(row, Plate) and not is_new(session, "plates", row.id):
-                history = {item.key.rstrip("_"): item.history for item in inspect(row).attrs}
-                values = {
-                    name: (item.deleted[0] if item.deleted else None, item.added[0])
-                    for name, item in history.items()
-                    if name != "wells" and item.added
-                }
-                old, new = ({k: pair[side] for k, pair in values.items()} for side in (0, 1))
-                if new:
-                    changes.append(Change("plates", row.id, old, new))
-
-    event.listen(session, "before_flush", note_plates)
+    plates = select(METADATA.tables["plates"])
+    were = {row["id"]: row for row in session.execute(plates).mappings()}
     try:
         yield
         session.flush()
     finally:
-        event.remove(session, "before_flush", note_plates)
         session.info.pop(_NEW_AFTER)
         session.info.pop(_WAITING)
+    changes: list[Change] = []
+    for row in session.execute(plates).mappings():
+        was = were.get(row["id"], row)
+        if changed := [name for name in row if row[name] != was[name]]:
+            old, new = ({name: of[name] for name in changed} for of in (was, row))
+            changes.append(Change("plates", row["id"], old, new))
     for table, before in last.items():
         after = session.scalar(last_ids[table]) or 0
         if after > before:

@@ -200,8 +200,8 @@ def changed_since(session: Session, run_id: int) -> list[str]:
     return [f"{wells} {since}. To be up to date: cellstore profile, then cellstore hits"]
 
 
-def wells_relabelled(session: Session, split_id: int, well_id: int | None = None) -> list[Row[Any]]:
-    """Return the wells of a split (or one) whose label is not the frozen one any more.
+def wells_relabelled(session: Session, split_id: int) -> list[Row[Any]]:
+    """Return the wells of a split whose label is not the frozen one any more.
 
     Rows: id of the well, its name (``P1/A01``), the frozen label, the label that it has now.
     """
@@ -221,6 +221,4 @@ def wells_relabelled(session: Session, split_id: int, well_id: int | None = None
     )
     differs = now.is_distinct_from(labels.c.value)
     query = query.where(members.c.split_id == split_id, differs).distinct()
-    if well_id is not None:
-        query = query.where(wells.c.id == well_id)
     return list(session.execute(query.order_by(wells.c.id)))

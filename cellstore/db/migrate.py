@@ -6,17 +6,15 @@ imported where they are needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from sqlalchemy import Connection, inspect
+from sqlalchemy import inspect
 
 from ..errors import SchemaError
 from .session import Database, _translated
-
-if TYPE_CHECKING:
-    from alembic.config import Config
 
 HEAD = "0012"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
@@ -30,25 +28,13 @@ def upgrade(database: Database, revision: str = "head") -> None:
 
     Raises:
         SchemaError: this library does not know it, or its mark is lost.
-
     """
-    from alembic import command
-
-    _refuse_unknown(database)
-    _alembic(database, lambda config: command.upgrade(config, revision))
+    _alembic(database, "upgrade", revision)
 
 
 def downgrade(database: Database, revision: str) -> None:
-    """Take the schema back to ``revision`` (``base``: no tables; all rows are lost).
-
-    Raises:
-        SchemaError: this library does not know it, or its mark is lost.
-
-    """
-    from alembic import command
-
-    _refuse_unknown(database)
-    _alembic(database, lambda config: command.downgrade(config, revision))
+    """Take the schema back to ``revision`` (``base``: no tables; all rows are lost)."""
+    _alembic(database, "downgrade", revision)
 
 
 def differences(database: Database) -> list[str]:
@@ -175,7 +161,13 @@ def refuse(database: Database, found: str | None) -> NoReturn:
 
 
 def _refuse_unknown(database: Database) -> None:
-    tables = _tables(database)  # first: another process may make tables and mark just now
+    from alembic.script import ScriptDirectory
+
+    from ..models import METADATA
+
+    with _translated(database), database.engine.connect() as connection:
+        # Tables first: another process may make tables and mark just now.
+        tables = sorted(set(inspect(connection).get_table_names()) & set(METADATA.tables))
     found = database.revision()
     if found is None and tables:
         raise SchemaError(
@@ -183,7 +175,9 @@ def _refuse_unknown(database: Database) -> None:
             "record of their schema version. Restore it from a backup, or use a database "
             "without tables."
         )
-    if found is not None and not _knows(found):
+    with as_file(files("cellstore.migrations")) as folder:
+        known = {script.revision for script in ScriptDirectory(str(folder)).walk_revisions()}
+    if found is not None and found not in known:
         raise SchemaError(
             f"The store {database.shown} has the schema {found}, which this cellstore ({HEAD}) "
             "does not know. If it is newer than this cellstore: pip install --upgrade cellstore. "
@@ -192,22 +186,13 @@ def _refuse_unknown(database: Database) -> None:
         )
 
 
-def _tables(database: Database) -> list[str]:
+def _alembic(database: Database, verb: str, revision: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+
     from ..models import METADATA
 
-    with _translated(database), database.engine.connect() as connection:
-        return sorted(set(inspect(connection).get_table_names()) & set(METADATA.tables))
-
-
-def _knows(revision: str) -> bool:
-    from alembic.script import ScriptDirectory
-
-    with as_file(files("cellstore.migrations")) as folder:
-        scripts = ScriptDirectory(str(folder))
-        return any(script.revision == revision for script in scripts.walk_revisions())
-
-
-def _alembic(database: Database, action: Any) -> None:
+    _refuse_unknown(database)
     engine = database.engine.execution_options(writes=True, rebuilds=True)
     try:
         with (
@@ -215,33 +200,20 @@ def _alembic(database: Database, action: Any) -> None:
             _translated(database),
             engine.begin() as connection,
         ):
-            action(_config(str(folder), connection))
-            _check_references(connection)
+            config = Config()
+            config.set_main_option("script_location", str(folder).replace("%", "%%"))
+            config.set_main_option("path_separator", "os")
+            config.attributes["connection"] = connection
+            config.attributes["target_metadata"] = METADATA
+            getattr(command, verb)(config, revision)
+            broken: Sequence[Any] = ()
+            if database.is_sqlite:  # it did not mind foreign keys while tables were rebuilt
+                broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+            if broken:
+                raise SchemaError(
+                    f"Rows of the table {broken[0][0]} refer to rows that are not there, so the "
+                    "schema was left as it is. Restore the store from a backup, then upgrade it."
+                )
     finally:
         if database.is_sqlite:
             database.engine.dispose()  # its connection did not mind foreign keys: none may use it
-
-
-def _check_references(connection: Connection) -> None:
-    """Make up for the foreign keys that SQLite did not mind while tables were rebuilt."""
-    if connection.dialect.name != "sqlite":
-        return
-    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-    if broken:
-        raise SchemaError(
-            f"Rows of the table {broken[0][0]} refer to rows that are not there, so the schema was "
-            "left as it is. Restore the store from a backup, then upgrade it."
-        )
-
-
-def _config(folder: str, connection: Connection) -> Config:
-    from alembic.config import Config
-
-    from ..models import METADATA
-
-    config = Config()
-    config.set_main_option("script_location", folder.replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["connection"] = connection
-    config.attributes["target_metadata"] = METADATA
-    return config

@@ -64,10 +64,18 @@ HARMLESS = (
 """Parameters of the URL of a database that are shown; libpq takes secrets in many others."""
 
 _NEW = "Make a new one with: cellstore split create NAME"
+_SPLIT = (
+    "A split, its protocol, and what it is about (images, their wells and plates, classes) stays "
+    f"as it is. {_NEW}"
+)
+_RUN = (
+    "What a run did stays as it is, and a run is never deleted: what others made with it would "
+    "lose its origin. Rows of an ingest can be taken back with: cellstore undo RUN"
+)
 REFUSALS = {
-    "split is frozen": (
-        f"A run relies on this split, so it can neither change nor be deleted. {_NEW}"
-    ),
+    "split is frozen": _SPLIT,
+    "split keeps its protocol and group level": _SPLIT,
+    "split says what it is about": _SPLIT,
     "split keeps each group in one subset": (
         "In this split a well (plate, perturbation: its group level) is in one subset only, and "
         f"this would put one in two subsets or move it. {_NEW}"
@@ -76,32 +84,17 @@ REFUSALS = {
         "This split goes by perturbation, and an image without a treatment cannot be in it. "
         "Give its well a treatment first: cellstore ingest TABLE"
     ),
-    "split keeps its protocol and group level": (
-        f"The protocol and the group level of a split never change. {_NEW}"
-    ),
-    "split says what it is about": (
-        "A split relies on what would change here (the well of an image, the plate of a well, a "
-        f"class, or the split of a run), so it stays as it is. {_NEW}"
+    "split is there already": (
+        "A split of this name is there already, and a split never changes. Choose another name."
     ),
     "run has ended": (
         "This run has ended, so no row can be added to it. Run the command of its stage "
         "again: that makes a new run."
     ),
-    "run stays as it began": "Who began a run, when, where and by which recipe does not change.",
-    "run is opened again by an event only": (
-        "A run that has ended is opened by its own command only, such as: cellstore train --resume"
-    ),
-    "run is never deleted": (
-        "A run is never deleted: what others made with it would lose its origin. Rows of an "
-        "ingest can be taken back with: cellstore undo RUN"
-    ),
-    "table is never emptied": (
-        "The ledger knows what stands in this table, so TRUNCATE is refused. Rows of an ingest can "
-        "be taken back with: cellstore undo RUN"
-    ),
-    "split is there already": (
-        "A split of this name is there already, and a split never changes. Choose another name."
-    ),
+    "run stays as it began": _RUN,
+    "run is opened again by an event only": _RUN,
+    "run is never deleted": _RUN,
+    "table is never emptied": _RUN,
 }
 """What the triggers of the first revision raise, and the sentence for it."""
 
@@ -294,20 +287,16 @@ def parse_url(text: str) -> URL:
         ) from None
     backend = url.get_backend_name()
     if backend in ("postgresql", "postgres"):
-        _refuse_stray_at(url)
+        # Of "bob:a@b@host" the piece "b@host" is taken for the host, and a host is shown.
+        if "@" in (url.host or "") + (url.database or ""):
+            raise UserInputError(
+                "The database URL has an '@' too many. Write an '@' in a password as %40, "
+                "and a '/' as %2F."
+            )
         return url.set(drivername="postgresql+psycopg")
     if backend == "sqlite":
         return url.set(drivername="sqlite+pysqlite")
     raise UserInputError(f"cellstore works on SQLite and PostgreSQL, not on {backend!r}.")
-
-
-def _refuse_stray_at(url: URL) -> None:
-    # Of "bob:a@b@host" the piece "b@host" is taken for the host, and a host is shown.
-    if "@" in (url.host or "") + (url.database or ""):
-        raise UserInputError(
-            "The database URL has an '@' too many. Write an '@' in a password as %40, "
-            "and a '/' as %2F."
-        )
 
 
 def without_secrets(url: URL) -> URL:

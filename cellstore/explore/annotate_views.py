@@ -125,11 +125,9 @@ def used_labels(request: Request) -> Response:
 def _sent(request: Request) -> dict[str, Any]:
     """Return what a page has sent, checked: texts, and a list of ids or names.
 
-    Raises:
-        HTTPException: the token of the page is missing.
-        UserInputError: it is something else.
+    Raises HTTPException or UserInputError.
     """
-    check_csrf(request, None)
+    check_csrf(request)
     try:
         sent = json.loads(from_thread.run(request.body))
     except (ValueError, RecursionError):

@@ -6,26 +6,24 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 from starlette.requests import Request
 
-from ..enums import Control, FeatureStorage, Subset
+from ..enums import Control, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.run_names import find_predict_run
-from ..models import FeatureSet, Plate, Treatment, Well
+from ..models import Plate, Treatment, Well
 from ..query.cell_tables import chosen_cells as as_bits
 from ..query.cell_tables import selecting
 from ..query.cells import choose_recipes
-from ..query.engine import Questions
 from ..query.exclusions import find_qc_run
 from ..query.feature_files import set_of_recipe
-from ..query.guard import quoted
-from ..query.source import group_of
-from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, kept, text, whole
+from .known_features import feature_of
+from .requests import LONGEST_TEXT, Explorer, choice, explorer_of, text, whole
 
 MOST_VALUES = 500
 """Values of one filter."""
@@ -41,20 +39,7 @@ SUBSETS = (*(item.value for item in Subset), "outside")
 EXCLUDED = ("no", "yes", "all")
 
 _RANGE = re.compile(r"(\S*?)\.\.(\S*)")
-_NUMBER = re.compile(r"[A-Z]*INT(EGER)?|FLOAT|DOUBLE|DECIMAL.*")
-_NO_FEATURES = ("cell_id", "recipe_id", "run_id")
 
-MEASURED = """
-    SELECT recipe_id FROM (
-        SELECT r.recipe_id,
-            row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS number
-        FROM runs AS r
-        JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
-        WHERE r.stage = 'measure'
-        AND r.recipe_id NOT IN (SELECT recipe_id FROM feature_sets WHERE storage = 'files')
-    ) WHERE number = 1
-"""
-"""Whose rows of table ``features`` count, as in ``cell_table``."""
 OF_CELLS = """SELECT c.id AS cell_id, s.image_id, c.excluded IS NOT NULL AS excluded
     FROM cells AS c
     JOIN (
@@ -99,19 +84,6 @@ class Chosen:
     active: tuple[tuple[str, str], ...]
 
 
-class Feature(NamedTuple):
-    """A measurement of cells: a ``column`` of rows ``origin`` (SQL), each with its ``cell_id``."""
-
-    name: str
-    column: str
-    origin: str
-
-    @property
-    def query(self) -> str:
-        """SQL that gives ``cell_id`` and ``value``."""
-        return f"SELECT cell_id, CAST({self.column} AS DOUBLE) AS value FROM {self.origin}"  # noqa: S608
-
-
 def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) -> Chosen:
     """Return the cells that the filters of an address mean: ``FILTERS``, and ranges of features.
 
@@ -119,11 +91,7 @@ def chosen_cells(request: Request, prefix: str = "", *, of_run: bool = False) ->
     ``prefix`` stands before the names of all of them. Nothing that is joined has a row for each
     cell and a text in it, so that some million cells are looked through in a fraction of a second.
     ``of_run``: those that a predict run has labelled, also where no filter is about it.
-
-    Raises:
-        UserInputError: a value cannot be meant.
-        UnknownNameError: there is no such run, feature or selection.
-        QueryError: ``where`` is wrong, or does more than read.
+    Raises UserInputError or UnknownNameError or QueryError.
     """
     return _Filters(request, prefix, of_run=of_run).chosen()
 
@@ -133,60 +101,44 @@ class _Filters:
 
     def __init__(self, request: Request, prefix: str, *, of_run: bool = False) -> None:
         self.request, self.prefix, self.of_run = request, prefix, of_run
-        self.mark = prefix.replace(".", "_")
         self.values: dict[str, Any] = {}
         self.active: list[tuple[str, str]] = []
+        self.given: dict[str, list[str]] = {}
+        self.ranges: list[tuple[str, re.Match[str]]] = []
         self.of_image: list[str] = []
         self.of_cell: list[str] = []
+        for whole_name, value in request.query_params.multi_items():
+            name = whole_name.removeprefix(prefix)
+            if not value.strip() or whole_name.startswith(prefix or OTHER) != bool(prefix):
+                continue
+            if name in FILTERS:
+                self.given.setdefault(name, []).append(value)
+                self.active.append((whole_name, value))
+                if len(value) > LONGEST_TEXT or len(self.given[name]) > MOST_VALUES:
+                    raise UserInputError(f"{whole_name} has too many values, or too long ones.")
+            elif found := _RANGE.fullmatch(value.strip()):
+                self.ranges.append((name, found))
+                self.active.append((whole_name, found[0]))
 
     def text(self, name: str) -> str | None:
-        found = text(self.request, self.prefix + name)
-        if found is not None:
-            self.active.append((self.prefix + name, found))
-        return found
+        return self.given[name][-1] if name in self.given else None
 
-    def whole(self, name: str) -> int | None:
-        return whole(self.request, self.prefix + name) if self.text(name) is not None else None
-
-    def choice(self, name: str, choices: tuple[str, ...], default: str = "") -> str:
-        if self.text(name) is None:
-            return default
-        return choice(self.request, self.prefix + name, list(choices), default)
-
-    def many(self, name: str) -> list[str]:
-        """The values of a filter that may be there several times."""
-        name = self.prefix + name
-        found = [item for item in self.request.query_params.getlist(name) if item.strip()]
-        if len(found) > MOST_VALUES or any(len(item) > LONGEST_TEXT for item in found):
-            raise UserInputError(f"{name} has too many values, or one that is too long.")
-        self.active += ((name, item) for item in found)
-        return found
-
-    def numbers(self, name: str) -> list[float]:
-        return [_number(self.prefix + name, item) for item in self.many(name)]
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """A filter that is one of some words, or empty."""
+        return choice(self.request, self.prefix + name, choices, "") if name in self.given else ""
 
     def ids(self, name: str) -> list[int]:
         """Whole numbers, with commas between or one at a time."""
-        found = []
-        for item in ",".join(self.many(name)).split(","):
-            number = item.strip()
-            if number and not (number.isdecimal() and len(number) <= 18):
-                raise UserInputError(
-                    f"{self.prefix}{name} has to be whole numbers with commas between, not "
-                    f"{number[:40]!r}."
-                )
-            found += [int(number)] if number else []
-        return found
+        return id_list(self.prefix + name, ",".join(self.given.get(name, ())))
 
     def bind(self, name: str, value: Any) -> str:
         """Take a value as a parameter of the SQL; return how the SQL names it."""
-        self.values[self.mark + name] = value
-        return f"${self.mark}{name}"
+        self.values[name] = value
+        return f"${name}"
 
     def known(self, noun: str, *columns: Any) -> None:
         """Check that a filter names what the store has: a name typed wrongly would mean no cell."""
-        given = self.request.query_params.getlist(self.prefix + noun)
-        unknown = {item for item in given[:MOST_VALUES] if item.strip()}
+        unknown = set(self.given.get(noun, ()))
         with explorer_of(self.request).workspace.database.read() as session:
             for column in columns if unknown else ():
                 asked = [item for item in unknown if "\0" not in item]  # PostgreSQL knows no such
@@ -197,10 +149,9 @@ class _Filters:
 
     def among(self, name: str, *columns: str) -> str:
         """The condition that one of some columns has one of the values of a filter, or nothing."""
-        found = self.many(name)
-        if not found:
+        if name not in self.given:
             return ""
-        listed = self.bind(name, found)
+        listed = self.bind(name, self.given[name])
         return " OR ".join(f"list_contains({listed}, {column})" for column in columns)
 
     def chosen(self) -> Chosen:
@@ -230,14 +181,14 @@ class _Filters:
             self.among("well", "w.name"),
             self.among("treatment", "t.treatment", "t.name_with_dose"),
         ]
-        if doses := self.numbers("dose"):
+        if doses := [_number(f"{self.prefix}dose", item) for item in self.given.get("dose", ())]:
             conditions.append(f"list_contains({self.bind('dose', doses)}, t.dose)")
         if control := self.choice("control", CONTROLS):
             same = "IS NULL" if control == "none" else f"= {self.bind('control', control)}"
             conditions.append(f"w.control {same}")
         if images := self.ids("image"):
             conditions.append(f"i.id IN ({', '.join(map(str, images))})")
-        named, other = self.text("run"), self.whole("other")
+        named, other = self.text("run"), whole(self.request, f"{self.prefix}other")
         truth, predicted = self.among("label", "truth"), self.among("predicted", "value")
         subset, result = self.choice("subset", SUBSETS), self.choice("result", RIGHT_WRONG)
         between = [
@@ -284,7 +235,7 @@ class _Filters:
 
     def exclusions(self) -> None:
         """What counts, what is flagged, and what people have labelled."""
-        excluded = self.choice("excluded", EXCLUDED, "no")
+        excluded = self.choice("excluded", EXCLUDED) or "no"
         if excluded != "all":
             self.of_cell.append(COUNTS if excluded == "no" else f"NOT ({COUNTS})")
         if (flagged := self.text("flagged")) is not None:
@@ -305,12 +256,7 @@ class _Filters:
 
     def features(self) -> None:
         """Ranges of measurements: any name whose value has two dots."""
-        for whole_name, value in self.request.query_params.multi_items():
-            name, found = whole_name.removeprefix(self.prefix), _RANGE.fullmatch(value.strip())
-            mine = whole_name.startswith(self.prefix or OTHER) == bool(self.prefix)
-            if not mine or found is None or name in FILTERS:
-                continue
-            self.active.append((self.prefix + name, found[0]))
+        for name, found in self.ranges:
             bounds = [
                 f"value {sign} {self.bind(f'bound{len(self.values)}', _number(name, bound))}"
                 for bound, sign in zip(found.groups(), (">=", "<="), strict=True)
@@ -329,17 +275,13 @@ class _Filters:
         explorer = explorer_of(self.request)
         bits = {}
         if (digest := self.text("selection")) is not None:
-            bits["selection"] = _selections(explorer).get(digest)
-            if bits["selection"] is None:
-                raise UnknownNameError(
-                    "This selection is no longer kept. Select the cells again, in the scatter plot."
-                )
+            bits["selection"] = kept_selection(explorer, digest)
         if (where := self.text("where")) is not None:
             bits["where"] = _cells_where(explorer, where)
         for name, found in bits.items():
             # The bits of a byte stand there from the lowest; DuckDB counts from the highest.
             self.of_cell.append(
-                f"CASE WHEN t.cell_id < {len(found or b'') * 8} THEN get_bit("
+                f"CASE WHEN t.cell_id < {len(found) * 8} THEN get_bit("
                 f"CAST(CAST({self.bind(name, found)} AS BLOB) AS BIT), "
                 "CAST(xor(t.cell_id, 7) AS INTEGER)) = 1 ELSE false END"
             )
@@ -355,6 +297,17 @@ FILTERS = (
 """The filters that are not ranges of features."""
 
 
+def id_list(name: str, given: str) -> list[int]:
+    """Return whole numbers that stand with commas between; raises UserInputError."""
+    numbers = [item.strip() for item in given.split(",") if item.strip()]
+    for number in numbers:
+        if not (number.isdecimal() and len(number) <= 18):
+            raise UserInputError(
+                f"{name} has to be whole numbers with commas between, not {number[:40]!r}."
+            )
+    return [int(number) for number in numbers]
+
+
 def _number(name: str, given: str) -> float:
     try:
         found = float(given)
@@ -365,63 +318,35 @@ def _number(name: str, given: str) -> float:
     return found
 
 
-def feature_of(request: Request, name: str) -> Feature:
-    """Return a measurement of cells by its name: ``area``, or ``texture.contrast`` of a set.
+def keep_selection(explorer: Explorer, bits: bytes) -> str:
+    """Keep some cells in memory, for a while; return the name of them for an address.
 
-    Raises:
-        UnknownNameError: there is none.
+    ``bits``: of cell N bit N % 8 of byte N // 8. The same cells have the same name.
     """
-    known = features_known(request)
-    if name not in known:
-        raise UnknownNameError.of("feature", name, list(known))
-    return known[name]
+    bits = bits.rstrip(b"\0") or b"\0"
+    return _keep(explorer, hashlib.sha256(bits).hexdigest()[:16], bits)
 
 
-def features_known(request: Request) -> dict[str, Feature]:
-    """Return the measurements of cells by name: those of table ``features`` first."""
-    return kept(request, ("features",), lambda: _features(request))
+def kept_selection(explorer: Explorer, name: str) -> bytes:
+    """Return the bits of a selection; raises UnknownNameError if it is no longer kept."""
+    found = _selections(explorer).get(name)
+    if found is None:
+        raise UnknownNameError(
+            "This selection is no longer kept. Select the cells again, in the scatter plot."
+        )
+    return found
 
 
-def _features(request: Request) -> dict[str, Feature]:
-    explorer = explorer_of(request)
-    with explorer.workspace.database.read() as session:
-        in_files = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
-        sets = list(session.scalars(in_files.order_by(FeatureSet.id)))
-    sets += sorted({group for name in sets if (group := group_of(name))} - set(sets))
-    known = {}
-    with explorer.reader.questions() as questions:
-        recipes = [str(int(row["recipe_id"])) for row in questions.ask_ours(MEASURED).records()]
-        of_recipes = f" WHERE recipe_id IN ({', '.join(recipes) or -1})"
-        for relation in ("features", *sets):
-            mine, origin = ("", of_recipes) if relation == "features" else (f"{relation}.", "")
-            for column, kind in questions.columns(relation):
-                if _NUMBER.fullmatch(kind) and column not in _NO_FEATURES:
-                    rows = f"{quoted(relation)}{origin}"
-                    known[mine + column] = Feature(mine + column, quoted(column), rows)
-    return known
+def bits_of(ids: NDArray[np.int64]) -> bytes:
+    """Return numbers (N,) as bits."""
+    found = np.zeros(int(ids.max(initial=0)) + 1, bool)
+    found[ids] = True
+    return np.packbits(found, bitorder="little").tobytes()
 
 
-def keep_selection(explorer: Explorer, ids: NDArray[np.int64]) -> str:
-    """Keep some cells (N,) in memory, for a while; return the name of them for an address.
-
-    The same cells have the same name.
-    """
-    ids = np.unique(ids[ids > 0])
-    bits = np.zeros((int(ids[-1]) >> 3) + 1 if len(ids) else 1, np.uint8)
-    np.bitwise_or.at(bits, ids >> 3, (1 << (ids & 7)).astype(np.uint8))
-    return _keep(explorer, hashlib.sha256(bits.tobytes()).hexdigest()[:16], bits.tobytes())
-
-
-def kept_selection(explorer: Explorer, name: str) -> NDArray[np.int64]:
-    """Return the ids of the cells of a selection, ascending.
-
-    Raises:
-        UnknownNameError: it is no longer kept.
-    """
-    if name not in _selections(explorer):
-        raise UnknownNameError("This selection is no longer kept. Select the cells again.")
-    bits = np.frombuffer(_selections(explorer)[name], np.uint8)
-    return np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+def ids_of(bits: bytes) -> NDArray[np.int64]:
+    """Return the numbers that bits say, ascending."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little"))
 
 
 def _selections(explorer: Explorer) -> dict[str, bytes]:
@@ -451,10 +376,7 @@ def _cells_where(explorer: Explorer, where: str) -> bytes:
         segment_id, measure_id = segment.id, measure.id
     with explorer.reader.questions() as questions:
         chosen = selecting(questions, where, None, segment_id, measure_id, set_name)
-        bits = as_bits(questions, chosen, _last_cell(questions))
+        last = questions.ask_ours("SELECT coalesce(max(id), 0) AS n FROM cells").records()[0]["n"]
+        bits = as_bits(questions, chosen, int(last))
     _keep(explorer, name, bits)
     return bits
-
-
-def _last_cell(questions: Questions) -> int:
-    return int(questions.ask_ours("SELECT coalesce(max(id), 0) AS n FROM cells").records()[0]["n"])

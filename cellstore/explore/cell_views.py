@@ -9,18 +9,18 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from ..db.bulk import in_lists
 from ..db.fields import is_label_now
 from ..enums import (
     CellFlagReason,
     Control,
     ImageFlagReason,
     Level,
+    Stage,
 )
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..jobs.run_names import find_predict_run
@@ -46,16 +46,18 @@ from .cell_filters import (
     OTHER,
     Chosen,
     chosen_cells,
-    feature_of,
-    features_known,
+    id_list,
 )
-from .pixels import SHEET_COLUMNS, crop_sheet, usual_channels
+from .known_features import feature_of, features_known
+from .pixels import LARGEST_SIDE, SHEET_COLUMNS, jpeg, sheet_pixels, usual_channels
 from .requests import (
     ask,
     choice,
     explorer_of,
     kept,
     page,
+    row_of,
+    runs_done,
     text,
     url_of,
     whole,
@@ -90,18 +92,7 @@ SHORT_WORDS = {
     "min_probability": "probability from",
     "max_probability": "probability to",
     "annotated": "labelled by people",
-    "cells": "cells",
 }
-RUNS = """
-    SELECT r.id, s.name AS split,
-        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared', 'network') AS model
-    FROM runs AS r
-    LEFT JOIN runs AS t ON t.id = r.parent_id
-    LEFT JOIN recipes AS p ON p.id = t.recipe_id
-    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
-    WHERE r.stage = 'predict' AND r.status = 'done'
-    ORDER BY r.id DESC LIMIT 200
-"""
 PEOPLE = """
     SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
     ORDER BY a.label LIMIT 100
@@ -141,8 +132,7 @@ class Pane(NamedTuple):
 def order_of(request: Request, chosen: Chosen) -> Order:
     """Return how the address sorts cells: at random unless it says something else.
 
-    Raises:
-        UnknownNameError: there is no such feature.
+    Raises UnknownNameError.
     """
     seed = whole(request, "seed", 1, high=2**31)
     # To look for another run's answer about each cell would take seconds.
@@ -175,9 +165,7 @@ def cells_after(
 
     ``after`` is the ``place`` of the last cell before them; so it matters not what was added to the
     store meanwhile.
-
-    Raises:
-        UserInputError: ``after`` is no place.
+    Raises UserInputError.
     """
     values, behind = dict(chosen.values), "true"
     if after is not None:
@@ -263,98 +251,71 @@ def _changed(
 
 
 def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> list[dict[str, Any]]:
-    """Add to some cells what is shown of them."""
+    """Add to some cells what is shown of them, and ``told``: what they are, in words."""
     ids = [row["cell_id"] for row in found]
     run = pane.chosen.run or _shown_run(request)
-    about: dict[int, Any] = {}
-    said: dict[int, Any] = {}
-    people: dict[int, list[str]] = {}
-    query = select(Cell.id, Cell.object_number, Cell.excluded, Image.site, Well.name)
-    query = query.add_columns(Well.control, Plate.barcode, Treatment.name_with_dose)
+    query = select(Cell.id, Cell.excluded, Image.site, Well.name.label("well"), Well.control)
+    query = query.add_columns(Plate.barcode, Treatment.name_with_dose, Prediction.probability)
+    query = query.add_columns(Label.value.label("predicted")).where(Cell.id.in_(ids))
     query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
     query = query.join(Image, Image.id == Segmentation.image_id)
     query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
     query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
-    answers = select(Prediction.cell_id, Label.value, Prediction.probability)
-    answers = answers.join(Label, Label.id == Prediction.label_id)
-    answers = answers.where(Prediction.run_id == run, Prediction.rank == 1)
+    of_run = (Prediction.cell_id == Cell.id, Prediction.run_id == run, Prediction.rank == 1)
+    query = query.outerjoin(Prediction, and_(*of_run))
+    query = query.outerjoin(Label, Label.id == Prediction.label_id)
     labels = select(Annotation.row_id, Annotation.value).where(Annotation.level == Level.CELL)
-    labels = labels.where(is_label_now(Annotation)).order_by(Annotation.id)
+    labels = labels.where(is_label_now(Annotation), Annotation.row_id.in_(ids))
+    people: dict[int, list[str]] = {}
     with explorer_of(request).workspace.database.read() as session:
-        for some in in_lists(ids):
-            about.update((row.id, row) for row in session.execute(query.where(Cell.id.in_(some))))
-            for cell_id, value in session.execute(labels.where(Annotation.row_id.in_(some))):
-                people.setdefault(cell_id, []).append(str(value))
-            if run is not None:
-                rows = session.execute(answers.where(Prediction.cell_id.in_(some)))
-                said.update((row.cell_id, row) for row in rows)
+        about = {row.id: row for row in session.execute(query)}
+        for cell_id, value in session.execute(labels.order_by(Annotation.id)):
+            people.setdefault(cell_id, []).append(str(value))
     truths: dict[int, dict[str, Any]] = {}
-    if said:
+    if any(row.predicted is not None for row in about.values()):
         images = ", ".join(str(row["image_id"]) for row in found)
-        sql = f"""SELECT image_id, truth, subset, well_in_training FROM run_images
+        sql = f"""SELECT image_id, truth, well_in_training FROM run_images
             WHERE run_id = {run} AND image_id IN ({images})"""  # noqa: S608 - numbers
         truths = {row["image_id"]: row for row in ask(request, sql)}
     sorted_by = (text(request, "sort") or "").removeprefix("-")
     crops = []
     for row in found:
-        cell, answer = about.get(row["cell_id"]), said.get(row["cell_id"])
+        cell = about.get(row["cell_id"])
         if cell is None:  # deleted a moment ago
             continue
-        truth = truths.get(row["image_id"]) if answer is not None else None
-        crop = {
-            **row,
-            "plate": cell.barcode,
-            "well": cell.name,
-            "site": cell.site,
-            "object_number": cell.object_number,
-            "treatment": cell.name_with_dose,
-            "control": None if cell.control is None else Control(cell.control).value,
-            "excluded": cell.excluded,
-            "predicted": None if answer is None else answer.value,
-            "probability": None if answer is None else answer.probability,
-            "truth": None if truth is None else truth["truth"],
-            "seen": bool(truth and truth["well_in_training"]),
-            "people": ", ".join(dict.fromkeys(people.get(row["cell_id"], ()))),
-            "number": None,
-        }
+        told = [cell.barcode, cell.well, f"field {cell.site}", f"cell {cell.id}"]
+        told.append(cell.name_with_dose or "treatment unknown")
+        if cell.control is not None:
+            told.append(f"{Control(cell.control).value} control")
+        result, seen, number = None, False, None
+        if cell.predicted is not None:
+            image = truths.get(row["image_id"], {"truth": None, "well_in_training": False})
+            truth, seen = image["truth"], bool(image["well_in_training"])
+            said = f"run {run}: {cell.predicted} {cell.probability:.0%}"
+            if truth is not None:
+                result = "right" if cell.predicted == truth else "wrong"
+                said += f", {result}" + ("" if result == "right" else f" (it is {truth})")
+            told.append(said)
+            told += ["well seen in training"] if seen else []
+        by_people = ", ".join(dict.fromkeys(people.get(cell.id, ())))
+        told += [f"labelled {by_people}"] if by_people else []
+        told += [f"excluded: {cell.excluded}"] if cell.excluded else []
         if pane.order.shown and row["key"] != math.inf:
             value = -row["key"] if pane.order.falling else row["key"]
-            by_answer = answer is not None and sorted_by == CERTAIN
-            crop["number"] = f"{value:.0%} {crop['predicted']}" if by_answer else brief(value)
-        right = crop["truth"] is not None and crop["predicted"] == crop["truth"]
-        crop["result"] = None if crop["truth"] is None else "right" if right else "wrong"
-        crop["told"] = _told(crop, run, sorted_by)
-        crops.append(crop)
+            if sorted_by == CERTAIN:
+                number = f"{value:.0%} {cell.predicted}"
+            else:
+                number = brief(value)
+                told.append(f"{sorted_by} {number}")
+        crops.append(row | {
+            "result": result, "seen": seen, "excluded": cell.excluded, "people": by_people,
+            "number": number, "told": " · ".join(told),
+        })  # fmt: skip
     return crops
-
-
-def _told(crop: Mapping[str, Any], run: int | None, name: str) -> str:
-    """Say of a crop what its cell is; ``name`` is of what the crops are sorted by."""
-    words = [crop["plate"], crop["well"], f"field {crop['site']}", f"cell {crop['cell_id']}"]
-    words.append(crop["treatment"] or "treatment unknown")
-    if crop["control"]:
-        words.append(f"{crop['control']} control")
-    if crop["predicted"] is not None:
-        said = f"run {run}: {crop['predicted']} {crop['probability']:.0%}"
-        if crop["result"] is not None:
-            said += f", {crop['result']}"
-        words.append(said + (f" (it is {crop['truth']})" if crop["result"] == "wrong" else ""))
-        if crop["seen"]:
-            words.append("well seen in training")
-    if crop["people"]:
-        words.append(f"labelled {crop['people']}")
-    if crop["excluded"]:
-        words.append(f"excluded: {crop['excluded']}")
-    if crop["number"] is not None and name != CERTAIN:
-        words.append(f"{name} {crop['number']}")
-    return " · ".join(words)
 
 
 def _shown_run(request: Request) -> int | None:
     """The predict run whose answers are told where the filters name none."""
-    runs = kept(request, ("predict runs",), lambda: ask(request, RUNS))
-    if not runs:
-        return None
     with explorer_of(request).workspace.database.read() as session:
         try:
             found = find_predict_run(session, NEWEST)
@@ -366,7 +327,7 @@ def _shown_run(request: Request) -> int | None:
 def _looks(request: Request) -> dict[str, Any]:
     """How crops look: pixels of a side, channels, and whether there are outlines (1 or 0)."""
     usual = kept(request, ("side of crops",), lambda: _usual_side(request))
-    side = whole(request, "side", usual, low=SIDES[0], high=SIDES[-1]) or usual
+    side = whole(request, "side", usual, low=SIDES[0], high=LARGEST_SIDE) or usual
     given = [item for item in request.query_params.getlist("channels") if item]
     known = {name.lower(): name for name in _channels(request)}
     for name in given[:MOST_CHANNELS]:
@@ -498,7 +459,7 @@ def _chips(request: Request, pane: Pane) -> list[dict[str, str]]:
 def _scatter_of(request: Request, pane: Pane) -> str | None:
     """The address of the scatter plot of the cells of a filter."""
     given = [(name.removeprefix(pane.prefix), value) for name, value in pane.chosen.active]
-    if "/scatter" not in request.app.state.addresses or (pane.prefix and not given):
+    if pane.prefix and not given:
         return None
     return f"/scatter?{urlencode(given)}" if given else "/scatter"
 
@@ -590,7 +551,7 @@ def _choices(request: Request) -> dict[str, Any]:
         "labels": [row["value"] for row in labels],
         "run_names": [
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
-            for row in ask(request, RUNS)
+            for row in runs_done(request, Stage.PREDICT)
         ],
         "people": [row["label"] for row in ask(request, PEOPLE)],
         "channels": _channels(request),
@@ -630,34 +591,26 @@ def count(request: Request) -> Response:
 
 def sheet(request: Request) -> Response:
     """Return the picture of a sheet of crops."""
-    ids = [item for item in (text(request, "cells") or "").split(",") if item.strip()]
-    if not all(item.isdecimal() and len(item) <= 18 for item in ids):
-        raise UserInputError("cells has to be whole numbers with commas between.")
+    ids = id_list("cells", text(request, "cells") or "")
     looks = _looks(request)
     if len(ids) * looks["side"] ** 2 > PER_SHEET * SIDES[-1] ** 2:
         raise UserInputError("These are too many cells for one picture. Ask for fewer at a time.")
-    made = crop_sheet(
+    made = sheet_pixels(
         explorer_of(request),
-        [int(item) for item in ids],
+        ids,
         side=looks["side"],
         channels=looks["channels"],
         outlines=bool(looks["outlines"]),
     )
     headers = {"Cache-Control": "private, max-age=600"}
-    return Response(made, media_type="image/jpeg", headers=headers)
+    return Response(jpeg(made), media_type="image/jpeg", headers=headers)
 
 
 def cell(request: Request) -> Response:
     """Lead to the field of a cell."""
-    number = request.path_params["cell_id"]
-    found = None
-    if number.isdecimal() and len(number) <= 18:
-        query = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
-        with explorer_of(request).workspace.database.read() as session:
-            found = session.scalar(query.where(Cell.id == int(number)))
-    if found is None:
-        raise UnknownNameError(f"There is no cell {number[:40]}.")
-    return RedirectResponse(url_of("field", found, cell=int(number)), 303)
+    with explorer_of(request).workspace.database.read() as session:
+        found = row_of(session, Cell, request.path_params["cell_id"])
+        return RedirectResponse(url_of("field", found.segmentation.image_id, cell=found.id), 303)
 
 
 ROUTES = [
@@ -665,5 +618,5 @@ ROUTES = [
     Route("/cells/more", more),
     Route("/cells/count", count),
     Route("/cells/sheet", sheet),
-    Route("/cell/{cell_id}", cell),
+    Route("/cell/{cell_id:int}", cell),
 ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import Any
 
@@ -36,16 +35,17 @@ from ..models import (
 from ..query.exclusions import cell_counts, why_excluded
 from ..report.audit import runs_about, why_not_counted
 from ..report.drawing import light_of
+from .known_features import unit_in_words
 from .pixels import (
     LARGEST_SIDE,
     contrasts,
-    crop_sheet,
     field_thumbnail,
+    mask_of,
     read_mask,
     usual_channels,
     usual_segmentation,
 )
-from .requests import LONGEST_TEXT, explorer_of, page, text, whole
+from .requests import LONGEST_TEXT, explorer_of, page, row_of, text, whole
 
 RAW_KINDS = {"u1": "u1", "u2": "u2", "u4": "u4", "b1": "u1"}
 """Kinds of numbers that are sent as they are; others become 32-bit floats."""
@@ -56,25 +56,14 @@ def chosen_channels(request: Request) -> list[str]:
     return [name[:LONGEST_TEXT] for name in request.query_params.getlist("channels") if name][:50]
 
 
-def image_id(request: Request) -> int:
-    """Return the number of the image that an address names.
-
-    Raises:
-        UnknownNameError: it is no number.
-    """
-    found = str(request.path_params["image_id"])
-    if not (found.isascii() and found.isdecimal() and len(found) < 19):
-        raise UnknownNameError(f"There is no image {found[:40]!r}.")
-    return int(found)
-
-
-def bytes_once(request: Request, data: bytes, kind: str) -> Response:
-    """Return ``data``, or only that the browser has them already."""
-    mark = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-    headers = {"ETag": mark, "Cache-Control": "private, no-cache"}
-    if request.headers.get("if-none-match") == mark:
+def sent_once(request: Request, mark: str | None, make: Callable[[], Response]) -> Response:
+    """Return an answer, or only that the browser has already the one of this ``mark``."""
+    headers = {"ETag": f'"{mark}"', "Cache-Control": "private, no-cache"}
+    if mark is not None and request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    return Response(data, media_type=kind, headers=headers)
+    answer = make()
+    answer.headers.update(headers)
+    return answer
 
 
 def sentence_picture(words: str) -> Response:
@@ -93,33 +82,26 @@ def sentence_picture(words: str) -> Response:
 def thumbnail(request: Request) -> Response:
     """A field as a picture; ``?width=&channels=&outlines=1&segmentation=``."""
     try:
-        picture = field_thumbnail(
+        mark, draw = field_thumbnail(
             explorer_of(request),
-            image_id(request),
+            request.path_params["image_id"],
             width=whole(request, "width", 360) or 0,
             channels=chosen_channels(request),
             outlines=text(request, "outlines") is not None,
             segmentation_id=whole(request, "segmentation"),
         )
+        return sent_once(request, mark, lambda: Response(draw(), media_type="image/jpeg"))
     except CellstoreError as error:
         return sentence_picture(str(error))
-    return bytes_once(request, picture, "image/jpeg")
-
-
-def known_views(request: Request) -> set[str]:
-    """Return the first words of the addresses that are there: no page links to one that is not."""
-    return {address.split("/")[1] for address in request.app.state.addresses}
 
 
 def field(request: Request) -> Response:
     """A field: the viewer, and what is known of it."""
-    number = image_id(request)
+    number = request.path_params["image_id"]
     asked = {name: whole(request, name) for name in ("cell", "segmentation", "before")}
     explorer = explorer_of(request)
     with explorer.workspace.database.read() as session:
-        image = session.get(Image, number)
-        if image is None:
-            raise UnknownNameError(f"There is no image {number}.")
+        image = row_of(session, Image, number)
         well, treatment = image.well, image.well.treatment
         files = channel_files(session, [number])[number]
         cell = _cell_of(session, number, asked["cell"])
@@ -163,7 +145,6 @@ def field(request: Request) -> Response:
             "masks": masks,
             "sites": _steps(others, image),
             "others": others,
-            "views": known_views(request),
             "viewer": _viewer(session, image, files, cell, masks, explorer.kept),
         }
         return page(request, "field.html.j2", **values)
@@ -270,40 +251,22 @@ def _viewer(
 
 
 def _where(cell: Cell) -> dict[str, Any]:
-    row, column = cell.centroid_row, cell.centroid_col
-    if row is None or column is None:
-        known = cell.min_row is not None and cell.max_row is not None
-        row = (cell.min_row + cell.max_row) / 2 if known else None  # type: ignore[operator]
-        known = cell.min_col is not None and cell.max_col is not None
-        column = (cell.min_col + cell.max_col) / 2 if known else None  # type: ignore[operator]
     return {
         "id": cell.id,
         "number": cell.object_number,
         "segmentation": cell.segmentation_id,
-        "row": row,
-        "column": column,
+        "row": cell.centroid_row,
+        "column": cell.centroid_col,
     }
 
 
 def contrast(request: Request) -> Response:
     """The grey levels of black and white of each channel, for all pictures of the plate."""
-    number, explorer = image_id(request), explorer_of(request)
+    number, explorer = request.path_params["image_id"], explorer_of(request)
     with explorer.workspace.database.read() as session:
-        image = session.get(Image, number)
-        if image is None:
-            raise UnknownNameError(f"There is no image {number}.")
-        plate = image.well.plate.barcode
+        plate = row_of(session, Image, number).well.plate.barcode
         names = [file.channel for file in channel_files(session, [number])[number]]
-    found = {}
-    try:
-        found = dict(zip(names, contrasts(explorer, plate, names), strict=True))
-    except CellstoreError:  # one channel may be unreadable
-        for name in names:
-            try:
-                found[name] = contrasts(explorer, plate, [name])[0]
-            except CellstoreError:
-                continue
-    return JSONResponse(found)
+    return JSONResponse(contrasts(explorer, plate, names))
 
 
 def channel(request: Request) -> Response:
@@ -311,64 +274,42 @@ def channel(request: Request) -> Response:
 
     Unsigned integers as they are in the file, all others as 32-bit floats.
     """
-    number, at = image_id(request), str(request.path_params["n"])
+    number, at = request.path_params["image_id"], request.path_params["n"]
     with explorer_of(request).workspace.database.read() as session:
+        row_of(session, Image, number)
         files = channel_files(session, [number])[number]
-    if not (at.isascii() and at.isdecimal() and int(at[:9]) < len(files)):
-        raise UnknownNameError(f"Image {number} has no channel {at[:40]!r}.")
-    return _raw(request, files[int(at)].sha256, lambda: open_file(files[int(at)]))
+    if at >= len(files):
+        raise UnknownNameError(f"Image {number} has no channel {at}.")
+    return sent_once(request, files[at].sha256, lambda: _raw(open_file(files[at])))
 
 
 def mask(request: Request) -> Response:
     """The masks of a segmentation as numbers of objects; as :func:`channel`."""
-    number, explorer = image_id(request), explorer_of(request)
-    wanted = whole(request, "segmentation")
+    number, explorer = request.path_params["image_id"], explorer_of(request)
     with explorer.workspace.database.read() as session:
-        found = session.get(Segmentation, wanted) if wanted else usual_segmentation(session, number)
-        if found is None or found.image_id != number or found.mask is None:
-            raise UnknownNameError(f"Image {number} has no masks of segmentation {wanted}.")
-        stored = found.mask.path, found.mask.sha256
+        row_of(session, Image, number)
+        found = mask_of(session, number, whole(request, "segmentation"))
+    if found is None:
+        raise UnknownNameError(f"Image {number} has no such masks.")
     artifacts = explorer.workspace.artifacts
-    return _raw(request, stored[1], lambda: read_mask(artifacts, stored))
+    return sent_once(request, found[1], lambda: _raw(read_mask(artifacts, found)))
 
 
-def _raw(request: Request, sha256: str | None, read: Any) -> Response:
-    mark = f'"{sha256}"'
-    headers = {"ETag": mark, "Cache-Control": "private, no-cache"}
-    if sha256 is not None and request.headers.get("if-none-match") == mark:
-        return Response(status_code=304, headers=headers)
-    pixels: NDArray[Any] = read()
+def _raw(pixels: NDArray[Any]) -> Response:
     kind = RAW_KINDS.get(pixels.dtype.str[1:], "f4")
-    headers["X-Pixels"] = f"{kind} {pixels.shape[0]} {pixels.shape[1]} {pixels.dtype.name}"
     data = np.ascontiguousarray(pixels, np.dtype(f"<{kind}"))
-    return Response(data.tobytes(), media_type="application/octet-stream", headers=headers)
-
-
-def crop(request: Request) -> Response:
-    """One cell with its outline; ``?cell=``."""
-    number, explorer = image_id(request), explorer_of(request)
-    try:
-        with explorer.workspace.database.read() as session:
-            cell = _cell_of(session, number, whole(request, "cell"))
-            if cell is None:
-                raise UnknownNameError("Name a cell: ?cell=")
-            sides = [48]
-            if None not in (cell.min_row, cell.min_col, cell.max_row, cell.max_col):
-                sides += [cell.max_row - cell.min_row, cell.max_col - cell.min_col]  # type: ignore[operator]
-            cell_id = cell.id
-        side = min(LARGEST_SIDE, int(1.4 * max(sides)))
-        picture = crop_sheet(explorer, [cell_id], side=side, outlines=True)
-    except CellstoreError as error:
-        return sentence_picture(str(error))
-    return bytes_once(request, picture, "image/jpeg")
+    of = f"{kind} {pixels.shape[0]} {pixels.shape[1]} {pixels.dtype.name}"
+    kind_of_answer = "application/octet-stream"
+    return Response(data.tobytes(), media_type=kind_of_answer, headers={"X-Pixels": of})
 
 
 def cell_panel(request: Request) -> Response:
     """What is known of a cell, as a part of the page; ``?cell=``, or ``?segmentation=&object=``."""
-    number, explorer = image_id(request), explorer_of(request)
+    number, explorer = request.path_params["image_id"], explorer_of(request)
     cell_id, segmentation = (whole(request, name) for name in ("cell", "segmentation"))
     label = whole(request, "object", high=2**31 - 1)
     with explorer.workspace.database.read() as session:
+        image = row_of(session, Image, number)
         if cell_id is None:
             query = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
             query = query.where(Segmentation.image_id == number, Cell.object_number == label)
@@ -377,10 +318,13 @@ def cell_panel(request: Request) -> Response:
                 raise UnknownNameError(f"Segmentation {segmentation} has no cell {label} here.")
         cell = _cell_of(session, number, cell_id)
         assert cell is not None
-        image = session.get_one(Image, number)
+        rows, columns = (cell.min_row, cell.max_row), (cell.min_col, cell.max_col)
+        sides = [
+            high - low for low, high in (rows, columns) if low is not None and high is not None
+        ]
         values: dict[str, Any] = {
             "cell": cell,
-            "where": _where(cell),
+            "side": min(LARGEST_SIDE, int(1.4 * max(48, *sides))),
             "image": image,
             "well": image.well,
             "treatment": image.well.treatment,
@@ -393,7 +337,6 @@ def cell_panel(request: Request) -> Response:
             ).all(),
             "features": _features(session, cell.id, image.pixel_size),
             "runs": _predictions(session, cell.id, image, whole(request, "run")),
-            "views": known_views(request),
         }
         return page(request, "cell_panel.html.j2", **values)
 
@@ -410,7 +353,7 @@ def _features(
     for feature in BASIC_GROUP.features:
         value = getattr(found, feature.name)
         if value is not None:
-            rows.append((feature.name, value, feature.unit))
+            rows.append((feature.name, value, unit_in_words(feature.unit)))
         if feature.name == "area" and value is not None and pixel_size is not None:
             rows.append(("area", value * pixel_size**2, "µm²"))
     return rows
@@ -442,11 +385,10 @@ def _predictions(
 
 
 ROUTES = [
-    Route("/field/{image_id}", field),
-    Route("/field/{image_id}/thumbnail", thumbnail),
-    Route("/field/{image_id}/contrast.json", contrast),
-    Route("/field/{image_id}/channel/{n}.raw", channel),
-    Route("/field/{image_id}/mask.raw", mask),
-    Route("/field/{image_id}/crop", crop),
-    Route("/field/{image_id}/cell", cell_panel),
+    Route("/field/{image_id:int}", field),
+    Route("/field/{image_id:int}/thumbnail", thumbnail),
+    Route("/field/{image_id:int}/contrast.json", contrast),
+    Route("/field/{image_id:int}/channel/{n:int}.raw", channel),
+    Route("/field/{image_id:int}/mask.raw", mask),
+    Route("/field/{image_id:int}/cell", cell_panel),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,10 +14,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from ..enums import Control, Level
-from ..errors import CellstoreError, UserInputError
+from ..enums import Control, Level, Stage
+from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..io.filenames import format_well, parse_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
+from ..jobs.planes import channel_files
 from ..jobs.run_names import find_named_run, find_predict_run
 from ..models import METADATA
 from ..query.saved_queries import find_question
@@ -28,31 +28,29 @@ from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, short
 from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
+from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
 from .requests import (
     NotFoundError,
     ask,
+    asking,
     choice,
     explorer_of,
     kept,
     page,
+    runs_done,
     text,
     url_of,
-    waited_for,
     whole,
 )
 from .well_colours import (
     KINDS,
-    RUNS,
     STAGES,
     WELLS,
     WRITTEN,
     Scale,
     WellValues,
     ink_on,
-    known_feature,
-    list_features,
-    list_profile_features,
     make_scale,
     of_wells,
     read_values,
@@ -62,8 +60,6 @@ MOST_PLATES = 12
 """Plates that are shown side by side."""
 LISTED_PLATES = 500
 LISTED_RUNS = 12
-SELECTABLE = 400
-"""Features of a list to choose from; of more, names are typed."""
 PICTURE = 320
 """Pixels of a picture of a field, at least."""
 
@@ -136,12 +132,12 @@ def small_maps(request: Request) -> Response:
     listed = _list_plates(request)[:MOST_PLATES]
     names = tuple(row["plate"] for row in listed if row["wells"])
 
-    def read() -> tuple[Scale, list[SmallMap]]:
-        wells = _wells_of(request, names)
+    def read() -> tuple[Scale, dict[str, Any]]:
+        wells = wells_of(request, names)
         scale = make_scale(of_wells(wells, "treatment"), wells)
-        return scale, [_small_map(name, some, scale) for name, some in _by(wells, "plate").items()]
+        return scale, {name: _small_map(some, scale) for name, some in _by(wells, "plate").items()}
 
-    scale, maps = kept(request, ("small maps", names), read) if names else (Scale({}), [])
+    scale, maps = kept(request, ("small maps", names), read)
     more = len(_list_plates(request)) - len(maps)
     cells = {row["plate"]: row["cells"] for row in listed}
     return page(
@@ -149,18 +145,8 @@ def small_maps(request: Request) -> Response:
     )
 
 
-@dataclass(frozen=True)
-class SmallMap:
+def _small_map(wells: Sequence[Record], scale: Scale) -> dict[str, Any]:
     """A plate without words: its size in wells, and a path for the wells of each colour."""
-
-    plate: str
-    rows: int
-    columns: int
-    wells: int
-    paths: Mapping[str, str]
-
-
-def _small_map(barcode: str, wells: Sequence[Record], scale: Scale) -> SmallMap:
     rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
     paths: dict[str, str] = {}
     for row in wells:
@@ -170,7 +156,7 @@ def _small_map(barcode: str, wells: Sequence[Record], scale: Scale) -> SmallMap:
             drawn = f"M{x}.06 {y}.5a.44.44 0 1 0 .88 0a.44.44 0 1 0 -.88 0z"
         colour = scale.colours.get(row["well_id"], "")
         paths[colour] = paths.get(colour, "") + drawn
-    return SmallMap(barcode, rows, columns, len(wells), paths)
+    return {"rows": rows, "columns": columns, "wells": len(wells), "paths": paths}
 
 
 SEEN_TEST_WELLS = """
@@ -207,7 +193,8 @@ def search(request: Request) -> Response:
             links[name] = url_of("plates", treatment=name)
         if readable(asked).isdecimal():
             words = f"{asked} is the number of what?"
-            links |= _of_number(session, readable(asked))
+            number = readable(asked)
+            links |= {f"{of} {number}": url_of(of, number) for of in ("field", "cell", "run")}
         barcodes = session.scalars(select(METADATA.tables["plates"].c.barcode).limit(5_000))
         for name in get_close_matches(asked, list(barcodes), NEAR, 0.5):
             links[name] = url_of("plate", name)
@@ -245,34 +232,7 @@ def _well_url(session: Session, well_id: int) -> str:
     return url_of("well", *session.execute(query.where(wells.c.id == well_id)).one())
 
 
-def _of_number(session: Session, number: str) -> dict[str, str]:
-    """What has a number: an image, a cell, a run, a file that the store wrote."""
-    found = {}
-    tables = {"image": "images", "cell": "cells", "run": "runs", "artifact": "artifacts"}
-    for kind, name in tables.items():
-        ids = METADATA.tables[name].c.id
-        known = len(number) < 19 and session.scalar(select(ids).where(ids == int(number)))
-        if known:
-            named = {"image": "field", "artifact": "file"}.get(kind, kind)
-            found[f"{named} {number}"] = _found(session, f"{kind} {number}")
-    return found
-
-
 # Plates
-
-
-@dataclass(frozen=True)
-class MappedWell:
-    """A well of a map: what is written in it (in parts), what is said of it, and how it looks."""
-
-    name: str
-    url: str
-    colour: str | None
-    ink: str
-    written: tuple[str, ...]
-    words: str
-    kinds: str
-    group: int
 
 
 _PARTS = re.compile(r"\w{5}(?=\w{3})|\w+|\W+")
@@ -311,38 +271,45 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
     changed = text(request, "was", kind) != kind
     runs: list[dict[str, Any]] = []
     if kind in STAGES:
-        runs = ask(request, RUNS, {"stage": STAGES[kind].value})
+        runs = runs_done(request, STAGES[kind])
         if run is not None and run not in [row["id"] for row in runs]:
-            run = None if changed else run
-        if run is not None and run not in [row["id"] for row in runs]:
-            raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
+            if not changed:
+                raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
+            run = None
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
         run = None
-    wells = _wells_of(request, shown)
+    wells = wells_of(request, shown)
 
     def read() -> tuple[WellValues, Scale, list[str], str | None, str]:
-        features, chosen, problem = list[str](), feature, ""
-        explorer = explorer_of(request)
-        with explorer.reader.questions() as questions, waited_for(request, questions):
-            try:
-                if kind in ("feature", "profile"):
-                    list_all = list_features if kind == "feature" else list_profile_features
-                    features = list(list_all(questions))
-                    chosen = None if changed and feature not in features else feature
-                    chosen = known_feature(chosen, features)
-                found = read_values(questions, wells, kind, run=run, feature=chosen)
-            except UserInputError as error:  # a map without colours says what is missing
-                found, problem = WellValues(KINDS[kind], {}), str(error)
-        return found, make_scale(found, wells, treatment), features, chosen, problem
+        known: dict[str, Feature] = {}
+        chosen, problem = feature, ""
+        try:
+            if kind in STAGES and run is None:
+                stage = STAGES[kind].value
+                raise UserInputError(f"No {stage} run has ended yet. Next: cellstore {stage}")
+            if kind == "feature":
+                known = features_known(request)
+            elif kind == "profile" and run is not None:
+                known = profile_features(request, run)
+            if kind in ("feature", "profile"):
+                if not known:
+                    raise UserInputError("No cell is measured yet. Next: cellstore measure")
+                if feature is None or (changed and feature not in known):
+                    chosen = "area" if "area" in known else next(iter(known))
+                elif feature not in known:
+                    raise UnknownNameError.of("feature", feature, known)
+            with asking(request) as questions:
+                found = read_values(
+                    questions, wells, kind, run=run, feature=known.get(chosen or "")
+                )
+        except UserInputError as error:  # a map without colours says what is missing
+            found, problem = WellValues(KINDS[kind], {}), str(error)
+        return found, make_scale(found, wells, treatment), list(known), chosen, problem
 
     key = ("map", shown, kind, feature, changed, run, treatment if kind == "treatment" else None)
     found, scale, features, feature, problem = kept(request, key, read)
-    groups: dict[str, int] = {}
-    maps = []
-    for barcode in shown:
-        own = [row for row in wells if row["plate"] == barcode]
-        maps.append((barcode, *_grid(own, found, scale, groups, treatment)))
+    maps, there = plate_maps(shown, wells, found, scale, treatment)
     beside = _neighbours(request, barcodes[0]) if len(barcodes) == 1 else {}
     return page(
         request,
@@ -355,7 +322,6 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         run=run,
         features=features,
         feature=feature,
-        selectable=SELECTABLE,
         title=found.title,
         unit=found.unit,
         scale=scale,
@@ -365,9 +331,8 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         treatment=treatment,
         treatments=sorted({row["treatment"] for row in wells if row["treatment"]})[:5_000],
         beside=beside,
-        there={word for _, _, _, rows in maps for _, row in rows
-               for well in row if well for word in well.kinds.split()},
-    )  # fmt: skip
+        there=there,
+    )
 
 
 def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | None:
@@ -387,20 +352,30 @@ def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
     return {"before": before, "after": after}
 
 
-def _grid(
+def plate_maps(
+    barcodes: Sequence[str],
     wells: Sequence[Record],
     found: WellValues,
     scale: Scale,
-    groups: dict[str, int],
-    treatment: str | None,
-) -> tuple[int, int, list[tuple[str, list[MappedWell | None]]]]:
-    """Rows and columns of a map, and its rows: their letter, and a well or nothing."""
-    rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in wells])
-    grid: list[list[MappedWell | None]] = [[None] * columns for _ in range(rows)]
-    for row in wells:
-        made = _mapped(row, found, scale, groups, treatment)
-        grid[row["well_row"] - 1][row["well_column"] - 1] = made
-    return rows, columns, [(format_well(at + 1, 1)[:-2], line) for at, line in enumerate(grid)]
+    treatment: str | None = None,
+) -> tuple[list[tuple[str, int, int, list[Any]]], set[str]]:
+    """Return name, rows, columns and lines of each map, and what kinds of wells there are.
+
+    A line is its letter, and what is known of its wells, or None where there is none.
+    """
+    groups: dict[str, int] = {}
+    maps, there = [], set[str]()
+    for barcode in barcodes:
+        own = [row for row in wells if row["plate"] == barcode]
+        rows, columns = plate_layout([(row["well_row"], row["well_column"]) for row in own])
+        grid: list[list[dict[str, Any] | None]] = [[None] * columns for _ in range(rows)]
+        for row in own:
+            made = _mapped(row, found, scale, groups, treatment)
+            grid[row["well_row"] - 1][row["well_column"] - 1] = made
+            there.update(made["kinds"])
+        lines = [(format_well(at, 1)[:-2], line) for at, line in enumerate(grid, 1)]
+        maps.append((barcode, rows, columns, lines))
+    return maps, there
 
 
 def _mapped(
@@ -409,7 +384,8 @@ def _mapped(
     scale: Scale,
     groups: dict[str, int],
     treatment: str | None,
-) -> MappedWell:
+) -> dict[str, Any]:
+    """A well of a map: what is written in it, in parts, what is said of it, and how it looks."""
     well, value = row["well_id"], found.values.get(row["well_id"])
     shown = brief(value) if isinstance(value, float) else value or ""
     kinds, control = [], row["control"]
@@ -438,17 +414,17 @@ def _mapped(
     if treatment is not None and treatment == row["treatment"]:
         kinds.append("chosen")
     colour = scale.colours.get(well)
-    return MappedWell(
-        row["well"],
-        url_of("well", row["plate"], row["well"]),
-        colour,
-        "" if colour is None else ink_on(colour),
-        # A round well has no room for it, and its shape says so.
-        () if shown.endswith(" control") else tuple(_PARTS.findall(short(shown, WRITTEN))),
-        f"{row['well']}: {', '.join(said)}",
-        " ".join(kinds),
-        groups.setdefault(row["named"] or "", len(groups)),
-    )
+    # A round well has no room for it, and its shape says so.
+    written = [] if shown.endswith(" control") else _PARTS.findall(short(shown, WRITTEN))
+    return {
+        "url": url_of("well", row["plate"], row["well"]),
+        "colour": colour,
+        "ink": "" if colour is None else ink_on(colour),
+        "written": written,
+        "words": f"{row['well']}: {', '.join(said)}",
+        "kinds": kinds,
+        "group": groups.setdefault(row["named"] or "", len(groups)),
+    }
 
 
 # Wells
@@ -459,9 +435,17 @@ MOST_FIELDS = 60
 SAID = 200
 """What people said of a well, at most."""
 FIELDS = """
-    SELECT image_id, well_id, site, plane, time_point, n_cells, n_excluded_cells, excluded
-    FROM image_table WHERE well_id IN (SELECT unnest($wells))
-    ORDER BY well_id, site, plane, time_point
+    SELECT i.image_id, i.well_id, i.site, i.plane, i.time_point, i.n_cells, i.n_excluded_cells,
+        i.excluded, f.flags
+    FROM image_table AS i LEFT JOIN (
+        SELECT image_id, string_agg(DISTINCT reason || coalesce(' (' || channel || ')', ''), ', '
+            ORDER BY reason || coalesce(' (' || channel || ')', '')) AS flags
+        FROM image_flags
+        WHERE run_id = (SELECT max(id) FROM runs WHERE stage = 'qc' AND status = 'done')
+        GROUP BY image_id
+    ) AS f ON f.image_id = i.image_id
+    WHERE i.well_id IN (SELECT unnest($wells))
+    ORDER BY i.well_id, i.site, i.plane, i.time_point
 """
 VOTES_OF_WELL = """
     SELECT c.run_id, c.image_id, l.value AS label, c.cells, c.probability
@@ -479,7 +463,7 @@ RUNS_OF_WELL = """
 def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    wells = _wells_of(request, (barcode,))
+    wells = wells_of(request, (barcode,))
     with suppress(UserInputError):  # it is not found, then
         name = format_well(*parse_well(name))
     at = next((at for at, row in enumerate(wells) if row["well"] == name), None)
@@ -498,9 +482,9 @@ def well(request: Request) -> Response:
     plane = whole(request, "plane", planes[0] if planes else 1)
     time_point = whole(request, "time", times[0] if times else 1)
     shown = [row for row in fields if (row["plane"], row["time_point"]) == (plane, time_point)]
+    image = own[0]["image_id"] if own else 0
     with explorer_of(request).workspace.database.read() as session:
-        channels = _channels(session, own[0]["image_id"]) if own else []
-        flags = _flags(session, [row["image_id"] for row in shown])
+        channels = [file.channel for file in channel_files(session, [image])[image]]
     given = [name for name in request.query_params.getlist("channels") if name in channels]
     outlines = text(request, "outlines") is not None
     pictures: dict[int, list[dict[str, Any]]] = {}
@@ -511,8 +495,7 @@ def well(request: Request) -> Response:
             channels=given or None,
             outlines=1 if outlines else None,
         )
-        made = {**row, "picture": picture, "flags": flags.get(row["image_id"], "")}
-        pictures.setdefault(row["well_id"], []).append(made)
+        pictures.setdefault(row["well_id"], []).append(row | {"picture": picture})
     mine = pictures.get(one["well_id"], [])
     few = max(1, min(FIELDS_BESIDE, len(mine)))
     return page(
@@ -536,8 +519,8 @@ def well(request: Request) -> Response:
     )
 
 
-def _wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The wells of plates in order, rows of ``WELLS``."""
+def wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return the wells of plates in order, rows of ``WELLS``."""
     found = kept(
         request, ("wells", barcodes), lambda: ask(request, WELLS, {"plates": list(barcodes)})
     )
@@ -565,25 +548,6 @@ def _nearest_controls(wells: Sequence[Record], one: Record) -> list[Record]:
     return sorted(controls, key=distance)[:BESIDE]
 
 
-def _channels(session: Session, image_id: int) -> list[str]:
-    files = METADATA.tables["image_files"].c
-    query = select(files.channel).where(files.image_id == image_id).order_by(files.position)
-    return list(session.scalars(query))
-
-
-def _flags(session: Session, images: Sequence[int]) -> dict[int, str]:
-    """What the newest quality-control run that is done flags some fields for."""
-    runs, flags = METADATA.tables["runs"].c, METADATA.tables["image_flags"].c
-    last = select(func.max(runs.id)).where(runs.stage == "qc", runs.status == "done")
-    query = select(flags.image_id, flags.reason, flags.channel).distinct()
-    query = query.where(flags.run_id == last.scalar_subquery(), flags.image_id.in_(images))
-    found: dict[int, str] = {}
-    for image, reason, channel in session.execute(query.order_by(flags.reason, flags.channel)):
-        said = f"{reason} ({channel})" if channel else reason
-        found[image] = f"{found[image]}, {said}" if image in found else said
-    return found
-
-
 def votes_of_well(request: Request) -> Response:
     """What each predict run answers for a well: a part of its page."""
     one = _one_well(request)
@@ -591,7 +555,7 @@ def votes_of_well(request: Request) -> Response:
     def read() -> list[dict[str, Any]]:
         rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
         about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
-        models = {row["id"]: row for row in ask(request, RUNS, {"stage": "predict"})}
+        models = {row["id"]: row for row in runs_done(request, Stage.PREDICT)}
         found = [
             {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
             for run, some in _by(rows, "run_id").items()
@@ -657,7 +621,7 @@ def _said(session: Session, well_id: int) -> list[dict[str, Any]]:
 
 def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
-    found = [row for row in _wells_of(request, (barcode,)) if row["well"] == name]
+    found = [row for row in wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
         raise NotFoundError(f"Plate {barcode} has no well {name}.")
     return found[0]

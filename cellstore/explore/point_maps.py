@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -28,7 +28,6 @@ from ..analysis.components import components_of, umap_of
 from ..artifacts import open_atomically
 from ..errors import CellstoreError, MissingExtraError, UserInputError
 from ..query.engine import Questions
-from ..query.guard import reading_files
 from .requests import Explorer
 
 FORMAT = 1
@@ -75,11 +74,7 @@ class PointMap(NamedTuple):
 
 
 class NotYetError(Exception):
-    """A map is being made; the text says how far. ``job`` names it for :func:`stop`."""
-
-    def __init__(self, progress: str, job: str) -> None:
-        super().__init__(progress)
-        self.job = job
+    """A map is being made; the text says how far."""
 
 
 class _GivenUpError(Exception):
@@ -91,7 +86,6 @@ class _Job:
     progress: str = "Starting"
     asked: float = field(default_factory=time.monotonic)
     error: Exception | None = None
-    thread: threading.Thread | None = None
 
     def check(self, progress: str = "") -> None:
         self.progress = progress or self.progress
@@ -107,10 +101,7 @@ _BUSY = threading.Lock()
 def point_map(explorer: Explorer, kind: str, rows: Rows) -> PointMap:
     """Return the map ``kind`` (``pca`` or ``umap``) of some rows; begin to make it if need be.
 
-    Raises:
-        NotYetError: it is being made; ask again.
-        MissingExtraError: UMAP is not installed.
-        CellstoreError: it cannot be made.
+    Raises NotYetError while it is being made, and CellstoreError if it cannot be made.
     """
     digest = hashlib.sha256(f"{FORMAT} {kind} {rows.key} {rows.columns}".encode()).hexdigest()
     path = explorer.workspace.settings.cache.resolve() / "snapshots" / f"map-{digest[:24]}.parquet"
@@ -118,29 +109,20 @@ def point_map(explorer: Explorer, kind: str, rows: Rows) -> PointMap:
         raise MissingExtraError.of("umap-learn", "hits")
     jobs: dict[str, _Job] = explorer.kept.setdefault("point maps", {})
     with _LOCK:
-        job = jobs.get(digest)
         if path.exists():
-            jobs.pop(digest, None)
             with suppress(OSError):  # of another user; else the oldest copies go first
                 os.utime(path)
             return _opened(path)
-        if job is None or job.thread is None or not job.thread.is_alive():
-            if job is not None and job.error is not None:
-                del jobs[digest]
-                raise job.error
-            jobs[digest] = job = _Job()
-            work = (explorer, job, kind, rows, path)
-            job.thread = threading.Thread(target=_carry_out, args=work, daemon=True)
-            job.thread.start()
+        job = jobs.get(digest)
+        if job is not None and job.error is not None:
+            del jobs[digest]
+            raise job.error
+        if job is None:
+            job = jobs[digest] = _Job()
+            work = (explorer, job, kind, rows, path, lambda: jobs.pop(digest, None))
+            threading.Thread(target=_carry_out, args=work, daemon=True).start()
         job.asked = time.monotonic()
-        raise NotYetError(job.progress, digest)
-
-
-def stop(explorer: Explorer, job: str) -> None:
-    """Let a map that is being made go: nobody waits for it."""
-    known: dict[str, _Job] = explorer.kept.get("point maps", {})
-    if (found := known.get(job)) is not None:
-        found.asked = -math.inf
+        raise NotYetError(job.progress)
 
 
 def _opened(path: Path) -> PointMap:
@@ -150,7 +132,9 @@ def _opened(path: Path) -> PointMap:
     return PointMap(path, tuple(about["titles"]), about["note"])
 
 
-def _carry_out(explorer: Explorer, job: _Job, kind: str, rows: Rows, path: Path) -> None:
+def _carry_out(
+    explorer: Explorer, job: _Job, kind: str, rows: Rows, path: Path, end: Callable[[], Any]
+) -> None:
     try:
         while not _BUSY.acquire(timeout=0.2):
             job.check("Waiting for another map")
@@ -159,8 +143,9 @@ def _carry_out(explorer: Explorer, job: _Job, kind: str, rows: Rows, path: Path)
                 _make(questions, job, kind, rows, path)
         finally:
             _BUSY.release()
+        end()
     except _GivenUpError:
-        pass
+        end()
     except CellstoreError as error:
         job.error = error
     except Exception as error:  # the page says it; a thread has nobody else to tell
@@ -245,12 +230,10 @@ class _Fit:
     """Centres values (N, F) as those it was made from; what is missing gets the mean."""
 
     def __init__(self, values: Numbers, *, alike: bool) -> None:
-        known = np.isfinite(values)
-        counts = known.sum(axis=0)
-        filled = np.where(known, values, 0)
-        self.mean = filled.sum(axis=0) / np.maximum(counts, 1)
-        spread = np.sqrt((np.where(known, values - self.mean, 0) ** 2).sum(axis=0)
-                         / np.maximum(counts, 1))  # fmt: skip
+        counts = np.isfinite(values).sum(axis=0)
+        with warnings.catch_warnings():  # of a column without any value
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self.mean, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
         self.used = (counts > len(values) / 2) & (spread > 1e-12 * np.maximum(1, abs(self.mean)))
         self.spread = np.where(self.used, 1.0 if alike else spread, 1.0)
 
@@ -283,8 +266,3 @@ def _umap(parts: Numbers, job: _Job, words: str) -> Numbers:
 def _umap_process(connection: Connection, parts: Numbers) -> None:
     connection.send(umap_of(parts, SEED))
     connection.close()
-
-
-def reading(found: PointMap) -> str:
-    """Return the SQL that stands behind FROM for the points of a map."""
-    return reading_files([found.path])

@@ -10,7 +10,7 @@ import asyncio
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,15 +21,18 @@ import duckdb
 import jinja2
 from anyio import from_thread
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from ..config import Limits
 from ..db.events import caller
+from ..enums import Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
 from ..query.engine import Questions, open_questions
-from ..query.guard import Limits, Parameters, explained
+from ..query.guard import Parameters, explained
 from ..report.drawing import TEMPLATES, environment_of
 from ..settings import find_store
 
@@ -268,19 +271,16 @@ def waited_for(request: Request, questions: Questions) -> Iterator[None]:
         from_thread.run_sync(task.cancel)
 
 
+@contextmanager
+def asking(request: Request, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
+    """Lend open questions, which are stopped when the browser goes away."""
+    with explorer_of(request).reader.questions(seconds) as found, waited_for(request, found):
+        yield found
+
+
 def ask(request: Request, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
-    """Answer a question of our own over the relations of the store; a row is a dictionary.
-
-    It is stopped when the browser goes away. For some thousand rows; larger answers are read from
-    ``explorer.reader.questions()``.
-
-    Raises:
-        QueryError: it takes longer, or more memory, than a page may.
-    """
-    with (
-        explorer_of(request).reader.questions() as questions,
-        waited_for(request, questions),
-    ):
+    """Answer a question of our own, for some thousand rows; a row is a dictionary."""
+    with asking(request) as questions:
         return questions.ask_ours(sql, parameters).records()
 
 
@@ -297,12 +297,33 @@ def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
     return value
 
 
-def text(request: Request, name: str, default: str | None = None) -> str | None:
-    """Return a parameter of the address; an empty one is none.
+def row_of(session: Session, model: type[T], number: int, options: Sequence[Any] = ()) -> T:
+    """Return a row by its number, read with some ``options``; raises NotFoundError."""
+    found = session.get(model, number, options=options) if number < 2**63 else None
+    if found is None:
+        raise NotFoundError(f"There is no {model.__name__.lower()} {number}.")
+    return found
 
-    Raises:
-        UserInputError: it is too long.
-    """
+
+RUNS = """
+    SELECT r.id, s.name AS split,
+        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared',
+            CASE WHEN t.id IS NOT NULL THEN 'network' END) AS model
+    FROM runs AS r LEFT JOIN runs AS t ON t.id = r.parent_id AND t.stage = 'train'
+    LEFT JOIN recipes AS p ON p.id = t.recipe_id
+    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
+    WHERE r.stage = $stage AND r.status = 'done' ORDER BY r.id DESC LIMIT 200
+"""
+
+
+def runs_done(request: Request, stage: Stage) -> list[dict[str, Any]]:
+    """Return ``id``, ``split`` and ``model`` of the runs of a stage that are done, newest first."""
+    given = {"stage": stage.value}
+    return kept(request, ("runs done", stage), lambda: ask(request, RUNS, given))
+
+
+def text(request: Request, name: str, default: str | None = None) -> str | None:
+    """Return a parameter of the address; an empty one is none. Raises UserInputError."""
     found = request.query_params.get(name)
     if found is None or not found.strip():
         return default
@@ -314,11 +335,7 @@ def text(request: Request, name: str, default: str | None = None) -> str | None:
 def whole(
     request: Request, name: str, default: int | None = None, *, low: int = 0, high: int = 2**53
 ) -> int | None:
-    """Return a whole number of the address.
-
-    Raises:
-        UserInputError: it is something else, or out of range.
-    """
+    """Return a whole number of the address. Raises UserInputError."""
     found = text(request, name)
     if found is None:
         return default
@@ -331,12 +348,8 @@ def whole(
     return number
 
 
-def choice(request: Request, name: str, choices: Mapping[str, T] | list[str], default: str) -> str:
-    """Return a parameter that is one of some words.
-
-    Raises:
-        UserInputError: it is none of them.
-    """
+def choice(request: Request, name: str, choices: Collection[str], default: str) -> str:
+    """Return a parameter that is one of some words. Raises UserInputError."""
     found = text(request, name, default) or default
     if found not in choices:
         raise UserInputError(f"{name} has to be one of {some_of(list(choices), 12)}.")

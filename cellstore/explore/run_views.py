@@ -14,9 +14,9 @@ from starlette.routing import Route
 
 from ..enums import Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..models import Image, Job, Plate, Run, Split, Well
+from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
-from ..report.drawing import Place, interval_bar
+from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
 from ..report.leaderboard import list_runs
 from ..report.lineage_page import lineage_content
@@ -26,7 +26,19 @@ from ..report.scoring import report
 from ..report.votes import SUBSETS
 from ..settings import need
 from ..stages.hits import hits_result
-from .requests import NotFoundError, ask, choice, explorer_of, kept, page, text, url_of, whole
+from .requests import (
+    NotFoundError,
+    ask,
+    choice,
+    explorer_of,
+    kept,
+    page,
+    row_of,
+    runs_done,
+    text,
+    url_of,
+    whole,
+)
 
 RUNS = 100
 """Runs of a page."""
@@ -36,8 +48,6 @@ HIT_ROWS = 1_000
 """Treatments that are listed."""
 CURVES = 6
 """Treatments whose dose curves are drawn."""
-FAILURES = 20
-"""Reasons of failures that are listed."""
 LISTED = 40
 """Values of a list that are shown."""
 
@@ -76,6 +86,15 @@ VOTED_IMAGES = """
     ORDER BY v.share DESC NULLS LAST, v.image_id
     LIMIT $most OFFSET $after
 """
+FAILURES = """
+    SELECT j.*, i.plate || '/' || i.well || '/' || i.site AS name
+    FROM (
+        SELECT error, count(*) AS n, min(image_id) AS image FROM jobs
+        WHERE run_id = ? AND status = 'failed' GROUP BY error
+    ) AS j LEFT JOIN image_table AS i ON i.image_id = j.image
+    ORDER BY n DESC LIMIT 20
+"""
+"""The most frequent reasons of failed jobs, each with an image."""
 CELL_PAIRS = """
     SELECT r.truth, l.value AS predicted, CAST(sum(c.cells) AS BIGINT) AS n
     FROM image_label_counts AS c
@@ -90,28 +109,10 @@ HITS = """
 """
 
 
-def linked(request: Request) -> Place:
-    """Return :func:`url_of`, without addresses of pages that are not there."""
-    known = {address.split("/")[1] for address in request.app.state.addresses}
-
-    def place(what: str, *names: Any, **parameters: Any) -> str | None:
-        return url_of(what, *names, **parameters) if what in known else None
-
-    return place
-
-
 def find_run(request: Request) -> Run:
-    """Return the run of an address.
-
-    Raises:
-        NotFoundError: there is none of this number.
-    """
-    number = request.path_params["run"]
+    """Return the run of an address; raises NotFoundError."""
     with explorer_of(request).workspace.database.read() as session:
-        found = session.get(Run, number, options=WITH_MODEL) if number < 2**63 else None
-    if found is None:
-        raise NotFoundError(f"There is no run {number}. All runs are at /runs.")
-    return found
+        return row_of(session, Run, request.path_params["run"], WITH_MODEL)
 
 
 # All runs
@@ -204,19 +205,18 @@ def run_page(request: Request) -> Response:
         "failures": [],
         "shows": SHOWS,
         "listed": LISTED,
-        "place": linked(request),
     }
     if record["jobs"].get("failed"):
-        values["failures"] = _failures(request, run.id)
+        values["failures"] = ask(request, FAILURES, [run.id])
     if run.stage == Stage.PREDICT:
         values |= _about_labels(request, run)
     if run.stage == Stage.HITS:
-        order = " ".join(f"WHEN '{verdict.value}' THEN {i}" for i, verdict in enumerate(MARKS))
+        order = " ".join(f"WHEN '{verdict}' THEN {i}" for i, verdict in enumerate(MARKS))
         hits = ask(request, HITS.format(order=order), [run.id])
         ends = [x for row in hits for x in (row["effect"], row["effect_high"]) if x is not None]
         values["hits"], values["hits_more"] = hits[:HIT_ROWS], len(hits) > HIT_ROWS and len(hits)
         values["limits"], values["bar"] = (-1.0, max([1.0, *ends])), interval_bar
-        values["marks"] = {verdict.value: mark for verdict, mark in MARKS.items()}
+        values["marks"] = MARKS
     return page(request, "run.html.j2", **values)
 
 
@@ -225,36 +225,14 @@ def _values(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             for name, x in found.items() if x not in (None, [], {}, "")]  # fmt: skip
 
 
-def _failures(request: Request, run_id: int) -> list[dict[str, Any]]:
-    """Reasons of failed jobs, the most frequent first, each with an image."""
-    query = select(Job.error, func.count(), func.min(Job.image_id)).group_by(Job.error)
-    query = query.where(Job.run_id == run_id, Job.status == Status.FAILED)
-    query = query.order_by(func.count().desc()).limit(FAILURES)
-    names = select(Image.id, Plate.barcode, Well.name, Image.site)
-    names = names.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-    with explorer_of(request).workspace.database.read() as session:
-        rows = session.execute(query).all()
-        known = {
-            row[0]: f"{row[1]}/{row[2]}/{row[3]}"
-            for row in session.execute(names.where(Image.id.in_([row[2] for row in rows])))
-        }
-    return [
-        {"error": error, "n": number, "image": image, "name": known.get(image, "")}
-        for error, number, image in rows
-    ]
-
-
 def _about_labels(request: Request, run: Run) -> dict[str, Any]:
     """Other predict runs, with which this one can be compared."""
-    query = select(Run).where(Run.stage == Stage.PREDICT, Run.status == Status.DONE)
-    query = query.where(Run.id != run.id).order_by(Run.id.desc()).limit(200)
-    query = query.options(*WITH_MODEL)
-    with explorer_of(request).workspace.database.read() as session:
-        others = [(x.id, f"run {x.id}, {_model(x)}") for x in session.scalars(query)]
+    others = {row["id"]: f"run {row['id']}, {row['model']}"
+              for row in runs_done(request, Stage.PREDICT) if row["id"] != run.id}  # fmt: skip
     other = whole(request, "other")
-    if other is not None and other not in dict(others):
+    if other is not None and other not in others:
         raise UserInputError(f"There is no other predict run {other} that is done.")
-    return {"others": others, "other": other}
+    return {"others": others.items(), "other": other}
 
 
 def report_part(request: Request) -> Response:
@@ -264,7 +242,7 @@ def report_part(request: Request) -> Response:
     workspace = explorer_of(request).workspace
 
     def look(*read: Any) -> bytes:
-        content = report_content(workspace, *read, place=linked(request))
+        content = report_content(workspace, *read, place=url_of)
         made = page(request, "report.html.j2", frame="part.html.j2", heading="h2", **content)
         return bytes(made.body)
 
@@ -287,8 +265,8 @@ def cells_part(request: Request) -> Response:
 
     rows = kept(request, ("cell pairs", run.id), make)
     counts = {(row["truth"], row["predicted"]): row["n"] for row in rows}
-    total, place = sum(counts.values()), linked(request)
-    at = partial(place, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")
+    total = sum(counts.values())
+    at = partial(url_of, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")
     return page(
         request,
         "cell_matrix.html.j2",
@@ -358,8 +336,7 @@ def voted_images(request: Request) -> Response:
         f"that got the label {predicted}" if predicted else "",
         f"to which run {other} gives another label" if other else "",
     ]
-    place = linked(request)
-    cells = place("cells", run=run.id, label=label, predicted=predicted, subset=subset)
+    cells = url_of("cells", run=run.id, label=label, predicted=predicted, subset=subset)
     return page(
         request,
         "voted_images.html.j2",
@@ -372,7 +349,6 @@ def voted_images(request: Request) -> Response:
         show=show,
         shows=SHOWS,
         cells=cells if label or predicted else None,
-        place=place,
         **given,
     )
 
@@ -384,7 +360,7 @@ def lineage(request: Request) -> Response:
         raise NotFoundError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
     workspace = explorer_of(request).workspace
     found = audit(workspace, name, kind, on_disk=False)
-    content = lineage_content(workspace, found, linked(request))
+    content = lineage_content(workspace, found, url_of)
     return page(request, "lineage.html.j2", frame="layout.html.j2", **content)
 
 

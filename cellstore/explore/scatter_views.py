@@ -7,9 +7,8 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -21,34 +20,34 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..db.bulk import IN_AT_ONCE
-from ..enums import ArtifactKind, Stage, Status
+from ..enums import Stage
 from ..errors import UnknownNameError, UserInputError
-from ..io.filenames import format_well
 from ..jobs.lookup import find_run
-from ..jobs.runs import files_of
 from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
-from ..query.guard import quoted
-from ..report.drawing import plate_layout
-from ..stages.profile import NOT_FEATURES, PLACES
+from ..query.guard import quoted, reading_files
+from ..stages.profile import PLACES
 from .cell_filters import (
     Chosen,
+    bits_of,
     chosen_cells,
-    features_known,
+    ids_of,
     keep_selection,
     kept_selection,
 )
-from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map, reading, stop
-from .requests import ask, explorer_of, kept, page, text, url_of, waited_for, whole
+from .known_features import Feature, features_known, profile_features
+from .plate_views import plate_maps, wells_of
+from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map
+from .requests import ask, asking, explorer_of, kept, page, runs_done, text, url_of, whole
 from .sql_views import as_file
-from .well_colours import OKABE_ITO, viridis
+from .well_colours import OKABE_ITO, WellValues, make_scale
 
 MOST_POINTS = 1_000_000
 """Points that a browser gets; of more, how many lie in each part of the plane."""
 BINS = 256
 """Parts of the plane along each axis."""
 SECONDS = 120.0
-SHOWN_FEATURES, SHOWN_RUNS = 1_000, 100
-"""Of a feature set, in the form; and runs."""
+SHOWN_FEATURES = 1_000
+"""Of a feature set, in the form."""
 NAMED_GROUPS = 7
 """Groups with a colour of their own: the most frequent ones."""
 OTHERS, CONTROLS, NOTHING = 8, 9, 10
@@ -74,44 +73,26 @@ GROUPS_OF_RUN = {
 """The same, of a predict run."""
 NAMES_OF_TREATMENTS = ("treatment", "label", "predicted")
 """Of these, negative controls are one group of its own."""
-UNITS = {"pixel": "pixels", "pixel^2": "pixels²", "intensity": "grey levels", "radian": "radians"}
 
-ABOUT = "SELECT {} AS key, treatment, target, control, plate, batch, dose FROM {} ORDER BY key"
-"""What is known of images, or of wells."""
+OF_WELLS = """SELECT well_id AS key, treatment, target, control, plate, batch, dose,
+        NULL AS label, NULL AS subset
+    FROM well_table ORDER BY key"""
+OF_IMAGES = """SELECT i.image_id AS key, i.treatment, i.target, i.control, i.plate, i.batch, i.dose,
+        r.truth AS label, r.subset
+    FROM image_table AS i LEFT JOIN run_images AS r ON r.run_id = $run AND r.image_id = i.image_id
+    ORDER BY key"""
+"""What colours points, by well and by image; two columns are of a predict run."""
 RIGHT_WRONG = {"right": "#0072b2", "wrong": "#d55e00"}
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 
-class Axis(NamedTuple):
-    """A number of each cell or well: the SQL ``value`` of rows ``origin``, whose ids are ``id``."""
-
-    name: str
-    title: str
-    value: str
-    origin: str
-    id: str
-
-
-@dataclass
-class Points:
-    """N points: ``ids`` of cells or wells, ``x``, ``y``, and what colours them.
-
-    ``colour``: numbers (N,), NaN where there is none; or with ``groups`` the number of each.
-    """
-
-    ids: Ids
-    x: Floats
-    y: Floats
-    colour: NDArray[Any]
-    groups: list[dict[str, Any]]
-
-
 class Plot:
     """What an address means: which cells or wells, what is on the axes, and what colours them.
 
-    ``profiles``: the number of a profile run whose wells are shown; None: cells are.
+    ``profiles``: the number of a profile run whose wells are shown; None: cells are. ``notes`` say
+    how the maps were made that :meth:`axis` has returned.
     """
 
     def __init__(self, request: Request) -> None:
@@ -127,6 +108,7 @@ class Plot:
         self.y = text(request, "y", usual[1]) or ""
         self.colour = text(request, "colour", "treatment") or ""
         self.of_run = self.profiles is None and self.colour in GROUPS_OF_RUN
+        self.notes: dict[str, None] = {}
 
     @cached_property
     def chosen(self) -> Chosen:
@@ -134,40 +116,14 @@ class Plot:
         return chosen_cells(self.request, of_run=self.of_run)
 
     @cached_property
-    def sets(self) -> dict[str, dict[str, Axis]]:
+    def sets(self) -> dict[str, dict[str, Feature]]:
         """The measurements by the set that they are of, then by their names in the address."""
         if self.profiles is not None:
-            return {"profile": kept(self.request, ("profile", self.profiles), self._of_profile)}
-        units = kept(self.request, ("units",), lambda: _units(self.request))
-        found: dict[str, dict[str, Axis]] = {}
+            return {"profile": profile_features(self.request, self.profiles)}
+        found: dict[str, dict[str, Feature]] = {}
         for name, item in features_known(self.request).items():
-            group, _, column = name.rpartition(".")
-            unit = units.get((group, column)) or units.get(("", column), "") if group else ""
-            unit = unit or units.get((group or "basic", column), "")
-            title = f"{name} ({unit})" if unit else name
-            found.setdefault(group or "basic", {})[name] = Axis(
-                name, title, item.column, item.origin, "cell_id"
-            )
+            found.setdefault(name.rpartition(".")[0] or "basic", {})[name] = item
         return found
-
-    def _of_profile(self) -> dict[str, Axis]:
-        import pyarrow.parquet as pq
-
-        assert self.profiles is not None
-        workspace = self.explorer.workspace
-        with workspace.database.read() as session:
-            files = files_of(session, self.profiles, ArtifactKind.PROFILES)
-        if not files:
-            raise UserInputError(f"Profile run {self.profiles} has no profiles.")
-        with self.explorer.reader.questions() as questions:
-            known = {name for name, _ in questions.columns("profiles")}
-        names = pq.read_schema(workspace.artifacts.existing(files[0].path)).names
-        origin = f"profiles WHERE run_id = {self.profiles}"
-        return {
-            name: Axis(name, name, quoted(name), origin, "well_id")
-            for name in names
-            if name not in NOT_FEATURES and name in known
-        }
 
     def usual(self) -> tuple[str, str]:
         """What is on the axes where the address does not say it."""
@@ -178,12 +134,10 @@ class Plot:
         names = [*wanted, *(name for name in known if name not in wanted)]
         return (names[0], names[-1] if len(names) < 2 else names[1]) if names else ("", "")
 
-    def axis(self, name: str) -> Axis:
+    def axis(self, name: str) -> Feature:
         """Return what an axis of this name shows: a feature, or ``pca:SET:1``, ``umap:SET:2``.
 
-        Raises:
-            UnknownNameError: there is no such feature, set or map.
-            NotYetError: its map is being made.
+        Raises UnknownNameError or NotYetError.
         """
         kind, _, rest = name.partition(":")
         if kind in ("pca", "umap") and rest:
@@ -191,10 +145,11 @@ class Plot:
             if of not in self.sets:
                 raise UnknownNameError.of("feature set", of, list(self.sets))
             found = self.map(kind, of)
+            self.notes[found.note] = None
             if not number.isdecimal() or not 1 <= int(number[:9]) <= len(found.titles):
                 raise UnknownNameError(f"{name[:60]!r} is none of its {len(found.titles)} axes.")
             title = f"{found.titles[int(number) - 1]} of {of}"
-            return Axis(name, title, f"c{int(number)}", reading(found), "id")
+            return Feature(title, f"c{int(number)}", reading_files([found.path]), id="id")
         for axes in self.sets.values():
             if name in axes:
                 return axes[name]
@@ -234,15 +189,6 @@ class Plot:
         found = Rows(key, self.unit, sql, given, columns, alike)
         return point_map(self.explorer, kind, found)
 
-    def notes(self) -> list[str]:
-        """Say how the maps on the axes were made."""
-        found: dict[str, None] = {}
-        for name in (self.x, self.y):
-            kind, _, rest = name.partition(":")
-            if kind in ("pca", "umap") and rest.rpartition(":")[0] in self.sets:
-                found[self.map(kind, rest.rpartition(":")[0]).note] = None
-        return list(found)
-
     def options(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """What the axes may show, in groups: the name in the address, and in words."""
         maps = []
@@ -260,7 +206,7 @@ class Plot:
         """What points may be coloured by, besides features."""
         if self.profiles is not None:
             return GROUPS
-        has_run = kept(self.request, ("scatter runs",), lambda: _runs(self.request))["predict"]
+        has_run = runs_done(self.request, Stage.PREDICT)
         return GROUPS | GROUPS_OF_RUN if has_run else GROUPS
 
     def colour_title(self) -> str:
@@ -314,30 +260,32 @@ class Plot:
         key = "points", _digest(counting, values)
         return int(kept(self.request, key, lambda: ask(self.request, counting, values)[0]["n"]))
 
-    def points(self, window: tuple[float, ...] | None) -> Points:
-        """Return the points, in an order of chance: none of a group lies above all others."""
+    def points(
+        self, window: tuple[float, ...] | None
+    ) -> tuple[Ids, Floats, Floats, NDArray[Any], list[dict[str, Any]] | None]:
+        """Return ids, x and y of points (N,), their colours, and what groups these are.
+
+        Colours are numbers, NaN where there is none, or with groups the number of each. The order
+        is of chance: none of a group lies above all others.
+        """
         sql, values = self.joined(window)
-        with (
-            self.explorer.reader.questions(SECONDS) as questions,
-            waited_for(self.request, questions),
-        ):
+        with asking(self.request, SECONDS) as questions:
             arrays = questions.ask_ours(sql, values).arrays()
+        x, y, colour = (filled(arrays[name], np.nan).astype(np.float32) for name in "xyc")
+        groups = None
+        if self.colour in GROUPS | GROUPS_OF_RUN:
+            colour, groups = self._grouped(np.asarray(arrays["key"]), arrays["label_id"])
         ids = np.asarray(arrays["id"], np.int64)
         order = np.random.default_rng(0).permutation(len(ids))
-        x, y = (filled(arrays[name], np.nan).astype(np.float32) for name in "xy")
-        keys, labels = arrays["key"], arrays["label_id"]
-        if self.colour not in GROUPS | GROUPS_OF_RUN:
-            colour = filled(arrays["c"], np.nan).astype(np.float32)
-            return Points(ids[order], x[order], y[order], colour[order], [])
-        colour, groups = self._grouped(np.asarray(keys), labels)
-        return Points(ids[order], x[order], y[order], colour[order], groups)
+        return ids[order], x[order], y[order], colour[order], groups
 
-    def _grouped(self, keys: Ids, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any]]:
+    def _grouped(self, keys: Ids, labels: NDArray[Any]) -> tuple[NDArray[Any], list[Any] | None]:
         """Return what colours points whose image or well is ``keys``: numbers, or of groups."""
         about = self._about()
-        at = np.minimum(np.searchsorted(about["key"], keys), max(0, len(about["key"]) - 1))
+        known = about["key"].astype(np.int64)
+        at = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
         if self.colour == "dose":
-            return np.asarray(about["dose"], np.float32)[at], []
+            return np.asarray(about["dose"], np.float32)[at], None
         numbers: dict[Any, int] = {None: 0}
         if self.colour in ("predicted", "result"):
             names = {row["id"]: row["value"] for row in ask(self.request, "FROM labels")}
@@ -358,22 +306,13 @@ class Plot:
 
     def _about(self) -> dict[str, NDArray[Any]]:
         """What is known of each image or well, by what colours points."""
-        images = self.profiles is None
-        which = ("image_id", "image_table") if images else ("well_id", "well_table")
-        found = kept(self.request, ("about", which), lambda: _columns(self.request, ABOUT, which))
         run = self.chosen.run if self.of_run else None
-        if run is None:
-            return found
-        sql = f"SELECT image_id AS key, truth, subset FROM run_images WHERE run_id = {run}"  # noqa: S608
-        truths = kept(self.request, ("truths", run), lambda: ask(self.request, sql))
-        by_key = {row["key"]: row for row in truths}
-        nothing: dict[str, Any] = {"truth": None, "subset": None}
-        rows = [by_key.get(int(key), nothing) for key in found["key"]]
-        more = {"label": "truth", "subset": "subset"}
-        return found | {
-            name: np.array([row[column] for row in rows] + [None], object)[:-1]
-            for name, column in more.items()
-        }
+        rows = kept(self.request, ("about", self.unit, run), lambda: (
+            ask(self.request, OF_WELLS) if self.profiles is not None
+            else ask(self.request, OF_IMAGES, {"run": run})
+        ))  # fmt: skip
+        names = ("key", *GROUPS, "label", "subset")
+        return {name: np.array([*(row[name] for row in rows), None], object)[:-1] for name in names}
 
 
 def _codes(names: Iterable[Any], numbers: dict[Any, int]) -> NDArray[np.int64]:
@@ -429,42 +368,11 @@ def named_groups(
     return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
 
 
-def _columns(request: Request, sql: str, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-    rows = ask(request, sql.format(*names))
-    found: dict[str, NDArray[Any]] = {
-        name: np.array([row[name] for row in rows] + [None], object)[:-1] for name in GROUPS
-    }
-    return found | {"key": np.array([row["key"] for row in rows], np.int64)}
-
-
-def _units(request: Request) -> dict[tuple[str, str], str]:
-    """The unit of each feature, by its set and name; of a group, of the set made last."""
-    found = {}
-    for row in ask(request, "SELECT name, columns FROM feature_sets ORDER BY id"):
-        for item in json.loads(row["columns"]):
-            unit = str(item.get("unit") or "1")
-            if unit != "1":
-                named = UNITS.get(unit, unit)
-                found[row["name"], item["name"]] = named
-                found[row["name"].rpartition("_")[0], item["name"]] = named
-    return found
-
-
 def _state(request: Request, origin: str) -> tuple[Any, ...]:
     """What changes with the rows of a set."""
     sql = f"""SELECT count(*) AS n, max(cell_id) AS last,
         (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {origin}"""  # noqa: S608
     return tuple(ask(request, sql)[0].values())
-
-
-def _runs(request: Request) -> dict[str, list[int]]:
-    with explorer_of(request).workspace.database.read() as session:
-        found = {}
-        for stage in (Stage.PREDICT, Stage.PROFILE):
-            query = select(Run.id).where(Run.stage == stage, Run.status == Status.DONE)
-            found[stage.value] = list(session.scalars(query.order_by(Run.id.desc())
-                                                      .limit(SHOWN_RUNS)))  # fmt: skip
-        return found
 
 
 # Pages
@@ -480,7 +388,10 @@ def scatter(request: Request) -> Response:
         plot=plot,
         options=plot.options(),
         groups=plot.groups(),
-        runs=kept(request, ("scatter runs",), lambda: _runs(request)),
+        runs={
+            stage.value: [row["id"] for row in runs_done(request, stage)]
+            for stage in (Stage.PREDICT, Stage.PROFILE)
+        },
         run=text(request, "run", ""),
         most=IN_AT_ONCE,
         chips=[
@@ -525,28 +436,22 @@ def points(request: Request) -> Response:
             "unit": plot.unit,
             "titles": [axis.title for axis in axes],
             "colour": {"title": plot.colour_title()},
-            "notes": plot.notes(),
+            "notes": list(plot.notes),
         }
         n = plot.count(window)
         if n > MOST_POINTS:
             return _packed(*_density(plot, window, head))
-        found = plot.points(window)
+        ids, x, y, colour, groups = plot.points(window)
     except NotYetError as error:
-        return JSONResponse({"progress": str(error), "job": error.job}, 202)
-    head |= {"kind": "points", "n": len(found.ids), "whole": window is None}
-    if found.groups or found.colour.dtype == np.uint8:
-        head["colour"]["groups"] = found.groups
+        return JSONResponse({"progress": str(error)}, 202)
+    head |= {"kind": "points", "n": len(ids), "whole": window is None}
+    if groups is not None:
+        head["colour"]["groups"] = groups
     else:
-        known = found.colour[np.isfinite(found.colour)]
+        known = colour[np.isfinite(colour)]
         low, high = np.percentile(known, [2, 98]) if len(known) else (0, 1)
         head["colour"] |= {"low": float(low), "high": float(high), "known": len(known)}
-    return _packed(head, found.ids.astype("<f8"), found.x, found.y, found.colour)
-
-
-def stop_map(request: Request) -> Response:
-    """Stop making a map that a page no longer waits for."""
-    stop(explorer_of(request), text(request, "job") or "")
-    return Response(status_code=204)
+    return _packed(head, ids.astype("<f8"), x, y, colour)
 
 
 def _density(
@@ -573,10 +478,7 @@ def _density(
     binned = f"SELECT {parts}, count(*) AS n FROM ({sql}) GROUP BY ALL"  # noqa: S608 - ours
 
     def find() -> dict[str, Any]:
-        with (
-            plot.explorer.reader.questions(SECONDS) as questions,
-            waited_for(plot.request, questions),
-        ):
+        with asking(plot.request, SECONDS) as questions:
             return questions.ask_ours(binned, values).arrays()
 
     rows = kept(plot.request, ("density", _digest(binned, values)), find)
@@ -627,48 +529,37 @@ def point(request: Request) -> Response:
 
 
 def keep(request: Request) -> Response:
-    """Keep the points within a lasso, whose ids come as bytes.
-
-    They are float64, little endian; with ``bits=1`` bits: of id N bit N % 8 of byte N // 8.
-    """
+    """Keep the points within a lasso, whose ids come as bits: of id N bit N % 8 of byte N // 8."""
     from .server import check_csrf
 
-    check_csrf(request, None)
-    body = from_thread.run(request.body)
-    if text(request, "bits") is not None:
-        ids = np.flatnonzero(np.unpackbits(np.frombuffer(body, np.uint8), bitorder="little"))
-    else:
-        if len(body) % 8:
-            raise UserInputError("A selection is a list of numbers of 8 bytes each.")
-        given = np.frombuffer(body, "<f8")
-        ids = np.where(np.isfinite(given) & (abs(given) < 2**53), given, -1).astype(np.int64)
+    check_csrf(request)
+    bits = from_thread.run(request.body)
+    ids = ids_of(bits)
     last = "SELECT greatest((SELECT max(id) FROM cells), (SELECT max(id) FROM wells)) AS id"
-    if len(ids) and not 0 < ids.min() <= ids.max() <= (ask(request, last)[0]["id"] or 0):
+    if len(ids) and not 0 < ids[0] <= ids[-1] <= (ask(request, last)[0]["id"] or 0):
         raise UserInputError("A selection is a list of ids of cells or wells.")
-    n = len(ids)
     if text(request, "profiles") is not None:
         sql = """SELECT c.id FROM cells AS c JOIN segmentations AS s ON s.id = c.segmentation_id
             JOIN images AS i ON i.id = s.image_id
             WHERE i.well_id IN (SELECT unnest($wells))"""
         with explorer_of(request).reader.questions(SECONDS) as questions:
             arrays = questions.ask_ours(sql, {"wells": ids[:10_000].tolist()}).arrays()
-        ids = np.asarray(arrays["id"], np.int64)
-    return JSONResponse({"selection": keep_selection(explorer_of(request), ids), "n": n})
+        bits = bits_of(np.asarray(arrays["id"], np.int64))
+    return JSONResponse({"selection": keep_selection(explorer_of(request), bits)})
 
 
 def selected_ids(request: Request) -> Response:
-    """The ids of a selection that is kept, as float64, little endian: of cells, or of wells."""
-    ids = kept_selection(explorer_of(request), text(request, "selection") or "")
+    """The ids of a selection that is kept, as bits: of cells, or of wells."""
+    bits = kept_selection(explorer_of(request), text(request, "selection") or "")
     if text(request, "profiles") is not None:
-        ids = np.array([row["well_id"] for row in _wells(request)], np.int64)
-    return Response(ids.astype("<f8").tobytes(), media_type="application/octet-stream")
+        bits = bits_of(np.array([row["well_id"] for row in _wells(request)], np.int64))
+    return Response(bits, media_type="application/octet-stream")
 
 
 def _wells(request: Request) -> list[dict[str, Any]]:
     """The wells of a selection, each with the number of its cells in it."""
     chosen = chosen_cells(request)
-    sql = f"""SELECT w.plate, w.well, w.well_row, w.well_column, w.well_id, w.treatment, w.control,
-            c.n
+    sql = f"""SELECT w.plate, w.well_id, w.treatment, w.control, c.n
         FROM (
             SELECT i.well_id, count(*) AS n FROM ({chosen.query}) AS t
             JOIN images AS i ON i.id = t.image_id GROUP BY i.well_id
@@ -688,43 +579,29 @@ def selected(request: Request) -> Response:
         found[0] += row["n"]
         found[1] += 1
     listed = sorted(treatments.items(), key=lambda item: -item[1][0])
-    plates: dict[str, list[dict[str, Any]]] = {}
+    cells = Counter[str]()
     for row in wells:
-        plates.setdefault(row["plate"], []).append(row)
-    fullest = sorted(plates, key=lambda plate: -sum(row["n"] for row in plates[plate]))
-    most = max((row["n"] for row in wells), default=0)
+        cells[row["plate"]] += row["n"]
+    fullest = [plate for plate, _ in cells.most_common(SHOWN_PLATES)]
+    of_plates = wells_of(request, tuple(sorted(fullest))) if fullest else []
+    numbers = dict.fromkeys((row["well_id"] for row in of_plates), 0.0)
+    numbers |= {row["well_id"]: float(row["n"]) for row in wells}
+    values = WellValues("Selected cells", numbers, limits=(0.0, max(numbers.values(), default=1.0)))
+    scale = make_scale(values, of_plates)
+    maps, there = plate_maps(fullest, of_plates, values, scale)
     return page(
         request,
         "selected.html.j2",
         name=name,
-        cells=sum(row["n"] for row in wells),
+        cells=cells.total(),
         wells=wells,
-        plates={p: _count_map(p, plates[p], most) for p in fullest[:SHOWN_PLATES]},
-        most=most,
-        n_plates=len(plates),
+        maps=maps,
+        there=there,
+        scale=scale,
+        n_plates=len(cells),
         treatments=listed[:SHOWN_TREATMENTS],
         n_treatments=len(listed),
     )
-
-
-def _count_map(plate: str, wells: list[dict[str, Any]], most: int) -> dict[str, Any]:
-    """The cells of a selection in each well, as a map of the plate; ``most`` is the lightest."""
-    by_position = {(row["well_row"], row["well_column"]): row for row in wells}
-    rows, columns = plate_layout(list(by_position))
-    grid = []
-    for at in range(1, rows + 1):
-        line: list[dict[str, str] | None] = []
-        for column in range(1, columns + 1):
-            row = by_position.get((at, column))
-            if row is None:
-                line.append(None)
-                continue
-            role = f" ({row['control']} control)" if row["control"] else ""
-            words = f"{row['well']}, {row['treatment'] or 'unknown'}{role}: {row['n']:,}"
-            url = url_of("well", plate, row["well"])
-            line.append({"url": url, "words": words, "colour": viridis(row["n"] / most)})
-        grid.append((format_well(at, 1)[:-2], line))
-    return {"columns": columns, "rows": grid}
 
 
 def selected_file(request: Request) -> Response:
@@ -741,7 +618,6 @@ def selected_file(request: Request) -> Response:
 ROUTES = [
     Route("/scatter", scatter),
     Route("/scatter/points", points),
-    Route("/scatter/stop", stop_map),
     Route("/scatter/point", point),
     Route("/scatter/selected", selected),
     Route("/scatter/selected.bin", selected_ids),

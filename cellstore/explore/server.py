@@ -61,7 +61,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
-LARGEST_BODY = 8 << 20
+LARGEST_BODY = 32 << 20
+"""Bytes of a request: a bit for each cell that may be selected."""
 LONGEST_ADDRESS = 32_768
 COOKIE = "cellstore_token"
 MALLOC_ARENA_MAX = -8
@@ -144,14 +145,9 @@ class Guard:
         return None
 
 
-def check_csrf(request: Request, given: str | None) -> None:
-    """Check what a page that writes has sent along.
-
-    Raises:
-        HTTPException: it is not the token of this server.
-    """
-    known = request.app.state.explorer.csrf
-    if not _same(request.headers.get("x-csrf-token") or given or "", known):
+def check_csrf(request: Request) -> None:
+    """Check that a page that writes has sent the token of this server along."""
+    if not _same(request.headers.get("x-csrf-token", ""), request.app.state.explorer.csrf):
         raise HTTPException(403, "Load the page again, then repeat this.")
 
 
@@ -237,7 +233,6 @@ def make_app(
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.add_middleware(Guard, explorer=explorer, hosts=hosts)
     app.state.explorer = explorer
-    app.state.addresses = {route.path for route in routes}
     return app
 
 
@@ -251,8 +246,7 @@ def serve(
 ) -> None:
     """Answer until Ctrl-C; ``ready`` is told the address when the pages can be opened.
 
-    Raises:
-        UserInputError: the port is taken, or there is no such host.
+    Raises UserInputError.
     """
     import socket
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from ..query.saved_queries import (
     find_question,
     saved_questions,
 )
-from .requests import explorer_of, page, text, url_of, waited_for
+from .requests import asking, explorer_of, page, text, url_of, waited_for
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,14 +48,6 @@ _PAGES |= {"run_id": "run"}
 """Columns whose values name a thing with a page of its own; wells need their plate, too."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A question, and what is bound to its parameters."""
-
-    sql: str
-    values: Mapping[str, object]
-
-
 def sql_page(request: Request) -> Response:
     """The box for questions; one that the address brings is asked at once, if it is of ours."""
     return page(request, "sql.html.j2", q=_typed(request), runs_itself=_is_ours(request))
@@ -64,7 +55,7 @@ def sql_page(request: Request) -> Response:
 
 def names(request: Request) -> Response:
     """Every table, view and feature set with its columns, for the list and for completion."""
-    with explorer_of(request).reader.questions() as questions, waited_for(request, questions):
+    with asking(request) as questions:
         found = described(questions)
     order = {"view": 0, "feature set": 1, "table": 2, "step": 3}
     relations = [
@@ -107,12 +98,9 @@ def answer(request: Request) -> Response:
     rows: list[Sequence[Any]] = []
     count, stopped = 0, ""
     try:
-        asked = _asked(request)
-        with (
-            explorer_of(request).reader.questions(SECONDS) as questions,
-            waited_for(request, questions),
-        ):
-            found = questions.ask(asked.sql, asked.values)
+        sql, values = _asked(request)
+        with asking(request, SECONDS) as questions:
+            found = questions.ask(sql, values)
             schema = found.schema
             try:
                 for batch in found.batches():
@@ -127,13 +115,11 @@ def answer(request: Request) -> Response:
                 stopped = str(error)
     except UserInputError as error:
         line = getattr(error, "line", None)
-        lines = asked.sql.splitlines() if line else []
+        lines = sql.splitlines() if line else []
         wrong = lines[line - 1].strip() if line and line <= len(lines) else ""
-        values = {"error": str(error), "line": line, "wrong": wrong[:LONG]}
-        return page(request, "answer.html.j2", 400, **values)
+        wrong = wrong[:LONG]
+        return page(request, "answer.html.j2", 400, error=str(error), line=line, wrong=wrong)
     heads = schema.names[:SHOWN_COLUMNS]
-    # The pages that there are: those whose address names a thing.
-    there = {path.split("/")[1] for path in request.app.state.addresses if "{" in path}
     here = request.url.path
     query = f"?{request.url.query}" if request.url.query else ""
     return page(
@@ -141,7 +127,7 @@ def answer(request: Request) -> Response:
         "answer.html.j2",
         error="",
         heads=[(name, str(schema.field(i).type)) for i, name in enumerate(heads)],
-        rows=[_shown(heads, row, there) for row in rows],
+        rows=[_shown(heads, row) for row in rows],
         count=count,
         columns=len(schema.names),
         stopped=stopped,
@@ -153,10 +139,10 @@ def answer(request: Request) -> Response:
 def download(request: Request) -> Response:
     """All rows of an answer as a file, which is written while it is sent."""
     _check_ours(request)
-    asked = _asked(request)
+    sql, values = _asked(request)
     name = request.path_params.get("name", "answer")
     kind = request.path_params["kind"]
-    return as_file(request, f"{name}.{kind}", lambda found: found.ask(asked.sql, asked.values))
+    return as_file(request, f"{name}.{kind}", lambda found: found.ask(sql, values))
 
 
 def as_file(request: Request, name: str, ask: Callable[[Questions], Answer]) -> Response:
@@ -192,14 +178,14 @@ def _typed(request: Request) -> str:
     return found
 
 
-def _asked(request: Request) -> Asked:
-    """The question of a request: the saved one of its path, else what was typed."""
+def _asked(request: Request) -> tuple[str, Mapping[str, object]]:
+    """The saved question of the path, or what was typed, and what is bound to its parameters."""
     name = request.path_params.get("name")
     if name is None:
-        return Asked(_typed(request), {})
+        return _typed(request), {}
     workspace = explorer_of(request).workspace
     question = find_question(workspace, name)
-    return Asked(question.query, bound(workspace, question, _given(request, question)))
+    return question.query, bound(workspace, question, _given(request, question))
 
 
 def _given(request: Request, question: SavedQuestion) -> dict[str, str]:
@@ -254,9 +240,7 @@ def _values(column: pa.Array) -> list[Any]:
         return list(column.cast("string").to_pylist())
 
 
-def _shown(
-    heads: Sequence[str], row: Sequence[Any], pages: set[str]
-) -> list[tuple[str, str, str, str]]:
+def _shown(heads: Sequence[str], row: Sequence[Any]) -> list[tuple[str, str, str, str]]:
     """Return each value as text, its class, where it leads, and the whole where it was cut."""
     plates = [row[heads.index(name)] for name in ("plate", "barcode") if name in heads]
     found = []
@@ -270,9 +254,9 @@ def _shown(
         elif isinstance(value, float):
             words = f"{value:.6g}"
         link = ""
-        if value is not None and _PAGES.get(name) in pages:
+        if value is not None and name in _PAGES:
             link = url_of(_PAGES[name], value)
-        elif name == "well" in pages and value is not None and [*plates, None][0] is not None:
+        elif name == "well" and value is not None and [*plates, None][0] is not None:
             link = url_of("well", plates[0], value)
         words = words if len(words) <= LONG else f"{words[: LONG - 1]}…"
         found.append((words, kind, link, whole[:LONGEST_TITLE] if whole != words else ""))

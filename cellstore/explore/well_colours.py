@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..enums import Control, Stage, Verdict
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UserInputError
 from ..query.engine import Questions
-from ..query.guard import quoted
-from ..query.source import group_of
 from ..report.drawing import brief, colour_limits, short
+from .known_features import Feature
 
 KINDS = {
     "treatment": "Treatment",
@@ -37,9 +36,6 @@ STAGES = {
     "verdict": Stage.HITS,
 }
 """Of those that are about a run, the stage of that run."""
-NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "HUGEINT")
-USUAL = "area"
-
 Value = float | str
 
 # Plates are named in a query of their own, so that DuckDB reads the rows of these alone.
@@ -75,14 +71,13 @@ FEATURE = """
         LEFT JOIN later_exclusions AS e ON e.level = 'cell' AND e.id = c.id
         WHERE c.excluded IS NULL AND e.id IS NULL
     )
-    SELECT c.well_id, avg(CAST(f.{column} AS DOUBLE)) FILTER (WHERE isfinite(f.{column}::DOUBLE))
-        AS value
-    FROM counted AS c JOIN {of} AS f ON f.cell_id = c.id
+    SELECT c.well_id, avg(f.value) FILTER (WHERE isfinite(f.value)) AS value
+    FROM counted AS c JOIN ({feature}) AS f ON f.cell_id = c.id
     GROUP BY c.well_id
 """
 PROFILE = """
-    SELECT well_id, {column} AS value FROM profiles
-    WHERE run_id = $run AND plate IN (SELECT unnest($plates))
+    WITH {of_plates}
+    FROM ({feature}) WHERE well_id IN (SELECT well_id FROM of_plates)
 """
 # Fields that the run, or an earlier one of its recipe, has looked at; else there is no value.
 FLAGS = """
@@ -135,20 +130,7 @@ VERDICT = """
     JOIN hit_table AS h ON h.treatment_id = w.treatment_id
     WHERE h.run_id = $run AND p.barcode IN (SELECT unnest($plates))
 """
-PROFILE_PARAMETERS = """
-    SELECT p.parameters ->> 'normalise' AS normalise
-    FROM runs AS r JOIN recipes AS p ON p.id = r.recipe_id WHERE r.id = $run
-"""
 PLATE_SETS = "SELECT result -> 'plate_sets' AS sets FROM runs WHERE id = $run"
-RUNS = """
-    SELECT r.id, s.name AS split, r.started_at,
-        coalesce(p.parameters ->> 'baseline', p.parameters ->> 'declared',
-            CASE WHEN t.id IS NOT NULL THEN 'network' END) AS model
-    FROM runs AS r LEFT JOIN runs AS t ON t.id = r.parent_id AND t.stage = 'train'
-    LEFT JOIN recipes AS p ON p.id = t.recipe_id
-    LEFT JOIN splits AS s ON s.id = coalesce(r.split_id, t.split_id)
-    WHERE r.stage = $stage AND r.status = 'done' ORDER BY r.id DESC LIMIT 200
-"""
 
 
 @dataclass(frozen=True)
@@ -168,50 +150,15 @@ class WellValues:
     order: Sequence[str] | None = None
 
 
-UNITS_OF_PROFILES = {"mad": "robust SD", "standardise": "SD"}
-"""The units of profiles, by how they were normalised."""
-
-
-def list_features(questions: Questions) -> dict[str, tuple[str, str]]:
-    """Return the features of all sets by name (``SET.COLUMN``): the set and the column of each.
-
-    Of sets that ``measure`` made in groups the newest of each group, by the name of the group.
-    """
-    sets = [
-        row[0] for row in questions.ask_ours("SELECT name FROM feature_sets ORDER BY id").rows()
-    ]
-    named = dict.fromkeys(group_of(name) or name for name in sets)
-    return {
-        f"{name}.{column}": (name, column)
-        for name in named
-        for column, kind in questions.columns(name)
-        if kind in NUMBERS and column != "cell_id"
-    }
-
-
-_OF_PROFILES = ("run_id", "well_id", "n_cells", "n_images", "dose")
-
-
-def list_profile_features(questions: Questions) -> list[str]:
-    """Return the columns of all profiles."""
-    found = questions.columns("profiles")
-    return [name for name, kind in found if kind in NUMBERS and name not in _OF_PROFILES]
-
-
 def read_values(
     questions: Questions,
     wells: Sequence[Mapping[str, Any]],
     kind: str,
     *,
-    run: int | None = None,
-    feature: str | None = None,
+    run: int | None,
+    feature: Feature | None,
 ) -> WellValues:
-    """Return what ``wells`` (rows of ``WELLS``) are coloured by; see ``KINDS``.
-
-    Raises:
-        UnknownNameError: there is no such feature.
-        UserInputError: a run or a feature is needed.
-    """
+    """Return what ``wells`` (rows of ``WELLS``) are coloured by; raises UserInputError."""
     plates = sorted({row["plate"] for row in wells})
     if kind in ("treatment", "dose", "control", "cells"):
         found = of_wells(wells, kind)
@@ -220,28 +167,18 @@ def read_values(
                 "No well of these plates has a dose. Plate maps bring doses: cellstore ingest MAP"
             )
         return found
-    if kind in STAGES and run is None:
-        stage = STAGES[kind].value
-        raise UserInputError(f"No {stage} run has ended yet. Next: cellstore {stage}")
     given: dict[str, Any] = {"plates": plates}
 
-    def ask(query: str, column: str = "", of: str = "") -> list[dict[str, Any]]:
-        query = query.replace("{of_plates}", OF_PLATES).replace("{column}", quoted(column))
-        return questions.ask_ours(query.replace("{of}", quoted(of)), given).records()
+    def ask(query: str) -> list[dict[str, Any]]:
+        rows = "" if feature is None else feature.query
+        query = query.replace("{of_plates}", OF_PLATES).replace("{feature}", rows)
+        return questions.ask_ours(query, given).records()
 
-    if kind == "feature":
-        known = list_features(questions)
-        name, column = known[known_feature(feature, known)]
-        rows = ask(FEATURE, column, name)
-        unit = _units(questions, name).get(column, "").replace("^2", "²")
-        return WellValues(f"{column} (mean of cells)", _numbers(rows), unit)
+    if feature is not None:
+        of = "mean of cells" if kind == "feature" else f"profile run {run}"
+        rows = ask(FEATURE if kind == "feature" else PROFILE)
+        return WellValues(f"{feature.name} ({of})", _numbers(rows), feature.unit)
     given["run"] = run
-    if kind == "profile":
-        column = known_feature(feature, list_profile_features(questions))
-        rows = ask(PROFILE, column)
-        (made,) = questions.ask_ours(PROFILE_PARAMETERS, {"run": run}).records()
-        unit = UNITS_OF_PROFILES.get(made["normalise"], "")
-        return WellValues(f"{column} (profile run {run})", _numbers(rows), unit)
     rows = ask({"flags": FLAGS, "accuracy": ACCURACY, "vote": VOTE, "verdict": VERDICT}[kind])
     words = {row["well_id"]: row["words"] for row in rows if row["words"]}
     if kind == "verdict":
@@ -261,35 +198,6 @@ def read_values(
     return WellValues(
         f"Fields that run {run} got right", _numbers(rows), "%", words, seen, (0.0, 100.0)
     )
-
-
-def known_feature(feature: str | None, known: Collection[str]) -> str:
-    """Return the feature that is meant: of this name, else the usual one, else the first.
-
-    Raises:
-        UnknownNameError: there is none of this name.
-        UserInputError: there is none at all.
-    """
-    if not known:
-        raise UserInputError("No cell is measured yet. Next: cellstore measure")
-    if feature is None:
-        usual = [name for name in known if name.rpartition(".")[2] == USUAL]
-        return next(iter(usual or known))
-    if feature not in known:
-        same = [name for name in known if name.rpartition(".")[2] == feature]
-        if not same:
-            raise UnknownNameError.of("feature", feature, known)
-        return same[0]
-    return feature
-
-
-def _units(questions: Questions, name: str) -> dict[str, str]:
-    query = "SELECT name, columns FROM feature_sets ORDER BY id"
-    found: dict[str, str] = {}
-    for of, columns in questions.ask_ours(query).rows():
-        if name in (of, group_of(of)):
-            found = {item["name"]: item.get("unit") or "" for item in json.loads(columns)}
-    return found
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[int, Value]:
@@ -367,24 +275,16 @@ WRITTEN = 60
 
 
 @dataclass(frozen=True)
-class LegendEntry:
-    """A colour of a legend, and how many wells have it."""
-
-    words: str
-    colour: str
-    wells: int
-
-
-@dataclass(frozen=True)
 class Scale:
     """The colour of each well, by its id, and the legend.
 
-    Numbers have ``ticks``: the shares (0 to 1) of the bar where numbers stand; groups ``entries``.
+    Groups have ``entries``: words, colour, and number of wells. Numbers have ``ticks``: what stands
+    below the bar, at equal distances.
     """
 
     colours: Mapping[int, str]
-    entries: tuple[LegendEntry, ...] = ()
-    ticks: tuple[tuple[float, str], ...] = ()
+    entries: Sequence[tuple[str, str, int]] = ()
+    ticks: Sequence[str] = ()
 
 
 def viridis(share: float) -> str:
@@ -436,16 +336,14 @@ def make_scale(
             if name not in colours and (colour := next(free, None)):
                 colours[name] = colour
         colours = {name: colours[name] for name in ranked if name in colours}
-    entries = [
-        LegendEntry(short(name, WRITTEN), colour, counts[name]) for name, colour in colours.items()
-    ]
+    entries = [(short(name, WRITTEN), colour, counts[name]) for name, colour in colours.items()]
     if found.order is not None and len(entries) > MOST_DOSES:
         step = -(-len(entries) // MOST_DOSES)
         entries = entries[::step]
     if more := [name for name in counts if name not in colours]:
         words = f"{len(more)} other" + ("s" if len(more) > 1 else "")
-        entries.append(LegendEntry(words, OTHERS, sum(counts[name] for name in more)))
-    return Scale({w: colours.get(name, OTHERS) for w, name in groups.items()}, tuple(entries))
+        entries.append((words, OTHERS, sum(counts[name] for name in more)))
+    return Scale({w: colours.get(name, OTHERS) for w, name in groups.items()}, entries)
 
 
 def _of_numbers(numbers: Mapping[int, float], found: WellValues) -> Scale:
@@ -458,5 +356,5 @@ def _of_numbers(numbers: Mapping[int, float], found: WellValues) -> Scale:
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         beyond = "≤ " if share == 0 and min(values) < low else ""
         beyond = "≥ " if share == 1 and max(values) > high else beyond
-        ticks.append((share, beyond + brief(low + share * (high - low))))
-    return Scale(colours, ticks=tuple(ticks))
+        ticks.append(beyond + brief(low + share * (high - low)))
+    return Scale(colours, ticks=ticks)

@@ -95,10 +95,11 @@ class SqliteTable:
         with _adbc(self.path) as cursor:
             table = _fetch(cursor, self._query(values, asked), len(asked))
             columns = dict(zip(plain, table.columns[1:], strict=True))
+            are_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
             self.odd |= {
                 name
                 for name, found in columns.items()
-                if name not in self.texts and not _is_number(found.type)
+                if name not in self.texts and not any(test(found.type) for test in are_numbers)
             }
             for name in sorted(self.odd):  # a copy: another thread may add to it
                 columns[name] = self._odd_column(cursor, name, asked)
@@ -212,10 +213,6 @@ def _image_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[Table
     with _sqlite(path) as db:
         for line, *values in db.execute(query):
             yield TableRow(line, values)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def _quoted(name: str) -> str:

@@ -157,9 +157,9 @@ class TextTable:
                     yield TableBatch(columns, range(line + 1, end + 1), [])
                     line = end
                     continue
-                lines = chain(io.StringIO(block, newline=""), text)
-                splitter = RowSplitter(self, lines, line)
-                yield splitter.batch(positions, line + _count_lines(block))
+                here = list(io.StringIO(block, newline=""))
+                splitter = RowSplitter(self, chain(here, text), line)
+                yield splitter.batch(positions, line + len(here))
                 line, left = splitter.line, "".join(splitter.returned)
 
     def records(
@@ -387,11 +387,6 @@ def _arrow_columns(
     if found.num_rows != lines + (not block.endswith("\n")):
         return None
     return [column.chunk(0) for column in found.columns]
-
-
-def _count_lines(block: str) -> int:
-    ends = block.count("\n") + block.count("\r") - block.count("\r\n")
-    return ends + (not block.endswith(("\n", "\r")))
 
 
 def open_table(

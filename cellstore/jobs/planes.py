@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 from sqlalchemy import Select, and_, exists, func, insert, or_, select
 from sqlalchemy.orm import Session
 
-from ..artifacts import ArtifactFolder
 from ..config import ImageInput
 from ..db.bulk import in_lists, take_ids
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..io.image_files import decode_tiff, project, read_plane
+from ..io.image_files import project, read_plane
 from ..io.uris import is_remote, local_path, local_stat
-from ..models import Artifact, Cell, Folder, Image, ImageFile, Plate, Segmentation, Well
+from ..models import Cell, Folder, Image, ImageFile, Plate, Segmentation, Well
 from .gone_files import gone_folder, gone_sentence
 from .lookup import find_channels, image_name, in_recipes, recipe_channels
 
@@ -166,14 +165,6 @@ def lacking_channels(
                 "channel of the selected images", name, sorted(session.scalars(known))
             )
     return images, tuple(others)
-
-
-def read_artifact_image(
-    session: Session, artifacts: ArtifactFolder, artifact_id: int
-) -> NDArray[np.generic]:
-    """Return the pixels of a stored mask (H, W) or flow image (H, W, 4)."""
-    artifact = session.get_one(Artifact, artifact_id)
-    return decode_tiff(artifacts.read(artifact.path, artifact.sha256))
 
 
 def cell_rows(masks: np.ndarray[Any, Any]) -> list[dict[str, Any]]:

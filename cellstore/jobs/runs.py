@@ -24,17 +24,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
-from ..db.events import Change, caller, record_events, record_runs, run_digests
+from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
 from ..io.uris import FETCHED
-from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
+from ..models import Artifact, Image, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
 from .queue import at_work, close_dead_runs, new_owner, shown_worker
 
 PACKAGES = (
@@ -50,9 +50,6 @@ _VERSION = cache(version)
 
 
 T = TypeVar("T")
-
-MANY_JOBS = 10_000
-"""Of a run with more, what it wrote is read before others have to wait for its end."""
 
 LOCAL = ("exclude_flagged",)
 """Parameters that are row numbers of this store where they do not count."""
@@ -263,11 +260,6 @@ def running(
         values: dict[str, Any] = {"status": status, "ended_at": now, "result": handle.result}
         if handle.error is not None:
             values["error"] = handle.error
-        written = None
-        with database.read() as session:  # of a large run it takes a while, and others may write
-            of_run = select(func.count()).where(Job.run_id == handle.id)
-            if (session.scalar(of_run) or 0) > MANY_JOBS:
-                written = run_digests(session, [handle.id])
         mine = update(Run).where(Run.id == handle.id)
         if handle.owner is not None:
             mine = mine.where(Run.process == handle.owner)
@@ -283,7 +275,7 @@ def running(
                     values = {"process": others[0]}
             done: Any = session.execute(mine.values(**values))
             if done.rowcount and "status" in values:
-                record_runs(session, [handle.id], written=written)
+                record_runs(session, [handle.id])
 
 
 def check_still_ours(session: Session, run: RunHandle) -> None:

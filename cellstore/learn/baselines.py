@@ -46,10 +46,7 @@ STEPS = 1000
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
-    """Return baselines by name or by that of one of ``GROUPS``, in the order of ``BASELINES``.
-
-    Raises ``UnknownNameError`` for another name, ``UserInputError`` for none.
-    """
+    """Return baselines by name or by that of one of ``GROUPS``, in the order of ``BASELINES``."""
     wanted: set[str] = set()
     for name in names:
         if name not in GROUPS and name not in BASELINES:

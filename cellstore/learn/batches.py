@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -23,23 +24,28 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ..artifacts import ArtifactFolder
 from ..config import ImageInput
+from ..enums import Projection
 from ..errors import ImageError, StorageError, UserInputError
+from ..io.image_files import decode_tiff, project
 from ..jobs.execute import cores
-from ..jobs.planes import read_image
+from ..jobs.planes import ChannelFile, channel_files, choose_files, open_file
 from ..jobs.workspace import Workspace
 from ..models import Image, Well
 from ..query.cells import (
+    CellRows,
     CellSource,
     ImageBlock,
     current_segmentation,
+    flow_file,
+    mask_file,
     plate_of,
     read_cells,
-    read_flows,
-    read_masks,
 )
+from ..query.feature_files import SetReader
 from .baselines import CELLCOUNT, MAJORITY, POSITION, count_rows
-from .branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
+from .branches import BRANCHES, FLOW, IMAGE, MASK
 from .crops import (
     UNKNOWN_LABEL,
     CellBlock,
@@ -48,7 +54,6 @@ from .crops import (
     Pictures,
     crop_cells,
     cut_crops,
-    empty_layers,
 )
 from .normalising import Scaler
 
@@ -171,10 +176,6 @@ class BlockShuffle:
 
     Batches hold cells in the order of their blocks; ``read_all`` yields the cells of blocks in the
     order of the ids it is given.
-
-    Raises, when called:
-        UserInputError: ``share``: a process would have too few cells to fill its batches.
-        ImageError: a block has not as many cells as was said.
     """
 
     def __init__(
@@ -340,6 +341,92 @@ def available_memory() -> int:
     return min(found)
 
 
+@dataclass(frozen=True)
+class FoundCells:
+    """The cells of an image, and the files of it that are looked at.
+
+    ``masks`` and ``flows``: path and sha256. ``plane``: the files of the plane that was segmented.
+    Without masks nothing is to be cut.
+    """
+
+    plate: str
+    rows: CellRows
+    masks: tuple[str, str] | None = None
+    flows: tuple[str, str] | None = None
+    plane: tuple[ChannelFile, ...] = ()
+    channels: tuple[ChannelFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class CellView:
+    """Which ``branches`` look at the cells: ``channels`` are what branch ``image`` is shown.
+
+    ``plane``: the intensities of branch ``mask``; ``None``: there are none. What :meth:`find`
+    returns may be sent to another process, in which :meth:`cut` opens the files.
+    """
+
+    branches: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+    plane: ImageInput | None = None
+
+    def find(
+        self,
+        session: Session,
+        source: CellSource,
+        image_id: int,
+        columns: Sequence[str],
+        reader: SetReader,
+    ) -> FoundCells:
+        """Return the cells of an image with their measurements, and the files of the image."""
+        rows = read_cells(session, source, image_id, columns, reader)
+        plate = plate_of(session, image_id)
+        if not len(rows.cell_ids) or {MASK, FLOW, IMAGE}.isdisjoint(self.branches):
+            return FoundCells(plate, rows)
+        now = current_segmentation(session, source.segment_id, image_id)
+        masks = mask_file(session, now)
+        if rows.boxes is None:
+            raise ImageError(
+                "The boxes of these cells are unknown, so they cannot be cut out of the image. "
+                "If you have their masks, run: cellstore ingest masks DIR"
+            )
+        flows = flow_file(session, now) if FLOW in self.branches else None
+        files = channel_files(session, [image_id])[image_id]
+        plane = choose_files(files, self.plane) if self.plane and MASK in self.branches else []
+        channels = choose_files(files, ImageInput(self.channels)) if self.channels else []
+        return FoundCells(plate, rows, masks, flows, tuple(plane), tuple(channels))
+
+    def open(
+        self, artifacts: ArtifactFolder, found: FoundCells, scales: Sequence[float] | None = None
+    ) -> Pictures:
+        """Read the files of an image whose masks are known."""
+        assert found.masks is not None
+        try:
+            masks = decode_tiff(artifacts.read(*found.masks))
+            flows = None if found.flows is None else decode_tiff(artifacts.read(*found.flows))
+        except StorageError as error:
+            # A file of one image that is damaged is no reason to give up the others.
+            raise ImageError(str(error)) from error
+        plane: Any = np.zeros(masks.shape, np.uint8) if MASK in self.branches else None
+        if found.plane and self.plane is not None:
+            plane = project([open_file(file) for file in found.plane], self.plane.projection)
+        channels = [project([open_file(file)], Projection.MEDIAN) for file in found.channels]
+        return Pictures(
+            masks, flows, plane, tuple(channels), None if scales is None else tuple(scales)
+        )
+
+    def cut(
+        self, artifacts: ArtifactFolder, found: FoundCells, scales: Sequence[float] | None
+    ) -> tuple[NDArray[np.int64], Layers]:
+        """Cut the cells out; return sizes and layers, see :func:`.crops.cut_crops`.
+
+        ``scales``: the intensities that become 1, of the plane and of each channel; default: those
+        of the image.
+        """
+        assert found.rows.boxes is not None
+        pictures = self.open(artifacts, found, scales)
+        return cut_crops(pictures, found.rows.boxes, found.rows.labels)
+
+
 class CellReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
@@ -350,9 +437,6 @@ class CellReader:
     (default: a quarter of the memory, :func:`default_memory`). Several threads may call it. Crops
     come on ``device``. ``model``: ``None`` for a network; a baseline that looks at no cell reads
     what is the same for all cells of an image.
-
-    Raises:
-        UserInputError: ``scaler`` names a measurement that is not there any more.
     """
 
     def __init__(
@@ -370,10 +454,9 @@ class CellReader:
         device: str = "cpu",
         model: str | None = None,
     ) -> None:
-        self.workspace, self.source, self.plane = workspace, source, plane
+        self.workspace, self.source, self.device = workspace, source, device
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
-        self.branches, self.channels = tuple(branches), tuple(channels)
-        self.device = device
+        self.view = CellView(tuple(branches), tuple(channels), plane)
         self.of_image = model if model in (MAJORITY, CELLCOUNT, POSITION) else None
         features = source.features
         read = () if self.of_image else scaler.names
@@ -393,62 +476,35 @@ class CellReader:
         return crop_cells(self.cut(image_id), self.crop_size, self.device)
 
     def cut(self, image_id: int) -> CellCrops:
-        """Return the cells of an image, by cell id, whose crops are not resized yet.
-
-        Raises:
-            ImageError: its pixels or masks cannot be read or do not fit each other.
-        """
+        """Return the cells of an image, by cell id, whose crops are not resized yet."""
         found = self._kept.get(image_id)
-        if found is not None:
-            return found
-        columns = self.scaler.names
+        if found is None:
+            found = self.read(image_id)
+            with self._lock:
+                if self._room and image_id not in self._kept and found.nbytes <= self._room:
+                    self._kept[image_id], self._room = found, self._room - found.nbytes
+        return found
+
+    def read(self, image_id: int) -> CellCrops:
+        """Do what :meth:`cut` does; nothing is kept."""
+        columns = () if self.of_image else self.scaler.names
         with self.workspace.database.read() as session:
-            wanted = () if self.of_image else columns
-            rows = read_cells(session, self.source, image_id, wanted, self._values)
-            values, count = rows.features, len(rows.cell_ids)
+            found = self.view.find(session, self.source, image_id, columns, self._values)
+            rows, values, count = found.rows, found.rows.features, len(found.rows.cell_ids)
             if self.of_image == CELLCOUNT:
                 values = np.repeat(count_rows([count]), count, axis=0)
             elif self.of_image == POSITION:
                 query = select(Well.well_row, Well.well_column)
                 query = query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
                 values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
-            plate = plate_of(session, image_id)
-            if self.branches == (TABULAR,):
-                sizes = np.zeros((count, 2), np.int64)
-                layers: Layers = {}
-            elif count == 0:
-                sizes = np.empty((0, 2), np.int64)
-                layers = empty_layers(sizes, self.branches, len(self.channels))
-            elif rows.boxes is None:
-                raise ImageError(
-                    "The boxes of these cells are unknown, so they cannot be cut out of the image. "
-                    "If you have their masks, run: cellstore ingest masks DIR"
-                )
-            else:
-                pictures = self._pictures(session, image_id, plate)
-                sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
+        sizes, layers = np.zeros((count, 2), np.int64), {}  # type: Any, Layers
+        if found.masks is not None:
+            scales = (self.scaler.intensities or {}).get(found.plate)
+            sizes, layers = self.view.cut(self.workspace.artifacts, found, scales)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(count, label, dtype=np.int64)
-        scaled = self.scaler.transform(values, plate)
-        found = CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
-        with self._lock:
-            if self._room and image_id not in self._kept and found.nbytes <= self._room:
-                self._kept[image_id], self._room = found, self._room - found.nbytes
-        return found
-
-    def _pictures(self, session: Session, image_id: int, plate: str) -> Pictures:
-        artifacts, database = self.workspace.artifacts, self.workspace.database
-        found = current_segmentation(session, self.source.segment_id, image_id)
-        try:
-            masks = read_masks(session, artifacts, found)
-            flows = read_flows(session, artifacts, found) if FLOW in self.branches else None
-        except StorageError as error:
-            # A file of one image that is damaged is no reason to give up the others.
-            raise ImageError(str(error)) from error
-        plane = read_image(database, image_id, self.plane) if MASK in self.branches else None
-        names = self.channels if IMAGE in self.branches else ()
-        channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
-        return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
+        scaled = self.scaler.transform(values, found.plate)
+        return CellCrops(sizes, layers, scaled, labels, rows.cell_ids)
 
 
 def reading_threads() -> int:
@@ -463,14 +519,6 @@ class Batches:
     :class:`BlockShuffle`. A thread makes the next batch while this one is used. ``waited`` are the
     seconds that whoever took the batches of the latest epoch has waited for them. Batches are the
     same on any machine, with any number of threads and any memory.
-
-    Memory: what ``reader`` keeps, twice the buffer of crops that are shuffled, three batches,
-    and an image for each reading thread and one more.
-
-    Raises, when batches are taken:
-        ImageError: pixels or masks of an image cannot be read, or its cells are not those that
-            ``blocks`` counted.
-        UserInputError: there are too few images for a ``share``.
     """
 
     def __init__(self, reader: CellReader, blocks: Sequence[ImageBlock], **more: Any) -> None:

@@ -30,9 +30,6 @@ def choose_branches(
     """Return the branches of a network on ``source``, and a sentence where some are excluded.
 
     Default: all three, or those that the segmentations of its split can feed.
-
-    Raises:
-        UserInputError: a branch that is wanted cannot be fed.
     """
     has_masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
     has_flows = and_(has_masks, Segmentation.flow_artifact_id.is_not(None))
@@ -58,22 +55,10 @@ def choose_branches(
 
 
 def choose_channels(session: Session, source: CellSource, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the channels of branch ``image`` as recipes call them; default: all of them.
-
-    Raises:
-        UnknownNameError: no image of the split has such a channel.
-        UserInputError: some images do not have it, or it is named twice.
-    """
+    """Return the channels of branch ``image`` as recipes call them; default: all of them."""
     images = _images_with_cells(source)
     number = session.scalar(images.with_only_columns(func.count())) or 0
-    query = (
-        images.with_only_columns(ImageFile.channel, func.count())
-        .join(ImageFile, ImageFile.image_id == Image.id)
-        .where(ImageFile.channel != PROJECTION_CHANNEL)
-        .group_by(ImageFile.channel)
-        .order_by(func.min(ImageFile.position), ImageFile.channel)
-    )
-    counts: dict[str, int] = dict(session.execute(query).all())
+    counts = count_channels(session, images)
     by_name = {name.lower(): name for name in counts}
     wanted = find_channels(session, wanted)
     for name in wanted:
@@ -89,6 +74,18 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
                 f"{name!r}. Name others with --channels, or ingest what is missing."
             )
     return in_recipes(session, chosen)
+
+
+def count_channels(session: Session, images: Select[Any]) -> dict[str, int]:
+    """Return how many of the ``images`` have each channel, in the order of the channels."""
+    query = (
+        images.with_only_columns(ImageFile.channel, func.count())
+        .join(ImageFile, ImageFile.image_id == Image.id)
+        .where(ImageFile.channel != PROJECTION_CHANNEL)
+        .group_by(ImageFile.channel)
+        .order_by(func.min(ImageFile.position), ImageFile.channel)
+    )
+    return dict(session.execute(query).all())
 
 
 def _images_with_cells(source: CellSource) -> Select[Any]:

@@ -68,7 +68,7 @@ class CellCrops:
 
     sizes: NDArray[np.int64]
     layers: Layers
-    features: NDArray[np.float32]
+    features: NDArray[Any]
     labels: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
 
@@ -288,8 +288,6 @@ def resized(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> 
 
     The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
     and the intensity inside the cell; of ``flow`` those of the flows; of ``image`` those asked for.
-
-    Raises ``UserInputError`` for a size below 1.
     """
     if size < 1:
         raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")

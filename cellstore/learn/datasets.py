@@ -19,7 +19,6 @@ from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace, open_workspace
 from ..models import SplitMember
-from ..notebooks import html_of
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -103,26 +102,11 @@ class CellDataset(IterableDataset[Item]):
     # Shared memory, so that workers that persist see it change.
     epoch: torch.Tensor = field(default_factory=lambda: _shared(torch.zeros((), dtype=torch.int64)))
     _opened: tuple[int, CellReader] | None = None
-    _shape: tuple[int, ...] | None = None
 
     @property
     def feature_names(self) -> tuple[str, ...]:
         """The columns of ``features``."""
         return self.scaler.names if TABULAR in self.branches else ()
-
-    def _repr_html_(self) -> str:
-        return html_of(
-            {
-                "cells of an epoch": len(self),
-                "classes": self.classes,
-                "channels": self.channels,
-                "crop": self.crop,
-                "features": self.feature_names,
-                "sampler": self.sampler,
-                "notes": self.notes,
-            },
-            "Cells for a DataLoader",
-        )
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order, and the cells of a sampler, of another epoch."""
@@ -176,7 +160,6 @@ class CellDataset(IterableDataset[Item]):
             if crops is not None:
                 picture = crops[index]
             else:
-                self._check_shape(shape)
                 flat = torch.from_numpy(images.layers[IMAGE][:, start:end])
                 picture = (flat * 2 - 1).reshape(-1, *shape)  # as crops
             item: Item = {"image_id": image_id, **self.image_names[image_id]}
@@ -189,20 +172,6 @@ class CellDataset(IterableDataset[Item]):
                     numbers = numbers[np.ix_(rows, columns)]
                 item["mask"] = torch.from_numpy(numbers)
             yield item
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse fields that cannot stand in one batch.
-
-        Raises:
-            UserInputError: an earlier field has another size, and nobody makes them equal.
-        """
-        self._shape = self._shape or shape
-        if self.transform is None and shape != self._shape:
-            raise UserInputError(
-                f"Some fields have {self._shape[0]} x {self._shape[1]} pixels, others "
-                f"{shape[0]} x {shape[1]}. Give crop=512: all are resized to 512 x 512; or a "
-                "transform that makes them equal."
-            )
 
     @property
     def _blocks(self) -> list[Block]:
@@ -231,18 +200,12 @@ class CellDataset(IterableDataset[Item]):
 
 
 class FieldReader(CellReader):
-    """Reads whole fields: :meth:`cut` returns one "cell", the field, with the id of the image."""
+    """Reads whole fields: each is one "cell" with the id of the image."""
 
-    def cut(self, image_id: int) -> CellCrops:
-        """Return an image; its masks are layer ``OBJECTS``.
-
-        Raises:
-            ImageError: its pixels or masks cannot be read or do not fit each other.
-        """
-        if (found := self._kept.get(image_id)) is not None:
-            return found
-        database, names = self.workspace.database, self.channels
-        channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
+    def read(self, image_id: int) -> CellCrops:
+        """Return an image; its masks are layer ``OBJECTS``."""
+        database, view = self.workspace.database, self.view
+        channels = tuple(read_image(database, image_id, ImageInput((c,))) for c in view.channels)
         with database.read() as session:
             member = (
                 SplitMember.split_id == self.source.split_id,
@@ -251,24 +214,20 @@ class FieldReader(CellReader):
             label_id = session.scalar(select(SplitMember.label_id).where(*member))
             plate = plate_of(session, image_id)
             masks = np.zeros(channels[0].shape, np.uint8)
-            if MASK in self.branches:
+            if MASK in view.branches:
                 try:
-                    found_in = current_segmentation(session, self.source.segment_id, image_id)
-                    masks = read_masks(session, self.workspace.artifacts, found_in)
+                    found = current_segmentation(session, self.source.segment_id, image_id)
+                    masks = read_masks(session, self.workspace.artifacts, found)
                 except StorageError as error:
                     raise ImageError(str(error)) from error
         scales = (self.scaler.intensities or {}).get(plate)
         nothing = np.zeros_like(masks)  # the field as the one cell of itself, number 0
         pictures = Pictures(nothing, None, None, channels, scales)
         sizes, layers = cut_crops(pictures, np.array([[0, 0, *masks.shape]]), np.zeros(1))
-        if MASK in self.branches:
+        if MASK in view.branches:
             layers = {**layers, OBJECTS: masks.astype(np.int64).reshape(1, -1)}
         label = np.array([self.classes.get(label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)])
-        found = CellCrops(sizes, layers, np.zeros((1, 0), np.float32), label, np.array([image_id]))
-        with self._lock:
-            if self._room and image_id not in self._kept and found.nbytes <= self._room:
-                self._kept[image_id], self._room = found, self._room - found.nbytes
-        return found
+        return CellCrops(sizes, layers, np.zeros((1, 0), np.float32), label, np.array([image_id]))
 
 
 def _shared(number: torch.Tensor) -> torch.Tensor:
@@ -296,10 +255,6 @@ def cell_dataset(
     """Return the data set of a subset of a split; see :meth:`cellstore.Store.dataset`.
 
     ``params``: its branches are what an item has (``mask``, ``image``, ``tabular``).
-
-    Raises:
-        UnknownNameError: there is no such split, channel, recipe or feature set.
-        UserInputError: there are no cells, or what was asked for is not known of all of them.
     """
     wanted = params.branches or ()
     if unit == "image" and TABULAR in wanted:

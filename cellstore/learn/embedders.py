@@ -2,9 +2,8 @@
 
 A network is named as ``timm:NAME``, ``torchvision:NAME``, ``hf:OWNER/NAME[@REVISION]`` (a
 repository of the Hugging Face hub), by the short name of one of :data:`KNOWN`, or by the path of a
-local folder with ``config.json`` and ``model.safetensors``. Nothing that comes with weights is run:
-weights are safetensors files, or state dicts that torch's reader of weights alone opens; networks
-are built from the code of timm, torchvision and transformers, or from the lines below.
+local folder with ``config.json`` and ``model.safetensors``. Networks are built from the code of
+timm, torchvision and transformers, or from the lines below; no code that comes with weights is run.
 """
 
 from __future__ import annotations
@@ -28,14 +27,16 @@ from ..errors import ImageError, UnknownNameError, UserInputError, first_line
 from ..settings import need
 from .crops import CROP_MEAN, CROP_STD
 from .exported_classifier import TIMM, ImageBranch, timm_network
-from .networks import (
+from .networks import check_backbone, start_from
+from .pretrained import (
+    WEIGHTS,
     State,
-    check_backbone,
     check_timm_name,
+    fetch,
     imagenet_state,
     owner_of,
     read_state,
-    start_from,
+    timm_weights,
 )
 
 TORCHVISION, HUB = "torchvision:", "hf:"
@@ -46,7 +47,7 @@ side; three channels as red, green and blue; or all channels as they are."""
 CROP, IMAGE = "each channel of each crop", "all channels of a crop together"
 """What is normalised by itself, where no fixed mean and spread are subtracted and divided by."""
 
-WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
 AT_ONCE = 128
 """Pictures that go through a network together: of many channels, a batch of cells is more."""
@@ -132,9 +133,6 @@ class Embedder(nn.Module):
 
         They are resized as torchvision does it (bilinear, with antialiasing), cut off at 0 and 1 on
         the scale where black is 0, and normalised.
-
-        Raises:
-            ImageError: there are more or fewer channels than it reads.
         """
         n, c = images.shape[:2]
         if self.mode != CHANNELS and self.channels not in (None, c):
@@ -169,11 +167,6 @@ def open_embedder(
     ``mode``: one of :data:`MODES`; default: that of a known model, else ``channels``. ``weights``:
     a file that was fetched before, instead of a download. ``size``: of its input in pixels;
     default: that with which the network was trained.
-
-    Raises:
-        MissingExtraError: timm or transformers is not installed.
-        UnknownNameError: there is no such network or mode.
-        UserInputError: it cannot be fetched or read, or does not fit the mode or the size.
     """
     need("train")
     need("embed")
@@ -236,68 +229,6 @@ def licence_of(model: str) -> str:
     return "of torchvision: BSD-3-Clause" if model.startswith(TORCHVISION) else "not known"
 
 
-def fetch(
-    repository: str,
-    names: Sequence[str],
-    revision: str | None = None,
-    bring: str = f"--weights DIR/{WEIGHTS}",
-) -> tuple[dict[str, Path], str | None]:
-    """Return files of a repository of the Hugging Face hub by name, and the commit they are of.
-
-    They are kept in the cache of ``huggingface_hub``; what is there already is not fetched again.
-    ``bring``: the option that takes them, for the sentence where they cannot be had.
-
-    Raises ``UserInputError`` if one cannot be had, with what to do.
-    """
-    import huggingface_hub
-    from huggingface_hub.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would print each attempt
-    get = partial(huggingface_hub.hf_hub_download, repository, revision=revision)
-    pinned = revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    try:
-        try:
-            found = {name: Path(get(name, local_files_only=pinned)) for name in names}
-        except huggingface_hub.errors.LocalEntryNotFoundError:
-            if not pinned:
-                raise
-            found = {name: Path(get(name)) for name in names}
-    except Exception as error:  # of the hub, of the network, of the disk
-        errors = huggingface_hub.errors
-        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
-        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            reason = "it cannot be reached, or HF_HUB_OFFLINE is set"
-        at = "" if revision is None else f" --revision {revision}"
-        login = ""
-        if isinstance(error, errors.GatedRepoError):
-            login = f"Accept its licence on the page of {repository}, and log in: hf auth login. "
-        raise UserInputError(
-            f"{repository} could not be fetched from the Hugging Face hub ({reason}). {login}"
-            f"Where there is a network: hf download {repository}{at} --local-dir DIR. Then bring "
-            f"the folder here and give it: {bring}"
-        ) from error
-    finally:
-        logging.set_verbosity(before)
-    folder = found[names[0]].parent
-    return found, folder.name if folder.parent.name == "snapshots" else None
-
-
-def timm_weights(name: str) -> tuple[Path, str | None]:
-    """Return the file of pretrained weights of a network of timm, and the commit it is of."""
-    check_timm_name(name)
-    import timm
-
-    config = timm.get_pretrained_cfg(name)
-    if not str(config.hf_hub_id or "").startswith("timm/"):
-        raise UserInputError(
-            f"timm's {name} has no pretrained weights of timm's own on the Hugging Face hub. Give "
-            "a file of them (--weights FILE), or a name from timm.list_pretrained()."
-        )
-    found, revision = fetch(str(config.hf_hub_id), [WEIGHTS])
-    return found[WEIGHTS], revision
-
-
 def _open_backbone(backbone: str, weights: Path | None) -> Opened:
     """A network of torchvision or timm, as ``train --backbone`` has it."""
     check_backbone(backbone)
@@ -322,15 +253,14 @@ def _open_backbone(backbone: str, weights: Path | None) -> Opened:
         ) from error
     state = imagenet_state(backbone) if weights is None else read_state(weights, owner_of(backbone))
     start_from(branch, state)
-    digest = _digest(state) if weights is None else sha256_of(weights)
+    if weights is not None:
+        digest = sha256_of(weights)
+    else:
+        every = hashlib.sha256()
+        for key, value in sorted(state.items()):
+            every.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+        digest = every.hexdigest()
     return Opened(branch, 3, size, mean, std, digest, revision, licence)
-
-
-def _digest(state: State) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _open_hub(name: str, known: KnownModel | None) -> Opened:
@@ -626,7 +556,6 @@ _IMAGENET = "each channel as grey, mean and spread of ImageNet"
 _DINOV3 = "DINOv3 License (accept it on the page of the repository)"
 _FAIR = "FAIR Noncommercial Research License: no commercial use"
 _CELL_DINO = "by a form of Meta: ai.meta.com/resources/models-and-libraries/cell-dino-downloads"
-_SUBCELL = "file {} in the public bucket czi-subcell-public, folder models"
 
 KNOWN: Mapping[str, KnownModel] = {
     "dinov2-small": KnownModel(
@@ -635,23 +564,11 @@ KNOWN: Mapping[str, KnownModel] = {
         _IMAGENET,
         "ed25f3a31f01632728cabb09d1542f84ab7b0056",
     ),
-    "dinov2-base": KnownModel(
-        "hf:facebook/dinov2-base",
-        "Apache-2.0",
-        _IMAGENET,
-        "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
-    ),
     "dinov3-small": KnownModel(
         "hf:facebook/dinov3-vits16-pretrain-lvd1689m",
         _DINOV3,
         _IMAGENET,
         "114c1379950215c8b35dfcd4e90a5c251dde0d32",
-    ),
-    "dinov3-base": KnownModel(
-        "hf:facebook/dinov3-vitb16-pretrain-lvd1689m",
-        _DINOV3,
-        _IMAGENET,
-        "5931719e67bbdb9737e363e781fb0c67687896bc",
     ),
     "openphenom": KnownModel(
         "hf:recursionpharma/OpenPhenom",
@@ -682,7 +599,7 @@ KNOWN: Mapping[str, KnownModel] = {
         make=partial(cell_dino, "small", 8, 128, 5),
     ),
     "subcell": KnownModel(
-        _SUBCELL.format("all_channels_MAE-CellS-ProtS-Pool.pth"),
+        "models/all_channels_MAE-CellS-ProtS-Pool.pth in the public bucket czi-subcell-public",
         "MIT (of its code)",
         "microtubules, ER, DNA and a protein together, 0 to 1",
         mode=NATIVE,
@@ -690,16 +607,6 @@ KNOWN: Mapping[str, KnownModel] = {
         size=448,
         normalise=IMAGE,
         make=partial(SubCell, 4),
-    ),
-    "subcell-er": KnownModel(
-        _SUBCELL.format("ER-DNA-Protein_MAE-CellS-ProtS-Pool.pth"),
-        "MIT (of its code)",
-        "ER, DNA and a protein together, 0 to 1",
-        mode=NATIVE,
-        channels=3,
-        size=448,
-        normalise=IMAGE,
-        make=partial(SubCell, 3),
     ),
 }
 """Networks by a short name. The revisions are the commits that were seen at the time."""

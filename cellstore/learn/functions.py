@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..artifacts import sha256_of
 from ..enums import Gives
@@ -40,17 +39,7 @@ FUNCTION, NETWORK, ESTIMATOR, ONNX = "function", "network", "estimator", "onnx"
 INPUTS = ("image", "mask", "features")
 """What of a cell a function may be given, in the order in which a network takes them."""
 
-_AFTER_PICKLE = "skops.io.load(FILE), once it was saved with skops.io.dump"
-NOT_OPENED = {
-    ".pt": "torch.load(FILE, weights_only=True)",
-    ".pth": "torch.load(FILE, weights_only=True)",
-    ".ckpt": "torch.load(FILE, weights_only=True)",
-    ".safetensors": "safetensors.torch.load_file(FILE)",
-    ".pkl": _AFTER_PICKLE,
-    ".pickle": _AFTER_PICKLE,
-    ".joblib": _AFTER_PICKLE,
-    ".skops": "skops.io.load(FILE)",
-}
+NOT_OPENED = (".pt", ".pth", ".ckpt", ".safetensors", ".pkl", ".pickle", ".joblib", ".skops")
 """Endings of files that hold weights, or that run code when they are opened."""
 
 
@@ -61,8 +50,7 @@ class OwnFunction:
     ``name``: for people. ``reference``: ``module:name`` or the path of an ONNX file, by which other
     processes find it; ``None``: it is in this process only. ``folder``: where its module may be.
     ``gives``: what its numbers are. ``features``: the names of the columns that it is given.
-    ``labels``: what the classes of an estimator are called here, if they are numbers. ``known``:
-    its identity, which it should have in other processes, too.
+    ``known``: its identity, which it should have in other processes, too.
     """
 
     name: str
@@ -74,7 +62,6 @@ class OwnFunction:
     device: str = "cpu"
     softmax: bool = False
     features: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
     known: dict[str, Any] = field(default_factory=dict)
     batch_size: int = field(default=128, compare=False)
 
@@ -82,11 +69,7 @@ class OwnFunction:
         return {**self.__dict__, "given": None}
 
     def load(self) -> None:
-        """Find it in this process, and put a network on its device.
-
-        Raises:
-            UserInputError: it is not there, or is another one in this process.
-        """
+        """Find it in this process, and put a network on its device."""
         if self.given is None:
             assert self.reference is not None
             found = find_function(self.reference, self.folder)
@@ -113,43 +96,23 @@ class OwnFunction:
         known = getattr(self.given, "classes_", None) if self.is_estimator else None
         return None if known is None else [str(item) for item in known]
 
-    @property
-    def crops_on(self) -> str:
-        """The device that crops are made on: that of a network, since they stay there."""
-        return self.device if self.kind == NETWORK else "cpu"
-
     def choose_columns(self, known: Sequence[str]) -> tuple[str, ...]:
-        """Return which columns of a feature set it is given: all, or those it was fitted with.
-
-        Raises:
-            UserInputError: it was fitted with others.
-        """
+        """Return which columns of a feature set it is given: all, or those it was fitted with."""
         if not self.is_estimator:
             return tuple(known)
-        named = getattr(self.given, "feature_names_in_", None)
-        if named is not None:
-            wanted = tuple(str(name) for name in named)
-            if gone := [name for name in wanted if name not in set(known)]:
-                raise UserInputError(
-                    f"{self.name} was fitted with columns that this feature set does not have: "
-                    f"{some_of(gone)}. Name the feature set that has them: --features NAME"
-                )
-            return wanted
-        number = getattr(self.given, "n_features_in_", len(known))
-        if number != len(known):
+        wanted = tuple(map(str, getattr(self.given, "feature_names_in_", known)))
+        number = getattr(self.given, "n_features_in_", len(wanted))
+        gone = [name for name in wanted if name not in set(known)]
+        if gone or number != len(wanted):
+            lacking = some_of(gone) or f"it knows {number}, and the set has {len(known)}"
             raise UserInputError(
-                f"{self.name} was fitted with {number} columns, and the feature set has "
-                f"{len(known)}. Fit it on a table with names of columns, as store.cells gives it, "
-                "or name another set: --features NAME"
+                f"{self.name} was fitted with columns that this feature set does not have: "
+                f"{lacking}. Name the feature set that has them: --features NAME"
             )
-        return tuple(known)
+        return wanted
 
     def identity(self) -> dict[str, Any]:
-        """Return what it is: equal for equal functions, another one after every change.
-
-        Raises:
-            UserInputError: it cannot be described.
-        """
+        """Return what it is: equal for equal functions, another one after every change."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind}
         own = getattr(self.given, "identity", None)
         if isinstance(own, Mapping):
@@ -175,9 +138,6 @@ class OwnFunction:
 
         ``give`` returns the inputs of some of them. A batch that does not fit into the memory of a
         GPU is halved.
-
-        Raises:
-            ImageError: it raised an error, or did not return finite numbers of this shape.
         """
         names: list[str] | None = None
         rows: list[NDArray[Any]] = []
@@ -248,13 +208,12 @@ class OwnFunction:
             return answer.toarray() if hasattr(answer, "toarray") else answer
         if hasattr(model, "predict_proba"):
             columns = np.asarray(model.predict_proba(table)).T
-            return dict(zip(self.labels or self.classes or (), columns, strict=True))
+            return dict(zip(self.classes or (), columns, strict=True))
         said = np.asarray(model.predict(table))
         if self.gives is not Gives.PROBABILITIES:
             return said[:, None] if said.ndim == 1 else said
         names = self.classes or sorted({str(item) for item in said})
-        called = zip(self.labels or names, names, strict=True)
-        return {label: (said.astype(str) == name).astype(float) for label, name in called}
+        return {name: (said.astype(str) == name).astype(float) for name in names}
 
     def _ask_onnx(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
         asked = self.given.get_inputs()
@@ -334,10 +293,6 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
     """Return what somebody wants to apply: an object, ``module:name``, or an ONNX file.
 
     ``folder``: where a module may be that is not installed; default: the current folder.
-
-    Raises:
-        UserInputError: it is not there, or cannot be applied.
-        MissingExtraError: ONNX, and its runtime is not installed.
     """
     folder = folder or os.getcwd()  # noqa: PTH109 - as sys.path has it
     if isinstance(given, str | Path):
@@ -348,15 +303,8 @@ def find_function(given: Any, folder: str | None = None) -> OwnFunction:
         )
     if isinstance(given, nn.Module):
         kind, described = NETWORK, type(given)
-        if any(is_lazy(value) for value in given.state_dict(keep_vars=True).values()):
-            raise UserInputError(
-                f"Layers of {described.__qualname__} have no weights yet (LazyLinear and its "
-                "relatives). Call the network once, or load its weights, before you apply it."
-            )
     elif hasattr(given, "fit") and hasattr(given, "get_params"):
         kind, described = ESTIMATOR, type(given)
-        if not any(hasattr(given, name) for name in ("predict_proba", "transform", "predict")):
-            raise UserInputError(f"{described.__qualname__} has no predict and no transform.")
     elif callable(given):
         plain = inspect.isfunction(given) or inspect.ismethod(given) or inspect.isbuiltin(given)
         kind, described = FUNCTION, given if plain else type(given)
@@ -389,11 +337,11 @@ def _named(text: str, folder: str) -> OwnFunction:
         except ModuleNotFoundError as error:
             raise MissingExtraError.of("onnxruntime", "onnx") from error
         return OwnFunction(path.name, ONNX, str(path), folder, path)
-    if (how := NOT_OPENED.get(path.suffix.lower())) is not None:
+    if path.suffix.lower() in NOT_OPENED:
         raise UserInputError(
             f"{path.name} is not opened: such a file holds weights without their model, or runs "
             "code when it is opened. Write a module my_model.py that makes the model and reads "
-            f"them, for example with {how}, and name it: my_model:model"
+            "them (torch.load with weights_only=True, skops.io.load), and name it: my_model:model"
         )
     module, colon, name = text.partition(":")
     if not colon or not name or not module:
@@ -408,18 +356,10 @@ def _named(text: str, folder: str) -> OwnFunction:
         sys.path.insert(0, folder)
     try:
         found: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module.split(".")[0] == error.name.split(".")[0]:
-            raise UserInputError(
-                f"There is no module {module!r} in this folder, and none is installed. Go to the "
-                f"folder of {module.split('.')[0]}.py, or check its name."
-            ) from error
-        raise UserInputError(
-            f"Module {module!r} needs {error.name}, which is not installed."
-        ) from error
     except (Exception, SystemExit) as error:
         raise UserInputError(
-            f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}"
+            f"Module {module!r} cannot be imported: {type(error).__name__}: {first_line(error)}. "
+            "Is it in this folder, and what it imports installed?"
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):

@@ -11,24 +11,19 @@ another backbone.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors.torch import load as load_tensors
-from torch import Tensor
 from torch.func import functional_call
 from torchvision import models
 
 from ..errors import UnknownNameError, UserInputError, first_line
-from ..io.uris import plain_file
-from ..settings import need
 from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR
 from .exported_classifier import TIMM, ImageBranch, Network
+from .pretrained import State, check_timm_name, imagenet_state, owner_of, read_state
 
 EFFICIENTNET_B0 = "efficientnet_b0"
 """What the published network has."""
@@ -39,8 +34,6 @@ WORKING = (
     "for example timm:resnet18, timm:convnext_atto, timm:vit_small_patch16_224"
 )
 """The families that take crops of 64 pixels, tried with torchvision 0.29 and timm 1.0.31."""
-
-State = Mapping[str, Tensor]
 
 _MANY = "it gives more than one embedding while training"
 _UNFIT = {
@@ -58,12 +51,7 @@ def backbones() -> tuple[str, ...]:
 
 
 def check_backbone(name: str) -> None:
-    """Refuse a name that torchvision or timm does not have, or a network that cannot be used here.
-
-    Raises:
-        UnknownNameError, UserInputError
-        MissingExtraError: timm is not installed.
-    """
+    """Refuse a name that torchvision or timm does not have, and a network that does not work."""
     if name.startswith(TIMM):
         check_timm_name(name.removeprefix(TIMM))
         return
@@ -72,24 +60,6 @@ def check_backbone(name: str) -> None:
     for family, why in _UNFIT.items():
         if name.startswith(family):
             raise _unfit(name, why)
-
-
-def check_timm_name(name: str) -> None:
-    """Refuse a name that timm does not have: that of a network, or with the tag of its weights.
-
-    Raises:
-        UnknownNameError
-        MissingExtraError: timm is not installed.
-    """
-    need("embed")
-    import timm
-
-    network, _, tag = name.partition(".")
-    if not timm.is_model(network):
-        raise UnknownNameError.of("network of timm", network, timm.list_models())
-    tags = [item.partition(".")[2] for item in timm.list_pretrained(f"{network}.*")]
-    if tag and tag not in tags:
-        raise UnknownNameError.of(f"weights of timm's {network}", tag, tags)
 
 
 def start_from(branch: ImageBranch, state: State) -> None:
@@ -142,60 +112,6 @@ def _unfit(backbone: str, why: str) -> UserInputError:
     )
 
 
-def owner_of(backbone: str) -> str:
-    """Return whose network it is, for a sentence: ``torchvision's resnet18``."""
-    name = backbone.removeprefix(TIMM)
-    return f"timm's {name}" if backbone.startswith(TIMM) else f"torchvision's {name}"
-
-
-def imagenet_state(backbone: str) -> State:
-    """The best ImageNet weights that torchvision knows of a backbone, fetched and kept by it.
-
-    Of a backbone of timm: its pretrained weights, those of the tag where the name has one, fetched
-    through the Hugging Face hub and kept in its cache. Raises ``UserInputError`` if they cannot be
-    fetched.
-    """
-    if backbone.startswith(TIMM):
-        from .embedders import timm_weights
-
-        return read_state(timm_weights(backbone.removeprefix(TIMM))[0], owner_of(backbone))
-    source = models.get_model_weights(backbone).DEFAULT
-    try:
-        state: State = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserInputError(
-            f"The ImageNet weights could not be fetched ({error}). Download {source.url} where "
-            "there is a network and give the path of that file as the weights, or train from "
-            "random weights with 'none'."
-        ) from error
-    return state
-
-
-def read_state(path: Path, owner: str) -> State:
-    """The state dict in a file, ``.pth`` or ``.safetensors``; no code in it is run.
-
-    ``owner``: whose it should be, for a sentence. Raises ``UserInputError`` if there is none.
-    """
-    try:
-        plain_file(path)
-        # Some publish what torch has written under the name of the other format.
-        if path.suffix == ".safetensors" and not is_zipfile(path):
-            return load_tensors(path.read_bytes())
-        with path.open("rb") as file:  # by its bytes, not by its name
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state["state_dict"] if set(state) == {"state_dict"} else state
-    except FileNotFoundError as error:
-        raise UserInputError(f"There is no file of weights {path}; check the path.") from error
-    except Exception as error:  # torch raises errors of many kinds for a file that is no state
-        raise UserInputError(
-            f"{path} cannot be read as weights ({first_line(error)}). Give a state dict of "
-            f"{owner}, as .pth or .safetensors."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserInputError(f"{path} holds no state dict; save net.state_dict() and give that.")
-    return state
-
-
 IMAGENET = "imagenet"
 
 
@@ -246,10 +162,7 @@ class NetShape:
 
 
 class FusionNet(Network):
-    """The published network, or one of other branches; see the module's description.
-
-    Raises ``UserInputError`` for a backbone whose first convolution or head cannot be replaced.
-    """
+    """The published network, or one of other branches; see the module's description."""
 
     def __init__(self, shape: NetShape) -> None:
         try:
@@ -267,12 +180,8 @@ def build_net(
 
     ``weights`` start the branches that look at crops: ``None`` (random), ``"imagenet"`` (fetched
     through torchvision or timm and kept in a cache) or the path of a state dict of the network
-    of that backbone (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
-    filters of red, green and blue come first, each further channel gets their mean. With
-    ``crop_size``, in pixels, it is tried whether the backbone takes such crops.
-
-    Raises ``UserInputError`` if the weights cannot be fetched, read, are of another network, the
-    network has no such branch to start from them, or the crops do not fit the backbone.
+    of that backbone (``.pth`` or ``.safetensors``). With ``crop_size``, in pixels, it is tried
+    whether the backbone takes such crops.
     """
     if weights is not None and not shape.pictures:
         raise UserInputError(

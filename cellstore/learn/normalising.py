@@ -37,11 +37,6 @@ class Scale:
     scale: tuple[float | None, ...]
     cells: int
 
-    def of_columns(self, kept: NDArray[np.bool_]) -> Scale:
-        """The same of some columns only, (F,)."""
-        mean, scale = (tuple(np.array(v)[kept].tolist()) for v in (self.mean, self.scale))
-        return Scale(mean, scale, self.cells)
-
     def apply(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """``(x - mean) / scale``, (N, F)."""
         mean, scale = (np.array(v, dtype=np.float64) for v in (self.mean, self.scale))
@@ -58,9 +53,6 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
 
     As scikit-learn's ``StandardScaler``: the population standard deviation, 1 for a column that
     never varies. ``gaps``: a value that is not finite is not there; else it is an error.
-
-    Raises ``UserInputError`` where a block is not (N, F) or, without ``gaps``, a value is not
-    finite.
     """
     # Blocks are merged as in Chan, Golub and LeVeque (1983). StandardScaler.partial_fit does the
     # same, but loses a column for good once a block has no value of it.
@@ -82,12 +74,11 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # A constant column keeps rounding noise in place of an exact 0.
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
-    known = count > 0
-    of_columns = [
-        tuple(value if there else None for value, there in zip(values.tolist(), known, strict=True))
-        for values in (mean, scale)
+    pairs = [
+        (own_mean, own_scale) if number else (None, None)
+        for number, own_mean, own_scale in zip(count, mean.tolist(), scale.tolist(), strict=True)
     ]
-    return Scale(of_columns[0], of_columns[1], cells)
+    return Scale(tuple(m for m, _ in pairs), tuple(s for _, s in pairs), cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -134,16 +125,14 @@ class Scaler:
         """Fit to ``blocks`` of rows; see :func:`fit_scale`.
 
         With ``gaps``, a column without a single finite value is not among the names of the scaler.
-
-        Raises ``UserInputError`` where there is no row or no column with a value, too.
         """
         found = fit_scale(names, blocks, gaps=gaps)
-        kept = np.isfinite(np.array(found.mean, dtype=np.float64))
-        if not kept.any():
+        columns = zip(names, found.mean, found.scale, strict=True)
+        known = [(name, mean, scale) for name, mean, scale in columns if mean is not None]
+        if not known:
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        columns = (names, found.mean, found.scale)
-        known = [tuple(np.array(values)[kept].tolist()) for values in columns]
-        return cls(known[0], known[1], known[2], gaps)
+        kept, means, scales = zip(*known, strict=True)
+        return cls(kept, means, scales, gaps)
 
     @classmethod
     def fit_plates(
@@ -160,15 +149,14 @@ class Scaler:
         )
         fitted = cls.fit(names, normalised, gaps=gaps)
         kept = np.isin(names, fitted.names)
-        return replace(
-            fitted, plates={plate: found.of_columns(kept) for plate, found in controls.items()}
-        )
+        plates = {}
+        for plate, found in controls.items():
+            mean, scale = (tuple(np.array(v)[kept].tolist()) for v in (found.mean, found.scale))
+            plates[plate] = Scale(mean, scale, found.cells)
+        return replace(fitted, plates=plates)
 
     def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
-        """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32.
-
-        Raises ``UserInputError`` for a plate without statistics, and as :func:`fit_scale` does.
-        """
+        """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32."""
         values = checked_rows(self.names, rows, self.gaps)
         if self.plates is not None:
             if plate is None or plate not in self.plates:
@@ -230,11 +218,6 @@ def fit_inputs(
 
     The intensity of a plate is the median over at most 32 images of it, always the same ones, of
     the 99.9th percentile. Images that cannot be read do not count.
-
-    Raises:
-        UnknownNameError: an image has no such channel.
-        UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
-        ImageError: no image of a plate can be read.
     """
     columns, gaps = source.features.columns, source.features.has_gaps
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()

@@ -1,4 +1,4 @@
-"""What a training tells other programs: MLflow, Weights & Biases, TensorBoard."""
+"""What a training tells other programs: MLflow, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,27 +21,17 @@ MLFLOW_URI = "MLFLOW_TRACKING_URI"
 PROJECT = "cellstore"
 """The MLflow experiment and the project of Weights & Biases; their own variables name others."""
 
-_NEEDED = {
-    "mlflow": ("mlflow",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-}
 _LONGEST = 500
 """Characters of a parameter in MLflow; the file recipe.json has all of them."""
 
 
 def check_logs(kinds: Sequence[str]) -> None:
-    """Refuse a kind of log whose package is not installed.
-
-    Raises:
-        MissingExtraError
-    """
+    """Refuse a kind of log whose package is not installed."""
     for kind in kinds:
-        if not any(find_spec(name) for name in _NEEDED[kind]):  # one of them must be there
-            package = _NEEDED[kind][0]
+        if find_spec(kind) is None:
             raise MissingExtraError(
-                f"A log for {kind} needs the package {package}, which is not installed. "
-                f"Install it with: pip install {package}"
+                f"A log for {kind} needs the package {kind}, which is not installed. "
+                f"Install it with: pip install {kind}"
             )
 
 
@@ -191,27 +181,4 @@ class _Wandb:
         self.run.finish(exit_code=0 if done else 1)
 
 
-class _TensorBoard:
-    """Its files of an earlier attempt are replaced: it is told all epochs again."""
-
-    def __init__(self, run: TrackedRun, _: Mapping[str, str]) -> None:
-        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
-
-        own = f"run-{run.run_id}"  # several runs may have one folder
-        for old in (run.folder / "tensorboard" / own).glob("events.out.tfevents.*"):
-            old.unlink()
-        self.logger = TensorBoardLogger(run.folder, name="tensorboard", version=own)
-        self.logger.log_hyperparams({name: str(value) for name, value in run.parameters.items()})
-        self.last, self.about = 0, dict[str, str]()
-
-    def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        self.logger.log_metrics(dict(metrics), step=epoch)
-
-    def keep(self, files: Sequence[Path], scores: Mapping[str, float]) -> None:
-        """It takes no files, and the metrics say what came out."""
-
-    def end(self, *, done: bool) -> None:
-        self.logger.finalize("success" if done else "failed")
-
-
-_KINDS: Mapping[str, Any] = {"mlflow": _MLflow, "tensorboard": _TensorBoard, "wandb": _Wandb}
+_KINDS: Mapping[str, Any] = {"mlflow": _MLflow, "wandb": _Wandb}

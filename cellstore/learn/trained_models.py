@@ -36,8 +36,9 @@ from .batches import CellReader
 from .branches import TABULAR
 from .crops import CROP_MEAN, CROP_STD, CellBlock
 from .exported_classifier import TRUSTED, check_tree
-from .networks import FusionNet, NetShape, State
+from .networks import FusionNet, NetShape
 from .normalising import Scaler, add_plates
+from .pretrained import State
 
 NETWORK = "network"
 
@@ -97,11 +98,7 @@ class ModelRecord:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
-        """Return what :meth:`to_json` described.
-
-        Raises ``UserInputError`` if it is no such record, does not fit its own network, or is of a
-        model that is not known here.
-        """
+        """Return what :meth:`to_json` described."""
         try:
             model = str(record["model"])
             if model not in (NETWORK, *BASELINES):
@@ -130,46 +127,6 @@ class ModelRecord:
             raise UserInputError(f"This does not describe a model: {error!r}.") from error
 
 
-@dataclass(frozen=True)
-class Model:
-    """What was learned, ready to label cells: a ``net``, or an ``estimator`` of scikit-learn.
-
-    ``device``: where a network computes. ``width``: numbers in an embedding; 0: there is none.
-    """
-
-    net: FusionNet | None = None
-    estimator: Any = None
-    device: str = "cpu"
-    width: int = 0
-
-    def predict(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
-        """Return the answers for all N cells of an image; an estimator may count them.
-
-        Probabilities, (N, K) float64, rows adding to 1, and embeddings, (N, width) float32: what
-        the last layer of a network, the linear classifier, reads, which is the output of the
-        projection, made of all branches. Its numbers are 0 or more (ReLU) and have no unit.
-        """
-        embeddings = [np.empty((0, self.width), dtype=np.float32)]
-        if self.net is None:
-            probabilities: Numbers = np.empty((0, len(self.estimator.classes_)))
-            if len(cells):
-                probabilities = self.estimator.predict_proba(cells.features.numpy())
-            return probabilities, np.empty((len(cells), 0), dtype=np.float32)
-
-        def keep(_layer: object, given: tuple[Tensor, ...]) -> None:
-            embeddings.append(given[0].float().cpu().numpy())
-
-        found = [np.empty((0, self.net.shape.n_classes))]
-        hook = self.net.classifier.register_forward_pre_hook(keep)
-        try:
-            for start in range(0, len(cells), CELLS_PER_STEP):
-                end = min(start + CELLS_PER_STEP, len(cells))
-                found.append(predict_batch(self.net, cells.take(torch.arange(start, end))))
-        finally:
-            hook.remove()
-        return np.concatenate(found), np.concatenate(embeddings)
-
-
 def predict_batch(net: FusionNet, batch: CellBlock) -> Numbers:
     """Class probabilities of the cells of ``batch``, (N, n_classes) float64, rows adding to 1.
 
@@ -192,11 +149,12 @@ def save_net(state: State) -> bytes:
 
 def load_model(
     data: bytes, record: Mapping[str, Any], device: str = "cpu"
-) -> tuple[Model, ModelRecord]:
-    """Return the model of a checkpoint's two files, ready to label cells.
+) -> tuple[Any, ModelRecord]:
+    """Return what the two files of a checkpoint hold, ready to label cells.
 
-    Raises ``UserInputError`` if the record is not one, or is of a kind that this cellstore does not
-    know, ``StorageError`` if the bytes are damaged or do not fit the record.
+    That is a ``FusionNet`` on ``device``, or an estimator of scikit-learn. Raises
+    ``UserInputError`` if the record is not one, or is of a kind that this cellstore does not know,
+    ``StorageError`` if the bytes are damaged or do not fit the record.
     """
     meta = ModelRecord.from_json(record)
     try:
@@ -219,9 +177,8 @@ def load_model(
             "Check the store with 'cellstore verify', or train again."
         ) from error
     if meta.shape is None:
-        return Model(None, estimator), meta
-    # Not above: a full GPU is no damage.
-    return Model(net.eval().to(device), None, device, net.classifier.in_features), meta
+        return estimator, meta
+    return net.eval().to(device), meta  # not above: a full GPU is no damage
 
 
 def save_estimator(model: Any) -> bytes:
@@ -291,7 +248,8 @@ class OpenModel:
     """A model that is ready to label the cells of a store.
 
     ``file`` and ``json`` are its two files. ``segment`` and ``measure`` are the recipes whose cells
-    and measurements it reads, ``source`` names them. ``reader`` keeps no image.
+    and measurements it reads, ``source`` names them. ``learned``: what :func:`load_model` returns.
+    ``reader`` keeps no image.
     """
 
     run: Run
@@ -300,20 +258,44 @@ class OpenModel:
     segment: Recipe
     measure: Recipe
     source: CellSource
-    model: Model
+    learned: Any
     record: ModelRecord
     reader: CellReader
 
+    @property
+    def width(self) -> int:
+        """Numbers in an embedding; 0: there is none."""
+        return self.learned.classifier.in_features if self.record.shape is not None else 0
+
+    def predict(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
+        """Return the answers for all N cells of an image; an estimator may count them.
+
+        Probabilities, (N, K) float64, rows adding to 1, and embeddings, (N, width) float32: what
+        the last layer of a network, the linear classifier, reads, which is the output of the
+        projection, made of all branches. Its numbers are 0 or more (ReLU) and have no unit.
+        """
+        found: list[Numbers] = [np.empty((0, len(self.record.labels)))]
+        if self.record.shape is None:
+            if len(cells):
+                found.append(self.learned.predict_proba(cells.features.numpy()))
+            return np.concatenate(found), np.empty((len(cells), 0), dtype=np.float32)
+        embeddings = [np.empty((0, self.width), dtype=np.float32)]
+
+        def keep(_layer: object, given: tuple[Tensor, ...]) -> None:
+            embeddings.append(given[0].float().cpu().numpy())
+
+        hook = self.learned.classifier.register_forward_pre_hook(keep)
+        try:
+            for start in range(0, len(cells), CELLS_PER_STEP):
+                end = min(start + CELLS_PER_STEP, len(cells))
+                found.append(predict_batch(self.learned, cells.take(torch.arange(start, end))))
+        finally:
+            hook.remove()
+        return np.concatenate(found), np.concatenate(embeddings)
+
 
 def open_model(session: Session, workspace: Workspace, run: Run, device: str = "cpu") -> OpenModel:
-    """Return the model of a training run on a device (``cpu`` or ``cuda``).
-
-    Raises:
-        UserInputError: the run is not at its end, has no checkpoint or one of an unknown kind, or
-            the feature set is not the one that it was trained on.
-        UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
-        StorageError: the checkpoint is damaged.
-    """
+    """Return the model of a training run on a device (``cpu`` or ``cuda``)."""
     found = files_of(session, run.id, ArtifactKind.CHECKPOINT)
     files = {item.path.endswith(".json"): item for item in found}
     if run.origin is Origin.DECLARED:
@@ -340,7 +322,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
             f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
         )
     data = workspace.artifacts.read(file.path, file.sha256)
-    model, record = load_model(data, written, device)
+    learned, record = load_model(data, written, device)
     recipe = session.get_one(Recipe, run.recipe_id)
     segment = input_of(recipe, Stage.SEGMENT)
     measure = input_of(recipe, Stage.MEASURE)
@@ -361,10 +343,10 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         kept_bytes=0,
         branches=record.branches,
         channels=record.channels,
-        device=model.device,
+        device="cpu" if record.shape is None else device,
         model=record.model,
     )
-    return OpenModel(run, file, written, segment, measure, source, model, record, reader)
+    return OpenModel(run, file, written, segment, measure, source, learned, record, reader)
 
 
 def fit_new_plates(
@@ -375,10 +357,6 @@ def fit_new_plates(
     Where it normalises features or intensities plate by plate, plates that its record does not
     know are fitted to their own control cells and images, see :mod:`.normalising`. The record of
     that is empty where there is nothing to add.
-
-    Raises:
-        UserInputError: a plate has no control cells.
-        ImageError: no image of a plate can be read.
     """
     known, record = found.record.scaler, found.record
     if known.plates is None and known.intensities is None:

@@ -114,8 +114,6 @@ class Team(Fabric):
 
         ``devices`` are those of this host; under torchrun or SLURM it has to be what they say, or
         1, which leaves it to them.
-
-        Raises ``UserInputError`` for a device, precision or number of devices that is not there.
         """
         check_device(device, precision, devices)
         with quiet():
@@ -157,10 +155,7 @@ class Team(Fabric):
             torch.distributed.destroy_process_group()
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, on every one of them; its errors end them all.
-
-        Raises ``RunCancelledError`` on the others when the first fails.
-        """
+        """What the first process makes, on every one of them; its errors end them all."""
         if self.world_size == 1:
             return make()
         made: T | None = None
@@ -226,10 +221,7 @@ class TrainingState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
-        """Return the state in a file; no code in it is run.
-
-        Raises ``StorageError`` if it is damaged.
-        """
+        """Return the state in a file; no code in it is run."""
         try:
             size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + size])
@@ -283,16 +275,13 @@ class Training:
         params: TrainParams,
         team: Team,
         class_weights: Sequence[float] | None = None,
-        *,
-        compiled: bool = False,
     ) -> None:
-        self.net, self.params, self.team, self.compiled = net, params, team, compiled
+        self.net, self.params, self.team = net, params, team
         self.adam = torch.optim.Adam(
             net.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
         )
-        module: Any = torch.compile(net) if compiled else net
         with quiet():
-            self.wrapped, self.optimizer = team.setup(module, self.adam)
+            self.wrapped, self.optimizer = team.setup(net, self.adam)
         self.loss = make_loss(params.loss, params.label_smoothing, class_weights)
         self.loss.to(team.device)
         self.epochs: list[EpochMetrics] = []
@@ -315,9 +304,6 @@ class Training:
         seed, network and batches give the same result: random numbers of an epoch depend on the
         seed and the epoch only; they are torch's own, so threads of one process must not train at
         once.
-
-        Raises ``UserInputError`` for a subset without cells, a batch of one cell or of cells
-        without a label, a loss that is no longer finite, or a network that cannot be compiled.
         """
         team, params, rank = self.team, self.params, self.team.global_rank
         # Running statistics of batch normalisation start at 0 and 1 and are moving averages of
@@ -382,14 +368,6 @@ class Training:
                     if _better(epoch, self.epochs[self.best], params.monitor) or number == 0:
                         self.best, self.best_state = number, _copy(self.net)
                     yield epoch
-        except Exception as error:
-            compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-            if self.compiled and compiler:
-                raise UserInputError(
-                    f"The network cannot be compiled here ({first_line(error)}). Leave --compile "
-                    "out."
-                ) from error
-            raise
         finally:
             for layer, usual in norms:
                 layer.momentum = usual

@@ -32,21 +32,12 @@ from ..query.feature_files import open_set
 
 
 @dataclass(frozen=True)
-class Flagged:
-    """What is excluded because a quality-control run has flagged it: images whole, and cells."""
-
-    run_id: int
-    images: int
-    cells: int
-
-
-@dataclass(frozen=True)
 class TrainingCells:
     """Everything that is known before the first cell is read.
 
     ``labels``: label ids by value, in the order of a model's outputs. ``blocks``: by subset the
-    images that have cells, ``members``: how many images are in it. ``flagged``: what quality
-    control has taken away from the subsets that are learned from or validated on. ``notes`` are
+    images that have cells, ``members``: how many images are in it. ``flagged``: how many images and
+    cells quality control has taken away from what is learned from or validated on. ``notes`` are
     sentences that a reader of the scores has to know. ``parameters`` and ``inputs`` are those of
     the recipe; ``local`` are parameters that mean something in this store only. ``selection``: the
     SQL that selects cells.
@@ -59,7 +50,7 @@ class TrainingCells:
     labels: dict[str, int]
     blocks: dict[Subset, tuple[ImageBlock, ...]]
     members: dict[Subset, int]
-    flagged: Flagged | None
+    flagged: tuple[int, int] | None
     notes: tuple[str, ...]
     parameters: dict[str, Any]
     local: dict[str, Any]
@@ -84,55 +75,39 @@ class TrainingCells:
         }
 
     def check(self, labels: Collection[str], *subsets: Subset) -> None:
-        """Refuse to learn from one class, or from a subset that has no measured cells.
-
-        Raises:
-            UserInputError: with what is to be done first.
-
-        """
+        """Refuse to learn from one class, or from a subset that has no cells; say what to do."""
         name = repr(self.split.name)
-        if self.selection is not None:
-            has_cells = {block.label_id for block in self.blocks[Subset.TRAIN]}
-            if len(left := [value for value, i in self.labels.items() if i in has_cells]) == 1:
-                raise UserInputError(
-                    f"Of the training subset of split {name} the selection leaves cells of one "
-                    f"class only, {left[0]}: there is nothing to learn. Select cells of more "
-                    "classes."
-                )
-        if len(labels) == 1:
+        has_cells = {block.label_id for block in self.blocks[Subset.TRAIN]}
+        left = [value for value in labels if self.labels[value] in has_cells]
+        if 1 in (len(labels), len(left)):
+            what = "Make another split." if self.selection is None else "Select other cells."
             raise UserInputError(
-                f"The training subset of split {name} is of one class only, {next(iter(labels))}: "
-                "there is nothing to learn. Make another split."
+                f"The training subset of split {name} has cells of one class only, "
+                f"{(left or list(labels))[0]}: there is nothing to learn. {what}"
             )
+        features = self.source.features
         for subset in subsets:
             called = "training" if subset is Subset.TRAIN else subset.value
             if self.blocks[subset]:
                 continue
-            members = self.members.get(subset, 0)
-            if members == 0:
+            if not (members := self.members.get(subset, 0)):
                 raise UserInputError(
                     f"Split {name} has no image in its {called} subset. Make another split: "
                     "classes with three wells or more give one, or ask for another validation size."
                 )
-            features, group = self.source.features, self.measure.parameters.get("group")
-            what = f"cells in feature set {features.name!r}. "
+            what = "measured cells. Run: cellstore segment, then: cellstore measure"
             if self.selection is not None:
+                what = "a measured cell that the selection chose. Select cells of it, too"
+            elif self.flagged is not None and self.flagged[0]:
                 what = (
-                    "a measured cell that the selection chose. Select cells of this subset, too: "
-                    "it needs some to learn from, or to stop by."
+                    f"a measured cell that quality-control run {self.source.unflagged_by} has not "
+                    "flagged. Train without --exclude-flagged, or make it less strict: "
+                    "cellstore qc --help"
                 )
-            elif self.flagged is not None and self.flagged.images:
-                what = (
-                    f"a measured cell that quality-control run {self.flagged.run_id} has not "
-                    "flagged. Train without --exclude-flagged, or make quality control less "
-                    "strict: cellstore qc --help"
-                )
-            elif not features.has_gaps:
-                what = "measured cells. Run: cellstore segment, then: cellstore measure"
-            elif group is not None:
-                what += f"Run: cellstore measure --features {group}"
-            else:
-                what += "Ingest features of these images too."
+            elif features.has_gaps:
+                group = self.measure.parameters.get("group")
+                cure = f"cellstore measure --features {group}" if group else "cellstore ingest"
+                what = f"cells in feature set {features.name!r}. Run: {cure}"
             raise UserInputError(
                 f"None of the {members} images in the {called} subset of split {name} has {what}"
             )
@@ -156,12 +131,6 @@ def find_training_cells(
     quality-control run whose flagged images and cells do not count, and a selection of cells.
     ``subsets``: those that are read; default: the training subset and the one that stops a
     training.
-
-    Raises:
-        UnknownNameError: no such split, recipe, feature set or quality-control run.
-        QueryError: the selection is wrong, or does more than read.
-        UserInputError: the recipes do not belong together, or quality control has not looked at
-            these plates or these cells.
     """
     split = find_split(session, sources.split)
     recipes = (sources.segmentation, sources.measurement)
@@ -200,7 +169,7 @@ def find_training_cells(
     if source.unflagged_by is not None:
         everything = list_blocks(session, replace(source, unflagged_by=None))
         before, after = ([b.n_cells for b in x if b.subset in used] for x in (everything, blocks))
-        flagged = Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
+        flagged = (len(before) - len(after), sum(before) - sum(after))
     images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
     details: dict[int, Any] = {b.image_id: b.n_cells for b in blocks}
     if source.chosen is not None:
@@ -265,17 +234,13 @@ def _select(
 
 
 def _use_of(chosen: bytes, blocks: Sequence[ImageBlock], subsets: Collection[Subset]) -> str:
-    """Say how many of the selected cells are used, and where the others are."""
+    """Say how many of the selected cells are used, and of which subsets."""
     total = int.from_bytes(chosen, "little").bit_count()
     cells = Counter[Subset]()
     for block in blocks:
         cells[block.subset] += block.n_cells
     used = [f"{cells[s]:,} in the {s.value} subset" for s in Subset if s in subsets and cells[s]]
-    unused = [f"{cells[s]:,} in {s.value}" for s in Subset if s not in subsets and cells[s]]
-    if rest := total - cells.total():
-        unused.append(f"{rest:,} outside the split, excluded or not measured")
-    others = f" Not used: {', '.join(unused)}." if unused else ""
-    return f"{total:,} cells are selected, and used: {', '.join(used) or 'none'}.{others}"
+    return f"{total:,} cells are selected, and used: {', '.join(used) or 'none'}."
 
 
 def excluded_columns(features: Sequence[str], kept: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import CellChoice, Sources
+from ..config import CellChoice, Limits, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..jobs.lookup import find_recipe, find_split
@@ -20,7 +20,7 @@ from .cells import choose_recipes, last_with_masks
 from .engine import Questions, open_questions
 from .exclusions import find_qc_run
 from .feature_files import set_of_recipe
-from .guard import Limits, literal, quoted, read_sql
+from .guard import literal, quoted, read_sql
 from .source import PREDICTIONS
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from ..config import ImageInput
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage, Projection, Stage, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
+from ..io.image_files import decode_tiff
 from ..jobs.lookup import IS_CURRENT, find_recipe, has_results
-from ..jobs.planes import read_artifact_image
 from ..models import (
     Artifact,
     Cell,
@@ -259,6 +259,22 @@ def current_segmentation(session: Session, segment_id: int, image_id: int) -> Se
     return found
 
 
+def mask_file(session: Session, found: Segmentation) -> tuple[str, str]:
+    """Return path and sha256 of the masks of a segmentation.
+
+    Raises:
+        ImageError: they are unknown.
+
+    """
+    if found.mask_artifact_id is None:
+        raise ImageError(
+            "Another tool found these cells and their masks are unknown. "
+            "If you have them, run: cellstore ingest masks DIR"
+        )
+    file = session.get_one(Artifact, found.mask_artifact_id)
+    return file.path, file.sha256
+
+
 def read_masks(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
     """Return the masks (H, W) of a segmentation.
 
@@ -267,22 +283,18 @@ def read_masks(session: Session, artifacts: ArtifactFolder, found: Segmentation)
         StorageError: the file is gone or changed.
 
     """
-    if found.mask_artifact_id is None:
-        raise ImageError(
-            "Another tool found these cells and their masks are unknown. "
-            "If you have them, run: cellstore ingest masks DIR"
-        )
-    return read_artifact_image(session, artifacts, found.mask_artifact_id)
+    return decode_tiff(artifacts.read(*mask_file(session, found)))
 
 
-def read_flows(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
-    """Return the flows (H, W, 4) of a segmentation; raises as :func:`read_masks` does."""
+def flow_file(session: Session, found: Segmentation) -> tuple[str, str]:
+    """Return path and sha256 of the flows of a segmentation; raises as :func:`mask_file` does."""
     if found.flow_artifact_id is None:
         raise ImageError(
             "Another tool found these cells, and there are no flows of them. "
             "Use the branches mask and tabular only."
         )
-    return read_artifact_image(session, artifacts, found.flow_artifact_id)
+    file = session.get_one(Artifact, found.flow_artifact_id)
+    return file.path, file.sha256
 
 
 def plane_of(segment: Recipe) -> ImageInput:

@@ -28,12 +28,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from ..artifacts import BorrowingFolder, part_prefix, sweep
-from ..config import VoteOptions
+from ..config import Limits, VoteOptions
 from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .guard import (
-    Limits,
     Parameters,
     Statement,
     literal,
@@ -49,13 +48,11 @@ from .source import (
     LATER,
     PREDICTION_COLUMNS,
     PREDICTIONS,
-    PROFILE_COLUMNS,
     PROFILES,
     VIEWS,
     Columns,
     SetRelation,
     Source,
-    list_profiles,
     list_sets,
     no_rows,
     view,
@@ -130,6 +127,15 @@ KEPT_COLUMNS: dict[str, Columns] = {
     },
 }
 """The columns of the views of which copies are kept."""
+
+PROFILE_COLUMNS: Columns = dict.fromkeys(("run_id", "well_id", "n_cells", "n_images"), "BIGINT")
+"""The columns that the profiles of every run have, before their features."""
+_PROFILED = (
+    "run_artifacts",
+    """JOIN runs AS r ON r.id = t.run_id JOIN artifacts AS a ON a.id = t.artifact_id
+    WHERE r.stage = 'profile' AND r.status = 'done' AND a.kind = 'profiles'
+""",
+)
 
 _VOTE_VIEWS = {
     COUNTS: (COUNTS,),
@@ -278,15 +284,8 @@ def open_questions(
     images are asked for, whose winners are kept; the others are left out.
     """
     limits, artifacts = limits or Limits(), workspace.artifacts
-    copies, spill = (workspace.settings.cache.resolve() / name for name in ("snapshots", "spill"))
-    try:
-        for folder in (copies, spill):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Correct "
-            "the permissions."
-        ) from error
+    make = workspace.settings.make_cache
+    copies, spill = (make(name).resolve() for name in ("snapshots", "spill"))
     sweep(spill)
     roots = [artifacts.root]
     if isinstance(artifacts, BorrowingFolder):
@@ -393,7 +392,11 @@ class Questions:
 
     @cached_property
     def _profiles(self) -> list[tuple[int, str]]:
-        return list_profiles(self._source, self._full)
+        """The profile runs that are done, each with the path of its file."""
+        rows = self._source.fetch(self._full, "artifacts", "WHERE t.kind = 'profiles'")
+        paths = {row["id"]: row["path"] for row in rows}
+        links = self._source.fetch(self._full, *_PROFILED)
+        return sorted((row["run_id"], paths[row["artifact_id"]]) for row in links)
 
     @property
     def names(self) -> list[str]:

@@ -34,7 +34,7 @@ from ..artifacts import (
     sweep,
     sync_folder,
 )
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
@@ -68,6 +68,27 @@ class WrittenFile(NamedTuple):
     rows: int
     first_cell_id: int
     last_cell_id: int
+
+
+def make_set(
+    session: Session,
+    name: str,
+    recipe_id: int,
+    columns: Sequence[str],
+    dtype: str,
+    source: str,
+    description: str,
+) -> FeatureSet | None:
+    """Return the feature set in files of a recipe, made on its first use.
+
+    What is said of its ``columns`` is the same for all. None: a set of another recipe has the name.
+    """
+    said = {"dtype": dtype, "unit": "1", "source": source, "formula": ""}
+    said["description"] = description
+    described = [{"name": column, **said} for column in columns]
+    row = {"name": name, "recipe_id": recipe_id, "columns": described}
+    insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
+    return set_of_recipe(session, recipe_id)
 
 
 def register_files(
@@ -274,13 +295,11 @@ def list_files(session: Session, of: ColumnElement[bool]) -> Sequence[Any]:
     return session.execute(query).all()
 
 
-def open_set(
-    session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
-) -> ReadableSet:
-    """Return what is to be read of the feature set of a measure recipe; ``name`` checks it."""
+def open_set(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> ReadableSet:
+    """Return what is to be read of the feature set of a measure recipe."""
     found = set_of_recipe(session, recipe_id)
     if found is None or found.storage is FeatureStorage.TABLE:
-        return ReadableSet(name=found.name if found else name)
+        return ReadableSet(found.name if found else None)
     columns = tuple(
         str(item["name"])
         for item in found.columns

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import duckdb
 
 from ..artifacts import part_prefix
+from ..config import Limits
 from ..errors import QueryError, StorageError
 
 T = TypeVar("T")
@@ -55,15 +56,6 @@ _EXPLAIN = re.compile(r"\s*explain\b\s*(analyze\b|analyse\b)?\s*(\([^()]*\))?", 
 
 _AFTER_COLUMN = {b",", b")", b"using", b"group", b"order", b"limit", b"offset"}
 """What ends the name of a column, or all of them, in ``PIVOT ... ON``."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one question may take: ``seconds`` of time, memory, and size of the answer."""
-
-    seconds: float = 600.0
-    memory_mb: int = 2048
-    answer_mb: int = 1024
 
 
 @dataclass

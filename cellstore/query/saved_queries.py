@@ -13,18 +13,24 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from ..config import Limits
 from ..enums import Stage
 from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
 from .engine import Answer, open_questions
-from .guard import Limits, read_sql
+from .guard import read_sql
 
-KINDS = (
-    *("predict run", "two predict runs", "train run", "qc run", "hits run", "run"),
-    *("text", "number", "whole number", "yes or no"),
-)
+STAGES = {
+    "predict run": (Stage.PREDICT,),
+    "two predict runs": (Stage.PREDICT,),
+    "train run": (Stage.TRAIN,),
+    "qc run": (Stage.QC,),
+    "hits run": (Stage.HITS,),
+    "run": (),
+}
+KINDS = (*STAGES, "text", "number", "whole number", "yes or no")
 """What a parameter can be. Runs are named as everywhere: by number, or ``latest``."""
 
 NOTHING = "nothing"
@@ -165,14 +171,6 @@ def _parameter(file: object, line: str) -> SavedParameter:
     return SavedParameter(match["name"], kind, default, match["words"])
 
 
-STAGES = {
-    "predict run": (Stage.PREDICT,),
-    "two predict runs": (Stage.PREDICT,),
-    "train run": (Stage.TRAIN,),
-    "qc run": (Stage.QC,),
-    "hits run": (Stage.HITS,),
-    "run": (),
-}
 _TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 

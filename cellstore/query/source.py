@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -482,42 +481,19 @@ class SetRelation:
             condition += f" AND f.first_cell_id <= {last} AND f.last_cell_id >= {first}"
         rows = source.fetch(target, "artifacts", condition)
         paths = [artifacts.existing(row["path"]) for row in rows]
-        return reading_set(self.columns, paths, self.in_files)
+        if not paths:
+            return no_rows(self.columns)
+        values = (
+            f"CAST({quoted(self.in_files.get(name, name))} AS {kind}) AS {quoted(name)}"
+            for name, kind in self.columns.items()
+        )
+        return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
 def no_rows(columns: Columns) -> str:
     """Return the SQL that gives columns of these types, and no row."""
     nulls = (f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
     return f"SELECT {', '.join(nulls)} LIMIT 0"
-
-
-def reading_set(columns: Columns, paths: Sequence[Path], in_files: Mapping[str, str]) -> str:
-    """Return the SQL that reads columns of the files of a feature set; see SetRelation."""
-    if not paths:
-        return no_rows(columns)
-    values = (
-        f"CAST({quoted(in_files.get(name, name))} AS {kind}) AS {quoted(name)}"
-        for name, kind in columns.items()
-    )
-    return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
-
-
-PROFILE_COLUMNS: Columns = dict.fromkeys(("run_id", "well_id", "n_cells", "n_images"), "BIGINT")
-"""The columns that the profiles of every run have, before their features."""
-_PROFILED = (
-    "run_artifacts",
-    """JOIN runs AS r ON r.id = t.run_id JOIN artifacts AS a ON a.id = t.artifact_id
-    WHERE r.stage = 'profile' AND r.status = 'done' AND a.kind = 'profiles'
-""",
-)
-
-
-def list_profiles(source: Source, target: duckdb.DuckDBPyConnection) -> list[tuple[int, str]]:
-    """Return the profile runs that are done, each with the path of its file."""
-    rows = source.fetch(target, "artifacts", "WHERE t.kind = 'profiles'")
-    paths = {row["id"]: row["path"] for row in rows}
-    links = source.fetch(target, *_PROFILED)
-    return sorted((row["run_id"], paths[row["artifact_id"]]) for row in links)
 
 
 _MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"

@@ -96,14 +96,9 @@ class Audit(Shown):
 def audit(
     workspace: Workspace, text: RunName, kind: str | None = None, *, on_disk: bool = True
 ) -> Audit:
-    """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
+    """Return the audit of what ``text`` names; see :meth:`cellstore.Store.audit`.
 
-    See ``cellstore audit --help`` for the names, docs/provenance.md for the keys of the record.
     ``on_disk``: it may be the path of a file on this machine, which is then read.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: it is a number without a kind; or several things have that name.
     """
     text = str(text)
     name = readable(text)
@@ -639,8 +634,7 @@ def _run(session: Session, run_id: int) -> Audit:
     """A run: what it did, from what, and what came of it.
 
     ``inputs`` are the recipes it reads from, all the way up. ``notes``, of profile and hits runs,
-    say whether wells were changed since. Of an ingest: ``ingested`` are the files it read,
-    ``changed_wells`` counts the wells whose treatment it changed.
+    say whether wells were changed since. ``ingested``: the files that an ingest read.
     """
     query = f"""
         SELECT {RUN}, ended_at, host, origin, command, runs.seed, runs.query, error,
@@ -664,7 +658,6 @@ def _run(session: Session, run_id: int) -> Audit:
     """
     members |= {row["subset"]: row["n"] for row in _ask(session, query, split=split_id)}
     statuses = "SELECT status, count(*) AS n FROM jobs WHERE run_id = :run GROUP BY status"
-    changed = wells_changed(events.c.run_id == run_id).subquery()
     ingested = """
         SELECT name, layout, sha256, n_rows AS "rows", n_created AS created, n_updated AS updated,
             n_unchanged AS unchanged, n_refused AS refused
@@ -679,7 +672,6 @@ def _run(session: Session, run_id: int) -> Audit:
     corrections = _corrections(session, runs=[run_id])
     record |= {
         "corrections": [row for row in corrections if row["old"]],
-        "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
         "split_counts": members,
         "jobs": {row["status"]: row["n"] for row in _ask(session, statuses, run=run_id)},
         **results,
@@ -719,20 +711,77 @@ def _recipes(session: Session, recipe_id: int) -> dict[int, Record]:
 # What came of something
 
 
-def _came(session: Session, query: str, **values: Any) -> list[Record]:
-    """What there is of something, a row for each kind of thing, in the order of the query.
+OF_IMAGES = {
+    "segmentations": """
+        SELECT count(*) AS n, run_id FROM segmentations
+        WHERE image_id IN ({of}) GROUP BY run_id ORDER BY run_id
+    """,
+    "cells": "SELECT sum(n_cells) AS n FROM segmentations WHERE image_id IN ({of})",
+    "measured cells": """
+        SELECT count(*) AS n, features.run_id FROM features
+        WHERE cell_id IN ({of_cells}) GROUP BY features.run_id ORDER BY features.run_id
+    """,
+    "feature sets": """
+        SELECT DISTINCT name, run_id
+        FROM jobs JOIN feature_sets ON feature_sets.recipe_id = jobs.recipe_id
+        WHERE image_id IN ({of}) AND status = 'done' ORDER BY name, run_id
+    """,
+    "splits": """
+        SELECT name FROM splits
+        WHERE id IN (SELECT split_id FROM split_members WHERE image_id IN ({of})) ORDER BY id
+    """,
+    "trainings on these splits": """
+        SELECT 1 AS n, id AS run_id FROM runs WHERE stage = 'train'
+            AND split_id IN (SELECT split_id FROM split_members WHERE image_id IN ({of}))
+        ORDER BY id
+    """,
+    "labelled cells": """
+        SELECT count(*) AS n, predictions.run_id FROM predictions
+        WHERE rank = 1 AND cell_id IN ({of_cells})
+        GROUP BY predictions.run_id ORDER BY predictions.run_id
+    """,
+    "labelled images": """
+        SELECT count(*) AS n, run_id FROM image_predictions
+        WHERE rank = 1 AND image_id IN ({of}) GROUP BY run_id ORDER BY run_id
+    """,
+}
+"""What may have come of images, whose ids are the query ``of``: questions, each by its name.
 
-    Rows of the query: ``what``, ``n`` of it, ``run_id`` that made it, and its ``name``. What has
-    names is counted by them.
+They say how many of it there are (``n``), by which run, or what it is called.
+"""
+OF_RUNS = {
+    "segmentations": "SELECT count(*) AS n FROM segmentations WHERE {by}",
+    "cells": "SELECT sum(n_cells) AS n FROM segmentations WHERE {by}",
+    "feature sets": "SELECT name FROM feature_sets WHERE recipe_id IN :recipes ORDER BY id",
+    "feature files": "SELECT count(*) AS n FROM feature_files WHERE run_id IN :runs",
+    "cells in feature files": "SELECT sum(n_rows) AS n FROM feature_files WHERE run_id IN :runs",
+    "wells with another treatment": "SELECT {changed} AS n",
+    "{stage} runs": "SELECT 1 AS n, id AS run_id, stage FROM runs WHERE {later} ORDER BY id",
+    "images labelled": """
+        SELECT count(*) AS n FROM jobs WHERE status = 'done'
+            AND run_id IN (SELECT id FROM runs WHERE stage = 'predict' AND {later})
+    """,
+    "scores of treatments": "SELECT count(*) AS n FROM treatment_scores WHERE run_id IN :runs",
+}
+"""What may have come of runs or recipes."""
+
+
+def _came(
+    session: Session, questions: Mapping[str, str], parts: Mapping[str, Any], **values: Any
+) -> list[Record]:
+    """What there is of something, a row for each kind of thing; what has names is counted by them.
+
+    ``parts`` are put into the questions, ``values`` are bound.
     """
     found: dict[str, Record] = {}
-    for row in _ask(session, query, **values):
-        empty: Record = {"what": row["what"], "count": 0, "runs": [], "names": []}
-        item = found.setdefault(row["what"], empty)
-        item["count"] += row["n"] or 0
-        for key, value in (("runs", row["run_id"]), ("names", row["name"])):
-            if value is not None and value not in item[key]:
-                item[key].append(value)
+    for name, query in questions.items():
+        for row in _ask(session, query.format(**parts), **values):
+            what = name.format(**row)
+            item = found.setdefault(what, {"what": what, "count": 0, "runs": [], "names": []})
+            item["count"] += row.get("n") or 0
+            for key, value in (("runs", row.get("run_id")), ("names", row.get("name"))):
+                if value is not None and value not in item[key]:
+                    item[key].append(value)
     for item in found.values():
         item["runs"].sort()
         item["count"] = len(item["names"]) or item["count"]
@@ -745,36 +794,7 @@ def _downstream_of_images(session: Session, of: str, **values: Any) -> list[Reco
         SELECT cells.id FROM cells JOIN segmentations ON segmentations.id = segmentation_id
         WHERE image_id IN ({of})
     """  # noqa: S608 - our own words
-    query = f"""
-        SELECT 1 AS position, 'segmentations' AS what, count(*) AS n, run_id,
-            CAST(NULL AS VARCHAR) AS name, CAST(NULL AS BIGINT) AS place
-        FROM segmentations WHERE image_id IN ({of}) GROUP BY run_id
-        UNION ALL
-        SELECT 2, 'cells', sum(n_cells), NULL, NULL, NULL
-        FROM segmentations WHERE image_id IN ({of})
-        UNION ALL
-        SELECT 3, 'measured cells', count(*), features.run_id, NULL, NULL
-        FROM features WHERE cell_id IN ({of_cells}) GROUP BY features.run_id
-        UNION ALL
-        SELECT DISTINCT 4, 'feature sets', 0, run_id, name, CAST(NULL AS BIGINT)
-        FROM jobs JOIN feature_sets ON feature_sets.recipe_id = jobs.recipe_id
-        WHERE image_id IN ({of}) AND status = 'done'
-        UNION ALL
-        SELECT DISTINCT 5, 'splits', 0, CAST(NULL AS BIGINT), name, splits.id
-        FROM splits JOIN split_members ON split_id = splits.id WHERE image_id IN ({of})
-        UNION ALL
-        SELECT 6, 'trainings on these splits', 1, id, NULL, NULL
-        FROM runs WHERE stage = 'train'
-            AND split_id IN (SELECT split_id FROM split_members WHERE image_id IN ({of}))
-        UNION ALL
-        SELECT 7, 'labelled cells', count(*), predictions.run_id, NULL, NULL
-        FROM predictions WHERE rank = 1 AND cell_id IN ({of_cells}) GROUP BY predictions.run_id
-        UNION ALL
-        SELECT 8, 'labelled images', count(*), run_id, NULL, NULL
-        FROM image_predictions WHERE rank = 1 AND image_id IN ({of}) GROUP BY run_id
-        ORDER BY 1, 6, 5
-    """  # noqa: S608 - our own words
-    return _came(session, query, **values)
+    return _came(session, OF_IMAGES, {"of": of, "of_cells": of_cells}, **values)
 
 
 def _downstream(
@@ -789,40 +809,13 @@ def _downstream(
         SELECT id FROM below
     """
     recipes = [row["id"] for row in _ask(session, below, recipes=recipes_of)]
-    by, later = "run_id IN :runs", "parent_id IN :runs"
-    if recipes:
-        by = later = "recipe_id IN :recipes"
     changed = wells_changed(events.c.run_id.in_(runs_of)).subquery()
-    query = f"""
-        SELECT 1 AS position, 'segmentations' AS what, count(*) AS n,
-            CAST(NULL AS BIGINT) AS run_id, CAST(NULL AS VARCHAR) AS name,
-            CAST(NULL AS BIGINT) AS place
-        FROM segmentations WHERE {by}
-        UNION ALL
-        SELECT 2, 'cells', sum(n_cells), NULL, NULL, NULL FROM segmentations WHERE {by}
-        UNION ALL
-        SELECT 3, 'feature sets', 0, NULL, name, id FROM feature_sets WHERE recipe_id IN :recipes
-        UNION ALL
-        SELECT 4, 'feature files', count(*), NULL, NULL, NULL
-        FROM feature_files WHERE run_id IN :runs
-        UNION ALL
-        SELECT 5, 'cells in feature files', sum(n_rows), NULL, NULL, NULL
-        FROM feature_files WHERE run_id IN :runs
-        UNION ALL
-        SELECT 6, 'wells with another treatment', CAST(:changed AS BIGINT), NULL, NULL, NULL
-        UNION ALL
-        SELECT 9, 'scores of treatments', count(*), NULL, NULL, NULL
-        FROM treatment_scores WHERE run_id IN :runs
-        UNION ALL
-        SELECT 7, stage || ' runs', 1, id, NULL, id FROM runs WHERE {later}
-        UNION ALL
-        SELECT 8, 'images labelled', count(*), NULL, NULL, NULL FROM jobs
-        WHERE status = 'done'
-            AND run_id IN (SELECT id FROM runs WHERE stage = 'predict' AND {later})
-        ORDER BY 1, 6, 5
-    """  # noqa: S608 - our own words
-    number = session.scalar(select(func.count()).select_from(changed))
-    return _came(session, query, runs=runs_of, recipes=recipes, changed=number)
+    parts = {
+        "by": "recipe_id IN :recipes" if recipes else "run_id IN :runs",
+        "later": "recipe_id IN :recipes" if recipes else "parent_id IN :runs",
+        "changed": session.scalar(select(func.count()).select_from(changed)),
+    }
+    return _came(session, OF_RUNS, parts, runs=runs_of, recipes=recipes)
 
 
 # Files
@@ -1043,11 +1036,10 @@ def _of_ingest(session: Session, by: Collection[int], came: list[Record]) -> lis
     first, last = (f"CAST(new ->> '{key}' AS BIGINT)" for key in ("first_id", "last_id"))
     new = f"run_id IN :runs AND old IS NULL AND {last} IS NOT NULL"
     brought = f"""
-        SELECT 'new ' || replace(table_name, '_', ' ') AS what, {last} - {first} + 1 AS n, run_id,
-            NULL AS name
+        SELECT replace(table_name, '_', ' ') AS kind, {last} - {first} + 1 AS n, run_id
         FROM events WHERE {new} ORDER BY id
     """  # noqa: S608 - our own words
-    downstream = [*_came(session, brought, runs=by), *came]
+    downstream = [*_came(session, {"new {kind}": brought}, {}, runs=by), *came]
     changed = wells_changed(events.c.run_id.in_(by))
     of_wells = select(images.c.id).where(images.c.well_id.in_(changed))
     of_images = f"""

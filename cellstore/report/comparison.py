@@ -243,7 +243,7 @@ NAMES = {
 }
 RECIPES_BEHIND = """
     WITH RECURSIVE above(id) AS (
-        SELECT recipe_id FROM runs WHERE list_contains(?, id)
+        SELECT recipe_id FROM runs WHERE id = ?
         UNION SELECT input_id FROM recipe_inputs JOIN above ON recipe_inputs.recipe_id = above.id
     )
     SELECT recipes.* FROM recipes JOIN above ON above.id = recipes.id ORDER BY recipes.id
@@ -607,7 +607,7 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
     add(f"{row['before']}.code", row["made_before"])
     add(f"{row['stage']}.code", row["made_by"])
     numbers: dict[str, int] = {}
-    for recipe in questions.ask_ours(RECIPES_BEHIND, [[run]]).records():
+    for recipe in questions.ask_ours(RECIPES_BEHIND, [run]).records():
         stage = recipe["stage"]
         numbers[stage] = number = numbers.get(stage, 0) + 1
         name = stage if number == 1 else f"{stage}{number}"

@@ -75,26 +75,14 @@ def outline_overlay(
     image: NDArray[np.generic],
     masks: NDArray[np.integer[Any]] | None,
     limits: Limits | None = None,
-    longest: int | None = None,
 ) -> NDArray[np.uint8]:
     """Return ``image`` (H, W) in grey with the outlines of ``masks`` (H, W): (H, W, 3).
 
-    ``limits``: the grey levels of black and white, those of the image unless given. ``longest``:
-    the picture is shrunk to so many pixels at most; outlines stay one pixel wide.
+    ``limits``: the grey levels of black and white, those of the image unless given.
     """
     bottom, top = limits or grey_limits(image)
     scaled = (image.astype(np.float32) - bottom) / max(top - bottom, 1e-9)
     grey = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
-    if longest is not None and longest < max(grey.shape):
-        from PIL import Image
-
-        height, width = (max(1, round(side * longest / max(grey.shape))) for side in grey.shape)
-        if masks is not None:
-            # Cells keep their labels: the value of the nearest pixel, never one in between.
-            rows = (np.arange(height) * masks.shape[0]) // height
-            columns = (np.arange(width) * masks.shape[1]) // width
-            masks = masks[np.ix_(rows, columns)]
-        grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BOX))
     picture = np.repeat(grey[..., None], 3, axis=-1)
     if masks is not None:
         picture[outlines(masks)] = OUTLINE_COLOUR

@@ -25,30 +25,15 @@ _UNSAID = ("first_id", "last_id", "ids", "row", "digests", "tables", "removed")
 
 
 @dataclass(frozen=True)
-class LogEntry:
-    """What one command did: of a run all that it changed, else one transaction.
+class EventLog(Shown):
+    """The last entries, the newest first; ``more``: there are older ones.
 
-    ``by`` is the login on the machine ``host``, ``role`` that of the database (none on SQLite).
-    ``rows`` counts the events by table, ``changes`` says the last ones of them.
+    An entry is what one command did: of a run all that it changed, else one transaction. ``by`` is
+    the login on the machine ``host``, ``role`` that of the database (none on SQLite). ``rows``
+    counts the events by table, ``changes`` says the last ones of them.
     """
 
-    at: str
-    by: str
-    host: str
-    role: str | None
-    command: str
-    run_id: int | None
-    stage: str | None
-    reason: str | None
-    rows: dict[str, int]
-    changes: list[str]
-
-
-@dataclass(frozen=True)
-class EventLog(Shown):
-    """The last entries, the newest first; ``more``: there are older ones."""
-
-    entries: tuple[LogEntry, ...]
+    entries: tuple[dict[str, Any], ...]
     more: bool
 
 
@@ -56,7 +41,7 @@ def read_log(
     workspace: Workspace, *, plate: str | None = None, run: RunName | None = None, limit: int = 20
 ) -> EventLog:
     """Return the last ``limit`` commands that changed a store, or a plate, or that a run did."""
-    entries: dict[tuple[Any, ...], LogEntry] = {}
+    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     with workspace.database.read() as session:
         columns = (Event.created_at, Event.user_name, Event.host, Event.role, Event.command)
         changed = (Event.table_name, Event.row_id, Event.old, Event.new)
@@ -76,25 +61,25 @@ def read_log(
                 if key not in entries:
                     if len(entries) == limit:
                         return EventLog(tuple(entries.values()), more=True)
-                    entries[key] = LogEntry(
-                        at=row.created_at.isoformat(timespec="seconds"),
-                        by=row.user_name,
-                        host=row.host,
-                        role=row.role,
-                        command=row.command,
-                        run_id=row.run_id,
-                        stage=None if row.stage is None else Stage(row.stage).value,
-                        reason=row.reason,
-                        rows={},
-                        changes=[],
-                    )
+                    entries[key] = {
+                        "at": row.created_at.isoformat(timespec="seconds"),
+                        "by": row.user_name,
+                        "host": row.host,
+                        "role": row.role,
+                        "command": row.command,
+                        "run_id": row.run_id,
+                        "stage": None if row.stage is None else Stage(row.stage).value,
+                        "reason": row.reason,
+                        "rows": {},
+                        "changes": [],
+                    }
                 entry, table = entries[key], row.table_name
                 if table == "runs" and row.row_id == row.run_id and not row.old:
                     continue  # that it began, which the entry says
-                entry.rows[table] = entry.rows.get(table, 0) + 1
-                if len(entry.changes) < SHOWN:
+                entry["rows"][table] = entry["rows"].get(table, 0) + 1
+                if len(entry["changes"]) < SHOWN:
                     said = _said(session, table, row.row_id, row.old, row.new)
-                    entry.changes.insert(0, said)
+                    entry["changes"].insert(0, said)
     return EventLog(tuple(entries.values()), more=False)
 
 

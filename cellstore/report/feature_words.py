@@ -12,47 +12,42 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-SHAPES = {
-    "area": ("{} larger", "{} smaller"),
-    "convex_area": ("{} larger", "{} smaller"),
-    "perimeter": ("outline of {} longer", "outline of {} shorter"),
-    "eccentricity": ("{} more elongated", "{} rounder"),
-    "form_factor": ("{} rounder", "{} less round"),
-    "compactness": ("{} less round", "{} rounder"),
-    "major_axis_length": ("{} longer", "{} shorter"),
-    "max_feret_diameter": ("{} longer", "{} shorter"),
-    "minor_axis_length": ("{} wider", "{} narrower"),
-    "min_feret_diameter": ("{} wider", "{} narrower"),
-    "mean_radius": ("{} thicker", "{} thinner"),
-    "median_radius": ("{} thicker", "{} thinner"),
-    "maximum_radius": ("{} thicker", "{} thinner"),
-    "solidity": ("outline of {} less indented", "outline of {} more indented"),
-    "extent": ("{} more compact", "{} less compact"),
-    "number_of_neighbors": ("{} with more neighbours", "{} with fewer neighbours"),
-    "percent_touching": ("{} touch more", "{} touch less"),
-}
+_ROUGH, _SMOOTH = "texture of {} rougher", "texture of {} smoother"
+_VARIED, _UNIFORM = "grey levels of {} more varied", "grey levels of {} less varied"
+
+
+def _by_name(*rows: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (more, less) for names, more, less in rows for name in names.split()}
+
+
+SHAPES = _by_name(
+    ("area convex_area", "{} larger", "{} smaller"),
+    ("perimeter", "outline of {} longer", "outline of {} shorter"),
+    ("eccentricity", "{} more elongated", "{} rounder"),
+    ("form_factor", "{} rounder", "{} less round"),
+    ("compactness", "{} less round", "{} rounder"),
+    ("major_axis_length max_feret_diameter", "{} longer", "{} shorter"),
+    ("minor_axis_length min_feret_diameter", "{} wider", "{} narrower"),
+    ("mean_radius median_radius maximum_radius", "{} thicker", "{} thinner"),
+    ("solidity", "outline of {} less indented", "outline of {} more indented"),
+    ("extent", "{} more compact", "{} less compact"),
+    ("number_of_neighbors", "{} with more neighbours", "{} with fewer neighbours"),
+    ("percent_touching", "{} touch more", "{} touch less"),
+)
 """What a higher and a lower value of a shape says; ``{}``: the cells, nuclei or cytoplasm."""
-LIGHTS = {
-    **dict.fromkeys(
-        [f"{n}_intensity" for n in ("mean", "median", "min", "max", "lower_quartile")],
-        ("{} brighter", "{} darker"),
-    ),
-    "upper_quartile_intensity": ("{} brighter", "{} darker"),
-    "integrated_intensity": ("more {} in total", "less {} in total"),
-    "std_intensity": ("{} more uneven", "{} more even"),
-    "mad_intensity": ("{} more uneven", "{} more even"),
-    "mass_displacement": ("{} further from the centre", "{} closer to the centre"),
-    "contrast": ("texture of {} rougher", "texture of {} smoother"),
-    "dissimilarity": ("texture of {} rougher", "texture of {} smoother"),
-    "difference_variance": ("texture of {} rougher", "texture of {} smoother"),
-    "homogeneity": ("texture of {} smoother", "texture of {} rougher"),
-    "inverse_difference_moment": ("texture of {} smoother", "texture of {} rougher"),
-    "energy": ("grey levels of {} less varied", "grey levels of {} more varied"),
-    "angular_second_moment": ("grey levels of {} less varied", "grey levels of {} more varied"),
-    "entropy": ("grey levels of {} more varied", "grey levels of {} less varied"),
-    "radial_cv": ("{} less even around the centre", "{} more even around the centre"),
-    "granularity": ("{} more grainy", "{} less grainy"),
-}
+LIGHTS = _by_name(
+    ("mean_intensity median_intensity min_intensity max_intensity", "{} brighter", "{} darker"),
+    ("lower_quartile_intensity upper_quartile_intensity", "{} brighter", "{} darker"),
+    ("integrated_intensity", "more {} in total", "less {} in total"),
+    ("std_intensity mad_intensity", "{} more uneven", "{} more even"),
+    ("mass_displacement", "{} further from the centre", "{} closer to the centre"),
+    ("contrast dissimilarity difference_variance", _ROUGH, _SMOOTH),
+    ("homogeneity inverse_difference_moment", _SMOOTH, _ROUGH),
+    ("energy angular_second_moment", _UNIFORM, _VARIED),
+    ("entropy", _VARIED, _UNIFORM),
+    ("radial_cv", "{} less even around the centre", "{} more even around the centre"),
+    ("granularity", "{} more grainy", "{} less grainy"),
+)
 """The same of light and texture; ``{}``: the channel."""
 EDGE = ("edge_", "_edge")
 COMPARTMENTS = {"Cells": "cells", "Nuclei": "nuclei", "Cytoplasm": "cytoplasm"}

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from numpy.typing import NDArray
 
 from ..analysis.components import components_of, umap_of
 from ..enums import Verdict
-from ..io.filenames import format_well
-from ..notebooks import plain
 from ..stages.hits import HitRow, HitsResult
 from .drawing import (
     BLUE,
@@ -26,8 +23,6 @@ from .drawing import (
     PlateMap,
     brief,
     colour_limits,
-    element,
-    plate_layout,
     plate_map_svg,
     short,
     svg,
@@ -56,7 +51,7 @@ FEWEST_WELLS, MOST_WELLS = 15, 2_000
 MOST_DOTS = 400
 
 PURPLE, PALE = "#7a5ea8", "#b9bec7"
-MARKS: Mapping[Verdict, tuple[str, str, str]] = {
+MARKS: Mapping[str, tuple[str, str, str]] = {
     Verdict.HIT: ("●", "o", BLUE),
     Verdict.FEWER_CELLS: ("▲", "^", ORANGE),
     Verdict.SMALL: ("◆", "D", PURPLE),
@@ -82,19 +77,9 @@ class Judged:
     controls: Wells
 
     @property
-    def name(self) -> str:
-        """With its dose."""
-        return self.row.name
-
-    @property
-    def verdict(self) -> Verdict:
-        """By the rule of the run."""
-        return Verdict(self.row.verdict)
-
-    @property
     def is_different(self) -> bool:
         """Whether it differs from the controls in any way."""
-        return self.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
+        return self.row.verdict in (Verdict.HIT, Verdict.FEWER_CELLS, Verdict.SMALL)
 
 
 @dataclass(frozen=True)
@@ -148,107 +133,52 @@ class Screen:
         return int(self.table["well_row"].iat[well]), int(self.table["well_column"].iat[well])
 
     @cached_property
-    def layouts(self) -> Mapping[str, tuple[int, int]]:
-        """Rows and columns of each plate."""
-        return {
-            plate: plate_layout(
-                [self.position(well) for well in np.flatnonzero(self.plates == plate)]
-            )
-            for plate in sorted(set(self.plates))
-        }
+    def barcodes(self) -> list[str]:
+        """Each plate once, by name."""
+        return sorted(set(self.plates.tolist()))
 
 
-# Small figures, written by hand: a page has hundreds
+# Of one treatment
 
 
 def strip(screen: Screen, item: Judged) -> str:
     """The effect of each well of a treatment above that of the controls of their plates."""
-    from matplotlib.ticker import MaxNLocator
-
     effects = screen.effects
     mine = item.wells[np.isfinite(effects[item.wells])]
     usual = item.controls[np.isfinite(effects[item.controls])]
     if not len(mine):
         return ""
-    step = -(-len(usual) // MOST_DOTS) or 1
-    both = np.concatenate([effects[mine], effects[usual]])
-    low, high = min(-1.0, float(both.min())), max(2.5, float(both.max()))
-    width, left, top = 320.0, 8.0, 12.0
+    colour, step = MARKS[item.row.verdict][2], -(-len(usual) // MOST_DOTS) or 1
 
-    def x(value: float) -> float:
-        return left + (width - 2 * left) * (value - low) / (high - low)
-
-    colour = MARKS[item.verdict][2]
-    begin, end = x(max(low, -2)), x(min(2, high))
-    shade = f'x="{begin:.1f}" y="{top}" width="{end - begin:.1f}" height="66"'
-    parts = [f'<rect {shade} fill="currentColor" opacity=".07"/>']
-    for rows, y, spread, tint, radius in (
-        (mine, 28.0, 9.0, colour, 3.6),
-        (usual[::step], 60.0, 12.0, GREY, 2.2),
-    ):
-        for place, well in enumerate(rows):
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.axvspan(-2, 2, color=GREY, alpha=0.1, lw=0)
+        for rows, y, tint, size in ((mine, 1.0, colour, 22), (usual[::step], 0.0, GREY, 8)):
             # The golden ratio spreads dots without chance.
-            shift = ((place * 0.618034) % 1 - 0.5) * 2 * spread * (len(rows) > 1)
-            name = f"{screen.plates[well]} {screen.table['well'].iat[well]}: {effects[well]:.1f}"
-            parts.append(
-                f'<circle cx="{x(float(effects[well])):.1f}" cy="{y + shift:.1f}" r="{radius}" '
-                f'fill="{tint}" fill-opacity=".8"><title>{escape(plain(name))}</title></circle>'
-            )
-    ticks = np.asarray(MaxNLocator(5).tick_values(low, high))
-    for tick in ticks[(ticks >= low) & (ticks <= high)]:
-        parts.append(
-            f'<text x="{x(tick):.1f}" y="94" text-anchor="middle" class="tick">{tick:g}</text>'
-            f'<path d="M{x(tick):.1f} 78v4" stroke="currentColor" opacity=".5"/>'
-        )
-    middle = float(np.median(effects[mine]))
-    alt = (
-        f"Effect of {len(mine)} wells, {brief(float(effects[mine].min()))} to "
-        f"{brief(float(effects[mine].max()))}, median {brief(middle)}"
-    )
-    if len(usual):
-        ends = (brief(float(end)) for end in np.percentile(effects[usual], [5, 95]))
-        alt += f"; of {len(usual)} controls, nine of ten between {' and '.join(ends)}"
-    return element("strip", width, 98, "".join(parts), alt + ".", wide=True)
+            shift = (np.arange(len(rows)) * 0.618034 % 1 - 0.5) * 0.6
+            axes.scatter(effects[rows], y + shift, s=size, c=tint, alpha=0.8, linewidths=0)
+        axes.set_yticks([])
+
+    ends = [brief(float(end(effects[mine]))) for end in (np.min, np.max, np.median)]
+    alt = "Effect of {} wells, {} to {}, median {}, above those of {} controls."
+    said = alt.format(len(mine), *ends, len(usual))
+    return svg(f"strip {item.number}", (3.2, 1.2), draw, said)
 
 
 def position_map(screen: Screen, item: Judged) -> str:
     """Where the wells of a treatment are on their plates, one plate upon the other."""
-    plates = sorted(set(screen.plates[item.wells]))
-    rows, columns = (max(sides) for sides in zip(*(screen.layouts[p] for p in plates), strict=True))
-    side = 288 / columns
-    width, height = 320.0, side * rows + 24
-
-    def box(position: tuple[int, int], part: float) -> str:
-        margin = side * (1 - part) / 2
-        left, top = 24 + side * (position[1] - 1) + margin, 16 + side * (position[0] - 1) + margin
-        size = side * part
-        return f"M{left:.1f} {top:.1f}h{size:.1f}v{size:.1f}h-{size:.1f}z"
-
-    every = [(row, column) for row in range(1, rows + 1) for column in range(1, columns + 1)]
-    inner = 24 + side, 16 + side, side * (columns - 2), side * (rows - 2)
-    usual = {screen.position(well) for well in item.controls}
-    mine = Counter(screen.position(well) for well in item.wells)
-    colour = MARKS[item.verdict][2]
-    parts = [
-        f'<path d="{"".join(box(one, 0.8) for one in every)}" fill="currentColor" opacity=".07"/>',
-        f'<path d="{"".join(box(one, 0.5) for one in sorted(usual))}" fill="{GREY}"/>',
-        f'<path d="{"".join(box(one, 0.9) for one in sorted(mine))}" fill="{colour}"/>',
-        '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill="none" '
-        'stroke="currentColor" stroke-dasharray="2 3" opacity=".5"/>'.format(*inner),
-    ]
-    for row in range(1, rows + 1, max(1, rows // 8)):
-        y = 16 + side * (row - 0.5) + 3
-        letter = format_well(row, 1)[:-2]
-        parts.append(f'<text x="18" y="{y:.1f}" text-anchor="end" class="tick">{letter}</text>')
-    for column in range(1, columns + 1, max(1, columns // 8)):
-        x = 24 + side * (column - 0.5)
-        parts.append(f'<text x="{x:.1f}" y="11" text-anchor="middle" class="tick">{column}</text>')
-    names = ", ".join(
-        f"{format_well(*where)}{f' ({n} plates)' if n > 1 else ''}"
-        for where, n in sorted(mine.items())
+    on_plates = np.isin(screen.plates, screen.plates[item.wells])
+    values = Counter(screen.position(well) for well in item.wells)
+    found = PlateMap(
+        item.row.name,
+        "Its wells",
+        "plates",
+        {position: float(number) for position, number in values.items()},
+        (0.0, float(max(values.values()))),
+        wells={screen.position(well) for well in np.flatnonzero(on_plates)},
+        marked={screen.position(well) for well in item.controls},
     )
-    alt = f"Wells of {item.name}: {names}."
-    return element("positions", width, height, "".join(parts), alt, wide=True)
+    return plate_map_svg(found, scale=False)
 
 
 # Large figures
@@ -268,7 +198,7 @@ def volcano(screen: Screen, limit: float) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for verdict, (_, mark, colour) in reversed(list(MARKS.items())):
-            some = np.array([(x, y) for item, x, y in points if item.verdict == verdict])
+            some = np.array([(x, y) for item, x, y in points if item.row.verdict == verdict])
             if len(some):
                 size, line = {".": 16, "x": 22}.get(mark, 26), 1.2 if mark == "x" else 0
                 axes.scatter(some[:, 0], some[:, 1], s=size, c=colour, marker=mark, linewidths=line)
@@ -282,7 +212,7 @@ def volcano(screen: Screen, limit: float) -> str:
         axes.set(xlabel="effect, SD of the controls", ylabel="q (higher: surer)")
         _name_points(figure, axes, points)
 
-    counted = Counter(item.verdict.value for item, _, _ in points)
+    counted = Counter(item.row.verdict for item, _, _ in points)
     alt = f"Effect against q: {', '.join(f'{n} {name}' for name, n in counted.items())}."
     return svg("volcano", (5.4, 4.2), draw, alt)
 
@@ -298,7 +228,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[Judged, floa
     at = [into.transform((x, y)) * (wide, high) for _, x, y in strongest]
     taken = [(y, x - 3, x + 3) for x, y in at]
     for (item, *point), (x, y) in zip(strongest[:NAMED], at[:NAMED], strict=True):
-        text = short(item.name, 20)
+        text = short(item.row.name, 20)
         length = 4.6 * len(text)
         tries = ((side, shift) for shift in (0, 10, -10, 20, -20, 30, -30) for side in (1, -1))
         for side, shift in tries:
@@ -376,7 +306,7 @@ def heat_map(screen: Screen, found: Clusters) -> str:
     limit = float(np.clip(np.percentile(np.abs(values), 97), 2, 10))
     tall, wide = len(found.rows), len(found.columns)
     names = [
-        f"{number}  {short(screen.judged[row].name, 24)}"
+        f"{number}  {short(screen.judged[row].row.name, 24)}"
         for row, number in zip(found.rows, found.numbers, strict=True)
     ]
     height = 0.145 * tall + 2.6
@@ -411,7 +341,7 @@ def well_figure(screen: Screen, seed: int) -> tuple[str, str]:
     order = list(MARKS)
     verdicts = np.where(screen.controls, len(order), -1)
     for item in screen.judged:
-        verdicts[item.wells] = order.index(item.verdict)
+        verdicts[item.wells] = order.index(item.row.verdict)
     wells = np.flatnonzero(screen.usable & (verdicts >= 0))
     if len(wells) < 3:
         return "", ""
@@ -432,7 +362,7 @@ def well_figure(screen: Screen, seed: int) -> tuple[str, str]:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         kinds = [("controls", "+", GREY)]
-        kinds += [(v.value, MARKS[v][1], MARKS[v][2]) for v in reversed(order)]
+        kinds += [(verdict, *MARKS[verdict][1:]) for verdict in reversed(order)]
         for code, (label, mark, colour) in zip(range(len(order), -1, -1), kinds, strict=True):
             x, y = points[verdicts[wells] == code].T
             size, line = {".": 30, "+": 24}.get(mark, 20), 0.8 if mark in "+x" else 0
@@ -450,7 +380,7 @@ def plate_figures(screen: Screen) -> tuple[list[tuple[PlateMap, str, str]], int]
     """Maps of the effect of wells, each with a sentence about its edge; and how many more."""
     finite = screen.effects[np.isfinite(screen.effects)]
     limits = colour_limits(finite.tolist())
-    names = list(screen.layouts)
+    names = screen.barcodes
     found = []
     for plate in names[:SHOWN_PLATES]:
         rows = np.flatnonzero(screen.plates == plate)

@@ -71,8 +71,8 @@ def write_hits_page(workspace: Workspace, run_id: int, path: Path) -> None:
         "recipe": recipe,
         "profile_run": profile_run,
         "profile_recipe": profile_recipe,
-        "marks": {verdict.value: mark for verdict, mark in MARKS.items()},
-        "counts": Counter(item.verdict.value for item in screen.judged),
+        "marks": MARKS,
+        "counts": Counter(item.row.verdict for item in screen.judged),
         "rows": ranked_rows(screen, clusters),
         "more_rows": max(0, len(screen.judged) - ROWS),
         "volcano": volcano(screen, recipe.parameters["q"]),
@@ -97,7 +97,7 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
     """Return the wells that a hits run compared, with its parameters, and what it found."""
     import pandas as pd
 
-    from ..analysis.activity import against_controls, effects
+    from ..analysis.activity import Wells, against_controls, effects
     from ..analysis.well_profiles import on_edge
 
     _, profiles = open_profiles(workspace, str(result.profile_run))
@@ -119,10 +119,14 @@ def read_screen(workspace: Workspace, result: Any, parameters: Mapping[str, Any]
         first += len(part.table)
     order = list(MARKS)
     judged.sort(
-        key=lambda item: (order.index(item.verdict), -(item.row.effect or 0), by_number(item.name))
+        key=lambda item: (
+            order.index(item.row.verdict),
+            -(item.row.effect or 0),
+            by_number(item.row.name),
+        )
     )
     table = pd.concat(tables, ignore_index=True)
-    away = [effects(p.values, p.groups, p.controls, p.plates)[1] for p in parts.values()]
+    away = [effects(Wells(p.values, p.groups, p.controls, p.plates))[1] for p in parts.values()]
     return Screen(
         result=result,
         table=table,
@@ -163,7 +167,7 @@ def ranked_rows(screen: Screen, clusters: Clusters) -> list[dict[str, Any]]:
     rows = []
     for at, row in enumerate(shown):
         item = screen.judged[at]
-        ends_of, colour = (row.effect_low, row.effect_high), MARKS[item.verdict][2]
+        ends_of, colour = (row.effect_low, row.effect_high), MARKS[item.row.verdict][2]
         bar = interval_bar("effect", row.effect, *ends_of, limits=limits, colour=colour)
         rows.append({"item": item, "bar": bar, "cluster": cluster_of.get(at)})
     return rows
@@ -184,7 +188,7 @@ def sections(
         drawn_at = first.setdefault(item.perturbation, item.number)
         yield {
             "item": item,
-            "mark": MARKS[item.verdict],
+            "mark": MARKS[item.row.verdict],
             "changes": changes(screen.columns, screen.middles[item.number - 1], CHANGED, CHANGES),
             "strip": strip(screen, item),
             "map": position_map(screen, item) if len(item.wells) else "",
@@ -202,10 +206,9 @@ def edge_wells(screen: Screen, item: Judged) -> str:
     number, every = int(screen.on_edge[item.wells].sum()), len(item.wells)
     if not number:
         return ""
-    if number < every:
-        return f"{number} of {every} wells are at the edge of the plate."
-    alone = "" if screen.on_edge[item.controls].any() else ", and no control is"
-    return f"⚠ All wells are at the edge of the plate{alone}."
+    alone = number == every and not screen.on_edge[item.controls].any()
+    warning = " No control is: its position alone may have changed them." if alone else ""
+    return f"{'⚠ ' * alone}{number} of {every} wells are at the edge of the plate.{warning}"
 
 
 def similar(screen: Screen, item: Judged) -> list[tuple[Judged, float]]:
@@ -310,15 +313,11 @@ def curves_of(screen: Screen, item: Judged) -> list[dict[str, Any]]:
 
 
 def _curve_in_words(row: DoseRow) -> str:
-    unit = row.unit or ""
-    said = [f"{QUANTITIES.get(row.quantity, row.quantity)}:"]
+    from_dose = "no dose from which on all are active"
     if row.lowest_active is not None:
-        said.append(f"active from {brief(row.lowest_active)} {unit} on;")
-    else:
-        said.append("no dose from which on all are active;")
-    if row.trend_p is not None:
-        said.append(f"trend with the dose p {q_text(row.trend_p)}.")
-    return " ".join(" ".join(said).rstrip(";").split())
+        from_dose = f"active from {brief(row.lowest_active)} {row.unit or ''}".rstrip() + " on"
+    trend = f"; trend with the dose p {q_text(row.trend_p)}" if row.trend_p is not None else ""
+    return f"{QUANTITIES.get(row.quantity, row.quantity)}: {from_dose}{trend}."
 
 
 # Pictures

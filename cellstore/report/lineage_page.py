@@ -11,7 +11,7 @@ from html import escape
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from sqlalchemy import func, select
@@ -22,11 +22,8 @@ from ..models import Segmentation
 from ..notebooks import plain
 from ..settings import need
 from .audit import Audit, is_part, shown
-from .drawing import BLUE, GREY, INK, ORANGE, Place, field_picture, nowhere, short, svg, write_html
+from .drawing import BLUE, GREY, ORANGE, Place, element, field_picture, nowhere, short, write_html
 from .gallery import read_field
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FIELDS = 4
 """Fields of a well that are shown."""
@@ -41,12 +38,7 @@ SHORT = 10
 
 
 def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
-    """Write the page, one file that needs nothing else, and return where it is.
-
-    Raises:
-        MissingExtraError: matplotlib or jinja2 is not installed.
-        StorageError: the file cannot be written.
-    """
+    """Write the page, one file that needs nothing else, and return where it is."""
     need("report")
     path = path.resolve()
     write_html(path, "lineage.html.j2", lineage_content(workspace, audit))
@@ -257,21 +249,19 @@ def lineage_of(audit: Audit, place: Place = nowhere) -> Lineage:
 
 def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
     files = record["files"]
-    after = [
-        graph.add(
-            f"file {file['channel']}",
-            "file",
-            *(file["channel"], file["name"], _short(file)),
-            at=file["sha256"] and ("lineage", "artifact", file["sha256"]),
-        )
-        for file in files[: MOST_BOXES + 1]
-    ]
     if len(files) > MOST_BOXES:
-        for key in after:
-            del graph.boxes[key]
-            graph.addresses.pop(key, None)
         number = f"{len(files)} files, {record['missing_files']} missing"
         after = [graph.add("files", "file", number, files[0]["name"])]
+    else:
+        after = [
+            graph.add(
+                f"file {file['channel']}",
+                "file",
+                *(file["channel"], file["name"], _short(file)),
+                at=file["sha256"] and ("lineage", "artifact", file["sha256"]),
+            )
+            for file in files
+        ]
     name = f"{record['plate']}/{record['well']}/{record['site']}"
     digest = (record["content_sha256"] or "")[:SHORT]
     at = ("field", record["image_id"])
@@ -371,13 +361,16 @@ def _short(row: Mapping[str, Any], key: str = "sha256") -> str | None:
     return row[key] and str(row[key])[:SHORT]
 
 
-BOX = (1.95, 1.0)
-"""Inches of a box."""
-GAP = (0.25, 0.38)
-"""Inches between boxes side by side, and between layers."""
+BOX = (187.0, 96.0)
+"""Pixels of a box."""
+GAP = (24.0, 37.0)
+"""Pixels between boxes side by side, and between layers."""
+TOP = 10.0
 LETTERS = 29
 """Of a line in a box, at most."""
 LINES = 4
+LINE = 16
+"""Pixels of a line."""
 SWEEPS = 8
 
 COLOURS = {
@@ -387,69 +380,59 @@ COLOURS = {
 }
 
 
+ARROW = (
+    '<defs><marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" '
+    f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{GREY}"/></marker></defs>'
+)
+
+
 def draw_lineage(lineage: Lineage) -> str:
     """Return the picture as an SVG element for a page."""
-    positions, paths, size = lay_out(lineage)
-    half = BOX[1] / 2
-
-    def draw(figure: Figure) -> None:
-        from matplotlib.patches import FancyBboxPatch
-
-        figure.set_layout_engine("none")  # the positions are settled
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.set_xlim(0, size[0])
-        axes.set_ylim(size[1], 0)
-        line: dict[str, Any] = {"color": GREY, "linewidth": 0.8}
-        for path in paths:
-            # From the foot of a box to the head of another, straight past those between.
-            points = [positions[key] for key in path]
-            way = [(points[0][0], points[0][1] + half)]
-            for x, y in points[1:-1]:
-                way += [(x, y - half), (x, y + half)]
-            way.append((points[-1][0], points[-1][1] - half))
-            if len(way) > 2:
-                axes.plot(*zip(*way[:-1], strict=True), solid_joinstyle="round", **line)
-            arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **line}
-            axes.annotate("", xy=way[-1], xytext=way[-2], arrowprops=arrow)
-        for key, (kind, *lines) in lineage.boxes.items():
-            x, y = positions[key]
-            left, top = x - BOX[0] / 2, y - half
-            colour, width = COLOURS.get(kind, BLUE), 2.4 if key == lineage.subject else 1.0
-            style = "round,pad=0,rounding_size=0.08"
-            box = FancyBboxPatch((left, top), *BOX, boxstyle=style, fill=False, ec=colour, lw=width)
-            axes.add_patch(box)
-            axes.text(left + 0.08, top + 0.17, kind, fontsize=7.5, color=colour, va="center")
-            printable = ["".join(c if c.isprintable() else " " for c in text) for text in lines]
-            if len(printable) < LINES and printable and len(printable[-1]) > LETTERS:
-                # A long last line goes on in the next one.
-                printable[-1:] = textwrap.wrap(printable[-1], LETTERS) or [""]
-            for number, text in enumerate(printable[:LINES]):
-                weight: Any = "normal" if number else "bold"
-                height = top + 0.35 + 0.165 * number
-                ink = {"fontsize": 8, "color": INK, "va": "center", "weight": weight}
-                axes.text(left + 0.08, height, short(text, LETTERS), **ink)
-
-    drawn = svg("lineage", size, draw, f"Lineage in {len(lineage.boxes)} boxes.")
-    width, height = (72 * side for side in BOX)
-    links = [
-        f'<a href="{escape(address)}" aria-label="{escape(plain(" ".join(lineage.boxes[key])))}">'
-        f'<rect class="link{" subject" * (key == lineage.subject)}" '
-        f'x="{72 * positions[key][0] - width / 2:.1f}" '
-        f'y="{72 * positions[key][1] - height / 2:.1f}" width="{width:g}" height="{height:g}" '
-        'rx="6"/></a>'
-        for key, address in lineage.addresses.items()
-    ]
-    if links:
-        drawn = drawn.replace('role="img"', 'role="group"', 1)
-    return drawn.replace("</svg>", "".join([*links, "</svg>"]))
+    positions, paths, (width, height) = lay_out(lineage)
+    half, parts = BOX[1] / 2, [ARROW]
+    for path in paths:
+        # From the foot of a box to the head of another, straight past those between.
+        points = [positions[key] for key in path]
+        way = [(points[0][0], points[0][1] + half)]
+        for x, y in points[1:-1]:
+            way += [(x, y - half), (x, y + half)]
+        way.append((points[-1][0], points[-1][1] - half))
+        line = "L".join(f"{x:.1f} {y:.1f}" for x, y in way)
+        parts.append(f'<path d="M{line}" fill="none" stroke="{GREY}" marker-end="url(#arrow)"/>')
+    for key, (kind, *lines) in lineage.boxes.items():
+        x, y = positions[key]
+        left, top = x - BOX[0] / 2, y - half
+        colour, is_subject = COLOURS.get(kind, BLUE), key == lineage.subject
+        if len(lines) < LINES and lines and len(lines[-1]) > LETTERS:
+            # A long last line goes on in the next one.
+            lines[-1:] = textwrap.wrap(lines[-1], LETTERS) or [""]
+        shown_lines = [(kind, colour, 19)]
+        for number, line in enumerate(lines[:LINES]):
+            shown_lines.append((short(line, LETTERS), "currentColor", 36 + LINE * number))
+        texts = [
+            f'<text x="{left + 8:.1f}" y="{top + down:.1f}" fill="{ink}">{escape(words)}</text>'
+            for words, ink, down in shown_lines
+        ]
+        frame = (
+            f'<rect class="link{" subject" * is_subject}" x="{left:.1f}" y="{top:.1f}" '
+            f'width="{BOX[0]:g}" height="{BOX[1]:g}" rx="8" stroke="{colour}" '
+            f'stroke-width="{2.4 if is_subject else 1}"/>'
+        )
+        box = "".join([frame, *texts])
+        if (address := lineage.addresses.get(key)) is not None:
+            label = plain(" ".join(lineage.boxes[key]))
+            box = f'<a href="{escape(address)}" aria-label="{escape(label)}">{box}</a>'
+        parts.append(box)
+    alt = f"Lineage in {len(lineage.boxes)} boxes."
+    drawn = element("lineage", width, height, "".join(parts), alt)
+    return drawn.replace('role="img"', 'role="group"', 1) if lineage.addresses else drawn
 
 
 Point = tuple[float, float]
 
 
 def lay_out(lineage: Lineage) -> tuple[dict[str, Point], list[list[str]], Point]:
-    """Return the middle of each box in inches (x to the right, y down), the arrows, and the size.
+    """Return the middle of each box in pixels (x to the right, y down), the arrows, and the size.
 
     A box is one layer below the lowest of those that point to it; within layers, boxes stand near
     those that they are joined to (barycentre heuristic of Sugiyama et al., 1981). An arrow is the
@@ -478,10 +461,10 @@ def lay_out(lineage: Lineage) -> tuple[dict[str, Point], list[list[str]], Point]
                 middles[key] = sum(joined) / len(joined) if joined else n / len(layers[number])
             layers[number] = sorted(layers[number], key=middles.__getitem__)
     widest = max(len(layer) for layer in layers)
-    size = (widest * (BOX[0] + GAP[0]) + GAP[0], len(layers) * (BOX[1] + GAP[1]) + 0.1)
+    size = (widest * (BOX[0] + GAP[0]) + GAP[0], len(layers) * (BOX[1] + GAP[1]) + TOP)
     positions = {}
     for number, layer in enumerate(layers):
-        y = 0.1 + BOX[1] / 2 + number * (BOX[1] + GAP[1])
+        y = TOP + BOX[1] / 2 + number * (BOX[1] + GAP[1])
         for n, key in enumerate(layer):
             positions[key] = ((n + 0.5) * size[0] / len(layer), y)
     return positions, paths, size

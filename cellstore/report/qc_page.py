@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,14 @@ HEADINGS = {"Cell area": "Cells"}
 
 
 def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write maps of the plates and their oddest fields as one HTML file.
-
-    Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
-        StorageError: the file cannot be written.
-        UserInputError: nothing was looked at.
-    """
+    """Write maps of the plates and their oddest fields as one HTML file."""
     need("report")
-    flagging = _flagging(workspace, result)
+    if result.run_id is None:
+        raise UserInputError(
+            "No image has been looked at, so there is nothing to draw. Ingest images first."
+        )
     with workspace.database.read() as session:
+        flagging = flagging_of(session, result.run_id)
         run = session.get_one(Run, flagging.run_id)
         fingerprint = session.get_one(Recipe, run.recipe_id).fingerprint
     shown = result.plates[:SHOWN_PLATES]
@@ -84,24 +82,12 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
     return replace(result, html=str(path))
 
 
-def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
-    if result.run_id is None:
-        raise UserInputError(
-            "No image has been looked at, so there is nothing to draw. Ingest images first."
-        )
-    with workspace.database.read() as session:
-        return flagging_of(session, result.run_id)
-
-
 def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, Any]:
     """What the page shows of a plate."""
     with workspace.database.read() as session:
         maps = _plate_maps(session, flagging, barcode)
         plate_id = session.scalars(select(Plate.id).where(Plate.barcode == barcode)).one()
-        flags = flagged_images(session, flagging.run_id, [barcode])
-        listed = list(islice(flags, SHOWN_FLAGS))
-        more = sum(1 for _ in flags)
-        odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
+        flags = list(flagged_images(session, flagging.run_id, [barcode]))
         factor, unit = _area_unit(session, plate_id)
 
     def scaled(flag: FlaggedImage) -> FlaggedImage:
@@ -114,10 +100,12 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
     return {
         "name": barcode,
         "maps": [(heading, [(m, plate_map_svg(m)) for m in some]) for heading, some in groups],
-        "flags": [scaled(flag) for flag in listed],
+        "flags": [scaled(flag) for flag in flags[:SHOWN_FLAGS]],
         "area_unit": unit,
-        "more_flags": more,
-        "examples": [_example(workspace, flagging, plate_id, scaled(flag)) for flag in odd],
+        "more_flags": max(0, len(flags) - SHOWN_FLAGS),
+        "examples": [
+            _example(workspace, flagging, plate_id, scaled(flag)) for flag in _oddest_fields(flags)
+        ],
     }
 
 
@@ -174,16 +162,13 @@ def _measures(session: Session, flagging: Flagging, plate_id: int) -> Iterator[M
             ids, areas = areas_by_image(session, flagging, plate_id)
             yield "Cell area", "", unit, odd, ids, areas * factor
     channels = channels_of(session, flagging, plate_id)
-    for item in channels:
-        blurred = (reason.OUT_OF_FOCUS, reason.NO_SIGNAL)
-        unit = "slope, higher is sharper"
-        yield "Focus", item.channel, unit, blurred, item.image_ids, item.slopes
-    for item in channels:
-        bright = (reason.BACKGROUND,)
-        yield "Background", item.channel, "grey levels", bright, item.image_ids, item.backgrounds
-    for item in channels:
-        percent, full = 100 * item.saturated, (reason.SATURATED,)
-        yield "Saturated", item.channel, "% of the pixels", full, item.image_ids, percent
+    for title, column, unit, flags, factor in (
+        ("Focus", "slope", "slope, higher is sharper", (reason.OUT_OF_FOCUS, reason.NO_SIGNAL), 1),
+        ("Background", "background", "grey levels", (reason.BACKGROUND,), 1),
+        ("Saturated", "saturated", "% of the pixels", (reason.SATURATED,), 100),
+    ):
+        for channel, rows in channels.items():
+            yield title, channel, unit, flags, rows["image_id"], factor * rows[column]
 
 
 def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
@@ -200,19 +185,13 @@ def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
 
 def _oddest_fields(flags: Iterable[FlaggedImage]) -> list[FlaggedImage]:
     """The oddest image for each reason, then the second oddest; none twice."""
-    best: dict[str, dict[int, FlaggedImage]] = {reason.value: {} for reason in ImageFlagReason}
-    for flag in flags:
-        kept = best[flag.reason]
-        if flag.image_id not in kept or _excess(flag) > _excess(kept[flag.image_id]):
-            kept[flag.image_id] = flag
-        oddest = sorted(kept.values(), key=_excess, reverse=True)[:SHOWN_EXAMPLES]
-        best[flag.reason] = {item.image_id: item for item in oddest}
+    ordered = sorted(flags, key=_excess, reverse=True)
     chosen: dict[int, FlaggedImage] = {}
-    for number in range(EXAMPLES_PER_REASON):
-        for kept in best.values():
-            left = [item for item in kept.values() if item.image_id not in chosen]
-            if left and number < len(kept):
-                chosen[left[0].image_id] = left[0]
+    for _ in range(EXAMPLES_PER_REASON):
+        for reason in ImageFlagReason:
+            left = (f for f in ordered if f.reason == reason.value and f.image_id not in chosen)
+            if (flag := next(left, None)) is not None:
+                chosen[flag.image_id] = flag
     return list(chosen.values())[:SHOWN_EXAMPLES]
 
 
@@ -277,9 +256,8 @@ def _usual_image(
 ) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        channels = channels_of(session, flagging, plate_id)
-        found = next(item for item in channels if item.channel == flag.channel)
-        ids, values = found.image_ids, found.slopes
+        rows = channels_of(session, flagging, plate_id)[flag.channel]
+        ids, values = rows["image_id"], rows["slope"]
     elif flagging.segment_id is None:
         return None
     else:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from heapq import merge
 from itertools import compress, groupby
 from operator import itemgetter
@@ -24,7 +25,7 @@ from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
-from ..config import HitsParams, PredictParams, RunName, SegmentParams, TrainParams
+from ..config import HitsParams, PredictParams, RunName
 from ..db.bulk import in_lists
 from ..db.migrate import create_unguarded
 from ..db.session import connect
@@ -67,7 +68,7 @@ from ..models import (
 from ..notebooks import Shown
 from ..query.feature_files import BUILT_IN, SetReader, open_set
 from ..settings import StoreSettings
-from .repro import FROM_FILE, RunOptions, options_of_run
+from .repro import RunOptions, options_of_run
 
 ROWS = 5_000
 """Rows that are copied or compared at once."""
@@ -174,17 +175,10 @@ def check(
     carry_out: CarryOut,
     *,
     images: int | None = None,
-    weights: Path | None = None,
 ) -> Check:
-    """Redo a run beside the store, and compare the result with what is stored.
+    """Redo a run beside the store, and compare; see :meth:`cellstore.Store.check_run`.
 
-    ``images``: so many of its images alone (of segment and measure runs 5, of predict runs all).
-    ``weights``: the file that a training began from, or the network of a segmentation. Nothing is
-    written to the store.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: the run is not finished, or its stage cannot be redone beside the store.
+    Of segment and measure runs ``images`` are 5 by default, of predict runs all.
     """
     began = time.monotonic()
     with workspace.database.read() as session:
@@ -200,8 +194,6 @@ def check(
                 "store: its inputs are files outside it. See how it is done with: "
                 f"cellstore repro {run.id}"
             )
-        if weights is not None:
-            options = _with_weights(options, weights)
         every, chosen, sampled = _images_of(session, run, images)
     where = f"image_id IN ({', '.join(map(str, chosen))})" if sampled else None
     if where is not None and isinstance(options.params, PredictParams):
@@ -254,15 +246,6 @@ def check(
     return found
 
 
-def _with_weights(options: RunOptions, weights: Path) -> RunOptions:
-    params = options.params
-    if isinstance(params, TrainParams) and params.weights == FROM_FILE:
-        return replace(options, params=replace(params, weights=str(weights)), doubts=())
-    if isinstance(params, SegmentParams):
-        return replace(options, params=replace(params, model=str(weights)))
-    raise UserInputError("This run began from no file of weights: omit --weights.")
-
-
 # The store in which the run is redone
 
 
@@ -292,16 +275,11 @@ def _images_of(
         images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
     elif run.stage is Stage.SPLIT:
         images = select(Image.id)
-    elif run.stage is Stage.HITS:  # it reads profiles, and which wells still count
-        of_sets = (run.result or {}).get("plate_sets", {}).values()
-        images = select(Image.id).join(Well, Well.id == Image.well_id)
-        images = images.join(Plate, Plate.id == Well.plate_id)
+    elif run.stage in (Stage.HITS, Stage.PROFILE):  # they read whole plates
+        result = run.result or {}
+        of_sets = result.get("plate_sets", {"": result.get("barcodes", ())}).values()
+        images = select(Image.id).join(Image.well).join(Well.plate)
         images = images.where(Plate.barcode.in_({plate for plates in of_sets for plate in plates}))
-    elif run.stage is Stage.PROFILE:
-        images = select(Segmentation.image_id).join(Image, Image.id == Segmentation.image_id)
-        images = images.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-        images = images.where(Plate.barcode.in_((run.result or {}).get("barcodes", ())))
-        images = images.where(Segmentation.recipe_id.in_(_read_by(run)[1]))
     elif run.stage is Stage.TRAIN:
         images = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
     every = sorted(session.scalars(images))
@@ -317,9 +295,9 @@ def _images_of(
     plates: set[int] = set()
     if whole or (run.stage is Stage.SEGMENT and segmented):
         for some in in_lists(list(chosen), ROWS):
-            query = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-            plates |= set(session.scalars(query.where(Image.id.in_(some)).distinct()))
-    on_plates = select(Image.id).join(Well, Well.id == Image.well_id)
+            query = select(Well.plate_id).join(Well.images).where(Image.id.in_(some)).distinct()
+            plates |= set(session.scalars(query))
+    on_plates = select(Image.id).join(Image.well)
     on_plates = on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)
     copied = tuple(session.scalars(on_plates)) or chosen
     return copied, chosen, by_image or len(chosen) < len(every)
@@ -414,7 +392,7 @@ def _compare(
     found: Check, both: tuple[Stored, Stored], options: RunOptions, images: Sequence[int] | None
 ) -> None:
     """Compare what a run made with what its repetition made; ``images``: of these alone."""
-    (_, then, run), (_, now, _) = both
+    run = both[0][2]
     sources = [item.id for item in run.recipe.inputs if item.stage is Stage.SEGMENT]
     # Of cells that both stores have: rows were copied with their ids.
     cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -422,94 +400,92 @@ def _compare(
         cells = cells.where(Segmentation.image_id.in_(images))
     if sources:
         cells = cells.where(Segmentation.recipe_id.in_(sources))
-    query: Any
+    found.tolerance = TOLERANCE
+    series: Callable[[Stored], Iterable[Value]]
     match run.stage:
         case Stage.PREDICT:
-            found.what, found.tolerance = "predictions", TOLERANCE
-            query = select(Prediction.cell_id, Prediction.rank, Label.value, Prediction.probability)
-            query = query.join(Label, Label.id == Prediction.label_id)
-            query = query.order_by(Prediction.cell_id, Prediction.rank)
-            if images is not None:
-                query = query.where(Prediction.cell_id.in_(cells))
-            predicted = (
-                ((tuple(row[:2]), *row[2:]) for row in _rows(one, query, Prediction.run_id))
-                for one in both
-            )
-            found.count_all("cell {}, rank {}", *predicted)
+            found.what, named = "predictions", "cell {}, rank {}"
+            series = partial(_predicted, cells=None if images is None else cells)
         case Stage.TRAIN:
-            found.what, found.tolerance = "checkpoints and metrics", TOLERANCE
-            query = select(Artifact.sha256).join(
-                RunArtifact, RunArtifact.artifact_id == Artifact.id
-            )
-            query = query.where(Artifact.kind == ArtifactKind.CHECKPOINT)
-            query = query.where(Artifact.path.not_like("%.json")).order_by(Artifact.id)
-            tensors = [next(_rows(one, query, RunArtifact.run_id), ("none",))[0] for one in both]
-            found.compared = 1
-            if tensors[0] != tensors[1]:
-                found.largest = math.ulp(1.0)  # not the same bits, whatever the metrics are
-                texts = [sha256[:12] for sha256 in tensors]
-                found.differences.append(f"checkpoint: sha256 {texts[0]} before, {texts[1]} now")
-            query = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
-            query = query.where(RunMetric.name.not_in(TIMES))
-            metrics = (
-                sorted(((e, n), "", v) for e, n, v in _rows(one, query, RunMetric.run_id))
-                for one in both
-            )
-            found.count_all("epoch {}, {}", *metrics)
-            if tensors[0] != tensors[1] and found.compared == 1:
-                found.differ += 1  # a baseline has no metrics that could decide
+            found.what, named, series = "checkpoints and metrics", "epoch {}, {}", _metrics
         case Stage.PROFILE:
-            found.what, found.tolerance = "values of profiles", TOLERANCE
-            found.count_all("{1} of well {0}", *map(_profiled, both))
+            found.what, named, series = "values of profiles", "{1} of well {0}", _profiled
         case Stage.HITS:
-            found.what, found.tolerance = "scores", TOLERANCE
-            found.count_all("{0} {1}, {2} {3} {4} {5}: {6}", *map(_scored, both))
+            found.what, named, series = "scores", "{0} {1}, {2} {3} {4} {5}: {6}", _scored
         case Stage.SEGMENT:
-            found.what = "images' masks"
-            query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
-            query = query.outerjoin(Artifact, Artifact.id == Segmentation.mask_artifact_id)
-            query = query.order_by(Segmentation.image_id)
-            if images is not None:
-                query = query.where(Segmentation.image_id.in_(images))
-            masks = (
-                (
-                    (image, f"{n_cells} cells in masks {(sha256 or 'unknown')[:12]}", None)
-                    for image, n_cells, sha256 in _rows(one, query, Segmentation.run_id)
-                )
-                for one in both
-            )
-            found.count_all("image {}", *masks)
+            found.what, named, found.tolerance = "images' masks", "image {}", 0.0
+            series = partial(_masks, images=images)
         case Stage.SPLIT:
-            found.what = "members of the split"
-            name = options.inputs["name"]
-            made = select(Split).where(Split.recipe_id == run.recipe_id).order_by(Split.id)
-            splits = [split for split in then.scalars(made) if name in (split.family, split.name)]
-            if not splits:
-                raise UserInputError("The split is deleted, so there is nothing to compare with.")
-            query = select(SplitMember.image_id, SplitMember.subset, Label.value)
-            query = query.join(Label, Label.id == SplitMember.label_id)
-            query = query.order_by(SplitMember.image_id)
-            for split in splits:
-                again = now.scalars(select(Split).where(Split.name == split.name)).one()
-                members = (
-                    (
-                        (image, f"{subset.value} {label}", None)
-                        for image, subset, label in session.execute(
-                            query.where(SplitMember.split_id == item.id)
-                        )
-                    )
-                    for session, item in ((then, split), (now, again))
-                )
-                found.count_all("image {}", *members)
-                marks = [(None, item.fingerprint, None) for item in (split, again)]
-                found.count(f"fingerprint of {split.name}", *marks)
+            found.what, named, found.tolerance = "members of the split", "{1} of split {0}", 0.0
+            series = partial(_members, name=options.inputs["name"])
         case _:
-            found.what, found.tolerance = "measurements", TOLERANCE_OF_FEATURES
-            measured = [_measurements(one, cells) for one in both]
-            found.count_all("{1} of cell {0}", *measured, relative=True)
+            found.what, named = "measurements", "{1} of cell {0}"
+            found.tolerance, series = TOLERANCE_OF_FEATURES, partial(_measurements, cells=cells)
+    found.count_all(named, *map(series, both), relative=run.stage is Stage.MEASURE)
+    if run.stage is Stage.TRAIN:
+        before, now = map(_checkpoint, both)
+        if before != now:
+            found.largest = found.largest or math.ulp(1.0)  # not the same bits
+            found.differ += not found.compared  # a baseline has no metrics that could decide
+            text = f"checkpoint: sha256 {before[:12]} before, {now[:12]} now"
+            found.differences.insert(0, text)
+        found.compared += 1
 
 
-def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
+def _predicted(one: Stored, cells: Select[Any] | None) -> Iterator[Value]:
+    """Label and probability by cell and rank."""
+    query = select(Prediction.cell_id, Prediction.rank, Label.value, Prediction.probability)
+    query = query.join(Label, Label.id == Prediction.label_id)
+    query = query.order_by(Prediction.cell_id, Prediction.rank)
+    if cells is not None:
+        query = query.where(Prediction.cell_id.in_(cells))
+    for cell, rank, label, probability in _rows(one, query, Prediction.run_id):
+        yield (cell, rank), label, probability
+
+
+def _metrics(one: Stored) -> list[Value]:
+    """The metrics of a training by epoch and name."""
+    query = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
+    query = query.where(RunMetric.name.not_in(TIMES))
+    return sorted(((e, n), "", v) for e, n, v in _rows(one, query, RunMetric.run_id))
+
+
+def _checkpoint(one: Stored) -> str:
+    """The sha256 of the tensors that a training wrote."""
+    query = select(Artifact.sha256).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+    query = query.where(Artifact.kind == ArtifactKind.CHECKPOINT)
+    query = query.where(Artifact.path.not_like("%.json")).order_by(Artifact.id)
+    return str(next(_rows(one, query, RunArtifact.run_id), ("none",))[0])
+
+
+def _masks(one: Stored, images: Sequence[int] | None) -> Iterator[Value]:
+    query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
+    query = query.outerjoin(Artifact, Artifact.id == Segmentation.mask_artifact_id)
+    query = query.order_by(Segmentation.image_id)
+    if images is not None:
+        query = query.where(Segmentation.image_id.in_(images))
+    for image, n_cells, sha256 in _rows(one, query, Segmentation.run_id):
+        yield image, f"{n_cells} cells in masks {(sha256 or 'unknown')[:12]}", None
+
+
+def _members(one: Stored, name: str) -> list[Value]:
+    """The fingerprint of each split that a run made, and subset and label of its images."""
+    _, session, run = one
+    made = session.scalars(select(Split).where(Split.recipe_id == run.recipe_id)).all()
+    splits = [split for split in made if name in (split.family, split.name)]
+    if not splits:
+        raise UserInputError("The split is deleted, so there is nothing to compare with.")
+    found: list[Value] = [((x.name, "fingerprint"), x.fingerprint, None) for x in splits]
+    query = select(Split.name, SplitMember.image_id, SplitMember.subset, Label.value)
+    query = query.join(Label, Label.id == SplitMember.label_id)
+    query = query.join(Split, Split.id == SplitMember.split_id)
+    query = query.where(Split.id.in_([split.id for split in splits]))
+    for split, image, subset, label in session.execute(query):
+        found.append(((split, f"image {image}"), f"{subset.value} {label}", None))
+    return sorted(found, key=itemgetter(0))
+
+
+def _rows(one: Stored, query: Any, run: Any) -> Iterator[Any]:
     """The rows of a query that are of the run; ``run`` is their column of run ids."""
     _, session, its_run = one
     mine = query.where(run == its_run.id)
@@ -538,7 +514,7 @@ def _scored(one: Stored) -> list[Value]:
         verdict, *numbers = row[len(keys) :]
         found.append(((*key, "verdict"), str(verdict or ""), None))
         found += [((*key, n), "", x) for n, x in zip(names[1:], numbers, strict=True)]
-    return sorted(found, key=lambda value: value[0])
+    return sorted(found, key=itemgetter(0))
 
 
 def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..query.engine import Questions
-from .drawing import BLUE, GREY, ORANGE, Place, interval_bar, short, svg
+from .drawing import BLUE, GREY, ORANGE, Place, interval_bar, svg
 from .scoring import HEADLINE, GroupScore, ReportResult, Score
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 DOTTED = (0, (2, 3))
 METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY epoch"
+
+
+Standing = tuple[str, float, float | None, float | None, str]
+"""A name, an accuracy with its interval, and a colour."""
 
 
 def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> dict[str, Any]:
@@ -37,51 +41,18 @@ def score_figures(result: ReportResult, best: Score, unseen: Score | None) -> di
     }
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def standing(result: ReportResult, best: Score, unseen: Score | None) -> str:
-    """Accuracies with their intervals, those of baselines too.
-
-    Dotted: guessing, and where the interval of the run begins.
-    """
-    rows = [(f"run {result.name}", best.accuracy, best.low, best.high, BLUE)]
+def standing(result: ReportResult, best: Score, unseen: Score | None) -> list[Standing]:
+    """Return the accuracies that stand beside each other, with their intervals and colours."""
+    rows: list[Standing] = [(f"run {result.name}", best.accuracy, best.low, best.high, BLUE)]
     if unseen is not None:
-        rows.append(("… in unseen wells", unseen.accuracy, unseen.low, unseen.high, BLUE))
+        rows.append(("in unseen wells", unseen.accuracy, unseen.low, unseen.high, BLUE))
     for item in result.baselines:
         if (item.level, item.vote) == HEADLINE:
             colour = ORANGE if item.null else GREY
             rows.append((item.name, item.accuracy, item.low, item.high, colour))
     if best.majority is not None and not any(row[0] == "majority" for row in rows):
-        name = f"always {short(result.majority_label or '')}"
-        rows.append((name, best.majority, None, None, GREY))
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for y, (_, value, low, high, colour) in enumerate(reversed(rows)):
-            end = 100 * value
-            if low is not None and high is not None:
-                end = 100 * high
-                bar: dict[str, Any] = {"color": colour, "lw": 2.2, "solid_capstyle": "round"}
-                axes.plot([100 * low, end], [y, y], **bar)
-            axes.plot(100 * value, y, "o", color=colour, ms=6, clip_on=False)
-            text = f"{100 * value:.1f}"
-            axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", size=9)
-        for at, colour in ((result.chance, GREY), (best.low, BLUE)):
-            if at is not None:
-                axes.axvline(100 * at, color=colour, lw=0.8, ls=DOTTED, zorder=0)
-        axes.set_yticks(range(len(rows)), [short(row[0], 28) for row in reversed(rows)])
-        most = max(row[3] or row[1] for row in rows)
-        axes.set_xlim(-0.5, 100 * min(1.08, max(1.18 * most, 0.05)))
-        axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel("accuracy, %")
-
-    in_words = ", ".join(f"{name} {_percent(value)}" for name, value, *_ in rows)
-    size = (4.6, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75)
-    return svg("standing", size, draw, f"Accuracy of images: {in_words}.")
+        rows.append((f"always {result.majority_label}", best.majority, None, None, GREY))
+    return rows
 
 
 def training_curves(questions: Questions, run_id: int | None) -> str | None:
@@ -147,8 +118,8 @@ def reliability(result: ReportResult) -> str:
     for level, bins in by_level.items():
         last = max(bins, key=lambda item: item.confidence)
         sentences.append(
-            f"{titles[level]}: where the confidence is {_percent(last.confidence)} on average, "
-            f"{_percent(last.accuracy)} of {last.n:,} answers are right"
+            f"{titles[level]}: where the confidence is {100 * last.confidence:.1f} % on average, "
+            f"{100 * last.accuracy:.1f} % of {last.n:,} answers are right"
         )
     alt = f"Confidence and accuracy. {'; '.join(sentences)}."
     return svg("reliability", (3.6 * len(by_level), 4.2), draw, alt)

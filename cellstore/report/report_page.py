@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..enums import PERTURBATION, TARGET, TREATMENT
-from ..errors import CellstoreError, UnknownNameError
+from ..errors import CellstoreError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions
-from ..query.guard import quoted
-from ..query.source import group_of
 from .answers import Subject, seen_wells
 from .audit import audit
 from .drawing import (
@@ -56,11 +53,9 @@ def write_page(
     subject: Subject,
     result: ReportResult,
     path: Path,
-    maps: Sequence[str],
 ) -> None:
-    """Write the page of a report; see :func:`.scoring.report` for the options and errors."""
-    content = report_content(workspace, questions, subject, result, maps)
-    write_html(path, "report.html.j2", content)
+    """Write the page of a report; raises StorageError."""
+    write_html(path, "report.html.j2", report_content(workspace, questions, subject, result))
 
 
 def report_content(
@@ -68,7 +63,6 @@ def report_content(
     questions: Questions,
     subject: Subject,
     result: ReportResult,
-    maps: Sequence[str] = (),
     *,
     place: Place = nowhere,
 ) -> dict[str, Any]:
@@ -86,7 +80,7 @@ def report_content(
     best = result.score(*HEADLINE)
     unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
     seen = set(seen_wells(questions, run_id).tolist())
-    drawn_maps, more_plates = plate_maps(questions, run_id, hard, maps, seen) if alone else ([], 0)
+    drawn_maps, more_plates = plate_maps(questions, run_id, hard, seen) if alone else ([], 0)
     width = SMALL_MAP if drawn_maps and len(drawn_maps[0]) > 1 else LARGE_MAP
     return {
         "place": place,
@@ -107,7 +101,6 @@ def report_content(
         ],
         "seen_wells": any(one.marked for some in drawn_maps for one in some),
         "more_plates": more_plates,
-        "measured": len(drawn_maps) > 2,
         "curves": training_curves(questions, subject.run.parent_id),
         "mistakes": mistakes_of(workspace, questions, run_id, images, seen) if alone else [],
         "origin": origin_of(workspace, subject) if alone else None,
@@ -209,8 +202,6 @@ def _usual_image(rows: Sequence[Row], end: str) -> Row:
 # Plate maps
 
 SHOWN_PLATES = 12
-USUAL_FEATURES = ("area", "mean_intensity")
-"""Features that are shown if none is named, and they were measured."""
 WELLS = """
     SELECT p.barcode AS plate, w.id, w.well_row, w.well_column
     FROM wells AS w JOIN plates AS p ON p.id = w.plate_id
@@ -237,33 +228,18 @@ USED_CELLS = """
     )
 """
 """The cells of some wells that a run has labelled, or could: those of the same segmentation."""
-SIZES = """
-    SELECT p.barcode AS plate, min(i.pixel_size) AS size
-    FROM images AS i JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = w.plate_id
-    GROUP BY p.barcode
-    HAVING min(i.pixel_size) = max(i.pixel_size) AND count(i.pixel_size) = count(*)
-"""
-"""The plates whose images all have one pixel size."""
-MICROMETRES = {"pixel": (1, "\u00b5m"), "pixel^2": (2, "\u00b5m\u00b2")}
-NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "BOOLEAN", "HUGEINT")
 
 
 def plate_maps(
     questions: Questions,
     run_id: int,
     images: Sequence[Row],
-    wanted: Sequence[str],
     seen: Collection[int] = (),
 ) -> tuple[list[list[PlateMap]], int]:
-    """Return the maps of each measure on the scored plates, and how many plates are not shown.
+    """Return the maps of accuracy and of cells on the scored plates; how many plates are not shown.
 
-    The measures are accuracy, cells, and the features ``wanted``, else the usual ones: a feature is
-    a column of a feature set, or SET.COLUMN, and its value the mean over the cells of a well that
-    the run could label. ``images``: rows of the votes, one per image. Wells of ``images`` that were
-    ``seen`` in training are marked on the map of accuracy.
-
-    Raises:
-        UnknownNameError: no feature set has such a column of numbers.
+    Cells are those that the run could label. ``images``: rows of the votes, one per image. Wells of
+    ``images`` that were ``seen`` in training are marked on the map of accuracy.
     """
     right: dict[int, list[bool]] = defaultdict(list)
     for row in images:
@@ -276,9 +252,11 @@ def plate_maps(
         plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     shown = dict(list(plates.items())[:SHOWN_PLATES])
     asked = [run_id, sorted(well for wells in shown.values() for well in wells)]
+    count = "SELECT well_id, count(*) / count(DISTINCT image_id) FROM found GROUP BY well_id"
+    cells = dict(questions.ask_ours(f"{USED_CELLS} {count}", asked).rows())
     measures = [
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
-        *_cell_maps(questions, asked, shown, wanted),
+        ("Cells", "cells in an image", cells, colour_limits(cells.values())),
     ]
     maps = [
         [
@@ -297,79 +275,6 @@ def plate_maps(
         for shows_right in (values is accuracy,)
     ]
     return maps, max(0, len(plates) - SHOWN_PLATES)
-
-
-Measure = tuple[str, str, dict[int, float], tuple[float, float]]
-"""A title, its unit, values by well id, and the ends of the colours."""
-
-
-def _cell_maps(
-    questions: Questions,
-    asked: Sequence[object],
-    plates: Mapping[str, Mapping[int, WellPosition]],
-    wanted: Sequence[str],
-) -> list[Measure]:
-    """The number of cells, and means of features; ``asked``: a run and the wells of ``plates``."""
-    count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
-    counted = questions.ask_ours(f"{USED_CELLS} {count}", asked).records()
-    cells = {row["well_id"]: row["value"] for row in counted}
-    measures = [("Cells", "cells in an image", cells, colour_limits(cells.values()))]
-    sizes = {row["plate"]: row["size"] for row in questions.ask_ours(SIZES).records()}
-    units = {
-        (row["name"], column["name"]): column.get("unit")
-        for row in questions.ask_ours("SELECT name, columns FROM feature_sets").records()
-        for column in json.loads(row["columns"])
-    }
-    for (name, column), means in _feature_means(questions, asked, wanted).items():
-        unit, values = units.get((name, column)), means
-        if unit in MICROMETRES and plates.keys() <= sizes.keys():
-            power, unit = MICROMETRES[unit]
-            values = {
-                well: means[well] * sizes[plate] ** power
-                for plate, wells in plates.items()
-                for well in wells
-                if well in means
-            }
-        said = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
-        measures.append((column, said, values, colour_limits(values.values())))
-    return measures
-
-
-def _feature_means(
-    questions: Questions, asked: Sequence[object], wanted: Sequence[str]
-) -> dict[tuple[str, str], dict[int, float]]:
-    """The means of features by well id, each by its set and column."""
-    columns: dict[str, tuple[str, str]] = {}  # a bare name means the newest set
-    sets = questions.ask_ours("SELECT name FROM feature_sets ORDER BY id DESC").records()
-    for name in (item["name"] for item in sets):
-        for column, kind in questions.columns(name):
-            if kind in NUMBERS and column != "cell_id":
-                columns[f"{name}.{column}"] = (name, column)
-                if group := group_of(name):
-                    columns.setdefault(f"{group}.{column}", (name, column))
-                columns.setdefault(column, (name, column))
-    for name in wanted:
-        if name not in columns:
-            raise UnknownNameError.of("feature", name, sorted(columns))
-    usual = [name for name in USUAL_FEATURES if name in columns]
-    means: dict[tuple[str, str], dict[int, float]] = {
-        columns[name]: {} for name in (wanted or usual)
-    }
-    for name in dict.fromkeys(name for name, _ in means):
-        chosen = [column for other, column in means if other == name]
-        values = ", ".join(
-            f"avg(f.{quoted(c)}) FILTER (WHERE isfinite(f.{quoted(c)}::DOUBLE)) AS v{number}"
-            for number, c in enumerate(chosen)
-        )
-        query = (
-            f"{USED_CELLS} SELECT found.well_id, {values} FROM found "  # noqa: S608 - names are quoted
-            f"JOIN {quoted(name)} AS f ON f.cell_id = found.id GROUP BY 1"
-        )
-        for row in questions.ask_ours(query, asked).records():
-            for number, column in enumerate(chosen):
-                if row[f"v{number}"] is not None:
-                    means[name, column][row["well_id"]] = row[f"v{number}"]
-    return means
 
 
 # Pictures

@@ -81,8 +81,8 @@ class RunOptions:
 class Step:
     """A run that is needed, and the command that redoes it (without ``cellstore``).
 
-    ``spelled``: the command has every option, so that the recipe's fingerprint comes out the same;
-    else it is the command as it was typed, or empty where that is not known. ``tables``: name,
+    The command has every option, so that the recipe's fingerprint comes out the same; else it is
+    the command as it was typed, or empty where that is not known. ``tables``: name,
     sha256, layout and number of rows of each file that an ingest read. ``refused``: how many rows
     were refused or images failed, for which the command ended with 1.
     """
@@ -90,12 +90,10 @@ class Step:
     run_id: int
     stage: str
     words: tuple[str, ...]
-    spelled: bool
     doubts: tuple[str, ...]
     fingerprint: str
     weights_sha256: str | None
     code_version: str
-    environment: dict[str, Any]
     started_at: str
     tables: tuple[dict[str, Any], ...] = ()
     refused: int = 0
@@ -111,9 +109,6 @@ class Repro(Shown):
     run_id: int
     stage: str
     steps: tuple[Step, ...]
-    packages: dict[str, str]
-    python: str | None
-    code_version: str
     script: str
 
 
@@ -253,11 +248,7 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def repro(workspace: Workspace, reference: RunName) -> Repro:
-    """Return the commands and versions that redo a run, and all that it relies on.
-
-    Raises:
-        UnknownNameError: there is no such run.
-    """
+    """Return the commands and versions that redo a run, and all that it relies on."""
     with workspace.database.read() as session:
         run = find_run(session, reference)
         needed: dict[int, Run] = {}
@@ -271,18 +262,7 @@ def repro(workspace: Workspace, reference: RunName) -> Repro:
         for item in session.scalars(ingests.where(Run.id < run.id)):
             needed.setdefault(item.id, item)
         steps = tuple(_step_of(session, needed[number]) for number in sorted(needed))
-        known = run.environment
-        packages = {n: str(v) for n, v in known.items() if n not in _NOT_PACKAGES}
-        python = str(known["python"]) if "python" in known else None
-        return Repro(
-            run_id=run.id,
-            stage=run.stage.value,
-            steps=steps,
-            packages=packages,
-            python=python,
-            code_version=run.code_version,
-            script=_script(run, steps, _renames(session, run), packages, python),
-        )
+        return Repro(run.id, run.stage.value, steps, _script(run, steps, _renames(session, run)))
 
 
 def _renames(session: Session, run: Run) -> list[tuple[datetime, tuple[str, ...]]]:
@@ -356,12 +336,10 @@ def _step_of(session: Session, run: Run) -> Step:
         run_id=run.id,
         stage=run.stage.value,
         words=words,
-        spelled=options is not None,
         doubts=doubts,
         fingerprint=run.recipe.fingerprint,
         weights_sha256=run.recipe.weights_sha256,
         code_version=run.code_version,
-        environment=run.environment,
         started_at=run.started_at.isoformat(),
         tables=tuple(
             {"name": file.name, "sha256": file.sha256, "layout": file.layout, "rows": file.n_rows}
@@ -415,8 +393,6 @@ def _script(
     run: Run,
     steps: Sequence[Step],
     renames: Sequence[tuple[datetime, tuple[str, ...]]],
-    packages: Mapping[str, str],
-    python: str | None,
 ) -> str:
     """The script. It finds out by itself which numbers runs get in the store it is run in."""
     lines = ["#!/bin/sh"]
@@ -429,9 +405,11 @@ def _script(
     comment("and all that it relies on. In a new store: cellstore init redone, then")
     comment("export CELLSTORE_STORE=redone. In the store itself nothing is done twice.")
     lines += ["set -eu", ""]
-    wanted = {"cellstore": run.code_version.partition("+")[0], **packages}
+    known = {name: text for name, text in run.environment.items() if name not in _NOT_PACKAGES}
+    wanted = {"cellstore": run.code_version.partition("+")[0], **known}
     pins = [shlex.quote(f"{name}=={version}") for name, version in wanted.items()]
-    comment(f"Versions: Python {python or 'unknown'}, cellstore {run.code_version}")
+    python = run.environment.get("python", "unknown")
+    comment(f"Versions: Python {python}, cellstore {run.code_version}")
     comment("pip install " + " ".join(pins))
     if commit := re.search(r"\+g([0-9a-f]+)", run.code_version):
         comment(f"From a checkout of its source: git checkout {commit[1]}")

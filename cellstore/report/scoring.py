@@ -456,13 +456,14 @@ def score_answers(
     ]
     close = np.array(shared, dtype=bool)[pair_of] & ~images.abstained
 
-    of_class = statistics.class_counts(answering.truth, answering.predicted, len(labels))
+    f1, _, _ = statistics.class_f1(answering.truth, answering.predicted, len(labels))
+    answered = np.bincount(answering.predicted, minlength=len(labels))
     of_cells = np.bincount(cells.truth, minlength=len(labels))
     right_cells = np.bincount(cells.truth[cells.correct], minlength=len(labels))
     by_class = []
     for code, label in enumerate(labels):
         group = score_group(label, images, close, images.truth == code)
-        predicted = int(of_class.predicted[code])
+        predicted = int(answered[code])
         if group.n or predicted or group.abstained:
             right = group.correct
             by_class.append(
@@ -474,7 +475,7 @@ def score_answers(
                     correct=right,
                     recall=right / group.n if group.n else None,
                     precision=right / predicted if predicted else None,
-                    f1=float(np.nan_to_num(of_class.f1[code])),
+                    f1=float(np.nan_to_num(f1[code])),
                     same_target=group.same_target,
                     wells=group.wells,
                     low=group.low,
@@ -569,19 +570,8 @@ def score_answers(
     for level, vote in (("cell", "hard"), ("image", "soft")):
         some = given(answers[level, vote])
         if some.size:
-            bins = statistics.calibration(some.confidence, some.correct)
-            calibration += [
-                CalibrationBin(
-                    level,
-                    vote,
-                    low=float(bins.edges[i]),
-                    high=float(bins.edges[i + 1]),
-                    n=int(bins.n[i]),
-                    confidence=float(bins.confidence[i]),
-                    accuracy=float(bins.accuracy[i]),
-                )
-                for i in np.flatnonzero(bins.n)
-            ]
+            bins, _ = statistics.calibration(some.confidence, some.correct)
+            calibration += [CalibrationBin(level, vote, *row) for row in bins]
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
@@ -656,7 +646,7 @@ def scores_of(
         some = given(every)
         if not some.size:
             continue
-        counts = statistics.class_counts(some.truth, some.predicted, len(labels))
+        _, balanced, macro_f1 = statistics.class_f1(some.truth, some.predicted, len(labels))
         low, high = well_interval(some.correct, some.well) or (None, None)
         always = None
         if majority is not None:
@@ -675,10 +665,10 @@ def scores_of(
                 low=low,
                 high=high,
                 majority=always,
-                balanced_accuracy=counts.balanced_accuracy,
-                macro_f1=counts.macro_f1,
+                balanced_accuracy=balanced,
+                macro_f1=macro_f1,
                 top_5=float(np.mean(in_top)) if top_known else None,
-                ece=statistics.calibration(some.confidence, some.correct).error,
+                ece=statistics.calibration(some.confidence, some.correct)[1],
                 ties=int(some.tie.sum()),
                 log_loss=statistics.log_loss(some.probability) if known else None,
                 abstained=int(every.abstained.sum()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +24,8 @@ from ..settings import track
 from ..stages.segment import open_segment
 from .drawing import outline_overlay
 
-SHEET = "contact-sheet.png"
 CAPTION_HEIGHT = 26
 """Pixels of the line of text above a picture."""
-GAP = 6
-"""Pixels between the pictures of a sheet."""
-LONGEST = 480
-"""Pixels of the longer side of a picture on the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +42,9 @@ class PreviewImage:
 
 @dataclass(frozen=True)
 class PreviewResult(Shown):
-    """What a preview showed. ``sheet``: all pictures in one, if there are any.
-
-    ``available`` counts the images of the selection that have their files.
-    """
+    """What a preview showed; ``available`` counts the images of the selection with their files."""
 
     folder: str
-    sheet: str | None
     available: int
     images: tuple[PreviewImage, ...]
 
@@ -68,13 +58,9 @@ def preview(
     folder: Path,
     device: str = "auto",
 ) -> PreviewResult:
-    """Segment ``count`` images spread over the plates and wells of a selection; draw them.
+    """Segment ``count`` images of a selection and draw them; see :meth:`cellstore.Store.preview`.
 
-    The same selection gives the same images. No row and no artifact is written; pictures of an
-    earlier preview of the same images are replaced.
-
-    Raises:
-        as ``segment``; StorageError if ``folder`` cannot be written.
+    The same selection gives the same images.
     """
     if count < 1:
         raise UserInputError("A preview needs at least one image. Give --preview 1 or more.")
@@ -86,7 +72,6 @@ def preview(
     if sample:
         stage.load()
     images: list[PreviewImage] = []
-    small: list[NDArray[np.uint8]] = []
     for image_id, name in track(workspace.progress, "preview", len(sample), sample.items()):
         started = time.perf_counter()
         try:
@@ -103,13 +88,8 @@ def preview(
         target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
         with open_atomically(target) as file:
             file.write(png(captioned(outline_overlay(plane, result.masks), text)))
-        small.append(captioned(outline_overlay(plane, result.masks, longest=LONGEST), text))
         images.append(PreviewImage(name, result.count, result.diameter, seconds, str(target), None))
-    sheet = folder / SHEET
-    if small:
-        with open_atomically(sheet) as file:
-            file.write(png(contact_sheet(small)))
-    return PreviewResult(str(folder), str(sheet) if small else None, available, tuple(images))
+    return PreviewResult(str(folder), available, tuple(images))
 
 
 def _sample(session: Session, images: Select[int], count: int) -> tuple[int, dict[int, str]]:
@@ -148,19 +128,6 @@ def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
         font = ImageFont.load_default(size=max(4.0, CAPTION_HEIGHT * 0.55 * fits))
     ImageDraw.Draw(band).text((4, CAPTION_HEIGHT // 2), text, "white", font, anchor="lm")
     return np.concatenate([np.asarray(band), picture])
-
-
-def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int = 3) -> NDArray[np.uint8]:
-    """``pictures`` (H, W, 3), of any sizes, row by row on one dark sheet (H, W, 3)."""
-    height = max(picture.shape[0] for picture in pictures) + GAP
-    width = max(picture.shape[1] for picture in pictures) + GAP
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * height + GAP, columns * width + GAP, 3), 32, np.uint8)
-    for index, picture in enumerate(pictures):
-        top, left = GAP + (index // columns) * height, GAP + (index % columns) * width
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:

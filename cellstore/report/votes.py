@@ -126,19 +126,10 @@ def open_votes(
     vote_options: VoteOptions | None = None,
     ties_only: bool = False,
 ) -> Iterator[tuple[VotesResult, Answer]]:
-    """Let the cells of every image, or well, vote, as a predict run has labelled them.
+    """Let the cells of every image, or well, vote; see :meth:`cellstore.Store.votes`.
 
-    ``vote``: hard (each cell counts once, for its first choice), soft (with its probabilities) or
-    median (of the probabilities that the cells gave). The answer has one row per image, or well
-    and subset of the split: plate, well, site and image_id (or well_id), winner, votes (cells,
-    summed probability, or the median), share (of the cells), runner_up, margin (share above the
-    runner-up's), cells, tie, abstained (few cells, close, or null), subset, truth, correct. Ties
-    are broken by summed probability, then label. ``ties_only``: the answer has only rows with a
-    tie; the summary is of all.
-
-    Raises:
-        UnknownNameError: there is no such predict run, level, vote, or quality-control run.
-        UserInputError: the quality-control run has not looked at these images or cells.
+    The answer has a row for each image, or well and subset of the split; ties are broken by summed
+    probability, then label. ``ties_only``: only rows with a tie; the summary is of all.
     """
     check_vote(level, vote)
     with workspace.database.read() as session:

@@ -68,7 +68,7 @@ def annotate(
             if not present:
                 raise UserInputError(
                     f"{_called(session, of, ids)}: {who} gave no label of the field {field}. See "
-                    "all labels: cellstore annotate --list"
+                    "all labels: cellstore ask annotations"
                 )
             return _take_back(session, list(present.values()), who, reason)
         if table_field(session, field):

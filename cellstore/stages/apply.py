@@ -10,43 +10,36 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import BASIC_GROUP
 from ..analysis.segmentation import pick_device
 from ..artifacts import ArtifactFolder, StoredFile
-from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, Selection, option_of
-from ..db.bulk import insert_new
+from ..config import THIS_PROCESS, ApplyParams, ImageInput, Resources, option_of
 from ..enums import (
-    PROJECTION_CHANNEL,
     ArtifactKind,
-    FeatureStorage,
     Gives,
-    Projection,
     Stage,
     Status,
     Subset,
 )
 from ..errors import CellstoreError, ImageError, UserInputError, some_of
-from ..io.image_files import decode_tiff, project
-from ..jobs.execute import NO_MEMORY, ImageStage, RunCounter, execute, run_jobs
+from ..jobs.execute import NO_MEMORY, ImageStage, RunCounter, execute
 from ..jobs.lookup import (
     IS_CURRENT,
     find_channels,
     find_recipe,
     find_split,
-    first_of,
-    images_of,
     in_recipes,
 )
-from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
-from ..jobs.queue import JobScope, Task, among, count_images, requeue
+from ..jobs.planes import lacking_channels
+from ..jobs.queue import JobScope, Task, count_images
 from ..jobs.runs import (
     RecipeSpec,
     digest,
@@ -58,34 +51,24 @@ from ..jobs.runs import (
     running,
 )
 from ..jobs.workspace import Workspace
-from ..learn.branches import IMAGE, MASK
+from ..learn.branches import IMAGE, MASK, count_channels
 from ..learn.normalising import Scaler, add_plates, fit_inputs
 from ..models import (
-    Artifact,
     FeatureSet,
     Image,
-    ImageFile,
-    Job,
     Plate,
-    Prediction,
     Recipe,
     Run,
     Segmentation,
     Split,
-    SplitMember,
     Well,
 )
 from ..notebooks import Shown
 from ..query.cells import (
-    CellRows,
     CellSource,
     choose_recipes,
-    current_segmentation,
     feature_leak,
     last_with_masks,
-    plate_of,
-    read_cells,
-    read_masks,
 )
 from ..query.feature_files import (
     ROWS_OF_FILE,
@@ -93,9 +76,9 @@ from ..query.feature_files import (
     forget_lost_files,
     images_of_lost_files,
     images_per_file,
+    make_set,
     open_set,
     register_files,
-    set_of_recipe,
     write_features,
 )
 from ..query.source import check_set_name
@@ -110,24 +93,22 @@ from .own_models import (
     declared_training,
 )
 from .predict import (
-    PredictionRows,
+    CellAnswers,
+    best_rows,
     check_alone,
     insert_predictions,
+    label_all,
     latest_run,
     measured_images,
-    unfinished,
+    select_images,
 )
 
 if TYPE_CHECKING:
+    from ..learn.batches import CellView, FoundCells
     from ..learn.crops import CellCrops
     from ..learn.functions import OwnFunction
 
 VERSION = 1
-
-NO_BOXES = (
-    "The boxes of these cells are unknown, so they cannot be cut out of the image. "
-    "If you have their masks, run: cellstore ingest masks DIR"
-)
 
 TRIED = 3
 """Images with which a function is tried before anything is written."""
@@ -174,30 +155,10 @@ def apply(
     resources: Resources = THIS_PROCESS,
     parameters: Mapping[str, Any] | None = None,
 ) -> ApplyResult:
-    """Let a function look at the cells of some images, and keep the numbers that it returns.
-
-    ``function``: a function, a module of torch, an estimator of scikit-learn, ``module:name``, or
-    the path of an ONNX file. A function gets one argument, a dictionary of the N cells of a batch,
-    all of one image:
-
-    - ``image`` (N, C, S, S) float32: the crops of C channels, from -1 (black) to about 1;
-    - ``mask`` (N, 1, S, S) float32: the share of each pixel that is of the cell;
-    - ``features`` (N, F) float64: measurements, as measured or scaled;
-    - ``cell_id`` (N,) int64.
-
-    Only what was asked for is there. A network gets tensors of the first three, in this order. It
-    returns an array (N, D), or a table of N rows with names of columns, or (N, K) probabilities in
-    the order of the classes of the split (those of its training subset, sorted: ``classes`` of
-    ``Store.dataset``), or a dictionary by class. ``parameters`` are kept with the recipe.
+    """Let a function look at the cells of some images; see ``Store.apply``.
 
     An interrupted call is completed by the same call. A feature set gets images that are new;
     probabilities of another selection of images are another run.
-
-    Raises:
-        UnknownNameError: no such split, segmentation, channel, feature set or plate.
-        UserInputError: the function is not there, was fitted with other columns or classes, cannot
-            do the first images, or the feature set is there already and was made otherwise.
-        MissingExtraError: an ONNX file, and its runtime is not installed.
     """
     need("train")
     from ..learn.functions import find_function
@@ -210,35 +171,35 @@ def apply(
         check_set_name(params.name, "--name")
     with workspace.database.read() as session:
         plan = _plan(session, workspace, own, params, dict(parameters or {}))
-    notes = plan.notes
     if own.reference is None and resources != THIS_PROCESS:
-        notes.append(
+        plan.notes.append(
             f"{own.name} is known in this process only, so it worked alone. For more workers, put "
             "it into a module, and name it: module:name"
         )
         resources = THIS_PROCESS
-    if plan.split is not None and params.gives is Gives.PROBABILITIES:
-        return _label(workspace, plan, params, resources)
-    return _describe(workspace, plan, params, resources)
+    make = _label if params.gives is Gives.PROBABILITIES else _describe
+    made = make(workspace, plan, params, resources)
+    return ApplyResult(
+        name=params.name,
+        gives=params.gives,
+        function=own.name,
+        selected=plan.selected,
+        notes=tuple(plan.notes),
+        **made,
+    )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be done: ``images`` by ``stage``; ``parameters`` and ``inputs`` of the recipe.
+class _Plan(NamedTuple):
+    """What is to be done: ``images`` by ``stage``, by the recipe ``spec``.
 
-    ``planes``: whose intensities are scaled plate by plate, by those of ``split`` where there is
-    one. ``classes``: label ids by class, in the order in which a function returns them. ``unseen``:
-    no image is opened.
+    ``split``: whose classes, subsets or scales are meant. ``selected``: how many images were asked
+    for.
     """
 
     images: Select[int]
     stage: Apply
-    parameters: dict[str, Any]
-    inputs: tuple[Recipe, ...]
-    planes: tuple[ImageInput, ...]
+    spec: RecipeSpec
     split: Split | None
-    classes: dict[str, int]
-    unseen: bool
     selected: int
     notes: list[str]
 
@@ -274,17 +235,9 @@ def _plan(
         source = CellSource(segment.id, None, annotated=True)
 
     # Which images.
-    selected = images_of(session, Selection(params.plates, params.wells, params.where))
-    if split is not None and (subset != "all" or labels):
-        members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-        if subset != "all":
-            members = members.where(SplitMember.subset == Subset(subset))
-        selected = selected.where(Image.id.in_(members))
-    if params.limit is not None:
-        selected = first_of(session, selected, params.limit)
-    n_selected = session.scalar(
-        select(func.count()).select_from(Image).where(Image.id.in_(selected))
-    )
+    of_subset = None if subset == "all" else Subset(subset)
+    of_split = split.id if split is not None and (of_subset or labels) else None
+    selected, n_selected = select_images(session, params, of_split, of_subset)
     images = selected.join(Segmentation, IS_CURRENT)
     images = images.where(Segmentation.recipe_id == segment.id)
     pixels = image or params.mask
@@ -342,8 +295,6 @@ def _plan(
         if measured and (mark := source.features.mark(session, segment.id, images)) is not None:
             described["feature_files"] = mark
         odd = [name for name in own.classes or () if name not in classes]
-        if odd and own.classes == [str(number) for number in range(len(learned))]:
-            own.labels, odd = tuple(learned), []  # it was fitted on positions
         if own.is_estimator and not hasattr(own.given, "predict_proba"):
             notes.append(f"{own.name} gives no probabilities: each of its labels counts with 1.")
         if odd:
@@ -354,9 +305,6 @@ def _plan(
             )
         if measure is not None and (leak := feature_leak(session, measure, split.id)):
             notes.append(leak)
-    planes: tuple[ImageInput, ...] = ()
-    if channels and params.intensity == "plate":
-        planes = tuple(ImageInput((channel,)) for channel in channels)
     stage = Apply(
         workspace.artifacts,
         function=own,
@@ -366,20 +314,19 @@ def _plan(
         crop=params.crop,
         mask=params.mask,
         scaler=scaler,
+        by_plate=bool(channels) and params.intensity == "plate",
+        classes=tuple(classes),
+        label_ids=tuple(classes.values()),
         in_order=n_learned,
+        top_k=params.top_k,
     )
-    unseen, number = not pixels, n_selected or 0
-    return _Plan(
-        images, stage, described, tuple(inputs), planes, split, classes, unseen, number, notes
-    )
+    of = Stage.PREDICT if labels else Stage.MEASURE
+    spec = RecipeSpec(of, VERSION, described, None, tuple(inputs))
+    return _Plan(images, stage, spec, split, n_selected, notes)
 
 
 def _check_options(own: OwnFunction, params: ApplyParams, *, image: bool) -> None:
-    """Refuse options that would do nothing.
-
-    Raises:
-        UserInputError: there is one.
-    """
+    """Refuse options that would do nothing."""
     if own.is_estimator and params.mask:
         raise UserInputError("An estimator of scikit-learn reads measurements only: no --mask.")
     for option, used in (("channels", image), ("intensity", image), ("crop", image or params.mask)):
@@ -389,13 +336,8 @@ def _check_options(own: OwnFunction, params: ApplyParams, *, image: bool) -> Non
 
 def _channels(session: Session, images: Select[int], named: Sequence[str]) -> tuple[str, ...]:
     """The channels of the crops as recipes call them; default: all of the images."""
-    if not named:
-        query = select(ImageFile.channel).where(ImageFile.image_id.in_(images))
-        query = query.where(ImageFile.channel != PROJECTION_CHANNEL).group_by(ImageFile.channel)
-        named = session.scalars(
-            query.order_by(func.min(ImageFile.position), ImageFile.channel)
-        ).all()
-    chosen = in_recipes(session, find_channels(session, tuple(named)))
+    named = tuple(named or count_channels(session, images))
+    chosen = in_recipes(session, find_channels(session, named))
     if len(set(chosen)) < len(chosen) or not chosen:
         raise UserInputError("Name each channel of the crops once: --channels A,B.")
     return chosen
@@ -406,8 +348,9 @@ def _with_scales(workspace: Workspace, plan: _Plan, recipe_id: int) -> Apply:
 
     Those that an earlier run of the recipe has used stay as they are when images are added.
     """
-    if not plan.planes:
+    if not plan.stage.by_plate:
         return plan.stage
+    planes = [ImageInput((channel,)) for channel in plan.stage.channels]
     source, scales = replace(plan.stage.source, annotated=False), Scaler(intensities={})
     with workspace.database.read() as session:
         known: dict[str, Any] = {}
@@ -420,8 +363,8 @@ def _with_scales(workspace: Workspace, plan: _Plan, recipe_id: int) -> Apply:
         new = [barcode for barcode in barcodes if barcode not in known]
         if new and plan.split is not None:
             training = replace(source, split_id=plan.split.id)
-            scales = fit_inputs(session, workspace.database, training, None, plan.planes)
-        scales = add_plates(session, workspace.database, source, plan.planes, scales, new)
+            scales = fit_inputs(session, workspace.database, training, None, planes)
+        scales = add_plates(session, workspace.database, source, planes, scales, new)
     known = {**(scales.intensities or {}), **known}
     text = json.dumps({name: list(known[name]) for name in barcodes}, sort_keys=True, indent=1)
     kept = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
@@ -429,11 +372,7 @@ def _with_scales(workspace: Workspace, plan: _Plan, recipe_id: int) -> Apply:
 
 
 def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
-    """Ask the function about a few cells, before anything is written; return its columns.
-
-    Raises:
-        UserInputError: it could not do any of the first images.
-    """
+    """Ask the function about a few cells, before anything is written; return its columns."""
     with workspace.database.read() as session:
         first = plan.images.where(Segmentation.n_cells > 0).order_by(Image.id).limit(TRIED)
         tasks = [Task(int(i), "", "", {}, 0, 0) for i in session.scalars(first)]
@@ -446,7 +385,7 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
             if isinstance(item, CellstoreError):
                 raise item
             loaded = stage.read(item)
-            number = min(FEW, len(loaded.ids))
+            number = min(FEW, len(loaded))
             if number:
                 return stage.ask(loaded, number)[0]
         except ImageError as error:
@@ -461,86 +400,66 @@ def _try(workspace: Workspace, plan: _Plan, stage: Apply) -> list[str]:
 
 def _describe(
     workspace: Workspace, plan: _Plan, params: ApplyParams, resources: Resources
-) -> ApplyResult:
+) -> dict[str, Any]:
     """Make a feature set, or complete it."""
-    own = plan.stage.function
-    spec = RecipeSpec(Stage.MEASURE, VERSION, plan.parameters, None, plan.inputs)
+    stage = plan.stage
     with workspace.database.begin() as session:
-        recipe = register(session, spec)
+        recipe = register(session, plan.spec)
         taken = session.scalars(select(FeatureSet).where(FeatureSet.name == params.name))
         found = taken.one_or_none()
         if found is not None and found.recipe_id != recipe.id:
             old = session.get_one(Recipe, found.recipe_id).parameters
-            odd = [key for key, value in plan.parameters.items() if old.get(key) != value]
-            other = "of other cells, or otherwise"
-            if odd and "gives" in old:
-                names = " and ".join(odd).replace("fitted_on", "split")
-                other = f"with {'other' if names.endswith('s') else 'another'} {names}"
+            odd = [key for key, value in plan.spec.parameters.items() if old.get(key) != value]
             raise UserInputError(
-                f"Feature set {params.name!r} is there already, and was made {other}. Give "
-                "another --name."
+                f"Feature set {params.name!r} is there already, and was made otherwise (other "
+                f"{' and '.join(odd) or 'cells'}). Give another --name."
             )
-        counted = count_images(session, recipe.id, plan.images, unseen=plan.unseen)
-        together = images_per_file(session, plan.inputs[0].id, ROWS_OF_FILE)
+        counted = count_images(session, recipe.id, plan.images, unseen=stage.unseen)
+        together = images_per_file(session, stage.source.segment_id, ROWS_OF_FILE)
         lost = images_of_lost_files(session, workspace.artifacts, recipe.id)
         columns = None if found is None else [str(c["name"]) for c in found.columns]
-    stage = plan.stage
     if counted.todo or lost is not None:
         stage = _with_scales(workspace, plan, recipe.id)
         columns = columns or _try(workspace, plan, stage)
-        more: dict[str, Any] = {"images_per_file": together, "expected": tuple(columns)}
-        stage = replace(stage, name=params.name, **more)
+        stage = replace(stage, name=params.name, images_per_file=together, expected=tuple(columns))
     kept = {"feature_set": params.name, "note": params.note, **code_of_caller()}
     (did,) = execute(
-        workspace, stage, [recipe], plan.images, resources, result=kept, unseen=plan.unseen
+        workspace, stage, [recipe], plan.images, resources, result=kept, unseen=stage.unseen
     )
-    return ApplyResult(
-        run_id=did.run_id,
-        name=params.name,
-        gives=params.gives,
-        function=own.name,
-        selected=plan.selected,
-        waiting=plan.selected - did.selected + did.waiting,
-        earlier=did.selected - did.waiting - did.done - len(did.failures) - did.failed_before,
-        done=did.done,
-        failures=did.failures,
-        cells=did.cells,
-        failed_before=did.failed_before,
-        feature_set=params.name,
-        columns=None if columns is None else len(columns),
-        notes=tuple(plan.notes),
-    )
+    return {
+        "run_id": did.run_id,
+        "waiting": plan.selected - did.selected + did.waiting,
+        "earlier": did.selected - did.waiting - did.done - len(did.failures) - did.failed_before,
+        "done": did.done,
+        "failures": did.failures,
+        "cells": did.cells,
+        "failed_before": did.failed_before,
+        "feature_set": params.name,
+        "columns": None if columns is None else len(columns),
+    }
 
 
 def _label(
     workspace: Workspace, plan: _Plan, params: ApplyParams, resources: Resources
-) -> ApplyResult:
+) -> dict[str, Any]:
     """Make a predict run that is whole, and the training that is declared of its model."""
-    own, split, images = plan.stage.function, plan.split, plan.images
-    notes = list(plan.notes)
+    stage, split, images = plan.stage, plan.split, plan.images
     assert split is not None
-    said = {"function": plan.parameters["function"], "parameters": plan.parameters["parameters"]}
+    said = {key: plan.spec.parameters[key] for key in ("function", "parameters")}
     with workspace.database.begin() as session:
         train = declared_training(session, split, params, said)
-        inputs = (register(session, train), *plan.inputs)
-        recipe = register(
-            session, RecipeSpec(Stage.PREDICT, VERSION, plan.parameters, None, inputs)
-        )
+        inputs = (register(session, train), *plan.spec.inputs)
+        recipe = register(session, replace(plan.spec, inputs=inputs))
         latest = latest_run(session, recipe.id)
-        counted = count_images(session, recipe.id, images, unseen=plan.unseen)
+        counted = count_images(session, recipe.id, images, unseen=stage.unseen)
     check_not_withdrawn(latest)
     ready = counted.selected - counted.waiting
     if latest is not None and latest.status is Status.DONE:
         did, train_run_id = RunCounter(latest.id, recipe.id), latest.parent_id
     else:
-        stage = replace(
-            _with_scales(workspace, plan, recipe.id),
-            classes=tuple(plan.classes),
-            label_ids=tuple(plan.classes.values()),
-            top_k=params.top_k,
-        )
+        stage = _with_scales(workspace, plan, recipe.id)
         _try(workspace, plan, stage)
-        kept = {"labels": list(plan.classes), "note": params.note}
+        kept = {"labels": list(stage.classes), "note": params.note}
         train_run_id = declare_training(workspace, train, split.id, kept)
         with running(
             workspace.database,
@@ -548,79 +467,34 @@ def _label(
             parent_id=train_run_id,
             split_id=split.id,
             resume=None if latest is None else latest.id,
-            device=own.device,
+            device=stage.device,
         ) as current:
             if latest is None:
                 check_alone(workspace, recipe.id, current.id)
-            scope = JobScope({recipe.id: current.id}, images, plan.unseen)
-            with workspace.database.begin() as session:
-                # A run is whole or not finished: what failed is tried again.
-                requeue(session, Job.recipe_id == recipe.id, among(images))
-            did = run_jobs(workspace, stage, scope, resources)[recipe.id]
-            labelled = and_(Prediction.run_id == current.id, Prediction.rank == 1)
-            with workspace.database.read() as session:
-                cells = session.scalar(select(func.count()).where(labelled))
-            current.result = {"images": ready - len(did.failures), "failed": len(did.failures)}
-            current.result |= {"cells": cells, "note": params.note, **code_of_caller()}
-            if did.failures:
-                current.error = unfinished(did)
+            scope = JobScope({recipe.id: current.id}, images, stage.unseen)
+            did = label_all(workspace, stage, scope, current, resources)
+            current.result |= {"note": params.note, **code_of_caller()}
     if params.trained_on is None:
-        notes.append(NOT_DECLARED)
-    return ApplyResult(
-        run_id=did.run_id,
-        name=params.name,
-        gives=params.gives,
-        function=own.name,
-        selected=plan.selected,
-        waiting=plan.selected - ready,
-        earlier=ready - did.images - len(did.failures),
-        done=did.images,
-        failures=tuple(did.failures),
-        cells=did.cells,
-        train_run_id=train_run_id,
-        split=split.name,
-        notes=tuple(notes),
-    )
+        plan.notes.append(NOT_DECLARED)
+    return {
+        "run_id": did.run_id,
+        "waiting": plan.selected - ready,
+        "earlier": ready - did.images - len(did.failures),
+        "done": did.images,
+        "failures": tuple(did.failures),
+        "cells": did.cells,
+        "train_run_id": train_run_id,
+        "split": split.name,
+    }
 
 
 @dataclass(frozen=True)
-class ApplyInput:
-    """What a worker needs of an image: its cells, its masks (path, sha256) and its channels."""
-
-    plate: str
-    rows: CellRows
-    mask: tuple[str, str] | None
-    files: tuple[ChannelFile, ...]
-
-
-@dataclass(frozen=True)
-class LoadedCells:
-    """The N cells of an image: ``ids`` (N,), crops and ``features`` (N, F), if they are given.
-
-    Crops are resized when they are needed, a batch at a time.
-    """
-
-    ids: NDArray[np.int64]
-    crops: CellCrops | None
-    features: NDArray[Any] | None
-
-
-@dataclass(frozen=True)
-class ApplyOutput:
-    """What was said of the N cells of an image: ``values`` (N, D), or ``rows`` of predictions."""
-
-    cell_ids: NDArray[np.int64]
-    values: NDArray[Any]
-    rows: PredictionRows | None = None
-
-
-@dataclass(frozen=True)
-class Apply(ImageStage[ApplyInput, ApplyOutput]):
+class Apply(ImageStage["FoundCells", CellAnswers]):
     """The stage. ``columns``: the measurements that are given, by ``scaler`` if they are scaled.
 
-    ``intensities``: by plate those of the channels that become 1, which are kept as ``scales``. Of
-    a feature set: its ``name``, and the ``expected`` columns; of labels: the ``classes`` with their
-    ``label_ids``, the first ``in_order`` of which an array has.
+    ``intensities``: by plate those of the channels that become 1, which are kept as ``scales``, if
+    they are scaled ``by_plate``. Of a feature set: its ``name``, and the ``expected`` columns; of
+    labels: the ``classes`` with their ``label_ids``, the first ``in_order`` of which an array has.
     """
 
     label = "apply"
@@ -633,6 +507,7 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
     crop: int
     mask: bool
     scaler: Scaler | None = None
+    by_plate: bool = False
     intensities: Mapping[str, Sequence[float]] | None = None
     scales: StoredFile | None = None
     images_per_file: int = 1
@@ -648,85 +523,75 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         """Where networks compute."""
         return self.function.device
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no image is opened."""
+        return not (self.channels or self.mask)
+
     def load(self) -> None:
         """Find the function, and put a network on its device."""
         self.function.load()
 
+    @property
+    def view(self) -> CellView:
+        """What the function is shown of an image."""
+        from ..learn.batches import CellView
+
+        shown = (MASK,) * self.mask + (IMAGE,) * bool(self.channels)
+        return CellView(shown, self.channels)
+
     def fetch(
         self, session: Session, tasks: Sequence[Task]
-    ) -> Mapping[int, ApplyInput | CellstoreError]:
+    ) -> Mapping[int, FoundCells | CellstoreError]:
         """Return by image id its cells with their measurements, its masks and its files."""
-        files = channel_files(session, [task.image_id for task in tasks]) if self.channels else {}
-        reader, found = self.source.reader(), dict[int, ApplyInput | CellstoreError]()
+        reader = self.source.reader()
+        found: dict[int, FoundCells | CellstoreError] = {}
         for task in tasks:
             image = task.image_id
             try:
-                rows = read_cells(session, self.source, image, self.columns, reader)
-                mask, chosen = None, list[ChannelFile]()
-                if (self.channels or self.mask) and len(rows.cell_ids):
-                    now = current_segmentation(session, self.source.segment_id, image)
-                    if now.mask_artifact_id is None or rows.boxes is None:
-                        read_masks(session, self.artifacts, now)  # says what to do
-                        raise ImageError(NO_BOXES)
-                    file = session.get_one(Artifact, now.mask_artifact_id)
-                    mask = (file.path, file.sha256)
-                    chosen = choose_files(files.get(image, []), ImageInput(self.channels))
-                found[image] = ApplyInput(plate_of(session, image), rows, mask, tuple(chosen))
+                found[image] = self.view.find(session, self.source, image, self.columns, reader)
             except (ImageError, UserInputError) as error:  # it lacks a channel, or masks
                 found[image] = error
         return found
 
-    def read(self, task_input: ApplyInput) -> LoadedCells:
-        """Cut the cells of an image out."""
-        rows, crops = task_input.rows, None
-        features: NDArray[Any] | None = None
-        if task_input.mask is not None and rows.boxes is not None:
-            from ..learn.crops import CellCrops, Pictures, cut_crops
+    def read(self, task_input: FoundCells) -> CellCrops:
+        """Cut the cells of an image out; crops are resized when they are needed, in batches."""
+        from ..learn.crops import CellCrops
 
-            masks = decode_tiff(self.artifacts.read(*task_input.mask))
-            planes = [project([open_file(file)], Projection.MEDIAN) for file in task_input.files]
-            scales = None if self.intensities is None else self.intensities[task_input.plate]
-            pictures = Pictures(
-                masks,
-                None,
-                # The mask is cut without intensities of the cell.
-                np.zeros(masks.shape, np.uint8) if self.mask else None,
-                tuple(planes),
-                None if scales is None else (0.0, *scales),
-            )
-            sizes, layers = cut_crops(pictures, rows.boxes, rows.labels)
-            none = np.empty((len(sizes), 0), np.float32)
-            crops = CellCrops(sizes, layers, none, rows.labels, rows.cell_ids)
-        if self.columns:
-            features = rows.features
-            if self.scaler is not None:
-                features = self.scaler.transform(rows.features, task_input.plate)
-        return LoadedCells(rows.cell_ids, crops, features)
+        rows, scales = task_input.rows, None
+        sizes, layers = np.zeros((len(rows.cell_ids), 2), np.int64), {}  # type: Any, Any
+        if task_input.masks is not None:
+            if self.intensities is not None:
+                scales = (0.0, *self.intensities[task_input.plate])
+            sizes, layers = self.view.cut(self.artifacts, task_input, scales)
+        features: NDArray[Any] = rows.features
+        if self.scaler is not None:
+            features = self.scaler.transform(features, task_input.plate)
+        return CellCrops(sizes, layers, features, rows.labels, rows.cell_ids)
 
-    def give(self, cells: LoadedCells, piece: slice) -> dict[str, Any]:
+    def give(self, cells: CellCrops, piece: slice) -> dict[str, Any]:
         """Return what the function is given of some cells of an image."""
-        # A copy: whose cells these are does not change with what a function does to it.
-        batch: dict[str, Any] = {"cell_id": cells.ids[piece].copy()}
-        if cells.crops is not None:
-            from ..learn.crops import crop_cells
+        from ..learn.crops import crop_cells
+        from ..learn.functions import NETWORK
 
-            some = cells.crops.take(np.arange(len(cells.ids))[piece])
-            crops = crop_cells(some, self.crop, self.function.crops_on).crops
-            if self.channels:
-                batch["image"] = crops[IMAGE]
-            if self.mask:
-                batch["mask"] = (crops[MASK][:, :1] + 1) / 2
-        if cells.features is not None:
-            batch["features"] = cells.features[piece]
+        # A copy: whose cells these are does not change with what a function does to it.
+        some = cells.take(np.arange(len(cells))[piece])
+        batch: dict[str, Any] = {"cell_id": some.cell_ids}
+        # Of a network on its device, since they stay there.
+        device = self.device if self.function.kind == NETWORK else "cpu"
+        crops = crop_cells(some, self.crop, device).crops
+        if self.channels:
+            batch["image"] = crops[IMAGE]
+        if self.mask:
+            batch["mask"] = (crops[MASK][:, :1] + 1) / 2
+        if self.columns:
+            batch["features"] = some.features
         return batch
 
-    def ask(self, cells: LoadedCells, number: int) -> tuple[list[str], NDArray[Any]]:
+    def ask(self, cells: CellCrops, number: int) -> tuple[list[str], NDArray[Any]]:
         """Return the names of the columns, or the classes, and the numbers (N, D) of N cells.
 
         These are the first of an image.
-
-        Raises:
-            ImageError: the function ended with an error, or returned something else.
         """
         names, values = self.function(partial(self.give, cells), number)
         called = self.function.name
@@ -774,35 +639,23 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
                 )
         return names, values
 
-    def compute(self, loaded: LoadedCells) -> ApplyOutput:
+    def compute(self, loaded: CellCrops) -> CellAnswers:
         """Return what the function says of the cells."""
-        if number := len(loaded.ids):
-            names, values = self.ask(loaded, number)
-        else:
-            names, values = list(self.classes), np.empty((0, len(self.expected)), np.float32)
-        rows = self._rows(loaded.ids, names, values) if self.classes else None
-        return ApplyOutput(loaded.ids, values, rows)
-
-    def _rows(
-        self, ids: NDArray[np.int64], names: Sequence[str], values: NDArray[Any]
-    ) -> PredictionRows:
-        """The most probable classes of each cell, of equals the first by name, as rows."""
-        by_class = dict(zip(self.classes, self.label_ids, strict=True))
-        order = sorted(range(len(names)), key=names.__getitem__)
-        sorted_values = values[:, order] if len(ids) else np.empty((0, len(order)))
-        labels = np.array([by_class[names[index]] for index in order], dtype=np.int64)
-        best = np.argsort(-sorted_values, axis=1, kind="stable")[:, : self.top_k]
-        kept = best.shape[1]
-        chosen = np.take_along_axis(sorted_values, best, axis=1).astype(np.float64)
-        return PredictionRows(
-            np.repeat(ids, kept),
-            np.tile(np.arange(1, kept + 1), len(ids)),
-            labels[best].ravel(),
-            np.clip(chosen, 0.0, 1.0).ravel(),
-        )
+        ids = loaded.cell_ids
+        names = list(self.classes or self.expected)
+        values: NDArray[Any] = np.empty((0, len(names)), np.float32)
+        if len(ids):
+            names, values = self.ask(loaded, len(ids))
+        rows = None
+        if self.classes:
+            by_class = dict(zip(self.classes, self.label_ids, strict=True))
+            order = sorted(range(len(names)), key=names.__getitem__)  # of equals, the first
+            labels = np.array([by_class[names[index]] for index in order], dtype=np.int64)
+            rows = best_rows(ids, labels, values[:, order], self.top_k)
+        return CellAnswers(ids, rows, values)
 
     def write_together(
-        self, run: RunCounter, done: Sequence[tuple[Task, ApplyOutput]]
+        self, run: RunCounter, done: Sequence[tuple[Task, CellAnswers]]
     ) -> Sequence[WrittenFile]:
         """Write the numbers of some images."""
         if self.classes:
@@ -812,36 +665,29 @@ class Apply(ImageStage[ApplyInput, ApplyOutput]):
         ids = [output.cell_ids for _, output in done]
         return write_features(self.artifacts, schema, ids, [o.values.T for _, o in done])
 
-    def digest(self, recipe_id: int, output: ApplyOutput) -> str:
+    def digest(self, recipe_id: int, output: CellAnswers) -> str:
         """Return the digest of the rows of an image, or of its cell ids and numbers."""
         if output.rows is not None:
-            return output.rows.digest()
+            return digest_of_numbers(np.column_stack(output.rows))
         return digest_of_numbers(output.cell_ids, output.values)
 
     def insert(
         self,
         session: Session,
         run: RunCounter,
-        done: Sequence[tuple[Task, ApplyOutput]],
+        done: Sequence[tuple[Task, CellAnswers]],
         files: Sequence[WrittenFile],
     ) -> int:
-        """Write the predictions, or the rows of the files; the first ones make the feature set.
-
-        Raises:
-            UserInputError: another command has made a set of this name.
-        """
+        """Write the predictions, or the rows of the files; the first ones make the feature set."""
         if self.scales is not None:
             keep_files(session, [self.scales], run.run_id)
         if self.classes:
             insert_predictions(session, run.run_id, (o.rows for _, o in done if o.rows))
         elif files:
             dtype = "float32" if self.function.gives is Gives.EMBEDDING else "float64"
-            said = {"unit": "1", "source": f"cellstore apply: {self.function.name}", "formula": ""}
+            said = {"dtype": dtype, "source": f"cellstore apply: {self.function.name}"}
             said["description"] = "Made by a function that is not of cellstore."
-            columns = [{"name": name, "dtype": dtype, **said} for name in self.expected]
-            row = {"name": self.name, "recipe_id": run.recipe_id, "columns": columns}
-            insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
-            found = set_of_recipe(session, run.recipe_id)
+            found = make_set(session, self.name, run.recipe_id, self.expected, **said)
             if found is None:
                 raise UserInputError(
                     f"Another command has made feature set {self.name!r}. Give another --name."

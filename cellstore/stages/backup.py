@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import shutil
 import sqlite3
@@ -32,7 +31,7 @@ from ..db.events import Change, record_events
 from ..db.session import Database, connect
 from ..errors import CellstoreError, StorageError, UserInputError, first_line
 from ..jobs.workspace import Workspace, create_workspace
-from ..models import METADATA, Artifact
+from ..models import METADATA
 from ..notebooks import Shown
 from ..settings import MARKER, SQLITE_NAME, check_not_of_a_store, track
 
@@ -66,18 +65,14 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
     """Write a store to one file, as it is at this moment; it may be in use meanwhile.
 
     Every stored file is compared with its sha256. One that is gone or changed is named in the
-    result, and is not in the backup. A dry run reads no file: it says what would go in.
-
-    Raises:
-        UserInputError: the file is part of a store.
-        StorageError: the file cannot be written.
+    result, and is not in the backup. A dry run looks at everything, and writes no file.
     """
     check_not_of_a_store(file)
-    if dry_run:
-        return _forecast(workspace, file)
     root = workspace.settings.root
-    missing: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="backup-", dir=_scratch(workspace)) as folder:
+    missing, size = list[str](), 0
+    with tempfile.TemporaryDirectory(
+        prefix="backup-", dir=workspace.settings.make_cache()
+    ) as folder:
         rows = Path(folder, SQLITE_NAME)
         _copy_database(workspace.database, rows)
         digest = sha256_of(rows)
@@ -89,7 +84,9 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
                 workspace.progress, "check files", total, copy.execute(listed)
             ):
                 target = workspace.artifacts.locate(path)
-                if not target.is_file() or sha256_of(target) != known:
+                if target.is_file() and sha256_of(target) == known:
+                    size += target.stat().st_size
+                else:
                     missing.append(path)
             manifest = {
                 "format": FORMAT,
@@ -100,44 +97,27 @@ def backup(workspace: Workspace, file: Path, *, dry_run: bool = False) -> Backup
                 "artifacts": total - len(missing),
                 "missing": missing,
             }
-            data, lost = json.dumps(manifest, indent=1).encode(), set(missing)
+            questions = sorted(path for path in (root / QUESTIONS).glob("*.sql") if path.is_file())
+            if dry_run:
+                found = {path.name: path.stat().st_size for path in (rows, *questions)}
+                return _result(file, manifest, size + sum(found.values()), dry_run=True)
+            about, lost = Path(folder, MANIFEST), set(missing)
+            about.write_text(json.dumps(manifest, indent=1))
             # Links are followed: a restore takes none.
             with (
                 open_atomically(file.resolve()) as out,
                 tarfile.open(fileobj=out, mode="w", dereference=True) as tar,
             ):
-                info = tarfile.TarInfo(MANIFEST)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                tar.add(about, MANIFEST)
                 tar.add(rows, SQLITE_NAME)
-                for question in sorted((root / QUESTIONS).glob("*.sql")):
-                    if question.is_file():
-                        tar.add(question, QUESTIONS + question.name)
+                for question in questions:
+                    tar.add(question, QUESTIONS + question.name)
                 for path, _ in track(workspace.progress, "backup", total, copy.execute(listed)):
                     if path not in lost:
                         tar.add(workspace.artifacts.locate(path), ARTIFACTS + path)
                         tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions
                         tar.inodes.clear()  # type: ignore[attr-defined]
-    return _result(file, manifest)
-
-
-def _forecast(workspace: Workspace, file: Path) -> Backup:
-    """Say what a backup would hold, by the sizes of the files and of the database."""
-    total, missing = 0, list[str]()
-    questions = (workspace.settings.root / QUESTIONS).glob("*.sql")
-    with workspace.database.read() as session:
-        counts = (select(func.count()).select_from(t) for t in METADATA.sorted_tables)
-        rows = sum(session.scalar(query) or 0 for query in counts)
-        in_bytes = workspace.database.size() + sum(path.stat().st_size for path in questions)
-        listed = select(Artifact.path, Artifact.size_bytes).execution_options(yield_per=10_000)
-        for path, known in session.execute(listed):
-            target = workspace.artifacts.locate(path)
-            if target.is_file() and target.stat().st_size == known:
-                total, in_bytes = total + 1, in_bytes + known
-            else:
-                missing.append(path)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Backup(str(file), in_bytes, now, rows, total, tuple(missing), dry_run=True)
+    return _result(file, manifest, file.stat().st_size)
 
 
 def _count(rows: sqlite3.Connection) -> int:
@@ -146,26 +126,9 @@ def _count(rows: sqlite3.Connection) -> int:
     return sum(rows.execute(query).fetchone()[0] for query in counts)
 
 
-def _scratch(workspace: Workspace) -> Path:
-    folder = workspace.settings.cache
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Correct the permissions."
-        ) from error
-    return folder
-
-
-def _result(file: Path, manifest: dict[str, Any]) -> Backup:
-    return Backup(
-        str(file),
-        file.stat().st_size,
-        manifest["made_at"],
-        manifest["rows"],
-        manifest["artifacts"],
-        tuple(manifest["missing"]),
-    )
+def _result(file: Path, manifest: dict[str, Any], size: int, *, dry_run: bool = False) -> Backup:
+    made_at, rows, files = (manifest[name] for name in ("made_at", "rows", "artifacts"))
+    return Backup(str(file), size, made_at, rows, files, tuple(manifest["missing"]), dry_run)
 
 
 def _copy_database(database: Database, target: Path) -> None:
@@ -251,10 +214,6 @@ def restore(
     """Make a store of a backup in the folder ``path``: new, or a store without anything in it.
 
     A dry run reads and checks the whole backup, and writes nothing that stays.
-
-    Raises:
-        UserInputError: there is a store with something in it, or the file is no backup.
-        StorageError: the backup is damaged; nothing is restored.
     """
     if not file.is_file():
         raise UserInputError(f"There is no file {file}. Check the path.")
@@ -266,14 +225,10 @@ def restore(
         manifest = _unpack(file, found)
         if not dry_run:
             _put_in_place(found, root, database, file.name, manifest)
-    result = _result(file, manifest)
-    return Backup(**{**vars(result), "dry_run": dry_run})
+    return _result(file, manifest, file.stat().st_size, dry_run=dry_run)
 
 
 _VALUES = {"sha256": str, "made_at": str, "rows": int, "artifacts": int, "missing": list}
-_UNREADABLE = (
-    tarfile.TarError, EOFError, ValueError, TypeError, KeyError, RecursionError, sqlite3.Error
-)  # fmt: skip
 
 
 def _damaged(file: Path, why: str) -> StorageError:
@@ -283,11 +238,7 @@ def _damaged(file: Path, why: str) -> StorageError:
 
 
 def _unpack(file: Path, folder: Path) -> dict[str, Any]:
-    """Write what a backup holds to a new folder, compared with its digests; return the manifest.
-
-    Raises:
-        StorageError: anything is not as it was written.
-    """
+    """Write what a backup holds to a new folder, compared with its digests; return the manifest."""
     seen = 0
     try:
         with ExitStack() as stack:
@@ -338,14 +289,13 @@ def _unpack(file: Path, folder: Path) -> dict[str, Any]:
                 seen += name.startswith(ARTIFACTS)
     except CellstoreError:
         raise
-    except _UNREADABLE as error:
-        raise _damaged(file, str(error) or type(error).__name__) from error
-    except FileExistsError as error:
-        raise _damaged(file, "it holds a file twice") from error
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):
+    except OSError as error:  # tarfile has errors of this kind, too
+        names = (errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTDIR)
+        if error.errno is not None and error.errno not in names:
             raise
-        raise _damaged(file, f"the name of a file in it is {error.strerror}") from error
+        raise _damaged(file, f"a file in it: {error.strerror or error}") from error
+    except Exception as error:
+        raise _damaged(file, str(error) or type(error).__name__) from error
     if rows is None or seen != manifest["artifacts"]:
         raise _damaged(file, f"it holds {seen:,} of {manifest['artifacts']:,} files")
     return manifest

@@ -19,7 +19,7 @@ from ..errors import ImageError, UserInputError
 from ..io.image_files import encode_tiff
 from ..io.mask_files import MaskFile
 from ..io.tables import RowRefusedError
-from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, readable
+from ..jobs.lookup import IS_CURRENT, find_image, find_recipe, name_of, readable
 from ..jobs.mask_matching import match_image
 from ..jobs.planes import channel_files, open_file
 from ..jobs.workspace import Workspace
@@ -27,7 +27,7 @@ from ..models import Image, Recipe, Segmentation
 from ..notebooks import Shown
 from ..query.cells import plane_of, read_masks
 from ..settings import check_not_of_a_store, need
-from .ingest.ingest import IngestResult, ingest
+from .ingest.ingest import ingest
 
 NAME = "corrected"
 KEY = "Shift-S"
@@ -56,24 +56,8 @@ class CorrectedMasks(Shown):
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class OpenedField:
-    """An image with its masks (H, W), read; ``planes`` are its channels, each (H, W).
-
-    ``before``: the recipe of these masks (none: there are none yet), and the channels that it
-    looked at. ``stem`` is the name that a file of its masks has, in a folder called ``position``.
-    """
-
-    image_id: int
-    name: str
-    barcode: str
-    position: str
-    stem: str
-    pixel_size: float | None
-    planes: dict[str, NDArray[np.generic]]
-    masks: NDArray[np.int32]
-    before: int | None
-    channels: tuple[str, ...]
+Opened = tuple[Image, Recipe | None, dict[str, NDArray[np.generic]], NDArray[np.int32]]
+"""An image, the recipe of its masks, its channels, and the masks (zeros: it had none), (H, W)."""
 
 
 def correct_masks(
@@ -82,46 +66,39 @@ def correct_masks(
     *,
     segmentation: str | None = None,
     folder: Path = Path(NAME),
-    name: str | None = None,
 ) -> CorrectedMasks:
     """Open an image with its masks in napari; return when its window is closed.
 
     ``segmentation``: whose masks, by recipe; by default the newest of the image. ``KEY`` in the
     window stores them: in a file below ``folder``, named like its image, as ``finetune`` reads it,
-    and in the store as a segmentation called ``name`` (by default the first of corrected,
-    corrected 2, ... by which the image has no masks). Masks that were changed and not stored are
-    stored at the end.
-
-    Raises:
-        ImageError, StorageError: pixels or masks cannot be read.
-        MissingExtraError: napari is not installed.
-        UnknownNameError: there is no such image or recipe.
-        UserInputError: the folder is of a store, or no file can be named like the image.
+    and in the store as a segmentation called corrected, corrected 2, ..., the first name by which
+    the image has no masks.
     """
     need("napari")
     import napari
 
     check_not_of_a_store(folder)
-    found = open_field(workspace, image, segmentation)
-    viewer = napari.Viewer(title=f"{found.name} - {KEY} stores the masks")
-    scale = (found.pixel_size or 1.0,) * 2
-    for number, (channel, plane) in enumerate(found.planes.items()):
+    row, recipe, planes, first = _open_field(workspace, image, segmentation)
+    shown = f"{row.well.plate.barcode}/{row.well.name}/{row.site}"
+    viewer = napari.Viewer(title=f"{shown} - {KEY} stores the masks")
+    scale = (row.pixel_size or 1.0,) * 2
+    for number, (channel, plane) in enumerate(planes.items()):
         low, high = np.percentile(plane[np.isfinite(plane)], (_DARKEST, _BRIGHTEST))
         viewer.add_image(
             plane,
             name=channel,
             scale=scale,
-            colormap=_COLOURS[number % len(_COLOURS)] if len(found.planes) > 1 else "gray",
+            colormap=_COLOURS[number % len(_COLOURS)] if len(planes) > 1 else "gray",
             contrast_limits=(float(low), max(float(high), float(low) + 1e-6)),
             blending="additive",
         )
-    layer = viewer.add_labels(found.masks.copy(), name="cells", scale=scale)
-    stored = [found.masks]
+    layer = viewer.add_labels(first.copy(), name="cells", scale=scale)
+    stored = [first]
     results: list[CorrectedMasks] = []
 
     def store(_: Any = None) -> None:
         masks = np.asarray(layer.data).copy()
-        results.append(keep_masks(workspace, found, masks, folder, name))
+        results.append(_keep_masks(workspace, row, recipe, masks, folder))
         stored.append(masks)
 
     viewer.bind_key(KEY, store, overwrite=True)
@@ -130,15 +107,16 @@ def correct_masks(
     if not np.array_equal(stored[-1], np.asarray(layer.data)):
         store()
     if not results:
-        return CorrectedMasks(found.name, found.image_id, 0, str(folder))
+        return CorrectedMasks(shown, row.id, 0, str(folder))
     return replace(results[-1], saved=len(results))
 
 
-def open_field(workspace: Workspace, image: str, segmentation: str | None) -> OpenedField:
-    """Read what :func:`correct_masks` shows, which explains the parameters and errors."""
+def _open_field(workspace: Workspace, image: str, segmentation: str | None) -> Opened:
     with workspace.database.read() as session:
         row = session.get_one(Image, find_image(session, readable(image)))
-        files = channel_files(session, [row.id])[row.id]
+        name, files = name_of(session, "images", row.id), channel_files(session, [row.id])[row.id]
+        if not files:
+            raise ImageError(f"{name} has no files.")
         query = select(Segmentation, Recipe).join(Image, IS_CURRENT)
         query = query.join(Recipe, Recipe.id == Segmentation.recipe_id).where(Image.id == row.id)
         if segmentation is not None:
@@ -146,34 +124,13 @@ def open_field(workspace: Workspace, image: str, segmentation: str | None) -> Op
             query = query.where(Recipe.id == recipe.id)
         query = query.where(Segmentation.mask_artifact_id.is_not(None))
         newest = session.execute(query.order_by(Segmentation.id.desc()).limit(1)).first()
-        name = f"{row.well.plate.barcode}/{row.well.name}/{row.site}"
-        if newest is None and segmentation is not None:
-            raise UserInputError(f"{name} has no masks of segmentation {segmentation}.")
-        masks = None
+        planes = {file.channel: open_file(file) for file in files}
         if newest is not None:
             masks = read_masks(session, workspace.artifacts, newest[0]).astype(np.int32)
-        barcode, stems = row.well.plate.barcode, [row.core_name]
-        stems = [Path(file.name).name.split(".")[0] for file in row.files[:1]] + stems
-        stem = next((s for s in stems if _is_told(session, s, barcode, row.id)), None)
-        parts = [row.well.name, str(row.site)]
-        parts += [f"z{row.plane}"] * (row.plane != 1) + [f"t{row.time_point}"] * (
-            row.time_point != 1
-        )
-        values: dict[str, Any] = {"image_id": row.id, "name": name, "barcode": barcode}
-        values["position"] = "_".join(parts)
-        values |= {"pixel_size": row.pixel_size, "before": newest and newest[1].id}
-        channels = plane_of(newest[1]).channels if newest is not None else ()
-    if stem is None:
-        raise UserInputError(
-            f"Several images of plate {barcode} have files of the same name, so that no file of "
-            f"masks can be named like {name} alone."
-        )
-    planes = {file.channel: open_file(file) for file in files}
-    if not planes:
-        raise ImageError(f"{name} has no files.")
-    if masks is None:
-        masks = np.zeros(next(iter(planes.values())).shape, dtype=np.int32)
-    return OpenedField(**values, stem=stem, planes=planes, masks=masks, channels=channels)
+            return row, newest[1], planes, masks
+        if segmentation is not None:
+            raise UserInputError(f"{name} has no masks of segmentation {segmentation}.")
+        return row, None, planes, np.zeros(next(iter(planes.values())).shape, dtype=np.int32)
 
 
 def _is_told(session: Session, stem: str, barcode: str, image_id: int) -> bool:
@@ -185,67 +142,55 @@ def _is_told(session: Session, stem: str, barcode: str, image_id: int) -> bool:
         return False
 
 
-def keep_masks(
+def _keep_masks(
     workspace: Workspace,
-    field: OpenedField,
+    image: Image,
+    before: Recipe | None,
     masks: NDArray[np.integer[Any]],
     folder: Path,
-    name: str | None = None,
 ) -> CorrectedMasks:
-    """Write corrected masks (H, W) to a file and ingest it; see :func:`correct_masks`.
-
-    Raises:
-        UserInputError: the image has other masks called ``name``, or the masks are none.
-    """
+    """Write masks to a file, and ingest it under a name by which the image has no others."""
     if masks.min(initial=0) < 0:
         raise UserInputError("Masks have whole numbers from 0; 0 is the background.")
+    with workspace.database.read() as session:
+        image = session.get_one(Image, image.id)
+        shown, barcode = name_of(session, "images", image.id), image.well.plate.barcode
+        stem = Path(image.files[0].name).name.split(".")[0]
+        if not _is_told(session, stem, barcode, image.id):
+            stem = image.core_name
+        position = f"{image.well.name}_{image.site}"
+        position += f"_z{image.plane}" if image.plane != 1 else ""
+        position += f"_t{image.time_point}" if image.time_point != 1 else ""
     # In a folder of its own, so that one file is ingested and not all that were corrected.
-    place = folder / _plain(field.barcode) / _plain(field.position)
+    parts = (re.sub(r"[^\w.-]", "_", part).lstrip(".") or "_" for part in (barcode, position))
+    place = folder.joinpath(*parts)
     place.mkdir(parents=True, exist_ok=True)
-    path = place / f"{field.stem}_masks.tif"
+    path = place / f"{stem}_masks.tif"
     with open_atomically(path) as file:
         file.write(encode_tiff(masks.astype(np.uint32)))
-    done, called = _ingested(workspace, field, place, name)
+    channels = () if before is None else plane_of(before).channels
+    params = IngestParams(kind="masks", plate=(barcode,), channels=tuple((c, c) for c in channels))
+    for called in (NAME, *(f"{NAME} {number}" for number in range(2, _MOST_SETS))):
+        done = ingest(workspace, place, replace(params, name=called))
+        problems = [f"{issue.reason}: {issue.detail}" for issue in done.issues]
+        if {issue.reason for issue in done.issues} != {"other masks are there"}:
+            break
+    if done.refused:
+        raise UserInputError(
+            f"The masks are in a file, but not in the store: {'; '.join(problems)}"
+        )
     (recipe,) = done.segmentations or (None,)
     note = f"Segmentation {recipe} ({called}) is the last used now: measure and train take it."
-    if field.before is not None:
-        note += f" To go on with the other one: --segmentation {field.before}"
+    if before is not None:
+        note += f" To go on with the other one: --segmentation {before.id}"
     return CorrectedMasks(
-        image=field.name,
-        image_id=field.image_id,
+        image=shown,
+        image_id=image.id,
         saved=1,
         folder=str(folder),
         cells=len(np.unique(masks[masks > 0])),
         file=str(path),
         name=called,
         segmentation=recipe,
-        notes=(*(f"{issue.reason}: {issue.detail}" for issue in done.issues), note),
-    )
-
-
-def _plain(name: str) -> str:
-    """A name as that of a folder."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
-
-
-def _ingested(
-    workspace: Workspace, field: OpenedField, place: Path, name: str | None
-) -> tuple[IngestResult, str]:
-    """Ingest the masks under a name by which the image has no others; return it, too."""
-    names = [name] if name else [NAME, *(f"{NAME} {number}" for number in range(2, _MOST_SETS))]
-    for called in names:
-        params = IngestParams(
-            kind="masks",
-            name=called,
-            plate=(field.barcode,),
-            channels=tuple((channel, channel) for channel in field.channels),
-        )
-        done = ingest(workspace, place, params)
-        if not done.refused:
-            return done, called
-        if any(issue.reason != "other masks are there" for issue in done.issues):
-            break
-    raise UserInputError(
-        "The masks are in a file, but not in the store: "
-        + "; ".join(f"{issue.reason}: {issue.detail}" for issue in done.issues)
+        notes=(*problems, note),
     )

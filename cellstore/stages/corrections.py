@@ -26,7 +26,7 @@ from ..db.events import (
     recording_removed,
     table_digests,
 )
-from ..db.fields import stands, wells_relabelled
+from ..db.fields import stands
 from ..enums import AnnotationKind, Control, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..io.tables import MISSING, RowRefusedError
@@ -272,17 +272,11 @@ def _rename_channel(
         for p in (*([None] if plate is None else []), *(p.id for p in plates))
     ]  # first that of plates that will come
     where = f" of plate {readable(plate)}" if plate is not None else ""
-    notes = [f"Tables and folders{where} that name {old} are read as {new} from now on."]
-    said = sorted({(change.new or {}).get(IN_RECIPES, new) for change in changes} - {new})
-    if said:
-        notes.append(
-            f"What was made of it stays valid: recipes and models go on to call it "
-            f"{' or '.join(said)}, and mean the same channel."
-        )
+    note = f"Tables and folders{where} that name {old} are read as {new} from now on."
     shown = tuple(
         {"name": p.barcode, "old": {"channel": old}, "new": {"channel": new}} for p in plates
     )
-    return Correction("rename channel", old, shown, **about, notes=tuple(notes)), changes
+    return Correction("rename channel", old, shown, **about, notes=(note,)), changes
 
 
 # ---- Relabel ----
@@ -325,14 +319,6 @@ def relabel(
         if not changed:
             raise UserInputError(f"Well {name} has this already; nothing would change.")
         old, new = ({key: item[key] for key in changed} for item in (before, after))
-        used = select(Split.id, Split.name).join(SplitMember, SplitMember.split_id == Split.id)
-        used = used.where(SplitMember.image_id.in_(images_of_level(Level.WELL, row.id))).distinct()
-        for split_id, split in session.execute(used.order_by(Split.name)).all():
-            for well_now in wells_relabelled(session, split_id, row.id):
-                notes.append(
-                    f"Split {split} keeps the label {well_now.frozen} of this well. A new split "
-                    "has the new one."
-                )
         change = Change("wells", row.id, old, new)
         shown = (_shown_change(session, change),)
         about = concerned(session, images_of_level(Level.WELL, row.id))
@@ -597,17 +583,18 @@ def _within(column: Any, ranges: Sequence[tuple[int, int]]) -> Any:
 
 
 def _corrected_by_hand(session: Session, wells: Select[Any], images: Select[Any]) -> list[str]:
-    """A note of the wells that people corrected, themselves or an image: that is lost with them."""
-    of_image = select(Image.well_id).join(Event, Event.row_id == Image.id)
-    of_image = of_image.where(Event.table_name == "images", Image.id.in_(images))
-    of_well = select(Well.id).join(Event, Event.row_id == Well.id)
-    of_well = of_well.where(Event.table_name == "wells", Well.id.in_(wells))
-    by_hand = (Event.run_id.is_(None), Event.old.is_not(None), Event.new.is_not(None))
-    found = session.scalars(of_well.where(*by_hand).union(of_image.where(*by_hand))).all()
-    if not found:
+    """A note of the wells and images that people corrected: that is lost with them."""
+    by_hand = select(Event.table_name, Event.row_id).distinct()
+    by_hand = by_hand.where(Event.run_id.is_(None), Event.old.is_not(None), Event.new.is_not(None))
+    of_wells = and_(Event.table_name == "wells", Event.row_id.in_(wells))
+    of_images = and_(Event.table_name == "images", Event.row_id.in_(images))
+    found = session.execute(by_hand.where(or_(of_wells, of_images)))
+    names = sorted(name_of(session, *row) for row in found)
+    if not names:
         return []
-    names = some_of([name_of(session, "wells", number) for number in sorted(found)])
-    return [f"Corrected or excluded by hand: {names}. Do that again if the images come back."]
+    return [
+        f"Corrected or excluded by hand: {some_of(names)}. Do that again if the images come back."
+    ]
 
 
 def _refuse_if(relying: Sequence[str], refused: str) -> None:

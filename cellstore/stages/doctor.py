@@ -97,29 +97,16 @@ def _device() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from ..analysis.segmentation import (
-        PUBLISHED_MODELS,
-        cellpose_folder,
-        find_model,
-        installed_generation,
-    )
+    from ..analysis.segmentation import find_model, installed_generation
 
-    folder = cellpose_folder()
-    generation = installed_generation() or 3
-    if generation == 3:
-        try:
-            files = find_model(DEFAULT_MODEL)
-            shown = f"{files.network} ({files.sha256[:12]})"
-            yield Finding("weights", DEFAULT_MODEL, "ok", shown)
-        except CellstoreError as error:
-            yield Finding("weights", DEFAULT_MODEL, "broken", str(error))
-    for name, published in PUBLISHED_MODELS.items():
-        if published.generation != generation:
-            continue
-        if all((folder / file).is_file() for file in published.files):
-            yield Finding("weights", name, "ok", str(folder / published.files[0]))
-        else:
-            yield Finding("weights", name, "absent", f"fetched into {folder} on first use")
+    if installed_generation() == 4:  # which has networks of its own
+        return
+    try:
+        files = find_model(DEFAULT_MODEL)
+        shown = f"{files.network} ({files.sha256[:12]})"
+        yield Finding("weights", DEFAULT_MODEL, "ok", shown)
+    except CellstoreError as error:
+        yield Finding("weights", DEFAULT_MODEL, "broken", str(error))
 
 
 def _store(settings: StoreSettings | None) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
 from ..notebooks import Shown
 from ..query.cells import choose_recipes, input_of
-from ..query.engine import open_questions
+from ..query.engine import Questions, open_questions
 from ..query.guard import literal, quoted
 from ..query.source import group_of
 from ..settings import check_new_file, need
@@ -42,7 +43,7 @@ PREFIX, TEXT_PREFIX = "Cells_", "Text_"
 VALUES_AT_ONCE = 2_000_000
 """About this many values of features are held at a time."""
 
-_MOST_CELLS, _MOST_IMAGES = 10_000, 500
+_MOST_CELLS = 10_000
 
 IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_Plate": ("i.plate", pa.string()),
@@ -135,12 +136,12 @@ JOINS = """
         GROUP BY part.treatment_id
     ) AS tp ON tp.treatment_id = t.id
 """
-IMAGES = f"""
-    {JOINS}
+OF_CELLS = """
     WHERE s.recipe_id = $segment AND s.n_cells > 0 AND list_contains($plates, i.plate)
         AND (s.content_sha256 IS NULL OR s.content_sha256 = m.content_sha256)
         AND ($split IS NULL OR sm.subset = coalesce($subset::VARCHAR, sm.subset))
 """
+IMAGES = f"{JOINS} {OF_CELLS}"
 WELLS = f"""
     {JOINS}
     WHERE s.recipe_id = $segment AND list_contains($wells, i.well_id) AND $split IS NULL
@@ -157,10 +158,11 @@ CHANNELS = """
     WHERE image_id IN (SELECT s.image_id {images}) ORDER BY channel
 """
 FILES = """
-    SELECT f.image_id, f.channel, f.name, d.uri AS folder
-    FROM image_files AS f
-    LEFT JOIN folders AS d ON d.id = f.folder_id
-    WHERE list_contains($images, f.image_id)
+    LEFT JOIN (
+        SELECT {columns}
+        FROM image_files AS f LEFT JOIN folders AS d ON d.id = f.folder_id
+        GROUP BY f.image_id
+    ) AS files ON files.image_id = s.image_id
 """
 CELLS = """
     WITH chosen AS MATERIALIZED (
@@ -247,12 +249,6 @@ def export(
     cells are rows, too, with their reason in ``Metadata_Excluded``. ``for_spreadsheet`` disarms
     texts that a spreadsheet would run as formulas; such a table no longer reads back as it was.
     Memory does not grow with the number of cells, but for AnnData, which holds its matrix.
-
-    Raises:
-        MissingExtraError: AnnData is asked for and not installed.
-        UnknownNameError: there is no such feature set, recipe, plate or split.
-        UserInputError: there is no cell, or ``out`` exists and ``force`` is not given.
-        StorageError: the file cannot be written; nothing is left of it.
     """
     _check(out, format, for_spreadsheet=for_spreadsheet, force=force)
     with workspace.database.read() as session:
@@ -266,20 +262,27 @@ def export(
     values |= {"split": found_split, "subset": subset and subset.value}
     with open_questions(workspace) as questions:
         columns = dict(IMAGE_COLUMNS)
-        for (key,) in list(questions.ask_ours(METADATA.format(images=IMAGES), values).rows()):
-            if f"Metadata_{key}" not in CELL_COLUMNS:
-                text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
-                columns.setdefault(f"Metadata_{key}", (text, pa.string()))
+        for name, what in _metadata_columns(questions, IMAGES, values).items():
+            if name not in CELL_COLUMNS:
+                columns.setdefault(name, what)
         fingerprint = literal(segment.fingerprint[:FINGERPRINT_DIGITS])
         columns[SEGMENTATION] = (fingerprint, pa.string())
         columns |= {} if found_split is None else SPLIT_COLUMNS
-        listed = ", ".join(
+        listed = [
             f"{source.format(order=ORDER) if name in IMAGE_COLUMNS else source} AS {quoted(name)}"
             for name, (source, _) in columns.items()
-        )
+        ]
+        channels = list(questions.ask_ours(CHANNELS.format(images=IMAGES), values).rows())
+        files = {
+            f"{begin}{channel}": f"max({of}) FILTER (WHERE f.channel = {literal(channel)})"
+            for begin, of in zip(FILE_COLUMNS, ("f.name", "d.uri"), strict=True)
+            for (channel,) in channels
+        }
+        listed += [f"files.{quoted(name)}" for name in files]
+        of_files = ["f.image_id", *(f"{of} AS {quoted(name)}" for name, of in files.items())]
         images = questions.ask_ours(
-            f"SELECT {listed}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
-            f"{IMAGES} {ORDER}",
+            f"SELECT {', '.join(listed)}, i.excluded, s.id AS segmentation_id, s.n_cells "
+            f"{JOINS} {FILES.format(columns=', '.join(of_files))} {OF_CELLS} {ORDER}",
             values,
         ).table()
         n_cells = int(pc.sum(images["n_cells"]).as_py() or 0)
@@ -289,12 +292,6 @@ def export(
                 f"There are no cells{where} to export. Name other plates, or find cells with: "
                 "cellstore segment"
             )
-        channels = list(questions.ask_ours(CHANNELS.format(images=IMAGES), values).rows())
-        files = {
-            f"Image_{kind}_{channel}": (channel, column)
-            for kind, column in (("FileName", "name"), ("PathName", "folder"))
-            for (channel,) in channels
-        }
         measured: dict[str, tuple[str, pa.DataType]] = {}
         joins: list[str] = []
         for at, (measure, found) in enumerate(sets):
@@ -333,15 +330,10 @@ def export(
         def batches() -> Iterator[pa.Table]:
             """Yield the cells of as many images as can be held at a time."""
             most = min(_MOST_CELLS, max(1, VALUES_AT_ONCE // max(1, len(measured))))
-            counts = images["n_cells"].to_pylist()
-            first = 0
-            while first < len(counts):
-                last, held = first + 1, counts[first]
-                while last < min(len(counts), first + _MOST_IMAGES) and held + counts[last] <= most:
-                    held += counts[last]
-                    last += 1
+            batch_of_image = (np.cumsum(images["n_cells"].to_numpy()) - 1) // most
+            starts = np.flatnonzero(np.diff(batch_of_image, prepend=-1)).tolist()
+            for first, last in pairwise([*starts, images.num_rows]):
                 some = images.slice(first, last - first)
-                first = last
                 parameters = {
                     "segmentations": some["segmentation_id"].to_pylist(),
                     "numbers": list(range(some.num_rows)),
@@ -352,24 +344,17 @@ def export(
                     counts_not = pc.is_valid(cells[str(list(CELL_COLUMNS).index(EXCLUDED))])
                     not_counted.append(pc.sum(counts_not).as_py() or 0)
                     cells = cells.filter(pc.invert(counts_not))
-                ids = some["image_id"].to_pylist()
-                rows = questions.ask_ours(FILES, {"images": ids}).records()
-                file_of = {(row["image_id"], row["channel"]): row for row in rows}
-                names = [
-                    pa.array([file_of.get((i, channel), {}).get(column) for i in ids], pa.string())
-                    for channel, column in files.values()
-                ]
                 number, own = cells["number"], 1 + len(CELL_COLUMNS)
                 arrays = [some[name].take(number) for name in columns]
                 arrays += cells.columns[1:own]
-                arrays += [column.take(number) for column in names]
+                arrays += [some[name].take(number) for name in files]
                 # A gap is one thing: not a number, which one database keeps and the other does not.
                 arrays += [without_nan(column) for column in cells.columns[own:]]
                 pairs = zip(arrays, schema, strict=True)
                 table = pa.table([array.cast(field.type) for array, field in pairs], schema=schema)
                 written.append(table.num_rows)
                 yield table
-                workspace.progress.advance(sum(some["n_cells"].to_pylist()))
+                workspace.progress.advance(pc.sum(some["n_cells"]).as_py())
 
         workspace.progress.start("export", n_cells)
         try:
@@ -404,14 +389,7 @@ def export_profiles(
     for_spreadsheet: bool = False,
     force: bool = False,
 ) -> ExportedProfiles:
-    """Write the profiles of a profile run, a row for each well, in the columns of pycytominer.
-
-    Raises:
-        MissingExtraError: AnnData is asked for and not installed.
-        UnknownNameError: there is no such run.
-        UserInputError: the run has no profiles, or ``out`` exists and ``force`` is not given.
-        StorageError: the file cannot be written; nothing is left of it.
-    """
+    """Write the profiles of a profile run, a row for each well, in the columns of pycytominer."""
     _check(out, format, for_spreadsheet=for_spreadsheet, force=force)
     run_id, profiles = open_profiles(workspace, run)
     with workspace.database.read() as session:
@@ -420,9 +398,8 @@ def export_profiles(
     values = {"segment": segment, "wells": ids, "split": None}
     columns = {name: what for name, what in IMAGE_COLUMNS.items() if name not in OF_IMAGES}
     with open_questions(workspace) as questions:
-        for (key,) in list(questions.ask_ours(METADATA.format(images=WELLS), values).rows()):
-            text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
-            columns.setdefault(f"Metadata_{key}", (text, pa.string()))
+        for name, what in _metadata_columns(questions, WELLS, values).items():
+            columns.setdefault(name, what)
         listed = ", ".join(f"{source} AS {quoted(name)}" for name, (source, _) in columns.items())
         question = f"SELECT DISTINCT i.well_id, {listed} {WELLS}"
         found = questions.ask_ours(question, values).table()
@@ -439,6 +416,17 @@ def export_profiles(
         _write(file, format, table.schema, iter([table]), len(ids), for_spreadsheet=for_spreadsheet)
     plates = profiles.table["plate"].nunique()
     return ExportedProfiles(out, format.value, run_id, plates, len(ids), len(names))
+
+
+def _metadata_columns(
+    questions: Questions, images: str, values: dict[str, Any]
+) -> dict[str, tuple[str, pa.DataType]]:
+    """What plates and wells have in ``metadata``: name, where it is from, type."""
+    found = {}
+    for (key,) in list(questions.ask_ours(METADATA.format(images=images), values).rows()):
+        text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
+        found[f"Metadata_{key}"] = (text, pa.string())
+    return found
 
 
 def _check(out: Path, format: ExportFormat, *, for_spreadsheet: bool, force: bool) -> None:  # noqa: A002
@@ -497,10 +485,6 @@ def _choose(
 
     Default: all that was measured on the cells that were measured last, of each group of features
     what was measured last.
-
-    Raises:
-        UnknownNameError: there is no such feature set or recipe.
-        UserInputError: nothing has been measured, or what was asked for does not go together.
     """
     if features is not None or measurement is not None:
         segment, measure = choose_recipes(session, segmentation, measurement, features)
@@ -543,7 +527,7 @@ def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], c
     import anndata
     import pandas as pd
 
-    about = ("Metadata_", "Image_FileName_", "Image_PathName_")
+    about = ("Metadata_", *FILE_COLUMNS)
     names = [f.name for f in schema if f.type != pa.string() and not f.name.startswith(about)]
     others = [name for name in schema.names if name not in set(names)]
     matrix, parts, row = np.empty((count, len(names))), [], 0
@@ -553,20 +537,11 @@ def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], c
             matrix[row : row + batch.num_rows, index] = values.to_numpy(zero_copy_only=False)
         parts.append(batch.select(others))
         row += batch.num_rows
-    table = pa.concat_tables(parts)
-    series: dict[str, Any] = {}
-    for name in others:
-        column = table.column(name)
-        if not pa.types.is_string(column.type):
-            series[name] = column.to_numpy()
-            continue
-        # h5ad has no nulls in columns of text, but categories that are none.
-        encoded = column.combine_chunks().dictionary_encode()
-        codes = pc.fill_null(encoded.indices, -1).to_numpy()
-        categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
-        series[name] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
-    # Objects, since h5ad does not take the texts of pandas 3.
-    cells = pd.Index(list(map(str, range(row))), dtype=object)
+    # Categories, since h5ad has no nulls in texts; of objects, since it takes no texts of pandas 3.
+    obs = pa.concat_tables(parts).to_pandas(strings_to_categorical=True)
+    for name, column in obs.select_dtypes("category").items():
+        obs[name] = column.cat.rename_categories(column.cat.categories.astype(object))
+    obs.index = pd.Index(list(map(str, range(row))), dtype=object)
     var = pd.DataFrame(index=pd.Index(names, dtype=object))
-    made = anndata.AnnData(matrix[:row], obs=pd.DataFrame(series).set_axis(cells), var=var)
+    made = anndata.AnnData(matrix[:row], obs=obs, var=var)
     made.write_h5ad(path)

@@ -7,12 +7,10 @@ what :meth:`cellstore.Store.dataset` makes of them; the README of the folder say
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,9 @@ import pyarrow.parquet as pq
 from ..artifacts import part_prefix, sweep
 from ..config import ImageInput
 from ..enums import Subset
-from ..errors import ImageError, StorageError, UserInputError
+from ..errors import StorageError, UserInputError
 from ..io.objects import BOX
 from ..jobs.lookup import find_plate, find_split
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
 from ..query.cells import (
@@ -34,10 +31,7 @@ from ..query.cells import (
     cells_query,
     choose_recipes,
     count_cells,
-    current_segmentation,
     name_images,
-    read_cells,
-    read_masks,
 )
 from ..query.feature_files import open_set
 from ..settings import check_not_of_a_store, need, track
@@ -62,7 +56,6 @@ SCHEMA = pa.schema(
     ]
 )
 PIXELS = ("image", "mask")
-_FILE = re.compile(r"cells-\d{5}\.parquet")
 
 README = """# {cells:,} cells of {images:,} images
 
@@ -124,36 +117,29 @@ def export_crops(
     plates: Sequence[str] = (),
     segmentation: str | None = None,
     measurement: str | None = None,
-    force: bool = False,
 ) -> ExportedCrops:
     """Write the pixels of the cells of a split (default: of all cells) to the folder ``out``.
 
-    ``channels``: default: all. Excluded cells are not among them. The folder is there whole or not
-    at all; ``force`` replaces one that an earlier export made. Images are read one by one.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-        UnknownNameError: there is no such split, channel, plate or recipe.
-        UserInputError: there is no cell, or the folder is there already.
-        ImageError: an image or its masks cannot be read.
-        StorageError: the folder cannot be written; nothing is left of it.
+    ``channels``: default: all. Excluded cells are not among them. The folder is new, and there
+    whole or not at all. Images are read one by one.
     """
     need("train")
-    from ..learn.batches import prefetch, reading_threads
-    from ..learn.branches import choose_channels
-    from ..learn.crops import Pictures
+    from ..learn.batches import CellView, prefetch, reading_threads
+    from ..learn.branches import IMAGE, choose_channels
     from ..learn.normalising import Scaler, add_plates, fit_inputs, plates_of
 
     out = out.absolute()
-    _check_folder(out, force)
+    check_not_of_a_store(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserInputError(f"{out} is there already. Name a new folder.")
     database = workspace.database
     with database.read() as session:
         for barcode in plates:
             find_plate(session, barcode)
         segment, measure = choose_recipes(session, segmentation, measurement)
-        found = None if split is None and subset is None else find_split(session, split)
+        of_split = None if split is None and subset is None else find_split(session, split)
         features = open_set(session, workspace.artifacts, measure.id)
-        split_id = None if found is None else found.id
+        split_id = None if of_split is None else of_split.id
         source = CellSource(segment.id, measure.id, split_id, subset, tuple(plates), features)
         counts = count_cells(session, cells_query(source), source)
         if not counts:
@@ -163,7 +149,7 @@ def export_crops(
             )
         names = choose_channels(session, source, channels)
         planes = [ImageInput((name,)) for name in names]
-        if found is None:
+        if of_split is None:
             barcodes = sorted(plates) or plates_of(session, source)
             scaler = add_plates(session, database, source, planes, Scaler(intensities={}), barcodes)
         else:  # as store.dataset has it: that of the training subset, where a plate is in it
@@ -171,20 +157,15 @@ def export_crops(
             scaler = fit_inputs(session, database, whole, None, planes, tuple(Subset))
         places = name_images(session, source)
     reader, intensities = source.reader(), scaler.intensities or {}
+    view = CellView((IMAGE,), names)
 
     def read(image_id: int) -> pa.Table:
         place = places[image_id]
         with database.read() as session:
-            rows = read_cells(session, source, image_id, (), reader)
-            of_image = current_segmentation(session, segment.id, image_id)
-            masks = read_masks(session, workspace.artifacts, of_image)
-        planes_read = tuple(read_image(database, image_id, plane) for plane in planes)
-        image = np.stack(Pictures(masks, channels=planes_read).channels)  # they fit each other
-        if rows.boxes is None:
-            raise ImageError(
-                f"The boxes of the cells of {place['plate']}/{place['well']}/{place['site']} are "
-                "unknown. If you have their masks, run: cellstore ingest masks DIR"
-            )
+            found = view.find(session, source, image_id, (), reader)
+        rows, pictures = found.rows, view.open(workspace.artifacts, found)
+        assert rows.boxes is not None
+        masks, image = pictures.masks, np.stack(pictures.channels)
         whole = bool(((image >= 0) & (image < 1 << 16) & (image == np.floor(image))).all())
         image = image.astype("<u2" if whole else "<f4")
         scales = [scale if scale > 0 else np.inf for scale in intensities[str(place["plate"])]]
@@ -206,17 +187,18 @@ def export_crops(
     try:
         part.mkdir(parents=True)
         tables = prefetch(sorted(counts), read, reading_threads())
-        cells = _write(part, track(workspace.progress, "export", len(counts), tables), about)
+        read_ones = track(workspace.progress, "export", len(counts), tables)
+        cells = _write(part, _groups(read_ones), about)
         text = README.format(
             cells=cells,
             images=len(counts),
             segmentation=segment.fingerprint[:12],
-            split="" if found is None else f", split {found.name}",
+            split="" if of_split is None else f", split {of_split.name}",
             channels=", ".join(names),
         )
         (part / "README.md").write_text(text, encoding="utf-8")
         files = [file.stat().st_size for file in part.iterdir()]
-        _put_in_place(part, out)
+        part.rename(out)
     except OSError as error:
         raise StorageError(
             f"{out} cannot be written: {error.strerror or error}. Free some space, correct the "
@@ -227,66 +209,36 @@ def export_crops(
     return ExportedCrops(out, cells, len(counts), names, len(files) - 1, sum(files), segment.id)
 
 
-def _check_folder(out: Path, force: bool) -> None:
-    """Refuse a folder that would replace what is not an earlier export.
-
-    Raises:
-        UserInputError: it is so, or ``out`` is part of a store.
-    """
-    check_not_of_a_store(out)
-    if not out.exists():
-        return
-    inside = [path.name for path in out.iterdir()] if out.is_dir() else [""]
-    crops = [name for name in inside if _FILE.fullmatch(name)]
-    if inside and (not crops or set(inside) - {*crops, "README.md"}):
-        raise UserInputError(f"{out} is there already, and no export of crops. Name a new folder.")
-    if inside and not force:
-        raise UserInputError(f"{out} is there already. Name a new folder, or add --force.")
-
-
-def _write(folder: Path, tables: Iterator[pa.Table], about: Mapping[str, str]) -> int:
-    """Write files of some hundred megabytes, each in groups of rows; return how many rows."""
-    cells = files = size = 0
+def _groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield groups of rows of some megabytes."""
     held: list[pa.Table] = []
-    plain = [name for name in SCHEMA.names if name not in PIXELS]
-    writer = None
-    try:
-        for table in chain(tables, [None]):
-            held += [] if table is None else [table]
-            if not held or (table is not None and sum(t.nbytes for t in held) < GROUP_BYTES):
-                continue
-            group, held = pa.concat_tables(held), []
-            if writer is None:
-                writer = pq.ParquetWriter(
-                    folder / f"cells-{files:05d}.parquet",
-                    SCHEMA.with_metadata(about),
-                    compression="zstd",
-                    compression_level=3,
-                    use_dictionary=[name for name in plain if name != "scale"],
-                    write_statistics=[name for name in plain if name != "scale"],
-                )
-                files, size = files + 1, 0
-            writer.write_table(group, row_group_size=group.num_rows)
-            cells, size = cells + group.num_rows, size + group.nbytes
-            if size >= FILE_BYTES:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.close()
+    for table in tables:
+        held.append(table)
+        if sum(part.nbytes for part in held) >= GROUP_BYTES:
+            yield pa.concat_tables(held)
+            held = []
+    if held:
+        yield pa.concat_tables(held)
+
+
+def _write(folder: Path, groups: Iterator[pa.Table], about: Mapping[str, str]) -> int:
+    """Write files of some hundred megabytes; return how many rows."""
+    cells = files = 0
+    plain = [name for name in SCHEMA.names if name not in (*PIXELS, "scale")]
+    group = next(groups, None)
+    while group is not None:
+        size = 0
+        with pq.ParquetWriter(
+            folder / f"cells-{files:05d}.parquet",
+            SCHEMA.with_metadata(about),
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=plain,
+            write_statistics=plain,
+        ) as writer:
+            while group is not None and size < FILE_BYTES:
+                writer.write_table(group, row_group_size=group.num_rows)
+                cells, size = cells + group.num_rows, size + group.nbytes
+                group = next(groups, None)
+        files += 1
     return cells
-
-
-def _put_in_place(part: Path, out: Path) -> None:
-    """Make ``part`` the folder ``out``; what was there is gone after that, and not before."""
-    old = out.parent / f"{part_prefix()}{uuid.uuid4().hex}"
-    if not out.exists():
-        part.rename(out)
-        return
-    out.rename(old)
-    try:
-        part.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

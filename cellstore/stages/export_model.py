@@ -143,18 +143,9 @@ class ExportedModel(Shown):
 def export_model(
     workspace: Workspace, run: RunName = "latest", output: Path | None = None
 ) -> ExportedModel:
-    """Write the model of a training run to a new folder (default: ``model-RUN`` here).
+    """Write the model of a training run to a new folder; see ``Store.export_model``.
 
-    The folder opens without this store and without cellstore; see its README. It is there whole or
-    not at all.
-
-    Raises:
-        MissingExtraError: torch and the like are not installed.
-        UnknownNameError: no such training run, or its feature set is gone.
-        UserInputError: the folder is there and not empty, or the run has no checkpoint, is a null
-            baseline, or its feature set is another one since.
-        StorageError: the checkpoint is damaged, or the folder cannot be written.
-
+    The folder is there whole or not at all.
     """
     need("train")
     from safetensors.torch import save

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artifacts import StoredFile
-from ..config import FinetuneParams, ImageInput
+from ..config import FinetuneParams
 from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
@@ -33,7 +33,6 @@ from .segment import OF_A_RUN, find_network
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles
-    from ..learn.finetuning import Corrected
 
 
 VERSION = 1
@@ -49,27 +48,6 @@ class Example:
     group: str
     cells: int
     masks: StoredFile
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Examples as the network sees them, opened one by one, as often as they are asked for."""
-
-    workspace: Workspace
-    examples: Sequence[Example]
-    planes: tuple[ImageInput, ...]
-
-    def __iter__(self) -> Iterator[Corrected]:
-        from ..learn.finetuning import Corrected
-
-        database, artifacts = self.workspace.database, self.workspace.artifacts
-        for example in self.examples:
-            masks = decode_tiff(artifacts.read(example.masks.path, example.masks.sha256))
-            found = [read_image(database, example.image_id, plane) for plane in self.planes]
-            pixels = found[0] if len(found) == 1 else np.stack(found)
-            if masks.shape != pixels.shape[-2:]:
-                raise ImageError(f"{example.file} and its image differ in size.")
-            yield Corrected(pixels, masks.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -105,16 +83,9 @@ def finetune(
     device: str = "auto",
     force: bool = False,
 ) -> FinetuneResult:
-    """Train the network ``params.model`` further on label images of images of the store.
+    """Train a network further on label images of images of the store; see ``Store.finetune``.
 
-    ``masks``: folders and files, matched to images by name as ``ingest masks`` matches them. A
-    part of the wells is held out to tell whether the new network is better. The same network,
-    masks and options again return what came out before, unless ``force``.
-
-    Raises:
-        MissingExtraError: Cellpose 3 is not installed.
-        UserInputError: no usable masks, no such model, run, plate or channel, or parameters out
-            of range.
+    The same network, masks and options again return what came out before, unless ``force``.
     """
     from ..analysis.segmentation import installed_generation
 
@@ -164,9 +135,6 @@ def find_examples(
     """Match files of masks to images, and keep them as artifacts.
 
     Returns also the files that are not learned from, and why.
-
-    Raises:
-        UserInputError: no such file or folder, or none that can be learned from.
     """
     examples: list[Example] = []
     refused: list[dict[str, str]] = []
@@ -240,10 +208,18 @@ def _train(
     """Train, judge and keep a network; return how good it is, for the run."""
     from ..learn import finetuning
 
-    lessons, tests = (Opened(workspace, some, params.planes) for some in (training, held_out))
+    def opened(examples: Sequence[Example]) -> Iterator[finetuning.Corrected]:
+        for example in examples:
+            tiff = workspace.artifacts.read(example.masks.path, example.masks.sha256)
+            masks = decode_tiff(tiff).astype(np.int64)
+            found = [read_image(workspace.database, example.image_id, p) for p in params.planes]
+            pixels = found[0] if len(found) == 1 else np.stack(found)
+            if masks.shape != pixels.shape[-2:]:
+                raise ImageError(f"{example.file} and its image differ in size.")
+            yield finetuning.Corrected(pixels, masks)
 
     def judged(network: Path) -> float | None:
-        return finetuning.precision(network, tests, device) if held_out else None
+        return finetuning.precision(network, opened(held_out), device) if held_out else None
 
     def keep(*files: StoredFile) -> None:
         with workspace.database.begin() as session:
@@ -257,7 +233,7 @@ def _train(
     before = judged(start.network)
     with tempfile.TemporaryDirectory(prefix="cellstore-finetune-") as folder:
         prepared = finetuning.Prepared(Path(folder))
-        for example in lessons:
+        for example in opened(training):
             prepared.add(example)
         workspace.progress.start("finetune", params.epochs)
         try:

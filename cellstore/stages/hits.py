@@ -235,10 +235,8 @@ def hits(
         spec = _recipe(session, params, parts, curves, tuple(inputs))
         earlier = None if force else finished_run(session, spec)
         made = session.get_one(Run, profile_run).result or {}
-        changed = [note for note in profiles.notes if note not in made.get("notes", ())]
         if earlier is not None:
-            found = hits_result(session, earlier)
-            return replace(found, notes=tuple(dict.fromkeys([*changed, *found.notes])))
+            return hits_result(session, earlier)
         training = next(trainings_of_features(session, recipe), None)
         sphered = [recipe.parameters.get(name) for name in ("normalise", "against")]
     with running(workspace.database, spec, parent_id=profile_run, seed=params.seed) as handle:
@@ -247,21 +245,20 @@ def hits(
             _score_targets(part, params)
             _score_doses(part, params, profiles.columns, curves)
         lead = {part.name: f"{part.name}: " if len(parts) > 1 else "" for part in parts}
-        notes = [*changed, *(lead[part.name] + note for part in parts for note in part.notes)]
-        if sphered == ["sphere", "controls"]:
-            notes.insert(
-                0,
-                "These profiles were sphered on the controls, which are then alike by themselves: "
-                "effects are too large and p values too cautious. Make profiles with --against all "
-                "or --normalise mad.",
-            )
+        notes = []
         if training is not None:
-            notes.insert(
-                0,
+            notes.append(
                 f"These features are an embedding by training run {training.id}, which learned "
                 "what wells got: a difference on wells of its split proves nothing. Use "
-                "measurements.",
+                "measurements."
             )
+        if sphered == ["sphere", "controls"]:
+            notes.append(
+                "These profiles were sphered on the controls, which are then alike by themselves: "
+                "effects are too large and p values too cautious. Make profiles with --against all "
+                "or --normalise mad."
+            )
+        notes += [lead[part.name] + note for part in parts for note in part.notes]
         verdicts = [row.verdict for part in parts for row in part.rows if row.verdict is not None]
         handle.result = {
             "answer": " ".join(lead[part.name] + answer_of(part, params) for part in parts),
@@ -278,7 +275,7 @@ def hits(
             "plate_sets": {part.name: list(part.barcodes) for part in parts},
             "strata": {part.name: part.strata for part in parts},
             "versions": {name: version(name) for name in PACKAGES},
-            "notes": list(dict.fromkeys(notes)),
+            "notes": notes,
         }
         for row in (rows := [row for part in parts for row in part.rows]):
             row.run_id = handle.id
@@ -422,29 +419,26 @@ def _recipe(
     inputs: tuple[Recipe, ...],
 ) -> RecipeSpec:
     """Everything that decides the scores, without numbers of this store."""
-    found: set[int] = set()
-    for part in parts:
-        found.update(item.treatment_id for item in part.treatments)
+    found = {item.treatment_id for part in parts for item in part.treatments}
     identities: dict[int, str] = {}
     for some in in_lists(sorted(found)):
         query = select(Treatment.id, Treatment.identity, Treatment.target)
         for key, *said in session.execute(query.where(Treatment.id.in_(some))):
             identities[key] = str(said)
-    wells, numbers = [], []
+    rows = []
     for part in parts:
         said = [*(identities[item.treatment_id] for item in part.treatments), "control"]
-        columns = part.table[["plate", "well", "well_id"]].itertuples(index=False)
-        row: Any
-        for row, group in zip(columns, part.groups.tolist(), strict=True):
-            wells.append([part.name, row.plate, row.well, said[group]])  # -1 is the last
-            numbers += [[curve.get(int(row.well_id), np.nan) for curve in curves.values()]]
-    order = sorted(range(len(wells)), key=lambda i: [str(text) for text in wells[i]])
-    parameters = asdict(params) | {"wells": digest([wells[i] for i in order])}
+        names = (part.table[name].tolist() for name in ("plate", "well", "well_id"))
+        for plate, well, well_id, group in zip(*names, part.groups.tolist(), strict=True):
+            numbers = [curve.get(int(well_id), np.nan) for curve in curves.values()]
+            rows.append(([part.name, plate, well, said[group]], numbers))  # -1 is the last
+    rows.sort(key=lambda row: [str(text) for text in row[0]])
+    parameters = asdict(params) | {"wells": digest([well for well, _ in rows])}
     for name in ("profiles", "run", "plates"):  # the inputs and the wells say it
         del parameters[name]
     parameters["curves"] = list(params.curves)
     if curves:
-        parameters["probabilities"] = digest_of_numbers(np.array([numbers[i] for i in order]))
+        parameters["probabilities"] = digest_of_numbers(np.array([row[1] for row in rows]))
     return RecipeSpec(Stage.HITS, VERSION, parameters, None, inputs)
 
 
@@ -467,29 +461,29 @@ def _curves(
         return {}, None
     with workspace.database.read() as session:
         run = find_predict_run(session, params.run or "latest")
-    found: dict[str, dict[int, float]] = {}
     with open_questions(workspace, runs=run.read_as) as questions:
-        named = questions.ask_ours(
-            "SELECT DISTINCT l.id, l.value FROM image_label_counts AS c "
-            "JOIN labels AS l ON l.id = c.label_id WHERE c.run_id = $run ORDER BY 2",
+        answer = questions.ask_ours(
+            "SELECT i.well_id, l.value AS label, sum(c.probability) AS given, "
+            "sum(c.cells) AS cells FROM image_label_counts AS c "
+            "JOIN images AS i ON i.id = c.image_id JOIN labels AS l ON l.id = c.label_id "
+            "WHERE c.run_id = $run GROUP BY ALL ORDER BY 2, 1",
             {"run": run.id},
         )
-        known = {str(row["value"]): int(row["id"]) for row in named.records()}
-        for label in labels:
-            if label not in known:
-                raise UnknownNameError.of(f"label of run {run.id}", label, known)
-            answer = questions.ask_ours(
-                "SELECT i.well_id, sum(c.probability) FILTER (WHERE c.label_id = $label) AS given, "
-                "sum(c.cells) AS cells FROM image_label_counts AS c "
-                "JOIN images AS i ON i.id = c.image_id WHERE c.run_id = $run GROUP BY 1",
-                {"run": run.id, "label": known[label]},
-            )
-            found[PROBABILITY + label] = {
-                int(row["well_id"]): float(row["given"] or 0) / float(row["cells"])
-                for row in answer.records()
-                if row["cells"]
-            }
-    return found, run
+        rows = list(answer.records())
+    cells: dict[int, float] = defaultdict(float)
+    given: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        cells[int(row["well_id"])] += float(row["cells"] or 0)
+        given[str(row["label"])][int(row["well_id"])] = float(row["given"] or 0)
+    for label in labels:
+        if label not in given:
+            raise UnknownNameError.of(f"label of run {run.id}", label, given)
+    return {
+        PROBABILITY + label: {
+            well: given[label].get(well, 0.0) / number for well, number in cells.items() if number
+        }
+        for label in labels
+    }, run
 
 
 def _is_label(name: str) -> bool:
@@ -510,36 +504,35 @@ def _score(part: PlateSet, params: HitsParams) -> None:
 
     groups, controls, plates = part.groups, part.controls, part.plates
     strata, edge = plates, on_edge(part.table)
-    names = dict(enumerate(part.barcodes))
-    check = activity.edge_check(part.values, controls, plates, edge, seed=params.seed, names=names)
-    if params.edge == "match" or (params.edge == "auto" and check.matched):
+    matched, warning = activity.edge_check(
+        part.values, controls, plates, edge, part.barcodes, seed=params.seed
+    )
+    if params.edge == "match" or (params.edge == "auto" and matched):
         part.strata = "plate and zone"
         strata = 2 * plates + edge
-    if params.edge == "auto" and (edge & part.compared & ~controls).any():
-        part.notes += check.warnings
-    data = (part.values, groups, controls)
+    if warning and params.edge == "auto" and (edge & part.compared & ~controls).any():
+        part.notes.append(warning)
+    data = activity.Wells(part.values, groups, controls, plates)
+    layered = data._replace(strata=strata)
     how: dict[str, Any] = {"permutations": params.permutations, "seed": params.seed}
     scores = {
-        "activity": activity.activity(*data, strata, **how),
+        "activity": activity.activity(layered, **how),
         "activity_copairs": activity.activity_by_copairs(
-            *data, strata, null_size=params.permutations, seed=params.seed
+            layered, null_size=params.permutations, seed=params.seed
         ),
-        "replicate_correlation": activity.replicate_correlation(*data, plates, **how),
+        "replicate_correlation": activity.replicate_correlation(data, **how),
     }
-    scores["effect"], effects = activity.effects(*data, plates)
+    scores["effect"], effects = activity.effects(data)
     scores["cell_count"], changes = activity.cell_counts(
         part.counts, groups, controls, plates, **how
     )
-    strongest = activity.strongest_changes(part.values, groups, controls, plates)
+    strongest = activity.strongest_changes(data)
     part.table = part.table.assign(effect=effects)
     floors = dict.fromkeys(range(len(part.treatments)), 1 / (params.permutations + 1))
     rule = scores["activity_copairs"]
     if params.measure == "activity":
         rule = scores["activity"]
-        known = part.profiled
-        floors |= activity.smallest_p(
-            groups[known], controls[known], strata[known], params.permutations
-        )
+        floors |= activity.smallest_p(layered, params.permutations)
     for code, item in enumerate(part.treatments):
         mine = part.compared & (groups == code)
         change = changes[mine & np.isfinite(changes)]
@@ -635,24 +628,8 @@ def _notes(
             f"{int(np.argmax(reachable < params.q)) + 1} or more must reach it before one is "
             "called a hit. More replicates or controls allow smaller ones, or more --permutations."
         )
-    wells = [part.compared & (part.groups == code) for code in range(len(part.treatments))]
-    if single := sum(mine.sum() < FEWEST_WELLS for mine in wells):
-        yield (
-            f"{single} of {len(wells)} treatments have fewer than {FEWEST_WELLS} wells, too few "
-            "to show whether they differ."
-        )
-    open_question = "whether the same comes out on another plate is not known."
-    plates = len(np.unique(part.plates[part.compared]))
-    if plates == 1:
-        yield f"There is one plate only: {open_question}"
-    elif alone := [
-        item.name
-        for item, mine in zip(part.treatments, wells, strict=True)
-        if len(np.unique(part.plates[mine])) == 1
-    ]:
-        are = "treatments are" if len(alone) > 1 else "treatment is"
-        named = some_of(sorted(alone, key=by_number))
-        yield f"{len(alone)} {are} on one of {plates} plates only ({named}): {open_question}"
+    if len(np.unique(part.plates[part.compared])) == 1:
+        yield "There is one plate only: whether the same comes out on another is not known."
     left_out = {
         "have no cells that count, so that only their cell count is compared": part.empty,
         "have cells but no profile, as their cells are not measured, or their plate has too few "
@@ -849,7 +826,7 @@ def hits_result(session: Session, run: Run) -> HitsResult:
         rows=tuple(rows),
         targets=tuple(targets),
         doses=tuple(_dose_row(**found) for found in doses.values()),
-        notes=(*changed_since(session, run.id), *(run.result or {})["notes"]),
+        notes=(*changed_since(session, run.parent_id or run.id), *(run.result or {})["notes"]),
     )
 
 

@@ -26,47 +26,16 @@ LISTENING = (*STAGES, Stage.TRAIN)
 
 
 @dataclass(frozen=True)
-class JobRow:
-    """One image's share of a recipe. ``lease``: seconds until the job of a silent worker is free.
+class JobsList(Shown):
+    """``counts`` of every recipe; ``jobs``: those asked for, the latest first; ``more`` exist.
 
-    ``wait``: seconds until the next try. ``reason`` is the last line of ``error``.
+    Counted are the jobs for the present bytes of the images. A job is one image's share of a
+    recipe: ``lease`` are the seconds until the job of a silent worker is free, ``wait`` those until
+    the next try; ``reason`` is the last line of ``error``.
     """
 
-    job_id: int
-    stage: str
-    recipe_id: int
-    run_id: int
-    image: str
-    status: str
-    attempts: int
-    deaths: int
-    worker: str | None
-    lease: float | None
-    wait: float | None
-    seconds: float | None
-    reason: str | None
-    error: str | None
-
-
-@dataclass(frozen=True)
-class JobCounts:
-    """How the jobs of a recipe stand, for the present bytes of the images."""
-
-    stage: str
-    recipe_id: int
-    pending: int
-    running: int
-    done: int
-    failed: int
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class JobsList(Shown):
-    """``counts`` of every recipe; ``jobs``: those asked for, the latest first; ``more`` exist."""
-
-    counts: tuple[JobCounts, ...]
-    jobs: tuple[JobRow, ...]
+    counts: tuple[dict[str, Any], ...]
+    jobs: tuple[dict[str, Any], ...]
     more: int
 
 
@@ -91,16 +60,12 @@ def list_jobs(
     *,
     stage: str | None = None,
     status: str | None = None,
-    recipe: str | None = None,
     image: str | None = None,
     limit: int = 100,
 ) -> JobsList:
-    """List the jobs of a stage, a recipe or an image that stand as ``status`` says (None: all).
+    """List the jobs of a stage or an image that stand as ``status`` says (None: all).
 
     ``limit`` 0 only counts them by recipe.
-
-    Raises:
-        UnknownNameError: no such stage, recipe or status.
     """
     known = [item.value for item in Status if item is not Status.CANCELLED]
     if status is not None and status not in known:
@@ -108,23 +73,15 @@ def list_jobs(
     stages = _stages(stage)
     with workspace.database.read() as session:
         which: list[ColumnElement[bool]] = [] if stage is None else [Recipe.stage.in_(stages)]
-        if recipe is not None:
-            recipes = select(Recipe).where(Recipe.stage.in_(stages)).order_by(Recipe.id)
-            marks = {item.id: item.fingerprint for item in session.scalars(recipes)}
-            ids = [key for key in marks if recipe == str(key)]
-            ids = ids or [key for key, mark in marks.items() if mark.startswith(recipe)]
-            if not ids:
-                raise UnknownNameError.of("recipe", recipe, marks)
-            which.append(Recipe.id.in_(ids))
         if image is not None:
             which.append(images_named(session, image))
         by_status = (
-            func.count().filter(Job.status == item)
+            func.count().filter(Job.status == item).label(item.value)
             for item in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
         )
-        columns: Any = (Recipe.stage, Recipe.id, *by_status, func.avg(Job.seconds))
+        columns: Any = (Recipe.stage, Recipe.id.label("recipe_id"), *by_status)
         counts = session.execute(
-            select(*columns)
+            select(*columns, func.avg(Job.seconds).label("seconds"))
             .select_from(Job)
             .join(Recipe, Recipe.id == Job.recipe_id)
             .join(Image, _CURRENT)
@@ -132,7 +89,7 @@ def list_jobs(
             .group_by(Recipe.stage, Recipe.id)
             .order_by(Recipe.id)
         )
-        counted = tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in counts)
+        counted = tuple(dict(row) for row in counts.mappings())
         if limit == 0:
             return JobsList(counted, (), 0)
         wanted = which if status is None else [*which, Job.status == Status(status)]
@@ -155,22 +112,22 @@ def list_jobs(
             )
             lines = (job.error or "").strip().splitlines()
             jobs.append(
-                JobRow(
-                    job_id=job.id,
-                    stage=Stage(of_stage).value,
-                    recipe_id=job.recipe_id,
-                    run_id=job.run_id,
-                    image=image_name(*name),
-                    status=job.status.value,
-                    attempts=job.attempts,
-                    deaths=job.deaths,
-                    worker=shown_worker(job.worker) or None,
-                    lease=lease,
-                    wait=wait,
-                    seconds=job.seconds,
-                    reason=lines[-1] if lines else None,
-                    error=job.error,
-                )
+                {
+                    "job_id": job.id,
+                    "stage": Stage(of_stage).value,
+                    "recipe_id": job.recipe_id,
+                    "run_id": job.run_id,
+                    "image": image_name(*name),
+                    "status": job.status.value,
+                    "attempts": job.attempts,
+                    "deaths": job.deaths,
+                    "worker": shown_worker(job.worker) or None,
+                    "lease": lease,
+                    "wait": wait,
+                    "seconds": job.seconds,
+                    "reason": lines[-1] if lines else None,
+                    "error": job.error,
+                }
             )
         return JobsList(counted, tuple(jobs), total - len(jobs))
 
@@ -193,9 +150,6 @@ def retry(
     """Open the failed jobs of a stage, a run, an image (None: of all) for another try.
 
     If it is of all, files that are gone are looked for, too.
-
-    Raises:
-        UnknownNameError: there is no such stage, run or image.
     """
     with workspace.database.begin() as session:
         recipes = select(Recipe.id).where(Recipe.stage.in_(_stages(stage)))
@@ -204,14 +158,14 @@ def retry(
             which.append(Job.run_id == find_run(session, run, *STAGES).id)
         if image is not None:
             which.append(exists().where(Image.id == Job.image_id, images_named(session, image)))
-        commands = select(Run.command).where(
-            Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
-        )
-        typed = tuple(session.scalars(commands.order_by(Run.id)))
+        last = select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id)
+        commands = select(Run.command).where(Run.id.in_(last)).order_by(Run.id)
+        typed = tuple(session.scalars(commands))
         opened = requeue(session, *which)
-        old = {"status": Status.FAILED.value, "number": opened}
         if opened:
-            new = {"status": Status.PENDING.value, "number": opened}
+            old, new = (
+                {"status": item.value, "number": opened} for item in (Status.FAILED, Status.PENDING)
+            )
             record_events(session, [Change("jobs", None, old, new)])
         lost, makers = 0, tuple[str, ...]()
         if stage is None and run is None and image is None:
@@ -224,10 +178,6 @@ def cancel(workspace: Workspace, run: RunName | None = None) -> tuple[int, ...]:
 
     Their process ends within seconds, when the images in its hands are done; of a process that is
     gone already, the mark says so. A training has kept what it was at the end of its last epoch.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it is over, or is of a stage that does not listen.
     """
     with workspace.database.begin() as session:
         query = select(Run.id).where(Run.status == Status.RUNNING, Run.stage.in_(LISTENING))

@@ -25,7 +25,7 @@ from ..artifacts import sha256_of
 from ..config import AddedParams, ApplyParams, RunName
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events, record_runs, recording_removed
-from ..enums import FeatureStorage, Origin, Stage, Status, Subset
+from ..enums import Origin, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     ImageError,
@@ -40,7 +40,7 @@ from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_split, readable, renamed_plates
 from ..jobs.queue import CONTENT, JobScope, Task, requeue
 from ..jobs.run_names import find_predict_run
-from ..jobs.runs import RecipeSpec, finished_run, register, running
+from ..jobs.runs import RecipeSpec, digest_of_numbers, finished_run, register, running
 from ..jobs.workspace import Workspace
 from ..learn.trackers import of_mlflow
 from ..models import (
@@ -62,14 +62,14 @@ from ..query.feature_files import (
     FeatureWriter,
     forget_lost_files,
     list_files,
+    make_set,
     register_files,
-    set_of_recipe,
     stream_ids,
 )
 from ..query.guard import literal
 from ..query.source import check_set_name
 from .export import FILE_COLUMNS, exported_columns
-from .predict import PredictionRows, insert_predictions, latest_run
+from .predict import PredictionRows, check_alone, insert_predictions, latest_run
 
 VERSION = 1
 SHOWN = 5
@@ -144,7 +144,10 @@ CLASSES = """
             WHEN sum(r.p) OVER (PARTITION BY r.cell) > {most}
                 THEN 'probabilities of one {unit} that add up to more than 1'
 """
-UNIQUE = "WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice'"
+NUMBERS = """
+            WHEN r.odd IS NOT NULL THEN 'no number'
+            WHEN count(*) OVER (PARTITION BY r.cell) > 1 THEN 'the same cell twice'
+"""
 ADDED = """
     SELECT image_id, cell AS cell_id, label_id, p AS probability,
         row_number() OVER (PARTITION BY cell ORDER BY p DESC, label) AS rank
@@ -226,7 +229,7 @@ class AddPredictions(ImageStage[PredictionRows, PredictionRows]):
 
     def digest(self, recipe_id: int, output: PredictionRows) -> str | None:
         """Return the digest of the rows of cells; of images the ledger keeps one itself."""
-        return None if self.whole else output.digest()
+        return None if self.whole else digest_of_numbers(np.column_stack(output))
 
     def insert(
         self,
@@ -247,32 +250,18 @@ def add_predictions(
     parameters: Mapping[str, Any] | None = None,
     query: str | None = None,
 ) -> AddedPredictions:
-    """Keep what a model that is not of cellstore says of cells, as a run with its lineage.
+    """Keep what a model that is not of cellstore says of cells; see ``Store.add_predictions``.
 
-    ``table``: a file (CSV, TSV, Excel, Parquet) or an Arrow table with a row for each cell and
-    class. A cell is named by ``cell_id``, or by plate, well, site and object number, or by plate,
-    well, site and a point in pixels (x, y) that lies in its mask; plate, well and site alone: the
-    model sees whole images, and an image has one vote. The class is one of the split's;
-    a column ``probability`` says how probable it is (without one: 1). Or each class has a column
-    of its own with its probability. ``parameters``: of the model, to be kept with the run;
-    ``query``: the SQL of the cells that it has learned from.
-
-    The same table again adds nothing; a call that was killed is completed by the same call.
-
-    Raises:
-        UnknownNameError: there is no such split or segmentation.
-        UserInputError: a row cannot be used: then nothing is written; the table names no cells,
-            no classes, or cells of two segmentations.
-        BadTableError, StorageError: a file cannot be read.
+    Nothing is written if a row cannot be used. A call that was killed is completed by the same
+    call.
     """
     source = _TableSource(table)
-    weights = None if params.model is None else _sha256_of_weights(params.model)
+    weights = _sha256_of_weights(params.model)
     with workspace.database.read() as session:
         split = find_split(session, params.split)
         classes = classes_of(session, split.id)
-        segment = None
-        if params.segmentation is not None:
-            segment = choose_recipes(session, params.segmentation, None)[0]
+        named = params.segmentation
+        segment = choose_recipes(session, named, None)[0] if named else None
         said: dict[str, Any] = {"weights": params.model and params.model.name}
         said["parameters"] = dict(parameters or {})
         train = declared_training(session, split, params, said, weights)
@@ -287,10 +276,7 @@ def add_predictions(
             "FROM rows_added"
         ).records()
         n_cells = 0 if segment_id is None else int(about["cells"])
-        images = [
-            int(image)
-            for (image,) in questions.ask_ours("SELECT DISTINCT image_id FROM rows_added").rows()
-        ]
+        images = _column(questions, "SELECT DISTINCT image_id FROM rows_added")
         kept = {"labels": list(classes), **told}
         train_run_id = declare_training(workspace, train, split.id, kept, query)
         with workspace.database.begin() as session:
@@ -302,11 +288,11 @@ def add_predictions(
                 session, RecipeSpec(Stage.PREDICT, VERSION, values, weights, tuple(inputs))
             )
             latest = latest_run(session, recipe.id)
-            before = {} if latest is None else (latest.result or {}).get("trackers", {})
         check_not_withdrawn(latest)
         done = latest is not None and latest.status is Status.DONE
-        run_id = latest.id if latest is not None else 0
-        if not done:
+        if latest is not None and done:
+            run_id, trackers = latest.id, (latest.result or {}).get("trackers", {})
+        else:
             with running(
                 workspace.database,
                 recipe,
@@ -317,6 +303,8 @@ def add_predictions(
                 origin=Origin.DECLARED,
             ) as run:
                 run_id = run.id
+                if latest is None:
+                    check_alone(workspace, recipe.id, run.id)
                 _open_jobs(workspace, recipe.id, run.id, images)
                 job = aliased(Job)  # those of this stage are looked up around it
                 mine = select(Image.id).where(
@@ -337,11 +325,6 @@ def add_predictions(
                         f"Predictions of {len(did.failures):,} images could not be written: "
                         f"{did.failures[0][1]} Give the same command again to complete them."
                     )
-    if done and trackers and trackers["mlflow"]["run"] != before.get("mlflow", {}).get("run"):
-        notes.append(
-            "These predictions are there already, and what is kept of them is not changed: MLflow "
-            f"run {params.mlflow_run} is not."
-        )
     if params.trained_on is None:
         notes.append(NOT_DECLARED)
     return AddedPredictions(
@@ -355,7 +338,7 @@ def add_predictions(
         images=0 if done else len(images),
         already_done=done,
         notes=tuple(notes),
-        trackers=before if done else trackers,
+        trackers=trackers,
     )
 
 
@@ -369,11 +352,7 @@ def classes_of(session: Session, split_id: int, subset: Subset | None = None) ->
 
 
 def check_not_withdrawn(latest: Run | None) -> None:
-    """Refuse to make predictions again that were withdrawn.
-
-    Raises:
-        UserInputError: they were.
-    """
+    """Refuse to make predictions again that were withdrawn."""
     if latest is not None and latest.status is Status.WITHDRAWN:
         raise UserInputError(
             f"These predictions were withdrawn: run {latest.id}, {latest.error}. If they are "
@@ -431,34 +410,22 @@ def add_embeddings(
     note: str | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> AddedEmbeddings:
-    """Keep numbers that a model that is not of cellstore made of cells, as a feature set.
+    """Keep numbers that a model of somebody's own made of cells; see ``Store.add_embeddings``.
 
-    ``table``: a row for each cell, named as in :func:`add_predictions`; every other column is a
-    number, empty where it is not known. ``train``, ``export`` and ``sql`` read the set by its name.
     The same table again adds only what is lacking: a file was lost, or cells were found anew.
-
-    Raises:
-        UnknownNameError: there is no such segmentation.
-        UserInputError: a row cannot be used: then nothing is written; the table names no cells, or
-            no numbers; the set is there already with other rows.
-        BadTableError, StorageError: a file cannot be read or written.
     """
     source = _TableSource(table)
     check_set_name(name, "name")
-    weights = None if model is None else _sha256_of_weights(model)
+    weights = _sha256_of_weights(model)
     with workspace.database.read() as session:
         sets = session.scalars(select(FeatureSet).where(FeatureSet.name != name))
         known = exported_columns(sets) & set(source.columns)
     known |= {*source.found.values()}
     known |= {c for c in source.columns if c.startswith(("Metadata_", *FILE_COLUMNS))}
     columns = [column for column in source.columns if column not in known]
-    names = [column.casefold() for column in columns]  # SQL knows no capitals
-    for column in columns:
-        if (
-            not column.strip()
-            or column.casefold() == "cell_id"
-            or names.count(column.casefold()) > 1
-        ):
+    names = [column.strip().casefold() for column in columns]  # SQL knows no capitals
+    for column, name_in_set in zip(columns, names, strict=True):
+        if name_in_set in ("", "cell_id") or names.count(name_in_set) > 1:
             raise UserInputError(
                 f"{source.name} has a column {column!r}, which cannot be a name in the set: it "
                 "is empty, cell_id, or there twice. Rename it."
@@ -472,34 +439,27 @@ def add_embeddings(
             f"{source.name} has no column of numbers beside those that name cells."
         )
     with workspace.database.read() as session:
-        segment = None
-        if segmentation is not None:
-            segment = choose_recipes(session, segmentation, None)[0]
+        segment = choose_recipes(session, segmentation, None)[0] if segmentation else None
     with open_questions(workspace) as questions:
-        values = ", ".join(
-            f"TRY_CAST({source.sql(c)} AS FLOAT) AS v{at}, {source.sql(c)} AS t{at}"
-            for at, c in enumerate(columns)
-        )
+        missing, values, odd = ", ".join(map(literal, MISSING)), [], []
+        for at, column in enumerate(columns):
+            given, text = source.sql(column), f"CAST({source.sql(column)} AS VARCHAR)"
+            values.append(f"TRY_CAST({given} AS FLOAT) AS v{at}")
+            odd.append(
+                f"WHEN (v{at} IS NULL OR isinf(v{at})) AND trim({text}) NOT IN ({missing}) "
+                f"THEN {literal(f'{column} ')} || {text}"
+            )
+        values.append(f"CASE {' '.join(odd)} END AS odd")
         segment_id = _find_rows(
             workspace,
             questions,
-            source.bring(workspace, questions, columns, values),
+            source.bring(workspace, questions, columns, ", ".join(values)),
             segment,
             source.name,
             None,
         )
         if segment_id is None:
             raise UserInputError(f"{source.name} names images, not cells: add object_number.")
-        for at, column in enumerate(columns):
-            odd = (
-                f"SELECT line, CAST(t{at} AS VARCHAR) AS text FROM rows_given "  # noqa: S608
-                f"WHERE (v{at} IS NULL OR isinf(v{at})) AND t{at} IS NOT NULL "
-                f"AND trim(CAST(t{at} AS VARCHAR)) NOT IN ({', '.join(map(literal, MISSING))}) "
-                "ORDER BY line LIMIT 1"
-            )
-            for row in questions.ask_ours(odd).records():
-                detail = Refusal(row["line"], "no number", f"{column} {row['text']}")
-                raise UserInputError(_nothing_added(source.name, 1, [detail]))
         with workspace.database.begin() as session:
             inputs = (session.get_one(Recipe, segment_id),)
             declared: dict[str, Any] = {"declared": name, "table": source.sha256}
@@ -513,8 +473,7 @@ def add_embeddings(
                     f"Feature set {name!r} is there already, with other rows. Give another name."
                 )
         _keep_new_rows(workspace, questions, name)
-        (about,) = questions.ask_ours("SELECT count(*) AS cells FROM rows_new").records()
-        cells = int(about["cells"])
+        (cells,) = _column(questions, "SELECT count(*) FROM rows_new")
         if before is not None and cells == 0:
             return AddedEmbeddings(before.id, name, 0, len(columns), True, tuple(source.notes))
         with running(workspace.database, recipe, origin=Origin.DECLARED) as run:
@@ -534,16 +493,11 @@ def add_embeddings(
                 writer.abandon()
             run.result = {"cells": cells, "feature_set": name, "note": note}
             run.result |= {"file": source.name, **code_of_caller()}
-            described = [
-                {"name": column, "dtype": "float32", "unit": "1", "source": note or name}
-                | {"formula": "", "description": "Made by a model that is not of cellstore."}
-                for column in columns
-            ]
+            said = {"dtype": "float32", "source": note or name}
+            said["description"] = "Made by a model that is not of cellstore."
 
             def keep(session: Session) -> None:
-                row = {"name": name, "recipe_id": recipe.id, "columns": described}
-                insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
-                found = set_of_recipe(session, recipe.id)
+                found = make_set(session, name, recipe.id, columns, **said)
                 assert found is not None
                 if before is not None:
                     with recording_removed(session, ()):
@@ -556,11 +510,7 @@ def add_embeddings(
 
 
 def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> None:
-    """Make table ``rows_new``: those of ``rows_given`` that no file of a feature set has.
-
-    Raises:
-        StorageError: a file is damaged.
-    """
+    """Make table ``rows_new``: those of ``rows_given`` that no file of a feature set has."""
     with workspace.database.read() as session:
         paths = [row.path for row in list_files(session, FeatureSet.name == name)]
     files = [path for item in paths if (path := workspace.artifacts.locate(item)).is_file()]
@@ -582,15 +532,7 @@ def _keep_new_rows(workspace: Workspace, questions: Questions, name: str) -> Non
 
 
 def withdraw(workspace: Workspace, run: RunName, reason: str) -> int:
-    """Mark added predictions as wrong; return the number of their run.
-
-    The rows stay, since what was published with them must be found; no command takes the run by
-    default any more, and what is asked of it by number says that it was withdrawn, and why.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it was not added, or is withdrawn; the reason is empty.
-    """
+    """Mark added predictions as wrong; see ``Store.withdraw_predictions``."""
     if not (reason := readable(reason)):
         raise UserInputError("Say why: --reason TEXT.")
     with workspace.database.begin() as session:
@@ -627,13 +569,10 @@ class _TableSource:
             self.sha256 = sha256_of(self.table)
             self.notes += self.text.notes
         else:
-            half = [pa.types.is_float16(item.type) for item in self.table.schema]
-            kinds = [
-                pa.float32() if h else f.type for h, f in zip(half, self.table.schema, strict=True)
-            ]
-            if any(half):  # DuckDB does not know them
-                arrays = [c.cast(k) for c, k in zip(self.table.columns, kinds, strict=True)]
-                self.table = pa.table(arrays, names=self.table.column_names)
+            fields = list(self.table.schema)
+            kinds = [pa.float32() if pa.types.is_float16(f.type) else f.type for f in fields]
+            schema = [f.with_type(kind) for f, kind in zip(fields, kinds, strict=True)]
+            self.table = self.table.cast(pa.schema(schema))  # DuckDB does not know half floats
             self.columns = list(self.table.column_names)
             digest = hashlib.sha256(repr(self.columns).encode())
             for start in range(0, self.table.num_rows, ROWS_AT_ONCE):
@@ -659,11 +598,7 @@ class _TableSource:
         }
 
     def classes(self, known: Mapping[str, int]) -> tuple[list[str], str]:
-        """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class.
-
-        Raises:
-            UserInputError: there are none, or in two ways.
-        """
+        """Return the columns that say classes, and the SQL of ``label`` and ``p``, by class."""
         found = self.found
         used = {found[key] for key in (*self.named_by(), "label", "probability") if key in found}
         if "label" not in found:
@@ -715,9 +650,6 @@ class _TableSource:
         """Make table ``rows_given``; return which keys of ``NAMES`` it has.
 
         It has ``line``, the keys, and ``values``, SQL over some ``columns``.
-
-        Raises:
-            UserInputError: no column names cells; a row is damaged.
         """
         found, keys = self.found, self.named_by()
         if lacking := keys - found.keys():
@@ -747,7 +679,7 @@ class _TableSource:
         for key in sorted(keys & {"plate", "well"}):
             said = of_keys[key]
             texts = f"SELECT DISTINCT {said} FROM rows_given"  # noqa: S608 - our own names
-            names = [text for (text,) in questions.ask_ours(texts).rows() if text]
+            names = [text for text in _column(questions, texts) if text]
             meant = [_well_of(name) for name in names]
             if key == "plate":
                 with workspace.database.read() as session:
@@ -815,9 +747,6 @@ def _find_rows(
 
     None: the rows are about whole images. With ``classes``, ``rows_added`` has the predictions.
     It is one table through all steps, so that memory holds the rows once or twice.
-
-    Raises:
-        UserInputError: some rows cannot be used, or they are about cells of two segmentations.
     """
     if classes is not None:
         ids = pa.array(classes.values(), pa.int64())
@@ -860,7 +789,7 @@ def _find_rows(
                 _find_points(workspace, questions, joined)
             questions.keep("rows_given", BY_NUMBER.format(keys=joined))
     unit = "image" if whole else "cell"
-    asked = UNIQUE if classes is None else CLASSES
+    asked = NUMBERS if classes is None else CLASSES
     labels = "" if classes is None else "LEFT JOIN classes_given AS l ON l.value = r.label"
     checked = CHECKED.format(
         unknown_image=unknown_image,
@@ -875,12 +804,16 @@ def _find_rows(
         "SELECT * FROM rows_given WHERE problem IS NOT NULL "  # noqa: S608 - our own names
         f"QUALIFY row_number() OVER (PARTITION BY line ORDER BY {first}) = 1 ORDER BY line"
     )
-    ((wrong,),) = questions.ask_ours(f"SELECT count(*) FROM ({problems})").rows()  # noqa: S608
+    (wrong,) = _column(questions, f"SELECT count(*) FROM ({problems})")  # noqa: S608
     if wrong:
         refusals = []
         for row in questions.ask_ours(f"{problems} LIMIT {SHOWN}").records():
-            about = [key for key in (*NAMES, "p") if row.get(key) is not None]
-            said = ", ".join(f"{'probability' if k == 'p' else k} {row[k]}" for k in about)
+            about = {**dict.fromkeys(NAMES), "p": "probability", "odd": ""}
+            said = ", ".join(
+                f"{key if called is None else called} {row[key]}".strip()
+                for key, called in about.items()
+                if row.get(key) is not None
+            )
             refusals.append(Refusal(row["line"], row["problem"], said))
         refused = _nothing_added(name, wrong, refusals)
         if classes is not None and any("not in the split" in row.reason for row in refusals):
@@ -888,10 +821,7 @@ def _find_rows(
             more = ["..."] if len(classes) > SHOWN else []
             refused += f"\nThe classes of the split: {', '.join(known + more)}"
         raise UserInputError(refused)
-    recipes: list[Any] = [
-        recipe
-        for (recipe,) in questions.ask_ours("SELECT DISTINCT recipe_id FROM rows_given").rows()
-    ]
+    recipes = _column(questions, "SELECT DISTINCT recipe_id FROM rows_given")
     if not recipes:
         raise UserInputError(f"{name} has no rows.")
     if len(recipes) > 1:
@@ -906,21 +836,20 @@ def _find_rows(
     return found
 
 
-def _find_points(workspace: Workspace, questions: Questions, joined: str) -> None:
-    """Give ``rows_given`` the object numbers of the masks at its points (x, y).
+def _column(questions: Questions, sql: str) -> list[Any]:
+    return [value for (value,) in questions.ask_ours(sql).rows()]
 
-    Raises:
-        UserInputError: the masks of an image are not known, or cannot be read.
-    """
+
+def _find_points(workspace: Workspace, questions: Questions, joined: str) -> None:
+    """Give ``rows_given`` the object numbers of the masks at its points (x, y)."""
     points = (
         "SELECT g.line, g.x, g.y, s.id FROM rows_given AS g "  # noqa: S608 - our own names
         f"JOIN images_given AS i ON i.{joined} "
         "JOIN segmentations_given AS s ON s.image_id = i.image_id ORDER BY s.id"
     )
     questions.keep("points_given", points)
-    ids = [row[0] for row in questions.ask_ours("SELECT DISTINCT id FROM points_given").rows()]
     parts = []
-    for segmentation in ids:
+    for segmentation in _column(questions, "SELECT DISTINCT id FROM points_given"):
         of_image = "SELECT line, x, y FROM points_given WHERE id = ?"
         found = questions.ask_ours(of_image, [segmentation]).arrays()
         with workspace.database.read() as session:
@@ -955,39 +884,21 @@ def _nothing_added(name: str, wrong: int, refusals: Sequence[Refusal]) -> str:
 
 
 def _open_jobs(workspace: Workspace, recipe_id: int, run_id: int, images: Sequence[int]) -> None:
-    """Make a job for each image that the table is about.
-
-    Raises:
-        UserInputError: another command was faster.
-    """
+    """Make a job for each image that the table is about."""
     start = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
+    start |= {"attempts": 0, "deaths": 0}
     with workspace.database.begin() as session:
         for some in in_lists(images):
             rows = session.execute(select(Image.id, CONTENT).where(Image.id.in_(some)))
-            insert_new(
-                session,
-                Job,
-                [
-                    {**start, "image_id": image, "content_sha256": content}
-                    | {"attempts": 0, "deaths": 0}
-                    for image, content in rows
-                ],
-            )
-        of_recipe = Job.recipe_id == recipe_id
-        others = select(Job.run_id).where(of_recipe, Job.run_id != run_id)
-        if (other := session.scalar(others.limit(1))) is not None:
-            raise UserInputError(
-                f"Another command adds the same predictions, as run {other}. Wait until it is over."
-            )
-        requeue(session, of_recipe)
+            keys = [{"image_id": image, "content_sha256": content} for image, content in rows]
+            insert_new(session, Job, [{**start, **key} for key in keys])
+        requeue(session, Job.recipe_id == recipe_id)
 
 
-def _sha256_of_weights(path: Path) -> str:
-    """The digest of a file of weights, which is not opened: it may hold code.
-
-    Raises:
-        UserInputError: there is no such file.
-    """
+def _sha256_of_weights(path: Path | None) -> str | None:
+    """The digest of a file of weights, which is not opened: it may hold code."""
+    if path is None:
+        return None
     if not path.is_file():
         raise UserInputError(f"There is no file {path} with the weights of the model.")
     return sha256_of(path)

@@ -15,18 +15,25 @@ from numpy.typing import NDArray
 from sqlalchemy import Select, and_, case, exists, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams, RunName, Selection
-from ..db.bulk import bulk_insert, in_lists, insert_new
+from ..config import (
+    THIS_PROCESS,
+    ApplyParams,
+    PredictParams,
+    Resources,
+    RunName,
+    Selection,
+)
+from ..db.bulk import bulk_insert, in_lists
 from ..db.events import recording_removed
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
+from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
 from ..jobs.queue import JobScope, Task, among, count_images, reopen, requeue
 from ..jobs.runs import (
     RecipeSpec,
+    RunHandle,
     digest_of_images,
     digest_of_numbers,
     keep_files,
@@ -61,6 +68,7 @@ from ..query.feature_files import (
     forget_lost_files,
     images_of_lost_files,
     images_per_file,
+    make_set,
     register_files,
     set_of_recipe,
     write_features,
@@ -116,21 +124,11 @@ def predict(
     run: RunName = "latest",
     device: str = "auto",
 ) -> PredictResult:
-    """Label the cells of a selection of images with the model of a training run.
+    """Label the cells of some images with the model of a training run; see ``Store.predict``.
 
-    Rows are appended, never changed. An interrupted run of the same checkpoint and images is
-    resumed, and so is a finished one whose files of embeddings are gone. Where more images have
-    been measured since, a new run labels all of them, so that every finished run is whole.
-
-    Raises:
-        MissingExtraError: torch and the like are not installed.
-        UnknownNameError: no such training run, split, plate, well or channel, a label of the model
-            is gone, or the feature set is.
-        UserInputError: the run has no checkpoint, none of the images has measured cells, the
-            feature set is not the one that the model was trained on, a plate has no control cells
-            to be normalised against, or the embedding cannot have its name.
-        StorageError: the checkpoint is damaged.
-
+    An interrupted run of the same checkpoint and images is resumed, and so is a finished one whose
+    files of embeddings are gone. Where more images have been measured since, a new run labels all
+    of them, so that every finished run is whole.
     """
     need("train")
     from ..analysis.segmentation import pick_device
@@ -145,27 +143,40 @@ def predict(
         # Which images.
         split = session.get_one(Split, trained.split_id)
         asked = split if params.split is None else find_split(session, params.split)
-        # The limit counts images of the subset, so it comes later.
-        conditions = Selection(params.plates, params.wells, params.where)
-        selected = images_of(session, conditions)
-        if params.subset is not None or params.split is not None:
-            members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
-            if params.subset is not None:
-                members = members.where(SplitMember.subset == params.subset)
-            selected = selected.where(Image.id.in_(members))
+        split_id = None if params.subset is None and params.split is None else asked.id
+        if split_id is not None:
             source = replace(source, split_id=asked.id, subset=params.subset)
-        if params.limit is not None:
-            selected = first_of(session, selected, params.limit)
+        selected, n_selected = select_images(session, params, split_id, params.subset)
         # A model that opens no image does not need the files of one.
         unseen = record.branches == (TABULAR,)
         segmented = selected.join(Segmentation, IS_CURRENT)
         segmented = segmented.where(Segmentation.recipe_id == source.segment_id)
         images = measured_images(segmented, source, pixels=not unseen)
-        named = select(func.count()).select_from(Image).where(Image.id.in_(selected))
-        n_selected = session.scalar(named) or 0
-        ready, *met = _count(session, images, trained)
+
+        # How many images there are, and how many of them the training has met: that it has learned
+        # from, others of the wells of these, and that stopped it. Lists that are made once: asked
+        # image by image, a join would walk the split for each.
+        of_split = select(SplitMember.image_id).where(SplitMember.split_id == trained.split_id)
+        learned = of_split.where(SplitMember.subset == Subset.TRAIN)
+        other = aliased(Image)
+        wells = select(other.well_id).where(other.id.in_(learned))
+        stopped_by = (trained.result or {}).get("validation_subset")
+        conditions = (
+            Image.id.in_(learned),
+            and_(Image.id.not_in(learned), Image.well_id.in_(wells)),
+            Image.id.in_(of_split.where(SplitMember.subset == stopped_by))
+            if stopped_by
+            else false(),
+        )
+        counts = (func.count().filter(condition) for condition in conditions)
+        counted_images = select(func.count(), *counts).select_from(Image)
+        ready, *met = session.execute(counted_images.where(Image.id.in_(images))).one()
         if ready == 0:
-            raise UserInputError(_nothing_to_label(params, n_selected, trained.id))
+            raise UserInputError(
+                f"Of the {n_selected} images that meet every condition none has cells measured by "
+                f"the recipes of training run {trained.id}. Choose others, or run: cellstore "
+                "segment, then: cellstore measure"
+            )
         query = cells_query(source)
         if params.wells or params.where is not None or params.limit is not None:
             query = query.where(Image.id.in_(selected))
@@ -198,9 +209,9 @@ def predict(
             parameters["fitted_plates"] = fitted
         inputs = (trained.recipe, model.segment, model.measure)
         spec = RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs)
-        embedding = None
+        embedded_by = None
         if params.embedding is not None:
-            embedding = plan_embedding(session, params.embedding, model, fitted)
+            embedded_by = plan_embedding(session, params.embedding, model, fitted)
 
     # Images that the model has met before: their labels prove nothing.
     met_as = (
@@ -219,22 +230,22 @@ def predict(
         recipe = register(session, spec)
         counted = count_images(session, recipe.id, images, unseen=unseen)
         todo, recipes, per_file, again = counted.todo + counted.failed, [recipe.id], 1, 0
-        if embedding is not None:
-            embedding = replace(embedding, recipe_id=embedding.register(session))
-            recipes.append(embedding.recipe_id)
+        embedding = None
+        if params.embedding is not None and embedded_by is not None:
+            embedding = register_embedding(session, params.embedding, model, embedded_by)
+            recipes.append(embedding)
             most = min(ROWS_OF_FILE, MOST_ROWS // top_k)
             per_file = images_per_file(session, model.segment.id, most)
             # A job is believed to be done of its file as well as of its row.
-            lost = images_of_lost_files(session, workspace.artifacts, embedding.recipe_id)
+            lost = images_of_lost_files(session, workspace.artifacts, embedding)
             if lost is not None:
                 with recording_removed(session, list(in_lists(lost))):
-                    reopen(session, embedding.recipe_id, lost)
-                    forget_lost_files(session, workspace.artifacts, embedding.recipe_id)
-            embedded = count_images(session, embedding.recipe_id, images, unseen=unseen)
+                    reopen(session, embedding, lost)
+                    forget_lost_files(session, workspace.artifacts, embedding)
+            embedded = count_images(session, embedding, images, unseen=unseen)
             again = embedded.todo + embedded.failed
         latest = latest_run(session, recipe.id)
         whole = latest is not None and latest.status is Status.DONE
-    did: RunCounter | None = None
     if latest is not None and whole and todo == again == 0:
         did = RunCounter(latest.id, recipe.id)
     else:
@@ -263,34 +274,14 @@ def predict(
                 with workspace.database.begin() as session:
                     keep_files(session, [file], current.id)
             scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
-            with workspace.database.begin() as session:
-                # A run is whole or not finished: what failed is tried again.
-                requeue(session, Job.recipe_id.in_(recipes), among(images))
-            counters = run_jobs(workspace, stage, scope)
-            did = counters[recipe.id]
-            failures = [failure for one in counters.values() for failure in one.failures]
-            did.failures = list(dict.fromkeys(failures))
-            # The whole run, earlier attempts included.
-            mine = and_(
-                Job.run_id == current.id, Job.recipe_id == recipe.id, Job.status == Status.DONE
-            )
-            labelled = and_(Prediction.run_id == current.id, Prediction.rank == 1)
-            with workspace.database.read() as session:
-                current.result = {
-                    "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
-                    "failed": len(did.failures),
-                    "cells": session.scalar(select(func.count()).where(labelled)),
-                    **({"feature_set": embedding.name} if embedding else {}),
-                    "notes": list(notes),
-                }
+            did = label_all(workspace, stage, scope, current)
+            if params.embedding is not None:
+                current.result["feature_set"] = params.embedding
+            current.result["notes"] = list(notes)
             if whole and not todo:
                 notes.append(
                     f"The embeddings of {again:,} images were made again: their files were gone."
                 )
-            if did.failures:
-                # A run that lacks images is not finished: the next call goes on with it.
-                current.error = unfinished(did)
-    assert did is not None
     return PredictResult(
         run_id=did.run_id,
         recipe_id=recipe.id,
@@ -302,9 +293,28 @@ def predict(
         done=did.images,
         failures=tuple(did.failures),
         cells=did.cells,
-        feature_set=embedding.name if embedding else None,
+        feature_set=params.embedding,
         notes=tuple(notes),
     )
+
+
+def select_images(
+    session: Session,
+    params: PredictParams | ApplyParams,
+    split_id: int | None,
+    subset: Subset | None,
+) -> tuple[Select[int], int]:
+    """Return a query of the images that are asked for, and how many these are."""
+    selected = images_of(session, Selection(params.plates, params.wells, params.where))
+    if split_id is not None:
+        members = select(SplitMember.image_id).where(SplitMember.split_id == split_id)
+        if subset is not None:
+            members = members.where(SplitMember.subset == subset)
+        selected = selected.where(Image.id.in_(members))
+    if params.limit is not None:  # of the images of the subset
+        selected = first_of(session, selected, params.limit)
+    number = select(func.count()).select_from(Image).where(Image.id.in_(selected))
+    return selected, session.scalar(number) or 0
 
 
 def latest_run(session: Session, recipe_id: int) -> Run | None:
@@ -318,11 +328,7 @@ def latest_run(session: Session, recipe_id: int) -> Run | None:
 
 
 def check_alone(workspace: Workspace, recipe_id: int, run_id: int) -> None:
-    """Refuse a run that another command has begun at the same time: neither would be whole.
-
-    Raises:
-        UserInputError: there is another.
-    """
+    """Refuse a run that another command has begun at the same time: neither would be whole."""
     others = select(Run.id).where(Run.recipe_id == recipe_id, Run.id != run_id)
     others = others.where(Run.status.in_((Status.RUNNING, Status.DONE)))
     with workspace.database.read() as session:
@@ -333,13 +339,40 @@ def check_alone(workspace: Workspace, recipe_id: int, run_id: int) -> None:
             )
 
 
-def unfinished(did: RunCounter) -> str:
-    """Say why a run is not finished in which some images failed."""
-    failed = len(did.failures)
-    return (
-        f"{failed} of {failed + did.images} images could not be labelled; the others are done. "
-        "See why with: cellstore jobs --failed. Running the same command again retries them."
-    )
+def label_all(
+    workspace: Workspace,
+    stage: ImageStage[Any, Any],
+    scope: JobScope,
+    run: RunHandle,
+    resources: Resources = THIS_PROCESS,
+) -> RunCounter:
+    """Label all images of a scope, whose first recipe is that of the predictions.
+
+    A run is whole or not finished: what failed before is tried again, and while an image fails, the
+    run is not finished, so that the next call goes on with it.
+    """
+    recipe_id, *_ = scope.runs
+    with workspace.database.begin() as session:
+        requeue(session, Job.recipe_id.in_(scope.runs), among(scope.images))
+    counters = run_jobs(workspace, stage, scope, resources)
+    did = counters[recipe_id]
+    failures = [failure for counter in counters.values() for failure in counter.failures]
+    did.failures = list(dict.fromkeys(failures))
+    # The whole run, earlier attempts included.
+    mine = and_(Job.run_id == run.id, Job.recipe_id == recipe_id, Job.status == Status.DONE)
+    labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+    with workspace.database.read() as session:
+        run.result = {
+            "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
+            "failed": len(did.failures),
+            "cells": session.scalar(select(func.count()).where(labelled)),
+        }
+    if failed := len(did.failures):
+        run.error = (
+            f"{failed} of {failed + did.images} images could not be labelled; the others are done. "
+            "See why with: cellstore jobs --failed. Running the same command again retries them."
+        )
+    return did
 
 
 def measured_images(images: Select[int], source: CellSource, *, pixels: bool) -> Select[int]:
@@ -370,88 +403,19 @@ def measured_images(images: Select[int], source: CellSource, *, pixels: bool) ->
     return found.where(Image.content_sha256.is_not(None)) if pixels else found
 
 
-def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]:
-    """How many images there are, and how many of them a training has met.
-
-    Those that it has learned from, others of the wells of these, and those that stopped it.
-    """
-    # Lists that are made once: asked image by image, a join would walk the split for each.
-    members = select(SplitMember.image_id).where(SplitMember.split_id == trained.split_id)
-    learned = members.where(SplitMember.subset == Subset.TRAIN)
-    other = aliased(Image)
-    wells = select(other.well_id).where(other.id.in_(learned))
-    stopped_by = (trained.result or {}).get("validation_subset")
-    conditions = (
-        Image.id.in_(learned),
-        and_(Image.id.not_in(learned), Image.well_id.in_(wells)),
-        Image.id.in_(members.where(SplitMember.subset == stopped_by)) if stopped_by else false(),
-    )
-    counts = (func.count().filter(condition) for condition in conditions)
-    query = select(func.count(), *counts).select_from(Image).where(Image.id.in_(images))
-    return session.execute(query).one()
-
-
-def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
-    if selected == 0:
-        subset = "" if params.subset is None else f" of the {params.subset} subset"
-        return (
-            f"No image{subset} meets every condition. Choose another subset, or other plates, "
-            "wells or conditions."
-        )
-    return (
-        f"None of the {selected} images has cells measured by the recipes of training run "
-        f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
-    )
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A feature set of ``width`` columns, filled by the network of one training run.
-
-    ``recipe_id``: of ``spec``, once it is in the database. Images that another predict run has
-    embedded with the same network are not embedded again.
-    """
-
-    name: str
-    spec: RecipeSpec
-    features: tuple[Feature, ...]
-    recipe_id: int = 0
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of its files, without the cell id."""
-        return pa.schema([(feature.name, pa.float32()) for feature in self.features])
-
-    def register(self, session: Session) -> int:
-        """Insert recipe and feature set on their first use; return the id of the recipe."""
-        recipe = register(session, self.spec)
-        row = {
-            "name": self.name,
-            "recipe_id": recipe.id,
-            "columns": [asdict(feature) for feature in self.features],
-            "storage": FeatureStorage.FILES,
-        }
-        insert_new(session, FeatureSet, [row])
-        return recipe.id
-
-
-def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | None) -> Embedding:
-    """Return the feature set for the embedding of a model.
+def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | None) -> RecipeSpec:
+    """Return by what recipe a model fills feature set ``name``, which may be there already.
 
     ``plates``: the digest of what was fitted to plates that the training has not seen.
-
-    Raises:
-        UserInputError: the model has no embedding, or the name is bad or taken.
-
     """
     run_id = model.run.id
-    if not model.model.width:
+    if not model.width:
         raise UserInputError(
             f"Training run {run_id} is a baseline and has no embedding. Name the run of a "
             "network, or leave --embedding out."
         )
     check_set_name(name, "--embedding")
-    parameters = {"embedding": LAYER, "width": model.model.width}
+    parameters = {"embedding": LAYER, "width": model.width}
     if plates is not None:
         parameters |= {"fitted_plates": plates}
     spec = RecipeSpec(
@@ -470,18 +434,27 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
             f"Feature set {name!r} is there already, and is not the embedding of training run "
             f"{run_id} on these plates. Give another --embedding name."
         )
-    features = tuple(
-        Feature(
-            name=f"embedding_{index:03d}",
-            dtype="float32",
-            unit="1",
-            source=f"cellstore predict: {LAYER} of the network of training run {run_id}",
-            formula="",
-            description="What the classifier reads of a cell: 0 or more, meaningless alone.",
-        )
-        for index in range(model.model.width)
+    return spec
+
+
+def register_embedding(session: Session, name: str, model: OpenModel, spec: RecipeSpec) -> int:
+    """Insert the recipe and the feature set on their first use; return the id of the recipe."""
+    recipe = register(session, spec)
+    make_set(
+        session,
+        name,
+        recipe.id,
+        embedding_columns(model.width),
+        dtype="float32",
+        source=f"cellstore predict: {LAYER} of the network of training run {model.run.id}",
+        description="What the classifier reads of a cell: 0 or more, meaningless alone.",
     )
-    return Embedding(name, spec, features)
+    return recipe.id
+
+
+def embedding_columns(width: int) -> list[str]:
+    """Return the names of the columns of an embedding of so many numbers."""
+    return [f"embedding_{index:03d}" for index in range(width)]
 
 
 class PredictionRows(NamedTuple):
@@ -491,10 +464,6 @@ class PredictionRows(NamedTuple):
     ranks: NDArray[np.int64]
     label_ids: NDArray[np.int64]
     probabilities: NDArray[np.float64]
-
-    def digest(self) -> str:
-        """Return the digest that is kept with the job of the image."""
-        return digest_of_numbers(np.column_stack(self))
 
 
 def insert_predictions(
@@ -513,36 +482,43 @@ def insert_predictions(
     bulk_insert(session, table, named, waiting)
 
 
-@dataclass(frozen=True)
-class PredictOutput:
-    """The labels of the N cells of an image: K each, the most probable first.
+def best_rows(
+    cell_ids: NDArray[np.int64],
+    label_ids: NDArray[np.int64],
+    probabilities: NDArray[Any],
+    top_k: int,
+) -> PredictionRows:
+    """Return the ``top_k`` most probable labels of N cells, of equals the first, as rows.
 
-    ``cell_ids`` (N,) ascend; ``label_ids`` and ``probabilities`` are (N, K), ``vectors``
-    (N, width), if embeddings are wanted.
+    ``label_ids`` (K,) are those of the columns of ``probabilities`` (N, K).
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    best = np.take_along_axis(probabilities, order, axis=1).astype(np.float64)
+    cells, kept = order.shape
+    return PredictionRows(
+        np.repeat(cell_ids, kept),
+        np.tile(np.arange(1, kept + 1), cells),
+        label_ids[order].ravel(),
+        np.clip(best, 0.0, 1.0).ravel(),
+    )
+
+
+class CellAnswers(NamedTuple):
+    """What was said of the N cells of an image: ``rows`` of predictions, numbers (N, D), or both.
+
+    ``cell_ids`` (N,) ascend.
     """
 
     cell_ids: NDArray[np.int64]
-    label_ids: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-    vectors: NDArray[np.float32] | None
-
-    @property
-    def rows(self) -> PredictionRows:
-        """The rows (N * K,)."""
-        cells, kept = self.label_ids.shape
-        return PredictionRows(
-            np.repeat(self.cell_ids, kept),
-            np.tile(np.arange(1, kept + 1), cells),
-            self.label_ids.ravel(),
-            self.probabilities.ravel(),
-        )
+    rows: PredictionRows | None
+    values: NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Predict(ImageStage[int, PredictOutput]):
+class Predict(ImageStage[int, CellAnswers]):
     """The stage: it runs in this process. ``label_ids``: of the classes of ``model``.
 
-    ``embedding``: what else is made, by jobs of its own recipe.
+    ``embedding``: the recipe by which the embeddings are kept, too, if they are.
     """
 
     label = "predict"
@@ -551,7 +527,7 @@ class Predict(ImageStage[int, PredictOutput]):
     model: OpenModel
     label_ids: NDArray[np.int64]
     top_k: int
-    embedding: Embedding | None = None
+    embedding: int | None = None
     images_per_file: int = 1
 
     def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, int]:
@@ -562,42 +538,42 @@ class Predict(ImageStage[int, PredictOutput]):
         """Return the cells of the image with this id."""
         return self.model.reader(task_input)
 
-    def compute(self, loaded: CellBlock) -> PredictOutput:
+    def compute(self, loaded: CellBlock) -> CellAnswers:
         """Return the labels of the cells."""
-        probabilities, vectors = self.model.model.predict(loaded)
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
-        best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
+        probabilities, vectors = self.model.predict(loaded)
         ids = loaded.cell_ids.cpu().numpy()
-        return PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
+        rows = best_rows(ids, self.label_ids, probabilities, self.top_k)
+        return CellAnswers(ids, rows, vectors)
 
     def write_together(
-        self, run: RunCounter, done: Sequence[tuple[Task, PredictOutput]]
+        self, run: RunCounter, done: Sequence[tuple[Task, CellAnswers]]
     ) -> Sequence[WrittenFile]:
         """Write the embeddings of some images."""
-        if self.embedding is None or run.recipe_id != self.embedding.recipe_id:
+        if run.recipe_id != self.embedding:
             return ()
+        names = embedding_columns(self.model.width)
+        schema = pa.schema([(name, pa.float32()) for name in names])
         ids = [output.cell_ids for _, output in done]
-        vectors = [output.vectors.T for _, output in done if output.vectors is not None]
-        return write_features(self.artifacts, self.embedding.schema, ids, vectors)
+        return write_features(self.artifacts, schema, ids, [o.values.T for _, o in done])
 
-    def digest(self, recipe_id: int, output: PredictOutput) -> str:
+    def digest(self, recipe_id: int, output: CellAnswers) -> str:
         """Return the digest of cell, rank, label, probability (N * K, 4), or of the embeddings."""
-        if self.embedding and recipe_id == self.embedding.recipe_id and output.vectors is not None:
-            return digest_of_numbers(output.vectors)
-        return output.rows.digest()
+        if output.rows is None or recipe_id == self.embedding:
+            return digest_of_numbers(output.values)
+        return digest_of_numbers(np.column_stack(output.rows))
 
     def insert(
         self,
         session: Session,
         run: RunCounter,
-        done: Sequence[tuple[Task, PredictOutput]],
+        done: Sequence[tuple[Task, CellAnswers]],
         files: Sequence[WrittenFile],
     ) -> int:
         """Write the predictions; of the embeddings, whose they are."""
-        if self.embedding and run.recipe_id == self.embedding.recipe_id:
+        if run.recipe_id == self.embedding:
             found = set_of_recipe(session, run.recipe_id)
             assert found is not None
             register_files(session, self.artifacts, found.id, run.run_id, files)
         else:
-            insert_predictions(session, run.run_id, (output.rows for _, output in done))
+            insert_predictions(session, run.run_id, (o.rows for _, o in done if o.rows))
         return sum(len(output.cell_ids) for _, output in done)

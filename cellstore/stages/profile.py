@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from ..analysis.well_profiles import (
 )
 from ..config import ProfileParams, RunName, Selection, VoteOptions
 from ..db.bulk import in_lists
+from ..db.fields import changed_since
 from ..enums import ArtifactKind, Stage
 from ..errors import UserInputError
 from ..jobs.lookup import find_run, images_of
 from ..jobs.runs import (
     RecipeSpec,
-    digest,
     digest_of_images,
     files_of,
     finished_run,
@@ -62,8 +62,6 @@ COLUMNS_AT_ONCE = 100
 ROWS_AT_ONCE = 2_000
 """Wells of a row group."""
 
-AGAIN = "make the profiles again with 'cellstore profile', then repeat this."
-
 NOT_FEATURES = ("well_id", "n_cells", "n_images")
 """The first columns of a file of profiles."""
 
@@ -82,14 +80,6 @@ IMAGES = """
 """
 """The images that count and are segmented."""
 
-NOT_SEGMENTED = """
-    SELECT count(DISTINCT i.well_id)
-    FROM images AS i
-    JOIN wells AS w ON w.id = i.well_id
-    WHERE (len($plates::BIGINT[]) = 0 OR list_contains($plates::BIGINT[], w.plate_id))
-    AND NOT EXISTS (FROM excluded_images AS e WHERE e.image_id = i.id)
-    AND NOT EXISTS (FROM profile_images AS p WHERE p.well_id = i.well_id)
-"""
 EXTENTS = """
     SELECT plate_id, min(segmentation_id), max(segmentation_id) FROM profile_images
     GROUP BY plate_id ORDER BY plate_id
@@ -155,18 +145,10 @@ def profile(
     measurement: str | None = None,
     force: bool = False,
 ) -> ProfileResult:
-    """Average the cells of each well, compare wells with the controls of their plate, and keep it.
+    """Average the cells of each well, and compare wells; see :meth:`Store.profile`.
 
     Excluded cells do not count, nor do values that are missing or infinite. A well whose images
     are segmented and hold no cell is kept: its features are missing, its number of cells is 0.
-    Profiles that were made with the same options of the same cells are returned as they are,
-    unless ``force``.
-
-    Raises:
-        MissingExtraError: pycytominer, or harmonypy, is not installed.
-        UnknownNameError: no such plate, recipe, feature set or quality-control run.
-        UserInputError: there is no measured cell, no control, or no feature is left.
-        StorageError: a file of the feature set is gone, or the profiles cannot be written.
     """
     need("hits")
     params = params or ProfileParams()
@@ -187,13 +169,16 @@ def profile(
             notes += unseen_notes(qc, unseen)
             flagged = str(qc.id)
             inputs.append(session.get_one(Recipe, qc.recipe_id))
+        counting = image_counts(None if flagged is None else int(flagged))
+        wells = select(func.count(Image.well_id.distinct())).where(Image.id.in_(images), counting)
+        n_wells = session.scalar(wells) or 0
         mark = features.mark(session, segment.id, images)
         plate_ids = session.scalars(select(Plate.id).where(Plate.barcode.in_(params.plates))).all()
     assert features.name is not None  # each measurement makes a set
     votes = VoteOptions(exclude_flagged=flagged)
     with open_questions(workspace, LIMITS, vote_options=votes) as questions:
-        plates = {"plates": list(plate_ids)}
-        questions.keep("profile_images", IMAGES, {"segment": segment.id, **plates})
+        chosen = {"segment": segment.id, "plates": list(plate_ids)}
+        questions.keep("profile_images", IMAGES, chosen)
         averaging = _Averaging(workspace, questions, features.name, params.average)
         counts = averaging.count()
         with workspace.database.read() as session:
@@ -209,13 +194,12 @@ def profile(
             if earlier is not None:
                 files = files_of(session, earlier.id, ArtifactKind.PROFILES)
                 if not workspace.artifacts.missing(file.path for file in files):
-                    return _result(earlier)
+                    return result_of(earlier, ProfileResult, already_done=True)
         if not any(measured for _, measured in counts.values()):
             raise UserInputError(_nothing_measured(counts, measure, params))
         with running(workspace.database, spec, seed=0, query=averaging.query) as run:
             notes += averaging.notes(counts)
-            (lacking,) = next(questions.ask_ours(NOT_SEGMENTED, plates).rows())
-            if lacking:
+            if lacking := n_wells - len(set(averaging.well_of.values())):
                 what = "well has" if lacking == 1 else "wells have"
                 notes.append(
                     f"{lacking:,} {what} images, but none that is segmented by recipe "
@@ -236,7 +220,6 @@ def profile(
                 "wells_without_cells": int((table["n_cells"] == 0).sum()),
                 "wells_without_values": int((~profiles.known).sum()),
                 "controls": int(profiles.controls.sum()),
-                "control_wells": _controls_of(profiles),
                 "cells": int(table["n_cells"].sum()),
                 "measured": len(averaging.columns),
                 "features": len(profiles.columns),
@@ -244,7 +227,7 @@ def profile(
                 "notes": [*notes, *profiles.notes],
             }
     with workspace.database.read() as session:
-        return replace(_result(session.get_one(Run, run.id)), already_done=False)
+        return result_of(session.get_one(Run, run.id), ProfileResult, already_done=False)
 
 
 def open_profiles(
@@ -253,12 +236,7 @@ def open_profiles(
     """Return the number of a profile run, and its profiles; default: the latest that is done.
 
     What was done to a well is as the store has it now. Wells that were excluded since are left out;
-    the first of ``notes`` say what else was changed since.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: it did not come to its end.
-        StorageError: its file is gone or damaged.
+    the first of ``notes`` says how many were changed since.
     """
     with workspace.database.read() as session:
         run = find_run(session, "latest" if reference is None else reference, Stage.PROFILE)
@@ -279,39 +257,16 @@ def open_profiles(
         values = np.full((len(ids), len(columns)), np.nan)
         for at, name in enumerate(columns):
             values[:, at] = read[name].to_numpy()
-        images = _images_that_count(session, ids)
-        now = np.array([images.get(well_id, 0) for well_id in ids])
-        there = now > 0  # the others were excluded, or deleted, since
-        fewer = int((there & (now < table["n_images"].to_numpy())).sum())
+        counting = set[int]()  # the others were excluded, or deleted, since
+        for some in in_lists(ids):
+            query = select(Image.well_id).where(Image.well_id.in_(some), image_counts())
+            counting.update(session.scalars(query.distinct()))
+        there = np.isin(ids, list(counting))
         table = table[there].reset_index(drop=True)
         result = run.result or {}
         gone = {reason: tuple(names) for reason, names in result.get("gone", {}).items()}
-        profiles = WellProfiles(table, values[there], columns, gone)
-        notes = list(result.get("notes", ()))
-        if _controls_of(profiles) != result.get("control_wells"):
-            changed = "Wells became controls, or no longer count as controls,"
-            notes.insert(0, f"{changed} since profile run {run.id}: {AGAIN}")
-        if fewer:
-            notes.insert(0, f"Images of {fewer} wells were excluded since: {AGAIN}")
-        return run.id, replace(profiles, notes=tuple(notes))
-
-
-def _images_that_count(session: Session, well_ids: Sequence[int]) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for some in in_lists(well_ids):
-        query = select(Image.well_id, func.count()).where(Image.well_id.in_(some), image_counts())
-        found |= {row[0]: row[1] for row in session.execute(query.group_by(Image.well_id))}
-    return found
-
-
-def _controls_of(profiles: WellProfiles) -> str:
-    """Return what stands for the wells that are negative controls."""
-    table = profiles.table.loc[profiles.controls, ["plate", "well"]]
-    return digest(sorted(table.to_numpy(dtype=str).tolist()))
-
-
-def _result(run: Run) -> ProfileResult:
-    return result_of(run, ProfileResult, already_done=True)
+        notes = (*changed_since(session, run.id), *result.get("notes", ()))
+        return run.id, WellProfiles(table, values[there], columns, gone, notes)
 
 
 def _parameters(
@@ -412,23 +367,17 @@ class _Averaging:
         values = np.full((len(ids), len(names)), np.nan)
         of_plate = table.groupby("plate", sort=False)["n_cells"].sum().tolist()
         at_once = max(1, min(COLUMNS_AT_ONCE, VALUES_AT_ONCE // max(1, *of_plate)))
-        blocks = [names[at : at + at_once] for at in range(0, len(names), at_once)]
         progress = self.workspace.progress
-        progress.start("profile", len(self.extents) * len(blocks))
-        try:
-            for extent in self.extents:
-                span = self._keep_cells(*extent)
-                for number, block in enumerate(blocks):
-                    if span is not None:
-                        columns = [self.columns[name] for name in block]
-                        features = self.questions.reading(self.feature_set, *span, columns)
-                        found = self._averages(features, columns)
-                        rows = [row_of[well_id] for well_id in found.pop("well_id").tolist()]
-                        for at, column in enumerate(found.values(), number * at_once):
-                            values[rows, at] = column
-                    progress.advance()
-        finally:
-            progress.finish()
+        for extent in track(progress, "profile", len(self.extents), self.extents):
+            if (span := self._keep_cells(*extent)) is None:
+                continue
+            for first in range(0, len(names), at_once):
+                columns = [self.columns[name] for name in names[first : first + at_once]]
+                features = self.questions.reading(self.feature_set, *span, columns)
+                found = self._averages(features, columns)
+                rows = [row_of[well_id] for well_id in found.pop("well_id").tolist()]
+                for at, column in enumerate(found.values(), first):
+                    values[rows, at] = column
         return WellProfiles(table, values, tuple(names))
 
     def _averages(self, features: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -515,18 +464,11 @@ def _well_table(session: Session, well_ids: Sequence[int]) -> pd.DataFrame:
 
 def _as_parquet(profiles: WellProfiles) -> bytes:
     """Return the file of profiles: ``NOT_FEATURES``, then the features; a missing value is null."""
-    schema = pa.schema(
-        [
-            *(pa.field(name, pa.int64()) for name in NOT_FEATURES),
-            *(pa.field(name, pa.float64()) for name in profiles.columns),
-        ]
-    )
-    counts = [profiles.table[name].to_numpy(dtype=np.int64) for name in NOT_FEATURES]
+    arrays = [pa.array(profiles.table[name].to_numpy(dtype=np.int64)) for name in NOT_FEATURES]
+    arrays += [pa.array(column, from_pandas=True) for column in profiles.values.T]
+    table = pa.table(arrays, [*NOT_FEATURES, *profiles.columns])
     sink = BytesIO()
-    with pq.ParquetWriter(sink, schema, use_dictionary=False, compression="zstd") as writer:
-        for start in range(0, len(profiles.values), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            arrays = [pa.array(column[rows]) for column in counts]
-            arrays += [pa.array(v, from_pandas=True) for v in profiles.values[rows].T]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    pq.write_table(
+        table, sink, row_group_size=ROWS_AT_ONCE, use_dictionary=False, compression="zstd"
+    )
     return sink.getvalue()

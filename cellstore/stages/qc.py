@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,9 @@ _AT_ONCE = 20_000
 _IMAGE_COLUMNS = ("run_id", "image_id", "reason", "channel", "value", "low", "high")
 _CELL_COLUMNS = ("run_id", "cell_id", "reason", "value")
 
+MEASURED = np.dtype(
+    [("image_id", "i8")] + [(name, "f8") for name in ("slope", "background", "saturated", "std")]
+)
 Qualities = list[tuple[str, PlaneQuality]]
 Numbers = NDArray[np.float64]
 Ids = NDArray[np.int64]
@@ -119,12 +122,12 @@ class QcResult(Shown):
     they are asked for.
     """
 
-    run_id: int | None
-    already_done: bool
-    segment_recipe: int | None
-    measure_recipe: int | None
-    selected: int
-    waiting: int
+    run_id: int | None = None
+    already_done: bool = False
+    segment_recipe: int | None = None
+    measure_recipe: int | None = None
+    selected: int = 0
+    waiting: int = 0
     done: int = 0
     failures: tuple[tuple[str, str], ...] = ()
     failed_before: int = 0
@@ -165,9 +168,8 @@ def qc(
         on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
         plates = sorted(session.scalars(on_plates.where(Image.id.in_(seen)).distinct()))
         earlier = None if state.todo else _earlier(session, recipe, plates)
-    result = QcResult(None, False, None, None, state.selected, state.waiting)
     if not plates:
-        return result
+        return QcResult(selected=state.selected, waiting=state.waiting)
     did, run_id = RunCounter(0, quality.id), earlier
     if run_id is None:
         with running(workspace.database, recipe) as run:
@@ -190,12 +192,13 @@ def qc(
     with workspace.database.read() as session:
         flagging = flagging_of(session, run_id)
         found_on = summaries(session, flagging, plates)
-    return replace(
-        result,
+    return QcResult(
         run_id=run_id,
         already_done=earlier is not None,
         segment_recipe=flagging.segment_id,
         measure_recipe=flagging.measure_id,
+        selected=state.selected,
+        waiting=state.waiting,
         done=did.images,
         failures=tuple(did.failures),
         failed_before=state.failed,
@@ -383,21 +386,22 @@ def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
         for image_id, value in zip(ids[outside].tolist(), values[outside].tolist(), strict=True):
             rows.append((flagging.run_id, image_id, reason.value, channel, value, low, high))
 
-    channels = channels_of(session, flagging, plate_id)
     noisy: dict[int, list[float]] = {}
-    for item in channels:
-        ids, name, focus = item.image_ids, item.channel, usual(item.slopes)
+    for name, of_channel in channels_of(session, flagging, plate_id).items():
+        ids, slopes, backgrounds, saturated, stds = (
+            of_channel[key] for key in MEASURED.names or ()
+        )
+        focus = usual(slopes)
         blurred = None if focus is None else Limits(focus.low, np.inf)
-        flag(ImageFlagReason.OUT_OF_FOCUS, ids, item.slopes, blurred, name)
-        bright = usual(item.backgrounds)
-        flag(ImageFlagReason.BACKGROUND, ids, item.backgrounds, bright, name)
+        flag(ImageFlagReason.OUT_OF_FOCUS, ids, slopes, blurred, name)
+        flag(ImageFlagReason.BACKGROUND, ids, backgrounds, usual(backgrounds), name)
         white = Limits(-np.inf, params.saturated)
-        flag(ImageFlagReason.SATURATED, ids, item.saturated, white, name)
+        flag(ImageFlagReason.SATURATED, ids, saturated, white, name)
         # Noise is what has the power spectrum of noise, or none, and varies less than is usual: a
         # spectrum alone would not tell it from small spots everywhere.
-        varying = usual(item.stds, log=True)
-        slopes = np.where(item.stds == 0, WHITE_NOISE_SLOPE, item.slopes)
-        dull = item.stds < (varying.low if varying else 0)
+        varying = usual(stds, log=True)
+        dull = stds < (varying.low if varying else 0)
+        slopes = np.where(stds == 0, WHITE_NOISE_SLOPE, slopes)
         noise = np.where(dull & np.isfinite(slopes), slopes, -np.inf)
         for image_id, slope in zip(ids.tolist(), noise.tolist(), strict=True):
             noisy.setdefault(image_id, []).append(slope)
@@ -418,48 +422,33 @@ def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
             limits = robust_limits(areas, params.cell_outlier, log=True)
             if limits is not None and len(areas) >= MIN_CELLS:
                 odd = limits.outside(areas)
-                cells = zip(cell_ids[odd].tolist(), areas[odd].tolist(), strict=True)
-                of_run = (flagging.run_id, CellFlagReason.AREA.value)
-                flags = [(of_run[0], cell, of_run[1], area) for cell, area in cells]
+                flags = [
+                    (flagging.run_id, cell_id, CellFlagReason.AREA.value, area)
+                    for cell_id, area in zip(
+                        cell_ids[odd].tolist(), areas[odd].tolist(), strict=True
+                    )
+                ]
                 bulk_insert(session, CellFlag, _CELL_COLUMNS, flags)
         if params.border:
             _flag_border(session, flagging, plate_id)
     bulk_insert(session, ImageFlag, _IMAGE_COLUMNS, rows)
 
 
-@dataclass(frozen=True)
-class ChannelValues:
-    """What was measured of one channel of N images of a plate: (N,) each."""
-
-    channel: str
-    image_ids: Ids
-    slopes: Numbers
-    backgrounds: Numbers
-    saturated: Numbers
-    stds: Numbers
-
-
-def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[ChannelValues]:
-    """Return what was measured of each channel of a plate, by name."""
-    columns = (
-        *(ImageQuality.power_log_log_slope, ImageQuality.background),
-        *(ImageQuality.saturated, ImageQuality.std),
-    )
+def channels_of(session: Session, flagging: Flagging, plate_id: int) -> dict[str, NDArray[Any]]:
+    """Return what was measured of each channel of a plate: rows of ``MEASURED``."""
+    quality = ImageQuality
     query = (
-        select(ImageQuality.channel, ImageQuality.image_id, *columns)
+        select(quality.channel, quality.image_id, quality.power_log_log_slope)
+        .add_columns(quality.background, quality.saturated, quality.std)
         .join(Image, looked_at(flagging.quality_id))
         .join(Well, Well.id == Image.well_id)
         .where(Well.plate_id == plate_id, image_counts())
-        .order_by(ImageQuality.image_id)
+        .order_by(quality.image_id)
     )
     by_channel: dict[str, list[Row]] = {}
     for channel, *values in session.execute(query.execution_options(yield_per=_AT_ONCE)):
         by_channel.setdefault(channel, []).append(tuple(values))
-    found = []
-    for channel, rows in sorted(by_channel.items()):
-        table = np.array(rows, dtype=np.float64).T
-        found.append(ChannelValues(channel, table[0].astype(np.int64), *table[1:]))
-    return found
+    return {name: np.array(rows, MEASURED) for name, rows in sorted(by_channel.items())}
 
 
 def looked_at(quality_id: int) -> Any:

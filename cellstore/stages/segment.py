@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, func, select, union_all
+from sqlalchemy import Select, and_, select, union_all
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, StoredFile
@@ -47,7 +47,7 @@ from ..jobs.planes import (
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, files_of, keep_files, register
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Event, Image, Segmentation
+from ..models import Artifact, Image, Segmentation
 from ..settings import need
 
 if TYPE_CHECKING:
@@ -275,13 +275,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         masks, flows = (of_recipe.join(Artifact, Artifact.id == file) for file in files)
         both = [query.with_only_columns(Artifact.path.label("path")) for query in (masks, flows)]
         sorted_paths = union_all(*both).order_by("path").execution_options(yield_per=10_000)
-        # What the database says is the same while its last file and its last event are.
-        last = session.scalar(select(func.max(Artifact.id)))
-        event = session.scalar(select(Event.sha256).order_by(Event.id.desc()).limit(1))
-        asked = images.compile(session.connection().engine)
-        question = repr((recipe_id, str(asked), asked.params, last, event))
-        paths = (path for query in [sorted_paths] for path in session.scalars(query))  # if needed
-        gone = sorted(self.artifacts.missing(paths, question))
+        gone = sorted(self.artifacts.missing(session.scalars(sorted_paths)))
         lost: set[int] = set()
         for some in in_lists(gone):
             for query in (masks, flows):

@@ -312,17 +312,15 @@ def _count_excluded(
 
 
 def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
-    for reason, why in {
-        "missing_files": f"with a {params.field} lack their files. Ingest again with --images, or "
-        "split without the pixels with --allow-missing.",
-        "flagged": f"are flagged by quality-control run {excluded.get('qc_run')}. Split without "
-        "--exclude-flagged.",
-        "annotated": "are excluded by annotations. Undo some of these, or choose other images.",
-        "without_label": f"have no {params.field}. Ingest a table that has it (cellstore ingest "
-        "TABLE), or choose another --field.",
-    }.items():
-        if excluded.get(reason):
-            return f"All {excluded[reason]} images {why}"
+    reasons = {
+        "without_label": f"have no {params.field} (choose another --field)",
+        "missing_files": "lack their files (ingest again with --images, or --allow-missing)",
+        "annotated": "are excluded by annotations",
+        "flagged": "are flagged by quality control (leave --exclude-flagged out)",
+    }
+    found = [f"{excluded[name]} {why}" for name, why in reasons.items() if excluded.get(name)]
+    if found:
+        return f"No image is left to split: {', '.join(found)}."
     if params.where is not None:
         return "No image meets the condition of --where. Try it with: cellstore segment --dry-run"
     return "There are no images to split. Run: cellstore ingest"
@@ -826,21 +824,14 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:
-    """Yield the digest and the subsets of files that are in images of several subsets."""
+    """Yield the digest and two subsets of files that are in images of several subsets."""
+    first, last = func.min(SplitMember.subset), func.max(SplitMember.subset)
     several = (
-        select(ImageFile.sha256)
+        select(ImageFile.sha256, first, last)
         .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
         .where(SplitMember.split_id == split_id, ImageFile.sha256.is_not(None))
         .group_by(ImageFile.sha256)
-        .having(func.min(SplitMember.subset) != func.max(SplitMember.subset))
-        .subquery()
+        .having(first != last)
     )
-    subsets = (
-        select(ImageFile.sha256, SplitMember.subset)
-        .join(several, several.c.sha256 == ImageFile.sha256)
-        .join(SplitMember, SplitMember.image_id == ImageFile.image_id)
-        .where(SplitMember.split_id == split_id)
-        .distinct()
-    )
-    for sha256, subset in session.execute(subsets.execution_options(yield_per=10_000)):
-        yield sha256 or "", subset
+    for sha256, *subsets in session.execute(several.execution_options(yield_per=10_000)):
+        yield from ((str(sha256), subset) for subset in subsets)

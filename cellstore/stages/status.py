@@ -7,62 +7,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from datetime import UTC
+from typing import Any
 
-from sqlalchemy import DateTime, text
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from ..enums import Stage
-from ..errors import UserInputError
+from ..errors import UserInputError, some_of
 from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
-
-
-@dataclass(frozen=True)
-class RecipeStatus:
-    """How far one recipe of a stage has come.
-
-    ``stale``: done for bytes that have changed since. ``todo``: what its next run would do, stale
-    ones and those that others have not finished included. ``reads``: the segment recipe whose
-    cells it measures; ``replaced_by``: the segment recipe that was used after it.
-    """
-
-    stage: str
-    recipe_id: int
-    fingerprint: str
-    done: int
-    stale: int
-    failed: int
-    open: int
-    todo: int = 0
-    reads: int | None = None
-    replaced_by: int | None = None
-
-
-@dataclass(frozen=True)
-class FeatureSetStatus:
-    """A feature set: how many columns it has, and how many cells have values in it."""
-
-    name: str
-    recipe_id: int
-    storage: str
-    columns: int
-    cells: int
-
-
-@dataclass(frozen=True)
-class BrokenOff:
-    """A training that did not come to its end, after so many whole ``epochs``.
-
-    Networks only, and only while no run of the same recipe has come to its end.
-    """
-
-    run_id: int
-    status: str
-    epochs: int
-    started_at: str
 
 
 @dataclass(frozen=True)
@@ -71,12 +25,18 @@ class StatusResult(Shown):
 
     ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,
     whatever quality control has flagged. ``gone`` are the folders from which image files are gone:
-    all folders were looked for, and the first ``looked_for`` files. ``untreated_wells`` are those
+    all folders were looked for, and the first files. ``untreated_wells`` are those
     with images of which no table has said what was done to them. ``next``: see :func:`next_step`.
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
-    the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
-    newest finished quality-control run, ``qc_run_id``. ``broken_off``: trainings to go on with.
+    the built-in measurements; ``feature_sets`` are all sets, with the number of their columns and
+    of the cells that have values. ``flagged_images`` are those of the newest finished
+    quality-control run, ``qc_run_id``.
+
+    ``recipes``: how many images each has done; ``stale``: done for bytes that have changed since;
+    ``todo``: what its next run would do, stale ones and those that others have not finished
+    included. ``reads``: the segment recipe whose cells it measures; ``replaced_by``: the segment
+    recipe that was used after it.
     """
 
     store: str
@@ -94,14 +54,12 @@ class StatusResult(Shown):
     splits: int
     runs: int
     predictions: int
-    recipes: tuple[RecipeStatus, ...]
-    feature_sets: tuple[FeatureSetStatus, ...] = ()
+    recipes: tuple[dict[str, Any], ...]
+    feature_sets: tuple[dict[str, Any], ...] = ()
     qc_run_id: int | None = None
     flagged_images: int = 0
-    broken_off: tuple[BrokenOff, ...] = ()
     excluded_images: int = 0
     gone: tuple[GoneFiles, ...] = ()
-    looked_for: int = FEW
     untreated_wells: int = 0
     next: tuple[str, ...] = ()
 
@@ -180,7 +138,7 @@ COUNTS = f"""
         (SELECT count(*) FROM excluded) AS excluded_images
 """  # noqa: S608 - no values
 RECIPES = """
-    SELECT r.stage, r.id, r.fingerprint,
+    SELECT r.stage, r.id AS recipe_id, r.fingerprint,
         count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 = i.content_sha256) AS done,
         count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 <> i.content_sha256) AS stale,
         count(*) FILTER (WHERE j.status = 'failed' AND j.content_sha256 = i.content_sha256)
@@ -192,19 +150,21 @@ RECIPES = """
     JOIN recipes AS r ON r.id = j.recipe_id
     JOIN images AS i ON i.id = j.image_id
     GROUP BY r.stage, r.id, r.fingerprint
-"""
-IMPORTED = """
-    SELECT r.id, r.fingerprint,
+    UNION ALL
+    SELECT 'segment', r.id, r.fingerprint,
+        count(*) FILTER (WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256),
         count(*) FILTER (
-            WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
-        ) AS done,
-        count(*) AS n
+            WHERE s.content_sha256 <> i.content_sha256
+                OR s.content_sha256 IS NOT NULL AND i.content_sha256 IS NULL
+        ), 0, NULL
     FROM recipes AS r
     JOIN segmentations AS s ON s.recipe_id = r.id
     JOIN images AS i ON i.id = s.image_id
     WHERE r.stage = 'segment' AND NOT EXISTS (SELECT 1 FROM jobs AS j WHERE j.recipe_id = r.id)
     GROUP BY r.id, r.fingerprint
+    ORDER BY 2
 """
+# The last ones are of other tools: there is no job of them, and none is open.
 # By measure recipe the segment recipe that it reads.
 READS = """
     SELECT ri.recipe_id, ri.input_id FROM recipe_inputs AS ri
@@ -220,7 +180,7 @@ SEGMENTED = """
 """
 FEATURE_SETS = """
     SELECT f.name, f.recipe_id, f.storage, json_array_length(f.columns) AS columns,
-        coalesce(measured.n, 0) + coalesce(written.n, 0) AS cells
+        CAST(coalesce(measured.n, 0) + coalesce(written.n, 0) AS bigint) AS cells
     FROM feature_sets AS f
     LEFT JOIN (
         SELECT recipe_id, count(*) AS n FROM features GROUP BY recipe_id
@@ -285,42 +245,25 @@ USEFUL = {
 """What is useful where a store lacks these only."""
 WHICH = {"profiles": "cellstore profile", "hits": "cellstore hits"}
 """What says which treatments do something, as soon as cells are measured."""
-BROKEN_OFF = """
-    SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
-    FROM runs AS r
-    JOIN recipes AS c ON c.id = r.recipe_id
-    LEFT JOIN run_metrics AS m ON m.run_id = r.id
-    WHERE r.stage = 'train' AND r.status IN ('failed', 'cancelled') AND {baseline} IS NULL
-        AND NOT EXISTS (
-            SELECT 1 FROM runs AS other
-            WHERE other.recipe_id = r.recipe_id AND other.split_id = r.split_id
-                AND other.status = 'done'
-        )
-    GROUP BY r.id, r.status, r.started_at
-    ORDER BY r.id
-"""
-
-
 LAST_CELLS = "SELECT recipe_id FROM segmentations WHERE n_cells > 0 ORDER BY run_id DESC LIMIT 1"
 """The segment recipe that other commands take where none is named."""
 
 
 def next_step(session: Session) -> tuple[str, ...]:
     """Return the next useful commands, the first one first, by what a store has and lacks."""
-    steps = session.execute(text(STEPS.format(baseline=_baseline(session)))).mappings().one()
+    # The baseline of a recipe; null where it is of a network.
+    baseline = "c.parameters->>'baseline'"
+    if session.get_bind().dialect.name == "sqlite":
+        baseline = "json_extract(c.parameters, '$.baseline')"
+    steps = session.execute(text(STEPS.format(baseline=baseline))).mappings().one()
     lacks = [name for name in NEXT if not steps[name]]
     which = [step for name, step in WHICH.items() if not steps[name]][:1]
     if steps["features"] and not steps["files"]:  # a table of cells: no image is needed for these
         return NEXT["treatments"] if "treatments" in lacks else (*which, WHICH["profiles"])[:1]
     if not lacks:
-        useful = ["cellstore report", *(step for name, step in USEFUL.items() if not steps[name])]
-        at = 0 if steps["profiles"] else 1  # of profiles alone nobody has an answer
-        useful[at:at] = which
-        return *useful, "cellstore votes", "cellstore export cells.parquet"
-    if lacks[0] == "networks":
-        first = NEXT["networks"][0]
-        # Baselines have labelled the test images.
-        return (first, "cellstore report") if steps["baselines"] else (first,)
+        useful = [step for name, step in USEFUL.items() if not steps[name]]
+        then = ("cellstore votes", "cellstore export cells.parquet")
+        return *which, "cellstore report", *useful, *then
     if lacks[0] != "cells":
         return (*(which if lacks[0] == "splits" else ()), *NEXT[lacks[0]])
     from ..jobs.planes import choose_channels
@@ -329,78 +272,43 @@ def next_step(session: Session) -> tuple[str, ...]:
         choose_channels(session, None)
         segment = NEXT["cells"][0]
     except UserInputError:  # no name of a channel says DNA
-        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
-        names = list(found)
-        others = f"{', '.join(names[1:8])}{', ...' if names[8:] else ''}"
-        first = shlex.quote(names[0])
+        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1"))
+        first, *others = found
         segment = (
-            f"cellstore segment --preview 6 --channels {first}  "
-            f"(or another one that shows the nuclei: {others})"
+            f"cellstore segment --preview 6 --channels {shlex.quote(first)}  "
+            f"(or another one that shows the nuclei: {some_of(others, 7)})"
         )
     return (segment, *(() if steps["treatments"] else (PLATEMAP,)))
 
 
-def _baseline(session: Session) -> str:
-    """The baseline of a recipe ``c`` in SQL; null where it is of a network."""
-    sqlite = session.get_bind().dialect.name == "sqlite"
-    return "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
-
-
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
-    sqlite = workspace.database.is_sqlite
     with workspace.database.read() as session:
-        broken_off = text(BROKEN_OFF.format(baseline=_baseline(session)))
         counts = session.execute(text(COUNTS)).mappings().one()
-        jobs = session.execute(text(RECIPES)).all()
-        imported = session.execute(text(IMPORTED)).all()
+        jobs = session.execute(text(RECIPES)).mappings().all()
         reads = {row[0]: row[1] for row in session.execute(text(READS))}
         segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
         last = session.scalar(text(LAST_CELLS))
-        sets = session.execute(text(FEATURE_SETS)).all()
+        sets = session.execute(text(FEATURE_SETS)).mappings().all()
         gone = find_gone(session, FEW)
         step = next_step(session)
-        trainings = session.execute(broken_off.columns(started_at=DateTime(timezone=True))).all()
     seen = counts["images"] - counts["missing_images"]
-    recipes = [
-        RecipeStatus(Stage.SEGMENT.value, row.id, row.fingerprint, row.done, row.n - row.done, 0, 0)
-        for row in imported
-    ]
+    recipes = []
     for row in jobs:
-        source = reads.get(row.id)
+        source, is_ours = reads.get(row["recipe_id"]), row["open"] is not None
         # How many images can be done; what is not known to be is what is open.
-        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
-        todo = row.open if ready is None else max(0, ready - row.done - row.failed)
-        replaced = row.stage == Stage.SEGMENT.value and row.done and last != row.id
-        recipes.append(
-            RecipeStatus(
-                *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed, row.open),
-                todo=todo,
-                reads=source,
-                replaced_by=last if replaced else None,
-            )
-        )
+        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row["stage"])
+        todo = row["open"] if ready is None else max(0, ready - row["done"] - row["failed"])
+        replaced = row["stage"] == "segment" and row["done"] and last != row["recipe_id"]
+        more = {"todo": todo if is_ours else 0, "reads": source}
+        more |= {"replaced_by": last if replaced and is_ours else None}
+        recipes.append({**row, "open": row["open"] or 0, **more})
     return StatusResult(
         store=str(workspace.settings.root),
         database=workspace.database.shown,
         **counts,
-        recipes=tuple(sorted(recipes, key=lambda recipe: recipe.recipe_id)),
-        feature_sets=tuple(
-            FeatureSetStatus(row.name, row.recipe_id, row.storage, row.columns, int(row.cells))
-            for row in sets
-        ),
+        recipes=tuple(recipes),
+        feature_sets=tuple(map(dict, sets)),
         gone=tuple(gone),
         next=(f"cellstore relocate {shown(gone[0].folder)} NEW",) if gone else step,
-        broken_off=tuple(
-            BrokenOff(
-                row.id,
-                row.status,
-                row.epochs,
-                # SQLite keeps no zone; on PostgreSQL it is that of the session.
-                (
-                    row.started_at.replace(tzinfo=UTC) if sqlite else row.started_at.astimezone(UTC)
-                ).isoformat(),
-            )
-            for row in trainings
-        ),
     )

@@ -23,19 +23,16 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import RunName, Sources, TrainParams, TrainSetup
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
+from ..config import Sources, TrainParams, TrainSetup
+from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
     RunCancelledError,
-    StorageError,
     StoreError,
     TeamError,
     UserInputError,
 )
-from ..jobs.lookup import find_run
 from ..jobs.queue import close_dead_runs, shown_worker
-from ..jobs.run_names import RUN_WORDS
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
@@ -59,7 +56,7 @@ from ..learn.training_cells import (
 )
 from ..models import Recipe, Run, RunMetric
 from ..notebooks import Shown
-from ..query.cells import input_of, plane_of
+from ..query.cells import plane_of
 from ..settings import Progress, need
 
 if TYPE_CHECKING:
@@ -75,6 +72,7 @@ FROM_FILE = "file"
 
 STATE = ArtifactKind.TRAINING_STATE
 LOGS = Path("logs")
+AGAIN = "The same command goes on after the last whole epoch."
 LISTEN_SECONDS = 5.0
 """How often a training looks whether it was cancelled; the end of an epoch apart."""
 
@@ -154,27 +152,13 @@ def train(
     device: str = "auto",
     setup: TrainSetup | None = None,
     force: bool = False,
-    resume: RunName | None = None,
 ) -> TrainResult:
-    """Train on the training subset of a split (default: the latest) and keep the best epoch.
+    """Train on the training subset of a split; see ``Store.train``.
 
-    Of a split without a validation subset all epochs are trained, and the last is kept.
     Excluded cells do not count; features are scaled as the training subset is. Under the
-    published protocol the test subset is the validation subset too, as in the study. A training
-    that was finished with the same recipe is returned as it is, and one that was broken off after
-    an epoch is resumed, unless ``force``. ``resume``: the run to resume (a number, or
-    ``latest``), by what it was asked to do; ``params`` and the names do not count then.
-
-    With several devices this very program is run again for each, as Lightning does; on the others
-    the result is the same, and nothing is written.
-
-    Raises:
-        MissingExtraError: torch and the like, or what a log needs, are not installed.
-        UnknownNameError: no such split, recipe, feature set, branch, backbone and so on.
-        UserInputError: there are no measured cells in a subset, parameters are out of range, what
-            a branch looks at is unknown, or the run cannot be resumed.
-        RunCancelledError: ``cellstore cancel`` has ended it.
-
+    published protocol the test subset is the validation subset too, as in the study. With several
+    devices this very program is run again for each, as Lightning does; on the others the result is
+    the same, and nothing is written.
     """
     need("train")
     from ..learn.normalising import Scaler, fit_inputs
@@ -184,23 +168,9 @@ def train(
 
     # What to train, and whether it can be done, before anything is written.
     params, setup = params or TrainParams(), setup or TrainSetup()
-    sources = Sources(split, segmentation, measurement)
-    unfinished, weights_sha256 = None, None
-    if resume is not None:
-        unfinished, params, sources = find_unfinished(workspace, resume)
-        weights_sha256 = unfinished.recipe.weights_sha256  # the file is not needed any more
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
-    plan = make_plan(workspace, params, sources, weights_sha256)
-    if unfinished is not None and fingerprint(plan.spec) != unfinished.recipe.fingerprint:
-        now, then = plan.spec.parameters, unfinished.recipe.parameters
-        what = "This cellstore trains in another way than the one that began it"
-        if now.get("feature_files") != then.get("feature_files"):
-            what = f"Feature set {plan.cells.source.features.name!r} has changed since"
-        elif now.get("cells") != then.get("cells"):
-            kind = "measured" if plan.cells.selection is None else "measured or selected"
-            what = f"The {kind} cells of split {plan.cells.split.name!r} have changed since"
-        raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}: train again.")
+    plan = make_plan(workspace, params, Sources(split, segmentation, measurement))
 
     team = Team.open(device, params.precision, setup.devices)
     try:
@@ -209,8 +179,8 @@ def train(
             check_agreed(team, plan.spec)
 
             # Where to begin: it is done, is resumed in an unfinished run, or is new.
-            run_id = None if unfinished is None else unfinished.id
-            if unfinished is None and not force:
+            run_id = None
+            if not force:
                 done, run_id = team.of_first(lambda: find_earlier(workspace, plan))
                 if done is not None:
                     return done
@@ -223,11 +193,6 @@ def train(
             validated = () if plan.validation is None else (plan.validation,)
             plan.cells.check(plan.cells.labels, Subset.TRAIN, *validated)
             state = None if run_id is None else read_state(workspace, run_id)
-            if unfinished is not None and state is None and params.weights == FROM_FILE:
-                raise UserInputError(
-                    f"Run {unfinished.id} was stopped in its first epoch, and began from a file "
-                    "of weights: train again, with --weights and that file."
-                )
 
             # The scale of what the network reads is fitted once: a training that is resumed keeps
             # what it began with.
@@ -244,7 +209,7 @@ def train(
                 scaler = team.of_first(fitted)
             else:
                 scaler = Scaler.from_json(state.record["scaler"])
-            training = make_training(plan, len(scaler.names), state, setup, team)
+            training = make_training(plan, len(scaler.names), state, team)
             batches = make_batches(workspace, plan, scaler, team)
 
             forgotten: list[str] = []
@@ -269,9 +234,7 @@ def train(
         team.leave()
 
 
-def make_training(
-    plan: Plan, n_features: int, state: TrainingState | None, setup: TrainSetup, team: Team
-) -> Training:
+def make_training(plan: Plan, n_features: int, state: TrainingState | None, team: Team) -> Training:
     """Return the network with its first weights, or with those of a ``state``, to be trained."""
     from ..learn.networks import NetShape, build_net
     from ..learn.training import Training, balanced_weights
@@ -293,7 +256,7 @@ def make_training(
         for block in plan.cells.blocks[Subset.TRAIN]:
             counts[block.label_id] += block.n_cells
         class_weights = balanced_weights([counts[label_id] for label_id in labels.values()])
-    training = Training(net, params, team, class_weights, compiled=setup.compile)
+    training = Training(net, params, team, class_weights)
     if state is not None:
         training.resume(state)
     return training
@@ -367,9 +330,8 @@ def learn(
         assert run is not None
         kept = {name: value for name, value in asdict(epoch).items() if value is not None}
         values = {name: float(value) for name, value in kept.items() if name != "epoch"}
-        values["waited"] = train_batches.waited  # in seconds, for cells
-        if validation_batches is not None:
-            values["waited"] += validation_batches.waited
+        read = (train_batches, validation_batches)
+        values["waited"] = sum(item.waited for item in read if item is not None)  # in seconds
         # With the number of the run in it, so that its file is that of no other run.
         state = training.state(run=run.id, scaler=scaler.to_json(), trackers=trackers.ids)
         file = workspace.artifacts.write(STATE, state.to_bytes(), ".safetensors")
@@ -492,11 +454,10 @@ def keep_model(
     return forgotten
 
 
-def make_plan(
-    workspace: Workspace, params: TrainParams, sources: Sources, weights_sha256: str | None = None
-) -> Plan:
-    """Return the plan. ``weights_sha256``: of a file of weights that is not needed any more."""
-    if weights_sha256 is None and params.weights not in (NO_WEIGHTS, IMAGENET):
+def make_plan(workspace: Workspace, params: TrainParams, sources: Sources) -> Plan:
+    """Return what to train on which cells."""
+    weights_sha256, from_file = None, params.weights not in (NO_WEIGHTS, IMAGENET)
+    if from_file:
         path = Path(params.weights)
         if not path.is_file():
             raise UserInputError(
@@ -504,12 +465,11 @@ def make_plan(
                 "'imagenet'."
             )
         weights_sha256 = sha256_of(path)
-    if weights_sha256 is None and params.weights == IMAGENET:
+    elif params.weights == IMAGENET:
         from ..learn.exported_classifier import TIMM
+        from ..learn.pretrained import timm_weights
 
         if params.backbone.startswith(TIMM):
-            from ..learn.embedders import timm_weights
-
             # The hub may have other weights of this name one day.
             weights_sha256 = sha256_of(timm_weights(params.backbone.removeprefix(TIMM))[0])
     with workspace.database.read() as session:
@@ -518,22 +478,19 @@ def make_plan(
         channels: tuple[str, ...] = ()
         if IMAGE in branches:
             channels = choose_channels(session, cells.source, params.channels)
-    validation: Subset | None = validation_subset(cells.split)
-    unknown = 0
-    if validation is None or not cells.members.get(validation):
-        validation = None
-    else:
-        validated = cells.blocks[validation]
-        known = tuple(block for block in validated if block.label_id in cells.labels.values())
-        cells = replace(cells, blocks={**cells.blocks, validation: known})
-        unknown = len(validated) - len(known)
+    subset, validation, unknown = validation_subset(cells.split), None, 0
+    if cells.members.get(subset):
+        validation = subset
+        known = tuple(b for b in cells.blocks[subset] if b.label_id in cells.labels.values())
+        unknown = len(cells.blocks[subset]) - len(known)
+        cells = replace(cells, blocks={**cells.blocks, subset: known})
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
     given = asdict(params)
     for name in ("features", "exclude_flagged", "where", "sql"):
         del given[name]
     parameters = given | {
-        "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
+        "weights": FROM_FILE if from_file else params.weights,
         "branches": list(branches),
         "channels": list(channels),
         **cells.parameters,
@@ -553,12 +510,7 @@ def make_plan(
 
 
 def share_of_batch(cells: int, size: int) -> int:
-    """Return how many cells of a batch each of ``size`` processes reads.
-
-    Raises:
-        UserInputError: fewer than two.
-
-    """
+    """Return how many cells of a batch each of ``size`` processes reads."""
     if cells < 2 * size:
         raise UserInputError(
             f"A batch of {cells} cells cannot be shared out to {size} processes, which need two or "
@@ -568,12 +520,7 @@ def share_of_batch(cells: int, size: int) -> int:
 
 
 def check_agreed(team: Team, spec: RecipeSpec) -> None:
-    """Refuse processes that found different things in the store, as when a split was made just now.
-
-    Raises:
-        TeamError: it is so; the others then end, too.
-
-    """
+    """Refuse processes that found different things: a split may have been made just now."""
     mine = fingerprint(spec)
     if team.of_first(lambda: mine) != mine:
         raise TeamError(
@@ -595,54 +542,8 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(workspace: Workspace, reference: RunName) -> tuple[Run, TrainParams, Sources]:
-    """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
-
-    Raises:
-        UnknownNameError: there is no such training run.
-        UserInputError: it is finished, is running, or is a baseline.
-
-    """
-    with workspace.database.begin() as session:
-        close_dead_runs(session)
-    with workspace.database.read() as session:
-        if reference in RUN_WORDS:
-            query = select(Run).where(Run.stage == Stage.TRAIN, Run.status != Status.DONE)
-            last = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-            if last is None:
-                raise UserInputError("Every training is finished: there is nothing to resume.")
-            run = last
-        else:
-            run = find_run(session, reference, Stage.TRAIN)
-        stored = run.recipe.parameters
-        if "baseline" in stored:
-            raise UserInputError(f"Run {run.id} is a baseline, trained in one go. Train it again.")
-        if run.status is Status.DONE:
-            raise UserInputError(
-                f"Run {run.id} is finished: there is nothing to resume. Label images with it: "
-                f"cellstore predict --run {run.id}"
-            )
-        if run.status is Status.RUNNING:
-            raise UserInputError(f"{_is_running(run)}, or resume it when it is over.")
-        measure = input_of(run.recipe, Stage.MEASURE)
-        segment = input_of(run.recipe, Stage.SEGMENT)
-        found, qc = measure.feature_set, stored["exclude_flagged"]
-        params = TrainParams.from_recipe(
-            stored,
-            features=found.name if found and found.storage is FeatureStorage.FILES else None,
-            exclude_flagged=None if qc is None else str(qc),
-        )
-        assert run.split is not None
-        return run, params, Sources(run.split.name, str(segment.id), str(measure.id))
-
-
 def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, int | None]:
-    """Return the finished training of a plan, or an unfinished run that has seen an epoch.
-
-    Raises:
-        UserInputError: a run of the same recipe is running.
-
-    """
+    """Return the finished training of a plan, or an unfinished run that has seen an epoch."""
     with workspace.database.begin() as session:
         done = finished_run(session, plan.spec, plan.cells.split.id)
         if done is not None:
@@ -657,38 +558,24 @@ def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, 
         runs = list(session.scalars(query.order_by(Run.id.desc())))
         busy = next((run for run in runs if run.status is Status.RUNNING), None)
         if busy is not None:
+            where = shown_worker(busy.process) or busy.host
             raise UserInputError(
-                f"{_is_running(busy)}, or train another one beside it with --force."
+                f"Run {busy.id} is training this just now, at {where}. Wait for it; mark it as "
+                f"over, if that machine has lost it, with: cellstore cancel {busy.id}, or train "
+                "another one beside it with --force."
             )
         return None, next((run.id for run in runs if files_of(session, run.id, STATE)), None)
 
 
-def _is_running(run: Run) -> str:
-    return (
-        f"Run {run.id} is training this just now, at {shown_worker(run.process) or run.host}. Wait "
-        f"for it; mark it as over, if that machine has lost it, with: cellstore cancel {run.id}"
-    )
-
-
 def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
-    """Return the state of a run at the end of its last epoch; none: it has seen no such end.
-
-    Raises:
-        StorageError: the file is damaged, or is that of another run.
-
-    """
+    """Return the state of a run at the end of its last epoch; none: it has seen no such end."""
     from ..learn.training import TrainingState
 
     with workspace.database.read() as session:
         files = files_of(session, run_id, STATE)
     if not files:
         return None
-    state = TrainingState.from_bytes(workspace.artifacts.read(files[-1].path, files[-1].sha256))
-    if state.record.get("run") != run_id:
-        raise StorageError(
-            f"The stored state of run {run_id} is that of another run. Train again with --force."
-        )
-    return state
+    return TrainingState.from_bytes(workspace.artifacts.read(files[-1].path, files[-1].sha256))
 
 
 @contextmanager
@@ -702,11 +589,6 @@ def as_run(
     """Record the training as a run, or as run ``run_id`` that is resumed.
 
     On the processes of a team that write nothing there is none.
-
-    Raises:
-        StoreError: another process has resumed the run since its state was read.
-        TeamError: another process of this training has ended.
-
     """
     if not team.is_global_zero:
         yield None
@@ -725,20 +607,18 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has resumed run {run.id} in the meantime. Resume "
-                    f"it with: cellstore train --resume {run.id}"
+                    f"Another process has resumed run {run.id} in the meantime. {AGAIN}"
                 )
         try:
             yield run
         except (KeyboardInterrupt, RunCancelledError):
-            workspace.progress.note(f"Resume it with: cellstore train --resume {run.id}")
+            workspace.progress.note(AGAIN)
             raise
         except RuntimeError as error:
             if team.world_size == 1 or isinstance(error, CellstoreError):
                 raise
             raise TeamError(
-                "Another process of this training has ended, so it cannot go on. "
-                f"Resume it with: cellstore train --resume {run.id}"
+                f"Another process of this training has ended, so it cannot go on. {AGAIN}"
             ) from error
 
 
@@ -746,27 +626,22 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     """Return what a run keeps of its training."""
     from ..learn.normalising import describe_plates
 
-    cells, params = plan.cells, plan.params
-    subsets = {"train": Subset.TRAIN}
+    cells = plan.cells
+    blocks = {"train": cells.blocks[Subset.TRAIN]}
+    without = {"train": cells.members[Subset.TRAIN] - len(blocks["train"])}
     if plan.validation is not None:
-        subsets["validation"] = plan.validation
-    blocks = {name: cells.blocks[subset] for name, subset in subsets.items()}
-    without = {
-        name: cells.members.get(subset, 0) - len(blocks[name]) for name, subset in subsets.items()
-    }
-    if plan.validation is not None:
-        without["validation"] -= plan.unknown
+        blocks["validation"] = cells.blocks[plan.validation]
+        of_known = cells.members[plan.validation] - plan.unknown
+        without["validation"] = of_known - len(blocks["validation"])
     seen = {block.label_id for block in blocks["train"]}
     unseen = [value for value, label_id in cells.labels.items() if label_id not in seen]
     columns = cells.source.features.columns if TABULAR in plan.branches else ()
     excluded, column_notes = excluded_columns(columns, scaler.names)
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is None:
-        usual = (TrainParams.patience, TrainParams.monitor)
-        vain = (params.patience, params.monitor) != usual
         notes.append(
-            f"No image validates, so nothing stopped the training: its {params.epochs} epochs "
-            f"were given, and the last is kept.{' Patience and monitor did nothing.' * vain}"
+            f"No image validates, so nothing stopped the training: its {plan.params.epochs} epochs "
+            "were given, and the last is kept."
         )
     if plan.validation is Subset.TEST:
         notes.append(
@@ -780,21 +655,15 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         )
     if unseen:
         notes.append(f"{len(unseen)} classes have no cell to train on: {', '.join(unseen[:5])}.")
-    missing = sum(without.values()) - (flagged.images if flagged else 0)
+    missing = sum(without.values()) - (flagged[0] if flagged else 0)
     if missing > 0:
-        kind = "measured" if cells.selection is None else "selected"
-        notes.append(f"{missing} images of the split have no {kind} cells and were excluded.")
+        notes.append(f"{missing} images of the split have no cells to read and were excluded.")
     if flagged:
         notes.append(
-            f"Excluded, because quality-control run {flagged.run_id} flagged them: "
-            f"{flagged.images:,} images and {flagged.cells:,} cells, those of the images included."
+            f"Excluded, because quality-control run {cells.source.unflagged_by} flagged them: "
+            f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
     notes += column_notes + describe_plates(scaler)
-    if params.class_weights and params.sampler != "cells":
-        notes.append(
-            f"Small classes count twice: they are drawn more often (sampler {params.sampler}) and "
-            "have larger weights in the loss."
-        )
     kept: dict[str, Any] = {
         "classes": len(cells.labels),
         "classes_without_cells": unseen,
@@ -811,11 +680,8 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
         "notes": notes,
     }
     if flagged:
-        kept |= {
-            "qc_run_id": flagged.run_id,
-            "images_flagged": flagged.images,
-            "cells_flagged": flagged.cells,
-        }
+        kept["qc_run_id"] = cells.source.unflagged_by
+        kept["images_flagged"], kept["cells_flagged"] = flagged
     return kept
 
 

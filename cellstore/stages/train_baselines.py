@@ -85,18 +85,7 @@ def train_baselines(
     measurement: str | None = None,
     force: bool = False,
 ) -> tuple[BaselineResult, ...]:
-    """Train baselines on the training subset of a split (default: the latest).
-
-    ``kinds``: some of ``cellstore.learn.baselines.BASELINES``, or of its ``GROUPS``. A baseline
-    that was finished with the same recipe is returned as it is, unless ``force``.
-
-    Raises:
-        MissingExtraError: scikit-learn and the like are not installed.
-        UnknownNameError: no such baseline, split, recipe or feature set.
-        UserInputError: the training subset has no measured cells or one class, or a parameter is
-            out of range.
-
-    """
+    """Train baselines on the training subset of a split; see ``Store.train_baselines``."""
     need("train")
     chosen, params = choose(kinds), params or BaselineParams()
     with workspace.database.read() as session:
@@ -176,10 +165,6 @@ class Fitting:
 
     ``blocks`` are its images that have cells, ``labels`` the classes of these by value, ``without``
     the classes that have no cell to learn from.
-
-    Raises:
-        UserInputError: there is no measured cell or one class, or too few cells may be drawn.
-
     """
 
     def __init__(self, workspace: Workspace, params: BaselineParams, cells: TrainingCells) -> None:

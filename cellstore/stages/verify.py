@@ -12,11 +12,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from sqlalchemy import func, select, true
 from sqlalchemy.orm import Session, aliased
@@ -24,8 +25,9 @@ from sqlalchemy.orm import Session, aliased
 from ..analysis.features import BASIC_GROUP
 from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, open_atomically, sha256_of, sweep
+from ..config import Limits
 from ..db import migrate
-from ..db.bulk import in_lists, rows_in
+from ..db.bulk import rows_in
 from ..db.events import (
     BEGUN,
     MODULUS,
@@ -69,7 +71,7 @@ from ..models import (
 )
 from ..notebooks import Shown
 from ..query.feature_files import stream_ids
-from ..query.guard import Limits, locked_connection
+from ..query.guard import locked_connection
 from ..query.source import PREDICTIONS, Source
 from ..settings import track
 from .split import fingerprint_of_split
@@ -364,6 +366,25 @@ def _check(folder: ArtifactFolder, path: str, sha256: str, cells: _Masks) -> lis
     ]
 
 
+_CELLS_OF_SET = """
+    cells AS c JOIN segmentations AS s ON s.id = c.segmentation_id
+    JOIN recipe_inputs AS i ON i.input_id = s.recipe_id WHERE i.recipe_id = {recipe}
+"""
+_FEATURE_FILES = """
+    SELECT file, count(*), min(cell_id), max(cell_id), count(*) FILTER (nth > 1),
+        count(*) FILTER (home IS NULL AND (until IS NULL OR until < cell_id))
+    FROM (
+        SELECT ids.*, homes.id AS home, deleted.until,
+            row_number() OVER (PARTITION BY cell_id ORDER BY file) AS nth
+        FROM ids
+        LEFT JOIN homes ON homes.id = ids.cell_id
+        ASOF LEFT JOIN deleted ON ids.cell_id >= deleted.since
+    )
+    GROUP BY file
+"""
+"""Of each file its rows, first and last cell; cells of a file before it; cells that are nowhere."""
+
+
 def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
     """Count the files of feature sets, and say which do not fit their cells."""
     query = (
@@ -376,67 +397,47 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
     with workspace.database.read() as session:
         files = session.execute(query).all()
         of_cells = (Event.table_name == "cells", Event.new.is_(None))
-        gone = (row["ids"] for row in session.scalars(select(Event.old).where(*of_cells)))
-        deleted = np.array(sorted(chain.from_iterable(gone)), np.int64).reshape(-1, 2)
+        gone = [row["ids"] for row in session.scalars(select(Event.old).where(*of_cells))]
     problems = []
-    near: list[Any] = []
-    whole = [file for file in files if file.path not in broken]
-    for file in track(workspace.progress, "verify features", len(whole), whole):
-        # Files of the set before it whose range of cells reaches into that of this one.
-        near = [
-            other
-            for other in near
-            if other.recipe_id == file.recipe_id and other.last_cell_id >= file.first_cell_id
-        ]
-        reason = _features_reason(workspace, file, [other.path for other in near], deleted)
-        near.append(file)
-        if reason is not None:
-            problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
+    listed = track(workspace.progress, "verify features", len(files), files)
+    spill = workspace.settings.make_cache("spill")
+    with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
+        # Files keep the cells of a plate that was deleted.
+        duck.execute("CREATE TABLE deleted (since BIGINT, until BIGINT)")
+        for ids in chain.from_iterable(gone):
+            duck.execute("INSERT INTO deleted VALUES (?, ?)", ids)
+        for recipe_id, group in groupby(listed, key=attrgetter("recipe_id")):
+            duck.execute("CREATE OR REPLACE TABLE ids (file BIGINT, cell_id BIGINT)")
+            of_set = [file for file in group if file.path not in broken]
+            unread = set[int]()
+            for number, file in enumerate(of_set):
+                try:
+                    for ids in stream_ids(workspace.artifacts.locate(file.path)):
+                        duck.register("block", pa.table({"cell_id": ids}))
+                        duck.execute("INSERT INTO ids SELECT ?, cell_id FROM block", [number])
+                except StorageError as error:
+                    unread.add(number)
+                    problems.append(Problem(file.path, f"feature set {file.name}: {error}"))
+            create, of_recipe = "CREATE OR REPLACE TABLE homes AS FROM {rows}", {"id": "BIGINT"}
+            cells = _CELLS_OF_SET.format(recipe=int(recipe_id))
+            source.feed(duck, create, of_recipe, ["c.id"], [cells])
+            found = {number: values for number, *values in duck.execute(_FEATURE_FILES).fetchall()}
+            for number, file in enumerate(of_set):
+                reason = _features_reason(file, found.get(number, [0] * 5))
+                if reason is not None and number not in unread:
+                    problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
     return len(files), problems
 
 
-def _features_reason(
-    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: NDArray[np.int64]
-) -> str | None:
-    locate = workspace.artifacts.locate
-    recorded = (file.n_rows, file.first_cell_id, file.last_cell_id)
-    found, homeless, twice = (0, 0, 0), 0, 0
-    try:
-        others = [stream_ids(locate(path)) for path in earlier]
-        taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
-        for ids in stream_ids(locate(file.path)):
-            first = found[1] if found[0] else int(ids[0])
-            found = (found[0] + len(ids), first, int(ids[-1]))
-            lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
-            # The file keeps those of a plate that was deleted.
-            before = np.searchsorted(deleted[:, 0], lost, "right") - 1
-            if len(deleted):
-                lost = lost[(before < 0) | (lost > deleted[before, 1])]
-            homeless += len(lost)
-            twice += int(np.isin(ids, taken).sum())
-    except StorageError as error:
-        return str(error)
-    if found != recorded:
-        words = ("{} rows of cells {} to {}".format(*content) for content in (found, recorded))
+def _features_reason(file: Any, found: Sequence[int]) -> str | None:
+    *content, twice, homeless = found
+    recorded = [file.n_rows, file.first_cell_id, file.last_cell_id]
+    if content != recorded:
+        words = ("{} rows of cells {} to {}".format(*some) for some in (content, recorded))
         return "the file has {}, the database {}".format(*words)
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None
-
-
-def _are_cells(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of these ascending ids are cells of the segmentations that the set is of."""
-    source = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe_id)
-    of_recipe = select(Segmentation.id).where(Segmentation.recipe_id.in_(source))
-    there = select(Cell.id, Cell.segmentation_id).where(Cell.id.between(int(ids[0]), int(ids[-1])))
-    # Cells first, then their segmentations: a join would walk all cells of the recipe, each time.
-    with workspace.database.read() as session:
-        homes = {row.id: row.segmentation_id for row in session.execute(there)}
-        right: set[int] = set()
-        for some in in_lists(set(homes.values())):
-            right.update(session.scalars(of_recipe.where(Segmentation.id.in_(some))))
-    cells = [cell for cell, home in homes.items() if home in right]
-    return np.isin(ids, cells)
 
 
 # --- the ledger ----------------------------------------------------------------------------------
@@ -479,7 +480,7 @@ def _odd_runs(session: Session) -> Iterator[tuple[str, str]]:
                 left = (int(digests.get(table, "0"), 16) - int(less, 16)) % MODULUS
                 digests[table] = f"{left:064x}"
     wrote: dict[int, dict[str, str]] = defaultdict(dict)
-    for (run_id, table), (_, found) in run_digests(session).items():
+    for (run_id, table), found in run_digests(session).items():
         wrote[run_id][table] = found
     for run_id, row in run_rows(session):
         entry, name = entries.pop(run_id, None), f"run {run_id}"
@@ -661,8 +662,7 @@ def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int
             written[row.run_id][row.image_id] = row.digest
     if not written:
         return
-    spill = workspace.settings.cache / "spill"
-    spill.mkdir(parents=True, exist_ok=True)
+    spill = workspace.settings.make_cache("spill")
     nothing = digest_of_numbers(np.empty((0, 4)))
     with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
         for run_id, digests in written.items():

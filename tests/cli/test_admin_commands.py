@@ -188,10 +188,3 @@ def test_a_bug_is_a_sentence_that_says_how_to_see_more(cellstore, store, monkeyp
     monkeypatch.setattr(Store, "status", broken)
     said = cellstore("status", "--store", store, code=70)
     assert "CELLSTORE_DEBUG=1" in said.err
-
-
-def test_status_names_trainings_to_go_on_with(cellstore, store):
-    with Store.open(store) as opened:
-        run = Factory(opened.workspace).run(Stage.TRAIN, status=Status.CANCELLED)
-    found = cellstore("status", "--store", store)
-    assert f"cellstore train --resume {run.id}" in found.err

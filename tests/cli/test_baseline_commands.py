@@ -81,7 +81,7 @@ def test_cells_are_selected_by_a_condition_or_a_file(cellstore, with_set: Path) 
     some = cellstore(*asked, "--where", "y > 0 AND plate <> 'none'")
     (known,) = cellstore("sql", SELECTED, *IN, "--json").json
     notes = " ".join(some.err.split())
-    assert f"used: {known['n']} in the train subset. Not used: {known['n']} in test" in notes
+    assert f"used: {known['n']} in the train subset." in notes
     Path("few.sql").write_text("SELECT cell_id, y FROM cp WHERE y > 0;  -- and no more\n")
     by_file = cellstore(*asked, "--sql", "few.sql", "--json").json[0]
     assert by_file["rows"] == known["n"]
@@ -96,9 +96,14 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
     refused = {
         ("--baseline", "tree"): "Unknown baseline 'tree'",
         ("--baseline", ","): "Name a baseline: majority",
-        ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
-        ("--max-cells", 3): "Only with --baseline: --max-cells.",
-        ("--baseline", "logistic", "--trees", 3): "Baseline logistic does not read --trees: remove",
+        ("--baseline", "null", "--epochs", 3): "--baseline null does not read --epochs: remove it",
+        ("--max-cells", 3): "Only --baseline reads --max-cells: remove it.",
+        (
+            "--baseline",
+            "logistic",
+            "--trees",
+            3,
+        ): "--baseline logistic does not read --trees",
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err

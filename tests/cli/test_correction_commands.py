@@ -36,18 +36,17 @@ def test_people_label_what_they_see(cellstore, store):
     assert "Next: " in said.err
     more = ("--user", "bob", "--reason", "look again")
     cellstore("annotate", "image", "P1/A01/1", *at, "--label", "sharp", *more)
-    listed = cellstore("annotate", "--list", *at)
-    first = listed.out.splitlines()[2]
-    assert first.split()[:4] == ["P1/A01/1", "annotation", "sharp", "bob"]
-    assert first.endswith("look again")
-    assert max(map(len, listed.out.splitlines())) <= 80
-    (row,) = cellstore("annotate", "--agreement", *at, "--json").json
+    first = cellstore("ask", "annotations", *at, "--json").json[0]
+    assert [first[name] for name in ("label", "user_name", "reason")] == [
+        *("sharp", "bob", "look again")
+    ]
+    (row,) = cellstore("ask", "agreement", *at, "--json").json
     assert (row["both"], row["agreement"], row["kappa"]) == (1, 0.0, 0.0)
     assert "blurred" in cellstore("audit", "P1/A01/1", *at).out
     cellstore("annotate", "image", "P1/A01/1", *at, "--undo", "--user", "bob")
-    assert "There is no such label" in cellstore("annotate", "--agreement", *at).err
-    for words in ((), ("cell",), ("image", "1"), ("image", "1", "--list"), ("--undo",)):
-        assert "Say what is labelled" in cellstore("annotate", *words, *at, code=2).err
+    assert cellstore("ask", "agreement", *at, "--json").json == []
+    for words in ((), ("--undo", "--label", "sharp")):
+        assert "Say what it is" in cellstore("annotate", "image", "1", *words, *at, code=2).err
 
 
 def test_errors_are_one_sentence(cellstore, store):

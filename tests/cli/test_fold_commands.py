@@ -102,7 +102,6 @@ def test_networks_of_all_folds_are_trained_labelled_and_scored(
     several = cellstore("train", "--split", cv, *QUICK, "--devices", 2, *IN, code=2)
     assert "Train each with several: --split cv-1" in several.err
     patient = cellstore("train", "--split", "cv-1", *QUICK, "--patience", 3, *IN)
-    assert "Patience and monitor did nothing" in patient.err.replace("\n", " ")
     assert "kept epoch" in patient.out
 
     # A sweep is a table: what docs/training.md asks.

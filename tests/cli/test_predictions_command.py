@@ -50,7 +50,8 @@ def test_embeddings_are_added_from_a_file(cellstore, trained: Path, tmp_path: Pa
     infinite = "\n".join([f"{header},e0", *lines[:2], f"{rows[2]},inf"])
     Path("odd.csv").write_text(infinite, encoding="utf-8")
     said_of_it = cellstore("embeddings", "add", "odd.csv", "--name", "odd", *STORE, code=2)
-    assert "1 row of odd.csv cannot be used.\n  line 4: no number (e0 inf)" in said_of_it.err
+    assert "1 row of odd.csv cannot be used.\n  line 4: no number (" in said_of_it.err
+    assert said_of_it.err.endswith(", e0 inf)\n")
     count = cellstore("sql", "SELECT count(e0) AS n FROM mine", "--json", *STORE)
     assert count.json[0]["n"] == len(rows)
     assert cellstore(*words).out.startswith("Nothing to do")

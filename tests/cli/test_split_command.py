@@ -16,7 +16,7 @@ def test_what_is_left_out_is_said(cellstore, store, tmp_path):
     assert "missing files" in made.out
     assert "without a label" in made.out
     assert "wells in two subsets  0" in made.out
-    assert "no validation subset" in made.err
+    assert "validation subset is empty" in made.err
     again = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "nothing has changed" in again.err
     other = cellstore("split", "create", "by-well", "--seed", "5", *sizes, "--store", store, code=2)

@@ -100,7 +100,7 @@ def test_the_sides_of_images_are_free_in_a_split_by_image(plates: Plates) -> Non
     plates.insert(split, 0, 2, "test")
     plates.run("UPDATE split_members SET subset = 'validation' WHERE subset = 'test'")
     assert (plates.count(SplitMember), plates.count(SplitGroup)) == (3, 0)
-    with pytest.raises(UserInputError, match="group level of a split never change"):
+    with pytest.raises(UserInputError, match=r"protocol.*stays as it is"):
         plates.run("UPDATE splits SET group_level = 'well'")
     with pytest.raises(UserInputError, match="protocol"):
         plates.run("UPDATE splits SET protocol = 'published'")

@@ -36,7 +36,7 @@ def test_what_is_said_is_kept_and_taken_back(writing: TestClient, writable: Work
     rows = store.sql(
         "SELECT user_name, field, label FROM annotation_table ORDER BY ALL"
     ).to_pylist()
-    login = store.log(limit=1).entries[0].by
+    login = store.log(limit=1).entries[0]["by"]
     assert sorted(tuple(row.values()) for row in rows) == sorted(
         [("ada", "annotation", "<b>round")] * 2
         + [("bob", "annotation", "flat")] * 2
@@ -154,7 +154,7 @@ def test_keys_label_exclude_and_take_back(
     waits_for(other, "counts again")
     other.context.close()
 
-    login = store.log(limit=1).entries[0].by
+    login = store.log(limit=1).entries[0]["by"]
     query = "SELECT user_name, level, field, label FROM annotation_table ORDER BY annotation_id"
     assert [tuple(row.values()) for row in store.sql(query).to_pylist()] == [
         (login, "well", "annotation", "flat"),

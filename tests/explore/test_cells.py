@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from cellstore.enums import AnnotationKind, ImageFlagReason, Level, Stage
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.explore import cell_views
-from cellstore.explore.cell_filters import chosen_cells, keep_selection
-from cellstore.explore.pixels import crop_sheet
+from cellstore.explore.cell_filters import bits_of, chosen_cells, keep_selection
+from cellstore.explore.pixels import jpeg, sheet_pixels
 from cellstore.explore.server import make_app
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Annotation, Cell, Image, Segmentation
@@ -118,7 +118,7 @@ def test_filters_choose_the_cells_that_plain_sql_does(
     assert ids(app, **both) == plain(screen, "w.name = 'B02'")
     assert ids(app, "b.", **both) == plain(screen, f"w.name = 'B03' AND f.area >= {area}")
     some = sorted(plain(screen, "true"))[3::7]
-    name = keep_selection(app.state.explorer, np.array(some[::-1], np.int64))
+    name = keep_selection(app.state.explorer, bits_of(np.array(some[::-1], np.int64)))
     assert ids(app, selection=name) == ids(app, cells=",".join(map(str, some))) == set(some)
 
 
@@ -324,7 +324,7 @@ def test_the_form_leads_to_a_plain_address_and_hostile_ones_to_a_sentence(
     listed = ",".join(map(str, some))
     shown = client.get(f"/cells/sheet?cells={listed}&side=48")
     explorer = client.app.state.explorer  # type: ignore[attr-defined]
-    assert shown.content == crop_sheet(explorer, some, side=48, outlines=True)
+    assert shown.content == jpeg(sheet_pixels(explorer, some, side=48, outlines=True))
     assert shown.headers["content-type"] == "image/jpeg"
     assert client.get("/cell/nix").status_code == client.get("/cell/999999999").status_code == 404
     there = client.get(f"/cell/{some[0]}", follow_redirects=False).headers["location"]

@@ -46,26 +46,25 @@ def test_crops_are_the_pixels_of_the_files_in_the_contrast_of_their_plate(
     explorer: Explorer,
 ) -> None:
     cells = cells_of_two_fields(explorer)[:13]
-    for _ in range(2):  # from the files, then from what is kept
-        sheet = pixels.sheet_pixels(explorer, [cell[0] for cell in cells], side=SIDE)
-        assert sheet.shape == (2 * SIDE, 10 * SIDE, 3)
-        for at, (_, box, image_id, plate) in enumerate(cells):
-            with explorer.workspace.database.read() as session:
-                files = channel_files(session, [image_id])[image_id]
-            planes = [open_file(file) for file in files]
-            names = [file.channel for file in files]
-            middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-            # At the rim the crop is moved into the field.
-            top, left = (
-                min(max(0, int(where - SIDE / 2)), length - SIDE)
-                for where, length in zip(middle, planes[0].shape, strict=True)
-            )
-            part = np.s_[top : top + SIDE, left : left + SIDE]
-            limits = [pixels.contrast(explorer, plate, name) for name in names]
-            wanted = coloured([p[part].astype(np.float32) for p in planes], limits, names)
-            row, column = divmod(at, 10)
-            shown = sheet[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE]
-            np.testing.assert_array_equal(shown, wanted)
+    sheet = pixels.sheet_pixels(explorer, [cell[0] for cell in cells], side=SIDE)
+    assert sheet.shape == (2 * SIDE, 10 * SIDE, 3)
+    for at, (_, box, image_id, plate) in enumerate(cells):
+        with explorer.workspace.database.read() as session:
+            files = channel_files(session, [image_id])[image_id]
+        planes = [open_file(file) for file in files]
+        names = [file.channel for file in files]
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        # At the rim the crop is moved into the field.
+        top, left = (
+            min(max(0, int(where - SIDE / 2)), length - SIDE)
+            for where, length in zip(middle, planes[0].shape, strict=True)
+        )
+        part = np.s_[top : top + SIDE, left : left + SIDE]
+        limits = list(pixels.contrasts(explorer, plate, names).values())
+        wanted = coloured([p[part].astype(np.float32) for p in planes], limits, names)
+        row, column = divmod(at, 10)
+        shown = sheet[row * SIDE : (row + 1) * SIDE, column * SIDE : (column + 1) * SIDE]
+        np.testing.assert_array_equal(shown, wanted)
     assert not sheet[SIDE:, 3 * SIDE :].any()  # 13 cells, then nothing
 
 
@@ -94,7 +93,6 @@ def test_what_cannot_be_read_is_crossed_out_and_a_field_says_why(
         return open_file(file, *rows)
 
     monkeypatch.setattr(pixels, "open_file", opened)
-    monkeypatch.setattr(pixels, "KEPT", pixels._Kept(1 << 20))
     sheet = pixels.sheet_pixels(explorer, [cells[0][0], good], side=SIDE)
     np.testing.assert_array_equal(sheet[:, :SIDE], pixels._crossed(SIDE))
     assert sheet[:, SIDE:].std() > 0.01
@@ -124,7 +122,7 @@ def test_images_in_an_object_store(
         cells.append(make.cells_of(make.segmentation(image, run, 1))[0])
         planes.append(plane.astype(np.float32))
     explorer = Explorer(sqlite_workspace)
-    low, high = pixels.contrast(explorer, plate.barcode, "DNA")
+    low, high = pixels.contrasts(explorer, plate.barcode, ["DNA"])["DNA"]
     assert 100 < low < 130
     assert 900 < high < 2000
     sheet = pixels.sheet_pixels(explorer, [cell.id for cell in cells], side=SIDE)
@@ -133,7 +131,7 @@ def test_images_in_an_object_store(
         top, left = (max(0, int((box[i] + box[i + 2] - SIDE) / 2)) for i in (0, 1))
         wanted = coloured([plane[top : top + SIDE, left : left + SIDE]], [(low, high)])
         np.testing.assert_array_equal(sheet[:, at * SIDE : (at + 1) * SIDE], wanted)
-    assert pixels.field_thumbnail(explorer, 1, width=32).startswith(b"\xff\xd8")
+    assert pixels.field_thumbnail(explorer, 1, width=32)[1]().startswith(b"\xff\xd8")
     files.store.clear()
 
 
@@ -141,7 +139,7 @@ def test_a_field_that_is_much_wider_than_high(
     screen: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pixels, "read_finite", lambda *_: np.zeros((20, 900), np.uint16))
-    assert pixels.field_thumbnail(Explorer(screen), 1, width=20).startswith(b"\xff\xd8")
+    assert pixels.field_thumbnail(Explorer(screen), 1, width=20)[1]().startswith(b"\xff\xd8")
 
 
 def test_a_field_is_sent_once_and_outlines_change_it(client: TestClient) -> None:
@@ -180,17 +178,6 @@ def test_hostile_sheets_are_refused(explorer: Explorer) -> None:
     for ids, channels in (([2**40], []), ([known], ["no such"])):
         with pytest.raises(UnknownNameError):
             pixels.sheet_pixels(explorer, ids, side=32, channels=channels)
-
-
-def test_no_more_is_kept_than_allowed() -> None:
-    kept = pixels._Kept(100)
-    for number in range(20):
-        kept.put(number, str(number), 10)
-    kept.put("large", "x", 60)
-    assert kept.size <= 100
-    assert kept.get(19) == "19"
-    assert kept.get(0) is None
-    assert kept.get("large") is None
 
 
 def test_the_channels_that_are_shown_unless_others_are_asked_for() -> None:

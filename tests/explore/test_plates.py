@@ -111,18 +111,18 @@ def test_colours_of_values() -> None:
     wells = [{"treatment": "DMSO", "control": "negative"}, {"treatment": "a", "control": None}]
     numbers = make_scale(WellValues("x", {1: 0.0, 2: 50.0, 3: 100.0}, limits=(0.0, 100.0)), [])
     assert [numbers.colours[well] for well in (1, 2, 3)] == ["#440154", viridis(0.5), "#fde725"]
-    assert [words for _, words in numbers.ticks] == ["0", "25", "50", "75", "100"]
+    assert numbers.ticks == ["0", "25", "50", "75", "100"]
     odd = make_scale(WellValues("x", {n: float(n) for n in range(100)} | {100: 1e6}), [])
-    assert odd.ticks[-1][1].startswith("≥")
+    assert odd.ticks[-1].startswith("≥")
     assert odd.colours[100] == viridis(1)
     groups = make_scale(WellValues("Treatment", {1: "DMSO", 2: "a", 3: "a"}), wells)
     assert groups.colours[1] == "#4d545e"
     assert groups.colours[2] == groups.colours[3] != groups.colours[1]
-    assert [(entry.words, entry.wells) for entry in groups.entries] == [("a", 2), ("DMSO", 1)]
+    assert [(words, wells) for words, _, wells in groups.entries] == [("a", 2), ("DMSO", 1)]
     many = make_scale(WellValues("Treatment", {n: f"t{n}" for n in range(20)}), [])
-    assert many.entries[-1].words == "13 others"
+    assert many.entries[-1][0] == "13 others"
     chosen = make_scale(WellValues("Treatment", {n: f"t{n:02}" for n in range(20)}), [], "t19")
-    assert chosen.entries[0].words == "t19"
+    assert chosen.entries[0][0] == "t19"
     doses = make_scale(WellValues("Dose", {1: "1 uM", 2: "10 uM"}, order=["1 uM", "10 uM"]), [])
     assert doses.colours == {1: viridis(0), 2: viridis(1)}
     assert make_scale(WellValues("x", {}), []).colours == {}

@@ -199,9 +199,9 @@ def test_writing_needs_a_page_of_ours(hostile: TestClient) -> None:
             sent = {"level": "plate", "ids": [1], "label": "x", "reason": "y", **named}
             answer = hostile.post(path, headers=ours, json=sent)
             assert 400 <= answer.status_code < 500, (path, named, answer.text[-400:])
-        large = hostile.post(path, headers=ours, content=b"x" * (9 << 20))
+        large = hostile.post(path, headers=ours, content=b"x" * (33 << 20))
         assert large.status_code == 413
-        parts = (b"x" * (1 << 20) for _ in range(9))  # without its length at the head
+        parts = (b"x" * (1 << 20) for _ in range(33))  # without its length at the head
         assert hostile.post(path, headers=ours, content=parts).status_code == 413
 
 

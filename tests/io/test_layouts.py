@@ -247,8 +247,7 @@ def test_well_profiles_are_refused_by_name(tmp_path: Path, columns: list[str], e
     path = tmp_path / f"profiles.{ending}"
     rows = pa.table({name: ["1", "2"] for name in columns})
     (pq.write_table if ending == "parquet" else pa_csv.write_csv)(rows, path)
-    features = sum(not name.startswith("Metadata_") for name in columns)
-    words = rf"well profiles \({features} features, .* ingest the table of single cells"
+    words = "well profiles, .* ingest the table of single cells"
     for kind in (None, SourceKind.FEATURES):
         with pytest.raises(BadTableError, match=words):
             detect(path, kind)

@@ -442,7 +442,9 @@ def test_a_parquet_file_that_is_no_table_of_texts_and_numbers_is_said(tmp_path: 
     pq.write_table(pa.table({"a": [[1, 2]], "b": ["x"]}), tmp_path / "lists.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "lists.parquet").read_bytes()[:40])
     for name in ("lists.parquet", "cut.parquet"):
-        with pytest.raises(BadTableError, match=r"is damaged, or has values that are no text"):
+        with pytest.raises(
+            BadTableError, match=r"is damaged, or has values that are neither text nor"
+        ):
             open_table(tmp_path / name)
 
 

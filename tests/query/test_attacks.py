@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from screens import small_screen
 
+from cellstore.config import Limits
 from cellstore.errors import QueryError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.query.engine import Questions, open_questions
-from cellstore.query.guard import Limits
 
 ROW = "(9, 'x', 'y')"
 WRITING = [

@@ -19,13 +19,13 @@ from factories import Factory
 from screens import VOTES, SmallScreen, small_screen
 from sqlalchemy import Engine, text
 
+from cellstore.config import Limits
 from cellstore.enums import Stage, Status
 from cellstore.errors import DatabaseError, QueryError, StorageError, UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import METADATA
 from cellstore.query import source
 from cellstore.query.engine import COUNTS, RANKED, Questions, open_questions
-from cellstore.query.guard import Limits
 from cellstore.query.source import PREDICTIONS, VIEWS, view_words
 from cellstore.store import Store
 

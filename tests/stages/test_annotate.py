@@ -176,7 +176,7 @@ def test_many_are_one_event_and_exclusions_are_taken_back_as_well(
     done = store.annotate("cell", cells, ROUND, user="ada")
     assert done.changes[0]["name"] == "1,010 cells"
     assert (count(store, Annotation), count(store, Event)) == (1010, before + 2)
-    entry = store.log(limit=1).entries[0].changes[-1]
+    entry = store.log(limit=1).entries[0]["changes"][-1]
     assert entry == "added: 1,010 annotations (level cell, field annotation, label round)"
 
     store.exclude("cell", cells[:3], reason="debris")

@@ -83,7 +83,7 @@ def test_an_embedding_is_a_feature_set_of_the_cells(store: Store) -> None:
     items = {item["cell_id"]: item for item in store.dataset("by-well", "train", crop=8)}
     wanted = [float(items[i]["image"].mean()) for i in found.cell_id]
     np.testing.assert_allclose(found.embedding_000, wanted, rtol=1e-5)
-    with pytest.raises(UserInputError, match=r"'light' is there already.*another crop"):
+    with pytest.raises(UserInputError, match=r"'light' is there already.*other crop"):
         store.apply(light, "light", crop=9)
     for file in (store.root / "artifacts" / "features").rglob("*.parquet"):
         file.unlink()
@@ -118,7 +118,7 @@ def test_a_network_works_as_it_is(store: Store) -> None:
     assert store.apply(net, "small", crop=8, mask=True, device="cpu").done == 0
     with torch.no_grad():
         net.layer.bias += 1
-    with pytest.raises(UserInputError, match="another function"):
+    with pytest.raises(UserInputError, match="other function"):
         store.apply(net, "small", crop=8, mask=True, device="cpu")
     with pytest.raises(UserInputError, match=r"Small ended with TypeError: .*forward"):
         store.apply(net, "no_mask", crop=8, device="cpu")
@@ -147,14 +147,12 @@ def test_logits_are_refused_or_made_probabilities(store: Store) -> None:
     assert sum(row[3] for row in rows) == pytest.approx(made.cells)
 
 
-@pytest.mark.parametrize("positions", [False, True])
-def test_a_forest_is_applied_as_its_table_would_be_added(store: Store, positions: bool) -> None:
+def test_a_forest_is_applied_as_its_table_would_be_added(store: Store) -> None:
     from sklearn.ensemble import RandomForestClassifier
 
     train = store.cells("by-well", "train").to_pandas()
     classes = sorted(set(train.label))
-    label = train.label.map(classes.index) if positions else train.label
-    forest = RandomForestClassifier(5, random_state=0).fit(train[COLUMNS], label)
+    forest = RandomForestClassifier(5, random_state=0).fit(train[COLUMNS], train.label)
     test = store.cells("by-well", "test").to_pandas()
     table = pd.DataFrame(forest.predict_proba(test[COLUMNS]), columns=classes)
     added = store.add_predictions(
@@ -165,11 +163,9 @@ def test_a_forest_is_applied_as_its_table_would_be_added(store: Store, positions
     assert rows_of(store, made.run_id) == rows_of(store, added.run_id)
     again = store.apply(forest, "forest", gives="probabilities", trained_on=["train"])
     assert (again.run_id, again.done, again.earlier) == (made.run_id, 0, 2)
-    others = RandomForestClassifier(5, random_state=1).fit(train[COLUMNS], label)
+    others = RandomForestClassifier(5, random_state=1).fit(train[COLUMNS], train.label)
     changed = store.apply(others, "forest", gives="probabilities", trained_on=["train"])
     assert changed.train_run_id != made.train_run_id
-    if positions:
-        return
     mine, theirs = store.report(str(made.run_id)), store.report(str(added.run_id))
     assert (mine.scores, mine.by_well) == (theirs.scores, theirs.by_well)
     assert "declared of forest" in mine.leak
@@ -273,11 +269,11 @@ def test_an_image_on_which_it_fails_fails_alone(
     sentence = "second_image_fails ended with ValueError: too bright for me (test_apply.py, line"
     assert sentence in made.failures[0][1]
     (job,) = store.jobs(status="failed").jobs
-    assert sentence in job.error
+    assert sentence in job["error"]
     again = store.apply(second_image_fails, "some", crop=8, intensity="image")
     assert (again.done, again.earlier, again.failed_before) == (0, 5, 1)
     monkeypatch.setattr(sys.modules[__name__], "LIMIT", 2.0)  # it would say something else now
-    with pytest.raises(UserInputError, match=r"'some' is there already.* another function"):
+    with pytest.raises(UserInputError, match=r"'some' is there already.*other function"):
         store.apply(second_image_fails, "some", crop=8, intensity="image")
 
 
@@ -314,11 +310,11 @@ def test_what_is_no_row_of_numbers_for_each_cell_is_refused(store: Store) -> Non
     for given, sentence in (
         (3, "has the type int cannot be applied"),
         (Small, "Small is a class"),
-        (torch.nn.LazyLinear(2), "LazyLinear have no weights yet"),
-        ("no_such_module:f", "There is no module 'no_such_module'"),
+        (torch.nn.LazyLinear(2), "cannot be found out whether .*LazyLinear"),
+        ("no_such_module:f", "No module named 'no_such_module'"),
         ("json:nothing", "Module 'json' has no 'nothing'"),
         ("json", "does not name a function"),
-        ("model.pkl", r"is not opened.*once it was saved with skops.io.dump"),
+        ("model.pkl", r"is not opened.*skops.io.load"),
         ("net.pt", "weights_only=True"),
         ("model.onnx", "There is no file"),
     ):
@@ -405,7 +401,7 @@ def test_by_command(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert re.search(r"feature set +mine\ncolumns +3\nimages done +6\n", said.stdout)
     said = command("mine:embed", *WORDS, "mine")
     assert "Nothing to do: mine has what mine:embed makes already." in said.stdout
-    assert "needs nothing_like_this" in command("broken:f", *WORDS, "x", code=2).output
+    assert "No module named 'nothing_like_this'" in command("broken:f", *WORDS, "x", code=2).output
     assert "no 'f'. It has embed, label" in command("mine:f", *WORDS, "x", code=2).output
     local = store.apply(lambda b: light(b), "local", resources=Resources(workers=2), crop=8)
     assert "is known in this process only" in local.notes[0]

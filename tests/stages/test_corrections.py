@@ -114,7 +114,6 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
 
     make.recipe(Stage.SEGMENT, parameters={"channels": ["ER"], "nuclei": ["DNA"]})
     done = store.rename("channel", "DNA", "Hoechst", plate="BR2")
-    assert "recipes and models go on to call it DNA" in done.notes[1]
     assert store.rename("channel", "DNA", "Hoechst", plate="BR2").changes == ()
     assert found() == [("BR1", "DNA"), ("BR2", "Hoechst")]
     done = store.rename("channel", "DNA", "Hoechst")
@@ -140,7 +139,6 @@ def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> Non
     done = store.relabel("BR1/B01", treatment="taxol", dose="5000 nM", reason="map was shifted")
     assert done.changes[0]["old"] == {"treatment": "DMSO", "control": "negative"}
     assert done.changes[0]["new"] == {"treatment": "taxol 5 uM", "control": None}
-    assert any("Split main keeps the label DMSO" in note for note in done.notes)
     with store.session() as session:
         well = session.scalars(select(Well).where(Well.name == "B01")).one()
         assert well.treatment is not None
@@ -280,16 +278,16 @@ def test_the_log_says_who_did_what_and_why(
     store.rename("channel", "DNA", "ER")
     store.backup(tmp_path / "b.tar")
     backup, rename, relabel = store.log(limit=3).entries
-    assert backup.changes == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
-    assert rename.changes == [
+    assert backup["changes"] == [f"wrote {(tmp_path / 'b.tar').resolve()}"]
+    assert rename["changes"] == [
         f"{name}: channel DNA -> ER" for name in ("plates that come later", "BR1")
     ]
-    assert relabel.changes == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
-    assert (relabel.reason, relabel.rows) == ("lab book", {"wells": 1})
-    assert (relabel.by, relabel.host) == (getpass.getuser(), socket.gethostname())
-    assert (relabel.role is None) == store.workspace.database.is_sqlite
+    assert relabel["changes"] == ["BR1/B01: treatment DMSO -> taxol, control negative -> none"]
+    assert (relabel["reason"], relabel["rows"]) == ("lab book", {"wells": 1})
+    assert (relabel["by"], relabel["host"]) == (getpass.getuser(), socket.gethostname())
+    assert (relabel["role"] is None) == store.workspace.database.is_sqlite
     of_plate = store.log(plate="BR1").entries
-    assert [entry.changes for entry in of_plate] == [rename.changes[1:], relabel.changes]
+    assert [entry["changes"] for entry in of_plate] == [rename["changes"][1:], relabel["changes"]]
     assert (store.log(plate="BR1", limit=1).more, store.log(plate="BR1").more) == (True, False)
     with store.session() as session:
         assert list(broken_events(session)) == []
@@ -303,7 +301,10 @@ def test_the_log_of_a_plate_has_the_ingest_that_brought_it(store: Store, tmp_pat
     other = store.ingest(loaddata(tmp_path / "p3.csv", ["A01"], "P3")).run_id
     for plate, wanted in (("P1", run), ("P2", run), ("P3", other)):
         (entry,) = store.log(plate=plate).entries
-        assert (entry.run_id, {"plates", "wells", "images"} <= entry.rows.keys()) == (wanted, True)
+        assert (entry["run_id"], {"plates", "wells", "images"} <= entry["rows"].keys()) == (
+            wanted,
+            True,
+        )
 
 
 # ---- Undo and delete ----
@@ -480,7 +481,7 @@ def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
     store.relabel("P1/A01", treatment="taxol", reason="it was")
     store.exclude("image", "P1/A02/1", reason="blurred")
     for plan in (store.undo(str(images), dry_run=True), store.delete_plate("P1", dry_run=True)):
-        assert plan.notes[0].startswith("Corrected or excluded by hand: P1/A01, P1/A02.")
+        assert plan.notes[0].startswith("Corrected or excluded by hand: P1/A01, P1/A02/1.")
     assert store.undo(str(images)).notes
     store.ingest(tmp_path / "a.csv")
     assert store.delete_plate("P1").notes == ()

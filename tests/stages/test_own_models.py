@@ -297,7 +297,6 @@ def test_the_mlflow_run_of_a_model_is_kept_and_linked(
     again = store.add_predictions(table, "linked", trained_on=["train"], mlflow_run="cd34")
     assert again.already_done
     assert again.trackers == added.trackers
-    assert "MLflow run cd34 is not" in again.notes[-1]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     alone = store.add_predictions(table, "unlinked", trained_on=["train"], mlflow_run="ab12")
     assert alone.trackers == {"mlflow": {"run": "ab12"}}
@@ -359,7 +358,7 @@ def test_embeddings_become_a_feature_set_of_the_cells_that_are_there(
         store.add_embeddings(vectors, "twice", cell_ids=[ids[0], *ids[:-1]])
     table = tmp_path / "by_name.csv"
     table.write_text("plate,well,site,ObjectNumber,e1\nBR1,B01,1,2,0.5\nBR1,B01,1,1,oops\n")
-    with pytest.raises(UserInputError, match=r"line 3: no number \(e1 oops\)"):
+    with pytest.raises(UserInputError, match=r"line 3: no number \(.*, e1 oops\)"):
         store.add_embeddings(table, "by_name")
     table.write_text("plate,well,site,ObjectNumber,e1\nBR1,B01,1,2,0.5\nBR1,B01,1,1,\n")
     assert store.add_embeddings(table, "by_name").cells == 2
@@ -568,7 +567,7 @@ def test_two_that_add_the_same_at_once_make_one_run_of_predictions(
         return opened(*arguments, **options)
 
     monkeypatch.setattr(own_models, "running", slower)
-    with pytest.raises(UserInputError, match="Another command adds the same"):
+    with pytest.raises(UserInputError, match="Another command began the same"):
         store.add_predictions(table, "twin")
     again = store.add_predictions(table, "twin")
     assert (again.already_done, again.run_id) == (True, first[0])

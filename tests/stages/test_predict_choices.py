@@ -95,7 +95,7 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(subset=None, where="well_column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
-    with pytest.raises(UserInputError, match="No image of the test subset"):
+    with pytest.raises(UserInputError, match="Of the 0 images that meet every condition"):
         wells(wells=("A02",), where="well_column = 3")
 
 
@@ -182,9 +182,8 @@ def expected_vectors(workspace: Workspace, run_id: int) -> dict[int, list[float]
         columns = [getattr(CellFeatures, name) for name in FEATURE_NAMES]
         cells = select(CellFeatures.cell_id, *columns).join(Cell, Cell.id == CellFeatures.cell_id)
         found = session.execute(cells.where(Cell.excluded.is_(None))).all()
-    model, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
+    net, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
     features = torch.from_numpy(meta.scaler.transform(np.array([row[1:] for row in found], float)))
-    net = model.net  # type: ignore[union-attr]
     with torch.no_grad():
         fused = net.get_submodule("tabular_branch")(features)
         vectors = net.projection(fused * net.attention(fused))

@@ -240,7 +240,10 @@ def test_what_cannot_be_averaged_is_a_sentence(screen: Screen) -> None:
     make.image(make.well(third, 1, 3))
     made = profile(workspace, replace(PLAIN, select=("missing",)), force=True)
     assert any("1 well has images, but none that is segmented" in note for note in made.notes)
-    assert any("Plate P3 has fewer than 2 negative control wells" in note for note in made.notes)
+    assert any(
+        "Fewer than 2 negative control wells with cells are on plate P3" in note
+        for note in made.notes
+    )
     assert MISSING not in made.gone
 
 

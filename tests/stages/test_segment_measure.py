@@ -197,7 +197,7 @@ def test_a_run_that_made_nothing_is_never_the_default(bench: Bench) -> None:
         (nothing.recipe_id, None),
         (empty.recipe_id, made.recipe_id),
     ]
-    by_recipe = {r.recipe_id: r.replaced_by for r in status(bench.workspace).recipes}
+    by_recipe = {r["recipe_id"]: r["replaced_by"] for r in status(bench.workspace).recipes}
     assert [(number, by_recipe[number]) for number, _ in replaced] == replaced
     assert defaults(bench) == (made.recipe_id, measured.recipe_id)
 
@@ -252,19 +252,25 @@ def test_changed_bytes_make_the_image_open_again_and_keep_the_old_cells(bench: B
     assert (bench.count(Segmentation), bench.count(Cell)) == (4, 12)
 
 
+def standing_of(bench: Bench) -> list[tuple[object, ...]]:
+    """How far each recipe has come."""
+    names = ("stage", "done", "stale", "todo")
+    return [tuple(row[name] for name in names) for row in status(bench.workspace).recipes]
+
+
 def test_what_changed_is_out_of_date_and_is_all_that_is_made_anew(bench: Bench) -> None:
     segment(bench.workspace, bench.params)
     measure(bench.workspace)
     bench.file(3, 1).write_bytes(encode_tiff(field(37)))
-    assert [recipe.stale for recipe in status(bench.workspace).recipes] == [0, 0]
+    assert [recipe["stale"] for recipe in status(bench.workspace).recipes] == [0, 0]
     looked = refresh(bench.workspace)
     assert (looked.images, looked.changed, looked.n_problems) == (3, 1, 0)
-    standing = [(r.stage, r.done, r.stale, r.todo) for r in status(bench.workspace).recipes]
+    standing = standing_of(bench)
     assert standing == [("segment", 2, 1, 1), ("measure", 2, 1, 0)]
     assert segment(bench.workspace, bench.params).done == 1
-    assert [recipe.todo for recipe in status(bench.workspace).recipes] == [0, 1]
+    assert [recipe["todo"] for recipe in status(bench.workspace).recipes] == [0, 1]
     assert measure(bench.workspace).done == 1
-    standing = [(r.stage, r.done, r.stale, r.todo) for r in status(bench.workspace).recipes]
+    standing = standing_of(bench)
     assert standing == [("segment", 3, 1, 0), ("measure", 3, 1, 0)]
     assert refresh(bench.workspace).changed == 0
 
@@ -274,10 +280,10 @@ def test_a_recipe_that_was_replaced_says_so_and_its_cells_stay(bench: Bench) -> 
     measure(bench.workspace)
     segment(bench.workspace, replace(bench.params, diameter=20.0))
     old, measured, new = status(bench.workspace).recipes
-    assert (old.replaced_by, new.replaced_by) == (new.recipe_id, None)
-    assert (measured.reads, measured.todo) == (old.recipe_id, 0)
+    assert (old["replaced_by"], new["replaced_by"]) == (new["recipe_id"], None)
+    assert (measured["reads"], measured["todo"]) == (old["recipe_id"], 0)
     assert measure(bench.workspace).done == 3  # of the new cells
-    assert status(bench.workspace).recipes[-1].reads == new.recipe_id
+    assert status(bench.workspace).recipes[-1]["reads"] == new["recipe_id"]
 
 
 def test_a_file_that_is_gone_is_told_by_refresh(bench: Bench) -> None:

@@ -21,7 +21,7 @@ from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Job, Recipe, Run, Segmentation
 from cellstore.report.drawing import OUTLINE_COLOUR
-from cellstore.report.segment_preview import CAPTION_HEIGHT, SHEET, preview, spread
+from cellstore.report.segment_preview import CAPTION_HEIGHT, preview, spread
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import segment
 
@@ -119,7 +119,6 @@ def test_a_preview_draws_what_it_finds_and_keeps_nothing(screen: Screen, tmp_pat
     outline = (shown[CAPTION_HEIGHT:] == OUTLINE_COLOUR).all(axis=-1)
     assert outline[2, 6:20].all()  # the upper edge of the square of seed 2
     assert not outline[4:12, 8:18].any()
-    assert (picture(result.sheet or "") == OUTLINE_COLOUR).all(axis=-1).sum() > outline.sum()
     after = [screen.count(table) for table in (Run, Recipe, Job, Segmentation, Artifact)]
     assert after == before
 
@@ -130,8 +129,7 @@ def test_the_same_preview_shows_the_same_images(screen: Screen, tmp_path: Path) 
     again = preview(screen.workspace, screen.params, count=4, folder=tmp_path / "a")
     assert [item.name for item in first.images] == [item.name for item in again.images]
     assert {path.name for path in (tmp_path / "a").iterdir()} == files
-    assert len(files) == 5
-    assert SHEET in files
+    assert len(files) == 4
 
 
 def test_a_preview_of_more_images_than_there_are(screen: Screen, tmp_path: Path) -> None:
@@ -154,7 +152,7 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
 def test_a_preview_of_nothing(workspace: Workspace, tmp_path: Path, network: Any) -> None:
     params = SegmentParams.of("published", model=str(tmp_path / "threshold.pt"))
     result = preview(workspace, params, folder=tmp_path / "a")
-    assert (result.images, result.sheet, result.available) == ((), None, 0)
+    assert (result.images, result.available) == ((), 0)
     assert not (tmp_path / "a").exists()
 
 

@@ -32,6 +32,8 @@ from cellstore.stages.verify import verify
 
 pytestmark = pytest.mark.one_database
 
+SET = ("name", "storage", "columns", "cells")
+
 
 @pytest.fixture(autouse=True)
 def _without_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,7 @@ def test_a_recipe_counts_its_images_by_how_they_stand(workspace: Workspace):
                 )
             )
     (recipe,) = status(workspace).recipes
-    assert (recipe.done, recipe.stale, recipe.failed, recipe.open) == (1, 1, 1, 2)
+    assert tuple(recipe[name] for name in ("done", "stale", "failed", "open")) == (1, 1, 1, 2)
     assert status(workspace).segmented == 1
 
 
@@ -96,8 +98,8 @@ def test_flagged_images_are_those_of_the_newest_finished_run(workspace: Workspac
     make.job(new, images[0])
     found = status(workspace)
     assert (found.qc_run_id, found.flagged_images) == (new.id, 2)
-    [recipe] = [item for item in found.recipes if item.stage == "qc"]
-    assert (recipe.done, recipe.todo) == (1, 2)
+    [recipe] = [item for item in found.recipes if item["stage"] == "qc"]
+    assert (recipe["done"], recipe["todo"]) == (1, 2)
 
 
 def test_files_that_no_one_wrote_are_told(workspace: Workspace):
@@ -133,14 +135,9 @@ def test_what_other_tools_found_is_counted(workspace: Workspace):
     found = status(workspace)
     assert (found.segmented, found.measured, found.cells) == (1, 1, 4)
     (recipe,) = found.recipes
-    assert (recipe.stage, recipe.done, recipe.stale) == ("segment", 1, 0)
+    assert (recipe["stage"], recipe["done"], recipe["stale"]) == ("segment", 1, 0)
     (features,) = found.feature_sets
-    assert (features.name, features.storage, features.columns, features.cells) == (
-        "cp",
-        "files",
-        1,
-        4,
-    )
+    assert [features[name] for name in SET] == ["cp", "files", 1, 4]
 
 
 def test_the_built_in_sets_are_counted_by_recipe(workspace: Workspace):
@@ -150,7 +147,7 @@ def test_the_built_in_sets_are_counted_by_recipe(workspace: Workspace):
         measured = session.scalar(select(func.count()).select_from(CellFeatures))
     screen.factory.feature_set(recipe, "basic_1")
     (features,) = status(workspace).feature_sets
-    assert (features.storage, features.columns, features.cells) == ("table", 14, measured)
+    assert [features[name] for name in SET[1:]] == ["table", 14, measured]
 
 
 def test_whole_features_of_cells_without_masks_are_fine(workspace: Workspace):

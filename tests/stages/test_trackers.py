@@ -24,7 +24,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_training(
 ) -> None:
     workspace = opened(built)
     monkeypatch.setattr(trackers, "find_spec", lambda _: None)
-    for kind in ("mlflow", "tensorboard", "wandb"):
+    for kind in ("mlflow", "wandb"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
     with pytest.raises(UnknownNameError, match="Unknown name for --log 'csv'"):

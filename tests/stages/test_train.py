@@ -121,7 +121,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
             ]
             table = [[getattr(row, name) for name in meta.scaler.names] for row in values]
             whole = CellCrops(sizes, layers, meta.scaler.transform(table), ids, ids)
-            chances = predict_batch(model.net, crop_cells(whole, meta.crop_size))
+            chances = predict_batch(model, crop_cells(whole, meta.crop_size))
             expected |= {cell.id: row for cell, row in zip(cells, chances, strict=True)}
     rows = said(workspace, result.run_id)
     assert len(rows) == 2 * 8

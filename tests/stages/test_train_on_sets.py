@@ -97,7 +97,7 @@ def test_features_without_masks_train_a_tabular_network(built: Path, opened: Ope
     table = np.array(values, dtype=np.float64)[there]
     ids = torch.tensor([cell.id for cell in mine])
     chances = predict_batch(
-        model.net, CellBlock({}, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
+        model, CellBlock({}, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
     )
     by_cell = {cell.id: row for cell, row in zip(mine, chances, strict=True)}
     for cell_id, _rank, label, probability in rows:

@@ -12,23 +12,21 @@ from typing import Any
 
 import killed_training
 import pytest
-from factories import sha
 from killed_training import PARAMS
-from small_training import Opener, StopsAfter, Trained, build, checkpoint, run_of
+from small_training import Opener, StopsAfter, build, checkpoint, run_of
 from sqlalchemy import select, update
 
 from cellstore.config import SplitParams
 from cellstore.enums import ArtifactKind, Stage, Status
-from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
+from cellstore.errors import RunCancelledError, StoreError, UserInputError
 from cellstore.jobs.runs import files_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import normalising
-from cellstore.models import Cell, Recipe, Run, RunArtifact, RunMetric
+from cellstore.models import Cell, Run, RunMetric
 from cellstore.stages import train as train_module
 from cellstore.stages import verify as verifying
 from cellstore.stages.manage_jobs import cancel
 from cellstore.stages.split import create_split
-from cellstore.stages.status import status
 from cellstore.stages.train import TrainResult, train
 from cellstore.stages.verify import Problem, verify
 
@@ -57,7 +55,7 @@ def broken_off(workspace: Workspace, epochs: int = 2) -> int:
         train(replace(workspace, progress=listener), PARAMS, device="cpu")
     run = trainings(workspace)[-1]
     assert run.status is Status.CANCELLED
-    assert listener.told[-1] == f"Resume it with: cellstore train --resume {run.id}"
+    assert listener.told[-1] == "The same command goes on after the last whole epoch."
     return run.id
 
 
@@ -88,12 +86,12 @@ def test_a_killed_training_ends_as_one_that_was_not(
             train_module, "keep_files", fail
         )  # after the file of epoch 3, before its rows
         with pytest.raises(OSError, match="power"):
-            train(workspace, resume=str(killed.id), device="cpu")
+            train(workspace, PARAMS, device="cpu")
     assert run_of(workspace, killed.id).status is Status.FAILED
     assert len(verify(workspace, minutes=0).orphans) == 1
     assert verify(workspace, minutes=0, fix=True).removed == 1
 
-    result = train(workspace, resume="latest", device="cpu")
+    result = train(workspace, PARAMS, device="cpu")
     assert (result.run_id, result.resumed_after, result.epochs) == (killed.id, 2, 5)
     assert result.checkpoint_sha256 == expected.checkpoint_sha256
     assert numbers(workspace, killed.id) == numbers(undisturbed, expected.run_id)
@@ -108,17 +106,11 @@ def test_the_same_command_goes_on_and_force_begins_anew(workspace: Workspace, tm
     build(workspace, tmp_path)
     create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
     run_id = broken_off(workspace)
-    assert [(x.run_id, x.status, x.epochs) for x in status(workspace).broken_off] == [
-        (run_id, "cancelled", 2)
-    ]
     anew = train(workspace, PARAMS, device="cpu", force=True)
-    assert status(workspace).broken_off == ()
     assert anew.run_id > run_id
     assert anew.resumed_after == 0
     done = train(workspace, PARAMS, device="cpu")
     assert (done.run_id, done.already_done) == (anew.run_id, True)
-    resumed = train(workspace, resume=str(run_id), device="cpu")
-    assert resumed.checkpoint_sha256 == anew.checkpoint_sha256
 
     other = replace(PARAMS, seed=5)
     listener = StopsAfter(1)
@@ -129,42 +121,20 @@ def test_the_same_command_goes_on_and_force_begins_anew(workspace: Workspace, tm
     assert (goes_on.run_id, goes_on.resumed_after, goes_on.already_done) == (begun, 1, False)
 
 
-def test_what_cannot_be_gone_on_with_is_told(trained: Trained, opened: Opener) -> None:
-    workspace = opened(trained.root)
-    done = trained.result.run_id
-
-    def refused(reference: str, message: str, error: type[Exception] = UserInputError) -> None:
-        with pytest.raises(error, match=message):
-            train(workspace, resume=reference, device="cpu")
-
-    refused(str(done), f"Run {done} is finished.*cellstore predict --run {done}")
-    refused("latest", "Every training is finished")
-    refused("1", "Unknown train run '1'", UnknownNameError)
+def test_what_another_machine_trains_is_left_alone(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
     run_id = broken_off(workspace)
-
-    def change(**values: Any) -> None:
-        with workspace.database.begin() as session:
-            session.execute(update(Run).where(Run.id == run_id).values(**values))
-
-    change(status=Status.RUNNING, process=ELSEWHERE)
-    refused(str(run_id), f"other-host:77. Wait.*cellstore cancel {run_id}")
-    with pytest.raises(UserInputError, match=r"other-host:77.*--force"):
+    with workspace.database.begin() as session:
+        values = {"status": Status.RUNNING, "process": ELSEWHERE}
+        session.execute(update(Run).where(Run.id == run_id).values(**values))
+    sentence = f"Run {run_id} is training.*other-host:77.*cellstore cancel {run_id}.*--force"
+    with pytest.raises(UserInputError, match=sentence):
         train(workspace, PARAMS, device="cpu")
     assert cancel(workspace, str(run_id)) == (run_id,)
-
-    with workspace.database.begin() as session:
+    with workspace.database.begin() as session:  # of other cells it is another training
         cell = session.scalars(select(Cell).where(Cell.excluded.is_(None)).limit(1)).one()
         cell.excluded = "looked odd"
-    refused(str(run_id), "measured cells of split 'by-well' have changed since: train again")
-    with workspace.database.begin() as session:
-        recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
-        recipe.parameters = {**recipe.parameters, "feature_files": "others"}
-        recipe.fingerprint = sha("others")
-    refused(str(run_id), "Feature set .* has changed since: train again")
-    with workspace.database.begin() as session:
-        recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
-        recipe.parameters = {**recipe.parameters, "baseline": "majority"}
-    refused(str(run_id), "is a baseline")
+    assert train(workspace, PARAMS, device="cpu").resumed_after == 0
 
 
 def test_a_run_that_another_process_took_further_is_not_spoilt(
@@ -186,18 +156,18 @@ def test_a_run_that_another_process_took_further_is_not_spoilt(
 
     def one_more_epoch() -> None:
         with pytest.raises(KeyboardInterrupt):
-            train(replace(workspace, progress=StopsAfter(1)), resume=str(run_id), device="cpu")
+            train(replace(workspace, progress=StopsAfter(1)), PARAMS, device="cpu")
 
     with monkeypatch.context() as patched:
         patched.setattr(train_module, "make_training", meanwhile(one_more_epoch))
-        with pytest.raises(StoreError, match=f"in the meantime.*--resume {run_id}"):
-            train(workspace, resume=str(run_id), device="cpu")
+        with pytest.raises(StoreError, match="in the meantime"):
+            train(workspace, PARAMS, device="cpu")
     done: list[TrainResult] = []
-    finish = meanwhile(lambda: done.append(train(workspace, resume=str(run_id), device="cpu")))
+    finish = meanwhile(lambda: done.append(train(workspace, PARAMS, device="cpu")))
     with monkeypatch.context() as patched:
         patched.setattr(train_module, "make_training", finish)
         with pytest.raises(UserInputError, match="finished by another process"):
-            train(workspace, resume=str(run_id), device="cpu")
+            train(workspace, PARAMS, device="cpu")
     assert run_of(workspace, run_id).status is Status.DONE
     checkpoint(workspace, run_id)
     assert (done[0].resumed_after, done[0].epochs) == (3, PARAMS.epochs)
@@ -207,9 +177,9 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = opened(built)
-    run_id = broken_off(workspace)
+    broken_off(workspace)
     monkeypatch.setattr(normalising, "fit_inputs", lambda *_: pytest.fail("fitted again"))
-    assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
+    assert train(workspace, PARAMS, device="cpu").epochs == PARAMS.epochs
 
 
 class _Does(StopsAfter):
@@ -241,7 +211,7 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
             session.execute(update(Run).where(Run.id == run.id).values(process=ELSEWHERE))
 
     with pytest.raises(StoreError, match="was continued by other-host:77"):
-        train(replace(workspace, progress=_Does(take_over)), resume=str(run.id), device="cpu")
+        train(replace(workspace, progress=_Does(take_over)), PARAMS, device="cpu")
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
 
 
@@ -253,7 +223,7 @@ def test_sigterm_is_as_good_as_ctrl_c(built: Path, opened: Opener) -> None:
         train(replace(workspace, progress=listener), PARAMS, device="cpu")
     run = trainings(workspace)[-1]
     assert run.status is Status.CANCELLED
-    assert listener.told[-1].endswith(f"--resume {run.id}")
+    assert listener.told[-1].startswith("The same command goes on")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -270,38 +240,3 @@ def test_a_file_that_was_forgotten_while_it_was_checked_is_no_problem(
         verifying, "check_files", lambda _: (1, 0, [Problem("training_state/old", "is gone")])
     )
     assert verify(workspace).problems == ()
-
-
-def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
-    workspace = opened(built)
-    run_id = broken_off(workspace, 1)
-    other: TrainResult = train(workspace, replace(PARAMS, seed=2, epochs=1), device="cpu")
-    with workspace.database.begin() as session:
-        session.execute(
-            update(RunArtifact).where(RunArtifact.run_id == run_id).values(run_id=other.run_id)
-        )
-        session.execute(update(Run).where(Run.id == other.run_id).values(status=Status.FAILED))
-    with pytest.raises(OSError, match="that of another run"):
-        train(workspace, resume=str(other.run_id), device="cpu")
-
-
-def test_weights_of_a_file_are_needed_in_the_first_epoch_only(
-    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-    from torchvision import models
-
-    workspace = opened(built)
-    weights = tmp_path / "weights.pth"
-    name = "shufflenet_v2_x0_5"
-    torch.save(models.get_model(name, weights=None).state_dict(), weights)
-    given = replace(PARAMS, weights=str(weights), backbone=name, branches=("mask",), epochs=2)
-    with pytest.raises(KeyboardInterrupt):
-        train(replace(workspace, progress=StopsAfter(1)), given, device="cpu")
-    run_id = trainings(workspace)[-1].id
-    with monkeypatch.context() as patched:
-        patched.setattr(train_module, "read_state", lambda *_: None)
-        with pytest.raises(UserInputError, match="in its first epoch"):
-            train(workspace, resume=str(run_id), device="cpu")
-    weights.unlink()
-    assert train(workspace, resume=str(run_id), device="cpu").epochs == 2

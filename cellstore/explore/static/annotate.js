@@ -4,6 +4,8 @@
 // ([data-cell], [data-image], a well of a plate map), else what the page is about ([data-annotate-level]). After each action
 // "cellstore:annotated" is fired on the document, with level, ids and what to show of it.
 
+import { element } from "./page.js";
+
 const bar = document.getElementById("annotate");
 const part = (name) => bar.querySelector(`[data-${name}]`);
 const token = document.querySelector("meta[name=csrf]").content;
@@ -45,16 +47,9 @@ async function begin() {
 }
 
 function show() {
-  part("keys").replaceChildren(...state.labels.map((label, index) => {
-    const button = document.createElement("button");
-    const key = document.createElement("kbd");
-    key.textContent = index + 1;
-    button.type = "button";
-    button.dataset.label = label;
-    button.setAttribute("aria-keyshortcuts", index + 1);
-    button.append(key, ` ${label}`);
-    return button;
-  }));
+  part("keys").replaceChildren(...state.labels.map((label, index) => element(
+    "button", { type: "button", "data-label": label, "aria-keyshortcuts": index + 1 },
+    element("kbd", {}, index + 1), ` ${label}`)));
   part("user").textContent = `Author: ${state.user || bar.dataset.login}`;
 }
 

@@ -1,6 +1,8 @@
 // The viewer of a field. Each channel is sent once, as the numbers of its file, and the masks as the
 // numbers of objects; contrast, colours and outlines are computed from them by the GPU (WebGL2).
 
+import { drawn, element, fill, shaders } from "./page.js";
+
 const viewer = JSON.parse(document.getElementById("viewer").textContent);
 const view = document.getElementById("view");
 const canvas = view.querySelector("canvas");
@@ -18,17 +20,15 @@ const channels = viewer.channels.map((of, at) => ({
   ...of, at, gamma: 1, usual: { on: of.on, colour: of.colour },
 }));
 const masks = {};
-const state = { x: 0, y: 0, zoom: 0, thickness: 1, outlines: { now: true, before: true },
-  colours: {}, cell: null };
+const state = { x: 0, y: 0, zoom: 0, outlines: { now: true, before: true }, cell: null };
 let program = null;
 let drawing = false;
 
 // Numbers and colours
 
-const AMBER_AND_BLUE = { now: "ffc400", before: "56b4e9" };
 const hex = (colour) => "#" + colour.map((part) => Math.round(255 * part).toString(16).padStart(2, "0")).join("");
 const fromHex = (text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16) / 255);
-for (const [name, colour] of Object.entries(AMBER_AND_BLUE)) state.colours[name] = fromHex(`#${colour}`);
+const OUTLINES = { now: fromHex("#ffc400"), before: fromHex("#56b4e9") };
 const finite = (value) => Number.isFinite(value);
 const short = (value) => (Math.abs(value) >= 100 || Number.isInteger(value) ? String(Math.round(value)) : value.toPrecision(3));
 
@@ -90,7 +90,7 @@ function ownContrast(channel) {
 
 // Drawing
 
-function shaders(n) {
+function sources(n) {
   const all = [...Array(n).keys()];
   return [`#version 300 es
 in vec2 corner;
@@ -155,26 +155,16 @@ void main() {
 }
 
 function compile(n) {
-  const made = gl.createProgram();
-  shaders(n).forEach((source, at) => {
-    const shader = gl.createShader(at ? gl.FRAGMENT_SHADER : gl.VERTEX_SHADER);
-    gl.shaderSource(shader, source);
-    gl.compileShader(shader);
-    if (!gl.getShaderParameter(shader, gl.COMPILE_STATUS)) throw new Error(gl.getShaderInfoLog(shader));
-    gl.attachShader(made, shader);
-  });
-  gl.linkProgram(made);
-  if (!gl.getProgramParameter(made, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(made));
-  gl.useProgram(made);
+  const made = shaders(gl, ...sources(n));
   gl.bindBuffer(gl.ARRAY_BUFFER, gl.createBuffer());
   gl.bufferData(gl.ARRAY_BUFFER, new Float32Array([-1, -1, 3, -1, -1, 3]), gl.STATIC_DRAW);
-  const corner = gl.getAttribLocation(made, "corner");
+  const corner = gl.getAttribLocation(made.program, "corner");
   gl.enableVertexAttribArray(corner);
   gl.vertexAttribPointer(corner, 2, gl.FLOAT, false, 0, 0);
-  return { made, at: {}, n };
+  return { ...made, n };
 }
 
-const uniform = (name) => (program.at[name] ??= gl.getUniformLocation(program.made, name));
+const uniform = (name) => program.uniform(name);
 
 function texture(of) {
   // A float travels as the bits that it is made of, so that one kind of texture holds all.
@@ -207,7 +197,7 @@ function draw() {
   gl.uniform2f(uniform("window"), canvas.width, canvas.height);
   gl.uniform2f(uniform("origin"), state.x - (canvas.width * scale) / 2, state.y - (canvas.height * scale) / 2);
   gl.uniform1f(uniform("scale"), scale);
-  gl.uniform1f(uniform("thick"), state.thickness * pixels * scale);
+  gl.uniform1f(uniform("thick"), pixels * scale);
   gl.uniform1i(uniform("samples"), Math.max(1, Math.min(4, Math.ceil(scale - 0.01))));
   on.forEach((channel, unit) => {
     bind(unit, `c${unit}`, channel.texture);
@@ -218,8 +208,8 @@ function draw() {
   bind(on.length, "now", (masks.now || masks.empty).texture);
   bind(on.length + 1, "before", (masks.before || masks.empty).texture);
   gl.uniform2i(uniform("outlined"), masks.now && state.outlines.now ? 1 : 0, masks.before && state.outlines.before ? 1 : 0);
-  gl.uniform3f(uniform("nowColour"), ...state.colours.now);
-  gl.uniform3f(uniform("beforeColour"), ...state.colours.before);
+  gl.uniform3f(uniform("nowColour"), ...OUTLINES.now);
+  gl.uniform3f(uniform("beforeColour"), ...OUTLINES.before);
   const in_ = state.cell && ["now", "before"].find((name) => masks[name]?.id === state.cell.segmentation);
   gl.uniform1ui(uniform("selected"), in_ ? state.cell.number : 0);
   gl.uniform1i(uniform("mixed"), on.length > 1 ? 1 : 0);
@@ -369,20 +359,9 @@ function pick(x, y) {
 let asked = 0;
 
 async function show(query) {
-  const mine = ++asked;
-  let words = "The explorer does not answer. Is it still running?", ok = false;
-  try {
-    const run = given.get("run");
-    const answer = await fetch(`/field/${viewer.image}/cell?${query}${run ? `&run=${encodeURIComponent(run)}` : ""}`);
-    words = await answer.text();
-    ok = answer.ok;
-  } catch { /* said below */ }
-  if (mine !== asked) return;
-  if (!ok) {
-    panel.textContent = words;
-    return;
-  }
-  panel.innerHTML = words; // a part of our own server
+  const mine = ++asked, run = given.get("run");
+  const address = `/field/${viewer.image}/cell?${query}${run ? `&run=${encodeURIComponent(run)}` : ""}`;
+  if (!(await fill(panel, address, () => mine === asked))) return;
   const of = panel.firstElementChild.dataset;
   state.cell = { id: +of.cell, number: +of.number, segmentation: +of.segmentation };
   reveal();
@@ -402,21 +381,15 @@ document.addEventListener("cellstore:annotated", () => {
 function toggleOutlines() {
   const on = !(state.outlines.now || state.outlines.before);
   state.outlines = { now: on, before: on };
-  for (const row of document.querySelectorAll(".outline")) row.querySelector("[type=checkbox]").checked = on;
+  showOutlines();
   redraw();
 }
 
-// Settings
+function showOutlines() {
+  for (const row of document.querySelectorAll(".outline")) row.querySelector("input").checked = state.outlines[row.dataset.mask];
+}
 
-const element = (tag, given = {}, ...inside) => {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(given)) {
-    if (name in made) made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...inside);
-  return made;
-};
+// Settings
 
 const STEPS = 1000;
 const toStep = (channel, value) => {
@@ -490,12 +463,8 @@ function reset() {
 }
 
 for (const row of document.querySelectorAll(".outline")) {
-  const name = row.dataset.mask, [on, colour] = row.querySelectorAll("input");
-  on.addEventListener("input", () => { state.outlines[name] = on.checked; redraw(); });
-  colour.addEventListener("input", () => { state.colours[name] = fromHex(colour.value); redraw(); });
+  row.addEventListener("input", ({ target }) => { state.outlines[row.dataset.mask] = target.checked; redraw(); });
 }
-const thickness = document.querySelector("#thickness input");
-thickness?.addEventListener("input", () => { state.thickness = +thickness.value; redraw(); });
 
 document.addEventListener("click", (event) => {
   const what = event.target.closest(".viewer [data-do]")?.dataset.do;
@@ -525,11 +494,6 @@ function settings() {
   }
   const there = Object.keys(viewer.masks), on = there.filter((name) => state.outlines[name]);
   if (on.length < there.length) found.set("outlines", on[0] || "none");
-  if (state.thickness !== 1) found.set("thickness", state.thickness);
-  for (const [name, usual] of Object.entries(AMBER_AND_BLUE)) {
-    const colour = hex(state.colours[name]).slice(1);
-    if (colour !== usual) found.set(`${name}-colour`, colour);
-  }
   return found;
 }
 
@@ -561,15 +525,7 @@ function recall() {
   }
   const outlines = given.get("outlines");
   if (outlines) state.outlines = { now: outlines === "now", before: outlines === "before" };
-  const thick = Number(given.get("thickness"));
-  if (thick >= 0.5 && thick <= 4) state.thickness = thick;
-  if (thickness) thickness.value = state.thickness;
-  for (const row of document.querySelectorAll(".outline")) {
-    const name = row.dataset.mask, [on, colour] = row.querySelectorAll("input");
-    if (/^[0-9a-f]{6}$/i.test(given.get(`${name}-colour`) || "")) state.colours[name] = fromHex(`#${given.get(`${name}-colour`)}`);
-    on.checked = state.outlines[name];
-    colour.value = hex(state.colours[name]);
-  }
+  showOutlines();
   const [x, y, zoom] = ["x", "y", "z"].map((name) => (given.get(name) ? Number(given.get(name)) : NaN));
   if ([x, y, zoom].every(finite) && zoom > 0) {
     Object.assign(state, { x, y, zoom: Math.min(GREATEST_ZOOM, Math.max(smallest(), zoom)), fitted: false });
@@ -599,7 +555,7 @@ function caption() {
     { text: viewer.caption, colour: "#fff" },
     ...shown.map((channel) => ({ text: `${channel.name} ${short(channel.low)} to ${short(channel.high)}`
       + (channel.gamma === 1 ? "" : `, gamma ${channel.gamma.toFixed(2)}`), colour: hex(channel.colour) })),
-    ...outlined.map((name) => ({ text: `outlines of segmentation ${masks[name].id}`, colour: hex(state.colours[name]) })),
+    ...outlined.map((name) => ({ text: `outlines of segmentation ${masks[name].id}`, colour: hex(OUTLINES[name]) })),
   ];
 }
 
@@ -632,22 +588,14 @@ function savePng() {
 function saveSvg() {
   draw();
   const pixels = ratio(), lines = caption(), [width, height] = [canvas.width / pixels, canvas.height / pixels];
-  const name = "http://www.w3.org/2000/svg";
-  const add = (to, tag, attributes, text) => {
-    const made = document.createElementNS(name, tag);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    if (text !== undefined) made.textContent = text;
-    to?.append(made);
-    return made;
-  };
   const whole = height + EDGE + LINE * lines.length, found = scaleBar(width / 5);
-  const svg = add(null, "svg", { width, height: whole, viewBox: `0 0 ${width} ${whole}`, "font-family": "sans-serif", "font-size": 14 });
-  add(svg, "title", {}, viewer.caption);
-  add(svg, "rect", { width, height: whole, fill: "#000" });
-  add(svg, "image", { width, height, href: canvas.toDataURL("image/png") });
-  add(svg, "rect", { x: EDGE, y: height - EDGE - 4, width: found.width, height: 4, fill: "#fff" });
-  add(svg, "text", { x: EDGE, y: height - EDGE - 10, fill: "#fff" }, found.text);
-  lines.forEach((line, at) => add(svg, "text", { x: EDGE, y: height + LINE * (1 + at), fill: line.colour }, line.text));
+  const svg = drawn("svg", { width, height: whole, viewBox: `0 0 ${width} ${whole}`, "font-family": "sans-serif", "font-size": 14 },
+    drawn("title", {}, viewer.caption),
+    drawn("rect", { width, height: whole, fill: "#000" }),
+    drawn("image", { width, height, href: canvas.toDataURL("image/png") }),
+    drawn("rect", { x: EDGE, y: height - EDGE - 4, width: found.width, height: 4, fill: "#fff" }),
+    drawn("text", { x: EDGE, y: height - EDGE - 10, fill: "#fff" }, found.text),
+    ...lines.map((line, at) => drawn("text", { x: EDGE, y: height + LINE * (1 + at), fill: line.colour }, line.text)));
   download(new Blob([new XMLSerializer().serializeToString(svg)], { type: "image/svg+xml" }), "svg");
 }
 

@@ -1,5 +1,6 @@
 // The gallery: sheets of crops that follow each other while one scrolls, keys, and the selection.
 
+import { element } from "./page.js";
 import { selection } from "./selection.js";
 
 const about = document.getElementById("about");
@@ -152,19 +153,12 @@ document.addEventListener("cellstore:selection", () => {
   if (n) {
     selected.append(`${n.toLocaleString("en")} selected `);
     if (n <= 1000) {
-      const link = document.createElement("a");
       const ids = selection.ids();
       const some = (_, at) => `cells=${ids.slice(at * 100, (at + 1) * 100).join(",")}`;
       const listed = Array.from({ length: Math.ceil(n / 100) }, some).join("&");
-      link.href = `/cells?${listed}&excluded=all&sort=id`;
-      link.textContent = "Show these";
-      selected.append(link, " ");
+      selected.append(element("a", { href: `/cells?${listed}&excluded=all&sort=id` }, "Show these"), " ");
     }
-    const clear = document.createElement("button");
-    clear.type = "button";
-    clear.textContent = "Clear";
-    clear.addEventListener("click", () => selection.clear());
-    selected.append(clear);
+    selected.append(element("button", { type: "button", onclick: () => selection.clear() }, "Clear"));
   }
   selected.style.bottom = `${document.getElementById("annotate")?.offsetHeight ?? 0}px`;
 });
@@ -177,10 +171,7 @@ document.addEventListener("cellstore:annotated", ({ detail }) => {
     const place = crop.parentElement;
     place.querySelector(".people")?.remove();
     if (!detail.text) continue;
-    const words = document.createElement("span");
-    words.className = "people";
-    words.textContent = detail.text;
-    place.append(words);
+    place.append(element("span", { className: "people" }, detail.text));
   }
 });
 

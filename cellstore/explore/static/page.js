@@ -2,20 +2,55 @@
 
 document.documentElement.classList.add("js");
 
-async function fill(place) {
-  try {
-    const answer = await fetch(place.dataset.part);
-    const words = await answer.text();
-    if (answer.ok) place.innerHTML = words; // a part of our own server
-    else place.textContent = words.trim() || "This part cannot be shown.";
-  } catch {
-    place.textContent = "The explorer does not answer. Is it still running?";
+export function element(tag, given = {}, ...inside) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(given)) {
+    if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
   }
-  place.removeAttribute("aria-busy");
-  place.dispatchEvent(new CustomEvent("cellstore:part", { bubbles: true }));
+  made.append(...inside);
+  return made;
 }
 
-for (const place of document.querySelectorAll("[data-part]")) fill(place);
+export function drawn(tag, attributes, ...inside) {
+  // An element of SVG.
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...inside);
+  return made;
+}
+
+export function shaders(gl, vertex, fragment) {
+  const program = gl.createProgram();
+  for (const [kind, source] of [[gl.VERTEX_SHADER, vertex], [gl.FRAGMENT_SHADER, fragment]]) {
+    const shader = gl.createShader(kind);
+    gl.shaderSource(shader, source);
+    gl.compileShader(shader);
+    gl.attachShader(program, shader);
+  }
+  gl.linkProgram(program);
+  if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program));
+  gl.useProgram(program);
+  const places = {};
+  return { program, uniform: (name) => (places[name] ??= gl.getUniformLocation(program, name)) };
+}
+
+export async function fill(place, address, is_wanted = () => true) {
+  // Put a part of a page of our own server into a place, or the sentence that says why not.
+  let words = "The explorer does not answer. Is it still running?", ok = false;
+  try {
+    const answer = await fetch(address);
+    words = (await answer.text()).trim();
+    ok = answer.ok;
+  } catch { /* said below */ }
+  if (!is_wanted()) return false;
+  if (ok) place.innerHTML = words;
+  else place.textContent = words;
+  place.removeAttribute("aria-busy");
+  return ok;
+}
+
+for (const place of document.querySelectorAll("[data-part]")) fill(place, place.dataset.part);
 
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button[data-copy]");

@@ -1,9 +1,9 @@
 // Plate maps: what a well is, its replicates, and the keyboard.
 
-const tip = document.createElement("div");
-tip.className = "tip";
-tip.hidden = true;
-tip.setAttribute("aria-hidden", "true"); // the label of the link says the same
+import { element } from "./page.js";
+
+// The label of the link says the same.
+const tip = element("div", { className: "tip", hidden: true, "aria-hidden": "true" });
 document.body.append(tip);
 
 function show(well) {
@@ -43,29 +43,31 @@ function next(well, [down, right]) {
   }
 }
 
-for (const map of document.querySelectorAll(".wells")) {
-  const wells = [...map.querySelectorAll("a")];
-  wells.forEach((well, at) => { well.tabIndex = at ? -1 : 0; });
-  map.addEventListener("keydown", (event) => {
-    const well = event.target.closest("a");
-    if (!well || !(event.key in STEPS) || event.ctrlKey || event.altKey || event.metaKey) return;
-    event.preventDefault();
-    const found = next(well, STEPS[event.key]);
-    if (!found) return;
-    well.tabIndex = -1;
-    found.tabIndex = 0;
-    found.focus();
-  });
-  const over = (event) => {
-    hide();
-    const well = event.target.closest("a");
-    if (well) show(well);
-  };
-  map.addEventListener("pointerover", over);
-  map.addEventListener("focusin", over);
-  map.addEventListener("pointerleave", hide);
-  map.addEventListener("focusout", hide);
+export function prepare(root) {
+  for (const map of root.querySelectorAll(".wells")) {
+    [...map.querySelectorAll("a")].forEach((well, at) => { well.tabIndex = at ? -1 : 0; });
+    map.addEventListener("keydown", (event) => {
+      const well = event.target.closest("a");
+      if (!well || !(event.key in STEPS) || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      const found = next(well, STEPS[event.key]);
+      if (!found) return;
+      well.tabIndex = -1;
+      found.tabIndex = 0;
+      found.focus();
+    });
+    const over = (event) => {
+      hide();
+      const well = event.target.closest("a");
+      if (well) show(well);
+    };
+    map.addEventListener("pointerover", over);
+    map.addEventListener("focusin", over);
+    map.addEventListener("pointerleave", hide);
+    map.addEventListener("focusout", hide);
+  }
 }
+prepare(document);
 
 // A group of the legend is outlined on the maps.
 for (const entry of document.querySelectorAll(".maplegend [data-value]")) {

@@ -1,5 +1,7 @@
 // A scatter plot: points drawn by WebGL2, or their density; zoom, names, lasso and what is in it.
 
+import { drawn, element, fill, shaders } from "./page.js";
+import { prepare } from "./plate.js";
 import { selection } from "./selection.js";
 
 const data = JSON.parse(document.getElementById("scatter-data")?.textContent || "null");
@@ -47,7 +49,6 @@ function start() {
   let view = null;      // [x from, x to, y from, y to] in the units of the axes
   let whole_view = null;
   let tool = "lasso", running = null, picked = null, drawing = false, refetch = 0;
-  let job = "";
   let wanted_view = numbers_of(address.get("view"));
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -93,7 +94,6 @@ function start() {
     cancel.hidden = false;
     const began = performance.now();
     let progress = `Reading ${data.unit}`;
-    job = "";
     const clock = setInterval(() => { state.textContent = `${progress} … ${((performance.now() - began) / 1000).toFixed(1)} s`; }, 200);
     try {
       for (;;) {
@@ -102,13 +102,12 @@ function start() {
         if (window_asked) asked.set("window", window_asked.join(","));
         const answer = await fetch(`/scatter/points?${asked}`, { signal: mine.signal });
         if (answer.status === 202) {
-          ({ progress, job } = await answer.json());
+          ({ progress } = await answer.json());
           await new Promise((done) => setTimeout(done, WAIT_MS));
           if (mine.signal.aborted) throw new DOMException("", "AbortError");
           continue;
         }
         if (!answer.ok) { finish(mine, clock, (await answer.text()).trim()); return; }
-        job = "";
         const bytes = await answer.arrayBuffer();
         if (running !== mine) return;
         take(bytes);
@@ -129,11 +128,7 @@ function start() {
     plot.dataset.ready = words || "yes";
   }
 
-  // A map of points that is being made has to be told; it also stops when nobody asks for a while.
-  function stop() { if (job) fetch(`/scatter/stop?job=${job}`, { keepalive: true }); job = ""; }
-
-  cancel.addEventListener("click", () => { running?.abort(); stop(); });
-  addEventListener("pagehide", stop);
+  cancel.addEventListener("click", () => running?.abort());
 
   function take(bytes) {
     const length = new DataView(bytes).getUint32(0, true);
@@ -220,36 +215,23 @@ function start() {
     part("count").textContent = `${head.n.toLocaleString("en")} ${head.unit}${head.kind === "density" ? "" : head.whole ? "" : " in this part"}`;
     if (head.kind === "density") {
       list.append(ramp("1", `${head.most || Math.max(...shown.counts).toLocaleString("en")} ${head.unit}`));
-      const words = document.createElement("p");
-      words.className = "soft";
-      words.textContent = "These are too many to draw each. Zoom in until there are at most 1,000,000: then they are points with colours, and can be selected.";
-      list.append(words);
+      list.append(element("p", { className: "soft" }, "These are too many to draw each. Zoom in until there are at most 1,000,000: then they are points with colours, and can be selected."));
     } else if (head.colour.groups) {
       for (const group of head.colour.groups) list.append(entry(group));
     } else {
       list.append(ramp(brief(head.colour.low), brief(head.colour.high)));
       const missing = head.n - head.colour.known;
-      if (missing) { const words = document.createElement("p"); words.className = "soft"; words.textContent = `${missing.toLocaleString("en")} have no value (grey).`; list.append(words); }
+      if (missing) list.append(element("p", { className: "soft" }, `${missing.toLocaleString("en")} have no value (grey).`));
     }
   }
 
   function entry(group) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "legend-entry";
-    button.setAttribute("aria-pressed", String(!hidden.has(group.name)));
-    button.title = "Show or hide";
-    const key = document.createElement("i");
-    key.style.background = colour_of(group);
-    const name = document.createElement("span");
-    name.textContent = group.name;
-    const count = document.createElement("span");
-    count.className = "soft";
-    count.textContent = group.count.toLocaleString("en");
-    button.append(key, name, count);
+    const button = element("button", { type: "button", className: "legend-entry", title: "Show or hide", "aria-pressed": !hidden.has(group.name) },
+      element("i", { style: `background: ${colour_of(group)}` }), element("span", {}, group.name),
+      element("span", { className: "soft" }, group.count.toLocaleString("en")));
     button.addEventListener("click", () => {
       if (hidden.has(group.name)) hidden.delete(group.name); else hidden.add(group.name);
-      button.setAttribute("aria-pressed", String(!hidden.has(group.name)));
+      button.setAttribute("aria-pressed", !hidden.has(group.name));
       recolour();
       keep_address();
     });
@@ -257,14 +239,10 @@ function start() {
   }
 
   function ramp(low, high) {
-    const box = document.createElement("div");
-    box.className = "legend-ramp";
-    const bar = document.createElement("div");
-    bar.style.background = `linear-gradient(to right, ${VIRIDIS.map((hex) => `#${hex}`).join(",")})`;
-    const words = document.createElement("div");
-    for (const text of [low, high]) { const span = document.createElement("span"); span.textContent = text; words.append(span); }
-    box.append(bar, words);
-    return box;
+    const colours = VIRIDIS.map((hex) => `#${hex}`).join(",");
+    return element("div", { className: "legend-ramp" },
+      element("div", { style: `background: linear-gradient(to right, ${colours})` }),
+      element("div", {}, element("span", {}, low), element("span", {}, high)));
   }
 
   function is_hidden() {
@@ -315,8 +293,8 @@ function start() {
   function draw_axes(width, height) {
     axes.setAttribute("viewBox", `0 0 ${plot.clientWidth} ${plot.clientHeight}`);
     const parts = [];
-    const line = (x1, y1, x2, y2, name) => parts.push(element("line", { x1, y1, x2, y2, class: name }));
-    const words = (x, y, text, anchor, more = {}) => { const found = element("text", { x, y, "text-anchor": anchor, ...more }); found.textContent = text; parts.push(found); };
+    const line = (x1, y1, x2, y2, name) => parts.push(drawn("line", { x1, y1, x2, y2, class: name }));
+    const words = (x, y, text, anchor, more = {}) => parts.push(drawn("text", { x, y, "text-anchor": anchor, ...more }, text));
     for (const value of ticks(view[0], view[1], Math.max(2, width / 90))) {
       const x = to_x(value);
       line(x, TOP, x, TOP + height, "grid");
@@ -334,7 +312,7 @@ function start() {
     words(0, 0, cut(up, height / 7), "middle", { class: "title", transform: `translate(14 ${TOP + height / 2}) rotate(-90)` });
     axes.replaceChildren(...parts);
     const path = `M${lasso.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}Z`;
-    part("lasso").replaceChildren(...(lasso.length ? [element("path", { d: path })] : []));
+    part("lasso").replaceChildren(...(lasso.length ? [drawn("path", { d: path })] : []));
   }
 
   new ResizeObserver(() => { if (shown) draw(); }).observe(plot);
@@ -428,19 +406,11 @@ function start() {
     if (!answer.ok || over !== index) return;
     const { lines, url } = await answer.json();
     const { x, y, head } = shown;
-    const rows = [...lines, `${head.titles[0]}: ${brief(x[index])}`, `${head.titles[1]}: ${brief(y[index])}`].map((text, at) => {
-      const row = document.createElement(at ? "div" : "b");
-      row.textContent = text;
-      return row;
-    });
-    if (head.colour.groups) {
-      const group = head.colour.groups.find(({ code }) => code === shown.shades[index]);
-      if (group && !["treatment", "plate"].includes(head.colour.title)) { const row = document.createElement("div"); row.textContent = `${head.colour.title}: ${group.name}`; rows.push(row); }
-    }
-    const link = document.createElement("a");
-    link.href = url;
-    link.textContent = "Open";
-    tip.replaceChildren(...rows, link);
+    lines.push(`${head.titles[0]}: ${brief(x[index])}`, `${head.titles[1]}: ${brief(y[index])}`);
+    const group = head.colour.groups?.find(({ code }) => code === shown.shades[index]);
+    if (group && !["treatment", "plate"].includes(head.colour.title)) lines.push(`${head.colour.title}: ${group.name}`);
+    const rows = lines.map((line, at) => element(at ? "div" : "b", {}, line));
+    tip.replaceChildren(...rows, element("a", { href: url }, "Open"));
     tip.hidden = false;
     const left = to_x(x[index]), top = to_y(y[index]);
     tip.style.left = `${Math.max(4, Math.min(left + 10, plot.clientWidth - tip.offsetWidth - 4))}px`;
@@ -504,25 +474,15 @@ function start() {
   async function select(polygon) {
     const began = performance.now();
     const mask = inside(polygon, shown.x, shown.y, shown.shades, is_hidden());
-    let n = 0;
-    for (let at = 0; at < mask.length; at++) n += mask[at];
+    const ids = shown.ids.filter((_, at) => mask[at]), n = ids.length;
     if (n === 0) { state.textContent = "Nothing is within."; clear(); return; }
-    const ids = new Float64Array(n);
-    let most = 0;
-    for (let at = 0, next = 0; at < mask.length; at++) if (mask[at]) { ids[next++] = shown.ids[at]; most = Math.max(most, shown.ids[at]); }
     // What is selected can be labelled, where the explorer writes.
     if (!data.profiles) selection.set(n <= data.most ? ids : [], "cell");
     show_picked(mask);
     plot.dataset.selected = String(n);
     state.textContent = `${n.toLocaleString("en")} ${data.unit} selected`;
-    // As numbers, or as a bit for each id up to the last one, whichever is shorter.
     const asked = new URLSearchParams(data.profiles ? { profiles: data.profiles } : {});
-    let body = ids;
-    if (most / 8 < 8 * n) {
-      asked.set("bits", "1");
-      body = new Uint8Array(Math.floor(most / 8) + 1);
-      for (const id of ids) body[Math.floor(id / 8)] |= 1 << id % 8;
-    }
+    const body = bits_of(ids);
     const headers = { "X-CSRF-Token": document.querySelector('meta[name="csrf"]').content, "Content-Type": "application/octet-stream" };
     const answer = await fetch(`/selection?${asked}`, { method: "POST", body, headers });
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); return; }
@@ -539,17 +499,12 @@ function start() {
     const named = encodeURIComponent(name);
     const gallery = document.createElement("div"), about = document.createElement("div");
     place.replaceChildren(about, gallery);
-    const show = async (box, url) => {
-      const answer = await fetch(url);
-      const text = await answer.text();
-      if (answer.ok) box.innerHTML = text;  // a part of a page of our own server
-      else box.textContent = text.trim();
-    };
-    const counted = show(about, `/scatter/selected?selection=${named}&excluded=all`);
-    if (data.gallery) await show(gallery, `/cells/more?selection=${named}&beside=none&excluded=all`);
+    const counted = fill(about, `/scatter/selected?selection=${named}&excluded=all`);
+    if (data.gallery) await fill(gallery, `/cells/more?selection=${named}&beside=none&excluded=all`);
     else await counted;
     if (began) plot.dataset.lassoMs = String(Math.round(performance.now() - began));
     await counted;
+    prepare(about);
     about.querySelector("[data-clear]")?.addEventListener("click", () => { clear(); plot.focus(); });
     about.querySelector("#selection-gallery")?.append(gallery);
   }
@@ -559,7 +514,7 @@ function start() {
     if (data.profiles) asked.set("profiles", data.profiles);
     const answer = await fetch(`/scatter/selected.bin?${asked}`);
     if (!answer.ok) { state.textContent = (await answer.text()).trim(); set("lasso", ""); keep_address(); return; }
-    const ids = new Set(new Float64Array(await answer.arrayBuffer()));
+    const ids = new Set(ids_of(new Uint8Array(await answer.arrayBuffer())));
     if (!data.profiles) selection.set(ids.size <= data.most ? ids : [], "cell");
     show_picked(Uint8Array.from(shown.ids, (id) => (ids.has(id) ? 1 : 0)));
     await show_selection(address.get("lasso"), 0);
@@ -581,17 +536,7 @@ function start() {
 // What needs no page
 
 function make_drawer(gl) {
-  const program = gl.createProgram();
-  for (const [kind, source] of [[gl.VERTEX_SHADER, VERTEX], [gl.FRAGMENT_SHADER, FRAGMENT]]) {
-    const shader = gl.createShader(kind);
-    gl.shaderSource(shader, source);
-    gl.compileShader(shader);
-    gl.attachShader(program, shader);
-  }
-  gl.linkProgram(program);
-  if (!gl.getProgramParameter(program, gl.LINK_STATUS)) throw new Error(gl.getProgramInfoLog(program));
-  gl.useProgram(program);
-  const uniform = (name) => gl.getUniformLocation(program, name);
+  const { program, uniform } = shaders(gl, VERTEX, FRAGMENT);
   const buffers = { place: gl.createBuffer(), shade: gl.createBuffer(), picked: gl.createBuffer() };
   const palette = gl.createTexture();
   const attributes = gl.createVertexArray();
@@ -673,6 +618,19 @@ export function inside(polygon, x, y, shades, gone) {
   return mask;
 }
 
+// A selection travels as bits: of id N bit N % 8 of byte N / 8.
+function bits_of(ids) {
+  const bits = new Uint8Array(Math.floor(ids.reduce((most, id) => Math.max(most, id), 0) / 8) + 1);
+  for (const id of ids) bits[Math.floor(id / 8)] |= 1 << id % 8;
+  return bits;
+}
+
+function ids_of(bits) {
+  const ids = [];
+  bits.forEach((byte, at) => { for (let bit = 0; byte >> bit; bit++) if (byte >> bit & 1) ids.push(8 * at + bit); });
+  return ids;
+}
+
 function make_grid({ x, y, limits }) {
   // The points by the cell of a grid that they are in: order[starts[cell]..starts[cell + 1]].
   const [x0, x1, y0, y1] = limits;
@@ -752,9 +710,3 @@ function brief(value) {
 }
 
 function cut(text, most) { return text.length > most ? `${text.slice(0, Math.max(1, most - 1))}…` : text; }
-
-function element(name, attributes) {
-  const found = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) found.setAttribute(key, value);
-  return found;
-}

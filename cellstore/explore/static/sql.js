@@ -1,5 +1,7 @@
 // Questions: an answer as it comes, with Cancel; completion; and the list of tables beside it.
 
+import { element } from "./page.js";
+
 const form = document.querySelector("form[data-answer]");
 const answer = document.getElementById("answer");
 const status = form.querySelector("[data-status]");
@@ -15,11 +17,7 @@ function parameters() {
 }
 
 function said(words) {
-  const paragraph = document.createElement("p");
-  paragraph.className = "finding leaks";
-  paragraph.setAttribute("role", "alert");
-  paragraph.textContent = words;
-  answer.replaceChildren(paragraph);
+  answer.replaceChildren(element("p", { className: "finding leaks", role: "alert" }, words));
 }
 
 async function ask() {
@@ -134,15 +132,8 @@ function show_list(every) {
   fitting = fits(every);
   at = -1;
   list.replaceChildren(...fitting.map((item, number) => {
-    const row = document.createElement("li");
-    row.id = `name-${number}`;
-    row.setAttribute("role", "option");
-    row.setAttribute("aria-selected", "false");
-    const name = document.createElement("code");
-    name.textContent = item.name;
-    const words = document.createElement("span");
-    words.textContent = item.words;
-    row.append(name, words);
+    const row = element("li", { id: `name-${number}`, role: "option", "aria-selected": false },
+      element("code", {}, item.name), element("span", {}, item.words));
     row.addEventListener("mousedown", (event) => { event.preventDefault(); take(number); });
     return row;
   }));
@@ -228,52 +219,24 @@ function list_relations(place, wanted) {
       rows.push(described(relation, columns, Boolean(text) && !whole));
     }
     if (rows.length === 0) continue;
-    const head = document.createElement("h3");
-    head.textContent = title;
-    parts.push(head, ...rows);
+    parts.push(element("h3", {}, title), ...rows);
   }
-  if (parts.length === 0) {
-    const nothing = document.createElement("p");
-    nothing.className = "soft";
-    nothing.textContent = "Nothing of that name.";
-    parts.push(nothing);
-  }
+  if (parts.length === 0) parts.push(element("p", { className: "soft" }, "Nothing of that name."));
   place.replaceChildren(...parts);
 }
 
 function described(relation, columns, open) {
-  const details = document.createElement("details");
-  const summary = document.createElement("summary");
-  const name = document.createElement("code");
-  name.textContent = relation.name;
-  summary.append(name);
-  details.append(summary);
+  const details = element("details", {}, element("summary", {}, element("code", {}, relation.name)));
   const fill = () => {
     if (details.childElementCount > 1) return;
-    const words = document.createElement("p");
-    words.className = "soft";
-    words.textContent = relation.words;
-    const items = document.createElement("ul");
-    for (const [column, type, meaning] of columns.slice(0, SHOWN_COLUMNS)) {
-      const item = document.createElement("li");
-      const button = document.createElement("button");
-      button.type = "button";
-      button.textContent = column;
-      button.title = `${type}. Put it into the question.`;
+    const items = columns.slice(0, SHOWN_COLUMNS).map(([column, type, meaning]) => {
+      const button = element("button", { type: "button", title: `${type}. Put it into the question.` }, column);
       button.addEventListener("click", () => { box.focus(); insert(column, box.selectionStart); close_list(); });
-      const said_of_it = document.createElement("span");
-      said_of_it.className = "soft";
-      said_of_it.textContent = ` ${meaning}`;
-      item.append(button, said_of_it);
-      items.append(item);
-    }
-    if (columns.length > SHOWN_COLUMNS) {
-      const more = document.createElement("li");
-      more.className = "soft";
-      more.textContent = `and ${columns.length - SHOWN_COLUMNS} more`;
-      items.append(more);
-    }
-    details.append(words, items);
+      return element("li", {}, button, element("span", { className: "soft" }, ` ${meaning}`));
+    });
+    const more = columns.length - SHOWN_COLUMNS;
+    if (more > 0) items.push(element("li", { className: "soft" }, `and ${more} more`));
+    details.append(element("p", { className: "soft" }, relation.words), element("ul", {}, ...items));
   };
   details.addEventListener("toggle", () => { if (details.open) fill(); });
   if (open) { fill(); details.open = true; }

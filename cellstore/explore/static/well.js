@@ -1,5 +1,6 @@
 // Fields of a well are selected with the space bar or a shift-click, for labels and exclusions.
 
+import { element } from "./page.js";
 import { selection } from "./selection.js";
 
 const fields = [...document.querySelectorAll(".montage a[data-image]")];
@@ -44,8 +45,7 @@ document.addEventListener("cellstore:annotated", ({ detail }) => {
   for (const place of places) {
     let said = place.querySelector(".said");
     if (!said) {
-      said = document.createElement("b");
-      said.className = "said";
+      said = element("b", { className: "said" });
       place.append(" ", said);
     }
     said.textContent = detail.text;
