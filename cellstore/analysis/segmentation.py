@@ -124,7 +124,8 @@ def find_model(model: str = DEFAULT_MODEL) -> ModelFiles:
                 f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
             )
     if published is not None:
-        folder = cellpose_folder()
+        chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")  # as Cellpose reads it
+        folder = Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
@@ -147,12 +148,6 @@ def installed_generation() -> int | None:
         return int(version("cellpose").partition(".")[0])
     except (PackageNotFoundError, ValueError):
         return None
-
-
-def cellpose_folder() -> Path:
-    """Where Cellpose keeps its networks: ``CELLPOSE_LOCAL_MODELS_PATH`` or its default."""
-    chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
-    return Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
 
 
 def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
