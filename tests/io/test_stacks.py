@@ -28,7 +28,7 @@ def pages(count: int) -> NDArray[np.uint16]:
 
 def most(stack: Stack) -> tuple[int, int]:
     """How many planes and time points there are."""
-    return max(page.plane for page in stack.pages), max(page.time_point for page in stack.pages)
+    return max(page[2] for page in stack.pages), max(page[3] for page in stack.pages)
 
 
 def saved(path: Path, array: NDArray[np.generic], **options: Any) -> Path:
@@ -105,8 +105,8 @@ def test_pages_in_another_order_than_the_planes(tmp_path: Path) -> None:
 def test_blocks_of_several_planes(tmp_path: Path) -> None:
     inner = '<TiffData IFD="3" PlaneCount="3"/><TiffData IFD="0" FirstC="1" PlaneCount="3"/>'
     stack = read(ome(tmp_path / "a.ome.tiff", ome_xml("XYZCT", inner=inner)))
-    assert [page.channel for page in stack.pages] == [2, 2, 2, 1, 1, 1]
-    assert [page.plane for page in stack.pages] == [1, 2, 3, 1, 2, 3]
+    assert [page[1] for page in stack.pages] == [2, 2, 2, 1, 1, 1]
+    assert [page[2] for page in stack.pages] == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_channels_of_imagej_are_not_planes(tmp_path: Path) -> None:
     assert [tuple(page) for page in stack.pages[:3]] == [(1, 1, 1, 1), (2, 2, 1, 1), (3, 1, 2, 1)]
     assert (most(stack)[0], len(stack.channel_names)) == (3, 2)
     plain = saved(tmp_path / "b.tif", pages(3), description="ImageJ=1.54f\nimages=3", metadata=None)
-    assert [page.plane for page in read(plain).pages] == [1, 2, 3]
+    assert [page[2] for page in read(plain).pages] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("axes", ["CYX", "ZCYX", "CZYX", "TZCYX", "QYX", "CQYX", "TCYX"])
@@ -255,7 +255,7 @@ def test_alpha_is_passed_over_and_named(tmp_path: Path, alpha: str, channels: in
         assert int(read_plane(path).max()) == 1
         assert probe(path).remarks == ("alpha channel, skipped",)
     else:
-        assert [page.page for page in read(path).pages] == [1, 2]
+        assert [page[0] for page in read(path).pages] == [1, 2]
         assert probe(f"{path}#page=1").remarks == ("alpha channel, skipped",)
         assert probe(f"{path}#page=2").remarks == ()
 
@@ -366,7 +366,7 @@ def test_one_file_that_was_renamed_is_read(tmp_path: Path) -> None:
     one = ome_xml(sizes=(1, 1, 1), inner=block("old.ome.tif", 0))
     assert read_stack(ome(tmp_path / "new.ome.tif", one, 1)) is None
     both = ome_xml(sizes=(2, 1, 1), inner=block("old.ome.tif", 0) + block("old.ome.tif", 1, 1))
-    assert [page.channel for page in read(ome(tmp_path / "new.ome.tif", both, 2)).pages] == [1, 2]
+    assert [page[1] for page in read(ome(tmp_path / "new.ome.tif", both, 2)).pages] == [1, 2]
 
 
 def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
