@@ -114,12 +114,12 @@ class ImageStage(Generic[Input, Output]):
         raise NotImplementedError
 
     def read(self, task_input: Input) -> Any:
-        """Open the files of one image."""
-        raise NotImplementedError
+        """Open the files of one image, if there are any."""
+        return task_input
 
     def compute(self, loaded: Any) -> Any:
-        """Work on one image."""
-        raise NotImplementedError
+        """Work on one image, if there is work."""
+        return loaded
 
     def write(self, result: Any) -> Output:
         """Write the files of one image; return all that its rows need."""

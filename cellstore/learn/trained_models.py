@@ -309,14 +309,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
             "Train again, or name another run with --run."
         )
     file, text = files[False], files[True]
-    try:
-        written = json.loads(workspace.artifacts.read(text.path, text.sha256))
-    except ValueError:
-        written = None
-    if not isinstance(written, dict):
-        raise StorageError(
-            f"The record of the checkpoint of run {run.id} is not JSON. Train again."
-        )
+    written = json.loads(workspace.artifacts.read(text.path, text.sha256))
     if written.get("model_sha256") != file.sha256:
         raise StorageError(
             f"The two files of the checkpoint of run {run.id} do not belong together. Train again."

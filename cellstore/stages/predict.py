@@ -174,8 +174,8 @@ def predict(
         if ready == 0:
             raise UserInputError(
                 f"Of the {n_selected} images that meet every condition none has cells measured by "
-                f"the recipes of training run {trained.id}. Choose others, or run: cellstore "
-                "segment, then: cellstore measure"
+                f"the recipes of training run {trained.id}. Choose others, or measure these. Run: "
+                "cellstore segment, then: cellstore measure"
             )
         query = cells_query(source)
         if params.wells or params.where is not None or params.limit is not None:
