@@ -19,7 +19,7 @@ from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..io.filenames import format_well, parse_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.planes import channel_files
-from ..jobs.run_names import find_named_run, find_predict_run
+from ..jobs.run_names import find_named_run
 from ..models import Plate, Treatment, Well
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
@@ -39,6 +39,7 @@ from .requests import (
     runs_done,
     text,
     url_of,
+    usual_run,
     whole,
 )
 from .well_colours import (
@@ -235,7 +236,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
             if not changed:
                 raise UnknownNameError(f"There is no {STAGES[kind].value} run {run} that is done.")
             run = None
-        run = run if run is not None else _usual_run(request, kind, runs)
+        run = run if run is not None else usual_run(request, STAGES[kind])
     else:
         run = None
     wells = wells_of(request, shown)
@@ -292,14 +293,6 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         beside=beside,
         there=there,
     )
-
-
-def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | None:
-    """The run that is meant where none is named: the newest, of predict runs that of a network."""
-    if STAGES[kind] == "predict" and runs:
-        with explorer_of(request).workspace.database.read() as session:
-            return find_predict_run(session, "latest").id
-    return runs[0]["id"] if runs else None
 
 
 def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
@@ -452,10 +445,7 @@ def well(request: Request) -> Response:
     beside = _nearest_controls(wells, one)
     wanted = [row["well_id"] for row in (one, *beside)]
 
-    def read() -> list[dict[str, Any]]:
-        return ask(request, FIELDS, {"wells": wanted})
-
-    fields = kept(request, ("fields", *wanted), read)
+    fields = kept(request, ("fields", *wanted), lambda: ask(request, FIELDS, {"wells": wanted}))
     own = [row for row in fields if row["well_id"] == one["well_id"]]
     planes, times = (sorted({row[key] for row in own}) for key in ("plane", "time_point"))
     plane = whole(request, "plane", planes[0] if planes else 1)
