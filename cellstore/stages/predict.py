@@ -131,13 +131,12 @@ def predict(
     of them, so that every finished run is whole.
     """
     need("train")
-    from ..analysis.segmentation import pick_device
     from ..learn.trained_models import fit_new_plates, open_model
 
-    params, chosen = params or PredictParams(), str(pick_device(device))
+    params = params or PredictParams()
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
-        model = open_model(session, workspace, trained, chosen)
+        model = open_model(session, workspace, trained, device)
         record, source = model.record, replace(model.source, plates=params.plates)
 
         # Which images.
@@ -264,7 +263,7 @@ def predict(
             split_id=split.id,
             query=as_text(query),
             resume=None if latest is None or (whole and todo) else latest.id,
-            device=chosen,
+            device=model.reader.device,
         ) as current:
             if latest is None:
                 check_alone(workspace, recipe.id, current.id)
