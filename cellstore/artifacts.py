@@ -197,36 +197,47 @@ def _goes_on(part: re.Match[str], entry: os.DirEntry[str]) -> bool:
 
 
 @contextmanager
-def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a file that replaces ``target`` when it is whole, also after a power cut.
-
-    ``scratch``: the folder, on the same disk, where it is until then; by default that of the
-    target. What killed commands left there is removed.
+def writing(target: Path) -> Iterator[None]:
+    """Say in a sentence why a file or a folder cannot be written.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
     """
-    temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
-    sweep(temporary.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # "x" and the umask give the file the rights that the user's other files have.
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-        sync_folder(target.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) or isinstance(error, StorageError):
-            raise
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
         raise StorageError(
             f"{target} cannot be written: {error.strerror or error}. Free some space, correct the "
             "permissions, or name another file; then run the same command again. What is done "
             "stays done."
         ) from error
+
+
+@contextmanager
+def open_atomically(target: Path, scratch: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file that replaces ``target`` when it is whole, also after a power cut.
+
+    ``scratch``: the folder, on the same disk, where it is until then; by default that of the
+    target. What killed commands left there is removed. Raises as :func:`writing` does.
+    """
+    temporary = (scratch or target.parent) / f"{part_prefix()}{uuid.uuid4().hex}"
+    sweep(temporary.parent)
+    try:
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # "x" and the umask give the file the rights that the user's other files have.
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            sync_folder(target.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

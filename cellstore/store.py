@@ -999,25 +999,16 @@ class Store(AbstractContextManager["Store"]):
             BadTableError, StorageError: a file cannot be read or written.
         """
         import numpy as np
-        import pyarrow as pa
 
         from .stages.own_models import add_embeddings
 
-        if cell_ids is None:
-            source = _table_of(table)
-        else:
-            vectors = np.asarray(table)
-            if vectors.ndim != 2 or len(vectors) != len(cell_ids):
-                raise UserInputError(
-                    f"There are {len(cell_ids)} cell_ids, and an array of shape {vectors.shape}. "
-                    "Give an array (N, D) and N cell_ids."
-                )
-            names = [f"embedding_{index:03d}" for index in range(vectors.shape[1])]
-            columns = [np.asarray(cell_ids), *vectors.T]
-            source = pa.table(list(map(pa.array, columns)), names=["cell_id", *names])
+        if cell_ids is not None:
+            vectors = enumerate(np.asarray(table).T)
+            columns = {f"embedding_{index:03d}": values for index, values in vectors}
+            table = {"cell_id": np.asarray(cell_ids), **columns}
         return add_embeddings(
             self.workspace,
-            source,
+            _table_of(table),
             name,
             model=None if model is None else Path(model),
             segmentation=segmentation,
@@ -1702,8 +1693,8 @@ def _table_of(given: Any) -> Any:
     except (TypeError, ValueError, pa.ArrowException) as error:
         raise UserInputError(
             f"This cannot be read as a table: {first_line(error)}. Give a file, or a table of "
-            "pandas, polars or Arrow with one kind of value in each column; with an array also "
-            "cell_ids."
+            "pandas, polars or Arrow with one kind of value in each column; or an array (N, D) "
+            "with N cell_ids."
         ) from error
 
 

@@ -76,7 +76,6 @@ ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
 STORE_HELP = "The folder of the store. Default: $CELLSTORE_STORE, else this folder or one above it."
 ENV_DEBUG = "CELLSTORE_DEBUG"
 STOPPED = 130
-UNEXPECTED = 70
 
 
 class Commands(TyperGroup):
@@ -122,7 +121,7 @@ class Commands(TyperGroup):
                 f"Error: Something unexpected happened ({type(error).__name__}: {reason}). "
                 f"Set {ENV_DEBUG}=1 and run the same command again to see where, then please "
                 "report it.",
-                UNEXPECTED,
+                70,
             )
 
 

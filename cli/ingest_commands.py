@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-MASKS = "masks"
-KINDS = ("images", "treatments", "features", MASKS)
+KINDS = ("images", "treatments", "features", "masks")
 SHOWN_ROWS = 20
 _TITLES = {
     Severity.REFUSED: "Rows that were refused:",

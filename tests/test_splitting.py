@@ -1,7 +1,6 @@
 """Splits on small analytic cases and on the published plate's metadata."""
 
 import csv
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -71,17 +70,6 @@ def test_equally_large_classes_are_not_downsampled() -> None:
     images = plate({"a": 4, "b": 4, "c": 2})
     assert cut_largest(images, seed=1) == (images, {})
     assert len(published_split(images, seed=1).subsets) == 30
-
-
-@pytest.mark.parametrize("function", [published_split, grouped_split])
-@settings(deadline=None)
-@given(order=st.randoms(use_true_random=False))
-def test_a_split_depends_on_the_seed_and_not_on_the_order(function, order: random.Random) -> None:
-    images = plate({"DMSO": 9, "a": 4, "b": 3})
-    mixed = images.copy()
-    order.shuffle(mixed)
-    assert function(mixed, seed=5) == function(images, seed=5)
-    assert list(function(mixed, seed=5).subsets) == sorted(function(images, seed=5).subsets)
 
 
 @pytest.mark.parametrize("function", [published_split, grouped_split])

@@ -3,8 +3,7 @@
 Classes are cut to size first (:func:`enough`, :func:`balanced`, :func:`cut_by_groups`,
 :func:`cut_largest`); then images are assigned (:func:`grouped_split`, :func:`named_split`,
 :func:`folds`, :func:`published_split`).
-The outcome depends on the seed and on the ids, groups and labels of the images, and not on their
-order.
+Images come by ascending id. The outcome depends on the seed and on their ids, groups and labels.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 from ..enums import Subset
 from ..errors import UnknownNameError, UserInputError, some_of
@@ -67,11 +65,6 @@ def drawn(seed: int, purpose: str, keys: Iterable[str]) -> list[str]:
     return sorted(keys, key=lambda key: draw_order(seed, purpose, key))
 
 
-def by_id(images: Iterable[SplitImage]) -> list[SplitImage]:
-    """Return the images by ascending id."""
-    return sorted(images, key=attrgetter("image_id"))
-
-
 def groups_by_label(
     pool: Sequence[SplitImage], *, by_main_label: bool = False
 ) -> dict[str, list[str]]:
@@ -118,13 +111,12 @@ def excluded_classes(
 
 
 def enough(
-    images: Iterable[SplitImage], minimum: int
-) -> tuple[list[SplitImage], tuple[ExcludedClass, ...]]:
+    pool: Sequence[SplitImage], minimum: int
+) -> tuple[Sequence[SplitImage], tuple[ExcludedClass, ...]]:
     """Return the images of classes that have ``minimum`` images or more, and the other classes.
 
     Raises ``UserInputError`` where fewer than two classes have enough.
     """
-    pool = by_id(images)
     counts = Counter(image.label for image in pool)
     kept = {label for label, count in counts.items() if count >= minimum}
     if len(kept) < 2:
@@ -137,11 +129,11 @@ def enough(
 
 
 def balanced(
-    images: Iterable[SplitImage],
+    pool: Sequence[SplitImage],
     seed: int,
     caps: Sequence[tuple[str, str]] | None,
     by_cells: bool = False,
-) -> tuple[list[SplitImage], Cut]:
+) -> tuple[Sequence[SplitImage], Cut]:
     """Cut classes to size; return the images kept, and images before and after by class cut.
 
     ``caps``: a class and what is kept of it: a number, ``second-largest`` (the size of the second
@@ -153,7 +145,6 @@ def balanced(
 
     Raises ``UserInputError``: a class is named twice, is not there, or would have no image left.
     """
-    pool = by_id(images)
     sizes = Counter[str]()
     for image in pool:
         sizes[image.label] += image.cells if by_cells else 1
@@ -207,15 +198,14 @@ def balanced(
 
 
 def cut_by_groups(
-    images: Iterable[SplitImage], seed: int, by_class: bool = False
-) -> tuple[list[SplitImage], Cut]:
+    pool: Sequence[SplitImage], seed: int, by_class: bool = False
+) -> tuple[Sequence[SplitImage], Cut]:
     """Cut the class with most groups to the number of groups of the second.
 
     Returns the images kept, and images before and after by class cut. Classes of one group do not
     count. Nothing is cut where a group holds several classes (plates), unless ``by_class``; see
     :func:`grouped_split`.
     """
-    pool = by_id(images)
     groups = groups_by_label(pool, by_main_label=by_class)
     sizes = sorted(((len(keys), label) for label, keys in groups.items() if len(keys) > 1))[-2:]
     if is_mixed(groups) or len(sizes) < 2 or sizes[0][0] == sizes[1][0]:
@@ -227,12 +217,11 @@ def cut_by_groups(
     return kept, {label: (before, after)}
 
 
-def cut_largest(images: Iterable[SplitImage], seed: int) -> tuple[list[SplitImage], Cut]:
+def cut_largest(pool: Sequence[SplitImage], seed: int) -> tuple[Sequence[SplitImage], Cut]:
     """Cut a class that is larger than every other to the size of the second largest, by image.
 
     Returns the images kept, and images before and after by class cut.
     """
-    pool = by_id(images)
     ranked = Counter(image.label for image in pool).most_common(2)
     if len(ranked) < 2 or ranked[0][1] == ranked[1][1]:
         return pool, {}
@@ -244,7 +233,7 @@ def cut_largest(images: Iterable[SplitImage], seed: int) -> tuple[list[SplitImag
 
 
 def grouped_split(
-    images: Iterable[SplitImage],
+    pool: Sequence[SplitImage],
     seed: int,
     test_size: float = 0.2,
     validation_size: float = 0.1,
@@ -265,7 +254,6 @@ def grouped_split(
 
     Raises ``UserInputError`` where fewer than two classes can be split.
     """
-    pool = by_id(images)
     groups = groups_by_label(pool, by_main_label=by_class)
     if is_mixed(groups):
         groups = {"": _all_groups(pool, unit)}
@@ -287,7 +275,7 @@ def grouped_split(
 
 
 def named_split(
-    images: Iterable[SplitImage],
+    pool: Sequence[SplitImage],
     seed: int,
     test: Sequence[str],
     validation: Sequence[str] = (),
@@ -301,7 +289,6 @@ def named_split(
 
     Raises ``UserInputError``: a group is in two subsets or has no images, or none is left to train.
     """
-    pool = by_id(images)
     groups = _all_groups(pool, "plate")
     named = {*test, *validation}
     twice, absent = sorted(set(test) & set(validation)), sorted(named - set(groups))
@@ -369,7 +356,7 @@ def _with_classes_in_both(
 
 
 def folds(
-    images: Iterable[SplitImage],
+    pool: Sequence[SplitImage],
     seed: int,
     count: int,
     validation: bool = True,
@@ -389,7 +376,6 @@ def folds(
     Raises ``UserInputError``: there are fewer parts than subsets, a part without images, or fewer
     than two classes are left. It names the classes and their groups, called by ``unit``.
     """
-    pool = by_id(images)
     n_subsets = 3 if validation else 2
     if count < n_subsets:
         raise UserInputError(
@@ -465,7 +451,7 @@ def _stratified_parts(pool: Sequence[SplitImage], seed: int, count: int) -> dict
     return parts
 
 
-def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 0.2) -> Assignment:
+def published_split(pool: Sequence[SplitImage], seed: int, test_size: float = 0.2) -> Assignment:
     """The split of the published study, after :func:`cut_largest`: by image, train and test only.
 
     ``StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)``. Groups are not
@@ -477,7 +463,6 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
     """
     from sklearn.model_selection import StratifiedShuffleSplit
 
-    pool = by_id(images)
     counts = Counter(image.label for image in pool)
     if len(counts) < 2:
         raise UserInputError(

@@ -329,7 +329,7 @@ def keep_selection(explorer: Explorer, bits: bytes) -> str:
 
 def kept_selection(explorer: Explorer, name: str) -> bytes:
     """Return the bits of a selection; raises UnknownNameError if it is no longer kept."""
-    found = _selections(explorer).get(name)
+    found = explorer.selections.get(name)
     if found is None:
         raise UnknownNameError(
             "This selection is no longer kept. Select the cells again, in the scatter plot."
@@ -349,25 +349,18 @@ def ids_of(bits: bytes) -> NDArray[np.int64]:
     return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little"))
 
 
-def _selections(explorer: Explorer) -> dict[str, bytes]:
-    """The cells that are kept for a while, by name, as bits."""
-    found: dict[str, bytes] = explorer.kept.setdefault("selections", {})
-    return found
-
-
 def _keep(explorer: Explorer, name: str, bits: bytes) -> str:
-    known = _selections(explorer)
-    known.pop(name, None)
-    known[name] = bits
-    for old in list(known)[:-MOST_SELECTIONS]:
-        known.pop(old, None)
+    explorer.selections.pop(name, None)
+    explorer.selections[name] = bits
+    for old in list(explorer.selections)[:-MOST_SELECTIONS]:
+        explorer.selections.pop(old, None)
     return name
 
 
 def _cells_where(explorer: Explorer, where: str) -> bytes:
     """The cells of a condition, as bits; found once as long as the store does not change."""
     name = f"where {explorer.reader.mark()} {where}"
-    if (known := _selections(explorer).get(name)) is not None:
+    if (known := explorer.selections.get(name)) is not None:
         return known
     with explorer.workspace.database.read() as session:
         segment, measure = choose_recipes(session, None, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -93,10 +92,6 @@ SHORT_WORDS = {
     "max_probability": "probability to",
     "annotated": "labelled by people",
 }
-PEOPLE = """
-    SELECT DISTINCT a.label FROM current_labels AS a WHERE a.level = 'cell'
-    ORDER BY a.label LIMIT 100
-"""
 PIXEL_SIZES = "SELECT min(pixel_size) AS low, max(pixel_size) AS high FROM images"
 SIZES = """
     SELECT quantile_cont(greatest(max_row - min_row, max_col - min_col), 0.9) AS size
@@ -199,11 +194,6 @@ def cells_after(
     return [row | {"place": f"{row['key']!r}~{row['cell_id']}"} for row in rows]
 
 
-def _kept_as(*parts: Any) -> tuple[str, str]:
-    """The key under which an answer is kept that depends on these."""
-    return "cells", hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
     """Return a sheet of the gallery: its crops with what is told of each, and what follows."""
     name = pane.prefix + "after"
@@ -213,7 +203,7 @@ def _sheet_of(request: Request, pane: Pane, n: int) -> dict[str, Any]:
         found = cells_after(request, pane.chosen, pane.order, after, n + 1)
         return _described(request, found[:n], pane), len(found) > n
 
-    crops, more = kept(request, _kept_as(pane.chosen, pane.order, after, n), find)
+    crops, more = kept(request, (pane.chosen, pane.order, after, n), find)
     columns = min(len(crops), SHEET_COLUMNS)
     following = behind = None
     if more and crops:
@@ -388,7 +378,7 @@ def _controls_beside(request: Request, chosen: Chosen) -> list[Pane]:
         WHERE w.id IN (SELECT well_id FROM mine)
         OR (w.control = 'negative' AND w.plate_id IN (SELECT plate_id FROM plates_of))
         GROUP BY ALL ORDER BY ALL"""  # noqa: S608 - ours
-    wells = kept(request, _kept_as(named, values), lambda: ask(request, named, values))
+    wells = kept(request, (named, values), lambda: ask(request, named, values))
     controls = [row for row in wells if row["control"]]
     if not controls or len(controls) == len(wells):
         return []
@@ -531,31 +521,29 @@ def _check_names(request: Request, panes: Sequence[Pane]) -> None:
 
 def _choices(request: Request) -> dict[str, Any]:
     """What the form offers."""
-    treatments = ask(
-        request,
-        f"""SELECT DISTINCT t.treatment AS name FROM wells AS w
+
+    def names(sql: str) -> list[Any]:
+        return [row["name"] for row in ask(request, sql)]
+
+    treatments = f"""SELECT DISTINCT t.treatment AS name FROM wells AS w
         JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
-        ORDER BY name LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
-    )
-    plates = ask(request, "SELECT barcode FROM plates ORDER BY barcode LIMIT 1000")
-    labels = ask(
-        request,
-        f"""SELECT DISTINCT l.value FROM labels AS l
-        WHERE l.id IN (SELECT label_id FROM split_members)
-        ORDER BY l.value LIMIT {MOST_NAMES}""",  # noqa: S608 - a number
-    )
-    reasons = [*ImageFlagReason, *CellFlagReason]
+        ORDER BY name LIMIT {MOST_NAMES}"""  # noqa: S608 - a number
+    labels = f"""SELECT DISTINCT value AS name FROM labels
+        WHERE id IN (SELECT label_id FROM split_members)
+        ORDER BY name LIMIT {MOST_NAMES}"""  # noqa: S608 - a number
+    people = """SELECT DISTINCT label AS name FROM current_labels WHERE level = 'cell'
+        ORDER BY name LIMIT 100"""
     return {
-        "treatments": [row["name"] for row in treatments],
-        "plates": [row["barcode"] for row in plates],
-        "labels": [row["value"] for row in labels],
+        "treatments": names(treatments),
+        "plates": names("SELECT barcode AS name FROM plates ORDER BY name LIMIT 1000"),
+        "labels": names(labels),
         "run_names": [
             (row["id"], f"{row['id']} ({row['model']}, {row['split'] or 'no split'})")
             for row in runs_done(request, Stage.PREDICT)
         ],
-        "people": [row["label"] for row in ask(request, PEOPLE)],
+        "people": names(people),
         "channels": _channels(request),
-        "reasons": [reason.value for reason in reasons],
+        "reasons": [reason.value for reason in (*ImageFlagReason, *CellFlagReason)],
         "sides": SIDES,
     }
 
@@ -583,8 +571,7 @@ def count(request: Request) -> Response:
             count(DISTINCT i.well_id) AS wells
         FROM (SELECT image_id, count(*) AS n FROM ({chosen.query}) GROUP BY image_id) AS c
         JOIN images AS i ON i.id = c.image_id"""  # noqa: S608 - ours
-    key = _kept_as("count", chosen)
-    found = kept(request, key, lambda: ask(request, sql, chosen.values)[0])
+    found = kept(request, ("count", chosen), lambda: ask(request, sql, chosen.values)[0])
     words = [f"{found[name]:,} {name if found[name] != 1 else name[:-1]}" for name in found]
     return PlainTextResponse(f"{words[0]} in {words[1]} of {words[2]}")
 

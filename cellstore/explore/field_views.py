@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from markupsafe import escape
 from numpy.typing import NDArray
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -17,19 +15,15 @@ from starlette.routing import Route
 
 from ..analysis.features import BASIC_GROUP
 from ..enums import Status
-from ..errors import CellstoreError, UnknownNameError
+from ..errors import UnknownNameError
 from ..jobs.lookup import IS_CURRENT, image_name
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..learn.baselines import NULLS
 from ..models import (
     Cell,
-    CellFeatures,
-    CellFlag,
     Image,
-    ImageFlag,
     Label,
     Prediction,
-    Run,
     Segmentation,
 )
 from ..query.exclusions import cell_counts, why_excluded
@@ -45,15 +39,10 @@ from .pixels import (
     usual_channels,
     usual_segmentation,
 )
-from .requests import LONGEST_TEXT, explorer_of, page, row_of, text, whole
+from .requests import explorer_of, page, row_of, text, whole
 
 RAW_KINDS = {"u1": "u1", "u2": "u2", "u4": "u4", "b1": "u1"}
 """Kinds of numbers that are sent as they are; others become 32-bit floats."""
-
-
-def chosen_channels(request: Request) -> list[str]:
-    """Return the channels that an address names: ``?channels=DNA&channels=ER``."""
-    return [name[:LONGEST_TEXT] for name in request.query_params.getlist("channels") if name][:50]
 
 
 def sent_once(request: Request, mark: str | None, make: Callable[[], Response]) -> Response:
@@ -66,33 +55,17 @@ def sent_once(request: Request, mark: str | None, make: Callable[[], Response]) 
     return answer
 
 
-def sentence_picture(words: str) -> Response:
-    """Return a picture that says why there is none: an ``<img>`` can show no text."""
-    lines = wrap(words, 44)[:8]
-    said = "".join(
-        f'<text x="12" y="{24 + 18 * at}">{escape(line)}</text>' for at, line in enumerate(lines)
-    )
-    svg = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 {24 + 18 * len(lines)}" '
-        f'font-family="sans-serif" font-size="13" fill="#8a8f98">{said}</svg>'
-    )
-    return Response(svg.encode("utf-8", "replace"), 404, media_type="image/svg+xml")
-
-
 def thumbnail(request: Request) -> Response:
     """A field as a picture; ``?width=&channels=&outlines=1&segmentation=``."""
-    try:
-        mark, draw = field_thumbnail(
-            explorer_of(request),
-            request.path_params["image_id"],
-            width=whole(request, "width", 360) or 0,
-            channels=chosen_channels(request),
-            outlines=text(request, "outlines") is not None,
-            segmentation_id=whole(request, "segmentation"),
-        )
-        return sent_once(request, mark, lambda: Response(draw(), media_type="image/jpeg"))
-    except CellstoreError as error:
-        return sentence_picture(str(error))
+    mark, draw = field_thumbnail(
+        explorer_of(request),
+        request.path_params["image_id"],
+        width=whole(request, "width", 360) or 0,
+        channels=[name for name in request.query_params.getlist("channels")[:50] if name],
+        outlines=text(request, "outlines") is not None,
+        segmentation_id=whole(request, "segmentation"),
+    )
+    return sent_once(request, mark, lambda: Response(draw(), media_type="image/jpeg"))
 
 
 def field(request: Request) -> Response:
@@ -111,21 +84,16 @@ def field(request: Request) -> Response:
             shown = cell.segmentation_id
         elif shown is None and (usual := usual_segmentation(session, number)) is not None:
             shown = usual.id
-        masks = {"now": _chosen(segmentations, number, shown),
-                 "before": _chosen(segmentations, number, asked["before"])}  # fmt: skip
-        others = list(
-            session.execute(
-                select(Image.id, Image.site, Image.plane, Image.time_point)
-                .where(Image.well_id == image.well_id)
-                .order_by(Image.site, Image.plane, Image.time_point)
-            )
+        for wanted in (shown, asked["before"]):
+            if wanted is not None and wanted not in segmentations:
+                raise UnknownNameError(f"Image {number} has no segmentation {wanted}.")
+        masks = {"now": segmentations.get(shown or 0),
+                 "before": segmentations.get(asked["before"] or 0)}  # fmt: skip
+        others = sorted(
+            image.well.images, key=lambda item: (item.site, item.plane, item.time_point)
         )
-        flags = session.execute(
-            select(ImageFlag.reason, ImageFlag.channel, ImageFlag.run_id)
-            .join(Run, Run.id == ImageFlag.run_id)
-            .where(ImageFlag.image_id == number, Run.status == Status.DONE)
-            .order_by(ImageFlag.run_id, ImageFlag.reason, ImageFlag.channel)
-        ).all()
+        done = [flag for flag in image.flags if flag.run.status == Status.DONE]
+        flags = sorted(done, key=lambda flag: (flag.run_id, flag.reason.value, flag.channel or ""))
         values: dict[str, Any] = {
             "image": image,
             "well": well,
@@ -141,7 +109,7 @@ def field(request: Request) -> Response:
             "not_counted": session.scalar(
                 select(func.count(Cell.id)).where(Cell.segmentation_id == shown, ~cell_counts())
             ),
-            "segmentations": segmentations,
+            "segmentations": list(segmentations.values()),
             "masks": masks,
             "sites": _steps(others, image),
             "others": others,
@@ -160,37 +128,21 @@ def _cell_of(session: Session, number: int, cell_id: int | None) -> Cell | None:
     return cell
 
 
-def _segmentations(session: Session, number: int) -> list[dict[str, Any]]:
-    """The segmentations of an image, the newest first."""
-    query = select(Segmentation, IS_CURRENT.label("current")).join(
-        Image, Image.id == Segmentation.image_id
-    )
-    query = query.where(Image.id == number).order_by(Segmentation.id.desc())
-    return [
-        {
+def _segmentations(session: Session, number: int) -> dict[int, dict[str, Any]]:
+    """The segmentations of an image by number, the newest first."""
+    query = select(Segmentation, IS_CURRENT.label("current"))
+    query = query.join(Image, Image.id == Segmentation.image_id).where(Image.id == number)
+    return {
+        found.id: {
             "id": found.id,
             "cells": found.n_cells,
             "run": found.run_id,
-            "recipe": found.recipe_id,
             "current": current,
             "has_masks": found.mask_artifact_id is not None,
-            "from": found.recipe.parameters.get("imported")
-            or found.recipe.parameters.get("model")
-            or "",
+            "from": found.recipe.parameters.get("imported") or found.recipe.parameters.get("model"),
         }
-        for found, current in session.execute(query)
-    ]
-
-
-def _chosen(
-    segmentations: Sequence[dict[str, Any]], number: int, segmentation_id: int | None
-) -> dict[str, Any] | None:
-    if segmentation_id is None:
-        return None
-    found = next((item for item in segmentations if item["id"] == segmentation_id), None)
-    if found is None:
-        raise UnknownNameError(f"Image {number} has no segmentation {segmentation_id}.")
-    return found
+        for found, current in session.execute(query.order_by(Segmentation.id.desc()))
+    }
 
 
 def _steps(others: Sequence[Any], image: Image) -> dict[str, Any]:
@@ -329,24 +281,19 @@ def cell_panel(request: Request) -> Response:
             "well": image.well,
             "treatment": image.well.treatment,
             "excluded": why_excluded(session, cell.id),
-            "flags": session.execute(
-                select(CellFlag.reason, CellFlag.run_id, CellFlag.value)
-                .join(Run, Run.id == CellFlag.run_id)
-                .where(CellFlag.cell_id == cell.id, Run.status == Status.DONE)
-                .order_by(CellFlag.run_id, CellFlag.reason)
-            ).all(),
-            "features": _features(session, cell.id, image.pixel_size),
+            "flags": sorted(
+                (flag for flag in cell.flags if flag.run.status == Status.DONE),
+                key=lambda flag: (flag.run_id, flag.reason.value),
+            ),
+            "features": _features(cell, image.pixel_size),
             "runs": _predictions(session, cell.id, image, whole(request, "run")),
         }
         return page(request, "cell_panel.html.j2", **values)
 
 
-def _features(
-    session: Session, cell_id: int, pixel_size: float | None
-) -> list[tuple[str, float, str]]:
+def _features(cell: Cell, pixel_size: float | None) -> list[tuple[str, float, str]]:
     """The measurements that were made last of a cell: name, value and unit."""
-    query = select(CellFeatures).where(CellFeatures.cell_id == cell_id)
-    found = session.scalars(query.order_by(CellFeatures.run_id.desc()).limit(1)).first()
+    found = max(cell.features, key=lambda made: made.run_id, default=None)
     if found is None:
         return []
     rows = []

@@ -7,31 +7,29 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from sqlalchemy import and_, exists, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from ..enums import Control, Level, Stage
+from ..enums import Control, Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError
 from ..io.filenames import format_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
 from ..jobs.lookup import well_name as normal_name
 from ..jobs.planes import channel_files
 from ..jobs.run_names import find_named_run, find_predict_run
-from ..models import METADATA
+from ..models import Plate, Treatment, Well
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
 from ..report.audit import audit_well, kind_of
 from ..report.audit import shown as in_words
 from ..report.drawing import brief, plate_layout, short
-from ..report.leaderboard import Leaderboard, list_runs
 from ..stages.status import next_step, status
 from .known_features import Feature, features_known, profile_features
 from .pixels import usual_channels
 from .requests import (
-    NotFoundError,
     ask,
     asking,
     choice,
@@ -59,7 +57,7 @@ from .well_colours import (
 MOST_PLATES = 12
 """Plates that are shown side by side."""
 LISTED_PLATES = 500
-LISTED_RUNS = 12
+LISTED_RUNS = 48
 PICTURE = 320
 """Pixels of a picture of a field, at least."""
 
@@ -98,33 +96,7 @@ def _list_plates(request: Request) -> list[dict[str, Any]]:
 def stages(request: Request) -> Response:
     """What each stage has left to do, and what is wrong: counted after the page is there."""
     found = kept(request, ("status",), lambda: status(explorer_of(request).workspace))
-    return page(request, "home_stages.html.j2", found=found, plates=_first_plates(request))
-
-
-def latest_runs(request: Request) -> Response:
-    """The models on the split that was trained on last, with their scores."""
-    workspace = explorer_of(request).workspace
-
-    def read() -> tuple[Leaderboard | None, str, int, int | None]:
-        try:
-            board = list_runs(workspace)
-        except CellstoreError as error:  # no training yet
-            return None, str(error), 0, None
-        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
-        seen = ask(request, SEEN_TEST_WELLS, {"runs": scored}) if scored else []
-        leaking = {row["run_id"]: row["wells"] for row in seen}
-        first = next((run for run in scored if run in leaking), None)
-        return board, "", leaking.get(first, 0), first
-
-    board, words, leaking, run = kept(request, ("latest runs",), read)
-    return page(
-        request, "home_runs.html.j2", board=board, words=words, leaking=leaking, run=run,
-        most=LISTED_RUNS, plates=_first_plates(request),
-    )  # fmt: skip
-
-
-def _first_plates(request: Request) -> list[str]:
-    return [row["plate"] for row in _list_plates(request)[:MOST_PLATES]]
+    return page(request, "home_stages.html.j2", found=found)
 
 
 def small_maps(request: Request) -> Response:
@@ -135,7 +107,8 @@ def small_maps(request: Request) -> Response:
     def read() -> tuple[Scale, dict[str, Any]]:
         wells = wells_of(request, names)
         scale = make_scale(of_wells(wells, "treatment"), wells)
-        return scale, {name: _small_map(some, scale) for name, some in _by(wells, "plate").items()}
+        own = {name: [row for row in wells if row["plate"] == name] for name in names}
+        return scale, {name: _small_map(some, scale) for name, some in own.items()}
 
     scale, maps = kept(request, ("small maps", names), read)
     more = len(_list_plates(request)) - len(maps)
@@ -159,12 +132,6 @@ def _small_map(wells: Sequence[Record], scale: Scale) -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "wells": len(wells), "paths": paths}
 
 
-SEEN_TEST_WELLS = """
-    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
-    WHERE run_id IN (SELECT unnest($runs)) AND subset = 'test' AND well_in_training GROUP BY run_id
-"""
-
-
 # Search
 
 NEAR = 12
@@ -175,27 +142,23 @@ def search(request: Request) -> Response:
 
     What names nothing, or several things, has a page that says so, with names that are near.
     """
-    asked = (text(request, "q") or "").strip()
+    asked = readable(text(request, "q") or "")
     if not asked:
         return RedirectResponse("/plates", 303)
     links: dict[str, str] = {}
     words = ""
     with explorer_of(request).workspace.database.read() as session:
         try:
-            return RedirectResponse(_found(session, readable(asked)), 303)
+            return RedirectResponse(_found(session, asked), 303)
         except CellstoreError as error:
             words = str(error)
-        known = METADATA.tables["treatments"].c.name
-        like = known.icontains(readable(asked), autoescape=True)
-        for name in session.scalars(
-            select(known).where(like).distinct().order_by(known).limit(NEAR)
-        ):
+        like = select(Treatment.name).where(Treatment.name.icontains(asked, autoescape=True))
+        for name in session.scalars(like.distinct().order_by(Treatment.name).limit(NEAR)):
             links[name] = url_of("plates", treatment=name)
-        if readable(asked).isdecimal():
+        if asked.isdecimal():
             words = f"{asked} is the number of what?"
-            number = readable(asked)
-            links |= {f"{of} {number}": url_of(of, number) for of in ("field", "cell", "run")}
-        barcodes = session.scalars(select(METADATA.tables["plates"].c.barcode).limit(5_000))
+            links |= {f"{of} {asked}": url_of(of, asked) for of in ("field", "cell", "run")}
+        barcodes = session.scalars(select(Plate.barcode).limit(5_000))
         for name in get_close_matches(asked, list(barcodes), NEAR, 0.5):
             links[name] = url_of("plate", name)
     if len(links) == 1 and asked.lower() in (name.lower() for name in links):
@@ -213,10 +176,10 @@ def _found(session: Session, asked: str) -> str:
     else:
         kind = kind_of(session, asked, on_disk=False)
     if kind == "plate":
-        barcode = METADATA.tables["plates"].c.barcode
-        return url_of("plate", session.scalar(select(barcode).where(barcode == asked)) or asked)
+        return url_of("plate", asked)
     if kind == "well":
-        return _well_url(session, find_well(session, asked))
+        found = session.get_one(Well, find_well(session, asked))
+        return url_of("well", found.plate.barcode, found.name)
     if kind == "image":
         return url_of("field", find_image(session, asked))
     if kind == "cell":
@@ -224,12 +187,6 @@ def _found(session: Session, asked: str) -> str:
     if kind == "run":
         return url_of("run", find_named_run(session, asked).id)
     return url_of("lineage", "artifact", asked)
-
-
-def _well_url(session: Session, well_id: int) -> str:
-    plates, wells = METADATA.tables["plates"], METADATA.tables["wells"]
-    query = select(plates.c.barcode, wells.c.name).join(wells, wells.c.plate_id == plates.c.id)
-    return url_of("well", *session.execute(query.where(wells.c.id == well_id)).one())
 
 
 # Plates
@@ -240,13 +197,15 @@ _PARTS = re.compile(r"\w{5}(?=\w{3})|\w+|\W+")
 
 
 def plates(request: Request) -> Response:
-    """Several plates side by side on one colour scale; without names: the list of plates."""
+    """Several plates side by side on one colour scale; without names or a colour, their list."""
     barcodes = list(dict.fromkeys(request.query_params.getlist("plate")))
     treatment = text(request, "treatment")
     if not barcodes and treatment is not None:
         barcodes = [row["plate"] for row in ask(request, PLATES_OF, [treatment])]
         if not barcodes:
-            raise NotFoundError(f"No well has the treatment {treatment[:200]!r}.")
+            raise UnknownNameError(f"No well has the treatment {treatment[:200]!r}.")
+    elif not barcodes and text(request, "colour") is not None:
+        barcodes = [row["plate"] for row in _list_plates(request)]
     if not barcodes:
         listed = _list_plates(request)
         return page(request, "plates.html.j2", plates=listed, most=LISTED_PLATES)
@@ -274,7 +233,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         runs = runs_done(request, STAGES[kind])
         if run is not None and run not in [row["id"] for row in runs]:
             if not changed:
-                raise NotFoundError(f"There is no {STAGES[kind].value} run {run} that is done.")
+                raise UnknownNameError(f"There is no {STAGES[kind].value} run {run} that is done.")
             run = None
         run = run if run is not None else _usual_run(request, kind, runs)
     else:
@@ -345,10 +304,10 @@ def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | Non
 
 def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
     """The plates before and after one, by name."""
-    names = METADATA.tables["plates"].c.barcode
+    name = Plate.barcode
     with explorer_of(request).workspace.database.read() as session:
-        before = session.scalar(select(func.max(names)).where(names < barcode))
-        after = session.scalar(select(func.min(names)).where(names > barcode))
+        before = session.scalar(select(func.max(name)).where(name < barcode))
+        after = session.scalar(select(func.min(name)).where(name > barcode))
     return {"before": before, "after": after}
 
 
@@ -432,8 +391,6 @@ def _mapped(
 BESIDE, FIELDS_BESIDE = 2, 4
 """Negative controls that are shown beside a well, and how many fields of each."""
 MOST_FIELDS = 60
-SAID = 200
-"""What people said of a well, at most."""
 FIELDS = """
     SELECT i.image_id, i.well_id, i.site, i.plane, i.time_point, i.n_cells, i.n_excluded_cells,
         i.excluded, f.flags
@@ -447,16 +404,38 @@ FIELDS = """
     WHERE i.well_id IN (SELECT unnest($wells))
     ORDER BY i.well_id, i.site, i.plane, i.time_point
 """
+# The hard vote of a well, of all its fields in whatever subset, and of each of its fields.
 VOTES_OF_WELL = """
-    SELECT c.run_id, c.image_id, l.value AS label, c.cells, c.probability
-    FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id
-    WHERE c.image_id IN (SELECT id FROM images WHERE well_id = $well)
-    ORDER BY c.run_id DESC, c.image_id, c.cells DESC, c.probability DESC, l.value
-"""
-RUNS_OF_WELL = """
-    SELECT run_id, max(truth) AS truth, bool_or(well_in_training) AS seen,
-        string_agg(DISTINCT subset, ', ' ORDER BY subset) AS subsets
-    FROM run_images WHERE well_id = $well GROUP BY run_id
+    WITH counted AS (
+        SELECT c.run_id, c.image_id, l.value AS label, c.cells,
+            CAST(round(c.probability * 1e12) AS BIGINT) AS probability
+        FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id
+        WHERE c.image_id IN (SELECT id FROM images WHERE well_id = $well)
+    ),
+    of_labels AS (
+        SELECT run_id, label, sum(cells) AS cells, sum(probability) AS probability
+        FROM counted GROUP BY run_id, label
+    ),
+    of_wells AS (
+        SELECT run_id, sum(cells) AS cells,
+            list({'label': label, 'cells': cells} ORDER BY cells DESC, probability DESC, label)
+                AS labels
+        FROM of_labels GROUP BY run_id
+    ),
+    of_fields AS (
+        SELECT run_id, image_id, first(label ORDER BY cells DESC, probability DESC, label) AS label
+        FROM counted GROUP BY run_id, image_id
+    ),
+    fields AS (
+        SELECT f.run_id, count(*) AS fields, count(*) FILTER (f.label = r.truth) AS n_right,
+            max(r.truth) AS truth, bool_or(r.well_in_training) AS seen,
+            string_agg(DISTINCT r.subset, ', ' ORDER BY r.subset) AS subsets
+        FROM of_fields AS f
+        LEFT JOIN run_images AS r ON r.run_id = f.run_id AND r.image_id = f.image_id
+        GROUP BY f.run_id
+    )
+    SELECT w.run_id AS run, w.cells, w.labels, f.* EXCLUDE (run_id)
+    FROM of_wells AS w JOIN fields AS f ON f.run_id = w.run_id ORDER BY w.run_id DESC
 """
 
 
@@ -466,7 +445,7 @@ def well(request: Request) -> Response:
     wells = wells_of(request, (barcode,))
     at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
     if at is None:
-        raise NotFoundError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
+        raise UnknownNameError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
     one = wells[at]
     beside = _nearest_controls(wells, one)
     wanted = [row["well_id"] for row in (one, *beside)]
@@ -528,7 +507,7 @@ def wells_of(request: Request, barcodes: tuple[str, ...]) -> list[dict[str, Any]
             known = [row["barcode"] for row in ask(request, "SELECT barcode FROM plates")]
             if barcode in known:
                 raise UserInputError(f"Plate {barcode} has no wells yet.")
-            raise NotFoundError.of("plate", barcode, known)
+            raise UnknownNameError.of("plate", barcode, known)
     return found
 
 
@@ -551,48 +530,14 @@ def votes_of_well(request: Request) -> Response:
     one = _one_well(request)
 
     def read() -> list[dict[str, Any]]:
+        models = {row["id"]: row["model"] for row in runs_done(request, Stage.PREDICT)}
         rows = ask(request, VOTES_OF_WELL, {"well": one["well_id"]})
-        about = {row["run_id"]: row for row in ask(request, RUNS_OF_WELL, {"well": one["well_id"]})}
-        models = {row["id"]: row for row in runs_done(request, Stage.PREDICT)}
-        found = [
-            {**_answer(some), **about.get(run, NOT_KNOWN), "run": run, "model": models.get(run)}
-            for run, some in _by(rows, "run_id").items()
-        ]
+        found = [row | {"model": models.get(row["run"])} for row in rows]
         # Networks first, then baselines: the newest first.
-        return sorted(found, key=lambda row: (row["model"] or {}).get("model") != "network")
+        return sorted(found, key=lambda row: row["model"] != "network")
 
     answers = kept(request, ("votes of well", one["well_id"]), read)
-    for answer in answers:
-        if answer["truth"] is not None:
-            right = sum(label == answer["truth"] for label in answer["fields"])
-            answer["right"] = right
-    return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS * 4)
-
-
-NOT_KNOWN = {"truth": None, "seen": None, "subsets": ""}
-
-
-def _by(rows: Sequence[Record], key: str) -> dict[Any, list[Record]]:
-    found: dict[Any, list[Record]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
-
-
-def _answer(rows: Sequence[Record]) -> dict[str, Any]:
-    """The hard vote of a well by one run, and of each of its fields."""
-    labels = {
-        label: (sum(row["cells"] for row in some), sum(row["probability"] for row in some))
-        for label, some in _by(rows, "label").items()
-    }
-    ranked = sorted(labels, key=lambda name: (*(-number for number in labels[name]), name))
-    total = sum(cells for cells, _ in labels.values())
-    return {
-        "winner": ranked[0],
-        "labels": [(name, labels[name][0]) for name in ranked[:3] if labels[name][0]],
-        "cells": total,
-        "fields": [some[0]["label"] for some in _by(rows, "image_id").values()],
-    }
+    return page(request, "well_votes.html.j2", well=one, answers=answers, most=LISTED_RUNS)
 
 
 def history_of_well(request: Request) -> Response:
@@ -600,35 +545,20 @@ def history_of_well(request: Request) -> Response:
     one = _one_well(request)
     with explorer_of(request).workspace.database.read() as session:
         record = audit_well(session, one["well_id"]).record
-        said = _said(session, one["well_id"])
-    return page(request, "well_history.html.j2", record=record, said=said, in_words=in_words)
-
-
-def _said(session: Session, well_id: int) -> list[dict[str, Any]]:
-    """What people said of a well and its fields, and did not take back; the newest first."""
-    notes, later = METADATA.tables["annotations"], METADATA.tables["annotations"].alias()
-    images = METADATA.tables["images"]
-    of_field = and_(notes.c.level == Level.IMAGE.value, images.c.id == notes.c.row_id)
-    query = select(notes, images.c.site).outerjoin(images, of_field)
-    of_well = and_(notes.c.level == Level.WELL.value, notes.c.row_id == well_id)
-    query = query.where(or_(of_well, images.c.well_id == well_id), notes.c.undoes_id.is_(None))
-    query = query.where(~exists().where(later.c.undoes_id == notes.c.id))
-    rows = session.execute(query.order_by(notes.c.id.desc()).limit(SAID)).mappings()
-    return [dict(row) for row in rows]
+    return page(request, "well_history.html.j2", record=record, in_words=in_words)
 
 
 def _one_well(request: Request) -> dict[str, Any]:
     barcode, name = request.path_params["barcode"], request.path_params["well"]
     found = [row for row in wells_of(request, (barcode,)) if row["well"] == name]
     if not found:
-        raise NotFoundError(f"Plate {barcode} has no well {name}.")
+        raise UnknownNameError(f"Plate {barcode} has no well {name}.")
     return found[0]
 
 
 ROUTES = [
     Route("/", home),
     Route("/home/stages", stages),
-    Route("/home/runs", latest_runs),
     Route("/search", search),
     Route("/plates", plates),
     Route("/plates/small", small_maps),

@@ -7,6 +7,7 @@ no other page up.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shlex
 import threading
 import time
@@ -59,10 +60,6 @@ KEPT_VALUES = 64
 """Values that :func:`kept` keeps."""
 
 
-class NotFoundError(UnknownNameError):
-    """There is no such page, or nothing of that name in the store."""
-
-
 @dataclass
 class _Open:
     """Open questions about the store as it was: ``counts``. ``users``: threads that ask them."""
@@ -70,7 +67,6 @@ class _Open:
     stack: ExitStack
     questions: Questions
     counts: tuple[Any, ...]
-    number: int
     opened: float
     used: float
     users: int = 0
@@ -86,17 +82,16 @@ class Reader:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._now: _Open | None = None
-        self._number = 0
         self._lock = threading.Lock()
 
-    def mark(self) -> int:
+    def mark(self) -> float:
         """Return what changes with the store: what is kept of answers is right while it is equal.
 
         Two small reads of the database.
         """
         found = self._enter()
         self._leave(found)
-        return found.number
+        return found.opened
 
     @contextmanager
     def questions(self, seconds: float = LIMITS.seconds) -> Iterator[Questions]:
@@ -139,9 +134,8 @@ class Reader:
                     self._retire(found)
                 stack = ExitStack()
                 questions = stack.enter_context(open_questions(self.workspace, LIMITS))
-                self._number += 1
                 now = time.monotonic()
-                self._now = found = _Open(stack, questions, counts, self._number, now, now)
+                self._now = found = _Open(stack, questions, counts, now, now)
             found.users += 1
             found.used = time.monotonic()
             return found
@@ -200,7 +194,7 @@ class Explorer:
 
     ``write``: people may label and exclude. ``csrf``: what a page that writes sends along, in the
     header ``X-CSRF-Token`` or the form field ``csrf``. ``token``: what a browser has to know, where
-    the pages can be reached from other machines.
+    the pages can be reached from other machines. ``selections``: cells by name, as bits.
     """
 
     workspace: Workspace
@@ -209,7 +203,8 @@ class Explorer:
     token: str | None = None
     reader: Reader = field(init=False)
     kept: dict[str, Any] = field(default_factory=dict)
-    answers: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    selections: dict[str, bytes] = field(default_factory=dict)
+    answers: dict[bytes, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reader = Reader(self.workspace)
@@ -284,13 +279,13 @@ def ask(request: Request, sql: str, parameters: Parameters | None = None) -> lis
         return questions.ask_ours(sql, parameters).records()
 
 
-def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+def kept(request: Request, key: object, make: Callable[[], T]) -> T:
     """Return what ``make`` returned for this ``key``, made again once the store has changed."""
     explorer = explorer_of(request)
-    mark = explorer.reader.mark()
-    found = explorer.answers.get(key)
+    mark, digest = explorer.reader.mark(), hashlib.sha256(repr(key).encode()).digest()
+    found = explorer.answers.get(digest)
     if found is None or found[0] != mark:
-        found = explorer.answers[key] = mark, make()
+        found = explorer.answers[digest] = mark, make()
     for old in list(explorer.answers)[:-KEPT_VALUES]:
         explorer.answers.pop(old, None)
     value: T = found[1]
@@ -298,10 +293,10 @@ def kept(request: Request, key: tuple[Any, ...], make: Callable[[], T]) -> T:
 
 
 def row_of(session: Session, model: type[T], number: int, options: Sequence[Any] = ()) -> T:
-    """Return a row by its number, read with some ``options``; raises NotFoundError."""
+    """Return a row by its number, read with some ``options``; raises UnknownNameError."""
     found = session.get(model, number, options=options) if number < 2**63 else None
     if found is None:
-        raise NotFoundError(f"There is no {model.__name__.lower()} {number}.")
+        raise UnknownNameError(f"There is no {model.__name__.lower()} {number}.")
     return found
 
 

@@ -12,22 +12,19 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from ..enums import Stage, Status, Subset
+from ..enums import Stage, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
 from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
-from ..report.leaderboard import list_runs
+from ..report.leaderboard import Leaderboard, list_runs
 from ..report.lineage_page import lineage_content
 from ..report.report_figures import confusion_of, matrix_of, training_curves
 from ..report.report_page import report_content
 from ..report.scoring import report
 from ..report.votes import SUBSETS
-from ..settings import need
-from ..stages.hits import hits_result
 from .requests import (
-    NotFoundError,
     ask,
     choice,
     explorer_of,
@@ -46,8 +43,6 @@ IMAGES = 48
 """Images of a page."""
 HIT_ROWS = 1_000
 """Treatments that are listed."""
-CURVES = 6
-"""Treatments whose dose curves are drawn."""
 LISTED = 40
 """Values of a list that are shown."""
 
@@ -95,6 +90,12 @@ FAILURES = """
     ORDER BY n DESC LIMIT 20
 """
 """The most frequent reasons of failed jobs, each with an image."""
+SEEN_TEST_WELLS = """
+    SELECT run_id, count(DISTINCT well_id) AS wells FROM run_images
+    WHERE run_id IN (SELECT unnest(CAST($runs AS BIGINT[])))
+        AND subset = 'test' AND well_in_training
+    GROUP BY run_id
+"""
 CELL_PAIRS = """
     SELECT r.truth, l.value AS predicted, CAST(sum(c.cells) AS BIGINT) AS n
     FROM image_label_counts AS c
@@ -110,7 +111,7 @@ HITS = """
 
 
 def find_run(request: Request) -> Run:
-    """Return the run of an address; raises NotFoundError."""
+    """Return the run of an address; raises UnknownNameError."""
     with explorer_of(request).workspace.database.read() as session:
         return row_of(session, Run, request.path_params["run"], WITH_MODEL)
 
@@ -168,24 +169,22 @@ def _row(run: Run) -> dict[str, Any]:
         for name in ("plates", "images", "wells", "cells", "treatments", "hits", "failed")
         if isinstance(result.get(name), int) and (name != "failed" or result[name])
     ]
-    seconds = (run.ended_at - run.started_at).total_seconds() if run.ended_at else None
-    took = "-"
-    if seconds is not None:
-        minutes, hours = seconds / 60, seconds / 3600
-        took = f"{seconds:.0f} s" if seconds < 99 else f"{minutes:.0f} min"
-        took = f"{hours:.1f} h" if minutes > 99 else took
+    took = str(run.ended_at - run.started_at).partition(".")[0] if run.ended_at else "-"
     return {"run": run, "did": _did(run), "numbers": numbers, "took": took}
 
 
 def ranked_runs(request: Request) -> Response:
-    """A part: the models of a split, the best first."""
+    """A part: the models of a split, the best first, and whether one has seen its test wells."""
     split = text(request, "split")
-    workspace = explorer_of(request).workspace
-    try:
-        board = kept(request, ("runs", split), lambda: list_runs(workspace, split))
-    except UnknownNameError as error:
-        raise NotFoundError(str(error)) from None
-    return page(request, "ranked_runs.html.j2", board=board, bar=interval_bar)
+
+    def read() -> tuple[Leaderboard, dict[str, Any] | None]:
+        board = list_runs(explorer_of(request).workspace, split)
+        scored = [row.predict_runs[-1] for row in board.runs if row.predict_runs]
+        seen = {row["run_id"]: row for row in ask(request, SEEN_TEST_WELLS, {"runs": scored})}
+        return board, next((seen[run] for run in scored if run in seen), None)
+
+    board, leak = kept(request, ("runs", split), read)
+    return page(request, "ranked_runs.html.j2", board=board, leak=leak, bar=interval_bar)
 
 
 # One run
@@ -209,7 +208,12 @@ def run_page(request: Request) -> Response:
     if record["jobs"].get("failed"):
         values["failures"] = ask(request, FAILURES, [run.id])
     if run.stage == Stage.PREDICT:
-        values |= _about_labels(request, run)
+        values["others"] = {row["id"]: f"run {row['id']}, {row['model']}"
+                            for row in runs_done(request, Stage.PREDICT)
+                            if row["id"] != run.id}  # fmt: skip
+        values["other"] = other = whole(request, "other")
+        if other is not None and other not in values["others"]:
+            raise UserInputError(f"There is no other predict run {other} that is done.")
     if run.stage == Stage.HITS:
         order = " ".join(f"WHEN '{verdict}' THEN {i}" for i, verdict in enumerate(MARKS))
         hits = ask(request, HITS.format(order=order), [run.id])
@@ -225,33 +229,22 @@ def _values(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             for name, x in found.items() if x not in (None, [], {}, "")]  # fmt: skip
 
 
-def _about_labels(request: Request, run: Run) -> dict[str, Any]:
-    """Other predict runs, with which this one can be compared."""
-    others = {row["id"]: f"run {row['id']}, {row['model']}"
-              for row in runs_done(request, Stage.PREDICT) if row["id"] != run.id}  # fmt: skip
-    other = whole(request, "other")
-    if other is not None and other not in others:
-        raise UserInputError(f"There is no other predict run {other} that is done.")
-    return {"others": others.items(), "other": other}
-
-
 def report_part(request: Request) -> Response:
     """A part: the report of a predict run on images, whose numbers lead to pictures."""
     run = find_run(request)
     other = whole(request, "other")
     workspace = explorer_of(request).workspace
 
-    def look(*read: Any) -> bytes:
-        content = report_content(workspace, *read, place=url_of)
+    def make() -> bytes:
+        content: dict[str, Any] = {}
+
+        def look(*read: Any) -> None:
+            content.update(report_content(workspace, *read, place=url_of))
+
+        compare = None if other is None else str(other)
+        report(workspace, str(run.id), compare=compare, only_images=True, look=look)
         made = page(request, "report.html.j2", frame="part.html.j2", heading="h2", **content)
         return bytes(made.body)
-
-    def make() -> bytes:
-        found: list[bytes] = []
-        compare = None if other is None else str(other)
-        keep = partial(report, workspace, str(run.id), compare=compare, only_images=True)
-        keep(look=lambda *read: found.append(look(*read)))
-        return found[0]
 
     return HTMLResponse(kept(request, ("report", run.id, other), make))
 
@@ -287,37 +280,11 @@ def curves_part(request: Request) -> Response:
     return page(request, "curves.html.j2", curves=kept(request, ("curves", run.id), make))
 
 
-def doses_part(request: Request) -> Response:
-    """A part: the dose curves of a hits run, those of the first treatments."""
-    run = find_run(request)
-    if run.stage != Stage.HITS or run.status != Status.DONE:
-        raise NotFoundError(f"Run {run.id} ({run.stage.value}) has no dose curves.")
-    workspace = explorer_of(request).workspace
-
-    def make() -> list[dict[str, Any]]:
-        from ..report.hits_page import curves_of, doses_of, read_screen
-
-        need("report")
-        need("hits")
-        with workspace.database.read() as session:
-            result = hits_result(session, session.get_one(Run, run.id))
-        first: dict[str, Any] = {}
-        if result.doses:
-            screen = read_screen(workspace, result, run.recipe.parameters)
-            for item in screen.judged:
-                if doses_of(screen, item):
-                    first.setdefault(item.perturbation, item)
-        shown = list(first.items())[:CURVES]
-        return [{"name": name, "curves": curves_of(screen, item)} for name, item in shown]
-
-    return page(request, "doses.html.j2", most=CURVES, found=kept(request, ("doses", run.id), make))
-
-
 def voted_images(request: Request) -> Response:
     """Images that a run has labelled, with their fields: by truth, by label, ties, mistakes."""
     run = find_run(request)
     if run.stage != Stage.PREDICT:
-        raise NotFoundError(f"Run {run.id} ({run.stage.value}) has labelled nothing.")
+        raise UnknownNameError(f"Run {run.id} ({run.stage.value}) has labelled nothing.")
     label, predicted = text(request, "label"), text(request, "predicted")
     other = whole(request, "other")
     subset = text(request, "subset")
@@ -357,7 +324,7 @@ def lineage(request: Request) -> Response:
     """The lineage of an image, a well, a cell, a run, a plate or a file, and its record."""
     kind, name = request.path_params["kind"], request.path_params["name"]
     if kind not in KINDS:
-        raise NotFoundError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
+        raise UnknownNameError(f"There is no lineage of {kind[:40]}: it is of {some_of(KINDS, 9)}.")
     workspace = explorer_of(request).workspace
     found = audit(workspace, name, kind, on_disk=False)
     content = lineage_content(workspace, found, url_of)
@@ -371,7 +338,6 @@ ROUTES = [
     Route("/run/{run:int}/report", report_part),
     Route("/run/{run:int}/cells", cells_part),
     Route("/run/{run:int}/curves", curves_part),
-    Route("/run/{run:int}/doses", doses_part),
     Route("/run/{run:int}/images", voted_images),
     Route("/lineage/{kind}/{name:path}", lineage),
 ]

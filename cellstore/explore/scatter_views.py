@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections import Counter
@@ -23,7 +22,7 @@ from ..db.bulk import IN_AT_ONCE
 from ..enums import Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_run
-from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
+from ..models import Cell, Recipe, Run, Well
 from ..query.guard import quoted, reading_files
 from ..stages.profile import PLACES
 from .cell_filters import (
@@ -37,7 +36,7 @@ from .cell_filters import (
 from .known_features import Feature, features_known, profile_features
 from .plate_views import plate_maps, wells_of
 from .point_maps import COMPONENTS, NotYetError, PointMap, Rows, filled, point_map
-from .requests import ask, asking, explorer_of, kept, page, runs_done, text, url_of, whole
+from .requests import ask, asking, explorer_of, kept, page, row_of, runs_done, text, url_of, whole
 from .sql_views import as_file
 from .well_colours import OKABE_ITO, WellValues, make_scale
 
@@ -177,8 +176,9 @@ class Plot:
             alike = parameters.get("normalise") not in (None, "none")
             key = f"profile {self.profiles} {sorted(axes)}"
         else:
-            origin = first.origin
-            state = kept(self.request, ("state of set", of), lambda: _state(self.request, origin))
+            asked = f"""SELECT count(*) AS n, max(cell_id) AS last,
+                (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {first.origin}"""  # noqa: S608
+            state = kept(self.request, asked, lambda: tuple(ask(self.request, asked)[0].values()))
             key = f"{of} {sorted(axes)} {state}"
             if kind == "umap":
                 chosen = self.chosen
@@ -257,8 +257,8 @@ class Plot:
             self.joined(window)
         )  # fmt: skip
         counting = f"SELECT count(*) AS n FROM ({sql})"  # noqa: S608 - ours
-        key = "points", _digest(counting, values)
-        return int(kept(self.request, key, lambda: ask(self.request, counting, values)[0]["n"]))
+        found = kept(self.request, (counting, values), lambda: ask(self.request, counting, values))
+        return int(found[0]["n"])
 
     def points(
         self, window: tuple[float, ...] | None
@@ -334,45 +334,26 @@ def named_groups(
     """
     counts = np.bincount(codes, minlength=len(names))
     often = [ranks.get(name, 0) for name in names] if ranks else counts
-    ranked = sorted(range(len(names)), key=lambda at: (-int(often[at]), str(names[at])))
+    ranked = sorted(np.flatnonzero(counts), key=lambda at: (-int(often[at]), str(names[at])))
     groups = np.full(len(names), NOTHING, np.uint8)
-    legend: list[dict[str, Any]] = []
-    rest: dict[int, list[int]] = {OTHERS: [], CONTROLS: [], NOTHING: []}
+    members: dict[int, list[int]] = {}
+    free = iter(range(NAMED_GROUPS))
     for at in ranked:
-        if not counts[at]:
-            continue
-        name = names[at]
-        if name is None or name in controls:
-            code = NOTHING if name is None else CONTROLS
-        else:
-            code = len(legend) if len(legend) < NAMED_GROUPS else OTHERS
+        is_control = names[at] in controls
+        code = NOTHING if names[at] is None else CONTROLS if is_control else next(free, OTHERS)
         groups[at] = code
+        members.setdefault(code, []).append(at)
+    legend: list[dict[str, Any]] = []
+    for code, some in sorted(members.items()):
+        first = ", ".join(str(names[at]) for at in some[:3])
+        first += f" and {len(some) - 3} more" if len(some) > 3 else ""
+        words = {CONTROLS: f"{first} (negative controls)", NOTHING: "unknown"}.get(code, first)
+        if code == OTHERS and len(some) > 1:
+            words = f"{len(some)} others"
+        legend.append({"code": code, "name": words, "count": int(counts[some].sum())})
         if code < OTHERS:
-            colour = RIGHT_WRONG.get(name, OKABE_ITO[code])
-            entry = {"code": code, "name": str(name), "count": int(counts[at]), "colour": colour}
-            legend.append(entry)
-        else:
-            rest[code].append(at)
-    for code, members in rest.items():
-        if not members:
-            continue
-        first = [str(names[at]) for at in members[:3]]
-        more = f" and {len(members) - 3} more" if len(members) > 3 else ""
-        words = {
-            OTHERS: f"{len(members)} others" if len(members) > 1 else first[0],
-            CONTROLS: f"{', '.join(first)}{more} (negative controls)",
-            NOTHING: "unknown",
-        }
-        total = int(sum(counts[at] for at in members))
-        legend.append({"code": code, "name": words[code], "count": total})
+            legend[-1]["colour"] = RIGHT_WRONG.get(words, OKABE_ITO[code])
     return groups[codes] if len(codes) else np.zeros(0, np.uint8), legend
-
-
-def _state(request: Request, origin: str) -> tuple[Any, ...]:
-    """What changes with the rows of a set."""
-    sql = f"""SELECT count(*) AS n, max(cell_id) AS last,
-        (SELECT max(id) FROM runs WHERE stage = 'measure') AS run FROM {origin}"""  # noqa: S608
-    return tuple(ask(request, sql)[0].values())
 
 
 # Pages
@@ -481,14 +462,10 @@ def _density(
         with asking(plot.request, SECONDS) as questions:
             return questions.ask_ours(binned, values).arrays()
 
-    rows = kept(plot.request, ("density", _digest(binned, values)), find)
+    rows = kept(plot.request, ("density", binned, values), find)
     counts[np.asarray(rows["y_bin"]), np.asarray(rows["x_bin"])] = np.asarray(rows["n"])
     head |= {"kind": "density", "n": int(counts.sum()), "bins": BINS, "window": window}
     return head, counts
-
-
-def _digest(sql: str, values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(repr((sql, sorted(values.items()))).encode()).hexdigest()
 
 
 def _packed(head: dict[str, Any], *arrays: NDArray[Any]) -> Response:
@@ -501,28 +478,22 @@ def _packed(head: dict[str, Any], *arrays: NDArray[Any]) -> Response:
 
 def point(request: Request) -> Response:
     """What a point is, in words, and its page."""
-    number, of_well = whole(request, "id", 0), text(request, "profiles") is not None
-    query = select(Plate.barcode, Well.name, Well.control, Treatment.name_with_dose)
-    if of_well:
-        query = query.select_from(Well).where(Well.id == number)
-    else:
-        query = query.add_columns(Image.site, Image.id).select_from(Cell)
-        query = query.join(Segmentation, Segmentation.id == Cell.segmentation_id)
-        query = query.join(Image, Image.id == Segmentation.image_id)
-        query = query.join(Well, Well.id == Image.well_id).where(Cell.id == number)
-    query = query.join(Plate, Plate.id == Well.plate_id)
-    query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+    number = whole(request, "id", 0) or 0
     with explorer_of(request).workspace.database.read() as session:
-        row = session.execute(query).first()
-    if row is None:
-        raise UnknownNameError("This point is no longer in the store.")
-    lines = [f"{row.barcode} {row.name}" + ("" if of_well else f", field {row.site}")]
-    treatment = row.name_with_dose or "treatment unknown"
-    lines.append(treatment + (f" ({row.control.value} control)" if row.control else ""))
-    if not of_well:
-        lines.append(f"cell {number}")
-    there = url_of("well", row.barcode, row.name) if of_well else url_of("cell", number)
-    return JSONResponse({"lines": lines, "url": there})
+        if text(request, "profiles") is not None:
+            well, of_cell = row_of(session, Well, number), None
+        else:
+            of_cell = row_of(session, Cell, number).segmentation.image
+            well = of_cell.well
+        there = [well.plate.barcode, well.name]
+        treatment = well.treatment.name_with_dose if well.treatment else "treatment unknown"
+        role = f" ({well.control.value} control)" if well.control else ""
+        lines = [" ".join(there), treatment + role]
+        if of_cell is not None:
+            lines[0] += f", field {of_cell.site}"
+            lines.append(f"cell {number}")
+    url = url_of("well", *there) if of_cell is None else url_of("cell", number)
+    return JSONResponse({"lines": lines, "url": url})
 
 
 # Selections

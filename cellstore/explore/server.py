@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import CellstoreError, UnknownNameError
 from ..jobs.workspace import Workspace
-from .requests import Explorer, NotFoundError, page
+from .requests import Explorer, page
 
 VIEWS = (
     "annotate_views",
@@ -188,7 +188,7 @@ def static(request: Request) -> Response:
     known = {item.name: item for item in files(folder).iterdir()}
     suffix = "." + name.rpartition(".")[2]
     if name not in known or suffix not in TYPES:
-        raise NotFoundError(f"There is no {name}.")
+        raise UnknownNameError(f"There is no {name}.")
     return Response(known[name].read_bytes(), media_type=TYPES[suffix],
                     headers={"Cache-Control": "no-cache"})  # fmt: skip
 

@@ -80,8 +80,11 @@ def question_page(request: Request) -> Response:
     """A saved question with a form for its parameters."""
     question = find_question(explorer_of(request).workspace, request.path_params["name"])
     given = _given(request, question)
-    fields = [_field(request, item, given.get(item.name, "")) for item in question.parameters]
-    missing = any(item["needed"] and not item["value"] for item in fields)
+    fields = []
+    for item in question.parameters:
+        default = "" if item.default in (None, NOTHING) else str(item.default)
+        fields.append((item, given.get(item.name, default), _choices(request, item)))
+    missing = any(item.default is None and not value for item, value, _ in fields)
     return page(
         request,
         "question.html.j2",
@@ -198,29 +201,18 @@ def _given(request: Request, question: SavedQuestion) -> dict[str, str]:
     return found
 
 
-def _field(request: Request, item: SavedParameter, given: str) -> dict[str, Any]:
-    """What a form needs for a parameter."""
-    default = "" if item.default in (None, NOTHING) else str(item.default)
-    found = {
-        "name": item.name,
-        "title": item.name.replace("_", " "),
-        "kind": item.kind,
-        "words": item.words,
-        "needed": item.default is None,
-        "value": given or default,
-        "choices": [],
-    }
-    if item.kind in STAGES:
-        query = select(Run.id, Run.stage, Run.started_at).order_by(Run.id.desc())
-        if stages := STAGES[item.kind]:
-            query = query.where(Run.stage.in_(stages))
-        with explorer_of(request).workspace.database.read() as session:
-            rows = session.execute(query.limit(LISTED_RUNS)).all()
-        found["choices"] = [
+def _choices(request: Request, item: SavedParameter) -> list[tuple[str, str]]:
+    """The runs that a parameter may name, in words; nothing of one that names none."""
+    if item.kind not in STAGES:
+        return []
+    query = select(Run.id, Run.stage, Run.started_at).order_by(Run.id.desc())
+    if stages := STAGES[item.kind]:
+        query = query.where(Run.stage.in_(stages))
+    with explorer_of(request).workspace.database.read() as session:
+        return [
             (str(row.id), f"run {row.id}, {row.stage.value} of {row.started_at:%d %b %Y}")
-            for row in rows
+            for row in session.execute(query.limit(LISTED_RUNS))
         ]
-    return found
 
 
 def _is_ours(request: Request) -> bool:

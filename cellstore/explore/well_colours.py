@@ -9,10 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..enums import Control, Stage, Verdict
+from ..enums import Control, Stage
 from ..errors import UserInputError
 from ..query.engine import Questions
 from ..report.drawing import brief, colour_limits, short
+from ..report.hits_figures import MARKS
 from .known_features import Feature
 
 KINDS = {
@@ -130,6 +131,12 @@ VERDICT = """
     JOIN hit_table AS h ON h.treatment_id = w.treatment_id
     WHERE h.run_id = $run AND p.barcode IN (SELECT unnest($plates))
 """
+OF_RUN = {
+    "flags": (FLAGS, "Flagged fields of run {run}"),
+    "accuracy": (ACCURACY, "Fields that run {run} got right"),
+    "vote": (VOTE, "Answer of run {run}"),
+    "verdict": (VERDICT, "Verdict of run {run}"),
+}
 PLATE_SETS = "SELECT result -> 'plate_sets' AS sets FROM runs WHERE id = $run"
 
 
@@ -179,28 +186,26 @@ def read_values(
         rows = ask(FEATURE if kind == "feature" else PROFILE)
         return WellValues(f"{feature.name} ({of})", _numbers(rows), feature.unit)
     given["run"] = run
-    rows = ask({"flags": FLAGS, "accuracy": ACCURACY, "vote": VOTE, "verdict": VERDICT}[kind])
+    query, title = OF_RUN[kind]
+    rows, title = ask(query), title.format(run=run)
     words = {row["well_id"]: row["words"] for row in rows if row["words"]}
+    seen = {row["well_id"] for row in ask(SEEN)} if kind in ("accuracy", "vote") else set()
     if kind == "verdict":
         rows = _of_own_set(questions, wells, rows, run)
+    if kind in ("flags", "accuracy"):
+        numbers = _numbers(rows)
+        most = 100.0 if kind == "accuracy" else max([1.0, *numbers.values()])
+        unit = "%" if kind == "accuracy" else ""
+        return WellValues(title, numbers, unit, words, seen, (0.0, most))
+    said: dict[int, Value] = {row["well_id"]: str(row["value"]) for row in rows}
+    if kind == "verdict":
         controls = [row["well_id"] for row in wells if row["control"] == Control.NEGATIVE]
-        said = {row["well_id"]: str(row["value"]) for row in rows}
         said |= dict.fromkeys(controls, "negative control")
-        return WellValues(f"Verdict of run {run}", said, words=words, order=list(VERDICTS))
-    if kind == "flags":
-        most = max((float(row["value"]) for row in rows), default=1.0)
-        limits = (0.0, max(1.0, most))
-        return WellValues(f"Flagged fields of run {run}", _numbers(rows), "", words, (), limits)
-    seen = {row["well_id"] for row in ask(SEEN)}
-    if kind == "vote":
-        answers = {row["well_id"]: str(row["value"]) for row in rows}
-        return WellValues(f"Answer of run {run}", answers, words=words, seen=seen)
-    return WellValues(
-        f"Fields that run {run} got right", _numbers(rows), "%", words, seen, (0.0, 100.0)
-    )
+        return WellValues(title, said, words=words, order=list(VERDICTS))
+    return WellValues(title, said, words=words, seen=seen)
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[int, Value]:
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     known = ((row["well_id"], row["value"]) for row in rows if row["value"] is not None)
     return {well: float(value) for well, value in known if math.isfinite(value)}
 
@@ -255,14 +260,8 @@ OKABE_ITO = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "
 """Colours that the colour-blind tell apart (Okabe and Ito 2008)."""
 OTHERS, CONTROLS = "#a9aeb6", "#4d545e"
 """Colours of all other groups, and of negative controls."""
-VERDICTS = {
-    Verdict.HIT.value: "#d55e00",
-    Verdict.FEWER_CELLS.value: "#e69f00",
-    Verdict.SMALL.value: "#f0e442",
-    Verdict.NO.value: "#56b4e9",
-    Verdict.UNKNOWN.value: OTHERS,
-    "negative control": CONTROLS,
-}
+VERDICTS = {str(verdict): colour for verdict, (_, _, colour) in MARKS.items()}
+VERDICTS["negative control"] = CONTROLS
 FIXED = {
     **VERDICTS,
     f"{Control.NEGATIVE.value} control": CONTROLS,

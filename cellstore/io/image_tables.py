@@ -214,19 +214,9 @@ def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | Non
 
 
 _File = tuple[int, tuple[str, int | None, str], str | None]
-
-
-class _Field(NamedTuple):
-    """What the columns of place and files say of an image.
-
-    ``where``: row, column, site, plane, time point and core file name. ``files``: index of the
-    channel, then name, number and file name, then the folder of a URL. ``plate``: as the folder of
-    the table says.
-    """
-
-    where: tuple[int, int, int, int, int, str | None]
-    files: list[_File]
-    plate: str | None
+"""Index of the channel, then name, number and file name, then the folder of a URL."""
+_Field = tuple[tuple[int, int, int, int, int, str | None], list[_File], str | None]
+"""Row, column, site, plane, time point and core file name; the files; the plate of the folder."""
 
 
 def _microscope_name(files: Sequence[_File]) -> ImageName | None:
@@ -306,6 +296,7 @@ class ImageRows:
             if (field := self._of_field.known.get(key)) is None:
                 field = self._read_field(self._of_field.texts(key))
                 self._of_field.known[key] = field
+            place, named, of_folder = field
             key = self._of_plate.pick(cells)
             if (of_plate := self._of_plate.known.get(key)) is None:
                 texts = self._of_plate.texts(key)
@@ -313,11 +304,11 @@ class ImageRows:
                 of_plate = first_text(texts, PLATES), texts.get(_BATCH), folders
                 self._of_plate.known[key] = of_plate
             written, batch, folders = of_plate
-            barcode = written or field.plate
+            barcode = written or of_folder
             if barcode and self._plate and barcode != self._plate:
                 raise RowRefusedError("another plate", f"plate {barcode}, not {self._plate}")
             barcode = barcode or self._plate
-            if barcode is None and (found := _microscope_name(field.files)):
+            if barcode is None and (found := _microscope_name(named)):
                 barcode = found.plate  # a number of the instrument, where nothing else is known
             if barcode is None:
                 detail = "the table does not name the plate; name it with --plate"
@@ -348,8 +339,8 @@ class ImageRows:
         size, metadata = of_well
         if untold:
             metadata = {**(metadata or {}), **untold}
-        files = tuple([_new(FileRef, (*file, own or folders[at])) for at, file, own in field.files])
-        where = (line, barcode, batch, *field.where, files)
+        files = tuple([_new(FileRef, (*file, own or folders[at])) for at, file, own in named])
+        where = (line, barcode, batch, *place, files)
         return _new(ImageRecord, (*where, treatment, size, metadata, problem))
 
     def _read_field(self, texts: Mapping[str, str]) -> _Field:
@@ -425,7 +416,7 @@ class ImageRows:
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
         core_name = texts.get(_CORE_NAME, core_name)
-        return _Field((*well, site, plane, time_point, core_name), files, plate)
+        return (*well, site, plane, time_point, core_name), files, plate
 
 
 def read_image_table(

@@ -377,14 +377,6 @@ def last_with_masks(session: Session) -> Recipe:
         query = query.order_by(found_cells.desc(), last.desc(), Recipe.id.desc())
         if (found := session.scalars(query.limit(1)).first()) is not None:
             return found
-        sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
-        of_others = ", ".join(session.scalars(sets.order_by(FeatureSet.id)))
-        if of_others:
-            raise UnknownNameError(
-                "No masks are known here, only cells that other tools found. Run: cellstore "
-                f"segment, or name one of the feature sets ({of_others}): --features NAME. "
-                "Tables of predictions name such cells by cell_id."
-            )
     raise UnknownNameError("No image was segmented yet. Run: cellstore segment")
 
 

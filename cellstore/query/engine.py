@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from ..artifacts import BorrowingFolder, part_prefix, sweep
+from ..artifacts import BorrowingFolder, part_prefix, sweep, writing
 from ..config import Limits, VoteOptions
 from ..enums import ArtifactKind, Stage
 from ..errors import QueryError, StorageError, UnknownNameError
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 4_096
-ROWS_OF_BATCH = 65_536
 
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
@@ -76,7 +75,6 @@ _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 
 FORMAT = 5
 """Raised when the copies change, so that older ones are not read."""
-BYTES_AT_ONCE = 1 << 20
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
 
@@ -220,7 +218,7 @@ class Answer:
     def _reader(self) -> pa.RecordBatchReader:
         def begin() -> pa.RecordBatchReader:
             relation = self._connection.sql(self._statement, params=self._parameters)
-            return relation.to_arrow_reader(ROWS_OF_BATCH)
+            return relation.to_arrow_reader(65_536)
 
         if self._opened is None:
             self._opened = self._limited(begin)
@@ -571,16 +569,16 @@ class Questions:
             with self._lock:
                 if name in self._loaded:  # by another thread
                     continue
-                began, rows = time.monotonic(), None
+                began, made = time.monotonic(), []
                 create = f'CREATE TABLE "{name}" AS FROM {{rows}}'
                 flagged = self.vote_options.exclude_flagged
                 flags = "" if flagged is None else f" OR t.run_id = {int(flagged)}"
                 if name == LATER:
                     # From the database, for the sake of time: of all exclusions few are made later.
                     own = f"WHERE t.source = 'annotation'{flags}"
-                    rows = self._source.feed_table(self._full, create, "exclusions", own)
+                    made = self._source.feed_table(self._full, create, "exclusions", own)
                 elif name == EXCLUDED:  # from the database, too: it need not read the others
-                    rows = self._source.feed_excluded(self._full, create, flags)
+                    made = self._source.feed_excluded(self._full, create, flags)
                 elif query is not None:
                     # Of profiles, with their many columns, a question reads a few.
                     once = sources_of(query) <= self._few and name != PROFILES
@@ -592,8 +590,8 @@ class Questions:
                         query = self._of_folds(f"FROM ({query}) WHERE run_id IN ({numbers or -1})")
                     self._make(name, query, once=once)
                 elif is_table:
-                    rows = self._source.feed_table(self._full, create, name)
-                if rows is not None and rows <= FEW:
+                    made = self._source.feed_table(self._full, create, name)
+                if made and made[0][0] <= FEW:
                     self._few.add(name)
                 self._loaded.add(name)
                 self._seconds[name] += time.monotonic() - began
@@ -693,7 +691,8 @@ class Questions:
             if others and name not in _VOTE_VIEWS:
                 live = quoted(f"live {name}")
                 create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-                few = self._source.feed_runs(self._full, create, name, others) <= FEW and few
+                made = self._source.feed_runs(self._full, create, name, others)
+                few = few and made[0][0] <= FEW
                 parts.append(f"FROM {live}")
             self._make(name, " UNION ALL ".join(parts) or no_rows(columns), once=few)
             self._loaded.add(name)
@@ -717,7 +716,7 @@ class Questions:
         digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
         stem = f"{name}-run{run}-{digest[:16]}"
         try:
-            with _copying[stem]:  # of all threads one makes it
+            with writing(self._copies), _copying[stem]:  # of all threads one makes it
                 self._copies.mkdir(parents=True, exist_ok=True)
                 for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
                     if path.name == _checked_name(stem, path):
@@ -766,13 +765,10 @@ class Questions:
                     made = part.replace(self._copies / _checked_name(stem, part))
                     _make_room(self._copies, KEPT_BYTES)
                     return made
-        except (OSError, duckdb.IOException) as error:
-            if isinstance(error, StorageError):
-                raise
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except duckdb.IOException as error:
             raise StorageError(
-                f"The cache {self._copies} cannot be written: {reason}. Free some space or correct "
-                "the permissions, then ask again; the cache may also be deleted."
+                f"The cache {self._copies} cannot be written: {str(error).splitlines()[0]}. Free "
+                "some space or correct the permissions, then ask again."
             ) from error
 
 
@@ -850,7 +846,7 @@ def _checked_name(stem: str, path: Path) -> str:
         if (checksum := _checksums.get(key)) is None:
             checksum = 0
             with path.open("rb", buffering=0) as file:
-                while block := file.read(BYTES_AT_ONCE):
+                while block := file.read(1 << 20):
                     checksum = zlib.crc32(block, checksum)
             _checksums[key] = checksum
     except FileNotFoundError:  # another process has just removed it

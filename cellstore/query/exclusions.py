@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, aliased
 
 from ..config import VoteOptions
 from ..enums import ExclusionSource, Level, Stage, Status
-from ..errors import UnknownNameError, UserInputError
+from ..errors import UserInputError, some_of
 from ..jobs.lookup import renamed_plates
-from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
+from ..jobs.run_names import NamedRun, find_named_run
 from ..models import (
     EXCLUSIONS,
     METADATA,
@@ -34,17 +34,9 @@ from ..models import (
     Well,
 )
 
-NEWEST = "latest"
-"""Names the newest finished quality-control run."""
 
-
-def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
+def find_qc_run(session: Session, reference: str = "latest") -> Run:
     """Return a finished quality-control run by its number; ``latest``: the newest."""
-    finished = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE).limit(1)
-    if reference in RUN_WORDS and session.scalar(finished) is None:
-        raise UnknownNameError(
-            "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
-        )
     found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:
         raise UserInputError(
@@ -85,8 +77,8 @@ def qc_run_for(
     missing = sorted(names - seen)
     if missing:
         raise UserInputError(
-            f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
+            f"Quality-control run {run.id} has not looked at plate {some_of(missing)}. "
+            "Run: cellstore qc"
         )
     of = next((item.id for item in run.recipe.inputs if item.stage is Stage.SEGMENT), None)
     for segment_id in segment_ids:

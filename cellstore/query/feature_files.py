@@ -33,6 +33,7 @@ from ..artifacts import (
     sha256_of,
     sweep,
     sync_folder,
+    writing,
 )
 from ..db.bulk import in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage
@@ -138,7 +139,7 @@ class FeatureWriter:
         """Append the features of some cells, as row groups of their own."""
         arrays = [pa.array(cell_ids), *values.columns]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
-        with self._explained():
+        with writing(self._root):
             if self._part is None:
                 self._root.mkdir(parents=True, exist_ok=True)
                 sweep(self._root)
@@ -160,7 +161,7 @@ class FeatureWriter:
         """End the file that is being written: durably, under the name of its content."""
         if self._part is None:
             return
-        with self._explained():
+        with writing(self._root):
             self._writer.close()
             with self._part.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -186,19 +187,6 @@ class FeatureWriter:
             self._part.unlink(missing_ok=True)
         self._part = None
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"{self._root} cannot be written: {error.strerror or error}. Free some space or "
-                "correct the permissions, then run the same command again."
-            ) from error
-
-
-_NUMERIC = ("float", "int", "uint")
-_OPEN_FILES = 16
 
 Numbers = NDArray[np.float64]
 Values = tuple[NDArray[np.bool_], Numbers]
@@ -303,7 +291,7 @@ def open_set(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> Rea
     columns = tuple(
         str(item["name"])
         for item in found.columns
-        if str(item.get("dtype", "")).startswith(_NUMERIC)
+        if str(item.get("dtype", "")).startswith(("float", "int", "uint"))
     )
     files = [
         SetFile(artifacts.existing(path), first, last, sha256)
@@ -414,7 +402,7 @@ class SetReader:
                 if file.first_cell_id > cell_ids[-1] or file.last_cell_id < cell_ids[0]:
                     continue
                 if file.path not in self._open:
-                    if len(self._open) == _OPEN_FILES:
+                    if len(self._open) == 16:
                         self._open.popitem(last=False)
                     self._open[file.path] = _OpenFile(file.path)
                 self._open.move_to_end(file.path)
@@ -434,6 +422,18 @@ class SetReader:
                     yield table.column(CELL_ID).to_numpy(), numbers
 
 
+@contextmanager
+def _reading(which: str) -> Iterator[None]:
+    """Say in a sentence that a file of features cannot be read."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"The feature file {which} cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        ) from error
+
+
 def stored_values(
     paths: Sequence[Path], columns: Sequence[str], cell_ids: Integers
 ) -> tuple[Integers, pa.Table | None]:
@@ -450,15 +450,10 @@ def stored_values(
         return np.empty(0, np.int64), None
     key = field(CELL_ID)
     near = (key >= cell_ids[0]) & (key <= cell_ids[-1])  # by these, row groups are passed over
-    try:
+    with _reading("of these cells"):
         found = dataset([str(path) for path in paths]).to_table(
             columns=[CELL_ID, *columns], filter=near & key.isin(cell_ids)
         )
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(
-            f"Features cannot be read ({str(error).splitlines()[0]}). "
-            "See what is wrong with: cellstore verify"
-        ) from error
     return found.column(CELL_ID).to_numpy(), found.select(list(columns))
 
 
@@ -467,7 +462,7 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._explained():
+        with _reading(path.name):
             self._parquet = pq.ParquetFile(path)
         self._names = frozenset(self._parquet.schema_arrow.names)
         metadata = self._parquet.metadata
@@ -491,18 +486,8 @@ class _OpenFile:
 
     def table(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Return a row group, the cell ids first."""
-        with self._explained():
+        with _reading(self.path.name):
             return self._parquet.read_row_group(group, [CELL_ID, *columns])
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, pa.ArrowException) as error:
-            raise StorageError(
-                f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
-                "See what is wrong with: cellstore verify"
-            ) from error
 
 
 def stream_ids(path: Path) -> Iterator[NDArray[np.int64]]:

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import duckdb
 
-from ..artifacts import part_prefix
+from ..artifacts import part_prefix, writing
 from ..config import Limits
-from ..errors import QueryError, StorageError
+from ..errors import QueryError
 
 T = TypeVar("T")
 Parameters = Sequence[object] | Mapping[str, object]
@@ -85,12 +85,8 @@ def locked_connection(
     These are a folder of its own in ``parent``, which takes what does not fit into memory, and the
     folders ``readable``. No query can change these settings.
     """
-    try:
+    with writing(parent):
         spill = Path(tempfile.mkdtemp(prefix=part_prefix(), dir=parent))
-    except OSError as error:
-        raise StorageError(
-            f"The cache {parent} cannot be made: {error.strerror}. Correct the permissions."
-        ) from error
     connection = duckdb.connect(":memory:")
     room = min(SPILL_BYTES, shutil.disk_usage(spill).free // 2)
     folders = ", ".join(

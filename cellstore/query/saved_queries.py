@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
@@ -19,8 +19,10 @@ from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
 from ..notebooks import Shown
-from .engine import Answer, open_questions
 from .guard import read_sql
+
+if TYPE_CHECKING:
+    from .engine import Answer
 
 STAGES = {
     "predict run": (Stage.PREDICT,),
@@ -185,6 +187,8 @@ def open_saved(
 
     Raises as :func:`bound` and :meth:`Questions.ask` do.
     """
+    from .engine import open_questions  # the list of questions needs none of it
+
     values = bound(workspace, question, given)
     with open_questions(workspace, limits, runs=question.predict_runs(values)) as questions:
         yield questions.ask(question.query, values)

@@ -31,6 +31,7 @@ from .guard import quoted, reading_files
 
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
+Rows = list[tuple[Any, ...]]
 
 STEPS = (
     "vote_options",
@@ -115,8 +116,6 @@ def _our_tables() -> set[str]:
     words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
     return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
 
-
-BATCH_ROWS = 20_480
 
 _TYPES = {
     "INTEGER": "BIGINT",
@@ -238,15 +237,12 @@ class Source:
         self, target: duckdb.DuckDBPyConnection, name: str, condition: str = ""
     ) -> list[dict[str, Any]]:
         """Return rows of a small table by way of ``target``; ``condition`` as for feed_table."""
-        create = 'CREATE OR REPLACE TEMP TABLE "fetched" AS FROM {rows}'
-        self.feed_table(target, create, name, condition)
-        rows = target.execute('FROM "fetched"').fetchall()
-        target.execute('DROP TABLE "fetched"')
+        rows = self.feed_table(target, "FROM {rows}", name, condition)
         return [dict(zip(self.columns[name], row, strict=True)) for row in rows]
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
-    ) -> int:
+    ) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
 
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
@@ -270,10 +266,10 @@ class Source:
         columns: Columns,
         values: Sequence[str],
         origins: Sequence[str],
-    ) -> int:
+    ) -> Rows:
         """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
 
-        Return how many rows it wrote.
+        Return its rows: where it writes, how many it has written.
 
         They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
         with the names and types of ``columns``. Of several origins each is read through a
@@ -294,7 +290,7 @@ class Source:
             written = target.execute(statement.replace("{rows}", f"({rows})")).fetchall()
             for part in parts:
                 target.execute(f"DROP TABLE {part}")
-            return int(written[0][0])
+            return written
         first = ""
         if self.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
@@ -314,9 +310,9 @@ class Source:
                 written = target.execute(statement.replace("{rows}", rows)).fetchall()
             finally:
                 target.unregister("stream")
-        return int(written[0][0])
+        return written
 
-    def feed_excluded(self, target: duckdb.DuckDBPyConnection, statement: str, flags: str) -> int:
+    def feed_excluded(self, target: duckdb.DuckDBPyConnection, statement: str, flags: str) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with the cells that do not count.
 
         ``flags``: SQL of ours about ``t``: which flags of quality control exclude, too.
@@ -339,7 +335,7 @@ class Source:
         runs: Sequence[int],
         *,
         have_ended: bool = False,
-    ) -> int:
+    ) -> Rows:
         """Carry out ``statement`` as :meth:`feed` does, with what runs wrote into a big table.
 
         Predictions of runs that ``have_ended`` come in no certain order: several connections read
@@ -388,7 +384,7 @@ class Source:
                 statement = self._adbc.AdbcStatement(self._connection)
                 try:
                     if self.is_sqlite:
-                        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+                        statement.set_options(**{"adbc.sqlite.query.batch_rows": "20480"})
                     statement.set_sql_query(query)
                     stream = statement.execute_query()[0]
                     try:
@@ -496,16 +492,16 @@ def no_rows(columns: Columns) -> str:
     return f"SELECT {', '.join(nulls)} LIMIT 0"
 
 
-_MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
-
-
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
     """Return the feature sets of a store, and of each group once more the one measured last."""
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
     now = _renamed_everywhere(source, target)
     found = [_relation(row, known, now) for row in sorted(rows, key=lambda row: int(row["id"]))]
-    runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
+    runs = {
+        row["recipe_id"]: row["id"]
+        for row in source.fetch(target, "runs", "WHERE t.stage = 'measure' ORDER BY t.id")
+    }
     groups: dict[str, SetRelation] = {}
     for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
         if group := group_of(item.name):

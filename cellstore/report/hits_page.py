@@ -228,8 +228,6 @@ def replicates(screen: Screen, item: Judged) -> str:
     from ..analysis.activity import replicates_needed
 
     own = item.wells[screen.usable[item.wells]]
-    if len(own) < 2:
-        return "The number of wells needed is not known: it takes two wells to estimate it."
     result, plates = screen.result, len(set(screen.plates[item.controls].tolist()))
     number = replicates_needed(
         screen.z[own],
@@ -239,8 +237,8 @@ def replicates(screen: Screen, item: Judged) -> str:
     )
     if number is None:
         return (
-            "No number can be given: its wells are hardly more alike than wells of treatments "
-            "that do nothing, or more than 100 were needed."
+            "No number can be given: it has fewer than two wells, they are hardly more alike than "
+            "wells of treatments that do nothing, or more than 100 were needed."
         )
     return (
         f"To find an effect of this size in four of five screens takes about {number} wells; it "

@@ -13,14 +13,11 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import IS_CURRENT, channels_now
-from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
-from ..query.cells import plane_of, read_masks
 from ..settings import need
 from ..stages.qc import (
     FlaggedImage,
@@ -43,6 +40,7 @@ from .drawing import (
     plate_map_svg,
     write_html,
 )
+from .gallery import read_planes
 
 SHOWN_PLATES = 8
 SHOWN_FLAGS = 60
@@ -210,45 +208,41 @@ def _example(
     ``picture`` of a field is a data URI, or None with the ``problem``.
     """
     detail = flag.reason == ImageFlagReason.OUT_OF_FOCUS.value
+    with workspace.database.read() as session:
+        usual_id = _usual_image(session, flagging, plate_id, flag)
+        ids = [image_id for image_id in (usual_id, flag.image_id) if image_id is not None]
+        named = select(Image.id, Plate.barcode, Well.name, Image.site)
+        named = named.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        titles = {
+            image_id: f"{barcode} {well}, site {site}"
+            for image_id, barcode, well, site in session.execute(named.where(Image.id.in_(ids)))
+        }
+        masked = select(Image.id, Segmentation.id).join(Segmentation, IS_CURRENT)
+        masked = masked.where(Segmentation.recipe_id == flagging.segment_id, Image.id.in_(ids))
+        masked = masked.where(Segmentation.mask_artifact_id.is_not(None))
+        segmented = dict(session.execute(masked).all())
+    channels = [flag.channel] if flag.channel else []
     limits: Limits | None = None
-
-    def field(image_id: int, title: str) -> dict[str, Any]:
-        nonlocal limits
-        masks = None
+    fields: list[dict[str, Any]] = []
+    for image_id in ids:  # the grey levels of the usual one count for both
+        fields.append({"title": titles[image_id], "picture": None})
         try:
-            plane = read_image(workspace.database, image_id, channels)
-            if not detail:
-                with workspace.database.read() as session:
-                    current = select(Segmentation).join(Image, IS_CURRENT)
-                    current = current.where(Image.id == image_id)
-                    current = current.where(Segmentation.recipe_id == flagging.segment_id)
-                    found = session.scalars(current).one_or_none()
-                    if found is not None and found.mask_artifact_id is not None:
-                        masks = read_masks(session, workspace.artifacts, found)
+            (plane,), masks = read_planes(
+                workspace, image_id, segmented.get(image_id), channels, masked=not detail
+            )
         except CellstoreError as error:
-            return {"title": title, "picture": None, "problem": str(error)}
+            fields[-1]["problem"] = str(error)
+            continue
         limits = limits or grey_limits(plane)
         if masks is not None and masks.shape != plane.shape:
             masks = None
-        return {"title": title, "picture": field_picture(plane, masks, limits, detail=detail)}
-
-    with workspace.database.read() as session:
-        usual_id = _usual_image(session, flagging, plate_id, flag)
-        if flag.channel:
-            channels = ImageInput((flag.channel,))
-        elif flagging.segment_id is None:
-            channels = ImageInput()
-        else:
-            channels = plane_of(session.get_one(Recipe, flagging.segment_id))
-        usual_name = ""
-        if usual_id is not None:
-            query = select(Plate.barcode, Well.name, Image.site)
-            query = query.join(Well, Well.plate_id == Plate.id).join(Image)
-            barcode, well, site = session.execute(query.where(Image.id == usual_id)).one()
-            usual_name = f"{barcode} {well}, site {site}"
-    usual = None if usual_id is None else field(usual_id, usual_name)  # its grey levels count
-    odd = field(flag.image_id, f"{flag.plate} {flag.well}, site {flag.site}")
-    return {"flag": flag, "odd": odd, "usual": usual, "detail": detail}
+        fields[-1]["picture"] = field_picture(plane, masks, limits, detail=detail)
+    return {
+        "flag": flag,
+        "odd": fields[-1],
+        "usual": fields[0] if len(fields) > 1 else None,
+        "detail": detail,
+    }
 
 
 def _usual_image(
@@ -256,7 +250,8 @@ def _usual_image(
 ) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        rows = channels_of(session, flagging, plate_id)[flag.channel]
+        now, channels = channels_now(session, flag.plate), channels_of(session, flagging, plate_id)
+        rows = next(rows for name, rows in channels.items() if now.get(name, name) == flag.channel)
         ids, values = rows["image_id"], rows["slope"]
     elif flagging.segment_id is None:
         return None

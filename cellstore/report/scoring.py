@@ -457,13 +457,13 @@ def score_answers(
     close = np.array(shared, dtype=bool)[pair_of] & ~images.abstained
 
     f1, _, _ = statistics.class_f1(answering.truth, answering.predicted, len(labels))
-    answered = np.bincount(answering.predicted, minlength=len(labels))
+    times_predicted = np.bincount(answering.predicted, minlength=len(labels))
     of_cells = np.bincount(cells.truth, minlength=len(labels))
     right_cells = np.bincount(cells.truth[cells.correct], minlength=len(labels))
     by_class = []
     for code, label in enumerate(labels):
         group = score_group(label, images, close, images.truth == code)
-        predicted = int(answered[code])
+        predicted = int(times_predicted[code])
         if group.n or predicted or group.abstained:
             right = group.correct
             by_class.append(

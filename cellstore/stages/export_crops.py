@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..artifacts import part_prefix, sweep
+from ..artifacts import part_prefix, sweep, writing
 from ..config import ImageInput
 from ..enums import Subset
-from ..errors import StorageError, UserInputError
+from ..errors import UserInputError
 from ..io.objects import BOX
 from ..jobs.lookup import find_plate, find_split
 from ..jobs.workspace import Workspace
@@ -185,25 +185,21 @@ def export_crops(
     part = out.parent / f"{part_prefix()}{uuid.uuid4().hex}"
     about = {"channels": json.dumps(names), "segmentation": segment.fingerprint}
     try:
-        part.mkdir(parents=True)
-        tables = prefetch(sorted(counts), read, reading_threads())
-        read_ones = track(workspace.progress, "export", len(counts), tables)
-        cells = _write(part, _groups(read_ones), about)
-        text = README.format(
-            cells=cells,
-            images=len(counts),
-            segmentation=segment.fingerprint[:12],
-            split="" if of_split is None else f", split {of_split.name}",
-            channels=", ".join(names),
-        )
-        (part / "README.md").write_text(text, encoding="utf-8")
-        files = [file.stat().st_size for file in part.iterdir()]
-        part.rename(out)
-    except OSError as error:
-        raise StorageError(
-            f"{out} cannot be written: {error.strerror or error}. Free some space, correct the "
-            "permissions, or name another folder."
-        ) from error
+        with writing(out):
+            part.mkdir(parents=True)
+            tables = prefetch(sorted(counts), read, reading_threads())
+            read_ones = track(workspace.progress, "export", len(counts), tables)
+            cells = _write(part, _groups(read_ones), about)
+            text = README.format(
+                cells=cells,
+                images=len(counts),
+                segmentation=segment.fingerprint[:12],
+                split="" if of_split is None else f", split {of_split.name}",
+                channels=", ".join(names),
+            )
+            (part / "README.md").write_text(text, encoding="utf-8")
+            files = [file.stat().st_size for file in part.iterdir()]
+            part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return ExportedCrops(out, cells, len(counts), names, len(files) - 1, sum(files), segment.id)

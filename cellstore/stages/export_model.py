@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ..artifacts import writing
 from ..config import RunName
 from ..enums import Stage, Subset
-from ..errors import ImageError, StorageError, UserInputError, some_of
+from ..errors import ImageError, UserInputError, some_of
 from ..jobs.lookup import IS_CURRENT, find_run
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
@@ -203,16 +204,13 @@ def export_model(
     }
     part = target.parent / f".part-{uuid.uuid4().hex}"
     try:
-        part.mkdir(parents=True)
-        for name, data in contents.items():
-            (part / name).write_bytes(data)
-        part.replace(target)
-    except OSError as error:
+        with writing(target):
+            part.mkdir(parents=True)
+            for name, data in contents.items():
+                (part / name).write_bytes(data)
+            part.replace(target)
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise StorageError(
-            f"{target} cannot be written: {error.strerror}. Free some space, correct the "
-            "permissions or name another folder with --output."
-        ) from error
     return ExportedModel(
         path=str(target),
         train_run_id=trained.id,

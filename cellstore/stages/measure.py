@@ -106,14 +106,14 @@ def measure(
             source = last_with_masks(session)
         else:
             source = find_recipe(session, Stage.SEGMENT, segmentation)
-            cells = exists().where(Segmentation.recipe_id == source.id)
-            masks = cells.where(Segmentation.mask_artifact_id.is_not(None))
-            if session.scalar(select(cells)) and not session.scalar(select(masks)):
-                raise UserInputError(
-                    f"Another tool found the cells of segment recipe {source.id} and their masks "
-                    "are unknown, so they cannot be measured. If you have the masks, run: "
-                    "cellstore ingest masks DIR"
-                )
+        cells = exists().where(Segmentation.recipe_id == source.id)
+        masks = cells.where(Segmentation.mask_artifact_id.is_not(None))
+        if session.scalar(select(cells)) and not session.scalar(select(masks)):
+            raise UserInputError(
+                f"Another tool found the cells of segment recipe {source.id} and their masks "
+                "are unknown, so they cannot be measured. If you have the masks, run: "
+                "cellstore ingest masks DIR"
+            )
         images = images_of(session, selection).join(Segmentation, IS_CURRENT)
         images = images.where(Segmentation.recipe_id == source.id)
         if params.channels is not None:

@@ -60,7 +60,7 @@ from ..query.cells import as_text, last_with_masks
 from ..query.exclusions import image_counts, qc_run_for
 from ..settings import need
 
-CREATE_VERSION = IMPORT_VERSION = 1
+VERSION = 1
 EXAMPLES = 5
 """Rows of a table that are shown where many could not be used."""
 
@@ -225,7 +225,7 @@ def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[
         }
         recipes = (qc.recipe if qc else None, segment)
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
-    spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
+    spec = RecipeSpec(Stage.SPLIT, VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(images, params)
     names = [name]
     if family is not None:
@@ -365,7 +365,7 @@ def _cells(session: Session, query: Select[Any], segment_id: int, images: int) -
 
 
 def _assign(
-    images: list[SplitImage], params: SplitParams
+    images: Sequence[SplitImage], params: SplitParams
 ) -> tuple[list[Assignment], tuple[ExcludedClass, ...], Cut]:
     """Assign the images: once, or for each fold.
 
@@ -460,7 +460,7 @@ def import_split(
         "files": dict(tables.digests),
         "split": new[0].fingerprint,
     }
-    (result,) = _keep(workspace, [new], RecipeSpec(Stage.SPLIT, IMPORT_VERSION, parameters))
+    (result,) = _keep(workspace, [new], RecipeSpec(Stage.SPLIT, VERSION, parameters))
     return result
 
 

@@ -137,7 +137,7 @@ def test_a_run_that_could_look_at_no_image_is_never_the_latest(bench: Bench) -> 
     assert bench.count(Run, Run.stage == Stage.QC, Run.status == Status.FAILED) == 1
     with (
         bench.workspace.database.read() as session,
-        pytest.raises(UnknownNameError, match="Quality control has not been run yet"),
+        pytest.raises(UnknownNameError, match="No qc run has come to its end"),
     ):
         find_qc_run(session)
 

@@ -119,7 +119,7 @@ function moved(crop, key) {
 }
 
 function toggle(crop) {
-  const ids = new Set(selection.size ? selection.ids() : []);
+  const ids = new Set(selection.ids());
   const id = Number(crop.dataset.cell);
   if (!ids.delete(id)) ids.add(id);
   anchor = crop;
@@ -131,7 +131,7 @@ function upTo(crop) {
   const crops = cropsOf(pane);
   if (!anchor || !pane.contains(anchor)) anchor = crop;
   const [low, high] = [crops.indexOf(anchor), crops.indexOf(crop)].sort((a, b) => a - b);
-  const ids = new Set(selection.size ? selection.ids() : []);
+  const ids = new Set(selection.ids());
   for (const item of crops.slice(low, high + 1)) ids.add(Number(item.dataset.cell));
   selection.set(ids);
 }

@@ -50,6 +50,23 @@ export async function fill(place, address, is_wanted = () => true) {
   return ok;
 }
 
+const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+
+export function next_link(cell, event) {
+  // The link in the next cell of a table, in the direction of an arrow key, that has one.
+  const step = STEPS[event.key];
+  if (!cell || !step || event.ctrlKey || event.metaKey || event.altKey) return null;
+  event.preventDefault(); // the page would scroll
+  const rows = cell.closest("table").rows;
+  let row = cell.parentElement.rowIndex, column = cell.cellIndex;
+  for (;;) {
+    row += step[0];
+    column += step[1];
+    const there = rows[row]?.cells[column], link = there?.querySelector("a");
+    if (link || !there) return link ?? null;
+  }
+}
+
 for (const place of document.querySelectorAll("[data-part]")) fill(place, place.dataset.part);
 
 document.addEventListener("click", async (event) => {

@@ -1,6 +1,6 @@
 // Plate maps: what a well is, its replicates, and the keyboard.
 
-import { element } from "./page.js";
+import { element, next_link } from "./page.js";
 
 // The label of the link says the same.
 const tip = element("div", { className: "tip", hidden: true, "aria-hidden": "true" });
@@ -25,34 +25,13 @@ function hide() {
   for (const other of document.querySelectorAll(".wells a.same")) other.classList.remove("same");
 }
 
-const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-
-function next(well, [down, right]) {
-  // The next cell of the table in this direction that has a well.
-  let cell = well.closest("td"), row = cell.parentElement;
-  for (;;) {
-    if (right) cell = right > 0 ? cell.nextElementSibling : cell.previousElementSibling;
-    else {
-      const at = cell.cellIndex;
-      row = down > 0 ? row.nextElementSibling : row.previousElementSibling;
-      cell = row?.cells[at];
-    }
-    if (!cell || cell.tagName !== "TD") return null;
-    const found = cell.querySelector("a");
-    if (found) return found;
-  }
-}
-
 export function prepare(root) {
   for (const map of root.querySelectorAll(".wells")) {
     [...map.querySelectorAll("a")].forEach((well, at) => { well.tabIndex = at ? -1 : 0; });
     map.addEventListener("keydown", (event) => {
-      const well = event.target.closest("a");
-      if (!well || !(event.key in STEPS) || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      const found = next(well, STEPS[event.key]);
+      const found = next_link(event.target.closest("td"), event);
       if (!found) return;
-      well.tabIndex = -1;
+      event.target.tabIndex = -1;
       found.tabIndex = 0;
       found.focus();
     });

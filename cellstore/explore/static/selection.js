@@ -11,12 +11,7 @@ function tell() {
 export const selection = {
   get level() { return level; },
   has(id) { return chosen.has(Number(id)); },
-  // What is selected; if nothing is, the crop that has the focus.
-  ids() {
-    if (chosen.size || level !== "cell") return [...chosen];
-    const crop = document.activeElement?.closest?.("[data-cell]");
-    return crop ? [Number(crop.dataset.cell)] : [];
-  },
+  ids() { return [...chosen]; },
   get size() { return chosen.size; },
   set(ids, of = "cell") {
     level = of;

@@ -22,16 +22,15 @@ function said(words) {
 
 async function ask() {
   if (running) running.abort();
-  const mine = new AbortController();
-  running = mine;
   const given = parameters();
-  if (box && !given.has("q")) { running = null; box.focus(); return; }
+  if (box && !given.has("q")) { box.focus(); return; }
   if (given.toString().length > LONGEST_ADDRESS) {
-    running = null;
     said("The question is too long for an address. Save it in a file and run: cellstore sql --file FILE");
     return;
   }
   history.replaceState(null, "", `${form.getAttribute("action")}?${given}`);
+  const mine = new AbortController();
+  running = mine;
   cancel.hidden = false;
   answer.classList.add("waiting");
   const began = performance.now();

@@ -670,12 +670,8 @@ def folder_id(session: Session, uri: str) -> int:
     return found
 
 
-class SeenFile(NamedTuple):
-    """A file that was looked at, and that is new or has changed."""
-
-    known: KnownFile
-    uri: str
-    info: ImageInfo
+SeenFile = tuple[KnownFile, str, ImageInfo]
+"""A file that was looked at, and that is new or has changed; where it is; and what it is now."""
 
 
 def look_at_files(
@@ -723,12 +719,12 @@ def look_at_files(
                 for image, (news, problems) in zip(ids, list(looks), strict=True):
                     if news:
                         seen[image] = news
-                    for file in news:
-                        old, new = file.known.folder, file.uri.rpartition("/")[0]
-                        if file.known.sha256 is not None and old is not None and old != new:
+                    for known, uri, info in news:
+                        old, new = known.folder, uri.rpartition("/")[0]
+                        if known.sha256 is not None and old is not None and old != new:
                             account.moved[old, new] += 1
-                        for remark in file.info.remarks:
-                            account.suspicious(None, remark, file.uri)
+                        for remark in info.remarks:
+                            account.suspicious(None, remark, uri)
                     for reason, detail in problems:
                         if reason == GONE:
                             where, _, name = detail.rpartition("/")
@@ -795,7 +791,7 @@ def _look(
                     info = probe(uri)
                     content = file.sha256, file.modified_ns
                     if uri != known or (info.sha256, info.mtime_ns) != content:
-                        seen.append(SeenFile(file, uri, info))
+                        seen.append((file, uri, info))
             except (ImageError, StorageError, UserInputError, OSError) as error:
                 if uri == known and not is_remote(uri) and not exists(uri):
                     problems.append((GONE, uri))
@@ -814,24 +810,24 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
     updates: list[dict[str, Any]] = []
     sizes: dict[int, float] = {}
     for image, files in seen.items():
-        for file in files:
-            folder, _, name = file.uri.rpartition("/")
+        for known, uri, info in files:
+            folder, _, name = uri.rpartition("/")
             if folder not in folders:
                 folders[folder] = folder_id(session, folder)
             values = {
                 "folder_id": folders[folder],
                 "name": name,
-                "sha256": file.info.sha256,
-                "size_bytes": file.info.size_bytes,
-                "modified_ns": file.info.mtime_ns,
-                "height": file.info.height,
-                "width": file.info.width,
-                "dtype": file.info.dtype,
+                "sha256": info.sha256,
+                "size_bytes": info.size_bytes,
+                "modified_ns": info.mtime_ns,
+                "height": info.height,
+                "width": info.width,
+                "dtype": info.dtype,
             }
-            if file.info.pixel_size is not None:
-                sizes[image] = file.info.pixel_size
-            if file.known.id is not None:
-                updates.append({"id": file.known.id, **values})
+            if info.pixel_size is not None:
+                sizes[image] = info.pixel_size
+            if known.id is not None:
+                updates.append({"id": known.id, **values})
                 continue
             # A projection stands for the channels that were expected and never seen.
             unseen = (ImageFile.image_id == image, ImageFile.sha256.is_(None))
@@ -841,7 +837,11 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
     if updates:
         session.execute(update(ImageFile), updates)
     # A file that is only elsewhere, or has another time, leaves the content as it is.
-    other = [i for i, files in seen.items() if any(f.known.sha256 != f.info.sha256 for f in files)]
+    other = [
+        image
+        for image, files in seen.items()
+        if any(known.sha256 != info.sha256 for known, _, info in files)
+    ]
     write_contents(session, other)
     # What a table or a person has said of the size of a pixel goes before what files say.
     unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
