@@ -70,7 +70,7 @@ MODULES = {
 }
 """Where each command is, in the order in which a screen needs them."""
 
-ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
+ONLY_SHOWN = {"dry_run", "preview", "listed"}
 """Options by which a command changes nothing."""
 
 STORE_HELP = "The folder of the store. Default: $CELLSTORE_STORE, else this folder or one above it."
@@ -417,7 +417,6 @@ DEVICE = option(
 )
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
-DRY_RUN = option(False, "Only say how many images there are to do, and how long it takes.")
 PRESET = option(
     None,
     "published: all values as in the published study. Other options then change single values.",

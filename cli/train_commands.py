@@ -14,7 +14,6 @@ import typer
 
 from cellstore.config import (
     BASELINES,
-    PRESETS,
     AddedParams,
     ApplyParams,
     BaselineParams,
@@ -78,7 +77,6 @@ def train(
     baselines: BaselineParams,
     common: Common,
     preset: str | None = PRESET,
-    list_presets: bool = option(False, "Show the values with and without --preset, and end."),
     force: bool = option(False, "Train again, even if this was trained or begun already."),
     baseline: str | None = option(
         None,
@@ -120,10 +118,6 @@ def train(
       cellstore train --split by-well --baseline probe --features dinov2_small
       cellstore train --split five
     """
-    if list_presets:
-        every = {"default": TrainParams()} | {name: TrainParams.of(name) for name in PRESETS}
-        common.show(every, _show_presets)
-        return
     of_baselines = {
         item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
     }
@@ -169,21 +163,6 @@ def train(
     _show_folds(result)
     show_report(report)
     say(*map(output.filled, (*result.notes, *report.notes)))
-
-
-def _show_presets(every: Mapping[str, TrainParams]) -> None:
-    def shown(value: Any) -> str:
-        if isinstance(value, tuple):
-            return ",".join(value) or "none"
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return "none" if value is None else output.cell(value)
-
-    rows = [
-        [item.name.replace("_", "-"), *(shown(getattr(x, item.name)) for x in every.values())]
-        for item in options_of(TrainParams)
-    ]
-    output.table(["option", *every], rows)
 
 
 def _show_train(result: TrainResult) -> None:

@@ -148,7 +148,7 @@ def test_files_that_may_hold_code_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "MAE"}))
-    with pytest.raises(UserInputError, match=r"type 'MAE', of which is not known.*dinov2"):
+    with pytest.raises(UserInputError, match=r"type 'MAE', and cellstore does not know.*dinov2"):
         open_embedder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(UserInputError, match="not those of the network"):

@@ -253,10 +253,8 @@ def cells_part(request: Request) -> Response:
     """A part: the confusion matrix of single cells."""
     run = find_run(request)
 
-    def make() -> list[dict[str, Any]]:
-        return ask(request, CELL_PAIRS, [run.id, Subset.TEST.value])
-
-    rows = kept(request, ("cell pairs", run.id), make)
+    given = [run.id, Subset.TEST.value]
+    rows = kept(request, ("cell pairs", run.id), lambda: ask(request, CELL_PAIRS, given))
     counts = {(row["truth"], row["predicted"]): row["n"] for row in rows}
     total = sum(counts.values())
     at = partial(url_of, "cells", run=run.id, subset=Subset.TEST.value, sort="-probability")

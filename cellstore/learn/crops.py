@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ImageError, UserInputError
+from ..errors import ImageError
 from .branches import FLOW, IMAGE, MASK
 
 LIGHT = "light"
@@ -143,12 +143,7 @@ class Pictures:
     intensity_scale: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        given, masks, flows = self.intensity_scale, self.masks, self.flows
-        if given is not None and len(given) != 1 + len(self.channels):
-            raise ImageError(
-                f"There are {len(given)} intensity scales for a plane and {len(self.channels)} "
-                "channels. Train again."
-            )
+        masks, flows = self.masks, self.flows
         for plane in (self.plane, *self.channels):
             if plane is None:
                 continue
@@ -184,8 +179,6 @@ def cut_crops(
     """
     masks, plane, channels = pictures.masks, pictures.plane, pictures.channels
     boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
-    if len(boxes) != len(object_numbers):
-        raise ImageError(f"There are {len(boxes)} boxes for {len(object_numbers)} cells.")
     inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= masks.shape).all()
     if not inside or (boxes[:, :2] >= boxes[:, 2:]).any():
         raise ImageError(
@@ -289,8 +282,6 @@ def resized(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> 
     The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
     and the intensity inside the cell; of ``flow`` those of the flows; of ``image`` those asked for.
     """
-    if size < 1:
-        raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
     if torch.device(device).type != "cpu":
         return resized_at_once(cells, size, device)
     channels = _channels(cells.layers)

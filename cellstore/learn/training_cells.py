@@ -79,7 +79,7 @@ class TrainingCells:
         name = repr(self.split.name)
         has_cells = {block.label_id for block in self.blocks[Subset.TRAIN]}
         left = [value for value in labels if self.labels[value] in has_cells]
-        if 1 in (len(labels), len(left)):
+        if len(labels) == 1 or (self.selection is not None and len(left) == 1):
             what = "Make another split." if self.selection is None else "Select other cells."
             raise UserInputError(
                 f"The training subset of split {name} has cells of one class only, "

@@ -219,14 +219,6 @@ class AddPredictions(ImageStage[PredictionRows, PredictionRows]):
             for image, first, end in zip(ids, [0, *ends], ends, strict=False)
         }
 
-    def read(self, task_input: PredictionRows) -> PredictionRows:
-        """Nothing is to be read."""
-        return task_input
-
-    def compute(self, loaded: Sequence[PredictionRows]) -> Sequence[PredictionRows]:
-        """Nothing is to be computed."""
-        return loaded
-
     def digest(self, recipe_id: int, output: PredictionRows) -> str | None:
         """Return the digest of the rows of cells; of images the ledger keeps one itself."""
         return None if self.whole else digest_of_numbers(np.column_stack(output))

@@ -190,24 +190,17 @@ class Fitting:
         """
         from ..learn.normalising import Scaler
 
-        params, scaler = self.params, Scaler()
+        params, scaler, notes = self.params, Scaler(), tuple[str, ...]()
         if kind == baselines.MAJORITY:
             classes = self._classes([block.label_id for block in self.blocks])
-            return baselines.fit_majority(classes), scaler, len(classes), ()
+            return baselines.fit_majority(classes), scaler, len(classes), notes
         if kind == baselines.POSITION:
             wells = self._wells()
             chosen = self._draw({well_id: label_id for well_id, (label_id, *_) in wells.items()})
             rows = np.array([wells[i][1:] for i in chosen], dtype=np.float32)
             classes = self._classes([wells[i][0] for i in chosen])
-            # By heart: what always is in a well is to be known there, which small leaves alone can
-            # say.
-            model = baselines.fit_forest(
-                rows, classes, params.seed, params.trees, None, 1, all_columns=True
-            )
             scaler = Scaler(baselines.POSITION_COLUMNS, (0.0, 0.0), (1.0, 1.0))
-            return model, scaler, len(rows), ()
-        notes: tuple[str, ...] = ()
-        if kind == baselines.CELLCOUNT:
+        elif kind == baselines.CELLCOUNT:
             # Cells count whether they are flagged or selected or not: later, nobody will know.
             with self.workspace.database.read() as session:
                 every = list_blocks(session, replace(self.source, unflagged_by=None, chosen=None))
@@ -223,19 +216,23 @@ class Fitting:
             scaler, rows, classes, wells_of = self.drawn
             if kind == baselines.SHUFFLED:
                 classes, notes = self._shuffled(wells_of)
-        if kind == baselines.FOREST:
+        model: Any
+        if kind == baselines.POSITION:
+            # By heart: what always is in a well is to be known there, which small leaves alone can
+            # say.
+            model = baselines.fit_forest(
+                rows, classes, params.seed, params.trees, None, 1, all_columns=True
+            )
+        elif kind == baselines.FOREST:
             sizes = (params.trees, params.depth, params.smallest_leaf)
             model = baselines.fit_forest(rows, classes, params.seed, *sizes)
-            return model, scaler, len(rows), notes
-        if kind == baselines.KNN:
-            return baselines.fit_knn(rows, classes, params.neighbours), scaler, len(rows), notes
-        model, converged = baselines.fit_logistic(rows, classes, params.strength)
-        if not converged:
-            slow = (
-                f"Fitting had not converged after {baselines.STEPS} steps; a larger penalty "
-                "(--strength) makes it."
-            )
-            notes = (slow, *notes)
+        elif kind == baselines.KNN:
+            model = baselines.fit_knn(rows, classes, params.neighbours)
+        else:
+            model, converged = baselines.fit_logistic(rows, classes, params.strength)
+            if not converged:
+                slow = f"Fitting had not converged after {baselines.STEPS} steps; a larger penalty"
+                notes = (f"{slow} (--strength) makes it.", *notes)
         return model, scaler, len(rows), notes
 
     def _shuffled(self, wells: Ids) -> tuple[Ids, tuple[str, ...]]:

@@ -16,19 +16,6 @@ QUICK = ("--features", "cp", "--epochs", 3, "--batch-size", 4, "--device", "cpu"
 IN = ("--store", "store")
 
 
-def test_presets_are_shown_side_by_side(cellstore) -> None:
-    lines = cellstore("train", "--list-presets").out.splitlines()
-    assert lines[0].split() == ["option", "default", "published"]
-    values = {line.split()[0]: line.split()[1:] for line in lines[2:]}
-    assert values["crop-size"] == ["64", "224"]
-    assert values["backbone"] == ["resnet18", "efficientnet_b0"]
-    assert values["augment"] == ["flips,intensity,rotations", "none"]
-    assert values["warmup-epochs"] == ["2", "0"]
-    assert max(map(len, lines)) <= 80
-    values = cellstore("train", "--list-presets", "--json").json
-    assert [values[name]["crop_size"] for name in ("default", "published")] == [64, 224]
-
-
 def test_the_help_lists_options_by_section(cellstore) -> None:
     said = cellstore("train", "--help").out
     titles = [line for line in said.splitlines() if line.endswith(":") and line[0] != " "]

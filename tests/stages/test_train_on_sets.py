@@ -63,10 +63,10 @@ def side_of(workspace: Workspace, cells: list[Cell], side: Subset) -> list[bool]
 
 @pytest.fixture
 def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_image(*_: object) -> None:
+    def open_file(*_: object) -> None:
         raise AssertionError("an image was opened")
 
-    monkeypatch.setattr(batches, "read_image", read_image)
+    monkeypatch.setattr(batches, "open_file", open_file)
 
 
 @pytest.mark.usefixtures("no_pixels")
