@@ -10,14 +10,14 @@ import shlex
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, Text, cast, func, insert, select, text
+from sqlalchemy import Select, Text, cast, func, insert, literal, select, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
@@ -289,7 +289,7 @@ def run_digests(
     A sum does not depend on the order, and rows can be taken from it. ``images``: lists or queries
     of ids; of rows that are about an image, only those about these.
     """
-    sums: dict[tuple[int, str], int] = defaultdict(int)
+    found: dict[tuple[int, str], str] = {}
     for table, query in _ROWS:
         columns = query.selected_columns
         wanted = [query.where(columns.run_id.in_(ids)) if ids else query]
@@ -301,10 +301,9 @@ def run_digests(
                 wanted[0].where(columns.cell_id.in_(of.where(Segmentation.image_id.in_(some))))
                 for some in images
             ]
-        for some in wanted:
-            for run_id, *values in _stream(session, some):
-                sums[run_id, table] += _number(_canonical(values))
-    return {key: _hex(total) for key, total in sums.items()}
+        sums = _sums(session, wanted)
+        found |= {(run_id, table): _hex(total) for run_id, total in sums.items()}
+    return found
 
 
 def table_digests(session: Session, plates: Collection[int] | None = None) -> dict[str, Any]:
@@ -314,19 +313,15 @@ def table_digests(session: Session, plates: Collection[int] | None = None) -> di
     """
     found: dict[str, Any] = {}
     for name in DESCRIBING:
-        rows = _stream(session, select(METADATA.tables[name]))
-        found[name] = _hex(sum(_number(_canonical([*row])) for row in rows))
+        found[name] = _hex(_sums(session, [select(literal(0), METADATA.tables[name])])[0])
     of = session.scalars(select(Plate.id)).all() if plates is None else plates
     for name, query in _OF_PLATES.items():
         wanted = [query]
         if plates is not None:
             wanted = [query.where(Well.plate_id.in_(some)) for some in in_lists(plates)]
-        sums = dict.fromkeys(of, 0)
-        for some in wanted:
-            for plate, *values in _stream(session, some):
-                # Of numbers and texts alone: said in half the time, and an ingest waits for it.
-                sums[plate] += _number(repr(values).encode())
-        found[name] = {str(plate): _hex(total) for plate, total in sums.items()}
+        # Of numbers and texts alone: written in half the time, and an ingest waits for it.
+        sums = _sums(session, wanted, lambda values: repr(values).encode())
+        found[name] = {str(plate): _hex(sums[plate]) for plate in of}
     return found
 
 
@@ -338,25 +333,29 @@ def grown_digest(session: Session, after: int) -> dict[str, str]:
     """
     rows = METADATA.tables["annotations"]
 
-    def summed(condition: Any) -> int:
-        found = _stream(session, select(rows).where(condition))
-        return sum(_number(_canonical([*row])) for row in found)
-
+    query = select(literal(0), rows)
     entries = select(Event.new).where(Event.table_name.in_(("runs", "store")))
     with session.execute(entries.order_by(Event.id.desc()).execution_options(yield_per=10)) as new:
         said = (((row[0] or {}).get("tables") or {}).get(rows.name) for row in new)
         before = next((made for made in said if made), None)
-    known = int(before, 16) if before else summed(rows.c.id <= after)
-    return {rows.name: _hex(known + summed(rows.c.id > after))}
+    known = int(before, 16) if before else _sums(session, [query.where(rows.c.id <= after)])[0]
+    return {rows.name: _hex(known + _sums(session, [query.where(rows.c.id > after)])[0])}
 
 
-def _stream(session: Session, query: Select[Any]) -> Iterable[Any]:
-    """The rows of a query as tuples: as objects they take longer."""
-    return session.connection().execute(query, execution_options={"yield_per": 10_000})
-
-
-def _number(content: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(content).digest())
+def _sums(
+    session: Session,
+    queries: Iterable[Select[Any]],
+    as_bytes: Callable[[list[Any]], bytes] | None = None,
+) -> defaultdict[Any, int]:
+    """By the first column of some queries the sum of the sha256 of their other columns."""
+    sums: defaultdict[Any, int] = defaultdict(int)
+    for query in queries:
+        # As tuples: objects take longer.
+        rows = session.connection().execute(query, execution_options={"yield_per": 10_000})
+        for key, *values in rows:
+            content = (as_bytes or _canonical)(values)
+            sums[key] += int.from_bytes(hashlib.sha256(content).digest())
+    return sums
 
 
 def _hex(total: int) -> str:

@@ -127,7 +127,7 @@ def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Works
 
 def test_without_a_run_the_sentence_says_what_to_do(sqlite_workspace: Workspace) -> None:
     Plate(sqlite_workspace)
-    with pytest.raises(UnknownNameError, match=r"not been run yet.*cellstore qc"):
+    with pytest.raises(UnknownNameError, match=r"There is no qc run yet.*cellstore qc"):
         create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
