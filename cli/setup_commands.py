@@ -111,11 +111,6 @@ def backup(
         raise typer.Exit(1)
 
 
-def _show_restored(result: Backup) -> None:
-    _show_backup(result)
-    say("The backup is whole.")
-
-
 @command(app, "restore")
 def restore(
     common: Common,
@@ -138,7 +133,9 @@ def restore(
       cellstore restore /backups/screen-2026-03-04.tar screen
     """
     result = Store.restore(file, folder, database=database, dry_run=dry_run)
-    common.show(result, _show_restored)
+    common.show(result, _show_backup)
+    if not common.as_json:
+        say("The backup is whole.")
     if not (common.as_json or dry_run):
         say_next(("cellstore verify",), replace(common, store=folder))
 

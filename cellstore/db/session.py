@@ -73,7 +73,9 @@ _RUN = (
     "lose its origin. Rows of an ingest can be taken back with: cellstore undo RUN"
 )
 REFUSALS = {
-    "split is frozen": _SPLIT,
+    "split is frozen": (
+        f"A run relies on this split, so it can neither change nor be deleted. {_NEW}"
+    ),
     "split keeps its protocol and group level": _SPLIT,
     "split says what it is about": _SPLIT,
     "split keeps each group in one subset": (

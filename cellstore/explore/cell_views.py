@@ -22,7 +22,6 @@ from ..enums import (
     Stage,
 )
 from ..errors import UnknownNameError, UserInputError, some_of
-from ..jobs.run_names import find_predict_run
 from ..models import (
     Annotation,
     Cell,
@@ -39,7 +38,6 @@ from ..report.drawing import brief
 from .cell_filters import (
     COUNTS,
     FILTERS,
-    NEWEST,
     OF_CELLS,
     OF_RUN,
     OTHER,
@@ -59,6 +57,7 @@ from .requests import (
     runs_done,
     text,
     url_of,
+    usual_run,
     whole,
 )
 
@@ -243,7 +242,7 @@ def _changed(
 def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> list[dict[str, Any]]:
     """Add to some cells what is shown of them, and ``told``: what they are, in words."""
     ids = [row["cell_id"] for row in found]
-    run = pane.chosen.run or _shown_run(request)
+    run = pane.chosen.run or usual_run(request, Stage.PREDICT)
     query = select(Cell.id, Cell.excluded, Image.site, Well.name.label("well"), Well.control)
     query = query.add_columns(Plate.barcode, Treatment.name_with_dose, Prediction.probability)
     query = query.add_columns(Label.value.label("predicted")).where(Cell.id.in_(ids))
@@ -302,16 +301,6 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
             "number": number, "told": " · ".join(told),
         })  # fmt: skip
     return crops
-
-
-def _shown_run(request: Request) -> int | None:
-    """The predict run whose answers are told where the filters name none."""
-    with explorer_of(request).workspace.database.read() as session:
-        try:
-            found = find_predict_run(session, NEWEST)
-        except UserInputError:
-            return None
-    return found.id
 
 
 def _looks(request: Request) -> dict[str, Any]:
@@ -504,7 +493,7 @@ def gallery(request: Request) -> Response:
         orders=_orders(request, features[:MOST_ORDERS]),
         shown=SHOWN_IN_FORM,
         pairs=lambda values: [(value, value) for value in values],
-        shown_run=panes[0].chosen.run or _shown_run(request),
+        shown_run=panes[0].chosen.run or usual_run(request, Stage.PREDICT),
         given=request.query_params,
         many=request.query_params.getlist,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,11 +16,10 @@ from starlette.routing import Route
 
 from ..enums import Control, Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError
-from ..io.filenames import format_well
+from ..io.filenames import format_well, parse_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
-from ..jobs.lookup import well_name as normal_name
 from ..jobs.planes import channel_files
-from ..jobs.run_names import find_named_run, find_predict_run
+from ..jobs.run_names import find_named_run
 from ..models import Plate, Treatment, Well
 from ..query.saved_queries import find_question
 from ..report.audit import KINDS as KINDS_OF_NAMES
@@ -39,6 +39,7 @@ from .requests import (
     runs_done,
     text,
     url_of,
+    usual_run,
     whole,
 )
 from .well_colours import (
@@ -235,7 +236,7 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
             if not changed:
                 raise UnknownNameError(f"There is no {STAGES[kind].value} run {run} that is done.")
             run = None
-        run = run if run is not None else _usual_run(request, kind, runs)
+        run = run if run is not None else usual_run(request, STAGES[kind])
     else:
         run = None
     wells = wells_of(request, shown)
@@ -292,14 +293,6 @@ def _maps(request: Request, barcodes: Sequence[str], treatment: str | None) -> R
         beside=beside,
         there=there,
     )
-
-
-def _usual_run(request: Request, kind: str, runs: Sequence[Record]) -> int | None:
-    """The run that is meant where none is named: the newest, of predict runs that of a network."""
-    if STAGES[kind] == "predict" and runs:
-        with explorer_of(request).workspace.database.read() as session:
-            return find_predict_run(session, "latest").id
-    return runs[0]["id"] if runs else None
 
 
 def _neighbours(request: Request, barcode: str) -> dict[str, str | None]:
@@ -443,17 +436,16 @@ def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
     wells = wells_of(request, (barcode,))
-    at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
+    with suppress(UserInputError):  # it is not found, then
+        name = format_well(*parse_well(name))
+    at = next((at for at, row in enumerate(wells) if row["well"] == name), None)
     if at is None:
         raise UnknownNameError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
     one = wells[at]
     beside = _nearest_controls(wells, one)
     wanted = [row["well_id"] for row in (one, *beside)]
 
-    def read() -> list[dict[str, Any]]:
-        return ask(request, FIELDS, {"wells": wanted})
-
-    fields = kept(request, ("fields", *wanted), read)
+    fields = kept(request, ("fields", *wanted), lambda: ask(request, FIELDS, {"wells": wanted}))
     own = [row for row in fields if row["well_id"] == one["well_id"]]
     planes, times = (sorted({row[key] for row in own}) for key in ("plane", "time_point"))
     plane = whole(request, "plane", planes[0] if planes else 1)

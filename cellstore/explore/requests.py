@@ -30,6 +30,7 @@ from ..config import Limits
 from ..db.events import caller
 from ..enums import Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError, some_of
+from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
 from ..models import Annotation, Event, Run
 from ..query.engine import Questions, open_questions
@@ -315,6 +316,16 @@ def runs_done(request: Request, stage: Stage) -> list[dict[str, Any]]:
     """Return ``id``, ``split`` and ``model`` of the runs of a stage that are done, newest first."""
     given = {"stage": stage.value}
     return kept(request, ("runs done", stage), lambda: ask(request, RUNS, given))
+
+
+def usual_run(request: Request, stage: Stage) -> int | None:
+    """Return the run meant where none is named: the newest, of predict runs that of a network."""
+    rows = runs_done(request, stage)
+    if stage != Stage.PREDICT or not rows:
+        return rows[0]["id"] if rows else None
+    with explorer_of(request).workspace.database.read() as session, suppress(UserInputError):
+        return find_predict_run(session, "latest").id
+    return None
 
 
 def text(request: Request, name: str, default: str | None = None) -> str | None:

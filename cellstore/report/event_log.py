@@ -89,25 +89,18 @@ def _of_plate(plate: int) -> Any:
     An event of many new rows has the first and the last of their ids.
     """
     first, last = (Event.new[key].as_integer() for key in ("first_id", "last_id"))
-    wells = select(Well.id).where(Well.plate_id == plate)
     images = select(Image.id).join(Well, Well.id == Image.well_id).where(Well.plate_id == plate)
     own = (
         ("plates", select(Plate.id).where(Plate.id == plate), Plate.id),
-        ("wells", wells, Well.id),
+        ("wells", select(Well.id).where(Well.plate_id == plate), Well.id),
         ("images", images, Image.id),
     )
-    return or_(
-        *(
-            and_(
-                Event.table_name == table,
-                or_(
-                    Event.row_id.in_(ids),
-                    and_(last.is_not(None), ids.where(key.between(first, last)).exists()),
-                ),
-            )
-            for table, ids, key in own
-        )
-    )
+    conditions = []
+    for table, ids, key in own:
+        among_new = and_(last.is_not(None), ids.where(key.between(first, last)).exists())
+        itself = or_(Event.row_id.in_(ids), among_new)
+        conditions.append(and_(Event.table_name == table, itself))
+    return or_(*conditions)
 
 
 def _said(

@@ -77,12 +77,6 @@ OF_IMAGES = (
 )
 """Those of them that the images of a well do not share."""
 
-SPLIT_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
-    SUBSET: ("sm.subset", pa.string()),
-    LABEL: ("l.value", pa.string()),
-}
-"""What a split says of an image."""
-
 CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     CELL_ID: ("c.id", pa.int64()),
     "Metadata_ObjectNumber": ("c.object_number", pa.int64()),
@@ -98,8 +92,6 @@ CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
 
 FILE_COLUMNS = ("Image_FileName_", "Image_PathName_")
 """How the names of columns of files begin."""
-
-FINGERPRINT_DIGITS = 12
 
 FLOAT = pa.float64()
 _TYPES = {"int64": pa.int64(), "string": pa.string()}
@@ -265,9 +257,10 @@ def export(
         for name, what in _metadata_columns(questions, IMAGES, values).items():
             if name not in CELL_COLUMNS:
                 columns.setdefault(name, what)
-        fingerprint = literal(segment.fingerprint[:FINGERPRINT_DIGITS])
+        fingerprint = literal(segment.fingerprint[:12])
         columns[SEGMENTATION] = (fingerprint, pa.string())
-        columns |= {} if found_split is None else SPLIT_COLUMNS
+        if found_split is not None:
+            columns |= {SUBSET: ("sm.subset", pa.string()), LABEL: ("l.value", pa.string())}
         listed = [
             f"{source.format(order=ORDER) if name in IMAGE_COLUMNS else source} AS {quoted(name)}"
             for name, (source, _) in columns.items()
@@ -499,15 +492,13 @@ def _choose(
     last = [func.coalesce(run.scalar_subquery(), 0) for run in runs]
     newest = case((last[0] > last[1], last[0]), else_=last[1])
     query = select(Recipe).where(Recipe.stage == Stage.MEASURE, newest > 0)
-    of_cells = ""
     if segmentation is not None:
         asked = find_recipe(session, Stage.SEGMENT, segmentation)
         query = query.where(Recipe.id.in_([reading.id for reading in asked.used_by]))
-        of_cells = f" of the cells of segment recipe {asked.id}"
     measures = session.scalars(query.order_by(newest.desc(), Recipe.id.desc())).all()
     if not measures:
         raise UserInputError(
-            f"Nothing{of_cells} has been measured yet. Run: cellstore measure, or ingest a table "
+            "Nothing has been measured on these cells. Run: cellstore measure, or ingest a table "
             "of features."
         )
     segment = input_of(measures[0], Stage.SEGMENT)

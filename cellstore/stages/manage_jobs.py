@@ -75,37 +75,26 @@ def list_jobs(
         which: list[ColumnElement[bool]] = [] if stage is None else [Recipe.stage.in_(stages)]
         if image is not None:
             which.append(images_named(session, image))
+        found = select(Recipe.stage).select_from(Job).join(Recipe, Recipe.id == Job.recipe_id)
+        found = found.join(Image, _CURRENT).where(*which)
         by_status = (
             func.count().filter(Job.status == item).label(item.value)
             for item in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
         )
-        columns: Any = (Recipe.stage, Recipe.id.label("recipe_id"), *by_status)
-        counts = session.execute(
-            select(*columns, func.avg(Job.seconds).label("seconds"))
-            .select_from(Job)
-            .join(Recipe, Recipe.id == Job.recipe_id)
-            .join(Image, _CURRENT)
-            .where(*which)
-            .group_by(Recipe.stage, Recipe.id)
-            .order_by(Recipe.id)
-        )
-        counted = tuple(dict(row) for row in counts.mappings())
+        counts = found.add_columns(Recipe.id.label("recipe_id"), *by_status)
+        counts = counts.add_columns(func.avg(Job.seconds).label("seconds"))
+        counts = counts.group_by(Recipe.stage, Recipe.id).order_by(Recipe.id)
+        counted = tuple(dict(row) for row in session.execute(counts).mappings())
         if limit == 0:
             return JobsList(counted, (), 0)
-        wanted = which if status is None else [*which, Job.status == Status(status)]
-        moment = now(session)
-        query = (
-            select(Job, Recipe.stage, moment.label("moment"), Plate.barcode, Image.core_name)
-            .add_columns(Image.plane, Image.time_point)
-            .join(Recipe, Recipe.id == Job.recipe_id)
-            .join(Image, _CURRENT)
-            .join(Well, Well.id == Image.well_id)
-            .join(Plate, Plate.id == Well.plate_id)
-            .where(*wanted)
-        )
+        query = found.add_columns(Job, now(session).label("moment"), Plate.barcode, Image.core_name)
+        query = query.add_columns(Image.plane, Image.time_point)
+        query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        if status is not None:
+            query = query.where(Job.status == Status(status))
         total = session.scalar(query.with_only_columns(func.count())) or 0
         jobs = []
-        for job, of_stage, at, *name in session.execute(query.order_by(Job.id.desc()).limit(limit)):
+        for of_stage, job, at, *name in session.execute(query.order_by(Job.id.desc()).limit(limit)):
             lease, wait = (
                 None if until is None else round((until - at).total_seconds(), 1)
                 for until in (job.lease_until, job.not_before)

@@ -165,18 +165,18 @@ RECIPES = """
     ORDER BY 2
 """
 # The last ones are of other tools: there is no job of them, and none is open.
-# By measure recipe the segment recipe that it reads.
+# By measure recipe the segment recipe that it reads, and how many images have masks of that for
+# their present bytes.
 READS = """
-    SELECT ri.recipe_id, ri.input_id FROM recipe_inputs AS ri
+    SELECT ri.recipe_id, ri.input_id, (
+        SELECT count(*) FROM segmentations AS s JOIN images AS i ON i.id = s.image_id
+        WHERE s.recipe_id = ri.input_id AND s.mask_artifact_id IS NOT NULL
+            AND i.content_sha256 IS NOT NULL
+            AND (s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256)
+    )
+    FROM recipe_inputs AS ri
     JOIN recipes AS r ON r.id = ri.recipe_id JOIN recipes AS source ON source.id = ri.input_id
     WHERE r.stage = 'measure' AND source.stage = 'segment'
-"""
-# By segment recipe the images whose present bytes it has done, and whose masks are known.
-SEGMENTED = """
-    SELECT s.recipe_id, count(*) FROM segmentations AS s JOIN images AS i ON i.id = s.image_id
-    WHERE (s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256)
-        AND i.content_sha256 IS NOT NULL AND s.mask_artifact_id IS NOT NULL
-    GROUP BY s.recipe_id
 """
 FEATURE_SETS = """
     SELECT f.name, f.recipe_id, f.storage, json_array_length(f.columns) AS columns,
@@ -286,8 +286,7 @@ def status(workspace: Workspace) -> StatusResult:
     with workspace.database.read() as session:
         counts = session.execute(text(COUNTS)).mappings().one()
         jobs = session.execute(text(RECIPES)).mappings().all()
-        reads = {row[0]: row[1] for row in session.execute(text(READS))}
-        segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
+        reads = {recipe: more for recipe, *more in session.execute(text(READS))}
         last = session.scalar(text(LAST_CELLS))
         sets = session.execute(text(FEATURE_SETS)).mappings().all()
         gone = find_gone(session, FEW)
@@ -295,9 +294,12 @@ def status(workspace: Workspace) -> StatusResult:
     seen = counts["images"] - counts["missing_images"]
     recipes = []
     for row in jobs:
-        source, is_ours = reads.get(row["recipe_id"]), row["open"] is not None
+        (source, segmented), is_ours = (
+            reads.get(row["recipe_id"], (None, 0)),
+            row["open"] is not None,
+        )
         # How many images can be done; what is not known to be is what is open.
-        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row["stage"])
+        ready = {"segment": seen, "qc": seen, "measure": segmented}.get(row["stage"])
         todo = row["open"] if ready is None else max(0, ready - row["done"] - row["failed"])
         replaced = row["stage"] == "segment" and row["done"] and last != row["recipe_id"]
         more = {"todo": todo if is_ours else 0, "reads": source}

@@ -7,7 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -123,8 +123,6 @@ BATCH = 200
 ROWS_AT_ONCE = 200_000
 """Predictions that are looked at together."""
 
-GRACE_MINUTES = 10.0
-CELL_KEYS = ("id", "segmentation_id")
 FROM_BACKUP = "Put the store back from a backup: cellstore restore FILE"
 CHANGED = "the file is not what was written (sha256 differs)"
 MADE_AGAIN = ("mask/", "flow/", "features/", "profiles/")
@@ -135,7 +133,7 @@ def verify(
     workspace: Workspace,
     *,
     fix: bool = False,
-    minutes: float = GRACE_MINUTES,
+    minutes: float = 10.0,
     against: Path | None = None,
 ) -> VerifyResult:
     """Look at the database, and compare rows and files with their digests; look for orphans.
@@ -151,9 +149,13 @@ def verify(
     head = None if against is None else read_seal(against)
     database, folder = workspace.database, workspace.artifacts
     broken = schema_problems(database)
-    with ThreadPoolExecutor(2) as pool:  # the database looks at itself while we read its rows
+    reading: Future[tuple[int, list[Problem]]] = Future()
+    with ThreadPoolExecutor(1) as pool:  # the database looks at itself while we read its rows
         looking = pool.submit(database.damage, quick=False)
-        reading = pool.submit(check_rows, workspace)
+        try:
+            reading.set_result(check_rows(workspace))
+        except Exception as error:  # of a damaged database anything can be wrong
+            reading.set_exception(error)
     damage = looking.result()
     # What is read of such a database may be anything.
     hopeless = any(DANGLING not in reason for reason in damage)
@@ -183,7 +185,11 @@ def verify(
             if (folder.root / path).lstat().st_mtime <= before:
                 old.append(path)
     if fix:
-        _remove(workspace, [*old, *_changed(folder, problems)])
+        odd_files = [p.path for p in problems if p.reason == CHANGED]
+        made = [path for path in odd_files if path.startswith(MADE_AGAIN)]
+        # Not those whose own name says that they are right: their row was changed.
+        made = [path for path in made if sha256_of(folder.locate(path)) != Path(path).stem]
+        _remove(workspace, [*old, *made])
     with database.read() as session:
         gone, commands = tuple(find_gone(session)), lost_files(session, folder)[1]
     return VerifyResult(
@@ -269,12 +275,6 @@ def _oldest_running(workspace: Workspace) -> float:
         close_dead_runs(session)
         found = session.scalar(query)
     return (found or now).timestamp()
-
-
-def _changed(folder: ArtifactFolder, problems: Sequence[Problem]) -> list[str]:
-    """The files that a command can make again, and that are not what their own name says."""
-    paths = [p.path for p in problems if p.reason == CHANGED and p.path.startswith(MADE_AGAIN)]
-    return [path for path in paths if sha256_of(folder.locate(path)) != Path(path).stem]
 
 
 def _unnamed(workspace: Workspace, there: Sequence[str]) -> list[str]:
@@ -713,7 +713,8 @@ def _digest_of_rows(session: Session, job: Any) -> str:
             ).one_or_none()
             if found is None:
                 return ""
-            names = [c.name for c in Cell.__table__.columns if c.name not in CELL_KEYS]
+            keys = ("id", "segmentation_id")
+            names = [c.name for c in Cell.__table__.columns if c.name not in keys]
             rows = session.execute(
                 select(*(getattr(Cell, name) for name in names))
                 .where(Cell.segmentation_id == found.id)

@@ -50,6 +50,27 @@ export async function fill(place, address, is_wanted = () => true) {
   return ok;
 }
 
+export function one_at_a_time(cancel, tell) {
+  // Does work that the button, or the next work, ends; `tell` hears how many seconds it has taken.
+  let running = null;
+  cancel.addEventListener("click", () => running?.abort());
+  return async (work) => {
+    running?.abort();
+    const mine = running = new AbortController(), began = performance.now();
+    const clock = setInterval(() => tell(`${((performance.now() - began) / 1000).toFixed(1)} s`), 200);
+    cancel.hidden = false;
+    const words = await work(mine.signal, () => running === mine).catch((error) => {
+      if (mine.signal.aborted) return "Cancelled.";
+      return error instanceof TypeError ? "The explorer does not answer. Is it still running?" : error.message;
+    });
+    clearInterval(clock);
+    if (running !== mine) return null; // other work has begun
+    running = null;
+    cancel.hidden = true;
+    return words;
+  };
+}
+
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 export function next_link(cell, event) {

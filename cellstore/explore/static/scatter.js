@@ -1,6 +1,6 @@
 // A scatter plot: points drawn by WebGL2, or their density; zoom, names, lasso and what is in it.
 
-import { drawn, element, fill, shaders } from "./page.js";
+import { drawn, element, fill, one_at_a_time, shaders } from "./page.js";
 import { prepare } from "./plate.js";
 import { selection } from "./selection.js";
 
@@ -48,7 +48,7 @@ function start() {
   let shown = null;     // what was loaded
   let view = null;      // [x from, x to, y from, y to] in the units of the axes
   let whole_view = null;
-  let tool = "lasso", running = null, picked = null, drawing = false, refetch = 0;
+  let tool = "lasso", picked = null, drawing = false, refetch = 0;
   let wanted_view = numbers_of(address.get("view"));
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -87,48 +87,33 @@ function start() {
 
   // Loading
 
-  async function load(window_asked) {
-    if (running) running.abort();
-    const mine = new AbortController();
-    running = mine;
-    cancel.hidden = false;
-    const began = performance.now();
-    let progress = `Reading ${data.unit}`;
-    const clock = setInterval(() => { state.textContent = `${progress} … ${((performance.now() - began) / 1000).toFixed(1)} s`; }, 200);
-    try {
-      for (;;) {
-        const asked = new URLSearchParams(address);
-        for (const name of ["view", "hide", "lasso"]) asked.delete(name);
-        if (window_asked) asked.set("window", window_asked.join(","));
-        const answer = await fetch(`/scatter/points?${asked}`, { signal: mine.signal });
-        if (answer.status === 202) {
-          ({ progress } = await answer.json());
-          await new Promise((done) => setTimeout(done, WAIT_MS));
-          if (mine.signal.aborted) throw new DOMException("", "AbortError");
-          continue;
-        }
-        if (!answer.ok) { finish(mine, clock, (await answer.text()).trim()); return; }
-        const bytes = await answer.arrayBuffer();
-        if (running !== mine) return;
-        take(bytes);
-        finish(mine, clock, shown.head.n ? "" : `No ${data.unit} have both values.`);
-        return;
-      }
-    } catch (error) {
-      finish(mine, clock, error.name === "AbortError" ? "Cancelled." : `The points cannot be shown: ${error.message}`);
-    }
-  }
+  let progress = "";
+  const working = one_at_a_time(cancel, (seconds) => { state.textContent = `${progress} … ${seconds}`; });
 
-  function finish(mine, clock, words) {
-    clearInterval(clock);
-    if (running !== mine) return;
-    running = null;
-    cancel.hidden = true;
+  async function load(window_asked) {
+    progress = `Reading ${data.unit}`;
+    const asked = new URLSearchParams(address);
+    for (const name of ["view", "hide", "lasso"]) asked.delete(name);
+    if (window_asked) asked.set("window", window_asked.join(","));
+    const words = await working(async (signal, is_mine) => {
+      for (;;) {
+        const answer = await fetch(`/scatter/points?${asked}`, { signal });
+        if (answer.status !== 202) {
+          if (!answer.ok) return (await answer.text()).trim();
+          const bytes = await answer.arrayBuffer();
+          if (!is_mine()) return "";
+          take(bytes);
+          return shown.head.n ? "" : `No ${data.unit} have both values.`;
+        }
+        ({ progress } = await answer.json());
+        await new Promise((done) => setTimeout(done, WAIT_MS));
+        signal.throwIfAborted();
+      }
+    });
+    if (words === null) return;
     state.textContent = words;
     plot.dataset.ready = words || "yes";
   }
-
-  cancel.addEventListener("click", () => running?.abort());
 
   function take(bytes) {
     const length = new DataView(bytes).getUint32(0, true);

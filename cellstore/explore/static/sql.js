@@ -1,6 +1,6 @@
 // Questions: an answer as it comes, with Cancel; completion; and the list of tables beside it.
 
-import { element } from "./page.js";
+import { element, one_at_a_time } from "./page.js";
 
 const form = document.querySelector("form[data-answer]");
 const answer = document.getElementById("answer");
@@ -8,7 +8,7 @@ const status = form.querySelector("[data-status]");
 const cancel = form.querySelector("[data-cancel]");
 const box = document.getElementById("q");
 const LONGEST_ADDRESS = 30000;
-let running = null;
+const working = one_at_a_time(cancel, (seconds) => { status.textContent = seconds; });
 
 function parameters() {
   const given = new URLSearchParams();
@@ -21,7 +21,6 @@ function said(words) {
 }
 
 async function ask() {
-  if (running) running.abort();
   const given = parameters();
   if (box && !given.has("q")) { box.focus(); return; }
   if (given.toString().length > LONGEST_ADDRESS) {
@@ -29,34 +28,22 @@ async function ask() {
     return;
   }
   history.replaceState(null, "", `${form.getAttribute("action")}?${given}`);
-  const mine = new AbortController();
-  running = mine;
-  cancel.hidden = false;
   answer.classList.add("waiting");
-  const began = performance.now();
-  const clock = setInterval(() => {
-    status.textContent = `${((performance.now() - began) / 1000).toFixed(1)} s`;
-  }, 100);
-  try {
-    const found = await fetch(`${form.dataset.answer}?${given}`, { signal: mine.signal });
+  const words = await working(async (signal, is_mine) => {
+    const found = await fetch(`${form.dataset.answer}?${given}`, { signal });
     const text = await found.text();
-    if (running !== mine) return;
+    if (!is_mine()) return "";
     const html = (found.headers.get("content-type") || "").startsWith("text/html");
-    if (html) answer.innerHTML = text;  // a part of a page of our own server, which escapes
-    else said(text);
+    if (!html) return text;
+    answer.innerHTML = text;  // a part of a page of our own server, which escapes
     const wrong = answer.querySelector("[data-line]");
     if (wrong && box) choose_line(Number(wrong.dataset.line));
-  } catch (error) {
-    if (running === mine) said(mine.signal.aborted ? "Cancelled." : "The server does not answer. Is cellstore explore still running?");
-  } finally {
-    clearInterval(clock);
-    if (running === mine) {
-      running = null;
-      cancel.hidden = true;
-      status.textContent = "";
-      answer.classList.remove("waiting");
-    }
-  }
+    return "";
+  });
+  if (words === null) return;
+  if (words) said(words);
+  status.textContent = "";
+  answer.classList.remove("waiting");
 }
 
 function choose_line(number) {
@@ -67,7 +54,6 @@ function choose_line(number) {
 }
 
 form.addEventListener("submit", (event) => { event.preventDefault(); close_list(); ask(); });
-cancel.addEventListener("click", () => { if (running) running.abort(); });
 if (form.hasAttribute("data-runs")) ask();
 
 // Completion

@@ -36,7 +36,7 @@ from ...errors import ImageError, StorageError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.folders import read_folder
 from ...io.harmony import read_harmony
-from ...io.image_files import ImageFolder, ImageInfo, probe
+from ...io.image_files import SUFFIXES, ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
 from ...io.platemaps import PlateAnnotation, Position, notes_on_wells, read_annotation
@@ -758,10 +758,10 @@ def _look(
         path = None
         if folder is not None:
             try:
-                if number == 0:
-                    path = folder.find_projection(core_name, plate)
-                else:
-                    path = folder.find(file.name, plate)
+                names = (
+                    [core_name + end for end in sorted(SUFFIXES)] if number == 0 else [file.name]
+                )
+                path = next(filter(None, (folder.find(name, plate) for name in names)), None)
             except ImageError as error:
                 problems.append(("file name is not unique", str(error)))
         uri = None
