@@ -26,7 +26,7 @@ def test_a_preview_says_what_it_found_and_how_to_go_on(cellstore, store, model, 
     assert "Look at the pictures in cellstore-preview." in said.out
     assert "without --preview for 12 images." in said.out
     assert all(len(line) <= 80 for line in lines)
-    assert len(list((tmp_path / "cellstore-preview").iterdir())) == 4
+    assert len(list((tmp_path / "cellstore-preview").iterdir())) == 3
     assert "segmented   0" in cellstore("--store", store, "status").out
 
 

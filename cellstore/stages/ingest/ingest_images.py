@@ -211,16 +211,6 @@ def ingest_images(
     account.plates = sorted(writer.plates)
 
 
-def look_at_images(workspace: Workspace, params: IngestParams, account: Account) -> None:
-    """Look at the files of the images that were ingested: those with news count as updated."""
-    images = np.unique(np.frombuffer(account.images, dtype=np.int64))
-    changed = look_at_files(workspace, images, params.images, params.look, account)
-    unchanged = np.frombuffer(account.unchanged_images, dtype=np.int64)
-    found = int(np.isin(unchanged, list(changed)).sum())
-    account.unchanged -= found
-    account.updated += found
-
-
 class RowWriter:
     """Writes the records of the file of ``account`` in the open transaction of ``session``.
 
