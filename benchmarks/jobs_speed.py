@@ -61,9 +61,9 @@ class NoWork(ImageStage[str, str]):
             time.sleep(600)
         return task_input
 
-    def compute(self, loaded: Sequence[str]) -> list[str]:
-        """Return the names."""
-        return list(loaded)
+    def compute(self, loaded: str) -> str:
+        """Return the name."""
+        return loaded
 
     def insert(
         self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any

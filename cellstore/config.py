@@ -155,13 +155,19 @@ def typed_value(item: Field, typed: Any) -> Any:
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
         return tuple(kind(word if known["repeated"] else word.strip()) for word in words)
-    pairs = []
+    pairs, start = [], ""
     for word in words:
-        cut = word.partition if known["pair"] == "first" else word.rpartition
+        # What has no "=" belongs to the next word: the name that it came with has a comma in it.
+        start += word
+        if "=" not in word and word is not words[-1] and not known["repeated"]:
+            start += ","
+            continue
+        cut = start.partition if known["pair"] == "first" else start.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {start!r}.")
         pairs.append((old, new))
+        start = ""
     return tuple(pairs)
 
 

@@ -237,14 +237,13 @@ class Store(AbstractContextManager["Store"]):
         *,
         device: str = "auto",
         resources: Resources = THIS_PROCESS,
-        dry_run: bool = False,
     ) -> JobsResult:
         """Find the cells of the images of a selection that have their files, with Cellpose.
 
         What is done by the same ``params`` is left alone, so that the same call goes on after an
         interruption. ``device``: ``auto``, ``cpu`` or ``cuda``. ``resources``: processes, or a
-        Dask cluster. ``dry_run`` only counts. Returns the run (``run_id``), how many images were
-        ``done``, the ``cells`` found, and ``failures`` as (image, reason).
+        Dask cluster. Returns the run (``run_id``), how many images were ``done``, the ``cells``
+        found, and ``failures`` as (image, reason).
 
         >>> store.segment(SegmentParams(channels=("DNA",), diameter=35), Selection(limit=5))
 
@@ -259,7 +258,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             device=device,
             resources=resources,
-            dry_run=dry_run,
         )
 
     def preview(
@@ -301,7 +299,6 @@ class Store(AbstractContextManager["Store"]):
         *,
         segmentation: str | None = None,
         resources: Resources = THIS_PROCESS,
-        dry_run: bool = False,
     ) -> MeasureResult:
         """Measure the cells that one segment recipe has found (default: the one used last).
 
@@ -322,7 +319,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             segmentation=segmentation,
             resources=resources,
-            dry_run=dry_run,
         )
 
     def qc(
@@ -333,7 +329,6 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         html: str | Path | None = None,
         resources: Resources = THIS_PROCESS,
-        dry_run: bool = False,
     ) -> QcResult:
         """Flag images and cells that are odd beside the others of their plate.
 
@@ -357,7 +352,6 @@ class Store(AbstractContextManager["Store"]):
             selection,
             segmentation=segmentation,
             resources=resources,
-            dry_run=dry_run,
         )
         if html is not None:
             result = write_page(self.workspace, result, Path(html))

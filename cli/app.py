@@ -417,7 +417,6 @@ DEVICE = option(
 )
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
-DRY_RUN = option(False, "Only say how many images there are to do, and how long it takes.")
 PRESET = option(
     None,
     "published: all values as in the published study. Other options then change single values.",

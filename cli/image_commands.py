@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -26,7 +25,6 @@ from cellstore.store import Store
 from . import output
 from .app import (
     DEVICE,
-    DRY_RUN,
     HTML,
     PRESET,
     SEGMENTATION,
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 SHOWN_FAILURES = 10
-PREVIEW_FOLDER = Path("cellstore-preview")
 
 
 @command(app, "segment", then=True)
@@ -62,8 +59,9 @@ def segment(
         "pictures of what was found.",
         min=1,
     ),
-    preview_dir: Path = option(PREVIEW_FOLDER, "Where --preview puts its pictures.", metavar="DIR"),
-    dry_run: bool = DRY_RUN,
+    preview_dir: Path = option(
+        Path("cellstore-preview"), "Where --preview puts its pictures.", metavar="DIR"
+    ),
     device: str = DEVICE,
 ) -> None:
     """Find the cells in every image, with Cellpose.
@@ -79,20 +77,17 @@ def segment(
       cellstore segment --channels DNA --diameter 35 --workers 2
       cellstore segment --model cyto3 --channels RNA --nuclei DNA
       cellstore segment --preset published
-      cellstore segment --where "treatment = 'DMSO'" --dry-run
+      cellstore segment --where "treatment = 'DMSO'"
     """
-    if preview is not None and (dry_run or resources.workers > 1 or resources.scheduler):
+    if preview is not None and (resources.workers > 1 or resources.scheduler):
         raise typer.BadParameter(
-            "--preview looks at a few images in this process. Leave out --dry-run, --workers and "
-            "--scheduler."
+            "--preview looks at a few images in this process. Leave out --workers and --scheduler."
         )
     if preview is not None:
         shown = store.preview(params, selection, count=preview, folder=preview_dir, device=device)
         _show_preview(shown, common)
     else:
-        result = store.segment(
-            params, selection, device=device, resources=resources, dry_run=dry_run
-        )
+        result = store.segment(params, selection, device=device, resources=resources)
         _end_jobs({"": result}, common, "segmented", "cells found")
 
 
@@ -134,23 +129,6 @@ def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
     return f"{', '.join(parts)}."
 
 
-def _show_dry_run(result: JobsResult | QcResult, to_do: int, verb: str) -> None:
-    """Print how many images there are to do, and how long that may take."""
-    seconds = result.seconds
-    output.pairs(
-        {
-            "images selected": result.selected,
-            f"{verb} already": result.selected - result.waiting - result.failed_before - to_do,
-            "missing files": result.waiting,
-            "failed before": result.failed_before,
-            "to do": to_do,
-            "time": "unknown. Try a few: --limit 5"
-            if seconds is None
-            else f"about {timedelta(seconds=round(seconds))}",
-        }
-    )
-
-
 def list_failures(failures: Sequence[tuple[str, str]], word: str = "failed") -> None:
     """Print why images failed, and the first of them: a paragraph for each reason."""
     names: dict[str, list[str]] = {}
@@ -190,7 +168,7 @@ def _end_jobs(
     cells: str = "",
     show: Callable[[dict[str, int]], None] | None = None,
 ) -> None:
-    """Print what runs over the same images did, or would do; by title, if there are several.
+    """Print what runs over the same images did; by title, if there are several.
 
     ``results``: of type ``JobsResult``; or a ``QcResult``, which ``show`` prints, with the numbers
     of images that were not tried. Ends with 1 if images failed, now or before.
@@ -203,9 +181,7 @@ def _end_jobs(
             typer.echo(title)
         left = {"images missing files": result.waiting, "failed before": result.failed_before}
         left = {name: number for name, number in left.items() if number}
-        if result.to_do is not None:
-            _show_dry_run(result, result.to_do, verb)
-        elif result.run_id is None:
+        if result.run_id is None:
             typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
         elif show is not None:
             show(left)
@@ -220,8 +196,6 @@ def _end_jobs(
     lacking = getattr(found[0], "lacking", ())
     if lacking and not common.as_json:
         list_failures(lacking, "left out:")
-    if found[0].to_do is not None:
-        return
     if lacking:
         all_images = output.count(found[0].selected + len(lacking), "image")
         say(f"Error: {len(lacking)} of {all_images} could not be {verb}: they lack a channel.")
@@ -245,7 +219,6 @@ def measure(
     resources: Resources,
     common: Common,
     segmentation: str | None = SEGMENTATION,
-    dry_run: bool = DRY_RUN,
     listed: bool = option(
         False, "Only list all features: unit, source and formula.", name="--list"
     ),
@@ -267,9 +240,7 @@ def measure(
         _list_features(common)
         return
     with common.open() as store:
-        result = store.measure(
-            params, selection, segmentation=segmentation, resources=resources, dry_run=dry_run
-        )
+        result = store.measure(params, selection, segmentation=segmentation, resources=resources)
     groups = {f"{r.group}: feature set {r.feature_set}": r for r in (result, *result.others)}
     _end_jobs(groups, common, "measured", "cells measured")
 
@@ -300,7 +271,6 @@ def qc(
     segmentation: str | None = SEGMENTATION,
     listed: bool = option(False, "List the flagged images with reason and value.", name="--list"),
     html: Path | None = HTML,
-    dry_run: bool = DRY_RUN,
 ) -> None:
     """Flag images and cells that are unusual on their plate; delete nothing.
 
@@ -319,9 +289,8 @@ def qc(
         params,
         selection,
         segmentation=segmentation,
-        html=None if dry_run else html,
+        html=html,
         resources=resources,
-        dry_run=dry_run,
     )
     if listed:
         from cellstore.stages.qc import list_flags
@@ -350,7 +319,12 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
     output.table(
         ["plate", "seen", "flagged", *images.values()],
         [
-            [plate.plate, plate.seen, plate.flagged, *_numbers(plate.by_reason, images)]
+            [
+                plate.plate,
+                plate.seen,
+                plate.flagged,
+                *(plate.by_reason.get(reason, 0) for reason in images),
+            ]
             for plate in result.plates
         ],
     )
@@ -360,7 +334,7 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
         rows = [
             [
                 *(plate.plate, plate.cells, plate.cells_flagged),
-                *(*_numbers(plate.cells_by_reason, cells), plate.excluded),
+                *(*(plate.cells_by_reason.get(reason, 0) for reason in cells), plate.excluded),
             ]
             for plate in result.plates
         ]
@@ -382,12 +356,6 @@ def _show_qc(result: QcResult, left: dict[str, int], *, listed: bool) -> None:
     list_failures(result.failures)
     if result.html:
         typer.echo(f"page: {result.html}")
-
-
-def _numbers(
-    found: Mapping[str, int], reasons: Mapping[ImageFlagReason, str] | Mapping[CellFlagReason, str]
-) -> list[int]:
-    return [found.get(reason.value, 0) for reason in reasons]
 
 
 def _show_finetune(result: FinetuneResult) -> None:

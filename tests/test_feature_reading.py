@@ -226,7 +226,7 @@ def test_the_masks_used_last_may_be_of_another_tool(workspace: Workspace) -> Non
     screen.make.feature_files("cp", screen.cells, {"a": [1.0] * 6}, screen.segment)
     with (
         workspace.database.read() as session,
-        pytest.raises(UnknownNameError, match=r"\(cp\): --features NAME"),
+        pytest.raises(UserInputError, match="with --features: cp"),
     ):
         choose_recipes(session, None, None)
     make = screen.make

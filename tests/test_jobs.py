@@ -107,7 +107,7 @@ def test_an_image_too_large_for_the_memory_fails_alone_with_a_sentence(workspace
             np.empty(1 << 55)
         return task.name
 
-    done = go(workspace, compute, batch=3)
+    done = go(workspace, compute)
     assert (done.images, [name for name, _ in done.failures]) == (2, ["P1/r01c02f01"])
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert failed["error"] == failed["reason"] == done.failures[0][1]
@@ -153,18 +153,6 @@ def test_an_error_that_does_not_pass_has_failed_in_the_end(workspace: Workspace)
 
     assert go(workspace, compute).failures == [("P1/r01c01f01", "the disk is away")]
     assert tries == [1, 2, 3]
-
-
-def test_one_image_that_spoils_a_batch_fails_alone(workspace: Workspace):
-    fill(workspace, 5)
-
-    def compute(task: Task) -> str:
-        if task.name.endswith("c03f01"):
-            raise ImageError("It spoils the batch.")
-        return task.name
-
-    outcome = go(workspace, compute, batch=5)
-    assert (outcome.images, [name for name, _ in outcome.failures]) == (4, ["P1/r01c03f01"])
 
 
 PACKS: list[list[str]] = []

@@ -263,5 +263,5 @@ def test_what_is_not_a_whole_cross_validation_is_refused(workspace: Workspace) -
     with pytest.raises(UnknownNameError, match="Unknown model of cross-validation cv 'nonsense'"):
         report(workspace, "cv:nonsense")
     assert report(workspace, "predict", force=True).run_id == report(workspace, "latest").run_id
-    with pytest.raises(UserInputError, match="There is no cross-validation 'vc', and a run is"):
+    with pytest.raises(UserInputError, match=r"A run is named by its number, .* not 'vc'"):
         report(workspace, "vc")

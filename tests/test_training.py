@@ -388,7 +388,6 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"learning_rate": 0.0},
         {"label_smoothing": 1.0},
         {"schedule": "stairs"},
-        {"warmup_epochs": 50},
         {"loss": "hinge"},
         {"augment": ("noise",)},
         {"monitor": "luck"},

@@ -45,7 +45,6 @@ class Tiny(ImageStage[Task, str]):
 
     function: Compute = name_of
     write_row: Insert = write_label
-    batch: int = 1
     images_per_file: int = 1
 
     def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, Task | CellstoreError]:
@@ -54,8 +53,8 @@ class Tiny(ImageStage[Task, str]):
     def read(self, task_input: Task) -> Task:
         return task_input
 
-    def compute(self, loaded: Sequence[Task]) -> list[str]:
-        return [self.function(task) for task in loaded]
+    def compute(self, loaded: Task) -> str:
+        return self.function(loaded)
 
     def insert(
         self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any

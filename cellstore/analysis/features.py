@@ -9,7 +9,7 @@ published study.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from math import cos, pi, sin
@@ -26,11 +26,7 @@ Columns = dict[str, NDArray[Any]]
 
 
 def check_plane(regions: Regions, plane: NDArray[Any]) -> NDArray[Any]:
-    """Return the pixels (H * W,) of a plane of numbers, one after the other.
-
-    Raises:
-        ImageError: it has another shape than the masks, or values that are not finite.
-    """
+    """Return the pixels (H * W,) of a plane of numbers, one after the other."""
     shape = regions.numbered.shape
     if np.shape(plane) != shape:
         raise ImageError(
@@ -200,9 +196,10 @@ def _registry() -> dict[str, FeatureGroup]:
     found: dict[str, list[Feature]] = {name: [] for name in groups}
     with files(__package__).joinpath("features.csv").open(encoding="utf-8") as table:
         for row in csv.DictReader(table):
-            feature = Feature(dtype="float64", **{item: row[item] for item in _WRITTEN})
-            distances = TEXTURE_DISTANCES if row["group"] == "texture" else ()
-            found[row["group"]] += [
+            of_group = row.pop("group")
+            feature = Feature(dtype="float64", **row)
+            distances = TEXTURE_DISTANCES if of_group == "texture" else ()
+            found[of_group] += [
                 replace(
                     feature,
                     name=f"{feature.name}_d{distance}",
@@ -215,8 +212,6 @@ def _registry() -> dict[str, FeatureGroup]:
         for name, description in groups.items()
     }
 
-
-_WRITTEN = ("name", "unit", "source", "formula", "description")
 
 GROUPS = _registry()
 """The registry: every group by name.
@@ -317,12 +312,6 @@ def _properties(counts: NDArray[np.int64]) -> Floats:
     )
 
 
-_PER_CHANNEL: Mapping[str, Callable[[Regions, NDArray[Any]], Columns]] = {
-    "intensity": intensities,
-    "texture": textures,
-}
-
-
 def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Columns:
     """Measure every cell of an image: the features of group ``basic``.
 
@@ -365,7 +354,8 @@ def measure_channels(
     does not have is NaN. Raises as :func:`measure_cells`.
     """
     regions = masks if isinstance(masks, Regions) else find_regions(masks)
-    measure, names = _PER_CHANNEL[group], [item.name for item in GROUPS[group].features]
+    measure = {"intensity": intensities, "texture": textures}[group]
+    names = [item.name for item in GROUPS[group].features]
     found: Columns = {"object_number": regions.object_numbers}
     for channel, plane in channels.items():
         columns = measure(regions, check_plane(regions, plane))

@@ -12,13 +12,13 @@ import logging
 import os
 import pickle
 import shutil
-import tempfile
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,31 +32,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Published:
-    """A network that Cellpose publishes: its file, its size model's, and who can run it."""
+class Published(NamedTuple):
+    """A network that Cellpose publishes: its file, that of its size model, and who can run it."""
 
-    network: str
-    size_model: str | None
+    files: tuple[str, ...]
     generation: int
     source: str
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of its files."""
-        return (self.network,) if self.size_model is None else (self.network, self.size_model)
 
 
 _CELLPOSE_3 = "https://www.cellpose.org/models"
 _CELLPOSE_4 = "https://huggingface.co/mouseland/cellpose-sam/resolve/main"
 
 PUBLISHED_MODELS = {
-    "cyto": Published("cytotorch_0", "size_cytotorch_0.npy", 3, _CELLPOSE_3),
-    "cyto2": Published("cyto2torch_0", "size_cyto2torch_0.npy", 3, _CELLPOSE_3),
-    "cyto3": Published("cyto3", "size_cyto3.npy", 3, _CELLPOSE_3),
-    "nuclei": Published("nucleitorch_0", "size_nucleitorch_0.npy", 3, _CELLPOSE_3),
-    "cpsam": Published("cpsam", None, 4, _CELLPOSE_4),
-    "cpsam_v2": Published("cpsam_v2", None, 4, _CELLPOSE_4),
+    "cyto": Published(("cytotorch_0", "size_cytotorch_0.npy"), 3, _CELLPOSE_3),
+    "cyto2": Published(("cyto2torch_0", "size_cyto2torch_0.npy"), 3, _CELLPOSE_3),
+    "cyto3": Published(("cyto3", "size_cyto3.npy"), 3, _CELLPOSE_3),
+    "nuclei": Published(("nucleitorch_0", "size_nucleitorch_0.npy"), 3, _CELLPOSE_3),
+    "cpsam": Published(("cpsam",), 4, _CELLPOSE_4),
+    "cpsam_v2": Published(("cpsam_v2",), 4, _CELLPOSE_4),
 }
 """Cellpose's own networks, by name."""
 
@@ -131,7 +124,8 @@ def find_model(model: str = DEFAULT_MODEL) -> ModelFiles:
                 f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
             )
     if published is not None:
-        folder = cellpose_folder()
+        chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")  # as Cellpose reads it
+        folder = Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
         paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
         return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
@@ -156,12 +150,6 @@ def installed_generation() -> int | None:
         return None
 
 
-def cellpose_folder() -> Path:
-    """Where Cellpose keeps its networks: ``CELLPOSE_LOCAL_MODELS_PATH`` or its default."""
-    chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
-    return Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
-
-
 def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
     """The files of a network by the ``name`` it goes by, with their sha256."""
     digests = []
@@ -179,26 +167,21 @@ def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
 def _fetched(url: str, target: Path) -> Path:
     if target.is_file():
         return target
-    partial = None
+    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.
-        with (
-            urllib.request.urlopen(url, timeout=30.0) as source,  # noqa: S310 - https
-            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
-        ):
-            partial = Path(file.name)
+        with urllib.request.urlopen(url, timeout=30.0) as source, partial.open("wb") as file:  # noqa: S310 - https
             shutil.copyfileobj(source, file)
         partial.replace(target)
-    except BaseException as error:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         raise UserInputError(
             f"Could not download {url} ({error}). Fetch it on a machine with internet access "
             f"and put it at {target}, or use --model {DEFAULT_MODEL}, which needs no download."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return target
 
 
@@ -317,16 +300,14 @@ def input_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]
     """``image``, (H, W) or (2, H, W), as (H, W, 1 or 2), float32, finite.
 
     Planes of zeros follow its own, up to ``planes`` of them.
-
-    Raises:
-        ImageError: it is something else.
     """
     given = np.asarray(image, dtype=np.float32)
     stacked = given[None] if given.ndim == 2 else given
-    if stacked.ndim != 3 or len(stacked) > 2 or min(stacked.shape[1:]) < 2:
-        raise ImageError(f"Segmentation needs one or two grey planes, not {given.shape} values.")
-    if given.ndim == 3 and len(given) != 2:
-        raise ImageError(f"Two planes are (2, H, W), not {given.shape}.")
+    is_one_or_two = given.ndim == 2 or (given.ndim == 3 and len(given) == 2)
+    if not is_one_or_two or min(stacked.shape[1:]) < 2:
+        raise ImageError(
+            f"Segmentation needs a plane (H, W) or two (2, H, W), not {given.shape} values."
+        )
     if not np.isfinite(given).all():
         raise ImageError("The image holds values that are not finite numbers.")
     padding = [(0, 0), (0, 0), (0, max(0, planes - len(stacked)))]
@@ -348,14 +329,12 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
     torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     try:  # no code in the file is run
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
+        names = {name.removeprefix("module.") for name in state}
+    except Exception as error:  # torch and pickle raise what the bytes lead them to
         raise UserInputError(
             f"{path} cannot be read as a network: the file is damaged, or it is something else."
         ) from error
-    if not isinstance(state, dict):
-        raise UserInputError(f"{path} holds no network weights. Choose another file.")
-    # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
-    names = {name.removeprefix("module.") for name in state}
     installed, needed = installed_generation(), 4 if "W2" in names else 3
     if needed != installed:
         raise UserInputError(

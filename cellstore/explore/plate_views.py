@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,9 +16,8 @@ from starlette.routing import Route
 
 from ..enums import Control, Stage
 from ..errors import CellstoreError, UnknownNameError, UserInputError
-from ..io.filenames import format_well
+from ..io.filenames import format_well, parse_well
 from ..jobs.lookup import find_cell, find_image, find_well, readable
-from ..jobs.lookup import well_name as normal_name
 from ..jobs.planes import channel_files
 from ..jobs.run_names import find_named_run
 from ..models import Plate, Treatment, Well
@@ -436,7 +436,9 @@ def well(request: Request) -> Response:
     """All fields of a well, beside negative controls of its plate, and what runs say of it."""
     barcode, name = request.path_params["barcode"], request.path_params["well"]
     wells = wells_of(request, (barcode,))
-    at = next((at for at, row in enumerate(wells) if row["well"] == normal_name(name)), None)
+    with suppress(UserInputError):  # it is not found, then
+        name = format_well(*parse_well(name))
+    at = next((at for at, row in enumerate(wells) if row["well"] == name), None)
     if at is None:
         raise UnknownNameError.of(f"well of plate {barcode}", name, [row["well"] for row in wells])
     one = wells[at]

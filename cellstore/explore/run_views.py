@@ -20,7 +20,7 @@ from ..report.drawing import interval_bar
 from ..report.hits_figures import MARKS
 from ..report.leaderboard import Leaderboard, list_runs
 from ..report.lineage_page import lineage_content
-from ..report.report_figures import confusion_of, matrices_of, training_curves
+from ..report.report_figures import confusion_of, matrix_of, training_curves
 from ..report.report_page import report_content
 from ..report.scoring import report
 from ..report.votes import SUBSETS
@@ -261,7 +261,7 @@ def cells_part(request: Request) -> Response:
     return page(
         request,
         "cell_matrix.html.j2",
-        matrix=matrices_of(confusion_of(counts, {}), at)[0] if total else None,
+        matrix=matrix_of(confusion_of(counts, {}), at) if total else None,
         n=total,
         right=sum(n for (truth, label), n in counts.items() if truth == label) / max(1, total),
     )

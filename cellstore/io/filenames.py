@@ -83,11 +83,7 @@ def join_well(row: str, column: str) -> str:
 
 
 def written_well(well: str | None, row: str | None, column: str | None) -> tuple[int, int] | None:
-    """Return the well that a row of a table names: by its name, else by row and column.
-
-    Raises:
-        RowRefusedError: both are there, and differ; or it is no well.
-    """
+    """Return the well that a row of a table names: by its name, else by row and column."""
     if well is None and row and column:
         well, row, column = join_well(row, column), None, None
     try:
@@ -105,11 +101,7 @@ def written_well(well: str | None, row: str | None, column: str | None) -> tuple
 
 
 def format_well(row: int, column: int) -> str:
-    """Return 'A01' for (1, 1) and 'AA01' for (27, 1).
-
-    Raises:
-        UserInputError: the numbers are not a well of a plate of up to 1536 wells.
-    """
+    """Return 'A01' for (1, 1) and 'AA01' for (27, 1)."""
     if not (1 <= row <= ROWS and 1 <= column <= COLUMNS):
         raise UserInputError(
             f"Row {row}, column {column} is not a well. "
@@ -239,11 +231,7 @@ class NamePattern:
         return "/" in self.pattern
 
     def __call__(self, name: str) -> ImageName | None:
-        """Read a name.
-
-        Raises:
-            UserInputError: a part of it is no well or no whole number.
-        """
+        """Read a name."""
         if len(name) > (MAX_PATH if self.wants_path else LONGEST):
             return None
         match = self._expression.search(name)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 from xml.parsers import expat
 
 from ..errors import BadTableError, UserInputError
@@ -44,20 +44,8 @@ class _NotHarmonyError(Exception):
     """It is another document than a Harmony index, and in which way."""
 
 
-class _Element(NamedTuple):
-    """A plate, channel or image of the index: its line, and its children's texts by name."""
-
-    name: str
-    line: int
-    values: dict[str, str]
-
-
-def is_harmony(path: Path) -> bool:
-    """Whether this is an index, or a folder that has one (see :func:`index_of`)."""
-    try:
-        return index_of(path) is not None
-    except OSError:
-        return False
+_Element: TypeAlias = tuple[str, int, dict[str, str]]
+"""A plate, channel or image of the index: its line, and its children's texts by name."""
 
 
 def _is_index(file: Path) -> bool:
@@ -78,7 +66,10 @@ def index_of(path: Path) -> Path | None:
     """
     if not path.is_dir():
         return path if _is_index(path) else None
-    below = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    try:
+        below = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    except OSError:
+        return None
     if found := _index_in(path):
         return found
     deeper = [folder / "Images" for folder in below]
@@ -88,7 +79,7 @@ def index_of(path: Path) -> Path | None:
     above = None if indexes else _index_in(path.resolve().parent)
     if above is not None:
         with suppress(UserInputError):  # a damaged index of others
-            urls = (element.values.get("URL") for element in _elements(above))
+            urls = (values.get("URL") for _, _, values in _elements(above))
             name = next((url for url in urls if url), "").replace("\\", "/").rpartition("/")[2]
             return above if name and (path / name).exists() else None
     return None
@@ -134,13 +125,12 @@ def read_harmony(
     root: str | None = None
     field: ImageRecord | None = None
     images = 0
-    for element in _elements(file):
-        values = element.values
-        if element.name == "Plate":
+    for name, line, values in _elements(file):
+        if name == "Plate":
             written = values.get("PlateID") or values.get("Name")
             plates += [written] if written and written not in plates else []
             continue
-        if element.name != "Image":
+        if name != "Image":
             text = values.get("ChannelID", "")
             if text.isascii() and text.isdigit() and len(text) < 7:
                 if found := values.get("ChannelName"):
@@ -153,8 +143,8 @@ def read_harmony(
         try:
             if values.get("State", "Ok").lower() != "ok":
                 raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
-            name = url.rpartition("/")[2]
-            if not is_safe_name(name) or len(name) > LONGEST:
+            image = url.rpartition("/")[2]
+            if not is_safe_name(image) or len(image) > LONGEST:
                 raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
             if root is None and not _ABSOLUTE.match(url):
                 # The images are beside the index, or in a folder below or beside it.
@@ -163,7 +153,7 @@ def read_harmony(
                 root = next((item for item in folders if exists(str(item / url))), own).as_posix()
             row = _read_image(values, url, root or "", names, channel_names)
         except RowRefusedError as refused:
-            yield Refusal(element.line, *refused.args)
+            yield Refusal(line, *refused.args)
             continue
         barcode = plate if plate is not None else plates[0] if len(plates) == 1 else None
         if barcode is None:
@@ -173,13 +163,13 @@ def read_harmony(
         size = _pixel_size(values) or pixel_sizes.get(ref.number or 0)
         if field is not None and row[3:8] == field[3:8]:  # the same well, site, plane and time
             if any(ref.number == other.number for other in field.files):
-                yield Refusal(element.line, "channel twice", f"{ref.name}: ch{ref.number}")
+                yield Refusal(line, "channel twice", f"{ref.name}: ch{ref.number}")
             else:
                 field = field._replace(files=(*field.files, ref))
             continue
         if field is not None:
             yield field
-        field = row._replace(line=element.line, plate=barcode, pixel_size=size)
+        field = row._replace(line=line, plate=barcode, pixel_size=size)
     if not images:
         raise BadTableError(f"{file} lists no images. Export the measurement again.")
     if field is not None:
@@ -305,12 +295,12 @@ class _IndexParser:
         if self._open is None:
             if (parent, name) in _LISTS:
                 values = {key: attributes[key] for key in attributes if key in _WANTED}
-                self._open = _Element(name, self._parser.CurrentLineNumber, values)
+                self._open = name, self._parser.CurrentLineNumber, values
                 self._depth = len(self._path) + 1
         elif len(self._path) == self._depth and name in _WANTED:
             self._text = []
             if "Unit" in attributes:
-                self._open.values[name + "Unit"] = attributes["Unit"]
+                self._open[2][name + "Unit"] = attributes["Unit"]
 
     def _characters(self, data: str) -> None:
         if self._text is not None:
@@ -321,7 +311,7 @@ class _IndexParser:
         if self._open is None:
             return
         if self._text is not None and depth == self._depth:
-            self._open.values[name] = "".join(self._text)[:_MAX_TEXT].strip()
+            self._open[2][name] = "".join(self._text)[:_MAX_TEXT].strip()
             self._text = None
         elif depth < self._depth:
             self._done.append(self._open)

@@ -39,7 +39,6 @@ from .uris import (
     read_bytes,
     shown,
     split_page,
-    stat,
 )
 
 SQLITE = b"SQLite format 3\0"
@@ -78,8 +77,8 @@ class ImageInfo:
     """What is known of an image file without reading its pixels. Height, width in pixels.
 
     ``sha256`` is that of the file; for a page of a file, that of the file's hash and the page's
-    number. ``mtime_ns`` is None where a server does not give it. ``pixel_size``: micrometres per
-    pixel, None where the file does not say it.
+    number. ``mtime_ns`` is None for a remote file. ``pixel_size``: micrometres per pixel, None
+    where the file does not say it.
     """
 
     sha256: str
@@ -109,10 +108,10 @@ def probe(where: Path | str) -> ImageInfo:
     uri = str(where)
     page = split_page(uri)[1]
     if is_remote(uri):
-        found, data = stat(uri), read_bytes(uri)
+        data = read_bytes(uri)
         header = _read_header(shown(uri), io.BytesIO(data), page)
         sha256 = _page_digest(hashlib.sha256(data).hexdigest(), page)
-        return ImageInfo(sha256, len(data), found.mtime_ns, *header)
+        return ImageInfo(sha256, len(data), None, *header)
     try:
         path = local_path(uri)
         found = local_stat(path)
@@ -390,11 +389,7 @@ def unreadable(name: str) -> str:
 def _read_header(
     name: str, stream: BinaryIO, page: int | None, offsets: Sequence[int] | None = None
 ) -> tuple[int, int, str, float | None, tuple[str, ...]]:
-    """Return height, width, dtype, pixel size and remarks of an image (of page ``page``, from 1).
-
-    Raises:
-        ImageError: no TIFF or PNG, cut off, no such page, or several pages and none is asked for.
-    """
+    """Return height, width, dtype, pixel size and remarks of an image, or of a page of it."""
     head = stream.read(26)
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -632,9 +627,6 @@ class ImageFolder:
 
     Links that leave the folder are not followed. A name that occurs more than once is found only
     in a subfolder named like its plate.
-
-    Raises:
-        UserInputError: there is no such folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -672,15 +664,6 @@ class ImageFolder:
         if not paths or page is None:
             return paths[0] if paths else None
         return paths[0].with_name(page_name(paths[0].name, page))
-
-    def find_projection(self, core_name: str, plate: str | None = None) -> Path | None:
-        """Return the file named by core file name ('r01c01f01.tif'), or None.
-
-        Raises:
-            ImageError: as ``find``.
-        """
-        tried = (self.find(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
-        return next((path for path in tried if path), None)
 
 
 def files_below(root: Path, suffixes: Collection[str]) -> Iterator[list[Path]]:

@@ -99,9 +99,9 @@ def detect(
 
             found = [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
         elif _XML.match(head):
-            from .harmony import is_harmony
+            from .harmony import index_of
 
-            found = [Layout.HARMONY] if is_harmony(path) else []
+            found = [] if index_of(path) is None else [Layout.HARMONY]
         else:
             try:
                 columns = open_table(path, whole=False).columns
@@ -196,9 +196,9 @@ def table_layouts(columns: Sequence[str]) -> tuple[list[Layout], bool]:
 def _of_folder(path: Path) -> list[Layout]:
     from .cellprofiler import is_cellprofiler_folder
     from .folders import has_image_names
-    from .harmony import is_harmony
+    from .harmony import index_of
 
-    found = [Layout.HARMONY] if is_harmony(path) else []
+    found = [] if index_of(path) is None else [Layout.HARMONY]
     found += [Layout.CELLPROFILER_CSV] if is_cellprofiler_folder(path) else []
     found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):

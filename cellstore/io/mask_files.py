@@ -60,11 +60,7 @@ class MaskFile(NamedTuple):
 
 
 def mask_files(paths: Sequence[Path]) -> list[MaskFile]:
-    """Return the files of masks that ``paths`` name: all below a folder, or a file as it is.
-
-    Raises:
-        UserInputError: there is no such file, it is of another kind, or a folder has no masks.
-    """
+    """Return the files of masks that ``paths`` name: all below a folder, or a file as it is."""
     found: list[MaskFile] = []
     for path in paths:
         if path.is_dir():
@@ -220,17 +216,12 @@ def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 2:
         shape = "x".join(map(str, array.shape))
         raise ImageError(f"{path.name} has the shape {shape}. Export one plane of labels.")
-    if array.dtype == np.bool_ or array.dtype.kind == "u":
-        return array
-    if array.dtype.kind not in "if":
-        raise ImageError(f"{path.name} holds {array.dtype} values. Labels are whole numbers.")
-    if array.size and not np.isfinite(array).all():
-        raise ImageError(f"{path.name} holds values that are not numbers. Export labels.")
-    if array.size and (array < 0).any():
-        raise ImageError(f"{path.name} has labels below 0. Objects are numbered from 1.")
-    if array.dtype.kind == "f" and (array != np.trunc(array)).any():
+    is_whole = array.dtype.kind in "bu"
+    if array.dtype.kind in "if":
+        is_whole = bool((np.isfinite(array) & (array >= 0) & (array == np.trunc(array))).all())
+    if not is_whole:
         raise ImageError(
-            f"{path.name} holds fractions, and labels are whole numbers. Give the label image, not "
-            "an image of intensities or probabilities."
+            f"{path.name} holds values that are no labels, which are whole numbers from 0. Give "
+            "the label image, not an image of intensities or probabilities."
         )
     return array

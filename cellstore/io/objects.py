@@ -118,11 +118,7 @@ class ObjectSource:
         self.issues.append(RowIssue(Severity.PROBLEM, file, [line], reason, detail))
 
     def check_plate(self, name: str) -> None:
-        """Check that some row names its plate.
-
-        Raises:
-            UserInputError: none does.
-        """
+        """Check that some row names its plate."""
         rows = [content for _, content in self.images]
         if rows and all(isinstance(row, Refusal) and row.reason == NO_PLATE for row in rows):
             raise UserInputError(f"{name} does not name its plate. Name it with --plate.")

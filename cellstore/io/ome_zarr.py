@@ -180,11 +180,7 @@ def _items(value: object) -> list[dict[str, Any]]:
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """Return a folder below another one.
-
-    Raises:
-        RowRefusedError: it would be somewhere else.
-    """
+    """Return a folder below another one."""
     parts = path.strip("/").split("/")
     if not all(map(is_safe_name, parts)):
         raise RowRefusedError("image cannot be read", f"{folder}: it names the path {path[:100]!r}")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import tifffile
 
@@ -38,22 +38,14 @@ _AXES = "CZT"
 _IMAGEJ = {"C": "channels", "Z": "slices", "T": "frames"}
 
 
-class StackPage(NamedTuple):
-    """A page, and its channel, plane and time point; all counted from 1.
+class Stack(NamedTuple):
+    """The pages of a file, and the names of its channels where it gives them.
 
-    Each sample of a page counts: in a file with two, the third page is the first of the second.
+    Of each page: its number, its channel, plane and time point; all counted from 1. Each sample of
+    a page counts: in a file with two, the third page is the first of the second.
     """
 
-    page: int
-    channel: int
-    plane: int
-    time_point: int
-
-
-class Stack(NamedTuple):
-    """The pages of a file, and the names of its channels where it gives them."""
-
-    pages: tuple[StackPage, ...]
+    pages: tuple[tuple[int, int, int, int], ...]
     channel_names: tuple[str | None, ...]
 
 
@@ -164,7 +156,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
             f"{name} has {count} pages, and its description tells of {described}. "
             "Export it again, as one file."
         )
-    found: list[StackPage] = []
+    found: list[tuple[int, int, int, int]] = []
     # Where the samples are an axis of their own, alpha is none of its channels.
     kept = samples if depth > 1 and "S" in sizes else list(range(sizes.get("S", 1)))
     for position, number in enumerate(full):
@@ -174,7 +166,7 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
                 rest, index[axis] = divmod(rest, sizes.get(axis, 1))
             channel = index.get("C", 0) * len(kept) + kept.index(index.get("S", 0))
             where = channel + 1, index.get("Z", 0) + 1, index.get("T", 0) + 1
-            found.append(StackPage(number * depth + sample + 1, *where))
+            found.append((number * depth + sample + 1, *where))
     channels = sizes.get("C", 1) * len(kept)
     if len(kept) > 1 and len(names) != channels:
         names = ()
@@ -233,25 +225,22 @@ def _read_page_names(texts: Sequence[object]) -> _Axes | None:
     return _Axes("CZ", {"C": len(distinct), "Z": len(names) // len(distinct)}, distinct, planes)
 
 
-class _Described(NamedTuple):
-    """What an OME-XML says of images: attributes, names of channels, blocks of planes.
+_OmeImage: TypeAlias = tuple[dict[str, str], list[str | None], list[dict[str, str]]]
+"""An image of an OME-XML: its attributes, names of its channels, blocks of its planes."""
 
-    ``by_file`` has the images with planes in a file (None: its name is not said), ``whole`` those
-    without blocks. ``companion``: the file that says it instead.
+
+def _described(
+    name: str, description: str
+) -> tuple[list[_OmeImage], dict[str | None, list[int]], str | None]:
+    """Return the images that an OME-XML describes, and which of them have planes in each file.
+
+    A file None: it does not say which. The last is the name of the file that says all this instead.
     """
-
-    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]]
-    by_file: dict[str | None, list[int]]
-    whole: list[int]
-    companion: str | None
-
-
-def _described(name: str, description: str) -> _Described:
-    found = _Described([], {}, [], None)
-    images = found.images
+    images: list[_OmeImage] = []
+    by_file: dict[str | None, list[int]] = {}
     for tag, values in ome_elements(name, description):
         if tag == "BinaryOnly":
-            return found._replace(companion=values.get("MetadataFile", ""))
+            return [], {}, values.get("MetadataFile", "")
         if tag == "Image":
             images.append(({}, [], []))
         elif images and tag == "Pixels":
@@ -263,15 +252,13 @@ def _described(name: str, description: str) -> _Described:
         elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
             images[-1][2][-1]["FileName"] = values["FileName"]
     for number, (_, _, blocks) in enumerate(images):
-        for file in {block.get("FileName") for block in blocks}:
-            found.by_file.setdefault(file, []).append(number)
-        if not blocks:
-            found.whole.append(number)
-    return found
+        for file in {block.get("FileName") for block in blocks} or {None}:
+            by_file.setdefault(file, []).append(number)
+    return images, by_file, None
 
 
 @lru_cache(maxsize=2)
-def _read_companion(path: Path, _state: FileStat) -> _Described:
+def _read_companion(path: Path, _state: FileStat) -> Any:
     """Read the file that describes all files of a plate, once for all of them."""
     return _described(path.name, path.read_text(encoding="utf-8"))
 
@@ -282,17 +269,16 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
     It may be in another file (``*.companion.ome``), and about several files of which this is one.
     """
     name = path.name
-    described = _described(name, description)
-    if described.companion is not None:
-        companion = path.with_name(described.companion.rpartition("/")[2] or "?")
+    images, by_file, told_in = _described(name, description)
+    if told_in is not None:
+        companion = path.with_name(told_in.rpartition("/")[2] or "?")
         try:
-            described = _read_companion(companion, local_stat(companion))
+            images, by_file, _ = _read_companion(companion, local_stat(companion))
         except (OSError, ValueError) as error:
             raise ImageError(
                 f"{name} is described in {companion.name}, which is not beside it or cannot be "
                 "read. Copy it there."
             ) from error
-    by_file = described.by_file
     its_name = name
     if name not in by_file and None not in by_file and by_file:
         if len(by_file) > 1:
@@ -302,8 +288,8 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
                 "Give it the name that it had."
             )
         its_name = next(iter(by_file)) or name  # one file may have a new name
-    numbers = {*by_file.get(its_name, ()), *by_file.get(None, ()), *described.whole}
-    own = [described.images[number] for number in sorted(numbers)]
+    numbers = {*by_file.get(its_name, ()), *by_file.get(None, ())}
+    own = [images[number] for number in sorted(numbers)]
     if len(own) != 1:
         raise ImageError(
             f"{name} holds {len(own)} images (series). Export each as a file of its own."

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from errno import EINVAL, EISDIR
 from importlib import import_module
 from pathlib import Path
@@ -24,9 +23,6 @@ from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputErr
 
 _ARRAYS = (".zarray", "zarr.json")
 """What describes a Zarr array, a folder that is read as one file."""
-
-CLOUD = "cloud"
-"""The extra that brings the readers of remote files."""
 
 KEPT_BYTES = 256 << 20
 FETCHED: dict[str, tuple[str, bytes]] = {}
@@ -41,12 +37,11 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE | re.ASCII)
 _FILE = "file://"
 _DRIVE = re.compile(r"[a-z]:", re.IGNORECASE | re.ASCII)
 _PAGE = re.compile(r"(.+)#page=([1-9][0-9]{0,5})", re.DOTALL | re.ASCII)
-_MODIFIED = ("LastModified", "last_modified", "mtime", "modified", "created", "Last-Modified")
 
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """Size in bytes and time of the last change in ns since 1970; None where it is not known."""
+    """Size in bytes and time of the last change in ns since 1970; None for a remote file."""
 
     size_bytes: int
     mtime_ns: int | None
@@ -58,9 +53,6 @@ def map_folder(folder: str, maps: Iterable[tuple[str, str]]) -> str:
     ``maps`` are (old, new). The longest old one that fits wins; it fits only whole folders
     (``/data/a`` is no beginning of ``/data/ab``). ``C:\data`` and ``c:/data`` are the same.
     A folder that none fits stays as it is, without a ``file://`` before it.
-
-    Raises:
-        UserInputError: an old or new beginning is empty, or one old has two new ones.
     """
     targets: dict[str, str] = {}
     for written, target in maps:
@@ -140,11 +132,7 @@ def is_remote(uri: str) -> bool:
 
 
 def local_path(uri: str) -> Path:
-    """Return the path of a file of this machine, written plainly or as ``file://``.
-
-    Raises:
-        UserInputError: the file is remote.
-    """
+    """Return the path of a file of this machine, written plainly or as ``file://``."""
     if is_remote(uri):
         raise UserInputError(f"{shown(uri)} is not on this machine. Give a folder that is.")
     return Path(_without_file(split_page(uri)[0]))
@@ -173,12 +161,10 @@ def read_bytes(uri: str) -> bytes:
 def stat(uri: str) -> FileStat:
     """Return size and time of change of a file here or elsewhere."""
     if is_remote(uri):
-        info = _remote(uri, "info")
-        size = info.get("size")
+        size = _remote(uri, "info").get("size")
         if not isinstance(size, int):
             raise ImageError(f"The server gives no size of {shown(uri)}. Copy the file here.")
-        times = (_nanoseconds(info[key]) for key in _MODIFIED if key in info)
-        return FileStat(size, next((time for time in times if time is not None), None))
+        return FileStat(size, None)  # times differ from server to server
     try:
         return local_stat(local_path(uri))
     except (OSError, ValueError) as error:
@@ -267,7 +253,7 @@ def file_system(uri: str) -> Any:
         import_module(_READERS[scheme])
         return import_module("fsspec").filesystem(scheme)
     except ImportError:
-        raise MissingExtraError.of(_READERS[scheme], CLOUD) from None
+        raise MissingExtraError.of(_READERS[scheme], "cloud") from None
     except CellstoreError:
         raise
     except Exception as error:
@@ -283,16 +269,3 @@ def _unanswered(uri: str, error: Exception) -> str:
     return (
         f"{shown(uri)} cannot be read ({reason}). Check your access to it, or copy it here.{hint}"
     )
-
-
-def _nanoseconds(value: object) -> int | None:
-    if isinstance(value, str):
-        from email.utils import parsedate_to_datetime  # slow to import, and of servers only
-
-        try:
-            value = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-    if isinstance(value, datetime):
-        return int(value.timestamp() * 1_000_000) * 1000
-    return int(value * 1_000_000_000) if isinstance(value, int | float) else None

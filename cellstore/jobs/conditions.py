@@ -68,10 +68,6 @@ def condition(text: str) -> ColumnElement[bool]:
 
     It knows ``AND``, ``OR``, ``NOT``, comparisons with values, ``IN`` lists, ``BETWEEN``, ``LIKE``,
     ``ILIKE`` and ``IS NULL``.
-
-    Raises:
-        UnknownNameError: it names something else.
-        UserInputError: it cannot be read, or is more than a condition.
     """
     if not text.strip():
         raise _refused(text, "it is empty")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import re
 import signal
 import sys
 import threading
@@ -20,7 +19,6 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
-    CancelledError,
     Executor,
     Future,
     ProcessPoolExecutor,
@@ -34,14 +32,13 @@ from multiprocessing import connection, get_context, parent_process
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
 from ..db.events import recording_removed
-from ..enums import Status
 from ..errors import (
     CellstoreError,
     ConflictError,
@@ -58,7 +55,7 @@ from ..notebooks import Shown
 from . import queue
 from .gone_files import FEW, find_gone, gone_sentence
 from .queue import ENV_LEASE, JobScope, Task, count_images
-from .runs import RecipeSpec, known_recipe, running
+from .runs import running
 from .workspace import Workspace
 
 Input = TypeVar("Input")
@@ -104,9 +101,6 @@ class ImageStage(Generic[Input, Output]):
 
     label: ClassVar[str]
 
-    batch: int = 1
-    """Images that ``compute`` is given at once."""
-
     images_per_file: int = 1
     """Images whose results wait for each other, to be written in one file by ``write_together``."""
 
@@ -123,8 +117,8 @@ class ImageStage(Generic[Input, Output]):
         """Open the files of one image, if there are any."""
         return task_input
 
-    def compute(self, loaded: Sequence[Any]) -> Sequence[Any]:
-        """Work on the images of a batch, if there is work; a result for each, in their order."""
+    def compute(self, loaded: Any) -> Any:
+        """Work on one image, if there is work."""
         return loaded
 
     def write(self, result: Any) -> Output:
@@ -169,8 +163,6 @@ class JobsResult(Shown):
     names, ``waiting`` those of them whose files are still missing, ``failed_before`` those that
     failed in earlier runs and were left alone, ``cells`` what was written by this run.
     ``lacking``: the other images, which were left out because they lack a channel, and which.
-    Of a dry run: how many images there are ``to_do``, and in how many ``seconds``, if past jobs
-    tell.
     """
 
     run_id: int | None
@@ -182,8 +174,6 @@ class JobsResult(Shown):
     cells: int = 0
     failed_before: int = 0
     lacking: tuple[tuple[str, str], ...] = ()
-    to_do: int | None = None
-    seconds: float | None = None
 
 
 def execute(
@@ -209,9 +199,7 @@ def execute(
         gone = list(in_lists({image for found in lost.values() for image in found or ()}))
         with workspace.database.begin() as session, recording_removed(session, gone):
             for recipe_id, found in lost.items():
-                jobs = queue.done_jobs(session, recipe_id, found or ())
-                for some in in_lists(jobs):
-                    queue.requeue(session, Job.id.in_(some), status=Status.DONE)
+                queue.reopen(session, recipe_id, found or ())
                 for images_without in in_lists(found or ()):  # what has failed for want of them
                     queue.requeue(session, Job.image_id.in_(images_without))
                 stage.forget_lost(session, recipe_id)
@@ -253,37 +241,6 @@ def execute(
     ]
 
 
-def forecast(
-    workspace: Workspace,
-    stage: ImageStage[Any, Any],
-    spec: RecipeSpec,
-    images: Select[int],
-    resources: Resources,
-) -> JobsResult:
-    """Return what :func:`execute` would do, by what past jobs of the recipe or the stage took."""
-    with workspace.database.read() as session:
-        recipe = known_recipe(session, spec)
-        recipe_id = 0 if recipe is None else recipe.id  # 0: has done nothing
-        lost = stage.find_lost(session, recipe_id, images) or ()
-        counted = count_images(session, recipe_id, images)
-        todo = counted.todo + len(queue.done_jobs(session, recipe_id, lost))
-        done = select(Job.recipe_id).join(Recipe, Recipe.id == Job.recipe_id)
-        done = done.where(Recipe.stage == spec.stage, Job.status == Status.DONE)
-        # By this recipe, or where it has done nothing by that of the stage that was used last.
-        best = done.order_by((Job.recipe_id == recipe_id).desc(), Job.id.desc()).limit(1)
-        took = select(func.avg(Job.seconds)).where(Job.recipe_id == best.scalar_subquery())
-        per_image = session.scalar(took.where(Job.status == Status.DONE))
-    return JobsResult(
-        None,
-        None,
-        counted.selected,
-        counted.waiting,
-        failed_before=counted.failed,
-        to_do=todo,
-        seconds=None if per_image is None else per_image * todo / resources.workers,
-    )
-
-
 # --- this process: reserve, submit, write ---------------------------------------------------------
 
 
@@ -299,8 +256,8 @@ def run_jobs(
     way no job is lost.
 
     Raises:
-        UserInputError: fewer than one worker, no address of a scheduler, or a lease (how long a job
-            stays reserved for a worker that is not heard of) that is no number of 1 or more.
+        UserInputError: fewer than one worker, or a lease (how long a job stays reserved for a
+            worker that is not heard of) that is no number of 1 or more.
         MissingExtraError: a Dask scheduler, and Dask is not installed.
         StoreError: the scheduler does not answer, or workers die whenever they start.
         StorageError: the disk is full or read-only; the jobs in hand are given back.
@@ -308,7 +265,50 @@ def run_jobs(
         RunCancelledError: somebody cancelled the run.
     """
     loop = _Loop(workspace, stage, scope, resources)
-    loop.run()
+    stop, workers = loop.stop, loop.workers
+    for worker in workers:
+        worker.start()
+    loop.progress.start(stage.label, loop.left)
+    heartbeat = threading.Thread(target=loop.renew_leases, daemon=True, name="cellstore-heartbeat")
+    heartbeat.start()
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other hears of signals
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            handlers[wanted] = signal.signal(wanted, loop.on_signal)
+    finished = False
+    try:
+        while not finished:
+            if not stop.is_set():
+                loop.submit()
+            chunks = [chunk for worker in workers for chunk in worker.chunks]
+            # A worker that still loads the stage has no image in hand.
+            in_flight = [future for future, tasks in chunks if tasks or not stop.is_set()]
+            if in_flight:
+                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
+                loop.collect()
+            elif loop.ready:
+                loop.write(everything=True)
+            elif loop.cancelled:
+                runs = ", ".join(str(run) for run in sorted(set(scope.runs.values())))
+                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
+            elif stop.is_set():
+                raise KeyboardInterrupt
+            else:
+                with loop.database.begin() as session:
+                    finished = not queue.reclaim_expired(session, scope, loop.owner)
+                if not finished:
+                    stop.wait(WAIT_SECONDS)
+    finally:
+        for handled, handler in handlers.items():
+            signal.signal(handled, handler)
+        loop.over.set()
+        heartbeat.join()
+        loop.progress.finish()
+        for worker in workers:
+            worker.close(drop=not finished)
+        # If that fails, the leases will run out by themselves.
+        with suppress(CellstoreError), loop.database.begin() as session:
+            queue.release(session, scope, loop.owner)
     return loop.counters
 
 
@@ -359,40 +359,6 @@ class _Loop:
         self.seconds: float | None = None
         self.stop, self.over = threading.Event(), threading.Event()
         self.told: set[str] = set()
-
-    def run(self) -> None:
-        """Do all jobs; see :func:`run_jobs`."""
-        self.look_ahead()
-        for worker in self.workers:
-            worker.start()
-        self.progress.start(self.stage.label, self.left)
-        heartbeat = threading.Thread(
-            target=self.renew_leases, daemon=True, name="cellstore-heartbeat"
-        )
-        heartbeat.start()
-        handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # no other hears of signals
-            for wanted in (signal.SIGINT, signal.SIGTERM):
-                handlers[wanted] = signal.signal(wanted, self.on_signal)
-        finished = False
-        try:
-            self.work_off()
-            finished = True
-        finally:
-            for handled, handler in handlers.items():
-                signal.signal(handled, handler)
-            self.over.set()
-            heartbeat.join()
-            self.progress.finish()
-            for worker in self.workers:
-                worker.close(drop=not finished)
-            # If that fails, the leases will run out by themselves.
-            with suppress(CellstoreError), self.database.begin() as session:
-                queue.release(session, self.scope, self.owner)
-
-    def look_ahead(self) -> None:
-        """Count what is to do, and say which folders are gone before anything is tried."""
-        scope = self.scope
         with self.database.begin() as session:
             queue.reclaim_expired(session, scope, self.owner)
         with self.database.read() as session:
@@ -415,30 +381,6 @@ class _Loop:
         self.stop.set()
         self.progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
 
-    def work_off(self) -> None:
-        """Reserve, submit, collect and write until nothing is left, or until it is stopped."""
-        while True:
-            if not self.stop.is_set():
-                self.submit()
-            chunks = [chunk for worker in self.workers for chunk in worker.chunks]
-            # A worker that still loads the stage has no image in hand.
-            in_flight = [future for future, tasks in chunks if tasks or not self.stop.is_set()]
-            if in_flight:
-                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
-                self.collect()
-            elif self.ready:
-                self.write(everything=True)
-            elif self.cancelled:
-                runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
-                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
-            elif self.stop.is_set():
-                raise KeyboardInterrupt
-            else:
-                with self.database.begin() as session:
-                    if not queue.reclaim_expired(session, self.scope, self.owner):
-                        return
-                self.stop.wait(WAIT_SECONDS)
-
     def renew_leases(self) -> None:
         """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""
         while not self.over.wait(min(5.0, self.lease / 4)):
@@ -456,13 +398,13 @@ class _Loop:
         in_hand = any(worker.chunks for worker in self.workers)
         if room == 0 or (self.drained and in_hand):
             return
-        batch, size = self.stage.batch, self.stage.batch
+        size = 1
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
             slots = 2 * (room + sum(len(worker.chunks) for worker in self.workers))
             fair = self.left if self.computes_here else self.left // slots
-            size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
+            size = max(1, min(LARGEST_CHUNK, wanted, fair))
         tasks: list[Task] = []
         while not tasks:
             with self.database.begin() as session:
@@ -490,9 +432,7 @@ class _Loop:
                 self.fail(task, Failure.of(error))
             else:
                 good.append(task)
-        size = -(-len(tasks) // (room * batch)) * batch
-        if any(task.deaths for task in tasks):
-            size = 1
+        size = 1 if any(task.deaths for task in tasks) else -(-len(tasks) // room)
         chunks = [good[start : start + size] for start in range(0, len(good), size)]
         for chunk in chunks:
             worker = max(self.workers, key=attrgetter("free"))
@@ -500,12 +440,7 @@ class _Loop:
             worker.submit(chunk, [inputs[task.image_id] for task in chunk])
 
     def collect(self) -> None:
-        """Take the chunks that are over from the workers, and write what they made.
-
-        Raises:
-            CellstoreError: an error that the next image would meet, too: a full disk, a network
-                that is damaged.
-        """
+        """Take the chunks that are over from the workers, and write what they made."""
         fatal: CellstoreError | None = None
         for worker in self.workers:
             while done := [chunk for chunk in worker.chunks if chunk[0].done()]:
@@ -686,12 +621,7 @@ class Worker:
         self.chunks.append((future, tasks))
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed.
-
-        Raises:
-            Exception: ``error``, if it is no crash.
-            StoreError: processes die whenever they start.
-        """
+        """Start a process again; return what only waited behind the ``tasks`` that crashed."""
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
@@ -719,15 +649,9 @@ class DaskCluster(Worker):
     """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
 
     address: str = ""
-    deserted: float | None = None
 
     def start(self) -> None:
-        """Connect to the scheduler."""
-        if not re.fullmatch(r"[a-z]+://\S+:\d+", self.address):
-            raise UserInputError(
-                f"{self.address!r} is not the address of a Dask scheduler. It looks like "
-                "tcp://host:8786."
-            )
+        """Connect to the scheduler, and wait for its workers."""
         try:
             import distributed
         except ModuleNotFoundError as error:
@@ -737,9 +661,11 @@ class DaskCluster(Worker):
         make_client: Any = distributed.Client
         try:
             self.client = make_client(self.address, timeout=CONNECT_SECONDS, set_as_default=False)
+            self.client.wait_for_workers(1, timeout=6 * CONNECT_SECONDS)
         except (OSError, ValueError, TimeoutError) as error:
             raise StoreError(
-                f"The Dask scheduler at {self.address} does not answer. Check the address, or "
+                f"The Dask scheduler at {self.address} does not answer, or has no workers. Its "
+                "address looks like tcp://host:8786; start workers with: dask worker ADDRESS. Or "
                 "leave --scheduler out to work on this machine."
             ) from error
         self.pool = self.client.get_executor(pure=False, retries=0)
@@ -749,37 +675,24 @@ class DaskCluster(Worker):
         try:
             threads: int = sum(self.client.nthreads().values())
         except (OSError, TimeoutError, AssertionError) as error:
-            raise self.gone() from error
-        if threads:
-            self.deserted = None
-        else:
-            self.deserted = self.deserted or time.monotonic()
-            if time.monotonic() - self.deserted > 60:
-                raise StoreError(
-                    f"The Dask scheduler at {self.address} has no workers. Start some with: "
-                    f"dask worker {self.address}"
-                )
+            raise self.failed(error) from error
         return CHUNKS * threads - len(self.chunks)
 
-    def gone(self) -> StoreError:
-        """What is said when the scheduler ends or answers no more."""
+    def failed(self, error: Exception) -> StoreError:
+        """What is said when the scheduler ends, or its workers cannot do the work."""
         return StoreError(
-            f"The Dask scheduler at {self.address} is gone. What is done is kept; start it again "
-            "and run the same command."
+            f"The Dask cluster at {self.address} cannot go on ({first_line(error)}) Its scheduler "
+            "and its workers need the same cellstore as this machine. What is done is kept: start "
+            "it again, and run the same command."
         )
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
         """Dask starts a worker again by itself, and lost this chunk only; others are at fault."""
         from distributed.scheduler import KilledWorker
 
-        if isinstance(error, KilledWorker):
-            return []
-        if isinstance(error, CancelledError):
-            raise self.gone() from error
-        raise StoreError(
-            f"The Dask cluster at {self.address} cannot do this work ({first_line(error)}) Its "
-            "scheduler and its workers need the same cellstore as this machine."
-        ) from error
+        if not isinstance(error, KilledWorker):
+            raise self.failed(error) from error
+        return []
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""
@@ -794,7 +707,7 @@ _here = threading.local()  # networks are not shared by threads
 def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answers:
     """Do in a worker what a stage does with each of ``inputs``; return the outputs in their order.
 
-    While a batch is computed, the next one is read and the files of the last one are written.
+    While an image is computed, the next one is read and the files of the last one are written.
 
     Raises:
         CellstoreError: the stage cannot be loaded, or a file cannot be written.
@@ -809,45 +722,31 @@ def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answe
         return [], 0.0
     stage: ImageStage[Any, Any] = _here.stage
     started = time.perf_counter()
-    batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        coming = reader.submit(_each, stage.read, batches[0])
-        written: list[Future[list[Any]]] = []
-        for batch in (*batches[1:], []):
+        coming = reader.submit(_try, stage.read, inputs[0])
+        written = []
+        for position in range(1, len(inputs) + 1):
             loaded = coming.result()
-            if batch:
-                coming = reader.submit(_each, stage.read, batch)
-            good = [item for item in loaded if not isinstance(item, Failure)]
-            made = _each(stage.compute, [good] if good else [])
-            if made and isinstance(made[0], Failure) and len(good) > 1:
-                # One of them spoils the batch: each for itself, so that it fails alone.
-                made = _each(stage.compute, [[item] for item in good])
-            parts = ([part] if isinstance(part, Failure) else part for part in made)
-            computed = iter([result for part in parts for result in part])
-            results = [item if isinstance(item, Failure) else next(computed) for item in loaded]
-            written.append(writer.submit(_each, stage.write, results, StorageError))
-        outputs = [output for future in written for output in future.result()]
+            if position < len(inputs):
+                coming = reader.submit(_try, stage.read, inputs[position])
+            computed = _try(stage.compute, loaded)
+            written.append(writer.submit(_try, stage.write, computed, StorageError))
+        outputs = [future.result() for future in written]
     return outputs, (time.perf_counter() - started) / len(inputs)
 
 
-def _each(
-    function: Callable[[Any], Any],
-    arguments: Sequence[Any],
-    fatal: type[Exception] | tuple[()] = (),
-) -> list[Any]:
-    """Call a function with each argument; a ``Failure`` takes the place of what cannot be done."""
-    results = []
-    for argument in arguments:
-        if isinstance(argument, Failure):
-            results.append(argument)
-            continue
-        try:
-            results.append(function(argument))
-        except fatal:
-            raise
-        except Exception as error:
-            results.append(Failure.of(error))
-    return results
+def _try(
+    function: Callable[[Any], Any], argument: Any, fatal: type[Exception] | tuple[()] = ()
+) -> Any:
+    """Call a function; a ``Failure`` takes the place of what cannot be done, and is passed on."""
+    if isinstance(argument, Failure):
+        return argument
+    try:
+        return function(argument)
+    except fatal:
+        raise
+    except Exception as error:
+        return Failure.of(error)
 
 
 def start_importing(stage: ImageStage[Any, Any]) -> None:

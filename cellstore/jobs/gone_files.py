@@ -91,7 +91,8 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
             continue
         path, folder = local_path(uri), {"folder": number}
         missing: list[str] = []
-        if is_there := os.path.isdir(path):  # noqa: PTH112 - no error for odd names
+        is_there = os.path.isdir(path)  # noqa: PTH112 - no error for odd names
+        if is_there and left > 0:
             listed: Collection[str] = ()
             with suppress(OSError):
                 listed = frozenset(os.listdir(path))  # noqa: PTH208

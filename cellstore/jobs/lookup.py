@@ -68,12 +68,6 @@ Those of the bytes that it has now, and those of unknown bytes: nothing contradi
 """
 
 
-def well_name(text: str) -> str:
-    """Return the name of a well as it is stored: ``D04`` of ``d4``; other words as they are."""
-    match = re.fullmatch(r"([A-Za-z]{1,2})0*(\d{1,2})", text.strip())
-    return f"{match[1].upper()}{int(match[2]):02d}" if match else text
-
-
 def starts_with(column: Any, start: str) -> ColumnElement[bool]:
     """Return whether the hexadecimal text of ``column`` starts so; as a range, for an index."""
     return and_(column >= start, column < start + "g")  # g: the letter after all digits
@@ -506,15 +500,17 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
         ids = [find_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
-        whole = [name for name in selection.wells if len(_parts(name)) > 1]  # PLATE/A01
-        of_plate = [find_well(session, name) for name in whole]
-        names = [well_name(name) for name in selection.wells if name not in whole]
-        known = set(session.scalars(select(Well.name).where(Well.name.in_(names)).distinct()))
-        for name in names:
-            if name not in known:
-                there = session.scalars(select(Well.name).distinct().limit(1536))
+        named = []
+        for name in selection.wells:
+            parts = _parts(name)
+            well = _of_well(parts)
+            if well is None or len(parts) > 1:  # PLATE/A01
+                well = Well.id == find_well(session, name)
+            elif session.scalar(select(wells.c.id).where(well).limit(1)) is None:
+                there = session.scalars(select(wells.c.name).distinct().limit(1536))
                 raise UnknownNameError.of("well", name, there)
-        query = query.where(or_(Well.name.in_(names), Well.id.in_(of_plate)))
+            named.append(well)
+        query = query.where(or_(*named))
     if selection.images:
         query = query.where(or_(*(images_named(session, name) for name in selection.images)))
     if selection.where is not None:

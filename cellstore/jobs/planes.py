@@ -57,21 +57,16 @@ def channel_files(session: Session, image_ids: Sequence[int]) -> dict[int, list[
     """Return by image id the files of all its channels, in their order."""
     files: dict[int, list[ChannelFile]] = {image_id: [] for image_id in image_ids}
     named = recipe_channels(session)
-    plates: dict[int, int] = {}
-    for some in in_lists(image_ids) if named else ():
-        on = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
-        rows = session.execute(on.where(Image.id.in_(some)))
-        plates.update((row.id, row.plate_id) for row in rows)
     columns = (ImageFile.image_id, ImageFile.channel, ImageFile.name, Folder.uri, ImageFile.sha256)
-    query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
+    query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns, Well.plate_id)
+    query = query.join(Image, Image.id == ImageFile.image_id).join(Well, Well.id == Image.well_id)
     query = query.outerjoin(Folder, Folder.id == ImageFile.folder_id)
     query = query.order_by(ImageFile.position, ImageFile.channel)
     for some in in_lists(image_ids):
         found = session.execute(query.where(ImageFile.image_id.in_(some)))
-        for image_id, channel, name, folder, sha256, size, modified in found:
+        for image_id, channel, name, folder, sha256, size, modified, plate in found:
             uri = None if folder is None else f"{folder.rstrip('/')}/{name}"  # as ImageFile.uri
-            names = named.get(plates.get(image_id), named.get(None, {}))
-            kept = names.get(channel, channel)
+            kept = named.get(plate, named.get(None, {})).get(channel, channel)
             files[image_id].append(ChannelFile(channel, name, uri, sha256, size, modified, kept))
     return files
 
@@ -107,10 +102,9 @@ def open_file(file: ChannelFile, rows: slice = slice(None)) -> NDArray[np.generi
     except FileNotFoundError:
         # In the same words for all of a folder, and without a cause: to wait does not help.
         raise ImageError(gone_sentence(gone_folder(file.uri[: -len(file.name) - 1]))) from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        why = getattr(error, "strerror", error)
+    except OSError as error:
         raise ImageError(
-            f"{path} cannot be opened ({why}). Make it readable and run: cellstore retry"
+            f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"
         ) from error
     if (found.size_bytes, found.mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")

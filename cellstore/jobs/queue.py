@@ -9,7 +9,6 @@ caller, who commits.
 from __future__ import annotations
 
 import os
-import random
 import socket
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -23,6 +22,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Interval,
+    Row,
     Select,
     and_,
     case,
@@ -137,48 +137,36 @@ class Task:
     deaths: int
 
 
-@dataclass(frozen=True)
-class ImageCounts:
-    """How far a recipe has come with the images of a selection, by their present bytes.
-
-    ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
-    alone until ``cellstore retry``, a worker may take those ``todo``.
-    """
-
-    selected: int
-    waiting: int
-    done: int
-    failed: int
-    todo: int
-
-
 def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
     if session.get_bind().dialect.name == "sqlite":
-        later = f"{plus:+f} seconds"  # as SQLAlchemy writes moments
-        return func.strftime("%Y-%m-%d %H:%M:%f000", "now", later, type_=UtcDateTime())
+        return literal(datetime.now(UTC) + timedelta(seconds=plus), UtcDateTime())
     return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 
 def count_images(
     session: Session, recipe_id: int, images: Select[int], *, unseen: bool = False
-) -> ImageCounts:
-    """Count ``images`` (a query of ids) by what a recipe has done of them.
+) -> Row[int, int, int, int, int]:
+    """Count ``images`` (a query of ids) by what a recipe has done of them, by their present bytes.
 
-    ``unseen``: images that have not been seen can be worked on, too.
+    ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
+    alone until ``cellstore retry``, a worker may take those ``todo``. ``unseen``: images that have
+    not been seen can be worked on, too.
     """
     # IS TRUE keeps the long text out of the keys of PostgreSQL's hash join.
     same = (Job.content_sha256 == CONTENT).is_(true())
     job = and_(Job.recipe_id == recipe_id, Job.image_id == Image.id, same)
     missing = literal(False) if unseen else Image.content_sha256.is_(None)
+    selected, waiting = func.count(), func.count().filter(missing)
+    done, failed = (func.count().filter(Job.status == s) for s in (Status.DONE, Status.FAILED))
     query = images.outerjoin(Job, job).with_only_columns(
-        func.count(),
-        func.count().filter(missing),
-        func.count().filter(Job.status == Status.DONE),
-        func.count().filter(Job.status == Status.FAILED),
+        selected.label("selected"),
+        waiting.label("waiting"),
+        done.label("done"),
+        failed.label("failed"),
+        (selected - waiting - done - failed).label("todo"),
     )
-    selected, waiting, done, failed = session.execute(query).one()
-    return ImageCounts(selected, waiting, done, failed, selected - waiting - done - failed)
+    return session.execute(query).one()
 
 
 def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
@@ -270,20 +258,21 @@ def reserve(
         .returning(Job.id)
     )
     claimed = set(session.connection().scalars(claim))
-    tasks: dict[int, Task] = {}
+    by_image: dict[int, list[Any]] = {}
     for row in found:
-        if row.id not in claimed:
-            continue
-        tries, deaths, jobs_of_image = row.attempts + 1 - row.deaths, row.deaths, {}
-        if (other := tasks.get(row.image_id)) is not None:
-            tries, deaths = max(other.tries, tries), max(other.deaths, deaths)
-            jobs_of_image = dict(other.jobs)
-        jobs_of_image[row.recipe_id] = row.id
-        name = image_name(row.barcode, row.core_name, row.plane, row.time_point)
-        tasks[row.image_id] = Task(
-            row.image_id, row.content_sha256, name, jobs_of_image, tries, deaths
+        if row.id in claimed:
+            by_image.setdefault(row.image_id, []).append(row)
+    return [
+        Task(
+            image_id,
+            rows[0].content_sha256,
+            image_name(rows[0].barcode, rows[0].core_name, rows[0].plane, rows[0].time_point),
+            {row.recipe_id: row.id for row in rows},
+            max(row.attempts + 1 - row.deaths for row in rows),
+            max(row.deaths for row in rows),
         )
-    return list(tasks.values())
+        for image_id, rows in by_image.items()
+    ]
 
 
 def among(images: Select[int]) -> ColumnElement[bool]:
@@ -356,8 +345,7 @@ def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: boo
     ``may_pass``: the error is not one of the image itself.
     """
     again = may_pass and task.tries < MOST_FAILURES
-    # 1, 4, 16, ... seconds up to 30, more or less.
-    wait = min(30.0, FIRST_WAIT * 4.0 ** (task.tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+    wait = min(30.0, FIRST_WAIT * 4.0 ** (task.tries - 1))  # seconds
     session.execute(
         update(Job)
         .where(Job.worker == owner, Job.status == Status.RUNNING)
@@ -481,12 +469,9 @@ def requeue(session: Session, *which: ColumnElement[bool], status: Status = Stat
     return int(done.rowcount)
 
 
-def done_jobs(session: Session, recipe_id: int, image_ids: Collection[int]) -> list[int]:
-    """Return the ids of the jobs by which images were done, by their present bytes."""
-    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-    query = select(Job.id).join(Image, current)
-    query = query.where(Job.recipe_id == recipe_id, Job.status == Status.DONE)
-    found: list[int] = []
+def reopen(session: Session, recipe_id: int, image_ids: Collection[int]) -> None:
+    """Open the jobs again by which images were done, by their present bytes: files are gone."""
+    current = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     for some in in_lists(image_ids):
-        found += session.scalars(query.where(Job.image_id.in_(some)))
-    return found
+        mine = (Job.recipe_id == recipe_id, Job.image_id.in_(some), current)
+        requeue(session, *mine, status=Status.DONE)

@@ -61,25 +61,22 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
     follows a training by a baseline still means the network. So do trainings that were declared,
     whose networks cannot be opened.
     """
-    reference = str(reference).strip()
-    parts = [reference] if reference.startswith("-") else re.split(r"[\s_:-]+", reference.lower())
-    words = [word for word in parts if word]
-    words = [word for word in words if word not in ("run", "the")]
+    text = str(reference).strip().lower()
+    words = [] if text.startswith("-") else re.split(r"[\s_:#-]+", text)
+    words = [word for word in words if word not in ("", "run", "the")]
     typed = [Stage(word) for word in words if word in list(Stage)]
     others = [word for word in words if word not in list(Stage)]
-    if len(words) == 1 and others:
-        reference = others[0]
-    elif len(typed) == 1 and len(others) <= 1:
-        reference = (others or [RUN_WORDS[0]])[0]
-        if stages and typed[0] not in stages:
-            wanted = " or ".join(stage.value for stage in stages)
-            raise UserInputError(f"This needs a {wanted} run, not a {typed[0].value} run.")
-        stages = typed
+    if stages and typed and typed[0] not in stages:
+        wanted = " or ".join(stage.value for stage in stages)
+        raise UserInputError(f"This needs a {wanted} run, not a {typed[0].value} run.")
+    stages = typed or stages
+    named = others or ([RUN_WORDS[0]] if typed else [])
+    name = named[0] if len(named) == 1 and len(typed) < 2 else ""
     runs = _RUNS.c
     query = select(runs.id, runs.stage, runs.status).order_by(runs.id.desc())
     if stages:
         query = query.where(runs.stage.in_([stage.value for stage in stages]))
-    if reference in RUN_WORDS:
+    if name in RUN_WORDS:
         chosen = query.where(runs.status == Status.DONE.value)
         if stages:
             trained = _RUNS.alias()
@@ -93,21 +90,20 @@ def find_named_run(session: Session, reference: RunName, stages: Sequence[Stage]
             chosen = chosen.order_by(None)
             chosen = chosen.order_by(or_(baseline.exists(), behind), runs.id.desc())
     else:
-        number = reference.strip().lstrip("#")
-        if not number.isdecimal() or len(number) > 18:
+        if not name.isdecimal() or len(name) > 18:
             raise UserInputError(
                 f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
             )
-        chosen = query.where(runs.id == int(number))
+        chosen = query.where(runs.id == int(name))
     found = session.execute(chosen.limit(1)).first()
     if found is None:
         kind = f"{' or '.join(stage.value for stage in stages)} run" if stages else "run"
         known = [row.id for row in session.execute(query.limit(5))]
-        if reference in RUN_WORDS:
+        if name in RUN_WORDS:
             none = f"No {kind} has come to its end" if known else f"There is no {kind} yet"
             first = f"cellstore {stages[0].value}" if stages else "cellstore status"
             raise UnknownNameError(f"{none}. Next: {first}")
-        raise UnknownNameError.of(kind, reference, known)
+        raise UnknownNameError.of(kind, name, known)
     return NamedRun(found.id, Stage(found.stage), Status(found.status))
 
 
@@ -118,14 +114,11 @@ def find_predict_run(session: Session, reference: RunName) -> NamedRun:
     """
     reference = str(reference).strip()
     named = reference not in RUN_WORDS
+    folds = None
     if named and not reference.lstrip("#").isdecimal():
-        if (folds := find_folds(session, reference)) is not None:
-            return folds
-        if not re.search(rf"\d|{'|'.join((*RUN_WORDS, *Stage))}", reference.lower()):
-            raise UserInputError(
-                f"There is no cross-validation {reference!r}, and a run is named by its number, "
-                "'latest' or 'latest predict'."
-            )
+        folds = find_folds(session, reference)
+    if folds is not None:
+        return folds
     run = find_named_run(session, reference, () if named else (Stage.PREDICT,))
     if run.stage == Stage.TRAIN:
         later = select(_RUNS.c.id).where(_RUNS.c.parent_id == run.id)

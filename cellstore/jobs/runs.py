@@ -31,7 +31,7 @@ from ..artifacts import StoredFile
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, caller, record_events, record_runs
 from ..db.session import Database
-from ..enums import ArtifactKind, Origin, Stage, Status
+from ..enums import ArtifactKind, Stage, Status
 from ..errors import RunCancelledError, StoreError, UserInputError
 from ..io.uris import FETCHED
 from ..models import Artifact, Image, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
@@ -202,21 +202,17 @@ def running(
     database: Database,
     recipe: Recipe | RecipeSpec,
     *,
-    parent_id: int | None = None,
-    split_id: int | None = None,
-    seed: int | None = None,
-    query: str | None = None,
     resume: int | None = None,
     alone: bool = False,
     device: str = "cpu",
-    origin: Origin = Origin.OBSERVED,
+    **columns: Any,
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
     A recipe that is not in the database yet is put there. ``resume`` goes on with an unfinished
     run instead of starting another. ``alone``: the run is of one process at a time; another may go
     on with it only when it is over. ``device``: where networks compute, as it was asked for.
-    ``origin``: whether the work is done here.
+    ``columns``: of a new run: ``parent_id``, ``split_id``, ``seed``, ``query``, ``origin``.
 
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
@@ -227,12 +223,7 @@ def running(
         user_name, command = caller()
         run = Run(
             stage=Stage(recipe.stage),
-            parent_id=parent_id,
-            split_id=split_id,
             status=Status.RUNNING,
-            origin=origin,
-            seed=seed,
-            query=query,
             command=command,
             code_version=code_version(),
             environment=environment(device),
@@ -240,6 +231,7 @@ def running(
             user_name=user_name,
             process=owner,
             started_at=datetime.now(UTC),
+            **columns,
         )
         with database.begin() as session:
             close_dead_runs(session)

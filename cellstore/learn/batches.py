@@ -192,6 +192,8 @@ class BlockShuffle:
         buffer_cells: int = BUFFER_CELLS,
         buffer_bytes: int = BUFFER_BYTES,
     ) -> None:
+        if batch_size < 2:
+            raise UserInputError(f"A batch needs 2 cells or more, not {batch_size}.")
         self.blocks, self.read_all = tuple(blocks), read_all
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.sampler, self.share, self.even = sampler, share, even

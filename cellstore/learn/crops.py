@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ImageError
+from ..errors import ImageError, UserInputError
 from .branches import FLOW, IMAGE, MASK
 
 LIGHT = "light"
@@ -282,6 +282,8 @@ def resized(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> 
     The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
     and the intensity inside the cell; of ``flow`` those of the flows; of ``image`` those asked for.
     """
+    if size < 1:
+        raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
     if torch.device(device).type != "cpu":
         return resized_at_once(cells, size, device)
     channels = _channels(cells.layers)

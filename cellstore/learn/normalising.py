@@ -84,6 +84,10 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
     """Return the rows as float64, with NaN for each value that is not there."""
     rows = np.asarray(block, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != len(names):
+        raise UserInputError(
+            f"Features must have the shape (cells, {len(names)}), these have {rows.shape}."
+        )
     if gaps:
         return np.where(np.isfinite(rows), rows, np.nan)
     finite = np.isfinite(rows).all(axis=0)
@@ -187,6 +191,9 @@ class Scaler:
                 odd = np.isinf(numbers) if isinstance(one, Scale) else ~np.isfinite(numbers)
                 if numbers.shape[1] != len(found.names) or odd.any() or (numbers[1] <= 0).any():
                     raise ValueError("it needs one finite mean and one scale above 0 per name")
+            scales = [value for values in (intensities or {}).values() for value in values]
+            if not np.isfinite(scales).all():
+                raise ValueError("an intensity scale is not a finite number")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
         return found

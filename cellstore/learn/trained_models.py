@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from sqlalchemy.orm import Session
 from torch import Tensor
 
+from ..analysis.segmentation import pick_device
 from ..artifacts import StoredFile
 from ..config import ImageInput
 from ..enums import ArtifactKind, Origin, Stage, Status
@@ -295,7 +296,7 @@ class OpenModel:
 
 
 def open_model(session: Session, workspace: Workspace, run: Run, device: str = "cpu") -> OpenModel:
-    """Return the model of a training run on a device (``cpu`` or ``cuda``)."""
+    """Return the model of a training run, a network on a device (``auto``, ``cpu`` or ``cuda``)."""
     found = files_of(session, run.id, ArtifactKind.CHECKPOINT)
     files = {item.path.endswith(".json"): item for item in found}
     if run.origin is Origin.DECLARED:
@@ -315,6 +316,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
             f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
         )
     data = workspace.artifacts.read(file.path, file.sha256)
+    device = str(pick_device(device)) if "shape" in written else "cpu"
     learned, record = load_model(data, written, device)
     recipe = session.get_one(Recipe, run.recipe_id)
     segment = input_of(recipe, Stage.SEGMENT)
@@ -336,7 +338,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         kept_bytes=0,
         branches=record.branches,
         channels=record.channels,
-        device="cpu" if record.shape is None else device,
+        device=device,
         model=record.model,
     )
     return OpenModel(run, file, written, segment, measure, source, learned, record, reader)

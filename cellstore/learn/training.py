@@ -324,7 +324,7 @@ class Training:
                         group["lr"] = rate
 
                     self.wrapped.train()
-                    sums = torch.zeros(4, dtype=torch.float64, device=team.device)
+                    sums = torch.zeros(5, dtype=torch.float64, device=team.device)
                     for step, cells in enumerate(train_batches(number)):
                         if len(cells) < 2:
                             raise UserInputError(
@@ -354,7 +354,7 @@ class Training:
                     # and they may have fewer.
                     alone = team.world_size == 1
                     net = self.wrapped if alone else self.net
-                    sums = torch.zeros(4, dtype=torch.float64, device=team.device)
+                    sums = torch.zeros(5, dtype=torch.float64, device=team.device)
                     with torch.no_grad(), nullcontext() if alone else team.autocast():
                         for cells in validation_batches(number) if validation_batches else ():
                             sums += self._loss(net, cells.to(team.device))[1]
@@ -386,14 +386,21 @@ class Training:
         if weights is not None:
             weight = (weights[torch.where(known, labels, 0)] * known).sum()
         right = (scores.argmax(dim=1) == labels).sum()
-        parts = (loss.detach().double() * weight, weight, right, known.sum())
+        parts = (loss.detach().double() * weight, weight, right, known.sum(), (~known).sum())
         return loss, torch.stack([part.double() for part in parts])
 
     def _mean(self, sums: Tensor, subset: str) -> tuple[float, float]:
         """Loss and accuracy per cell over all batches of all processes."""
         if self.team.world_size > 1:
             torch.distributed.all_reduce(sums)
-        loss, weight, right, cells = sums.tolist()
+        loss, weight, right, cells, unknown = sums.tolist()
+        if unknown:
+            raise UserInputError("Some cells to train on have no label; exclude them.")
+        if cells == 0:
+            raise UserInputError(
+                f"There are no cells in the {subset} subset; segment and measure its images, or "
+                "make another split."
+            )
         if not math.isfinite(loss):
             raise UserInputError(
                 f"The {subset} loss is not finite in epoch {len(self.epochs) + 1}; try a lower "

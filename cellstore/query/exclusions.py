@@ -50,8 +50,6 @@ def with_flags(
     session: Session, options: VoteOptions, run: NamedRun
 ) -> tuple[VoteOptions, tuple[str, ...]]:
     """Return the options with the number of the quality-control run, and what is to be noted."""
-    if options.exclude_flagged is None:
-        return options, ()
     labelled = and_(Prediction.run_id.in_(run.read_as), Prediction.rank == 1)
     seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
     seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
@@ -59,7 +57,7 @@ def with_flags(
     whole = select(ImagePrediction.image_id).where(ImagePrediction.run_id.in_(run.read_as))
     of_cells = seen.with_only_columns(Segmentation.image_id)
     images = select(Image.id).where(or_(Image.id.in_(of_cells), Image.id.in_(whole)))
-    qc, unseen = qc_run_for(session, options.exclude_flagged, images, segment_ids.all())
+    qc, unseen = qc_run_for(session, str(options.exclude_flagged), images, segment_ids.all())
     return replace(options, exclude_flagged=str(qc.id)), unseen_notes(qc, unseen)
 
 

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -83,22 +83,18 @@ LATER = "later_exclusions"
 EXCLUDED = "excluded_cells"
 
 
-@cache
-def _view_file(name: str) -> tuple[list[str], list[str]]:
-    """Return the comment at the head of the file of a view, and its query, as lines."""
-    lines = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8").splitlines()
-    length = next(i for i, line in enumerate(lines) if not line.startswith("--"))
-    return lines[:length], lines[length:]
-
-
 def view_words(name: str) -> str:
-    """Return what a row of a view is."""
-    return " ".join(line.removeprefix("--").strip() for line in _view_file(name)[0])
+    """Return what a row of a view is: the comment at the head of its file."""
+    text = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8")
+    head = takewhile(lambda line: line.startswith("--"), text.splitlines())
+    return " ".join(line.removeprefix("--").strip() for line in head)
 
 
+@cache
 def view(name: str, options: VoteOptions | None = None) -> str:
     """Return the query of a view; two of them depend on the options of the vote."""
-    query = "\n".join(_view_file(name)[1])
+    text = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8")
+    query = re.sub(r"\A(--.*\n)+", "", text).rstrip()
     if options is not None and name == "vote_options":
         query = (
             f"SELECT {int(options.min_cells)} AS min_cells, "
@@ -108,13 +104,6 @@ def view(name: str, options: VoteOptions | None = None) -> str:
     elif options is not None and name == LATER and options.exclude_flagged is not None:
         query += f"\nOR run_id = {int(options.exclude_flagged)}"
     return query
-
-
-@cache
-def _our_tables() -> set[str]:
-    """Return the tables that are described; others, as sqlite_stat1 after ANALYZE, are not ours."""
-    words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
-    return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
 
 
 _TYPES = {
@@ -212,7 +201,9 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = SQLITE_COLUMNS if self.is_sqlite else POSTGRESQL_COLUMNS
-        ours = _our_tables()
+        # Those that are described; others, as sqlite_stat1 after ANALYZE, are not ours.
+        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):

@@ -115,7 +115,9 @@ def find_subject(
         split = session.get_one(Split, split_id)
         folds = [session.get_one(Run, fold) for fold in found.folds]
         taught = None if run.parent is None else run.parent.recipe
-        options, notes = with_flags(session, vote_options or VoteOptions(), found)
+        options, notes = vote_options or VoteOptions(), tuple[str, ...]()
+        if options.exclude_flagged is not None:
+            options, notes = with_flags(session, options, found)
         rivals: dict[tuple[str, str], list[Run]] = defaultdict(list)
         read_as: dict[int, int] = {}
         if folds:

@@ -158,7 +158,7 @@ def class_content(
 
     return {
         "confusion": found,
-        "matrices": matrices_of(found, images_at),
+        "matrix": matrix_of(found, images_at),
         "class_rows": [
             (item, mistaken_for.get(item.label), sure[item.label]) for item in by_recall
         ],
@@ -179,8 +179,6 @@ NAMED_CLASSES = 45
 """Classes that have room for their names beside a matrix."""
 BLOCK = 30
 """Classes of the most confused block, where not all have room."""
-FAINTEST = 0.5
-"""How solid the smallest share is drawn where squares are small, so that an image is seen."""
 
 
 @dataclass(frozen=True)
@@ -248,54 +246,42 @@ def most_confused(found: Confusion, number: int = BLOCK) -> list[int]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a table, or as a ``picture`` where classes have no room for their names.
+    """A matrix as a table; its ``caption`` says which classes are not shown.
 
     Of a row: truth, gene, and its squares: ``count``, ``kind`` (right, same gene or other),
     ``solid`` from 0 to 1, what is ``said`` of it and its ``address``.
     """
 
     caption: str
-    labels: tuple[str, ...] = ()
-    rows: tuple[tuple[str, str | None, list[dict[str, Any]]], ...] = ()
-    picture: str | None = None
+    labels: tuple[str, ...]
+    rows: tuple[tuple[str, str | None, list[dict[str, Any]]], ...]
 
 
-def matrices_of(found: Confusion, at: Place) -> list[Matrix]:
-    """Return the matrices that can be read.
+def matrix_of(found: Confusion, at: Place) -> Matrix:
+    """Return the matrix; of more classes than have room for names, of those most confused.
 
-    Of more classes than have room for names: those most confused, and all unnamed.
     A square leads to what it counts where ``at`` has an address for the ``label`` that is true and
     the one that was ``predicted``.
     """
-    number = len(found.labels)
-    if number <= NAMED_CLASSES:
-        return [_table("", found, at)]
-    matrices: list[Matrix] = []
-    block = most_confused(found)
-    if block:
-        some = replace(
-            found,
-            labels=tuple(found.labels[i] for i in block),
-            genes=tuple(found.genes[i] for i in block),
-            counts=found.counts[np.ix_(block, block)],
-        )
-        caption = (
-            f"The {len(block)} classes between which most mistakes are. Answers outside this "
-            "block are not shown, so a row need not be full."
-        )
-        matrices.append(_table(caption, some, at, found.counts.sum(axis=1)[block]))
-    caption = f"All {number} classes, those of a gene beside each other, in order of gene and name."
-    return [*matrices, Matrix(caption, picture=confusion_picture(found))]
+    totals = found.counts.sum(axis=1)
+    if len(found.labels) <= NAMED_CLASSES:
+        return _table("", found, at, totals)
+    block = most_confused(found) or list(range(BLOCK))
+    some = replace(
+        found,
+        labels=tuple(found.labels[i] for i in block),
+        genes=tuple(found.genes[i] for i in block),
+        counts=found.counts[np.ix_(block, block)],
+    )
+    caption = (
+        f"The {len(block)} of {len(found.labels)} classes between which most mistakes are. Answers "
+        "outside this block are not shown, so a row need not be full."
+    )
+    return _table(caption, some, at, totals[block])
 
 
-def _table(
-    caption: str,
-    found: Confusion,
-    at: Place,
-    totals: NDArray[np.int64] | None = None,
-) -> Matrix:
+def _table(caption: str, found: Confusion, at: Place, totals: NDArray[np.int64]) -> Matrix:
     """A matrix as a table; ``totals`` (K,): the images of each row, those not shown included."""
-    totals = found.counts.sum(axis=1) if totals is None else totals
     rows = []
     for truth, gene, counts, total in zip(
         found.labels, found.genes, found.counts.tolist(), totals.tolist(), strict=True
@@ -312,45 +298,3 @@ def _table(
             )
         rows.append((truth, gene, squares))
     return Matrix(caption, found.labels, tuple(rows))
-
-
-def confusion_picture(found: Confusion) -> str:
-    """Draw the share of each true class (row) that got each answer (column), without names.
-
-    Blue: right; orange: another label of the same gene; grey: another one. The paper shows where
-    there is nothing.
-    """
-    number = len(found.labels)
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        # A picture of one pixel for each pair: a path for each is long.
-        axes.imshow(confusion_colours(found), interpolation="none")
-        axes.spines[:].set(visible=True, alpha=0.4)
-        axes.set_xlabel("label by vote")
-        axes.set_ylabel("truth")
-        axes.set_xticks([])
-        axes.set_yticks([])
-
-    right = int(np.trace(found.counts))
-    alt = (
-        f"Confusion matrix of {number} classes: {right:,} images on the diagonal are right, "
-        f"{found.counts.sum() - right:,} beside it are not."
-    )
-    return svg("confusion", (6.8, 6.4), draw, alt)
-
-
-def confusion_colours(found: Confusion) -> NDArray[np.float64]:
-    """Colour (K, K, 4): the hue says what kind of answer it is, the opacity how frequent."""
-    from matplotlib.colors import to_rgb
-
-    number = len(found.labels)
-    shares = found.counts / np.maximum(found.counts.sum(axis=1, keepdims=True), 1)
-    genes = np.array([gene or "" for gene in found.genes])
-    same = (genes[:, None] == genes) & (genes != "")
-    picture = np.zeros((number, number, 4))
-    picture[..., :3] = to_rgb(GREY)
-    picture[same, :3] = to_rgb(ORANGE)
-    picture[np.arange(number), np.arange(number), :3] = to_rgb(BLUE)
-    picture[..., 3] = np.where(shares > 0, FAINTEST + (1 - FAINTEST) * shares, 0)
-    return picture

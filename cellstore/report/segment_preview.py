@@ -78,7 +78,7 @@ def preview(
             if isinstance(found := inputs[image_id], CellstoreError):
                 raise found
             loaded = stage.read(found)
-            [result] = stage.compute([loaded])
+            result = stage.compute(loaded)
         except CellstoreError as error:
             images.append(PreviewImage(name, None, None, 0.0, None, first_line(error)))
             continue

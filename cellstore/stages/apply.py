@@ -639,23 +639,20 @@ class Apply(ImageStage["FoundCells", CellAnswers]):
                 )
         return names, values
 
-    def compute(self, loaded: Sequence[CellCrops]) -> list[CellAnswers]:
-        """Return what the function says of the cells of each image."""
-        outputs = []
-        for cells in loaded:
-            ids = cells.cell_ids
-            names = list(self.classes or self.expected)
-            values: NDArray[Any] = np.empty((0, len(names)), np.float32)
-            if len(ids):
-                names, values = self.ask(cells, len(ids))
-            rows = None
-            if self.classes:
-                by_class = dict(zip(self.classes, self.label_ids, strict=True))
-                order = sorted(range(len(names)), key=names.__getitem__)  # of equals, the first
-                labels = np.array([by_class[names[index]] for index in order], dtype=np.int64)
-                rows = best_rows(ids, labels, values[:, order], self.top_k)
-            outputs.append(CellAnswers(ids, rows, values))
-        return outputs
+    def compute(self, loaded: CellCrops) -> CellAnswers:
+        """Return what the function says of the cells."""
+        ids = loaded.cell_ids
+        names = list(self.classes or self.expected)
+        values: NDArray[Any] = np.empty((0, len(names)), np.float32)
+        if len(ids):
+            names, values = self.ask(loaded, len(ids))
+        rows = None
+        if self.classes:
+            by_class = dict(zip(self.classes, self.label_ids, strict=True))
+            order = sorted(range(len(names)), key=names.__getitem__)  # of equals, the first
+            labels = np.array([by_class[names[index]] for index in order], dtype=np.int64)
+            rows = best_rows(ids, labels, values[:, order], self.top_k)
+        return CellAnswers(ids, rows, values)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, CellAnswers]]

@@ -35,7 +35,7 @@ from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
-from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
+from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute
 from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of, in_recipes
 from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
 from ..jobs.queue import Task
@@ -87,7 +87,6 @@ def measure(
     *,
     segmentation: str | None = None,
     resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
 ) -> MeasureResult:
     """Measure the cells found by one segment recipe; see ``Store.measure``.
 
@@ -131,31 +130,29 @@ def measure(
                 wanted, version, parameters = plane, VERSION, asdict(plane)
             parameters["features"] = [feature.name for feature in asked.features]
             spec = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
-            groups.append(MeasuredGroup(asked, wanted, spec))
+            features = asked.columns(wanted.channels)
+            name = f"{asked.name}_{fingerprint(spec)[:8]}"
+            groups.append(MeasuredGroup(asked, wanted, spec, features, name))
         planes = [group.plane for group in groups]
         images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
-    stage = Measure(workspace.artifacts, source.id, {}, together)
-    if dry_run:
-        results = [forecast(workspace, stage, group.recipe, images, resources) for group in groups]
-    else:
-        recipes = []
-        with workspace.database.begin() as session:
-            for group in groups:
-                recipe = register(session, group.recipe)
-                in_table = group.group is BASIC_GROUP
-                row = {
-                    "name": group.feature_set,
-                    "recipe_id": recipe.id,
-                    "columns": [asdict(feature) for feature in group.features],
-                    "storage": FeatureStorage.TABLE if in_table else FeatureStorage.FILES,
-                }
-                insert_new(session, FeatureSet, [row])
-                recipes.append(recipe)
-        by_recipe = {recipe.id: group for recipe, group in zip(recipes, groups, strict=True)}
-        stage = replace(stage, groups=by_recipe)
-        results = execute(workspace, stage, recipes, images, resources)
+    recipes = []
+    with workspace.database.begin() as session:
+        for group in groups:
+            recipe = register(session, group.recipe)
+            in_table = group.group is BASIC_GROUP
+            row = {
+                "name": group.feature_set,
+                "recipe_id": recipe.id,
+                "columns": [asdict(feature) for feature in group.features],
+                "storage": FeatureStorage.TABLE if in_table else FeatureStorage.FILES,
+            }
+            insert_new(session, FeatureSet, [row])
+            recipes.append(recipe)
+    by_recipe = {recipe.id: group for recipe, group in zip(recipes, groups, strict=True)}
+    stage = Measure(workspace.artifacts, source.id, by_recipe, together)
+    results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
             **vars(result) | {"lacking": lacking},
@@ -169,21 +166,16 @@ def measure(
 
 @dataclass(frozen=True)
 class MeasuredGroup:
-    """A group of features: measured on ``plane``, or on each of its channels."""
+    """A group of features: measured on ``plane``, or on each of its channels.
+
+    ``features`` are the columns, in their order, of the ``feature_set`` of this name.
+    """
 
     group: FeatureGroup
     plane: ImageInput
     recipe: RecipeSpec
-
-    @property
-    def features(self) -> tuple[Feature, ...]:
-        """The columns, in their order."""
-        return self.group.columns(self.plane.channels)
-
-    @property
-    def feature_set(self) -> str:
-        """The name of the feature set, which tells recipes apart."""
-        return f"{self.group.name}_{fingerprint(self.recipe)[:8]}"
+    features: tuple[Feature, ...]
+    feature_set: str
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:
@@ -292,34 +284,30 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         wanted = dict.fromkeys(file for files in task_input.files.values() for file in files)
         return task_input, masks, {file: open_file(file) for file in wanted}
 
-    def compute(self, loaded: Sequence[Any]) -> list[MeasureOutput]:
-        """Return the measurements of each image.
-
-        Raises:
-            ImageError: masks, planes and cells do not fit each other.
-        """
-        outputs = []
-        for task_input, masks, opened in loaded:
-            regions = find_regions(masks)
-            if not np.array_equal(regions.object_numbers, task_input.object_numbers):
-                raise ImageError(
-                    f"The masks of {task_input.name} and its cells in the database differ. "
-                    "See what is wrong with: cellstore verify"
-                )
-            order = np.argsort(task_input.cell_ids)
-            values = {}
-            for recipe_id, files in task_input.files.items():
-                group = self.groups[recipe_id]
-                planes = [opened[file] for file in files]
-                if group.group.per_channel:
-                    channels = dict(zip(group.plane.channels, planes, strict=True))
-                    columns = measure_channels(group.group.name, regions, channels)
-                else:
-                    columns = measure_cells(regions, project(planes, group.plane.projection))
-                rows = [columns[feature.name] for feature in group.features]
-                values[recipe_id] = np.stack(rows)[:, order]
-            outputs.append(MeasureOutput(task_input.cell_ids[order], values))
-        return outputs
+    def compute(
+        self, loaded: tuple[MeasureInput, Plane, dict[ChannelFile, Plane]]
+    ) -> MeasureOutput:
+        """Return the measurements; masks, planes and cells that do not fit are an error."""
+        task_input, masks, opened = loaded
+        regions = find_regions(masks)
+        if not np.array_equal(regions.object_numbers, task_input.object_numbers):
+            raise ImageError(
+                f"The masks of {task_input.name} and its cells in the database differ. "
+                "See what is wrong with: cellstore verify"
+            )
+        order = np.argsort(task_input.cell_ids)
+        values = {}
+        for recipe_id, files in task_input.files.items():
+            group = self.groups[recipe_id]
+            planes = [opened[file] for file in files]
+            if group.group.per_channel:
+                channels = dict(zip(group.plane.channels, planes, strict=True))
+                columns = measure_channels(group.group.name, regions, channels)
+            else:
+                columns = measure_cells(regions, project(planes, group.plane.projection))
+            rows = [columns[feature.name] for feature in group.features]
+            values[recipe_id] = np.stack(rows)[:, order]
+        return MeasureOutput(task_input.cell_ids[order], values)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, MeasureOutput]]
@@ -365,8 +353,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         self, session: Session, recipe_id: int, images: Select[int]
     ) -> Collection[int] | None:
         """Return the images whose file of features is gone; group ``basic`` has none."""
-        group = self.groups.get(recipe_id)
-        if group is not None and group.group is BASIC_GROUP:
+        if self.groups[recipe_id].group is BASIC_GROUP:
             return None
         return images_of_lost_files(session, self.artifacts, recipe_id)
 

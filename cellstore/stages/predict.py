@@ -30,7 +30,7 @@ from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
-from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
+from ..jobs.queue import JobScope, Task, among, count_images, reopen, requeue
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
@@ -131,13 +131,12 @@ def predict(
     of them, so that every finished run is whole.
     """
     need("train")
-    from ..analysis.segmentation import pick_device
     from ..learn.trained_models import fit_new_plates, open_model
 
-    params, chosen = params or PredictParams(), str(pick_device(device))
+    params = params or PredictParams()
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
-        model = open_model(session, workspace, trained, chosen)
+        model = open_model(session, workspace, trained, device)
         record, source = model.record, replace(model.source, plates=params.plates)
 
         # Which images.
@@ -240,8 +239,7 @@ def predict(
             lost = images_of_lost_files(session, workspace.artifacts, embedding)
             if lost is not None:
                 with recording_removed(session, list(in_lists(lost))):
-                    for some in in_lists(done_jobs(session, embedding, lost)):
-                        requeue(session, Job.id.in_(some), status=Status.DONE)
+                    reopen(session, embedding, lost)
                     forget_lost_files(session, workspace.artifacts, embedding)
             embedded = count_images(session, embedding, images, unseen=unseen)
             again = embedded.todo + embedded.failed
@@ -265,7 +263,7 @@ def predict(
             split_id=split.id,
             query=as_text(query),
             resume=None if latest is None or (whole and todo) else latest.id,
-            device=chosen,
+            device=model.reader.device,
         ) as current:
             if latest is None:
                 check_alone(workspace, recipe.id, current.id)
@@ -539,15 +537,12 @@ class Predict(ImageStage[int, CellAnswers]):
         """Return the cells of the image with this id."""
         return self.model.reader(task_input)
 
-    def compute(self, loaded: Sequence[CellBlock]) -> list[CellAnswers]:
-        """Return the labels of the cells of each image."""
-        outputs = []
-        for cells in loaded:
-            probabilities, vectors = self.model.predict(cells)
-            ids = cells.cell_ids.cpu().numpy()
-            rows = best_rows(ids, self.label_ids, probabilities, self.top_k)
-            outputs.append(CellAnswers(ids, rows, vectors))
-        return outputs
+    def compute(self, loaded: CellBlock) -> CellAnswers:
+        """Return the labels of the cells."""
+        probabilities, vectors = self.model.predict(loaded)
+        ids = loaded.cell_ids.cpu().numpy()
+        rows = best_rows(ids, self.label_ids, probabilities, self.top_k)
+        return CellAnswers(ids, rows, vectors)
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, CellAnswers]]

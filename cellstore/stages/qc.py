@@ -27,7 +27,7 @@ from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection
 from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError, some_of
-from ..jobs.execute import ImageStage, RunCounter, forecast, run_jobs
+from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import IS_CURRENT, channels_now, find_recipe, images_of
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import JobScope, Task, count_images
@@ -135,8 +135,6 @@ class QcResult(Shown):
     notes: tuple[str, ...] = ()
     flags: tuple[FlaggedImage, ...] = ()
     html: str | None = None
-    to_do: int | None = None
-    seconds: float | None = None
 
 
 def qc(
@@ -146,7 +144,6 @@ def qc(
     *,
     segmentation: str | None = None,
     resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
 ) -> QcResult:
     """Measure the pixels of the selected images, and flag what is odd; see :meth:`Store.qc`.
 
@@ -160,15 +157,6 @@ def qc(
         raise UserInputError("The numbers of robust standard deviations must be above 0.")
     with workspace.database.read() as session:
         images = images_of(session, selection)
-    if dry_run:
-        found = forecast(workspace, MeasureQuality(), quality_spec(), images, resources)
-        return QcResult(
-            selected=found.selected,
-            waiting=found.waiting,
-            failed_before=found.failed_before,
-            to_do=found.to_do,
-            seconds=found.seconds,
-        )
     with workspace.database.begin() as session:
         quality = register(session, quality_spec())
         segment = _segment_of(session, segmentation)
@@ -314,20 +302,17 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
         """Return the plane (H, W) of each channel, which has the name that recipes give it."""
         return [(file.in_recipes, open_file(file)) for file in task_input]
 
-    def compute(self, loaded: Sequence[Any]) -> list[Qualities]:
-        """Return the quality of each channel of each image."""
-        measured = []
-        for planes in loaded:
-            qualities = []
-            for channel, plane in planes:
-                try:
-                    qualities.append((channel, plane_quality(plane)))
-                except ValueError as error:
-                    raise ImageError(
-                        f"Channel {channel} has no pixel that is a number. Export the field again."
-                    ) from error
-            measured.append(qualities)
-        return measured
+    def compute(self, loaded: Any) -> Qualities:
+        """Return the quality of each channel."""
+        qualities = []
+        for channel, plane in loaded:
+            try:
+                qualities.append((channel, plane_quality(plane)))
+            except ValueError as error:
+                raise ImageError(
+                    f"Channel {channel} has no pixel that is a number. Export the field again."
+                ) from error
+        return qualities
 
     def insert(
         self,

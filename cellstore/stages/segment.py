@@ -32,7 +32,7 @@ from ..db.bulk import in_lists
 from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
-from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
+from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute
 from ..jobs.lookup import IS_CURRENT, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
@@ -65,7 +65,6 @@ def segment(
     *,
     device: str = "auto",
     resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
 ) -> JobsResult:
     """Segment the images of a selection that have their files; see ``Store.segment``.
 
@@ -73,9 +72,6 @@ def segment(
     unless its files are gone. Images without the channels are left out, and named in the result.
     """
     stage, images, lacking = open_segment(workspace, params or SegmentParams(), selection, device)
-    if dry_run:
-        result = forecast(workspace, stage, stage.recipe, images, resources)
-        return replace(result, lacking=lacking)
     for reason, number in Counter(reason for _, reason in lacking).items():
         workspace.progress.note(f"{number:,} images left out: {reason}")
     with workspace.database.begin() as session:
@@ -205,9 +201,9 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             )
         return np.stack(planes)
 
-    def compute(self, loaded: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
-        """Return masks and flows of each image."""
-        return [self.segmenter.segment(image) for image in loaded]
+    def compute(self, loaded: NDArray[np.float32]) -> SegmentationResult:
+        """Return masks and flows."""
+        return self.segmenter.segment(loaded)
 
     def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""

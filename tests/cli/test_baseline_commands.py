@@ -57,8 +57,6 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
     assert [item["predict_run_id"] for item in again] == [int(x[4]) for x in rows.values()]
     told = cellstore("report", "--run", rows["logistic"][2], *IN)
     assert "per image" in told.out
-    told_next = cellstore("votes", "--run", rows["logistic"][4], *IN).err
-    assert "cellstore --store store report\n" in told_next
     assert [line.split()[0] for line in told.out.splitlines() if line.startswith("position")]
     found = cellstore("report", "--run", rows["logistic"][4], *IN, "--json").json
     assert {item["baseline"] for item in found["baselines"]} == {"position"}

@@ -106,10 +106,3 @@ def test_images_of_which_only_a_wide_group_is_measured_count_as_measured(cellsto
 def test_an_unknown_name_is_one_sentence(cellstore, segmented, words, sentence):
     said = cellstore("measure", *words, "--store", segmented, code=2)
     assert said.err.strip() == f"Error: {sentence}"
-
-
-def test_a_dry_run_of_several_groups_measures_nothing(cellstore, segmented):
-    at = ("--store", segmented)
-    said = cellstore("measure", "--features", "basic,texture", "--dry-run", *at).out
-    assert said.count("to do") == 2
-    assert cellstore("sql", "SELECT count(*) AS n FROM features", "--json", *at).json == [{"n": 0}]

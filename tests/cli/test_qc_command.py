@@ -54,12 +54,6 @@ def test_a_page_is_written(cellstore, store, screen, tmp_path):
     assert "<svg" in (tmp_path / "qc.html").read_text()
 
 
-def test_a_dry_run_says_how_much_there_is_to_do(cellstore, store):
-    told = cellstore("qc", "--dry-run", "--html", "qc.html", "--store", store)
-    assert "to do              12" in told.out
-    assert "qc" not in cellstore("jobs", "--store", store).out
-
-
 def test_an_empty_store_says_so(cellstore):
     cellstore("init", "empty")
     assert "no image is selected" in cellstore("qc", "--store", "empty").out

@@ -242,15 +242,6 @@ def test_images_are_found_by_name_whatever_the_case(tmp_path: Path) -> None:
     assert (folder.find("notes.txt"), folder.find("x.tif")) == (None, None)
 
 
-@pytest.mark.parametrize("suffix", [".tif", ".tiff", ".png"])
-def test_projections_are_found_by_core_file_name(tmp_path: Path, suffix: str) -> None:
-    make(tmp_path, "r01c01f01" + suffix)
-    folder = ImageFolder(tmp_path)
-    assert folder.find("r01c01f01p01-ch3sk1fk1fl1.tiff") is None
-    assert folder.find_projection("r01c01f01") == tmp_path.resolve() / f"r01c01f01{suffix}"
-    assert folder.find_projection("r01c01f02") is None
-
-
 def test_the_folder_of_the_plate_decides_between_equal_names(tmp_path: Path) -> None:
     make(tmp_path, "P1/a.tif", "P2__2021-05-02/Images/a.tif", "P22/a.tif")
     folder = ImageFolder(tmp_path)

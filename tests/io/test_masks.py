@@ -123,9 +123,9 @@ def test_png_of_8_and_16_bit(tmp_path: Path, dtype: Any) -> None:
     ("array", "message"),
     [
         (np.full((3, 4, 3), 9, np.uint8), "in colour"),
-        (np.full((3, 4), -1, np.int16), "below 0"),
-        (np.full((3, 4), 0.5, np.float32), "fractions"),
-        (np.full((3, 4), np.nan, np.float32), "not numbers"),
+        (np.full((3, 4), -1, np.int16), "whole numbers from 0"),
+        (np.full((3, 4), 0.5, np.float32), "whole numbers from 0"),
+        (np.full((3, 4), np.nan, np.float32), "whole numbers from 0"),
         (np.full((3, 4), 1 << 31, np.uint32), "above 2147483647"),
         (np.array([[0, 255], [255, 0]], np.uint8), "black and white.*--binary-masks"),
         (np.array([[0, 65535], [65535, 0]], np.uint16), "black and white"),

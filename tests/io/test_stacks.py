@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cellstore.errors import ImageError
 from cellstore.io.filenames import is_safe_name
 from cellstore.io.image_files import ImageFolder, probe, read_plane
-from cellstore.io.stacks import Stack, StackPage, read_stack
+from cellstore.io.stacks import Stack, read_stack
 from cellstore.io.uris import page_name
 
 NAMES = ["DNA", "ER", "RNA"]
@@ -28,7 +28,7 @@ def pages(count: int) -> NDArray[np.uint16]:
 
 def most(stack: Stack) -> tuple[int, int]:
     """How many planes and time points there are."""
-    return max(page.plane for page in stack.pages), max(page.time_point for page in stack.pages)
+    return max(page[2] for page in stack.pages), max(page[3] for page in stack.pages)
 
 
 def saved(path: Path, array: NDArray[np.generic], **options: Any) -> Path:
@@ -60,7 +60,7 @@ def read(path: Path) -> Stack:
 def test_pages_of_a_plain_tiff_are_planes(tmp_path: Path, bigtiff: bool, byteorder: Any) -> None:
     path = saved(tmp_path / "a.tif", pages(3), bigtiff=bigtiff, byteorder=byteorder)
     stack = read(path)
-    assert stack.pages == tuple(StackPage(page, 1, page, 1) for page in (1, 2, 3))
+    assert stack.pages == tuple((page, 1, page, 1) for page in (1, 2, 3))
     assert (*most(stack), stack.channel_names) == (3, 1, (None,))
 
 
@@ -75,7 +75,7 @@ def test_channels_of_an_ome_tiff_have_their_names(tmp_path: Path) -> None:
     saved(path, pages(3), ome=True, metadata={"axes": "CYX", "Channel": {"Name": NAMES}})
     stack = read(path)
     assert stack.channel_names == ("DNA", "ER", "RNA")
-    assert stack.pages == tuple(StackPage(page, page, 1, 1) for page in (1, 2, 3))
+    assert stack.pages == tuple((page, page, 1, 1) for page in (1, 2, 3))
 
 
 @pytest.mark.parametrize("axes", ["TZCYX", "TCZYX", "CZTYX", "ZCTYX"])
@@ -97,16 +97,16 @@ def test_pages_in_another_order_than_the_planes(tmp_path: Path) -> None:
         for position in range(6)
     )
     stack = read(ome(tmp_path / "a.ome.tiff", ome_xml(inner=blocks)))
-    assert stack.pages[0] == StackPage(1, 2, 3, 1)
-    assert stack.pages[5] == StackPage(6, 1, 1, 1)
+    assert stack.pages[0] == (1, 2, 3, 1)
+    assert stack.pages[5] == (6, 1, 1, 1)
     assert stack.channel_names == ("DNA", None)
 
 
 def test_blocks_of_several_planes(tmp_path: Path) -> None:
     inner = '<TiffData IFD="3" PlaneCount="3"/><TiffData IFD="0" FirstC="1" PlaneCount="3"/>'
     stack = read(ome(tmp_path / "a.ome.tiff", ome_xml("XYZCT", inner=inner)))
-    assert [page.channel for page in stack.pages] == [2, 2, 2, 1, 1, 1]
-    assert [page.plane for page in stack.pages] == [1, 2, 3, 1, 2, 3]
+    assert [page[1] for page in stack.pages] == [2, 2, 2, 1, 1, 1]
+    assert [page[2] for page in stack.pages] == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_channels_of_imagej_are_not_planes(tmp_path: Path) -> None:
     assert [tuple(page) for page in stack.pages[:3]] == [(1, 1, 1, 1), (2, 2, 1, 1), (3, 1, 2, 1)]
     assert (most(stack)[0], len(stack.channel_names)) == (3, 2)
     plain = saved(tmp_path / "b.tif", pages(3), description="ImageJ=1.54f\nimages=3", metadata=None)
-    assert [page.plane for page in read(plain).pages] == [1, 2, 3]
+    assert [page[2] for page in read(plain).pages] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("axes", ["CYX", "ZCYX", "CZYX", "TZCYX", "QYX", "CQYX", "TCYX"])
@@ -255,7 +255,7 @@ def test_alpha_is_passed_over_and_named(tmp_path: Path, alpha: str, channels: in
         assert int(read_plane(path).max()) == 1
         assert probe(path).remarks == ("alpha channel, skipped",)
     else:
-        assert [page.page for page in read(path).pages] == [1, 2]
+        assert [page[0] for page in read(path).pages] == [1, 2]
         assert probe(f"{path}#page=1").remarks == ("alpha channel, skipped",)
         assert probe(f"{path}#page=2").remarks == ()
 
@@ -356,7 +356,7 @@ def block(file: str, channel: int, page: int = 0) -> str:
 def test_files_of_one_page_know_their_channel(tmp_path: Path) -> None:
     xml = ome_xml(sizes=(2, 1, 1), inner=block("c0.ome.tif", 0) + block("c1.ome.tif", 1))
     stack = read(ome(tmp_path / "c1.ome.tif", xml, 1))
-    assert stack.pages == (StackPage(1, 2, 1, 1),)
+    assert stack.pages == ((1, 2, 1, 1),)
     assert read_stack(ome(tmp_path / "other.ome.tif", xml, 1)) is None
     with pytest.raises(ImageError, match=r"none of the files .*: c0.ome.tif, c1.ome.tif"):
         read_stack(ome(tmp_path / "other.ome.tif", xml, 2))
@@ -366,7 +366,7 @@ def test_one_file_that_was_renamed_is_read(tmp_path: Path) -> None:
     one = ome_xml(sizes=(1, 1, 1), inner=block("old.ome.tif", 0))
     assert read_stack(ome(tmp_path / "new.ome.tif", one, 1)) is None
     both = ome_xml(sizes=(2, 1, 1), inner=block("old.ome.tif", 0) + block("old.ome.tif", 1, 1))
-    assert [page.channel for page in read(ome(tmp_path / "new.ome.tif", both, 2)).pages] == [1, 2]
+    assert [page[1] for page in read(ome(tmp_path / "new.ome.tif", both, 2)).pages] == [1, 2]
 
 
 def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:

@@ -152,7 +152,6 @@ def test_a_file_of_an_object_store(memory: Any) -> None:
         assert read_bytes(uri) == b"content"
         assert exists(uri)
         assert stat(uri).size_bytes == 7
-        assert stat(uri).mtime_ns is not None
     assert not exists("memory://bucket/b.bin")
     for ask in (read_bytes, stat):
         with pytest.raises(ImageError, match=r"memory://bucket/b\.bin is not there"):
@@ -213,27 +212,6 @@ def test_secrets_of_a_place_are_not_repeated(monkeypatch: pytest.MonkeyPatch) ->
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
     assert shown("/data/what?.tif") == "/data/what?.tif"
-
-
-@pytest.mark.parametrize(
-    ("told", "mtime_ns"),
-    [
-        ({}, None),
-        ({"LastModified": "yesterday"}, None),
-        ({"Last-Modified": "Thu, 01 Jan 1970 00:00:02 GMT"}, 2_000_000_000),
-        ({"mtime": 1.5}, 1_500_000_000),
-        ({"LastModified": None, "mtime": 3}, 3_000_000_000),
-    ],
-)
-def test_services_tell_the_time_of_a_change_in_their_own_ways(
-    monkeypatch: pytest.MonkeyPatch, told: dict[str, object], mtime_ns: int | None
-) -> None:
-    class Telling:
-        def info(self, uri: str) -> dict[str, object]:
-            return {"size": 5, **told}
-
-    monkeypatch.setattr(uris, "file_system", lambda uri: Telling())
-    assert stat("https://host/a.tif") == FileStat(5, mtime_ns)
 
 
 def test_a_server_that_tells_no_size(monkeypatch: pytest.MonkeyPatch) -> None:

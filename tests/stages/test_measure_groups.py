@@ -260,8 +260,6 @@ def test_a_file_of_features_that_is_gone_is_made_again(cells: Bench) -> None:
         files = session.execute(select(Artifact.path, FeatureFile.n_rows).join(FeatureFile)).all()
     (lost,) = [file.path for file in files if file.n_rows == 6]
     cells.workspace.artifacts.locate(lost).unlink()
-    expected = measure(cells.workspace, INTENSITY, dry_run=True)
-    assert expected.to_do == 2
     again = measure(cells.workspace, INTENSITY)
     assert (again.done, again.cells) == (2, 6)
     assert [values_of(cells, whole, image) for image in (1, 2, 3)] == before
@@ -326,13 +324,6 @@ def test_no_group_at_all_is_refused(cells: Bench) -> None:
 def test_a_selection_of_nothing_has_no_channels(cells: Bench) -> None:
     with pytest.raises(UserInputError, match="--channels"):
         measure(cells.workspace, INTENSITY, Selection(where="site > 99"))
-
-
-def test_a_dry_run_says_what_each_group_would_do(cells: Bench) -> None:
-    measure(cells.workspace, INTENSITY, Selection(limit=1))
-    result = measure(cells.workspace, ALL, dry_run=True)
-    assert [one.to_do for one in (result, *result.others)] == [3, 2, 3]
-    assert cells.count(CellFeatures) == 0
 
 
 def test_a_disk_that_is_full_breaks_nothing(cells: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

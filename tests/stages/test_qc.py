@@ -254,12 +254,6 @@ def test_a_few_images_are_compared_with_all_that_were_seen(local: Bench) -> None
     assert rest.plates[0].seen == 10
 
 
-def test_a_dry_run_only_counts(local: Bench) -> None:
-    result = qc(local.workspace, dry_run=True)
-    assert (result.run_id, result.to_do) == (None, 10)
-    assert (local.count(ImageQuality), local.count(Run, Run.stage == Stage.QC)) == (0, 0)
-
-
 def test_nothing_to_look_at_is_no_run(sqlite_workspace: Workspace) -> None:
     result = qc(sqlite_workspace)
     assert (result.run_id, result.plates, list_flags(sqlite_workspace, result)) == (None, (), ())

@@ -50,7 +50,6 @@ from .ingest_images import (
     ImageSource,
     ingest_images,
     look_at_files,
-    look_at_images,
 )
 
 VERSION = 2
@@ -172,10 +171,18 @@ def ingest(
             with workspace.database.begin() as session:
                 one_ingest_at_a_time(session)
                 with recording_new_rows(session, run.id):
-                    how = (source, layout, params, images, account, identity)
-                    _write(workspace, session, *how, again=again)
+                    if images is not None:
+                        ingest_images(workspace, session, images, account, identity.lines)
+                    else:
+                        how = (source, layout, params, account, identity)
+                        _write(workspace, session, *how, again=again)
             if images is not None:
-                look_at_images(workspace, params, account)
+                seen = np.unique(np.frombuffer(account.images, dtype=np.int64))
+                changed = look_at_files(workspace, seen, params.images, params.look, account)
+                unchanged = np.frombuffer(account.unchanged_images, dtype=np.int64)
+                updated = int(np.isin(unchanged, list(changed)).sum())
+                account.unchanged -= updated
+                account.updated += updated
         # Each file of a source of features has an account of its own.
         if kind is not SourceKind.FEATURES or earlier is not None:
             with workspace.database.begin() as session:
@@ -235,16 +242,13 @@ def _write(
     source: Path,
     layout: Layout,
     params: IngestParams,
-    images: ImageSource | None,
     account: Account,
     identity: FileIdentity | None,
     *,
     again: bool = False,
 ) -> None:
-    """Write images, treatments or features. Without the ``identity`` it is a dry run."""
-    if images is not None:
-        ingest_images(workspace, session, images, account, identity.lines if identity else 0)
-    elif layout.kind is SourceKind.TREATMENTS:
+    """Write treatments or features. Without the ``identity`` of the source it is a dry run."""
+    if layout.kind is SourceKind.TREATMENTS:
         from .ingest_treatments import ingest_treatments  # these are slow to import
 
         ingest_treatments(workspace, session, source, layout, params, account)
@@ -534,8 +538,11 @@ def _rehearse(
         session.flush()
         account.run_id = run.id
         last_well = session.scalar(select(func.max(Well.id))) or 0
-        if layout.kind is not SourceKind.MASKS:
-            _write(workspace, session, source, layout, params, images, account, None)
+        if images is not None:
+            ingest_images(workspace, session, images, account, 0)
+            preview = _first_images(session, account, layout.kind)
+        elif layout.kind is not SourceKind.MASKS:
+            _write(workspace, session, source, layout, params, account, None)
             if layout.kind is SourceKind.TREATMENTS:
                 preview = _changed_wells(session, account, last_well)
             else:

@@ -36,7 +36,7 @@ from ...errors import ImageError, StorageError, UserInputError, some_of
 from ...io.filenames import format_well
 from ...io.folders import read_folder
 from ...io.harmony import read_harmony
-from ...io.image_files import ImageFolder, ImageInfo, probe
+from ...io.image_files import SUFFIXES, ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
 from ...io.platemaps import PlateAnnotation, Position, notes_on_wells, read_annotation
@@ -209,16 +209,6 @@ def ingest_images(
             gc.enable()
         workspace.progress.finish()
     account.plates = sorted(writer.plates)
-
-
-def look_at_images(workspace: Workspace, params: IngestParams, account: Account) -> None:
-    """Look at the files of the images that were ingested: those with news count as updated."""
-    images = np.unique(np.frombuffer(account.images, dtype=np.int64))
-    changed = look_at_files(workspace, images, params.images, params.look, account)
-    unchanged = np.frombuffer(account.unchanged_images, dtype=np.int64)
-    found = int(np.isin(unchanged, list(changed)).sum())
-    account.unchanged -= found
-    account.updated += found
 
 
 class RowWriter:
@@ -768,10 +758,10 @@ def _look(
         path = None
         if folder is not None:
             try:
-                if number == 0:
-                    path = folder.find_projection(core_name, plate)
-                else:
-                    path = folder.find(file.name, plate)
+                names = (
+                    [core_name + end for end in sorted(SUFFIXES)] if number == 0 else [file.name]
+                )
+                path = next(filter(None, (folder.find(name, plate) for name in names)), None)
             except ImageError as error:
                 problems.append(("file name is not unique", str(error)))
         uri = None
