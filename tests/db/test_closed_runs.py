@@ -146,7 +146,7 @@ def test_a_run_is_opened_by_an_event_only_and_never_deleted(closing_run: Closing
     again = update(Run).where(Run.id == run.id).values(ended_at=None)
     with database.begin() as session:
         closing_run.end(session, Status.DONE)
-    with pytest.raises(UserInputError, match="by its own command"), database.begin() as session:
+    with pytest.raises(UserInputError, match="stays as it is"), database.begin() as session:
         session.execute(again)
     with database.begin() as session:
         record_events(session, [Change("runs", run.id, {}, {"status": "running"})])
