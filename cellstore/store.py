@@ -1634,13 +1634,6 @@ class Store(AbstractContextManager["Store"]):
 
         serve(self.workspace, port=port, host=host, write=write, ready=ready)
 
-    def next_step(self) -> tuple[str, ...]:
-        """Return the next useful command, or a few."""
-        from .stages.status import next_step
-
-        with self.workspace.database.read() as session:
-            return next_step(session)
-
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""
         from .stages.status import status

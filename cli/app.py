@@ -231,9 +231,11 @@ def say_next(steps: Sequence[str], common: Common) -> None:
 
 def _say_next_of_store(common: Common, done: str) -> None:
     """Name the next useful steps of the store, but for the command that is ``done``."""
+    from cellstore.stages.status import next_step
+
     try:
-        with common.open() as store:
-            steps = store.next_step()
+        with common.open() as store, store.workspace.database.read() as session:
+            steps = next_step(session)
     except StoreNotFoundError:  # of doctor, which needs none
         steps = "cellstore init DIR", "cellstore demo"
     say_next([step for step in steps if step.partition("  (")[0] != done], common)

@@ -20,7 +20,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
+    from cellstore.stages.ingest.ingest import RefreshResult, RelocateResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -97,7 +97,33 @@ def ingest(
     if common.as_json:
         output.print_json(result)
     else:
-        _show_ingest(result)
+        say(*map(output.filled, result.notes))
+        names = ("rows", "created", "updated", "unchanged", "refused")
+        shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
+        if result.cells:
+            shown["cells"] = result.cells
+        if result.feature_set:
+            shown["feature set"] = result.feature_set
+        rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
+        if result.plates:
+            wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
+            images = output.count(result.images, "image")
+            missing = f"({result.missing_images:,} without files)"
+            have = "its plates now have" if result.run_id else "its plates would have"
+            rows.append((have, f"{wells}, {images} {missing}"))
+        if result.run_id:
+            rows.append(("run", result.run_id))
+        output.pairs(rows)
+        if result.unchanged == result.rows and not result.notes and not result.reasons:
+            typer.echo("Nothing has changed: all of this was in the store already.")
+        if result.preview:
+            cells = [list(row.values()) for row in result.preview[:SHOWN_ROWS]]
+            output.table(list(result.preview[0]), cells)
+            output.say_more(len(result.preview) - SHOWN_ROWS, " rows", "more with --json")
+        _show_issues(result.issues)
+        if result.reasons and result.run_id:
+            question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
+            say(f'To list all: cellstore sql "{question}"')
     if dry_run:
         say("Nothing was written: this was a dry run.")
         raise typer.Exit(result.refused > 0)
@@ -117,36 +143,6 @@ def ingest(
         raise typer.Exit(1)
     if any(severity is not Severity.SUSPICIOUS for severity, _, _ in result.reasons):
         raise typer.Exit(1)
-
-
-def _show_ingest(result: IngestResult) -> None:
-    say(*map(output.filled, result.notes))
-    names = ("rows", "created", "updated", "unchanged", "refused")
-    shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
-    if result.cells:
-        shown["cells"] = result.cells
-    if result.feature_set:
-        shown["feature set"] = result.feature_set
-    rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
-    if result.plates:
-        wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
-        images = output.count(result.images, "image")
-        missing = f"({result.missing_images:,} without files)"
-        have = "its plates now have" if result.run_id else "its plates would have"
-        rows.append((have, f"{wells}, {images} {missing}"))
-    if result.run_id:
-        rows.append(("run", result.run_id))
-    output.pairs(rows)
-    if result.unchanged == result.rows and not result.notes and not result.reasons:
-        typer.echo("Nothing has changed: all of this was in the store already.")
-    if result.preview:
-        cells = [list(row.values()) for row in result.preview[:SHOWN_ROWS]]
-        output.table(list(result.preview[0]), cells)
-        output.say_more(len(result.preview) - SHOWN_ROWS, " rows", "more with --json")
-    _show_issues(result.issues)
-    if result.reasons and result.run_id:
-        question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
-        say(f'To list all: cellstore sql "{question}"')
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:

@@ -57,6 +57,7 @@ def init(
       cellstore init my-screen --database postgresql://me@server/screen
     """
     from cellstore.jobs.workspace import create_workspace
+    from cellstore.stages.status import next_step
 
     workspace, created = create_workspace(folder or common.store or Path(), database)
     root, shown = workspace.settings.root, workspace.database.shown
@@ -67,8 +68,8 @@ def init(
     typer.echo(f"{'Made the store' if created else 'There is already a store:'} {root}")
     output.pairs({"database": shown})
     here = replace(common, store=folder or common.store)
-    with here.open() as store:
-        say_next(store.next_step(), here)
+    with here.open() as store, store.workspace.database.read() as session:
+        say_next(next_step(session), here)
 
 
 def _show_backup(result: Backup) -> None:

@@ -10,7 +10,7 @@ import shlex
 import socket
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -155,6 +155,8 @@ def record_files(database: Database, *paths: Path) -> bool:
 
 # --- the ledger: an entry where a run begins, and one where it ends ------------------------------
 
+_JSON = json.JSONEncoder(sort_keys=True, default=str)
+
 MODULUS = 1 << 256
 _LONGEST = 200
 """Characters of a text that stands in an entry; of a longer one its digest does."""
@@ -276,7 +278,7 @@ def run_rows(session: Session, ids: Collection[int] = ()) -> list[tuple[int, dic
             if isinstance(value, datetime):
                 row[name] = value.isoformat()
             elif isinstance(value, dict) or (isinstance(value, str) and len(value) > _LONGEST):
-                row[name] = f"sha256 {hashlib.sha256(_canonical(value)).hexdigest()}"
+                row[name] = f"sha256 {hashlib.sha256(_JSON.encode(value).encode()).hexdigest()}"
         found.append((run_id, row))
     return found
 
@@ -302,7 +304,7 @@ def run_digests(
                 for some in images
             ]
         sums = _sums(session, wanted)
-        found |= {(run_id, table): _hex(total) for run_id, total in sums.items()}
+        found |= {(run_id, table): digest for run_id, digest in sums.items()}
     return found
 
 
@@ -313,15 +315,16 @@ def table_digests(session: Session, plates: Collection[int] | None = None) -> di
     """
     found: dict[str, Any] = {}
     for name in DESCRIBING:
-        found[name] = _hex(_sums(session, [select(literal(0), METADATA.tables[name])])[0])
+        rows = select(literal(0), METADATA.tables[name])
+        found[name] = _sums(session, [rows], {0: 0})[0]
     of = session.scalars(select(Plate.id)).all() if plates is None else plates
     for name, query in _OF_PLATES.items():
         wanted = [query]
         if plates is not None:
             wanted = [query.where(Well.plate_id.in_(some)) for some in in_lists(plates)]
         # Of numbers and texts alone: written in half the time, and an ingest waits for it.
-        sums = _sums(session, wanted, lambda values: repr(values).encode())
-        found[name] = {str(plate): _hex(sums[plate]) for plate in of}
+        sums = _sums(session, wanted, dict.fromkeys(of, 0), repr)
+        found[name] = {str(plate): digest for plate, digest in sums.items()}
     return found
 
 
@@ -332,34 +335,31 @@ def grown_digest(session: Session, after: int) -> dict[str, str]:
     what was changed before without cellstore is not hidden by it.
     """
     rows = METADATA.tables["annotations"]
-
-    query = select(literal(0), rows)
     entries = select(Event.new).where(Event.table_name.in_(("runs", "store")))
     with session.execute(entries.order_by(Event.id.desc()).execution_options(yield_per=10)) as new:
-        said = (((row[0] or {}).get("tables") or {}).get(rows.name) for row in new)
-        before = next((made for made in said if made), None)
-    known = int(before, 16) if before else _sums(session, [query.where(rows.c.id <= after)])[0]
-    return {rows.name: _hex(known + _sums(session, [query.where(rows.c.id > after)])[0])}
+        digests = (((row[0] or {}).get("tables") or {}).get(rows.name) for row in new)
+        before = next((digest for digest in digests if digest), None)
+    added = select(literal(0), rows).where(rows.c.id > (after if before else 0))
+    return {rows.name: _sums(session, [added], {0: int(before or "0", 16)})[0]}
 
 
 def _sums(
     session: Session,
     queries: Iterable[Select[Any]],
-    as_bytes: Callable[[list[Any]], bytes] | None = None,
-) -> defaultdict[Any, int]:
-    """By the first column of some queries the sum of the sha256 of their other columns."""
-    sums: defaultdict[Any, int] = defaultdict(int)
+    known: Mapping[Any, int] | None = None,
+    as_text: Callable[[list[Any]], str] = _JSON.encode,
+) -> dict[Any, str]:
+    """By the first column of some queries the sum of the sha256 of their other columns.
+
+    ``known``: sums to which these are added.
+    """
+    sums: dict[Any, int] = defaultdict(int, known or {})
     for query in queries:
         # As tuples: objects take longer.
         rows = session.connection().execute(query, execution_options={"yield_per": 10_000})
         for key, *values in rows:
-            content = (as_bytes or _canonical)(values)
-            sums[key] += int.from_bytes(hashlib.sha256(content).digest())
-    return sums
-
-
-def _hex(total: int) -> str:
-    return f"{total % MODULUS:064x}"
+            sums[key] += int.from_bytes(hashlib.sha256(as_text(values).encode()).digest())
+    return {key: f"{total % MODULUS:064x}" for key, total in sums.items()}
 
 
 @contextmanager
@@ -377,17 +377,10 @@ def recording_removed(session: Session, images: Collection[Any]) -> Iterator[Non
     for (run_id, table), digest in before.items():
         less = int(digest, 16) - int(after.get((run_id, table), "0"), 16)
         if less:
-            removed[run_id][table] = _hex(less)
+            removed[run_id][table] = f"{less % MODULUS:064x}"
     record_events(
         session, [Change("runs", run, None, {"removed": less}) for run, less in removed.items()]
     )
-
-
-_JSON = json.JSONEncoder(sort_keys=True, default=str)
-
-
-def _canonical(content: Any) -> bytes:
-    return _JSON.encode(content).encode()
 
 
 # --- rows that are new ------------------------------------------------------------

@@ -460,22 +460,19 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
         return ()
     query = select(ImageFile.channel, ImageFile.position).distinct().order_by(ImageFile.position)
     rows = session.execute(query).all()
-
-    def plain(name: str) -> str:
-        return re.sub(r"\s*,\s*", ",", name.strip()).lower()
-
     known = {row.channel for row in rows}
     renamed = [pair for item in recipe_channels(session).values() for pair in item.items()]
-    names = {plain(kept): now for now, kept in reversed(renamed) if now in known}
-    names |= {plain(row.channel): row.channel for row in reversed(rows)}
+    pairs = [(kept, now) for now, kept in reversed(renamed) if now in known]
+    pairs += [(row.channel, row.channel) for row in reversed(rows)]
+    names = {",".join(map(str.strip, name.split(","))).lower(): now for name, now in pairs}
     found: list[str] = []
-    left = list(typed)
+    left = [part.strip() for text in typed for part in text.split(",")]
     while left:
-        ends = (end for end in range(len(left), 0, -1) if plain(",".join(left[:end])) in names)
+        ends = (end for end in range(len(left), 0, -1) if ",".join(left[:end]).lower() in names)
         end = next(ends, 0)
         numbered = {row.channel for row in rows if str(row.position) == left[0]} if not end else {}
         if end:
-            found.append(names[plain(",".join(left[:end]))])
+            found.append(names[",".join(left[:end]).lower()])
         elif not numbered:
             raise UnknownNameError.of("channel", left[0], sorted({row.channel for row in rows}))
         elif len(numbered) > 1:
