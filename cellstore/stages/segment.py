@@ -97,8 +97,8 @@ def open_segment(
         if params.nuclei is not None:
             params = replace(params, nuclei=choose_channels(session, params.nuclei))
         # What decides the result. The network counts by its bytes; where it lay on this machine
-        # does not. ``diameter_from`` was an option: with it, old fingerprints hold.
-        values = asdict(params) | {"model": Path(files.name).name, "diameter_from": None}
+        # does not.
+        values = asdict(params) | {"model": Path(files.name).name}
         stage = Segment(
             params=params,
             files=files,
