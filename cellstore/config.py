@@ -248,8 +248,8 @@ def fitted(name: str, wanted: Any, value: Any) -> Any:
             named = _WORDS.get(get_origin(kind) or kind, f"{kind.__name__}(...)")
             words.append("a pair" if pair else named)
     plain = value is None or isinstance(value, str | Real)
-    said = repr(value) if plain else f"a {type(value).__name__}"
-    raise UserInputError(f"{name} must be {' or '.join(dict.fromkeys(words))}, not {said}.")
+    given_text = repr(value) if plain else f"a {type(value).__name__}"
+    raise UserInputError(f"{name} must be {' or '.join(dict.fromkeys(words))}, not {given_text}.")
 
 
 def checked(kind: type[T]) -> type[T]:

@@ -54,9 +54,9 @@ def field_column(field: str) -> ColumnElement[str | None]:
     if column is not None:
         return column
     levels = ((Level.IMAGE, images), (Level.WELL, wells), (Level.PLATE, plates))
-    said = (_agreed(field, level, table.c.id) for level, table in levels)
+    agreed_labels = (_agreed(field, level, table.c.id) for level, table in levels)
     values = (table.c.metadata[field].as_string() for table in (wells, plates))
-    return func.nullif(func.coalesce(*said, *values), "")
+    return func.nullif(func.coalesce(*agreed_labels, *values), "")
 
 
 def stands(row: Any) -> ColumnElement[bool]:

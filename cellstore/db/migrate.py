@@ -88,9 +88,9 @@ def changed_triggers(database: Database) -> list[str]:
                 WHERE NOT tgisinternal AND relnamespace = {}"""
             of_view = "SELECT pg_get_viewdef(to_regclass('{}exclusions'), true)"
             triggers = ask(query.format("current_schema()::regnamespace")).all()
-            found = {name: (said, body) for name, _, said, body in triggers}
-            if (said := ask(of_view.format("")).scalar()) is not None:
-                found[view] = said
+            found = {name: (definition, body) for name, _, definition, body in triggers}
+            if (definition := ask(of_view.format("")).scalar()) is not None:
+                found[view] = definition
             ask(module.EXCLUSIONS.replace("CREATE VIEW", "CREATE TEMP VIEW"))
             view_now = ask(of_view.format("pg_temp.")).scalar()
             for table in {row.relname for row in triggers}:
@@ -99,8 +99,8 @@ def changed_triggers(database: Database) -> list[str]:
                 ask(wanted[name])
             function = {name: sql.rpartition(" ")[2][:-2] for name, sql in wanted.items()}
             right = {
-                name: (said, f" {bodies[function[name]]} ")
-                for name, _, said, _ in ask(query.format("pg_my_temp_schema()"))
+                name: (definition, f" {bodies[function[name]]} ")
+                for name, _, definition, _ in ask(query.format("pg_my_temp_schema()"))
             }
             right[view] = view_now
             connection.rollback()

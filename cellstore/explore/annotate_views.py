@@ -155,8 +155,8 @@ def _sent(request: Request) -> dict[str, Any]:
 
 
 def _answer(done: Correction) -> Response:
-    said = [f"{item['name']}: {_words(item['new'])}" for item in done.changes]
-    return JSONResponse({"said": "; ".join(said[:3]), "notes": list(done.notes)})
+    shown = [f"{item['name']}: {_words(item['new'])}" for item in done.changes]
+    return JSONResponse({"said": "; ".join(shown[:3]), "notes": list(done.notes)})
 
 
 def _words(new: dict[str, Any]) -> str:

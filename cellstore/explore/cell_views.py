@@ -280,11 +280,11 @@ def _described(request: Request, found: list[dict[str, Any]], pane: Pane) -> lis
         if cell.predicted is not None:
             image = truths.get(row["image_id"], {"truth": None, "well_in_training": False})
             truth, seen = image["truth"], bool(image["well_in_training"])
-            said = f"run {run}: {cell.predicted} {cell.probability:.0%}"
+            line = f"run {run}: {cell.predicted} {cell.probability:.0%}"
             if truth is not None:
                 result = "right" if cell.predicted == truth else "wrong"
-                said += f", {result}" + ("" if result == "right" else f" (it is {truth})")
-            told.append(said)
+                line += f", {result}" + ("" if result == "right" else f" (it is {truth})")
+            told.append(line)
             told += ["well seen in training"] if seen else []
         by_people = ", ".join(dict.fromkeys(people.get(cell.id, ())))
         told += [f"labelled {by_people}"] if by_people else []

@@ -341,28 +341,28 @@ def _mapped(
     well, value = row["well_id"], found.values.get(row["well_id"])
     shown = brief(value) if isinstance(value, float) else value or ""
     kinds, control = [], row["control"]
-    said = [short(row["named"] or "no treatment known", 120)]
+    phrases = [short(row["named"] or "no treatment known", 120)]
     if control is not None:
         kinds.append(control)
-        said.append(f"{control} control")
+        phrases.append(f"{control} control")
     cells = "not segmented" if row["n_cells"] is None else f"{row['n_cells']:,} cells"
-    said.append(f"{cells} in {row['n_images']} field{'' if row['n_images'] == 1 else 's'}")
+    phrases.append(f"{cells} in {row['n_images']} field{'' if row['n_images'] == 1 else 's'}")
     if row["n_excluded_images"] and row["excluded"] is None:
         kinds.append("partly")
-        said.append(f"{row['n_excluded_images']} of its fields excluded")
+        phrases.append(f"{row['n_excluded_images']} of its fields excluded")
     if value is None:
         kinds.append("novalue")
-        said.append(f"{found.title}: no value")
+        phrases.append(f"{found.title}: no value")
     elif isinstance(value, float) or found.title not in (KINDS["treatment"], KINDS["control"]):
         number = short(f"{shown} {found.unit}".strip(), 120)
         more = f" ({found.words[well]})" if well in found.words else ""
-        said.append(f"{found.title}: {number}{more}")
+        phrases.append(f"{found.title}: {number}{more}")
     if well in found.seen:
         kinds.append("seen")
-        said.append("seen in training")
+        phrases.append("seen in training")
     if row["excluded"] is not None:
         kinds.append("excluded")
-        said.append(f"does not count: {row['excluded']}")
+        phrases.append(f"does not count: {row['excluded']}")
     if treatment is not None and treatment == row["treatment"]:
         kinds.append("chosen")
     colour = scale.colours.get(well)
@@ -373,7 +373,7 @@ def _mapped(
         "colour": colour,
         "ink": "" if colour is None else ink_on(colour),
         "written": written,
-        "words": f"{row['well']}: {', '.join(said)}",
+        "words": f"{row['well']}: {', '.join(phrases)}",
         "kinds": kinds,
         "group": groups.setdefault(row["named"] or "", len(groups)),
     }

@@ -289,8 +289,8 @@ class Plot:
         numbers: dict[Any, int] = {None: 0}
         if self.colour in ("predicted", "result"):
             names = {row["id"]: row["value"] for row in ask(self.request, "FROM labels")}
-            known, said = np.unique(filled(labels, -1), return_inverse=True)
-            codes = _codes([names.get(int(item)) for item in known], numbers)[said]
+            known, label_codes = np.unique(filled(labels, -1), return_inverse=True)
+            codes = _codes([names.get(int(item)) for item in known], numbers)[label_codes]
             if self.colour == "result":
                 truth = _codes(about["label"], numbers)[at]
                 codes = np.where(truth == 0, 0, np.where(codes == truth, 1, 2))

@@ -197,12 +197,12 @@ def read_values(
         most = 100.0 if kind == "accuracy" else max([1.0, *numbers.values()])
         unit = "%" if kind == "accuracy" else ""
         return WellValues(title, numbers, unit, words, seen, (0.0, most))
-    said: dict[int, Value] = {row["well_id"]: str(row["value"]) for row in rows}
+    verdicts_of: dict[int, Value] = {row["well_id"]: str(row["value"]) for row in rows}
     if kind == "verdict":
         controls = [row["well_id"] for row in wells if row["control"] == Control.NEGATIVE]
-        said |= dict.fromkeys(controls, "negative control")
-        return WellValues(title, said, words=words, order=list(VERDICTS))
-    return WellValues(title, said, words=words, seen=seen)
+        verdicts_of |= dict.fromkeys(controls, "negative control")
+        return WellValues(title, verdicts_of, words=words, order=list(VERDICTS))
+    return WellValues(title, verdicts_of, words=words, seen=seen)
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -94,8 +94,8 @@ def written_well(well: str | None, row: str | None, column: str | None) -> tuple
         with suppress(UserInputError):  # what is no row or column differs, too
             if parse_well(join_well(row or str(found[0]), column or str(found[1]))) == found:
                 return found
-        said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
-        detail = f"well {well}, but {' and '.join(said)}"
+        named = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
+        detail = f"well {well}, but {' and '.join(named)}"
         raise RowRefusedError("well and row or column disagree", detail)
     return found
 

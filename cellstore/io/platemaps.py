@@ -196,8 +196,8 @@ def read_annotation(
         names_plates |= header.column("plate") is not None
         rows, refused = _usable_rows(path, table, header)
         issues += [(path, refusal) for refusal in refused]
-        said = (*table.notes, *_notes(rows, header, bool(tables)))
-        notes += [f"{writable(path.name)}: {note}" for note in said]
+        noted = (*table.notes, *_notes(rows, header, bool(tables)))
+        notes += [f"{writable(path.name)}: {note}" for note in noted]
         # A map all of whose rows are refused is a map.
         by_map: dict[str, list[MapRow]] = {} if rows else {_stem(path): []}
         for row in rows:
@@ -530,9 +530,9 @@ def _fill(
 ) -> Iterator[Refusal]:
     """Add the rows to the map, joined with treatments; yield those that cannot be used."""
     done: dict[TreatmentRecord, TreatmentRecord | None] = {}
-    said: dict[Position, TreatmentRecord | None] = {}
+    noted: dict[Position, TreatmentRecord | None] = {}
     unclear = {
-        row.position for row in rows if said.setdefault(row.position, row.record) != row.record
+        row.position for row in rows if noted.setdefault(row.position, row.record) != row.record
     }
     for row in rows:
         line, _, position, _, record, unnamed = row

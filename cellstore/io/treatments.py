@@ -239,15 +239,15 @@ def combined(parts: Sequence[TreatmentRecord], role: str | None) -> TreatmentRec
     ``role`` is what :func:`read_control` reads. Where it says nothing, DMSO alone and the wild
     type alone are negative controls.
     """
-    said, control = read_control(role or "")
+    read_role, control = read_control(role or "")
     if all(part.pert_iname.upper() == DMSO for part in parts):
         parts = parts[:1]  # in each column of a map of combinations
     first, *others = sorted(parts, key=lambda part: part.kind is PerturbationKind.GENOTYPE)
-    if not said and not others:
+    if not read_role and not others:
         wild = first.kind is PerturbationKind.GENOTYPE and first.pert_iname.split()[-1] == "WT"
         control = Control.NEGATIVE if wild else first.control
     more = tuple(replace(part, control=None, treated=False) for part in others)
-    return replace(first, control=control, treated=said and control is None, others=more)
+    return replace(first, control=control, treated=read_role and control is None, others=more)
 
 
 # ---- The treatment that one row names ----

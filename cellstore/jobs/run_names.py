@@ -164,14 +164,14 @@ def models_of(session: Session, splits: Collection[int]) -> list[Model]:
     for pair in session.execute(used.where(_INPUTS.c.recipe_id.in_({x.recipe for x in trained}))):
         inputs.setdefault(pair.recipe_id, []).append(pair.input_id)
     labelled: dict[int, int] = {}
-    said = (
+    folds_query = (
         select(predicting.c.id, predicting.c.parent_id, recipes.parameters)
         .join(_RECIPES, recipes.id == predicting.c.recipe_id)
         .where(predicting.c.parent_id.in_({row.id for row in trained}))
         .where(predicting.c.status == Status.DONE.value)
         .order_by(predicting.c.id)
     )
-    for one in session.execute(said):
+    for one in session.execute(folds_query):
         narrowed = any(one.parameters.get(name) for name in _NARROWER)
         if one.parameters.get("subset") in (None, Subset.TEST.value) and not narrowed:
             labelled[one.parent_id] = one.id

@@ -204,11 +204,11 @@ class OwnFunction:
         if hasattr(model, "predict_proba"):
             columns = np.asarray(model.predict_proba(table)).T
             return dict(zip(self.classes or (), columns, strict=True))
-        said = np.asarray(model.predict(table))
+        predicted = np.asarray(model.predict(table))
         if self.gives is not Gives.PROBABILITIES:
-            return said[:, None] if said.ndim == 1 else said
-        names = self.classes or sorted({str(item) for item in said})
-        return {name: (said.astype(str) == name).astype(float) for name in names}
+            return predicted[:, None] if predicted.ndim == 1 else predicted
+        names = self.classes or sorted({str(item) for item in predicted})
+        return {name: (predicted.astype(str) == name).astype(float) for name in names}
 
     def _ask_onnx(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
         asked = self.given.get_inputs()
@@ -485,8 +485,8 @@ def _feed(digest: Any, value: Any, seen: _Seen) -> None:
         parts = [getattr(value, name, None) for name in ("__func__", "fget")]
         _feed(digest, parts, seen)
     elif seen.is_of_others(kind.__module__):
-        said = repr(value)
-        digest.update((said if " at 0x" not in said else getattr(value, "__name__", "")).encode())
+        shown = repr(value)
+        digest.update((shown if " at 0x" not in shown else getattr(value, "__name__", "")).encode())
     else:
         _feed(digest, (kind, dict(getattr(value, "__dict__", {}))), seen)
 

@@ -216,9 +216,10 @@ def _select(
         chosen = selecting(questions, where, sql, source.segment_id, source.measure_id, name)
         source = replace(source, chosen=chosen_cells(questions, chosen, last))
     notes = []
-    if chosen.said:
+    if chosen.predictions_read:
+        read = ", ".join(chosen.predictions_read)
         notes.append(
-            f"The selection reads what models said ({', '.join(chosen.said)}). If one of them has "
+            f"The selection reads what models said ({read}). If one of them has "
             "learned from test wells of this split, scores are too good."
         )
     if labels := sorted(chosen.reads & {"labels", "split_members"}):

@@ -82,13 +82,13 @@ def sql_of(given: str) -> str:
 class ChosenBy:
     """A selection of cells. ``query``: their ids, in SQL.
 
-    ``reads``: the relations that it names, in small letters; ``said``: those of them that hold
+    ``reads``: the relations that it names, in small letters; ``predictions_read``: those of them that hold
     what models said.
     """
 
     query: str
     reads: frozenset[str] = frozenset()
-    said: tuple[str, ...] = ()
+    predictions_read: tuple[str, ...] = ()
 
 
 def selecting(
@@ -113,16 +113,20 @@ def selecting(
         text = OF_CONDITION.format(segment=segment_id, features=features, where=where)
     read, columns = questions.read(text)
     reads = frozenset(read.tables)
-    said = tuple(sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED}))
+    predictions_read = tuple(
+        sorted(n for n in reads if questions.behind({n}) & {PREDICTIONS, *_PREDICTED})
+    )
     if where is not None:
-        return ChosenBy(read.text, reads, said)
+        return ChosenBy(read.text, reads, predictions_read)
     kinds = {name.lower(): kind for name, kind in columns.items()}
     for name, query in (
         ("cell_id", "SELECT try_cast(cell_id AS BIGINT) AS cell_id FROM (\n{sql}\n)"),
         ("image_id", OF_IMAGES),
     ):
         if re.fullmatch("[A-Z]*INT(EGER)?", kinds.get(name, "")):
-            return ChosenBy(query.format(sql=read.text, segment=segment_id), reads, said)
+            return ChosenBy(
+                query.format(sql=read.text, segment=segment_id), reads, predictions_read
+            )
     given = ", ".join(columns)
     example = "SELECT cell_id FROM cell_table WHERE area > 500"
     raise UserInputError(

@@ -653,11 +653,11 @@ class Questions:
         recounted = None
         if paths:
             files = reading_files(paths)
-            said = f"SELECT {names} FROM {files}"  # noqa: S608
+            piece = f"SELECT {names} FROM {files}"  # noqa: S608
             image = "unit_id" if name == RANKED else "image_id"
             if name in _VOTE_VIEWS and (images := self._images_with_later_exclusions()):
                 listed = ", ".join(map(str, images))
-                said += f" WHERE {image} NOT IN ({listed})"
+                piece += f" WHERE {image} NOT IN ({listed})"
                 query = view(name)
                 self._load(sources_of(query))
                 numbers = ", ".join(str(self._folds.get(run, run)) for run in ended)
@@ -666,8 +666,8 @@ class Questions:
                 """  # noqa: S608 - numbers and our own words
                 recounted += f" AND {RANKED_COPIED}" if name == RANKED else ""
             if Stage.PREDICT in WRITERS[name]:
-                said = self._of_folds(said, image)
-            parts.append(said)
+                piece = self._of_folds(piece, image)
+            parts.append(piece)
             counted = self._full.execute(f"SELECT count(*) FROM {files}")  # noqa: S608
             few = counted.fetchall()[0][0] <= FEW
         others = [run for run, _, ended in runs if not ended]

@@ -84,9 +84,9 @@ def make_set(
 
     What is said of its ``columns`` is the same for all. None: a set of another recipe has the name.
     """
-    said = {"dtype": dtype, "unit": "1", "source": source, "formula": ""}
-    said["description"] = description
-    described = [{"name": column, **said} for column in columns]
+    details = {"dtype": dtype, "unit": "1", "source": source, "formula": ""}
+    details["description"] = description
+    described = [{"name": column, **details} for column in columns]
     row = {"name": name, "recipe_id": recipe_id, "columns": described}
     insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.FILES}])
     return set_of_recipe(session, recipe_id)

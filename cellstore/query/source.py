@@ -353,10 +353,12 @@ class Source:
             with self.database.read() as session:
                 low, high = session.execute(query).one()
             if low is None:  # a model that sees whole images, if it said anything
-                said = "(SELECT *, NULL AS cell_id FROM image_predictions) AS p"
-                said += " CROSS JOIN (SELECT NULL AS excluded) AS c"
-                said += " JOIN (SELECT id AS image_id FROM images) AS s ON s.image_id = p.image_id"
-                origins = [f"{said} {where}"]
+                of_images = "(SELECT *, NULL AS cell_id FROM image_predictions) AS p"
+                of_images += " CROSS JOIN (SELECT NULL AS excluded) AS c"
+                of_images += (
+                    " JOIN (SELECT id AS image_id FROM images) AS s ON s.image_id = p.image_id"
+                )
+                origins = [f"{of_images} {where}"]
             else:
                 cells = high + 1 - low
                 parts = max(1, min(cells // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))

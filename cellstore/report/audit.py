@@ -193,13 +193,13 @@ def _corrections(session: Session, **ids: Collection[int]) -> list[Record]:
     rows = []
     for row in _ask(session, query, **ids):
         if "first_id" not in (row["new"] or row["old"] or {}):
-            row["old"], row["new"] = _said(session, row["old"], row["new"])
+            row["old"], row["new"] = _in_words(session, row["old"], row["new"])
             row["of"] = row["of"].removesuffix("s")
             rows.append(row)
     return rows
 
 
-def _said(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, ...]:
+def _in_words(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, ...]:
     """The values of an event, before and after, by the names that people use.
 
     A treatment by its name with dose, and with its target where that differs.

@@ -78,8 +78,8 @@ def read_log(
                     continue  # that it began, which the entry says
                 entry["rows"][table] = entry["rows"].get(table, 0) + 1
                 if len(entry["changes"]) < SHOWN:
-                    said = _said(session, table, row.row_id, row.old, row.new)
-                    entry["changes"].insert(0, said)
+                    summary = _summary_of(session, table, row.row_id, row.old, row.new)
+                    entry["changes"].insert(0, summary)
     return EventLog(tuple(entries.values()), more=False)
 
 
@@ -103,7 +103,7 @@ def _of_plate(plate: int) -> Any:
     return or_(*conditions)
 
 
-def _said(
+def _summary_of(
     session: Session,
     table: str,
     row_id: int | None,

@@ -69,21 +69,21 @@ def in_words(column: str, more: bool) -> str | None:
     if parts[0] in COMPARTMENTS and len(parts) > 2:
         return _of_cellprofiler(COMPARTMENTS[parts[0]], parts[1], parts[2:], more)
     if column in SHAPES:
-        return _said(SHAPES[column], "cells", more)
+        return _phrase(SHAPES[column], "cells", more)
     name = _DISTANCE.sub("", column)
     edge = name.startswith(EDGE[0])
     name = name.removeprefix(EDGE[0])
     for known in sorted(LIGHTS, key=len, reverse=True):
         if name == known or name.startswith(f"{known}_"):
             channel = name[len(known) + 1 :] or "cells"
-            return _said(LIGHTS[known], channel, more) + " at the edge of cells" * edge
+            return _phrase(LIGHTS[known], channel, more) + " at the edge of cells" * edge
     return None
 
 
 def _of_cellprofiler(of: str, kind: str, rest: Sequence[str], more: bool) -> str | None:
     detail = SPELLED.get(rest[0]) or _CAPITAL.sub("_", rest[0]).lower()
     if kind in NOT_LIGHT:
-        return _said(SHAPES[detail], of, more) if detail in SHAPES else None
+        return _phrase(SHAPES[detail], of, more) if detail in SHAPES else None
     if kind == "Granularity" and len(rest) > 1:
         detail = "granularity"
     edge = detail.endswith(EDGE[1])
@@ -91,10 +91,10 @@ def _of_cellprofiler(of: str, kind: str, rest: Sequence[str], more: bool) -> str
     if detail not in LIGHTS or len(rest) < 2:
         return None
     place = f"at the edge of {of}" if edge else f"in {of}"
-    return f"{_said(LIGHTS[detail], rest[1], more)} {place}"
+    return f"{_phrase(LIGHTS[detail], rest[1], more)} {place}"
 
 
-def _said(words: tuple[str, str], what: str, more: bool) -> str:
+def _phrase(words: tuple[str, str], what: str, more: bool) -> str:
     return words[0 if more else 1].format(what)
 
 
@@ -114,10 +114,10 @@ def changes(
         if not abs(shift) >= least or len(found) == most:
             break
         column = columns[index]
-        said = in_words(column, shift > 0)
-        if said is None:
+        phrase = in_words(column, shift > 0)
+        if phrase is None:
             found[f"{column} {'higher' if shift > 0 else 'lower'}"] = shift
-        elif said not in found and said not in taken:
-            found[said] = shift
+        elif phrase not in found and phrase not in taken:
+            found[phrase] = shift
             taken.add(in_words(column, shift < 0))
     return list(found.items())

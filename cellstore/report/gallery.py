@@ -324,12 +324,12 @@ def _laid_out(
                 found = read.get(_image_of(row))
                 _draw(one, found, channels, row, limits.get(row["plate"], []), side)
                 _say(one, row, numbers, of_cells=of_cells)
-    said = " + ".join(channels) or "the plane that was segmented"
+    caption = " + ".join(channels) or "the plane that was segmented"
     if of_cells:
-        said = f"{side} x {side} pixels each, {said}"
+        caption = f"{side} x {side} pixels each, {caption}"
     if hidden > 0:
-        said += f"; {hidden} more groups are not shown"
-    figure.text(names / size[0], 0.04 / height, said, size=7, color=GREY)
+        caption += f"; {hidden} more groups are not shown"
+    figure.text(names / size[0], 0.04 / height, caption, size=7, color=GREY)
     if right:
         x = (names + tile * (wide + 0.25)) / size[0]
         figure.text(x, 1 - 0.22 / height, "controls, same plates", size=8, color=GREY)
@@ -480,12 +480,12 @@ class WellPictures:
         if not several:
             return ""
         names = list(several[0])
-        said = [f"{name} blue" for name in names if NUCLEAR.search(name)]
+        caption = [f"{name} blue" for name in names if NUCLEAR.search(name)]
         others = [name for name in names if not NUCLEAR.search(name)]
-        said += [
+        caption += [
             f"{name} {of}" for name, of in zip(others, ("green", "pink", "orange"), strict=False)
         ]
-        return ", ".join(said)
+        return ", ".join(caption)
 
     def pair(self, well: int, control: int) -> tuple[Row, Row]:
         """A well and a control of the same plate."""

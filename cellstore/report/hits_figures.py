@@ -161,8 +161,8 @@ def strip(screen: Screen, item: Judged) -> str:
 
     ends = [brief(float(end(effects[mine]))) for end in (np.min, np.max, np.median)]
     alt = "Effect of {} wells, {} to {}, median {}, above those of {} controls."
-    said = alt.format(len(mine), *ends, len(usual))
-    return svg(f"strip {item.number}", (3.2, 1.2), draw, said)
+    caption = alt.format(len(mine), *ends, len(usual))
+    return svg(f"strip {item.number}", (3.2, 1.2), draw, caption)
 
 
 def position_map(screen: Screen, item: Judged) -> str:
@@ -404,6 +404,6 @@ def edge_sentence(screen: Screen, rows: Wells) -> str:
     if not len(edge) or not len(inside):
         return "Controls are not both at the edge and inside: an edge effect cannot be seen."
     apart = float(np.median(screen.effects[edge]) - np.median(screen.effects[inside]))
-    said = f"Controls at the edge {apart:+.1f} SD from those inside"
+    caption = f"Controls at the edge {apart:+.1f} SD from those inside"
     many = min(len(edge), len(inside)) > 3
-    return f"⚠ {said}: an edge effect." if abs(apart) > 1 and many else f"{said}."
+    return f"⚠ {caption}: an edge effect." if abs(apart) > 1 and many else f"{caption}."

@@ -253,9 +253,16 @@ def cluster_rows(screen: Screen, found: Clusters) -> list[dict[str, Any]]:
         members = [i for i, of in zip(found.rows, found.numbers, strict=True) if of == number]
         items = [screen.judged[i] for i in members]
         targets = Counter(item.row.target for item in items if item.row.target)
-        said = changes(screen.columns, np.median(screen.middles[members], axis=0), CHANGED, CHANGES)
+        changed = changes(
+            screen.columns, np.median(screen.middles[members], axis=0), CHANGED, CHANGES
+        )
         rows.append(
-            {"number": number, "items": items, "targets": targets.most_common(3), "changes": said}
+            {
+                "number": number,
+                "items": items,
+                "targets": targets.most_common(3),
+                "changes": changed,
+            }
         )
     return rows
 

@@ -290,11 +290,11 @@ def _table(caption: str, found: Confusion, at: Place, totals: NDArray[np.int64])
         for predicted, other, count in zip(found.labels, found.genes, counts, strict=True):
             same = gene is not None and gene == other
             kind = "right" if truth == predicted else "same" if same else "other"
-            said = f"{truth}: {count} of {total} got the label {predicted}"
+            tooltip = f"{truth}: {count} of {total} got the label {predicted}"
             address = at(label=truth, predicted=predicted) if count else None
             solid = round(count / max(1, total), 2)
             squares.append(
-                {"count": count, "kind": kind, "solid": solid, "said": said, "address": address}
+                {"count": count, "kind": kind, "solid": solid, "said": tooltip, "address": address}
             )
         rows.append((truth, gene, squares))
     return Matrix(caption, found.labels, tuple(rows))

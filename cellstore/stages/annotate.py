@@ -59,12 +59,12 @@ def annotate(
     """
     of = _level_named(level)
     field, who = name_given("field", field), name_given("user", user or caller()[0][:LONGEST])
-    said = None if label is None else name_given("label", label)
+    wanted = None if label is None else name_given("label", label)
 
     def act(session: Session) -> tuple[Correction, list[Change]]:
         ids = _rows_named(session, of, names)
         present = _labels(session, of, ids, field, who)
-        if said is None:
+        if wanted is None:
             if not present:
                 raise UserInputError(
                     f"{_called(session, of, ids)}: {who} gave no label of the field {field}. See "
@@ -77,15 +77,15 @@ def annotate(
                 f"--field {ANNOTATION}"
             )
         before = {row_id: row.value for row_id, row in present.items()}
-        to_do = [row_id for row_id in ids if before.get(row_id) != said]
-        more: dict[str, Any] = {"kind": AnnotationKind.LABEL, "field": field, "value": said}
+        to_do = [row_id for row_id in ids if before.get(row_id) != wanted]
+        more: dict[str, Any] = {"kind": AnnotationKind.LABEL, "field": field, "value": wanted}
         at = datetime.now(UTC)
         new = [annotation(of, row_id, reason, user=who, at=at, **more) for row_id in to_do]
-        shown = _shown(session, of, field, {i: (before.get(i), said) for i in to_do})
+        shown = _shown(session, of, field, {i: (before.get(i), wanted) for i in to_do})
         done = Correction(f"annotate {of.value}", _called(session, of, ids), shown)
         if same := len(ids) - len(to_do):
             done = replace(done, notes=(f"{same} of {len(ids)} had this label already.",))
-        return done, _added(session, new, {"level": of.value, "field": field, "label": said})
+        return done, _added(session, new, {"level": of.value, "field": field, "label": wanted})
 
     return carry_out(workspace, reason, dry_run, act, annotating=True)
 

@@ -445,9 +445,9 @@ def _label(
     """Make a predict run that is whole, and the training that is declared of its model."""
     stage, split, images = plan.stage, plan.split, plan.images
     assert split is not None
-    said = {key: plan.spec.parameters[key] for key in ("function", "parameters")}
+    details = {key: plan.spec.parameters[key] for key in ("function", "parameters")}
     with workspace.database.begin() as session:
-        train = declared_training(session, split, params, said)
+        train = declared_training(session, split, params, details)
         inputs = (register(session, train), *plan.spec.inputs)
         recipe = register(session, replace(plan.spec, inputs=inputs))
         latest = latest_run(session, recipe.id)
@@ -685,9 +685,9 @@ class Apply(ImageStage["FoundCells", CellAnswers]):
             insert_predictions(session, run.run_id, (o.rows for _, o in done if o.rows))
         elif files:
             dtype = "float32" if self.function.gives is Gives.EMBEDDING else "float64"
-            said = {"dtype": dtype, "source": f"cellstore apply: {self.function.name}"}
-            said["description"] = "Made by a function that is not of cellstore."
-            found = make_set(session, self.name, run.recipe_id, self.expected, **said)
+            details = {"dtype": dtype, "source": f"cellstore apply: {self.function.name}"}
+            details["description"] = "Made by a function that is not of cellstore."
+            found = make_set(session, self.name, run.recipe_id, self.expected, **details)
             if found is None:
                 raise UserInputError(
                     f"Another command has made feature set {self.name!r}. Give another --name."

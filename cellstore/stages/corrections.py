@@ -730,7 +730,7 @@ def _restorable(session: Session, run_id: int) -> tuple[list[Change], list[str],
             changes.append(replace(change, old=old, new=new))
         present[key] |= row.old or {}
     notes = [f"Corrected by hand since, and kept: {some_of(sorted(kept))}."] if kept else []
-    return changes, [said for _, said in sorted(later, reverse=True)], notes
+    return changes, [entry for _, entry in sorted(later, reverse=True)], notes
 
 
 def _restore(session: Session, changes: Sequence[Change]) -> list[Change]:
@@ -802,8 +802,11 @@ class _Deletion:
         if not number:
             return
         for level in (level for level in Level if level.value == name[:-1]):
-            said = (Annotation.level == level, Annotation.row_id.in_(select(table.id).where(which)))
-            for row in session.scalars(select(Annotation).where(*said, stands(Annotation))).all():
+            entry = (
+                Annotation.level == level,
+                Annotation.row_id.in_(select(table.id).where(which)),
+            )
+            for row in session.scalars(select(Annotation).where(*entry, stands(Annotation))).all():
                 session.add(undoing(row, "deleted"))
         session.flush()
         old = {"rows": number, "first_id": first}

@@ -423,15 +423,15 @@ def _recipe(
     identities: dict[int, str] = {}
     for some in in_lists(sorted(found)):
         query = select(Treatment.id, Treatment.identity, Treatment.target)
-        for key, *said in session.execute(query.where(Treatment.id.in_(some))):
-            identities[key] = str(said)
+        for key, *statements in session.execute(query.where(Treatment.id.in_(some))):
+            identities[key] = str(statements)
     rows = []
     for part in parts:
-        said = [*(identities[item.treatment_id] for item in part.treatments), "control"]
+        statements = [*(identities[item.treatment_id] for item in part.treatments), "control"]
         names = (part.table[name].tolist() for name in ("plate", "well", "well_id"))
         for plate, well, well_id, group in zip(*names, part.groups.tolist(), strict=True):
             numbers = [curve.get(int(well_id), np.nan) for curve in curves.values()]
-            rows.append(([part.name, plate, well, said[group]], numbers))  # -1 is the last
+            rows.append(([part.name, plate, well, statements[group]], numbers))  # -1 is the last
     rows.sort(key=lambda row: [str(text) for text in row[0]])
     parameters = asdict(params) | {"wells": digest([well for well, _ in rows])}
     for name in ("profiles", "run", "plates"):  # the inputs and the wells say it
@@ -653,15 +653,17 @@ def answer_of(part: PlateSet, params: HitsParams) -> str:
         return f"None of {unknown} treatments could be judged."
     treatments = "treatment" if tested == 1 else "treatments"
     does = "differ" if differ > 1 else "differs"
-    said = [f"{differ or 'None'} of {tested} {treatments} {does} from the controls"]
+    statements = [f"{differ or 'None'} of {tested} {treatments} {does} from the controls"]
     if fewer:
-        said.append(f"{fewer} of them mainly by fewer cells")
+        statements.append(f"{fewer} of them mainly by fewer cells")
     if small:
         asked = "less than --min-effect asks for"
-        said.append(f"{small} of them {asked if params.min_effect else 'no farther than controls'}")
+        statements.append(
+            f"{small} of them {asked if params.min_effect else 'no farther than controls'}"
+        )
     if unknown:
-        said.append(f"{unknown} more could not be judged")
-    return "; ".join(said) + "."
+        statements.append(f"{unknown} more could not be judged")
+    return "; ".join(statements) + "."
 
 
 def _score_targets(part: PlateSet, params: HitsParams) -> None:
@@ -711,8 +713,8 @@ def _score_targets(part: PlateSet, params: HitsParams) -> None:
         )
     for measure, scores in both.items():
         for target, score in scores.items():
-            said = asdict(score) | {"n_wells": members[target]}
-            part.add(ScoreLevel.TARGET, target, measure, **said)
+            statements = asdict(score) | {"n_wells": members[target]}
+            part.add(ScoreLevel.TARGET, target, measure, **statements)
 
 
 def _score_doses(
@@ -731,8 +733,8 @@ def _score_doses(
     ids = part.table["well_id"].tolist()
     for name in params.curves:
         if _is_label(name):
-            said = [curves[name].get(int(key), np.nan) for key in ids]
-            responses[_quantity(name)] = np.array(said)
+            statements = [curves[name].get(int(key), np.nan) for key in ids]
+            responses[_quantity(name)] = np.array(statements)
         else:
             responses[name] = part.values[:, columns.index(name)]
     several: dict[tuple[str, str | None], list[int]] = defaultdict(list)

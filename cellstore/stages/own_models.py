@@ -254,9 +254,9 @@ def add_predictions(
         classes = classes_of(session, split.id)
         named = params.segmentation
         segment = choose_recipes(session, named, None)[0] if named else None
-        said: dict[str, Any] = {"weights": params.model and params.model.name}
-        said["parameters"] = dict(parameters or {})
-        train = declared_training(session, split, params, said, weights)
+        details: dict[str, Any] = {"weights": params.model and params.model.name}
+        details["parameters"] = dict(parameters or {})
+        train = declared_training(session, split, params, details, weights)
     trackers = {} if params.mlflow_run is None else {"mlflow": of_mlflow(params.mlflow_run)}
     told = {"note": params.note, **({"trackers": trackers} if trackers else {})}
     with open_questions(workspace) as questions:
@@ -356,7 +356,7 @@ def declared_training(
     session: Session,
     split: Split,
     params: AddedParams | ApplyParams,
-    said: Mapping[str, Any],
+    details: Mapping[str, Any],
     weights: str | None = None,
 ) -> RecipeSpec:
     """Return the recipe of the training of a model that is not of cellstore.
@@ -365,7 +365,12 @@ def declared_training(
     cross-validation have one recipe, so the fingerprint of the split is part of it.
     """
     learned = None if params.trained_on is None else ",".join(params.trained_on)
-    declared = {"declared": params.name, "trained_on": learned, "split": split.fingerprint, **said}
+    declared = {
+        "declared": params.name,
+        "trained_on": learned,
+        "split": split.fingerprint,
+        **details,
+    }
     inputs = (session.get_one(Recipe, split.recipe_id),)
     return RecipeSpec(Stage.TRAIN, VERSION, declared, weights, inputs)
 
@@ -485,11 +490,11 @@ def add_embeddings(
                 writer.abandon()
             run.result = {"cells": cells, "feature_set": name, "note": note}
             run.result |= {"file": source.name, **code_of_caller()}
-            said = {"dtype": "float32", "source": note or name}
-            said["description"] = "Made by a model that is not of cellstore."
+            details = {"dtype": "float32", "source": note or name}
+            details["description"] = "Made by a model that is not of cellstore."
 
             def keep(session: Session) -> None:
-                found = make_set(session, name, recipe.id, columns, **said)
+                found = make_set(session, name, recipe.id, columns, **details)
                 assert found is not None
                 if before is not None:
                     with recording_removed(session, ()):
@@ -669,8 +674,8 @@ class _TableSource:
             made = f"TRY_CAST({self.sql(found[key])} AS DOUBLE)"
             of_keys[key] = made if key in "xy" else _WHOLE.format(self.sql(found[key]))
         for key in sorted(keys & {"plate", "well"}):
-            said = of_keys[key]
-            texts = f"SELECT DISTINCT {said} FROM rows_given"  # noqa: S608 - our own names
+            details = of_keys[key]
+            texts = f"SELECT DISTINCT {details} FROM rows_given"  # noqa: S608 - our own names
             names = [text for text in _column(questions, texts) if text]
             meant = [_well_of(name) for name in names]
             if key == "plate":
@@ -681,7 +686,7 @@ class _TableSource:
                 self.notes += [f"Plate {old} was renamed: read as {now[old]}." for old in now]
             columns_of = [pa.array(some, pa.string()) for some in (names, meant)]
             questions.bring(f"{key}s_given", pa.table(columns_of, names=["text", "meant"]))
-            of_keys[key] = f"(SELECT meant FROM {key}s_given WHERE text = {said})"  # noqa: S608
+            of_keys[key] = f"(SELECT meant FROM {key}s_given WHERE text = {details})"  # noqa: S608
         listed = ", ".join(f"{value} AS {key}" for key, value in of_keys.items())
         made = f"SELECT line, {listed}, {values} FROM rows_given"  # noqa: S608 - our own names
         questions.keep("rows_given", made)
@@ -801,12 +806,12 @@ def _find_rows(
         refusals = []
         for row in questions.ask_ours(f"{problems} LIMIT {SHOWN}").records():
             about = {**dict.fromkeys(NAMES), "p": "probability", "odd": ""}
-            said = ", ".join(
+            details = ", ".join(
                 f"{key if called is None else called} {row[key]}".strip()
                 for key, called in about.items()
                 if row.get(key) is not None
             )
-            refusals.append(Refusal(row["line"], row["problem"], said))
+            refusals.append(Refusal(row["line"], row["problem"], details))
         refused = _nothing_added(name, wrong, refusals)
         if classes is not None and any("not in the split" in row.reason for row in refusals):
             known = [disarmed_name(value) for value in list(classes)[:SHOWN]]

@@ -117,7 +117,7 @@ def ingest(
     kind = layout.kind
     images = ImageSource(source, layout, params) if kind is SourceKind.IMAGES else None
     if dry_run:
-        return _rehearse(workspace, source, layout, params, images)
+        return _dry_run(workspace, source, layout, params, images)
     beside: Sequence[Path] = images.files if images else ()
     if kind is SourceKind.TREATMENTS:
         files = (*params.compounds, params.barcodes, params.aliases)
@@ -506,7 +506,7 @@ def relocate(
 # ---- Dry run ----
 
 
-def _rehearse(
+def _dry_run(
     workspace: Workspace,
     source: Path,
     layout: Layout,

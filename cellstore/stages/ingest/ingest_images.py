@@ -567,8 +567,8 @@ def complete_plate(
             common[key] = text
             setattr(plate, PLATE_COLUMNS[key], text)
         elif common[key] not in (None, text):
-            said = f"plate {plate.barcode}: {key} is {common[key]} in the store, {text} here"
-            account.suspicious(None, "the plate says otherwise", f"{said}; kept with wells")
+            difference = f"plate {plate.barcode}: {key} is {common[key]} in the store, {text} here"
+            account.suspicious(None, "the plate says otherwise", f"{difference}; kept with wells")
     if new:
         plate.metadata_ = {**(plate.metadata_ or {}), **new}
     return common
