@@ -82,8 +82,8 @@ def sql_of(given: str) -> str:
 class ChosenBy:
     """A selection of cells. ``query``: their ids, in SQL.
 
-    ``reads``: the relations that it names, in small letters; ``predictions_read``: those of them that hold
-    what models said.
+    ``reads``: the relations that it names, in small letters; ``predictions_read``: those of
+    them that hold predictions.
     """
 
     query: str

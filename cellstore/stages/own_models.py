@@ -361,7 +361,7 @@ def declared_training(
 ) -> RecipeSpec:
     """Return the recipe of the training of a model that is not of cellstore.
 
-    ``said``: what else it says of the model, ``weights``: their sha256. The folds of a
+    ``details``: what else is known of the model, ``weights``: their sha256. The folds of a
     cross-validation have one recipe, so the fingerprint of the split is part of it.
     """
     learned = None if params.trained_on is None else ",".join(params.trained_on)
