@@ -208,7 +208,7 @@ def test_an_ingest_names_its_files_and_the_wells_it_changed(workspace: Workspace
     assert (file.rows, file.created, file.updated, file.unchanged, file.refused) == (9, 1, 2, 4, 2)
     text = words(audit)
     assert "map.csv platemap" in text
-    assert "changed wells 1" in text
+    assert "wells with another treatment 1" in text
     json.dumps(found.record, allow_nan=False)
 
 

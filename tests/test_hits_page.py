@@ -26,14 +26,15 @@ COLUMNS = ("Nuclei_AreaShape_Area", "mean_intensity_DNA", "e1", "e2")
 
 
 def profiled(workspace: Workspace, folder: Path) -> None:
-    """Two plates: seven controls on each, and two wells of a treatment that enlarges nuclei."""
+    """Two plates: seven controls, two wells of a treatment that enlarges nuclei, and four doses."""
     make, random = Factory(workspace), np.random.default_rng(0)
     control, strong = make.treatment("DMSO"), make.treatment(HOSTILE, "AAA")
     idle = make.treatment("idle")
+    doses = {dose: make.doses(("taxol", dose)) for dose in (0.1, 1.0, 10.0, 100.0)}
     wells, values = list[int](), []
     for barcode in ("P1", "P2"):
         plate = make.plate(barcode)
-        content = [control] * 7 + [strong] * 2 + [idle] * 2
+        content = [control] * 7 + [strong] * 2 + [idle] * 2 + [*doses.values()]
         for at, treatment in enumerate(content):
             well = make.well(plate, 2 + at // 6, 2 + at % 6, treatment)
             make.image(well, missing=at == 8)
@@ -73,6 +74,27 @@ def test_the_page_says_what_was_found(
     labels = re.findall(r"<svg[^>]*>", source)
     assert labels
     assert all("aria-label=" in label for label in labels)
+
+
+def test_the_explorer_has_the_dose_curves_of_a_run(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    pytest.importorskip("starlette")
+    from starlette.testclient import TestClient
+
+    from cellstore.explore.server import make_app
+
+    profiled(sqlite_workspace, tmp_path)
+    run = hits(sqlite_workspace, HitsParams(permutations=300, q=0.2)).run_id
+    app = make_app(sqlite_workspace)
+    with TestClient(app) as client:
+        assert f'data-part="/run/{run}/doses"' in client.get(f"/run/{run}").text
+        part = client.get(f"/run/{run}/doses").text
+    app.state.explorer.reader.close()
+    assert re.findall("<h3>(.*)</h3>", part) == ["taxol"]
+    assert part.count("<svg") == part.count("<figure>") > 0
+    assert "effect, SD: " in part
+    assert "cells, of the controls: " in part
 
 
 def test_numbers_are_brief() -> None:

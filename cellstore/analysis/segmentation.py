@@ -256,9 +256,15 @@ class CellposeSegmenter:
         import torch
 
         stack, before = input_planes(image, self.planes)[None], self.tiles
+        shape = stack.shape[1:3]
         while True:
+            same: dict[str, Any] = {"channel_axis": 3, "batch_size": self.tiles}
             try:
-                return self._segment(stack)
+                diameter = self.diameter
+                if self.size_model is not None:
+                    diameter = self._estimated(stack, self.size_model, same)
+                found = self.model.eval(stack, diameter=diameter, **same, **self.thresholds)
+                break
             except torch.cuda.OutOfMemoryError as error:
                 if self.tiles == 1:
                     self.tiles = before  # it is this image that is too large
@@ -268,15 +274,7 @@ class CellposeSegmenter:
                     ) from error
                 torch.cuda.empty_cache()
                 self.tiles //= 2
-
-    def _segment(self, stack: NDArray[np.float32]) -> SegmentationResult:
-        shape = stack.shape[1:3]
-        same: dict[str, Any] = {"channel_axis": 3, "batch_size": self.tiles}
-        diameter = self.diameter
-        if self.size_model is not None:
-            diameter = self._estimated(stack, self.size_model, same)
         assert diameter is not None
-        found = self.model.eval(stack, diameter=diameter, **same, **self.thresholds)
         masks, (colours, _, logit), _ = found
         bounded = np.clip(logit.reshape(shape).astype(np.float64), -60, 60)
         probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)

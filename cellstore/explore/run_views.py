@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from ..enums import Stage, Subset
+from ..enums import Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError, some_of
 from ..models import Run, Split
 from ..report.audit import KINDS, audit, shown
@@ -24,6 +24,8 @@ from ..report.report_figures import confusion_of, matrix_of, training_curves
 from ..report.report_page import report_content
 from ..report.scoring import report
 from ..report.votes import SUBSETS
+from ..settings import need
+from ..stages.hits import hits_result
 from .requests import (
     ask,
     choice,
@@ -43,6 +45,8 @@ IMAGES = 48
 """Images of a page."""
 HIT_ROWS = 1_000
 """Treatments that are listed."""
+CURVES = 6
+"""Treatments whose dose curves are drawn."""
 LISTED = 40
 """Values of a list that are shown."""
 
@@ -278,6 +282,33 @@ def curves_part(request: Request) -> Response:
     return page(request, "curves.html.j2", curves=kept(request, ("curves", run.id), make))
 
 
+def doses_part(request: Request) -> Response:
+    """A part: the dose curves of a hits run, those of the first treatments."""
+    run = find_run(request)
+    if run.stage != Stage.HITS or run.status != Status.DONE:
+        raise UnknownNameError(f"Run {run.id} ({run.stage.value}) has no dose curves.")
+    workspace = explorer_of(request).workspace
+
+    def make() -> list[tuple[str, list[dict[str, Any]]]]:
+        from ..report.hits_page import curves_of, doses_of, read_screen
+
+        need("report")
+        need("hits")
+        with workspace.database.read() as session:
+            result = hits_result(session, session.get_one(Run, run.id))
+        if not result.doses:
+            return []
+        screen = read_screen(workspace, result, run.recipe.parameters)
+        first: dict[str, Any] = {}
+        for item in screen.judged:
+            if doses_of(screen, item):
+                first.setdefault(item.perturbation, item)
+        shown = list(first.items())[:CURVES]
+        return [(name, curves_of(screen, item)) for name, item in shown]
+
+    return page(request, "doses.html.j2", most=CURVES, found=kept(request, ("doses", run.id), make))
+
+
 def voted_images(request: Request) -> Response:
     """Images that a run has labelled, with their fields: by truth, by label, ties, mistakes."""
     run = find_run(request)
@@ -336,6 +367,7 @@ ROUTES = [
     Route("/run/{run:int}/report", report_part),
     Route("/run/{run:int}/cells", cells_part),
     Route("/run/{run:int}/curves", curves_part),
+    Route("/run/{run:int}/doses", doses_part),
     Route("/run/{run:int}/images", voted_images),
     Route("/lineage/{kind}/{name:path}", lineage),
 ]

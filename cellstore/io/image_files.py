@@ -147,9 +147,10 @@ def read_plane(
         MissingExtraError, UserInputError: as ``probe``.
     """
     uri = str(where)
-    name, page, offsets = shown(uri), split_page(uri)[1], None
+    name, page, offsets = uri, split_page(uri)[1], None
     try:
         if is_remote(uri):
+            name = shown(uri)
             opened: BinaryIO = io.BytesIO(_fetched(uri, page, sha256))
         else:
             path = local_path(uri)

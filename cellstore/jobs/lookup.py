@@ -7,6 +7,7 @@ a name, or that means several things, a ``UserInputError``.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,6 +163,13 @@ def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
         of_well = images.c.well_id == find_well(session, "/".join(well))
         sites = session.scalars(select(images.c.site).where(of_well).distinct())
         raise UnknownNameError.of(f"site of well {'/'.join(well)}", last, sites)
+    if looks_like_well(text):
+        find_well(session, text)
+        name = "/".join([*well, last])
+        raise UserInputError(
+            f"{name} is a well: an image of it is {name}/SITE. See its images with: "
+            f"cellstore audit well {shlex.quote(name)}"
+        )
     if len(well) == 1:
         of_plate = select(wells.c.name).join(plates).where(plates.c.barcode == well[0])
         if names := session.scalars(of_plate.limit(1536)).all():

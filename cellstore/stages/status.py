@@ -222,6 +222,10 @@ STEPS = """
             WHERE r.stage = 'predict' AND r.status = 'done'
         ) AS predictions,
         EXISTS (SELECT 1 FROM trainings WHERE baseline IS NOT NULL) AS baselines,
+        EXISTS (
+            SELECT 1 FROM runs AS r JOIN trainings AS t ON t.id = r.parent_id
+            WHERE r.stage = 'predict' AND r.status = 'done'
+        ) AS labels,
         EXISTS (SELECT 1 FROM runs WHERE stage = 'qc' AND status = 'done') AS qc,
         EXISTS (SELECT 1 FROM runs WHERE stage = 'profile' AND status = 'done') AS profiles,
         EXISTS (SELECT 1 FROM runs WHERE stage = 'hits' AND status = 'done') AS hits
@@ -264,6 +268,8 @@ def next_step(session: Session) -> tuple[str, ...]:
         useful = [step for name, step in USEFUL.items() if not steps[name]]
         then = ("cellstore votes", "cellstore export cells.parquet")
         return *which, "cellstore report", *useful, *then
+    if lacks[0] == "networks" and steps["baselines"]:
+        return *NEXT["networks"], "cellstore report" if steps["labels"] else "cellstore predict"
     if lacks[0] != "cells":
         return (*(which if lacks[0] == "splits" else ()), *NEXT[lacks[0]])
     from ..jobs.planes import choose_channels

@@ -52,6 +52,7 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
     assert rows["logistic"][3] == "36"  # cells of the training subset
     wells = cellstore("sql", WELLS, *IN, "--json").json
     assert rows["position"][3] == str(wells[0]["n"])
+    assert said.err.splitlines()[-1] == "Next: cellstore --store store report"
     again = cellstore("train", "--baseline", "position,logistic", *SETS, *IN, "--json").json
     assert all(item["already_done"] for item in again)
     assert [item["predict_run_id"] for item in again] == [int(x[4]) for x in rows.values()]
@@ -67,7 +68,9 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
 
 
 def test_baselines_may_be_trained_alone(cellstore, with_set: Path) -> None:
-    made = cellstore("train", "--baseline", "forest", "--no-predict", *SETS, *IN, "--json").json
+    asked = ("train", "--baseline", "forest", "--no-predict", *SETS, *IN)
+    assert cellstore(*asked).err.splitlines()[-1] == "Next: cellstore --store store predict"
+    made = cellstore(*asked, "--json").json
     assert (made[0]["predict_run_id"], made[0]["feature_set"]) == (None, "cp")
     assert cellstore("predict", *IN, "--json").json["train_run_id"] == made[0]["run_id"]
     few = ("--baseline", "forest", "--max-cells", 9, "--force", *SETS, *IN, "--json")

@@ -43,6 +43,9 @@ def test_people_label_what_they_see(cellstore, store):
     (row,) = cellstore("ask", "agreement", *at, "--json").json
     assert (row["both"], row["agreement"], row["kappa"]) == (1, 0.0, 0.0)
     assert "blurred" in cellstore("audit", "P1/A01/1", *at).out
+    well = cellstore("audit", "image", "P1/A01", *at, code=2).err
+    assert "P1/A01 is a well" in well
+    assert "cellstore audit well P1/A01" in well
     cellstore("annotate", "image", "P1/A01/1", *at, "--undo", "--user", "bob")
     assert cellstore("ask", "agreement", *at, "--json").json == []
     for words in ((), ("--undo", "--label", "sharp")):

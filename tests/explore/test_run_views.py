@@ -129,6 +129,7 @@ def test_each_run_has_a_page(client: TestClient, screen: Workspace, about: dict[
         assert f"Run {run}: " in words(page.text)
     train = client.get(f"/run/{about['train']}").text
     assert f"/run/{about['run']}" in links(train)
+    assert client.get(f"/run/{about['train']}/doses").status_code == 404
     curves = client.get(f"/run/{about['train']}/curves")
     assert "baselines learn in one go" in curves.text
 
