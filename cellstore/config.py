@@ -720,8 +720,8 @@ class SplitParams(Params):
     field: str = option(
         PERTURBATION,
         "What is to be predicted: perturbation (compound, gene), treatment (each dose by itself), "
-        "target, a metadata column of wells or plates (moa of Metadata_moa), or annotation: what "
-        "people said of images, wells or plates (cellstore annotate).",
+        "target, a metadata column of wells or plates (moa of Metadata_moa), or annotation: the "
+        "label that people gave to images, wells or plates (cellstore annotate).",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,

@@ -427,7 +427,7 @@ def export(
     written = form or ENDINGS.get(out.suffix.lower())
     if written is None:
         raise UserInputError(
-            f"The ending of {out.name} is none of {', '.join(ENDINGS)}. Choose a format with "
+            f"The ending of {out.name} is not one of {', '.join(ENDINGS)}. Choose a format with "
             "--format."
         )
     return store.export(

@@ -68,7 +68,7 @@ FROM current_labels GROUP BY ALL ORDER BY field, level, n DESC, label, user_name
 
 
 def what_was_said(request: Request) -> Response:
-    """Show what people said, how far they agree, and with ``--write`` buttons that take it back."""
+    """Show labels, how far people agree, and with ``--write`` buttons that take labels back."""
     names = ("field", "label", "user", "level")
     given: dict[str, Any] = {name: text(request, name) for name in names}
     rows = ask(request, _SAID, {**given, "before": whole(request, "before")})

@@ -322,7 +322,7 @@ def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
     if found:
         return f"No image is left to split: {', '.join(found)}."
     if params.where is not None:
-        return "No image meets the condition of --where. Try it with: cellstore segment --dry-run"
+        return "No image meets the condition of --where. See: cellstore sql 'FROM image_table'"
     return "There are no images to split. Run: cellstore ingest"
 
 

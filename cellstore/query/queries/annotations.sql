@@ -1,8 +1,8 @@
--- What people said of plates, wells, images and cells: the labels that they gave, the last first.
--- Of each person the last label of a thing counts; what was taken back is not listed.
+-- The labels that people gave to plates, wells, images and cells, the last first.
+-- Of each person the last label of a thing counts; labels that were taken back are not listed.
 -- :field (text) = nothing  Only this field.
 -- :label (text) = nothing  Only this label.
--- :user (text) = nothing  Only what this person said.
+-- :user (text) = nothing  Only labels of this person.
 SELECT plate, well, site, cell_id, field, label, user_name, created_at, reason
 FROM annotation_table
 WHERE
