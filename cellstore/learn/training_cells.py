@@ -218,7 +218,7 @@ def _select(
     notes = []
     if chosen.said:
         notes.append(
-            f"The selection reads what models said ({', '.join(chosen.said)}). If one of them has "
+            f"The selection reads predictions of models ({', '.join(chosen.said)}). If one of them has "
             "learned from test wells of this split, scores are too good."
         )
     if labels := sorted(chosen.reads & {"labels", "split_members"}):
