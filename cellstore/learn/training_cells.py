@@ -218,8 +218,8 @@ def _select(
     notes = []
     if chosen.said:
         notes.append(
-            f"The selection reads predictions of models ({', '.join(chosen.said)}). If one of them has "
-            "learned from test wells of this split, scores are too good."
+            f"The selection reads predictions of models ({', '.join(chosen.said)}). If one of them "
+            "has learned from test wells of this split, scores are too good."
         )
     if labels := sorted(chosen.reads & {"labels", "split_members"}):
         notes.append(
