@@ -102,9 +102,10 @@ def open_file(file: ChannelFile, rows: slice = slice(None)) -> NDArray[np.generi
     except FileNotFoundError:
         # In the same words for all of a folder, and without a cause: to wait does not help.
         raise ImageError(gone_sentence(gone_folder(file.uri[: -len(file.name) - 1]))) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = getattr(error, "strerror", error)
         raise ImageError(
-            f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"
+            f"{path} cannot be opened ({why}). Make it readable and run: cellstore retry"
         ) from error
     if (found.size_bytes, found.mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
