@@ -127,10 +127,11 @@ def annotate(
 ) -> Correction:
     """Give a label to plates, wells, images or cells. To undo it: --undo.
 
-    Several names may be given at once. Each person has a label of their own for the same thing; the last one counts. All of them are
-    in annotation_table: cellstore ask annotations, and how far people agree: cellstore ask
-    agreement. Labels of images or wells can be what a split is made of: cellstore split
-    create --field. A name after --user is written down as it is typed: it proves nothing.
+    Several names may be given at once. Each person has a label of their own for the same thing; the
+    last one counts. All of them are in annotation_table: cellstore ask annotations, and how far
+    people agree: cellstore ask agreement. Labels of images or wells can be what a split is made of:
+    cellstore split create --field. A name after --user is written down as it is typed: it proves
+    nothing.
 
     \b
     Example:
