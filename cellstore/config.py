@@ -988,12 +988,12 @@ class TrainSetup(Params):
     )
     logs: tuple[str, ...] = hardware(
         (),
-        "Tell other programs, too: mlflow, wandb (Weights & Biases), or both.",
+        "Send metrics and the model also to mlflow, wandb (Weights & Biases), or both.",
         name="--log",
         choices=("mlflow", "wandb"),
     )
     log_dir: Path | None = hardware(
-        None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"
+        None, "Folder of the files that --log writes. Default: logs/run-N, here.", metavar="DIR"
     )
 
 

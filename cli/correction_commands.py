@@ -120,17 +120,18 @@ def annotate(
     name: NamesArgument,
     label: str | None = option(None, "What it is.", metavar="TEXT"),
     field: str = option(ANNOTATION, "What the label is about.", metavar="NAME"),
-    user: str | None = option(None, "Who says so. Default: your login.", metavar="NAME"),
+    user: str | None = option(None, "Whose label it is. Default: your login.", metavar="NAME"),
     reason: str | None = REASON,
     undo: bool = option(False, "Take your last label of it back."),
     dry_run: bool = DRY_RUN,
 ) -> Correction:
     """Give a label to plates, wells, images or cells. To undo it: --undo.
 
-    Each person has a label of their own for the same thing; the last one counts. All of them are
-    in annotation_table: cellstore ask annotations, and how far people agree: cellstore ask
-    agreement. Labels of images or wells can be what a split is made of: cellstore split
-    create --field. A name after --user is written down as it is typed: it proves nothing.
+    Several names may be given at once. Each person has a label of their own for the same thing; the
+    last one counts. All of them are in annotation_table: cellstore ask annotations, and how far
+    people agree: cellstore ask agreement. Labels of images or wells can be what a split is made of:
+    cellstore split create --field. A name after --user is written down as it is typed: it proves
+    nothing.
 
     \b
     Example:

@@ -277,7 +277,7 @@ def qc(
     Images: out of focus, saturated, unusual background, only noise, unusual number or size
     of cells, no cells. Cells: unusual area, cut by the border. What is flagged still counts,
     unless you exclude it: split create, train, report, compare and votes have --exclude-flagged.
-    Other limits later need no second look at the images.
+    With other limits later, no image is opened again.
 
     \b
     Example:

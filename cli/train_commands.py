@@ -539,7 +539,8 @@ def withdraw(
     """Mark predictions that were added as wrong.
 
     They stay in the store, so that what was published with them is found. No command takes them by
-    default any more, and what is asked of them by number says that they were withdrawn, and why.
+    default any more. A command that gets the number of their run notes that they were withdrawn,
+    and why.
 
     \b
     Example:

@@ -219,8 +219,8 @@ def _select(
     if chosen.predictions_read:
         read = ", ".join(chosen.predictions_read)
         notes.append(
-            f"The selection reads what models said ({read}). If one of them has "
-            "learned from test wells of this split, scores are too good."
+            f"The selection reads predictions of models ({read}). If one of them "
+            "has learned from test wells of this split, scores are too good."
         )
     if labels := sorted(chosen.reads & {"labels", "split_members"}):
         notes.append(

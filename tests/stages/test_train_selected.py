@@ -176,7 +176,7 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     run = learned(store).run_id
     store.predict(run=str(run))
     says = learned(store, sql="SELECT c.cell_id FROM cell_table c ANTI JOIN votes USING (image_id)")
-    assert any("reads what models said (votes). If one" in note for note in says.notes)
+    assert any("reads predictions of models (votes). If one" in note for note in says.notes)
     assert not any("reads labels" in note or "split_members" in note for note in says.notes)
     redone = store.check_run(says.run_id)  # without the predictions
     assert not redone.same_recipe
@@ -188,6 +188,6 @@ def test_what_a_selection_reads_is_told_where_it_may_leak(built: Path, opened: O
     for selection in ({"sql": of_split}, {"where": nested}):
         notes = learned(store, **selection).notes
         assert any(note.startswith("The selection reads split_members") for note in notes)
-    assert any("reads what models said (votes). If one" in note for note in notes)
+    assert any("reads predictions of models (votes). If one" in note for note in notes)
     plain = learned(store, where=LARGE).notes
     assert not any("The selection reads" in note for note in plain)
