@@ -106,7 +106,8 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
                 f"{ENV_DATABASE} out."
             )
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    workspace = None
+    sqlite = settings.sqlite
+    had_sqlite, workspace = sqlite.exists(), None
     try:
         if is_new:
             lines = ["# This folder is a cellstore. See: cellstore status", "format = 1"]
@@ -130,6 +131,11 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
         with suppress(OSError):
             if is_new:
                 (root / MARKER).unlink(missing_ok=True)
+                # A table has a page of its own, after the first one (4,096 bytes) with their list.
+                wal = sqlite.with_name(f"{sqlite.name}-wal")
+                is_empty = sqlite.is_file() and sqlite.stat().st_size <= 4096
+                if is_empty and not had_sqlite and not wal.exists():
+                    sqlite.unlink()
                 for folder in made:
                     folder.rmdir()  # only if it is empty
         raise

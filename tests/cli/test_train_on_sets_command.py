@@ -29,4 +29,4 @@ def test_what_cannot_be_read_is_told_before_anything_is_done(cellstore, with_set
     said = cellstore("train", "--features", "cq", *SMALL, code=2)
     assert "Unknown feature set 'cq'" in said.err
     said = cellstore("train", *SMALL, code=2)
-    assert "(cp): --features NAME" in said.err
+    assert "sets with --features: cp" in said.err

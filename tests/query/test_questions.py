@@ -90,7 +90,7 @@ def test_what_could_not_be_copied_is_there_when_it_is_asked_for_again(
     with open_questions(sqlite_workspace) as questions:
         copies.rmdir()
         copies.write_text("in the way")
-        with pytest.raises(StorageError, match="then ask again"):
+        with pytest.raises(StorageError, match="then run the same command again"):
             questions.ask("FROM cells")
         copies.unlink()
         assert one(questions, "SELECT count(*) > 0 FROM cells") is True
