@@ -101,6 +101,10 @@ class Commands(TyperGroup):
             typer.echo(f"cellstore {__version__}")
             raise typer.Exit
         try:
+            Path.cwd()
+        except OSError:
+            _end("Error: The folder that you are in was deleted. Go to another one: cd", 2)
+        try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)

@@ -171,7 +171,8 @@ def _show_retry(result: RetryResult) -> None:
         return
     lost = output.count(result.lost_files, "file is gone.", "files are gone.")
     opened = output.count(result.jobs, "job is open again.", "jobs are open again.")
-    typer.echo(f"{f'{lost} ' if result.lost_files else ''}{opened} Now run:")
+    found = [lost] * bool(result.lost_files) + [opened] * bool(result.jobs)
+    typer.echo(f"{' '.join(found)} Now run:")
     for words in result.commands:
         typer.echo(f"  {output.cell(words)}")
 

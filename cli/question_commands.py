@@ -135,14 +135,15 @@ def sql(
 def _question(query: str | None, file: Path | None) -> str:
     from cellstore.query.guard import read_sql
 
-    if (query is None) == (file is None):
+    in_a_pipe = query is None and file is None and not sys.stdin.isatty()
+    if (query is None) == (file is None) and not in_a_pipe:
         raise UserInputError(
             'Give one question, as QUERY or as --file. Example: cellstore sql "FROM plates". Many '
             "that you may want are there already: cellstore ask"
         )
     if file is not None:
         return read_sql(file)
-    return sys.stdin.read() if query == "-" else str(query)
+    return sys.stdin.read() if query is None or query == "-" else query
 
 
 def _parameter(text: str) -> tuple[str, object]:

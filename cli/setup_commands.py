@@ -92,7 +92,7 @@ def backup(
     store: Store,
     common: Common,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to, for example screen.tar.")],
-    dry_run: bool = option(False, "Only say what would go in, and how large it would be."),
+    dry_run: bool = option(False, "Check everything and say what would go in; write no file."),
 ) -> None:
     """Write the whole store to one file: all rows, and all files that cellstore wrote.
 

@@ -238,7 +238,7 @@ def leaks(
 
     training = sorted(label for label, subsets in labels.items() if Subset.TRAIN in subsets)
     validating = sorted(label for label, subsets in labels.items() if Subset.VALIDATION in subsets)
-    absent = [label for label in training if label not in validating]
+    absent = [label for label in training if Subset.VALIDATION not in labels[label]]
     message = f"{_of(len(absent), len(training), 'class', 'classes')} missing in validation."
     severity = LeakSeverity.REMARK
     if len(validating) == 1:

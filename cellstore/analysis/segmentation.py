@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import urllib.request
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -167,7 +168,7 @@ def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
 def _fetched(url: str, target: Path) -> Path:
     if target.is_file():
         return target
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # With certificates checked: Cellpose's own download switches that off.

@@ -203,12 +203,15 @@ def _viewer(
 
 
 def _where(cell: Cell) -> dict[str, Any]:
+    def middle(at: float | None, low: int | None, high: int | None) -> float | None:
+        return (low + high) / 2 if at is None and low is not None and high is not None else at
+
     return {
         "id": cell.id,
         "number": cell.object_number,
         "segmentation": cell.segmentation_id,
-        "row": cell.centroid_row,
-        "column": cell.centroid_col,
+        "row": middle(cell.centroid_row, cell.min_row, cell.max_row),
+        "column": middle(cell.centroid_col, cell.min_col, cell.max_col),
     }
 
 

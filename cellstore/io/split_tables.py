@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,12 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     others: list[_Table] = []
     refusals: list[tuple[str, Refusal]] = []
     digests = {}
+    headers = [set(map(plain_name, open_table(path, whole=False).columns)) for path in paths]
+    counts = Counter(chain.from_iterable(headers))
+    wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
+    wanted |= {name for name, count in counts.items() if count > 1}  # they join two tables
     for path in paths:
-        table = _read(path, refusals)
+        table = _read(path, wanted, refusals)
         is_split = not set(COLUMNS["split"]).isdisjoint(table.columns)
         (splits if is_split else others).append(table)
         with path.open("rb") as stream:
@@ -118,11 +124,12 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     return SplitTables(tuple(rows), tuple(refusals), digests)
 
 
-def _read(path: Path, refusals: list[tuple[str, Refusal]]) -> _Table:
+def _read(path: Path, wanted: Collection[str], refusals: list[tuple[str, Refusal]]) -> _Table:
     table = open_table(path)
     positions: dict[str, int] = {}
     for position, column in enumerate(table.columns):
-        positions.setdefault(plain_name(column), position)
+        if plain_name(column) in wanted:
+            positions.setdefault(plain_name(column), position)
     found = _Table(path, list(positions), [])
     for row in table.rows():
         if isinstance(row, Refusal):

@@ -649,6 +649,8 @@ class DaskCluster(Worker):
     """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
 
     address: str = ""
+    deserted: float | None = None
+    """Since when no worker is there."""
 
     def start(self) -> None:
         """Connect to the scheduler, and wait for its workers."""
@@ -676,6 +678,9 @@ class DaskCluster(Worker):
             threads: int = sum(self.client.nthreads().values())
         except (OSError, TimeoutError, AssertionError) as error:
             raise self.failed(error) from error
+        self.deserted = None if threads else self.deserted or time.monotonic()
+        if self.deserted and time.monotonic() - self.deserted > 60:
+            raise self.failed(TimeoutError("it has no workers any more."))
         return CHUNKS * threads - len(self.chunks)
 
     def failed(self, error: Exception) -> StoreError:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from sqlalchemy import bindparam, text
 from sqlalchemy.orm import Session
@@ -37,8 +38,13 @@ _MAKERS = """
     UNION SELECT a.path, r.run_id FROM artifacts AS a
     JOIN run_artifacts AS r ON r.artifact_id = a.id WHERE a.kind = 'profiles' AND a.path IN :paths
 """
-_NAMES = "SELECT name FROM image_files WHERE folder_id = :folder AND sha256 IS NOT NULL LIMIT :most"
-_COUNT = "SELECT count(*) FROM image_files WHERE folder_id = :folder AND sha256 IS NOT NULL"
+_NAMES = """
+    SELECT folder_id, name FROM (
+        SELECT id, folder_id, name FROM image_files WHERE sha256 IS NOT NULL
+        ORDER BY id LIMIT :most
+    ) AS files ORDER BY folder_id, id
+"""
+_COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
 
 
 @dataclass
@@ -84,30 +90,36 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
     Every folder is looked for, and then each file, by one listing of its folder; of the files only
     the first ``most``, if that is given. Folders in object stores are not looked at.
     """
-    left = sys.maxsize if most is None else most
-    found: dict[str, GoneFiles] = {}
-    for number, uri in session.execute(text("SELECT id, uri FROM folders ORDER BY id")).all():
-        if is_remote(uri):  # a folder of another machine ("C:\\data") was never seen from here
+    folders = session.execute(text("SELECT id, uri FROM folders ORDER BY id")).all()
+    # A folder of another machine ("C:\\data") was never seen from here.
+    uris: dict[int, str] = {number: uri for number, uri in folders if not is_remote(uri)}
+    gone: dict[int, int] = {}
+    for number, uri in uris.items():
+        if not os.path.isdir(local_path(uri)):  # noqa: PTH112 - no error for odd names
+            gone[number] = 0
+    absent, first = set(gone), dict[int, str]()
+    if absent:
+        counts: dict[int, int] = {row[0]: row[1] for row in session.execute(text(_COUNTS))}
+        gone = {number: counts.get(number, 0) for number in absent}
+    values = {"most": sys.maxsize if most is None else most}
+    rows = session.execute(text(_NAMES), values, execution_options={"yield_per": 10_000})
+    for number, names in groupby(rows, itemgetter(0)):
+        if number not in uris or number in absent:
             continue
-        path, folder = local_path(uri), {"folder": number}
-        missing: list[str] = []
-        is_there = os.path.isdir(path)  # noqa: PTH112 - no error for odd names
-        if is_there and left > 0:
-            listed: Collection[str] = ()
-            with suppress(OSError):
-                listed = frozenset(os.listdir(path))  # noqa: PTH208
-            for name in session.scalars(text(_NAMES), {**folder, "most": left}):
-                left -= 1
-                file = split_page(name)[0]
-                # A name may lead into a folder within the folder: that is not in the list.
-                if file not in listed and not os.path.exists(path / file):  # noqa: PTH110
-                    missing.append(file)
-        gone = len(missing) if is_there else session.scalar(text(_COUNT), folder)
-        if gone:
-            where, first = gone_folder(uri), next(iter(missing), None)
-            item = found.setdefault(where, GoneFiles([], where, 0, first))
-            item.folder_ids.append(number)
-            item.files += gone
+        path, listed = local_path(uris[number]), frozenset[str]()
+        with suppress(OSError):
+            listed = frozenset(os.listdir(path))  # noqa: PTH208
+        for file in (split_page(name)[0] for _, name in names):
+            # A name may lead into a folder within the folder: that is not in the list.
+            if file not in listed and not os.path.exists(path / file):  # noqa: PTH110
+                gone[number] = gone.get(number, 0) + 1
+                first.setdefault(number, file)
+    found: dict[str, GoneFiles] = {}
+    for number in sorted(number for number, files in gone.items() if files):
+        where = gone_folder(uris[number])
+        item = found.setdefault(where, GoneFiles([], where, 0, first.get(number)))
+        item.folder_ids.append(number)
+        item.files += gone[number]
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ from ..config import EVERYTHING, RunName, Selection
 from ..db.bulk import in_lists
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..io.filenames import parse_well
+from ..io.filenames import format_well, parse_well
 from ..models import (
     METADATA,
     Base,
@@ -505,17 +505,19 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
         ids = [find_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
-        named = []
+        named: dict[str, str] = {}
+        ids = []
         for name in selection.wells:
             parts = _parts(name)
-            well = _of_well(parts)
-            if well is None or len(parts) > 1:  # PLATE/A01
-                well = Well.id == find_well(session, name)
-            elif session.scalar(select(wells.c.id).where(well).limit(1)) is None:
-                there = session.scalars(select(wells.c.name).distinct().limit(1536))
-                raise UnknownNameError.of("well", name, there)
-            named.append(well)
-        query = query.where(or_(*named))
+            if _of_well(parts) is None or len(parts) > 1:  # PLATE/A01
+                ids.append(find_well(session, name))
+            else:
+                named[format_well(*parse_well(parts[0]))] = name
+        of_names = select(Well.name).where(Well.name.in_(named)).distinct()
+        for missing in named.keys() - set(session.scalars(of_names)):
+            there = session.scalars(select(wells.c.name).distinct().limit(1536))
+            raise UnknownNameError.of("well", named[missing], there)
+        query = query.where(or_(Well.name.in_(named), Well.id.in_(ids)))
     if selection.images:
         query = query.where(or_(*(images_named(session, name) for name in selection.images)))
     if selection.where is not None:

@@ -89,7 +89,7 @@ def new_owner(*, computes: bool = True) -> str:
 def is_alive(owner: str | None) -> bool | None:
     """Whether the process that :func:`new_owner` named lives; ``None``: that is not known here."""
     parts = (owner or "").split("|")
-    if len(parts) != 5 or parts[2] != machine() or not parts[3]:
+    if len(parts) != 5 or not parts[1].isdecimal() or parts[2] != machine() or not parts[3]:
         return None
     return _began(int(parts[1])) == parts[3]
 

@@ -141,13 +141,15 @@ class OwnFunction:
         """
         names: list[str] | None = None
         rows: list[NDArray[Any]] = []
+        before = self.batch_size
         while len(rows) < number:
             some = slice(len(rows), min(number, len(rows) + self.batch_size))
-            size, batch = some.stop - some.start, give(some)
+            size = some.stop - some.start
             try:
-                answer = self._call(batch)
+                answer = self._call(give(some))
             except torch.cuda.OutOfMemoryError as error:
                 if size == 1:
+                    self.batch_size = before  # it is this image that is too large
                     raise ImageError(
                         "Not even one cell fits into the memory of the GPU. Use --device cpu."
                     ) from error

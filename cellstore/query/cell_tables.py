@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import CellChoice, Limits, Sources
 from ..enums import Stage, Subset
-from ..errors import UserInputError
+from ..errors import QueryError, UserInputError
 from ..jobs.lookup import find_recipe, find_split
 from ..jobs.workspace import Workspace
 from ..notebooks import html_of
@@ -73,7 +73,10 @@ def sql_of(given: str) -> str:
     """Return the SQL that ``--sql`` names: the text itself, or that of a file."""
     if _SQL.match(given):
         return given.strip()
-    text = read_sql(Path(given)).strip()
+    try:
+        text = read_sql(Path(given)).strip()
+    except QueryError as error:
+        raise UserInputError(f"{error} Give a file, or SQL that begins with SELECT.") from error
     # What is kept of it has to be known as SQL, and not as the name of a file, when it is redone.
     return text if _SQL.match(text) else f"--\n{text}"
 

@@ -514,7 +514,10 @@ class Questions:
             for run, path in self._profiles:
                 with nullcontext() if files else suppress(StorageError):
                     rows = reading_files([self.workspace.artifacts.existing(path)])
-                    parts.append(f"SELECT CAST({run} AS BIGINT) AS run_id, * FROM {rows}")  # noqa: S608
+                    parts.append(
+                        f"SELECT CAST({run} AS BIGINT) AS run_id, "  # noqa: S608
+                        f"COLUMNS(lambda c: lower(c) <> 'run_id') FROM {rows}"
+                    )
             values = " UNION ALL BY NAME ".join(parts)
             if not files:
                 found = self._full.execute(f"DESCRIBE {values}").fetchall()

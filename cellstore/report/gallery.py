@@ -171,9 +171,11 @@ def _given(workspace: Workspace, what: Any) -> tuple[str, Any]:
     values = [what] if isinstance(what, str) or not hasattr(what, "__iter__") else list(what)
     if values and all(isinstance(value, str) for value in values):
         with workspace.database.read() as session:
-            return "image_id", {"image_id": [find_image(session, value) for value in values]}
+            return "image_id", {
+                "image_id": list(dict.fromkeys(find_image(session, value) for value in values))
+            }
     try:
-        return "cell_id", {"cell_id": [int(value) for value in values]}
+        return "cell_id", {"cell_id": list(dict.fromkeys(int(value) for value in values))}
     except (TypeError, ValueError):
         raise UserInputError(
             "Give ids of cells, a table with cell_id or image_id, names of images, a Selection of "
@@ -198,7 +200,12 @@ def _bring(questions: Questions, unit: str, source: Any, wanted: Sequence[str]) 
             ids = [int(value) for value in source[unit]]
         except (TypeError, ValueError) as error:
             raise UserInputError(f"Column {unit} needs a number in each row.") from error
-        columns_of = {name: pa.array(source[name]) for name in own}
+        columns_of = {}
+        for name in own:
+            try:
+                columns_of[name] = pa.array(source[name])
+            except pa.ArrowException:  # texts and numbers in one column
+                columns_of[name] = pa.array([None if x is None else str(x) for x in source[name]])
         given = pa.table({unit: pa.array(ids, pa.int64()), **columns_of})
     questions.bring("given", given)
     return own

@@ -519,6 +519,7 @@ def score_answers(
     right_ones = Counter(answering.well[answering.correct].tolist())
     votes = given(answers["well", "hard"])
     of_well = dict(zip(votes.well.tolist(), votes.predicted.tolist(), strict=True))
+    seen_in_training = set(known.tolist())
     by_well = tuple(
         WellScore(
             plate=row["plate"],
@@ -527,7 +528,7 @@ def score_answers(
             predicted=labels[of_well[row["id"]]] if row["id"] in of_well else None,
             n=scored[row["id"]],
             correct=right_ones[row["id"]],
-            seen=bool(row["id"] in known),
+            seen=row["id"] in seen_in_training,
         )
         for row in positions
     )
@@ -820,6 +821,15 @@ def notes_on(
         notes.append("Images that the split does not name are scored by their treatment.")
     if run.status not in (Status.DONE, Status.WITHDRAWN):
         notes.append(f"The run is {Status(run.status).value}, so images may be missing here.")
+    if options.min_cells > 1:
+        notes.append(f"Images and wells with fewer than {options.min_cells} cells have no answer.")
+    if options.min_margin > 0:
+        notes.append(
+            "Images and wells have no answer where the share of the first label is less than "
+            f"{100 * options.min_margin:g} % above that of the second."
+        )
+    if not options.controls:
+        notes.append("Control wells are excluded.")
     if options.exclude_flagged is not None:
         notes.append(
             f"Excluded, because quality-control run {options.exclude_flagged} flagged them: "

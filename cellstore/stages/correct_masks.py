@@ -117,6 +117,13 @@ def _open_field(workspace: Workspace, image: str, segmentation: str | None) -> O
         name, files = name_of(session, "images", row.id), channel_files(session, [row.id])[row.id]
         if not files:
             raise ImageError(f"{name} has no files.")
+        barcode = row.well.plate.barcode
+        stems = (Path(row.files[0].name).name.split(".")[0], row.core_name)
+        if not any(_is_told(session, stem, barcode, row.id) for stem in stems):
+            raise UserInputError(
+                f"Several images of plate {barcode} have files of the same name, so that no file "
+                f"of masks can be named like {name} alone."
+            )
         query = select(Segmentation, Recipe).join(Image, IS_CURRENT)
         query = query.join(Recipe, Recipe.id == Segmentation.recipe_id).where(Image.id == row.id)
         if segmentation is not None:

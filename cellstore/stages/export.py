@@ -30,6 +30,7 @@ from ..jobs.lookup import find_plate, find_recipe, find_split, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, Run
 from ..notebooks import Shown
+from ..query.cell_tables import LIMITS
 from ..query.cells import choose_recipes, input_of
 from ..query.engine import Questions, open_questions
 from ..query.guard import literal, quoted
@@ -153,6 +154,7 @@ FILES = """
     LEFT JOIN (
         SELECT {columns}
         FROM image_files AS f LEFT JOIN folders AS d ON d.id = f.folder_id
+        WHERE f.image_id IN (SELECT s.image_id {images})
         GROUP BY f.image_id
     ) AS files ON files.image_id = s.image_id
 """
@@ -252,7 +254,7 @@ def export(
         found_split = None if split is None and subset is None else find_split(session, split).id
     values = {"segment": segment.id, "plates": list(plates) or known}
     values |= {"split": found_split, "subset": subset and subset.value}
-    with open_questions(workspace) as questions:
+    with open_questions(workspace, LIMITS) as questions:
         columns = dict(IMAGE_COLUMNS)
         for name, what in _metadata_columns(questions, IMAGES, values).items():
             if name not in CELL_COLUMNS:
@@ -271,11 +273,13 @@ def export(
             for begin, of in zip(FILE_COLUMNS, ("f.name", "d.uri"), strict=True)
             for (channel,) in channels
         }
-        listed += [f"files.{quoted(name)}" for name in files]
-        of_files = ["f.image_id", *(f"{of} AS {quoted(name)}" for name, of in files.items())]
+        # By number: names of channels may differ in upper and lower case alone.
+        listed += [f"files.file{at}" for at in range(len(files))]
+        of_files = ["f.image_id", *(f"{of} AS file{at}" for at, of in enumerate(files.values()))]
+        joined = FILES.format(columns=", ".join(of_files), images=IMAGES)
         images = questions.ask_ours(
             f"SELECT {', '.join(listed)}, i.excluded, s.id AS segmentation_id, s.n_cells "
-            f"{JOINS} {FILES.format(columns=', '.join(of_files))} {OF_CELLS} {ORDER}",
+            f"{JOINS} {joined} {OF_CELLS} {ORDER}",
             values,
         ).table()
         n_cells = int(pc.sum(images["n_cells"]).as_py() or 0)
@@ -340,7 +344,7 @@ def export(
                 number, own = cells["number"], 1 + len(CELL_COLUMNS)
                 arrays = [some[name].take(number) for name in columns]
                 arrays += cells.columns[1:own]
-                arrays += [some[name].take(number) for name in files]
+                arrays += [some[f"file{at}"].take(number) for at in range(len(files))]
                 # A gap is one thing: not a number, which one database keeps and the other does not.
                 arrays += [without_nan(column) for column in cells.columns[own:]]
                 pairs = zip(arrays, schema, strict=True)

@@ -310,9 +310,10 @@ def plate_sets(profiles: WellProfiles, params: HitsParams) -> list[PlateSet]:
     """Return the wells by plate set; all that cannot be compared at all is refused here."""
     table, values = profiles.table, profiles.values
     if params.plates:
+        on = set(table["plate"])
         for name in params.plates:
-            if name not in set(table["plate"]):
-                raise UnknownNameError.of("plate", name, sorted(set(table["plate"])))
+            if name not in on:
+                raise UnknownNameError.of("plate", name, sorted(on))
         chosen = table["plate"].isin(params.plates).to_numpy()
         table, values = table[chosen].reset_index(drop=True), values[chosen]
     if not np.isfinite(values).any():
@@ -462,22 +463,27 @@ def _curves(
     with workspace.database.read() as session:
         run = find_predict_run(session, params.run or "latest")
     with open_questions(workspace, runs=run.read_as) as questions:
+        there = "FROM image_label_counts AS c JOIN labels AS l ON l.id = c.label_id"
+        query = f"SELECT DISTINCT l.value {there} WHERE c.run_id = $run"
+        known = [value for (value,) in questions.ask_ours(query, {"run": run.id}).rows()]
         answer = questions.ask_ours(
-            "SELECT i.well_id, l.value AS label, sum(c.probability) AS given, "
-            "sum(c.cells) AS cells FROM image_label_counts AS c "
-            "JOIN images AS i ON i.id = c.image_id JOIN labels AS l ON l.id = c.label_id "
+            "SELECT i.well_id, "
+            "CASE WHEN list_contains($labels, l.value) THEN l.value END AS label, "
+            f"sum(c.probability) AS given, sum(c.cells) AS cells {there} "
+            "JOIN images AS i ON i.id = c.image_id "
             "WHERE c.run_id = $run GROUP BY ALL ORDER BY 2, 1",
-            {"run": run.id},
+            {"run": run.id, "labels": list(labels)},
         )
         rows = list(answer.records())
     cells: dict[int, float] = defaultdict(float)
     given: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         cells[int(row["well_id"])] += float(row["cells"] or 0)
-        given[str(row["label"])][int(row["well_id"])] = float(row["given"] or 0)
+        if row["label"] is not None:
+            given[row["label"]][int(row["well_id"])] = float(row["given"] or 0)
     for label in labels:
-        if label not in given:
-            raise UnknownNameError.of(f"label of run {run.id}", label, given)
+        if label not in known:
+            raise UnknownNameError.of(f"label of run {run.id}", label, known)
     return {
         PROBABILITY + label: {
             well: given[label].get(well, 0.0) / number for well, number in cells.items() if number

@@ -654,25 +654,28 @@ def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int
 
     ``jobs``: the query of those looked at. DuckDB sorts the rows: the databases take long for it.
     """
-    jobs = jobs.where(Recipe.stage == Stage.PREDICT, Run.ended_at.is_not(None))
-    jobs = jobs.join(Run, Run.id == Job.run_id).order_by(None)
-    written: dict[int, dict[int, str]] = defaultdict(dict)
+    jobs = jobs.where(Recipe.stage == Stage.PREDICT).order_by(None)
+    jobs = jobs.join(Run, Run.id == Job.run_id)
     with workspace.database.read() as session:
-        for row in session.execute(jobs):
-            written[row.run_id][row.image_id] = row.digest
-    if not written:
+        of_runs = jobs.with_only_columns(Job.run_id, Run.ended_at).distinct()
+        runs = session.execute(of_runs).all()
+    if not runs:
         return
     spill = workspace.settings.make_cache("spill")
     nothing = digest_of_numbers(np.empty((0, 4)))
     with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
-        for run_id, digests in written.items():
+        for run_id, ended_at in runs:
+            with workspace.database.read() as session:
+                rows = session.execute(jobs.where(Job.run_id == run_id))
+                digests = {row.image_id: row.digest for row in rows}
             create = "CREATE OR REPLACE TABLE p AS FROM {rows}"
-            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=True)
+            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=ended_at is not None)
             found = {
                 image: digest_of_numbers(*(piece for _, piece in pieces))
                 for image, pieces in groupby(_by_image(duck), itemgetter(0))
             }
-            for image in {*digests, *found}:
+            # A run that goes on may have written more images since.
+            for image in {*digests, *(found if ended_at else ())}:
                 if digests.get(image) != found.get(image, nothing):
                     yield run_id, image
             workspace.progress.advance(len(digests))
