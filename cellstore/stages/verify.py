@@ -7,7 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -153,7 +153,7 @@ def verify(
     with ThreadPoolExecutor(1) as pool:  # the database looks at itself while we read its rows
         looking = pool.submit(database.damage, quick=False)
         try:
-            reading.set_result(check_rows(workspace))
+            reading.set_result(check_rows(workspace, looking))
         except Exception as error:  # of a damaged database anything can be wrong
             reading.set_exception(error)
     damage = looking.result()
@@ -601,9 +601,11 @@ def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
+def check_rows(workspace: Workspace, looking: Future[Any]) -> tuple[int, list[Problem]]:
     """Count the jobs whose rows are in the database, and say whose are not what the job wrote.
 
+    Predictions are read when ``looking`` is done: another SQLite library reads them, which cuts off
+    the index of the log as it opens it, and who has it in hand meanwhile would crash (SIGBUS).
     What a job wrote into files is not looked at here: files have digests of their own.
     """
     in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
@@ -618,7 +620,7 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
         total = session.scalar(select(func.count()).select_from(query.subquery())) or 0
     workspace.progress.start("verify rows", total)
     try:
-        odd = set(_odd_predictions(workspace, query))
+        odd = set[tuple[int, int]]()
         of_others = query.where(Recipe.stage != Stage.PREDICT).limit(BATCH)
         last, jobs = 0, list[Any]([None])
         while jobs:
@@ -631,6 +633,8 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
                 }
             last = jobs[-1].id if jobs else last
             workspace.progress.advance(len(jobs))
+        wait([looking])
+        odd |= set(_odd_predictions(workspace, query))
     finally:
         workspace.progress.finish()
     name = select(Plate.barcode, Image.core_name, Run.stage, Run.recipe_id).select_from(Run)
@@ -663,13 +667,16 @@ def _odd_predictions(workspace: Workspace, jobs: Any) -> Iterator[tuple[int, int
         return
     spill = workspace.settings.make_cache("spill")
     nothing = digest_of_numbers(np.empty((0, 4)))
-    with closing(Source(workspace.database)) as source, locked_connection(Limits(), spill) as duck:
+    with locked_connection(Limits(), spill) as duck:
         for run_id, ended_at in runs:
             with workspace.database.read() as session:
                 rows = session.execute(jobs.where(Job.run_id == run_id))
                 digests = {row.image_id: row.digest for row in rows}
             create = "CREATE OR REPLACE TABLE p AS FROM {rows}"
-            source.feed_runs(duck, create, PREDICTIONS, [run_id], have_ended=ended_at is not None)
+            with closing(Source(workspace.database)) as source:
+                source.feed_runs(
+                    duck, create, PREDICTIONS, [run_id], have_ended=ended_at is not None
+                )
             found = {
                 image: digest_of_numbers(*(piece for _, piece in pieces))
                 for image, pieces in groupby(_by_image(duck), itemgetter(0))
