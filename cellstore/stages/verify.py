@@ -604,8 +604,10 @@ def _odd_treatments(session: Session) -> Iterator[tuple[str, str]]:
 def check_rows(workspace: Workspace, looking: Future[Any]) -> tuple[int, list[Problem]]:
     """Count the jobs whose rows are in the database, and say whose are not what the job wrote.
 
-    Predictions are read when ``looking`` is done: another SQLite library reads them, which cuts off
-    the index of the log as it opens it, and who has it in hand meanwhile would crash (SIGBUS).
+    Predictions are read when ``looking`` is done: another SQLite library reads them. As it opens
+    the database it truncates the index of the write-ahead log, and a connection that uses that
+    index in another thread would crash (SIGBUS).
+
     What a job wrote into files is not looked at here: files have digests of their own.
     """
     in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
